@@ -1,0 +1,1 @@
+"""Feature dictionaries made from observed activations, as SAELens SAEs."""
