@@ -1,1 +1,61 @@
-"""Feature dictionaries made from observed activations, as SAELens SAEs."""
+"""Feature dictionaries made from observed activations, as SAELens SAEs.
+
+Importing the package registers its architectures, after which ``SAE.load_from_disk``, ``SAE.from_pretrained`` and
+``SAE.from_dict`` return its classes.
+"""
+
+from sae_lens import SAE, SAEConfig, register_sae_class
+from sae_lens.registry import SAE_CLASS_REGISTRY
+
+from saelens_ext.activations import ActivationBatch, ActivationStream
+from saelens_ext.dictionaries.exemplar_partition import Assignment, ExemplarPartition, ExemplarPartitionConfig
+from saelens_ext.dictionaries.fit_exemplars import FitResult, fit_exemplar_partition, fit_exemplar_partitions
+from saelens_ext.dictionaries.profile import DictionaryProfile, profile_dictionaries, profile_dictionary
+from saelens_ext.interventions import ablate_directions, add_direction, clamp_latent, scale_latent, steer_with
+from saelens_ext.lens import logit_lens
+from saelens_ext.models import load_model, retarget
+from saelens_ext.ops.leader_clustering import LeaderClustering
+from saelens_ext.report.dictionary_report import write_dictionary_report
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ActivationBatch",
+    "ActivationStream",
+    "Assignment",
+    "DictionaryProfile",
+    "ExemplarPartition",
+    "ExemplarPartitionConfig",
+    "FitResult",
+    "LeaderClustering",
+    "ablate_directions",
+    "add_direction",
+    "clamp_latent",
+    "fit_exemplar_partition",
+    "fit_exemplar_partitions",
+    "load_model",
+    "logit_lens",
+    "profile_dictionaries",
+    "profile_dictionary",
+    "retarget",
+    "scale_latent",
+    "steer_with",
+    "write_dictionary_report",
+]
+
+
+def _register(architecture: str, sae_class: type[SAE], config_class: type[SAEConfig]) -> None:
+    """Register with SAELens; a second import or a notebook's reload of the same class is fine."""
+    known = SAE_CLASS_REGISTRY.get(architecture)
+    if known is None:
+        register_sae_class(architecture, sae_class, config_class)
+    elif (known[0].__module__, known[0].__qualname__) == (sae_class.__module__, sae_class.__qualname__):
+        SAE_CLASS_REGISTRY[architecture] = (sae_class, config_class)
+    else:
+        raise ValueError(
+            f"SAELens already knows the architecture {architecture!r} as {known[0].__module__}.{known[0].__qualname__}, "
+            "registered by another package; saelens_ext cannot be used beside it in one process."
+        )
+
+
+_register("exemplar_partition", ExemplarPartition, ExemplarPartitionConfig)

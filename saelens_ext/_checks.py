@@ -32,7 +32,7 @@ def width(x: torch.Tensor, d: int, name: str) -> torch.Tensor:
     return x
 
 
-def between(value: float, low: float, high: float, name: str, *, closed_high: bool = False) -> float:
+def between(value: float | int, low: float | int, high: float | int, name: str, *, closed_high: bool = False) -> float | int:
     """Return ``value``; raise ValueError unless it lies in ``(low, high)``, or ``(low, high]`` with ``closed_high``."""
     if not (low < value < high or (closed_high and value == high)):
         raise ValueError(f"{name} must lie in ({low:g}, {high:g}{']' if closed_high else ')'}, got {value!r}.")
@@ -46,8 +46,8 @@ def choice(value: str, allowed: Collection[str], name: str) -> str:
     return value
 
 
-def positive(value: int, name: str) -> int:
-    """Return ``value``; raise ValueError unless it is an integer of at least 1."""
+def positive(value: float | int, name: str) -> int:
+    """Return ``value`` as an int; raise ValueError unless it is a whole number of at least 1."""
     if value != int(value) or value < 1:
         raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
     return int(value)

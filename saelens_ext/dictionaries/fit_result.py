@@ -1,0 +1,143 @@
+"""What a fit returns: the dictionary, where its exemplars came from, and why the fit stopped."""
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from saelens_ext import _files
+from saelens_ext.activations import ActivationBatch
+from saelens_ext.dictionaries.exemplar_partition import ExemplarPartition
+from saelens_ext.ops.calibration import ThresholdEstimate
+
+FORMAT_VERSION = 1
+TENSORS_FILENAME = "fit.safetensors"
+JSON_FILENAME = "fit.json"
+
+
+@dataclass(kw_only=True, frozen=True)
+class Provenance:
+    """Where each of k exemplars was observed; int64 tensors on the CPU."""
+
+    document_ids: Tensor
+    """Row of the dataset, ``(k,)``."""
+    sequence_ids: Tensor
+    """Window of the stream, ``(k,)``."""
+    positions: Tensor
+    """Position within that window, BOS included, ``(k,)``."""
+    token_ids: Tensor
+    """Token at that position, ``(k,)``."""
+    windows: Tensor
+    """Token ids of the whole window, ``(k, context_size)``, -1 behind its end."""
+
+    @classmethod
+    def of(cls, batch: ActivationBatch, rows: Tensor) -> "Provenance":
+        """The provenance of some rows of a batch."""
+        return cls(
+            document_ids=batch.document_ids[rows],
+            sequence_ids=batch.sequence_ids[rows],
+            positions=batch.positions[rows],
+            token_ids=batch.token_ids[rows],
+            windows=batch.context(rows),
+        )
+
+    @classmethod
+    def join(cls, parts: "list[Provenance]") -> "Provenance":
+        """All parts in order; windows of different lengths are padded with -1."""
+        length = max(part.windows.shape[1] for part in parts)
+        columns = {field.name: [getattr(part, field.name) for part in parts] for field in fields(cls)}
+        columns["windows"] = [
+            torch.nn.functional.pad(windows, (0, length - windows.shape[1]), value=-1) for windows in columns["windows"]
+        ]
+        return cls(**{name: torch.cat(column) for name, column in columns.items()})
+
+
+@dataclass(kw_only=True, frozen=True)
+class FitResult:
+    """A fitted ExemplarPartition and its statistics. Per-region tensors have one entry per row of the dictionary.
+
+    Counts and coherence describe the assignment at arrival: each activation joined the nearest exemplar that came
+    before it. :func:`saelens_ext.profile_dictionary` gives those of the final Voronoi cells.
+    """
+
+    dictionary: ExemplarPartition
+    """The dictionary itself."""
+    hook_name: str
+    """The hook, as given to the stream."""
+    percentile: float | None
+    """Percentile of the threshold; None when the threshold was given."""
+    threshold: ThresholdEstimate
+    """The threshold, a cosine distance, with its interval."""
+    stopped_because: str
+    """"end_of_stream" (the budget or the data ran out), "unseen_mass" or "paper"."""
+    n_seen: int
+    """Activations clustered."""
+    n_undirected: int
+    """Of them, those equal to the centre, which belong to no region."""
+    unseen_mass: float
+    """Good-Turing estimate of the share of further activations that would found a region, in [0, 1]."""
+    unseen_mass_upper: float
+    """95% upper limit of it."""
+    typical_norm: float
+    """Median of |x - centre| over the calibration activations: the unit of steering strength."""
+    counts: Tensor
+    """Members of each region, int64 ``(k,)``."""
+    coherence: Tensor
+    """|sum of the members' unit directions| / members, in [0, 1], float32 ``(k,)``."""
+    exemplar_indices: Tensor
+    """Stream position of each exemplar, int64 ``(k,)``, increasing: the growth curve."""
+    provenance: Provenance
+    """Document, position, token and context of each exemplar."""
+
+    @property
+    def n_regions(self) -> int:
+        """Number of regions."""
+        return len(self.counts)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the dictionary and, beside it, its statistics (``fit.json``, ``fit.safetensors``) into a directory."""
+        path = Path(path)
+        self.dictionary.save_model(path)
+        tensors = {name: getattr(self, name) for name in _STATISTICS}
+        # Token ids and stream places fit 32 bits, and windows are the bulk of the file.
+        tensors |= {name: getattr(self.provenance, name).to(torch.int32) for name in _PROVENANCE}
+        _files.write_tensors(path / TENSORS_FILENAME, tensors)
+        scalars = {name: getattr(self, name) for name in _SCALARS} | {"threshold": asdict(self.threshold)}
+        _files.write_json(path / JSON_FILENAME, {"format_version": FORMAT_VERSION, "n_regions": self.n_regions, **scalars})
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path, device: str = "cpu") -> "FitResult":
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: a file is truncated, foreign, newer than this package, or of another dictionary.
+        """
+        path = Path(path)
+        dictionary = ExemplarPartition.load_from_disk(path, device=device)
+        content = _files.read_json(path / JSON_FILENAME)
+        _files.check_format_version(content.pop("format_version", None), FORMAT_VERSION, path / JSON_FILENAME)
+        tensors = _files.read_tensors(path / TENSORS_FILENAME)
+        missing = [name for name in (*_SCALARS, "threshold") if name not in content]
+        missing += [name for name in (*_STATISTICS, *_PROVENANCE) if name not in tensors]
+        if missing:
+            raise ValueError(f"The fit in {path} lacks {', '.join(missing)}; it is not ours.")
+        lengths = {len(tensor) for tensor in tensors.values()} | {content.pop("n_regions", None)}
+        if lengths != {dictionary.cfg.d_sae}:
+            raise ValueError(f"The fit in {path} is of {lengths} regions, its dictionary of {dictionary.cfg.d_sae}: they do not belong together.")
+        return cls(
+            dictionary=dictionary,
+            threshold=ThresholdEstimate(**content.pop("threshold")),
+            provenance=Provenance(**{name: tensors[name].long() for name in _PROVENANCE}),
+            **{name: tensors[name] for name in _STATISTICS},
+            **{name: content[name] for name in _SCALARS},
+        )
+
+
+_PROVENANCE = tuple(field.name for field in fields(Provenance))
+_STATISTICS = ("counts", "coherence", "exemplar_indices")
+_SCALARS = (
+    "hook_name", "percentile", "stopped_because", "n_seen", "n_undirected", "unseen_mass", "unseen_mass_upper", "typical_norm",
+)

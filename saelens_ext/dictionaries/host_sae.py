@@ -1,0 +1,56 @@
+"""Any SAELens SAE, ours or not, on activations that are already flat: one row of ``d_in`` numbers per token."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from sae_lens import SAE
+from torch import Tensor
+
+from saelens_ext import _checks
+
+_RESHAPING = ("reshape_fn_in", "reshape_fn_out", "d_head", "hook_z_reshaping_mode")
+
+
+def refuse_sequence_codes(sae: SAE[Any]) -> None:
+    """Raise ValueError for a SAE whose code of a token depends on the tokens before it.
+
+    Such a code has no meaning on rows taken out of their sequence, nor at one step of cached generation.
+    """
+    if sae.cfg.architecture() == "temporal":
+        raise ValueError(
+            "A temporal SAE codes a token together with all tokens before it, so it cannot be used token by token. "
+            "Any other SAELens architecture can."
+        )
+
+
+@contextmanager
+def flat_activations(sae: SAE[Any]) -> Iterator[None]:
+    """Let a SAE of ``hook_z`` take and give flat activations inside the context; others are left alone.
+
+    The host's own switch cannot be used to turn the reshaping on again: it refuses a hook whose name does not end in
+    ``_z``, as on a bridge, and it forgets the head width.
+    """
+    if not sae.hook_z_reshaping_mode:
+        yield
+        return
+    kept = {name: vars(sae)[name] for name in _RESHAPING if name in vars(sae)}
+    sae.turn_off_forward_pass_hook_z_reshaping()
+    try:
+        yield
+    finally:
+        for name in _RESHAPING:
+            vars(sae).pop(name, None)
+        vars(sae).update(kept)
+
+
+def encode_flat(sae: SAE[Any], x: Tensor) -> Tensor:
+    """Encode flat activations ``(…, d_in)`` as dense codes ``(…, d_sae)``.
+
+    Raises:
+        ValueError: wrong width.
+    """
+    _checks.width(x, sae.cfg.d_in, "The activation")
+    with flat_activations(sae):
+        codes = sae.encode(x)
+    return codes.to_dense() if codes.is_sparse else codes

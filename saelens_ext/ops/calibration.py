@@ -1,0 +1,275 @@
+"""Thresholds for clustering directions: percentiles of their pairwise cosine distances, with intervals.
+
+Symbols:
+    u: directions, ``(n, d)`` unit rows; rows of zeros have no direction and are left out.
+    p: percentile in (0, 100). theta_p: the distance that p percent of the pairs stay within.
+    D: number of documents (or batches) that the pairs come from.
+    w: how often each document was drawn in a bootstrap replicate, ``(D,)``, sum D.
+
+Two ways of choosing the pairs:
+    "across_documents": all pairs of activations from different documents. Activations of one document resemble each
+        other, so pairs within documents fill the lowest percentiles in a share that depends on how documents were batched.
+    "within_batch", the paper's: all pairs within each batch; theta_p is the unweighted mean over batches. It moves with
+        the batch size.
+
+Source: Rumbelow, Exemplar Partitioning (arXiv 2605.14347), section on the threshold; the pairs across documents and the
+interval are ours.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from scipy.special import ndtri, stdtrit
+from torch import Tensor
+
+from saelens_ext._checks import between, choice, finite, positive
+
+BIN_WIDTH = 2.0**-16
+"""Resolution of the distances of "across_documents": each is rounded to a multiple of this, 1.5e-5."""
+
+_BINS = 2**17 + 1
+_TILE_ROWS, _TILE_COLUMNS = 1024, 2048
+_BOOTSTRAP_PAIRS = 2**19
+_REPLICATES_AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class ThresholdEstimate:
+    """A clustering threshold and how well the data determine it."""
+
+    percentile: float | None
+    """Of the pairwise distances, in (0, 100); None when the threshold was given and not estimated."""
+    threshold: float
+    """Cosine distance in [0, 2]. 0 when that many pairs are identical: no clustering can be built with it."""
+    low: float
+    """Lower end of the confidence interval, a cosine distance."""
+    high: float
+    """Upper end."""
+    n_pairs: int
+    """Pairs of activations it is the percentile of."""
+
+    @classmethod
+    def given(cls, threshold: float) -> "ThresholdEstimate":
+        """A threshold that was chosen, not estimated."""
+        return cls(percentile=None, threshold=threshold, low=threshold, high=threshold, n_pairs=0)
+
+
+@torch.no_grad()
+def pairwise_distance_percentiles(
+    units: Float[Tensor, "n d"],
+    document_ids: Int[Tensor, " n_documents"],
+    percentiles: Sequence[float],
+    *,
+    mode: Literal["across_documents", "within_batch"] = "across_documents",
+    batch_ids: Int[Tensor, " n_batches"] | None = None,
+    n_bootstrap: int = 200,
+    confidence: float = 0.95,
+    seed: int = 0,
+    max_rows: int = 20_000,
+) -> list[ThresholdEstimate]:
+    """Percentiles of the cosine distances between directions.
+
+    The interval comes from resampling documents (in "within_batch", batches). Resampling pairs would treat n(n-1)/2
+    pairs as independent observations where there are D documents, and be far too narrow. It is widened for small D by
+    Student's t, and is all of [0, 2] where the documents are too few to show how they vary (two; in "within_batch", one
+    batch).
+
+    Args:
+        units: ``(n, d)`` unit rows about the centre, as ``unit_directions`` gives them; zero rows are left out.
+        document_ids: ``(n,)``, which document each row is from.
+        percentiles: each in (0, 100).
+        mode: Which pairs, see the module's docstring.
+        batch_ids: ``(n,)``, which batch each row is from; needed in "within_batch" only.
+        n_bootstrap: Bootstrap replicates.
+        confidence: Of the interval, in (0, 1).
+        seed: Of the choice of rows and of the bootstrap.
+        max_rows: "across_documents" takes a random sample of this many rows where there are more.
+
+    Returns:
+        One estimate per percentile, in the order given; linear between order statistics. "across_documents" is
+        independent of row batching and within 2**-17 of the exact percentile; "within_batch" is exact to float32.
+
+    Raises:
+        ValueError: Fewer than two documents ("across_documents"), no batch with two directions ("within_batch"), lengths
+            that differ, or an argument out of range.
+
+    Source: arXiv 2605.14347, section on the threshold.
+    """
+    choice(mode, ("across_documents", "within_batch"), "mode")
+    between(confidence, 0, 1, "confidence")
+    positive(n_bootstrap, "n_bootstrap")
+    positive(max_rows, "max_rows")
+    for percentile in percentiles:
+        between(percentile, 0, 100, "percentile")
+    groups = document_ids
+    if mode == "within_batch":
+        if batch_ids is None:
+            raise ValueError("mode 'within_batch' needs batch_ids, the batch of each row.")
+        groups = batch_ids
+    if len(groups) != len(units):
+        raise ValueError(f"units has {len(units)} rows but {len(groups)} ids were given; one id per row is needed.")
+    finite(units, "units")
+    directed = units.any(dim=1)
+    units, groups = units[directed].float(), groups.to(units.device)[directed]
+    generator = torch.Generator().manual_seed(seed)
+    if mode == "within_batch":
+        return _within_groups(units, groups, percentiles, n_bootstrap, confidence, generator)
+    return _across_groups(units, groups, percentiles, n_bootstrap, confidence, generator, max_rows)
+
+
+def _within_groups(
+    units: Tensor, groups: Tensor, percentiles: Sequence[float], n_bootstrap: int, confidence: float, generator: torch.Generator
+) -> list[ThresholdEstimate]:
+    n_pairs, values = 0, []
+    for group in groups.unique():
+        distances = _all_pairs(units[groups == group])
+        n_pairs += len(distances)
+        if len(distances):
+            values.append(np.percentile(distances, percentiles, overwrite_input=True))
+    if not values:
+        raise ValueError(
+            f"No batch holds two activations with a direction (there are {len(units)} of them), so there is no pair to "
+            "measure; use larger batches, or mode='across_documents'."
+        )
+    per_group = torch.tensor(np.stack(values), dtype=torch.float64).reshape(len(values), len(percentiles))
+    drawn = _draw(n_bootstrap, len(values), generator).double()
+    estimates, replicates = per_group.mean(dim=0), drawn @ per_group / len(values)
+    intervals = [
+        _interval(float(estimate), float(estimate), replicate, len(values), confidence, fewest=2)
+        for estimate, replicate in zip(estimates, replicates.T)
+    ]
+    return [
+        ThresholdEstimate(float(p), float(estimate), low, high, n_pairs)
+        for p, estimate, (low, high) in zip(percentiles, estimates, intervals)
+    ]
+
+
+def _all_pairs(units: Tensor) -> np.ndarray:
+    """Distances of all pairs of rows, each once, float32."""
+    parts = [torch.empty(0)]
+    for start in range(0, len(units), _TILE_ROWS):
+        products = units[start : start + _TILE_ROWS] @ units[start:].T
+        later = torch.ones_like(products, dtype=torch.bool).triu_(1)
+        parts.append((1 - products[later]).clamp_(0, 2).cpu())
+    return torch.cat(parts).numpy()
+
+
+def _across_groups(
+    units: Tensor,
+    groups: Tensor,
+    percentiles: Sequence[float],
+    n_bootstrap: int,
+    confidence: float,
+    generator: torch.Generator,
+    max_rows: int,
+) -> list[ThresholdEstimate]:
+    if len(units) > max_rows:
+        chosen = torch.randperm(len(units), generator=generator)[:max_rows].sort().values.to(units.device)
+        units, groups = units[chosen], groups[chosen]
+    groups, order = groups.sort(stable=True)
+    units = units[order]
+    _, codes, sizes = groups.unique_consecutive(return_inverse=True, return_counts=True)
+    if len(sizes) < 2:
+        raise ValueError(
+            f"The activations come from {len(sizes)} document(s); distances across documents need at least two. Give the "
+            "stream more documents, or pass mode='within_batch' to measure within batches."
+        )
+    histogram = _histogram(units, sizes.cumsum(0)[codes])
+    replicates, center = _replicates(units, codes, percentiles, n_bootstrap, generator)
+    estimates = []
+    for column, percentile in enumerate(percentiles):
+        threshold = _histogram_percentile(histogram, percentile)
+        interval = _interval(threshold, float(center[column]), replicates[:, column], len(sizes), confidence, fewest=3)
+        estimates.append(ThresholdEstimate(float(percentile), threshold, *interval, int(histogram.sum())))
+    return estimates
+
+
+def _histogram(units: Tensor, ends: Tensor) -> Tensor:
+    """Counts of the distances between rows of different documents, each pair once, in bins centred on multiples of
+    BIN_WIDTH; ``ends`` is where the document of each row ends, rows being sorted by document."""
+    counts = torch.zeros(_BINS, dtype=torch.int64, device=units.device)
+    for rows, columns in _tiles(len(units), ends):
+        distances = (1 - units[rows] @ units[columns].T).clamp_(0, 2)
+        bins = distances.div_(BIN_WIDTH).round_().int()
+        if columns.start < int(ends[rows.stop - 1]):
+            bins = bins[torch.arange(columns.start, columns.stop, device=units.device) >= ends[rows, None]]
+        counts += torch.bincount(bins.view(-1), minlength=_BINS)
+    return counts
+
+
+def _tiles(n: int, ends: Tensor) -> Iterator[tuple[slice, slice]]:
+    for start in range(0, n, _TILE_ROWS):
+        stop = min(start + _TILE_ROWS, n)
+        for column in range(int(ends[start]), n, _TILE_COLUMNS):
+            yield slice(start, stop), slice(column, min(column + _TILE_COLUMNS, n))
+
+
+def _histogram_percentile(histogram: Tensor, percentile: float) -> float:
+    """Percentile of the binned distances, linear between order statistics."""
+    cumulated = histogram.cumsum(0)
+    rank = (int(cumulated[-1]) - 1) * percentile / 100
+    low, high = torch.searchsorted(
+        cumulated, torch.tensor([int(rank), int(np.ceil(rank))], device=histogram.device), right=True
+    ).tolist()
+    return (low + (rank - int(rank)) * (high - low)) * BIN_WIDTH
+
+
+def _replicates(
+    units: Tensor, codes: Tensor, percentiles: Sequence[float], n_bootstrap: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Percentiles ``(R, P)`` under resampled documents, and ``(P,)`` under the documents as they are, from a sample of pairs.
+
+    A pair of documents a, b weighs w_a w_b; replicates that drew one document only have no pair and are dropped.
+    """
+    i, j = _sampled_pairs(codes.cpu(), generator)
+    distances = torch.cat(
+        [
+            1 - (units[i[part].to(units.device)] * units[j[part].to(units.device)]).sum(dim=1).cpu()
+            for part in torch.arange(len(i)).split(2**14)
+        ]
+    )
+    distances, order = distances.clamp_(0, 2).sort()
+    a, b = codes.cpu()[i[order]], codes.cpu()[j[order]]
+    share = torch.tensor([p / 100 for p in percentiles], dtype=torch.float64)
+    drawn = torch.cat((torch.ones(1, int(codes.max()) + 1), _draw(n_bootstrap, int(codes.max()) + 1, generator)))
+    rows = []
+    for weights in drawn.split(_REPLICATES_AT_ONCE):
+        cumulated = (weights[:, a] * weights[:, b]).cumsum(dim=1, dtype=torch.float64)
+        cumulated = cumulated[cumulated[:, -1] > 0]
+        targets = cumulated[:, -1:] * share
+        rows.append(distances[torch.searchsorted(cumulated, targets).clamp_(max=len(distances) - 1)])
+    values = torch.cat(rows).double()
+    return values[1:], values[0]
+
+
+def _sampled_pairs(codes: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Pairs of rows of different documents: all of them if they are few, else a random sample."""
+    n = len(codes)
+    if n * (n - 1) // 2 <= _BOOTSTRAP_PAIRS:
+        i, j = torch.triu_indices(n, n, 1)
+    else:
+        i, j = torch.randint(n, (2, _BOOTSTRAP_PAIRS), generator=generator)
+    apart = codes[i] != codes[j]
+    return i[apart], j[apart]
+
+
+def _draw(n_replicates: int, n_documents: int, generator: torch.Generator) -> Tensor:
+    drawn = torch.randint(n_documents, (n_replicates, n_documents), generator=generator)
+    return torch.zeros(n_replicates, n_documents).scatter_add_(1, drawn, torch.ones(drawn.shape))
+
+
+def _interval(
+    estimate: float, center: float, replicates: Tensor, n_documents: int, confidence: float, fewest: int
+) -> tuple[float, float]:
+    """Percentile bootstrap interval, its arms lengthened by what Student's t adds to the normal at D - 1 degrees of freedom."""
+    if n_documents < fewest or len(replicates) == 0:
+        return 0.0, 2.0
+    tail = (1 + confidence) / 2
+    stretch = float(stdtrit(n_documents - 1, tail) / ndtri(tail)) * (n_documents / (n_documents - 1)) ** 0.5
+    lower, upper = (float(q) for q in torch.quantile(replicates, torch.tensor([1 - tail, tail], dtype=torch.float64)))
+    low, high = estimate - stretch * max(0.0, center - lower), estimate + stretch * max(0.0, upper - center)
+    return max(0.0, low), min(2.0, high)

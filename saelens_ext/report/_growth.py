@@ -1,0 +1,41 @@
+"""How the number of regions grew with the activations seen: the curves of the first plot."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from saelens_ext.dictionaries.fit_result import FitResult
+
+N_POINTS = 160
+"""Points of a curve: enough that its steps are finer than the pixels between them."""
+
+
+def growth_data(fits: Sequence[FitResult], chosen: FitResult) -> list[dict[str, Any]]:
+    """One curve per fit, in order of their thresholds, JSON-safe.
+
+    Each has ``seen``, numbers of activations t, and ``regions``, how many regions the first t activations had founded:
+    the number of exemplar indices below t. All curves share their points as far as they go and end at ``n_seen``.
+    """
+    longest = max(fit.n_seen for fit in fits)
+    # Regions come fast at first: even steps alone would draw the start as one straight line.
+    grid = np.unique(np.concatenate([np.linspace(0, longest, N_POINTS), np.geomspace(1, longest, N_POINTS // 4)]).astype(np.int64))
+    several_hooks = len({fit.hook_name for fit in fits}) > 1
+    curves = []
+    for fit in sorted(fits, key=lambda fit: fit.threshold.threshold):
+        seen = np.unique(np.append(grid[grid < fit.n_seen], fit.n_seen))
+        curves.append(
+            {
+                "label": fit_label(fit, several_hooks),
+                "chosen": fit is chosen,
+                "seen": seen.tolist(),
+                "regions": np.searchsorted(fit.exemplar_indices.cpu().numpy(), seen).tolist(),
+            }
+        )
+    return curves
+
+
+def fit_label(fit: FitResult, with_hook: bool = False) -> str:
+    """How one of several fits is called: by its percentile, or by its threshold where none was given."""
+    label = f"{fit.percentile:g}%" if fit.percentile is not None else f"θ = {fit.threshold.threshold:.3f}"
+    return f"{fit.hook_name} {label}" if with_hook else label

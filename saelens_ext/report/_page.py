@@ -1,0 +1,55 @@
+"""One self-contained HTML page: its template, style and scripts in one file that asks the network for nothing."""
+
+import base64
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+# Inside <script type="application/json"> the parser looks only for tags and comments, so without "<" nothing can end
+# the block; the rest are escaped for readers other than a browser. Non-ASCII text, U+2028 and lone surrogates included,
+# is already \u-escaped by json.dumps.
+_JSON_ESCAPES = {ord("<"): "\\u003c", ord(">"): "\\u003e", ord("&"): "\\u0026"}
+
+
+def embed_json(value: Any) -> Markup:
+    """JSON that is inert wherever it stands in an HTML page: no markup, no non-ASCII character, no NaN."""
+    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return Markup(text.translate(_JSON_ESCAPES))
+
+
+def render_page(template: str, *, styles: Sequence[str], scripts: Sequence[str], **values: Any) -> str:
+    """Render ``template`` with the files of ``styles`` and ``scripts`` inlined.
+
+    The page carries a content security policy that names the hashes of its own style and script, so that nothing else
+    runs in it and nothing is fetched, whatever text it shows.
+
+    Args:
+        template: file in ``templates/``; gets ``style``, ``script``, ``policy`` and ``values``, all escaped unless Markup.
+        styles: CSS files in ``templates/``, inlined in this order.
+        scripts: JavaScript files in ``templates/``, joined in this order into one module.
+        **values: what the template shows.
+    """
+    environment = Environment(
+        loader=PackageLoader("saelens_ext.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    style, script = (_join(environment, names) for names in (styles, scripts))
+    policy = (
+        f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
+        "img-src data:; base-uri 'none'; form-action 'none'"
+    )
+    return environment.get_template(template).render(style=Markup(style), script=Markup(script), policy=policy, **values)
+
+
+def _join(environment: Environment, names: Sequence[str]) -> str:
+    """The text of some template files, exactly as it will stand between two tags."""
+    assert environment.loader is not None
+    return "\n" + "\n".join(environment.loader.get_source(environment, name)[0].replace("\r\n", "\n") for name in names)
+
+
+def _hash(text: str) -> str:
+    """The name by which a content security policy allows one inline block."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -1,0 +1,143 @@
+"""The report on one dictionary: a single HTML file that opens anywhere and asks the network for nothing."""
+
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from saelens_ext import _checks, _files
+from saelens_ext.dictionaries.fit_result import FitResult
+from saelens_ext.dictionaries.profile import DictionaryProfile
+from saelens_ext.lens import LensResult
+from saelens_ext.report import _evaluation, _page, _summary
+from saelens_ext.report._format import visible
+from saelens_ext.report._growth import growth_data
+from saelens_ext.report._payload import region_data
+
+STYLES = ("dictionary.css",)
+SCRIPTS = ("text.js", "growth.js", "map.js", "table.js", "detail.js", "page.js")
+
+
+def write_dictionary_report(
+    path: str | Path,
+    *,
+    fits: Sequence[FitResult],
+    chosen: FitResult,
+    profile: DictionaryProfile,
+    lens: LensResult | None = None,
+    tokenizer: PreTrainedTokenizerBase,
+    evals: Mapping[str, Any] | None = None,
+    generations: Sequence[Mapping[str, str]] = (),
+    title: str,
+) -> Path:
+    """Write the report on ``chosen``, with the growth of all ``fits`` to compare, as one self-contained HTML file.
+
+    The page shows text of the corpus as text only: it carries a content security policy under which nothing but its own
+    script runs and nothing is fetched. The same arguments give the same file, on one machine.
+
+    Args:
+        path: the file to write, replaced in one step; missing directories are made.
+        fits: all dictionaries of the build, at least ``chosen``.
+        chosen: the dictionary reported on; K regions.
+        profile: of ``chosen.dictionary``, K latents.
+        lens: the logit lens of its exemplars, K rows; None where they are not in the residual stream.
+        tokenizer: of the model, which turns ids into text.
+        evals: the first dict that ``sae_lens.evals.run_evals`` returns, nested or flat; None if it was not run.
+        generations: continuations to show side by side, each with the texts ``label``, ``prompt`` and ``text``. A
+            ``text`` that begins with the prompt is shown without it.
+        title: heading of the page.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ValueError: ``chosen`` is not among ``fits``, the profile or lens is of another dictionary, or a generation
+            lacks one of its texts.
+    """
+    _check_same_dictionary(fits, chosen, profile, lens)
+    shown, shared_prompt = _generations(generations)
+    page = _page.render_page(
+        "dictionary.html",
+        styles=STYLES,
+        scripts=SCRIPTS,
+        title=visible(title),
+        lead=_summary.lead(chosen),
+        facts=_summary.facts(chosen, profile),
+        growth_note=_growth_note(chosen),
+        builds=_summary.builds(fits, chosen),
+        builds_by="Percentile" if all(fit.percentile is not None for fit in fits) else "Dictionary",
+        evaluation=_evaluation.evaluation_rows(evals) if evals is not None else [],
+        evaluation_note=_evaluation_note(chosen),
+        generations=shown,
+        shared_prompt=shared_prompt,
+        growth=_page.embed_json(growth_data(fits, chosen)),
+        regions=_page.embed_json(region_data(chosen, profile, lens, tokenizer)),
+        version=version("saelens-ext"),
+    )
+    return _files.write_atomically(path, lambda temporary: temporary.write_bytes(page.encode("utf-8")) and None)
+
+
+def _check_same_dictionary(fits: Sequence[FitResult], chosen: FitResult, profile: DictionaryProfile, lens: LensResult | None) -> None:
+    """Raise ValueError unless all parts are of one dictionary."""
+    if not any(fit is chosen for fit in fits):
+        raise ValueError(f"chosen is not one of the {len(fits)} fits; pass one of those very objects, for example chosen=fits[0].")
+    k = chosen.n_regions
+    if len(profile.counts) != k:
+        raise ValueError(
+            f"The profile is of {len(profile.counts)} latents, the chosen dictionary of {k}; profile it with "
+            "profile_dictionary(chosen.dictionary, stream)."
+        )
+    if lens is not None and len(lens.promoted_ids) != k:
+        raise ValueError(
+            f"The lens is of {len(lens.promoted_ids)} directions, the chosen dictionary of {k}; make it with "
+            "logit_lens(model, chosen.dictionary.exemplars)."
+        )
+    provenance = chosen.provenance
+    at_position = provenance.windows.gather(1, provenance.positions[:, None]).squeeze(1)
+    wrong = (at_position != provenance.token_ids).nonzero()
+    if len(wrong):
+        region = int(wrong[0])
+        raise ValueError(
+            f"The window of region {region} holds token {int(at_position[region])} at position {int(provenance.positions[region])}, "
+            f"its provenance names token {int(provenance.token_ids[region])}: the two are not of the same stream."
+        )
+
+
+def _generations(generations: Sequence[Mapping[str, str]]) -> tuple[list[dict[str, str]], str]:
+    """The continuations without their prompts, and the prompt if all share it, else an empty text."""
+    shown = []
+    for i, generation in enumerate(generations):
+        missing = [key for key in ("label", "prompt", "text") if key not in generation]
+        if missing:
+            raise ValueError(f"Generation {i} lacks {', '.join(missing)}; each needs label, prompt and text.")
+        _checks.known_keys(generation, ("label", "prompt", "text"), f"Generation {i}")
+        # The space that joins the continuation to its prompt is no indent.
+        text = generation["text"].removeprefix(generation["prompt"]).removeprefix(" ")
+        shown.append({key: visible(value) for key, value in dict(generation, text=text).items()})
+    prompts = {generation["prompt"] for generation in shown}
+    return shown, prompts.pop() if len(prompts) == 1 else ""
+
+
+def _growth_note(fit: FitResult) -> str:
+    note = (
+        "How many regions the first activations of the stream had founded. A curve that still climbs has not met all "
+        "there is to meet."
+    )
+    if fit.percentile is None:
+        return note
+    return note + (
+        " A lower percentile means a smaller threshold: more and narrower regions. The regions of one percentile are not "
+        "nested in those of another."
+    )
+
+
+def _evaluation_note(fit: FitResult) -> str:
+    config = fit.dictionary.cfg
+    graded = str(config.readout).startswith("top_k")
+    kept = f", k = {config.k}" if graded else ""
+    note = f"SAELens' own evaluation, with this dictionary in the place of an SAE (readout {config.readout}{kept}; basis {config.basis})."
+    if config.readout == "one_hot" or (graded and config.k == 1):
+        note += " With one active latent per token little of the activation is kept, so low reconstruction figures are expected."
+    return note

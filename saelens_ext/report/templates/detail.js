@@ -1,0 +1,126 @@
+// One region: its exemplar, figures, examples, tokens and neighbours.
+
+class RegionDetail {
+  // `beside(id, step)` gives the region that many rows on in the table, or null.
+  constructor(data, beside) {
+    this.data = data;
+    this.beside = beside;
+  }
+
+  show(id) {
+    const { data } = this;
+    byId("detail-title").replaceChildren(`Region ${id} `, tokenChip(tokenText(data, id), 40));
+    this.steps(id);
+    byId("detail-body").replaceChildren(
+      this.provenance(id),
+      this.exemplar(id),
+      this.measures(id),
+      this.lens(id),
+      this.examples("Nearest members", "The profiled activations of this region closest to the exemplar.", data.nearest[id]),
+      this.examples("Boundary members", "Those of the region's own activations farthest from it, where the region ends.", data.boundary?.[id]),
+      this.neighbours(id),
+    );
+    byId("detail").scrollTop = 0;
+  }
+
+  missing(name) {
+    byId("detail-title").textContent = "No such region";
+    const last = this.data.members.length - 1;
+    byId("detail-body").replaceChildren(make("p", {}, `There is no region ${visible(name)}: regions run from 0 to ${last}.`));
+  }
+
+  // Which of the two buttons leads anywhere depends on how the table is sorted and searched.
+  steps(id) {
+    setUsable(byId("detail-back"), this.beside(id, -1) !== null);
+    setUsable(byId("detail-on"), this.beside(id, 1) !== null);
+  }
+
+  provenance(id) {
+    const { document: documents, window: windows, position } = this.data.exemplars;
+    const place = `document ${documents[id]}, window ${windows[id]}, position ${position[id]}`;
+    const founded = `Founded by activation ${formatCount(this.data.founded[id])} of ${formatCount(this.data.n_seen)}.`;
+    return make("p", { class: "provenance" }, `Exemplar: ${place}. ${founded}`);
+  }
+
+  exemplar(id) {
+    const { cut_before: cutBefore, cut_after: cutAfter } = this.data.exemplars;
+    const text = contextText(...exemplarContext(this.data, id), { cutBefore: cutBefore[id], cutAfter: cutAfter[id] });
+    return make("div", { class: "exemplar" }, text);
+  }
+
+  measures(id) {
+    const { data } = this;
+    const nearest = nearestOther(data, id);
+    const massNote = `${formatCount(data.members[id])} of ${formatCount(data.n_profiled)} activations are nearest to this exemplar`;
+    return make(
+      "dl",
+      { class: "measures" },
+      measure("mass", "Mass", formatShare(massOf(data, id)), massNote),
+      measure("joined", "Members at arrival", formatCount(data.joined[id]), "joined during the build, among the exemplars known by then"),
+      measure("coherence", "Coherence", formatDistance(data.coherence[id]), "length of the members' mean direction; 1 means all alike"),
+      measure("mean", "Mean distance", formatDistance(data.mean_distance[id]), "of the members from the exemplar"),
+      measure("farthest", "Farthest member", formatDistance(data.max_distance[id]), this.farthestNote(data.max_distance[id])),
+      measure("separation", "Nearest region", formatDistance(nearest), nearest === null ? "there is no other" : "to the nearest other exemplar"),
+    );
+  }
+
+  farthestNote(distance) {
+    if (distance === null) return "none was measured";
+    const side = distance > this.data.threshold ? "beyond" : "within";
+    return `${side} the threshold of ${formatDistance(this.data.threshold)}`;
+  }
+
+  lens(id) {
+    const { lens } = this.data;
+    if (lens === null) return make("p", { class: "hint" }, "No logit lens was computed for this report.");
+    const high = "Highest logits of the exemplar through the final norm and unembedding.";
+    const low = "Lowest logits, lowest first.";
+    return make(
+      "div",
+      { class: "lens" },
+      this.tokens("Promoted tokens", high, lens.promoted[id], lens.promoted_logits[id]),
+      this.tokens("Suppressed tokens", low, lens.suppressed[id], lens.suppressed_logits[id]),
+    );
+  }
+
+  tokens(name, note, tokens, logits) {
+    const item = (v, i) => make("li", {}, tokenChip(this.data.vocabulary[v], 24), number(logits[i] === null ? "–" : logits[i].toFixed(2)));
+    return make("div", {}, ...headed(name, note), make("ol", { class: "tokens" }, ...tokens.map(item)));
+  }
+
+  // `list` holds columns of equal length, or is missing where none were gathered.
+  examples(name, note, list) {
+    const item = (distance, i) => {
+      const text = contextText(list.tokens[i].map((v) => this.data.vocabulary[v]), list.mark[i], {
+        cutBefore: list.mark[i] === this.data.context,
+        cutAfter: list.tokens[i].length - list.mark[i] - 1 === this.data.context,
+      });
+      const place = make("small", {}, `document ${list.document[i]}, position ${list.position[i]}`);
+      return make("li", {}, number(formatDistance(distance)), make("div", {}, text, place));
+    };
+    const items = (list?.distance ?? []).map(item);
+    return make("div", { class: "examples" }, ...headed(name, items.length > 0 ? note : "There is none."), make("ol", {}, ...items));
+  }
+
+  neighbours(id) {
+    const { neighbours, neighbour_distances: distances } = this.data;
+    const item = (other, i) => {
+      const link = make("a", { href: `#region-${other}` }, `Region ${other} `, tokenChip(tokenText(this.data, other), 24));
+      return make("li", {}, link, number(formatDistance(distances[id][i])));
+    };
+    const note = neighbours[id].length > 0 ? "By cosine distance between exemplars." : "There is no other region.";
+    return make("div", { class: "neighbours" }, ...headed("Nearest other regions", note), make("ol", {}, ...neighbours[id].map(item)));
+  }
+}
+
+function headed(name, note) {
+  return [make("h3", {}, name), make("p", { class: "hint" }, note)];
+}
+
+function number(text) {
+  return make("span", { class: "number" }, text);
+}
+
+function measure(key, name, value, note) {
+  return make("div", { id: `measure-${key}` }, make("dt", {}, name), make("dd", {}, make("b", {}, value), make("span", {}, note)));
+}

@@ -1,0 +1,276 @@
+// The map: one disc per region at the projection of its exemplar, area by mass, colour by coherence.
+
+const SHADES = 5;
+const ZOOM_STEP = 1.6;
+const CLOSEST_ZOOM = 40;
+const MARGIN = 26;
+const CROWD = 800; // regions from which on discs are drawn smaller
+const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+
+class RegionMap {
+  constructor(data, onSelect) {
+    this.data = data;
+    this.onSelect = onSelect;
+    this.ids = data.members.map((_, id) => id);
+    this.bySize = [...this.ids].sort((a, b) => data.members[b] - data.members[a] || a - b);
+    this.crowding = Math.min(1, (CROWD / this.ids.length) ** 0.25);
+    this.view = { zoom: 1, x: 0, y: 0 };
+    this.selected = 0;
+    this.matching = null;
+    this.drag = null;
+    this.fit = 1; // pixels per unit of the coordinates at zoom 1
+    this.build();
+    this.listen();
+    onWidthChange(this.holder, () => this.resize());
+  }
+
+  build() {
+    const { data } = this;
+    const shades = shadeScale(data.coherence);
+    this.holder = byId("map-chart");
+    this.tooltip = make("div", { class: "tooltip", hidden: "" });
+    this.labels = draw("g", { class: "map-labels" });
+    this.halo = draw("circle", { class: "halo", visibility: "hidden" });
+    this.ring = draw("circle", { class: "ring" });
+    this.discs = this.ids.map((id) => draw("circle", { class: `disc ${shades.of(data.coherence[id])}`, "data-region": id }));
+    const hint = "Map of the regions. The arrow keys go to the next region in their direction, plus and minus zoom.";
+    // Small discs last, so that no large one hides them.
+    const layer = draw("g", {}, ...this.bySize.map((id) => this.discs[id]));
+    this.svg = draw("svg", { tabindex: "0", role: "group", "aria-label": hint }, layer, this.labels, this.halo, this.ring);
+    this.holder.append(this.svg, this.tooltip);
+    byId("map-legend").replaceChildren(...shades.legend());
+    byId("map-projection").textContent =
+      `Projection: ${data.projection.name}. ${data.projection.caution} Distances on the map are only indicative; those in the table are exact.`;
+  }
+
+  // --- what other parts call ---
+
+  select(id) {
+    this.selected = id;
+    this.encircle(this.ring, id, 4);
+    byId("map-readout").replaceChildren(
+      make("span", {}, `Selected: ${this.caption(id)}. `),
+      make("a", { href: "#detail", class: "narrow-only" }, "Details ↓"),
+    );
+  }
+
+  // Regions to keep bright: a Set, or null for all.
+  match(ids) {
+    this.matching = ids;
+    for (const id of this.ids) this.discs[id].classList.toggle("faded", !this.matches(id));
+    this.name();
+  }
+
+  // --- drawing ---
+
+  resize() {
+    this.width = Math.max(260, this.holder.clientWidth);
+    const extent = (list) => Math.max(Math.abs(list[largestOf(list.map(Math.abs))]), 1e-9);
+    const [across, along] = [extent(this.data.x), extent(this.data.y)];
+    const wanted = across > 1e-6 ? ((this.width - 2 * MARGIN) * along) / across + 2 * MARGIN : 0;
+    this.height = Math.round(Math.min(600, Math.max(260, wanted)));
+    this.fit = Math.min((this.width / 2 - MARGIN) / across, (this.height / 2 - MARGIN) / along);
+    this.svg.setAttribute("width", this.width);
+    this.svg.setAttribute("height", this.height);
+    this.render();
+  }
+
+  render() {
+    for (const id of this.ids) this.encircle(this.discs[id], id, 0);
+    this.encircle(this.ring, this.selected, 4);
+    this.name();
+    this.svg.classList.toggle("zoomed", this.view.zoom > 1);
+  }
+
+  matches(id) {
+    return this.matching === null || this.matching.has(id);
+  }
+
+  place(id) {
+    const { zoom, x, y } = this.view;
+    return [this.width / 2 + (this.data.x[id] * this.fit - x) * zoom, this.height / 2 + (-this.data.y[id] * this.fit - y) * zoom];
+  }
+
+  radius(id) {
+    const share = this.data.members[id] / Math.max(1, this.data.members[this.bySize[0]]);
+    const largest = Math.min(22, 9 + this.width / 60) * Math.min(1.8, this.view.zoom ** 0.3);
+    return this.crowding * Math.max(2.6, Math.sqrt(share) * largest);
+  }
+
+  encircle(circle, id, margin) {
+    const [x, y] = this.place(id);
+    circle.setAttribute("cx", x.toFixed(1));
+    circle.setAttribute("cy", y.toFixed(1));
+    circle.setAttribute("r", (this.radius(id) + margin).toFixed(1));
+  }
+
+  // Name the largest regions in view, as many as find room.
+  name() {
+    const taken = [];
+    const most = this.width < 480 ? 14 : 36;
+    for (const id of this.bySize) {
+      if (taken.length >= most) break;
+      const label = this.matches(id) ? this.labelArea(id) : null;
+      if (label === null || taken.some((other) => overlap(label, other))) continue;
+      taken.push(label);
+    }
+    const text = ({ left, right, top, words }) =>
+      draw("text", { x: ((left + right) / 2).toFixed(1), y: (top + 12).toFixed(1), "text-anchor": "middle" }, words);
+    this.labels.replaceChildren(...taken.map(text));
+  }
+
+  // Where a region's name would stand, on a large disc or beside a small one; null where it would leave the map.
+  labelArea(id) {
+    const words = tokenLabel(tokenText(this.data, id), 14);
+    const length = 6.8 * Array.from(words).length + 6;
+    const [x, y] = this.place(id);
+    const r = this.radius(id);
+    const left = r > 9 ? x - length / 2 : x + r + length < this.width ? x + r : x - r - length;
+    const inside = left >= 0 && left + length <= this.width && y >= 8 && y + 8 <= this.height;
+    return inside ? { left, right: left + length, top: y - 8, bottom: y + 8, words } : null;
+  }
+
+  caption(id) {
+    const { data } = this;
+    return `Region ${id} ${tokenLabel(tokenText(data, id), 32)} — mass ${formatShare(massOf(data, id))}, coherence ${formatDistance(data.coherence[id])}`;
+  }
+
+  hover(id) {
+    this.halo.setAttribute("visibility", id === null ? "hidden" : "visible");
+    this.tooltip.hidden = id === null;
+    if (id === null) return;
+    this.encircle(this.halo, id, 2);
+    const context = contextText(...exemplarContext(this.data, id), { before: 50, after: 50 });
+    this.tooltip.replaceChildren(make("b", {}, this.caption(id)), context);
+    const [x, y] = this.place(id);
+    const left = Math.min(Math.max(0, x - this.tooltip.offsetWidth / 2), this.width - this.tooltip.offsetWidth);
+    const gap = this.radius(id) + 10;
+    const above = y - gap - this.tooltip.offsetHeight;
+    this.tooltip.style.left = `${left}px`;
+    this.tooltip.style.top = `${above > 0 ? above : y + gap}px`;
+  }
+
+  // --- moving about ---
+
+  listen() {
+    const { svg } = this;
+    svg.addEventListener("keydown", (event) => this.onKey(event));
+    svg.addEventListener("pointerdown", (event) => this.onPress(event));
+    svg.addEventListener("pointermove", (event) => this.onMove(event));
+    svg.addEventListener("pointerup", (event) => this.onRelease(event));
+    svg.addEventListener("pointercancel", () => (this.drag = null));
+    svg.addEventListener("pointerleave", () => this.hover(null));
+    svg.addEventListener("wheel", (event) => this.onWheel(event), { passive: false });
+    byId("map-in").addEventListener("click", () => this.zoomBy(ZOOM_STEP));
+    byId("map-out").addEventListener("click", () => this.zoomBy(1 / ZOOM_STEP));
+    byId("map-reset").addEventListener("click", () => this.zoomBy(0));
+  }
+
+  onKey(event) {
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    if (event.key in ARROWS) {
+      const next = this.towards(...ARROWS[event.key]);
+      if (next !== null) this.onSelect(next);
+    } else if (event.key === "+" || event.key === "=") this.zoomBy(ZOOM_STEP);
+    else if (event.key === "-") this.zoomBy(1 / ZOOM_STEP);
+    else return;
+    event.preventDefault();
+  }
+
+  onPress(event) {
+    this.drag = { x: event.clientX, y: event.clientY, start: this.view, moved: false };
+    if (this.view.zoom > 1) this.svg.setPointerCapture(event.pointerId);
+  }
+
+  onMove(event) {
+    if (this.drag && this.view.zoom > 1) {
+      const [dx, dy] = [event.clientX - this.drag.x, event.clientY - this.drag.y];
+      const { zoom, x, y } = this.drag.start;
+      this.drag.moved ||= Math.hypot(dx, dy) > 4;
+      this.view = { zoom, x: x - dx / zoom, y: y - dy / zoom };
+      this.hover(null);
+      this.render();
+    } else if (event.pointerType !== "touch") this.hover(this.regionAt(event));
+  }
+
+  onRelease(event) {
+    const id = this.drag && !this.drag.moved ? this.regionAt(event) : null;
+    this.drag = null;
+    if (id !== null) this.onSelect(id);
+  }
+
+  // A plain wheel scrolls the page; with Ctrl or Command it zooms, as on other maps.
+  onWheel(event) {
+    if (!event.ctrlKey && !event.metaKey) return;
+    event.preventDefault();
+    this.zoomBy(event.deltaY < 0 ? 1.25 : 0.8, this.pointOf(event));
+  }
+
+  pointOf(event) {
+    const box = this.svg.getBoundingClientRect();
+    return [event.clientX - box.left, event.clientY - box.top];
+  }
+
+  // Zoom about a point that stays where it is.
+  zoomBy(factor, [atX, atY] = [this.width / 2, this.height / 2]) {
+    const zoom = Math.min(CLOSEST_ZOOM, Math.max(1, this.view.zoom * factor));
+    const shift = 1 / this.view.zoom - 1 / zoom;
+    const { x, y } = this.view;
+    const moved = { zoom, x: x + (atX - this.width / 2) * shift, y: y + (atY - this.height / 2) * shift };
+    this.view = zoom === 1 ? { zoom, x: 0, y: 0 } : moved;
+    this.hover(null);
+    this.render();
+  }
+
+  // The region under the pointer or, for a finger, near it. The rim counts, so that a small disc on a large one can be hit.
+  regionAt(event) {
+    const [px, py] = this.pointOf(event);
+    let best = null;
+    let bestScore = event.pointerType === "touch" ? 22 : 9;
+    for (const id of this.ids) {
+      const [x, y] = this.place(id);
+      const away = Math.hypot(x - px, y - py);
+      const r = this.radius(id);
+      const score = away <= r ? (away / r) * Math.min(r, 4) - 4 : away - r;
+      if (score < bestScore) [best, bestScore] = [id, score];
+    }
+    return best;
+  }
+
+  // The nearest region within 45 degrees of a direction on screen.
+  towards(dx, dy) {
+    const [x0, y0] = this.place(this.selected);
+    let best = null;
+    let bestAway = Infinity;
+    for (const id of this.ids) {
+      if (id === this.selected || !this.matches(id)) continue;
+      const [x, y] = this.place(id);
+      const along = (x - x0) * dx + (y - y0) * dy;
+      const across = Math.abs((x - x0) * dy) + Math.abs((y - y0) * dx);
+      if (along > 0 && across <= along && along + across < bestAway) [best, bestAway] = [id, along + across];
+    }
+    return best;
+  }
+}
+
+function overlap(a, b) {
+  return a.left < b.right && a.right > b.left && a.top < b.bottom && a.bottom > b.top;
+}
+
+// Five shades over the range of the coherence, and a legend that names its limits.
+function shadeScale(values) {
+  const known = values.filter((value) => value !== null);
+  const low = known.reduce((a, b) => Math.min(a, b), Infinity);
+  const high = known.reduce((a, b) => Math.max(a, b), -Infinity);
+  const several = high > low;
+  const index = (value) => (several ? Math.min(SHADES - 1, Math.floor(((value - low) / (high - low)) * SHADES)) : SHADES - 1);
+  const shades = several ? Array.from({ length: SHADES }, (_, i) => i) : [SHADES - 1];
+  return {
+    of: (value) => (value === null ? "shade-none" : `shade-${index(value)}`),
+    legend() {
+      if (known.length === 0) return ["No coherence was measured."];
+      const swatches = shades.map((i) => make("span", { class: `swatch shade-${i}` }));
+      return [`Coherence ${formatDistance(low)} `, ...swatches, several ? ` ${formatDistance(high)}` : ""];
+    },
+  };
+}

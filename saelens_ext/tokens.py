@@ -1,0 +1,73 @@
+"""Tokens as a person reads them, and which of them are structure rather than text."""
+
+import re
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+from sae_lens.util import get_special_token_ids
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_WORD_START = "\u2581"  # SentencePiece writes a leading space as this character
+
+
+def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids of BOS, EOS, padding and separators, ascending; the role tokens of a chat template are not among them."""
+    return sorted(get_special_token_ids(tokenizer))
+
+
+def token_strings(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | Tensor) -> list[str]:
+    r"""One readable string per token.
+
+    Args:
+        tokenizer: a fast or a slow tokenizer.
+        ids: token ids, a list or a one-dimensional tensor.
+
+    Returns:
+        One string per id. A leading space is kept as a space, a line break as a line break; bytes that are not a whole
+        character are written ``\xNN``. Joined, the strings are the text, save for characters that tokens share.
+        An id outside the vocabulary reads ``<id 123>``.
+    """
+    ids = [int(i) for i in ids]
+    pieces = tokenizer.convert_ids_to_tokens(ids)
+    added = {int(i): str(token) for i, token in tokenizer.added_tokens_decoder.items()}
+    read = _reader(tokenizer)
+    # An added token ("<|endoftext|>") is stored as it reads; decoding it as bytes would mangle it.
+    return [
+        added[i] if i in added else f"<id {i}>" if piece is None else read(piece)
+        for i, piece in zip(ids, pieces, strict=True)
+    ]
+
+
+def _reader(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str]:
+    """How this tokenizer's vocabulary writes text: as bytes in disguise, or as text with marked word starts."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if hasattr(tokenizer, "byte_decoder") or (backend is not None and "ByteLevel" in repr(backend.decoder)):
+        return _read_byte_level
+    return _read_sentence_piece
+
+
+def _read_byte_level(piece: str) -> str:
+    alphabet = _byte_alphabet()
+    if any(character not in alphabet for character in piece):
+        return piece
+    return bytes(alphabet[character] for character in piece).decode("utf-8", errors="backslashreplace")
+
+
+def _read_sentence_piece(piece: str) -> str:
+    byte = _BYTE_PIECE.fullmatch(piece)
+    if byte:
+        return bytes([int(byte.group(1), 16)]).decode("utf-8", errors="backslashreplace")
+    return piece.replace(_WORD_START, " ")
+
+
+@lru_cache(maxsize=1)
+def _byte_alphabet() -> dict[str, int]:
+    """The byte that each character of a byte-level vocabulary stands for.
+
+    Printable Latin-1 characters stand for themselves, and the other bytes, in order, for the characters from 256 on.
+    """
+    own = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    moved = [byte for byte in range(256) if byte not in own]
+    return {chr(byte): byte for byte in own} | {chr(256 + n): byte for n, byte in enumerate(moved)}

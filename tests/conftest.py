@@ -1,0 +1,57 @@
+"""Fixtures that the whole suite shares. Models are made once; a test that changes one makes its own."""
+
+from pydoc_data.topics import topics
+
+import pytest
+import torch
+
+from tests import models_zoo
+
+
+ALL_THREADS = torch.get_num_threads()
+
+
+@pytest.fixture(autouse=True)
+def _threads(request):
+    """One thread for tiny models, which are slower with more (several times so where cores are shared), all for the real one."""
+    torch.set_num_threads(ALL_THREADS if "smol" in request.fixturenames else 1)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    return models_zoo.make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_texts() -> list[str]:
+    """Twelve English documents of different lengths, most of them longer than a tiny model's context."""
+    paragraphs = [p for p in topics["assert"].split("\n\n") + topics["booleans"].split("\n\n") if len(p) > 20]
+    return paragraphs[:12]
+
+
+@pytest.fixture(scope="session")
+def tiny_bridge():
+    return models_zoo.make_model("llama", "SAETransformerBridge")
+
+
+@pytest.fixture(scope="session")
+def tiny_hooked():
+    return models_zoo.make_model("llama", "HookedSAETransformer")
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2_bridge():
+    return models_zoo.make_model("gpt2", "SAETransformerBridge")
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2_hooked():
+    return models_zoo.make_model("gpt2", "HookedSAETransformer")
+
+
+@pytest.fixture(scope="session")
+def smol():
+    """The small real model; loading takes seconds, so only behaviour that random weights cannot show is tested on it."""
+    from saelens_ext.demo import load_demo_model
+
+    return load_demo_model()
