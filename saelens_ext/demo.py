@@ -28,9 +28,9 @@ from saelens_ext import _files
 from saelens_ext.activations import ActivationStream
 from saelens_ext.dictionaries.exemplar_partition import ExemplarPartition
 from saelens_ext.dictionaries.fit_exemplars import fit_exemplar_partitions
-from saelens_ext.dictionaries.profile import DictionaryProfile, profile_dictionaries
+from saelens_ext.dictionaries.profile import profile_dictionaries
 from saelens_ext.interventions import ablate_directions, steer_with
-from saelens_ext.lens import LensResult, logit_lens
+from saelens_ext.lens import logit_lens
 from saelens_ext.report.dictionary_report import write_dictionary_report
 
 logger = logging.getLogger(__name__)
@@ -101,6 +101,8 @@ def load_demo_corpus() -> Dataset:
 HOOK = "blocks.15.hook_out"
 PERCENTILES = (1, 2, 4, 8, 10)
 CHOSEN_PERCENTILE = 2
+# Steering uses the region that the last token of this text falls in.
+STEER_LIKE = "define a new class"
 PROMPT = "The best way to spend a free afternoon is"
 STRENGTH = 0.6
 
@@ -111,8 +113,8 @@ def split_corpus(corpus: Dataset) -> tuple[Dataset, Dataset]:
     return corpus.select([row for row in rows if row % 5 != 4]), corpus.select([row for row in rows if row % 5 == 4])
 
 
-def evaluate(dictionary: ExemplarPartition, model: SAETransformerBridge, corpus: Dataset) -> dict[str, float]:
-    """SAELens' own evaluation of a dictionary on a corpus, on 16 windows; names are ``group/metric``."""
+def evaluate(dictionary: ExemplarPartition, model: SAETransformerBridge, corpus: Dataset) -> dict[str, dict[str, float]]:
+    """SAELens' own evaluation of a dictionary on a corpus, on 16 windows, as ``run_evals`` gives it."""
     # The store warns that a corpus with fewer rows than tokens will repeat, and the reshuffle of few rows does not matter here.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
@@ -120,19 +122,18 @@ def evaluate(dictionary: ExemplarPartition, model: SAETransformerBridge, corpus:
             model, dictionary, corpus, streaming=False, store_batch_size_prompts=8, total_tokens=2048,
             n_batches_in_buffer=2, train_batch_size_tokens=512, device=str(dictionary.device),
         )
-    config = get_eval_everything_config(batch_size_prompts=8, n_eval_reconstruction_batches=2, n_eval_sparsity_variance_batches=2)
+    config = get_eval_everything_config(
+        batch_size_prompts=8, n_eval_reconstruction_batches=2, n_eval_sparsity_variance_batches=2
+    )
     metrics, _ = run_evals(dictionary, store, model, ActivationScaler(), config)
-    return {f"{group}/{name}": value for group, values in metrics.items() for name, value in values.items()}
+    return metrics
 
 
-def choose_region(dictionary: ExemplarPartition, profile: DictionaryProfile, lens: LensResult) -> int:
-    """The region to steer with: the one whose direction the logit lens reads most sharply, among those of some mass.
-
-    Sharpness is how far the most promoted token's logit stands above the tenth.
-    """
-    sharpness = lens.promoted_logits[:, 0] - lens.promoted_logits[:, -1]
-    has_mass = profile.counts >= 0.001 * profile.n_activations
-    return int(torch.where(has_mass, sharpness, -torch.inf).argmax())
+def region_of(text: str, dictionary: ExemplarPartition, model: SAETransformerBridge) -> int:
+    """The region that the activation at the last token of a text falls in."""
+    hook = dictionary.cfg.metadata.hook_name
+    _, cache = model.run_with_cache(text, names_filter=[hook])
+    return int(dictionary.assign(cache[hook][0, -1]).regions)
 
 
 def generate_three_ways(model: SAETransformerBridge, dictionary: ExemplarPartition, region: int) -> list[dict[str, str]]:
@@ -151,7 +152,7 @@ def generate_three_ways(model: SAETransformerBridge, dictionary: ExemplarPartiti
         ablated = continuation()
     return [
         {"label": "Unsteered", "prompt": PROMPT, "text": unsteered},
-        {"label": f"Steered along region {region}, {STRENGTH} of the typical norm", "prompt": PROMPT, "text": steered},
+        {"label": f"Steered along region {region} by {STRENGTH} of the typical norm", "prompt": PROMPT, "text": steered},
         {"label": f"Region {region} ablated", "prompt": PROMPT, "text": ablated},
     ]
 
@@ -183,15 +184,15 @@ def run_demo(output: Path, max_tokens: int = 40_000, say: Callable[[str], Any] =
     profile = profiles[PERCENTILES.index(CHOSEN_PERCENTILE)]
     say("Evaluating one with SAELens' run_evals on held-out documents")
     evals = evaluate(chosen.dictionary, model, held_out)
-    say("Steering with an exemplar")
-    lens = logit_lens(model, chosen.dictionary.exemplars)
-    generations = generate_three_ways(model, chosen.dictionary, choose_region(chosen.dictionary, profile, lens))
+    region = region_of(STEER_LIKE, chosen.dictionary, model)
+    say(f"Steering with region {region}, where the last token of {STEER_LIKE!r} falls")
+    generations = generate_three_ways(model, chosen.dictionary, region)
     for generation in generations:
         say(f"  {generation['label']}: {generation['prompt']}[{generation['text']}]")
     _files.write_json(output / "evals.json", evals)
     _files.write_json(output / "generations.json", {"generations": generations})
     return write_dictionary_report(
-        output / "report.html", fits=list(fits.values()), chosen=chosen, profile=profile, lens=lens,
+        output / "report.html", fits=list(fits.values()), chosen=chosen, profile=profile, lens=logit_lens(model, chosen.dictionary.exemplars),
         tokenizer=stream.tokenizer, evals=evals, generations=generations, title="Regions of SmolLM2-135M-Instruct",
     )
 
@@ -199,7 +200,7 @@ def run_demo(output: Path, max_tokens: int = 40_000, say: Callable[[str], Any] =
 def main(arguments: list[str] | None = None) -> int:
     """``python -m saelens_ext.demo``."""
     parser = argparse.ArgumentParser(prog="python -m saelens_ext.demo", description=run_demo.__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("demo_output"), help="directory to write to (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("demo_output"), help="where to write (default: %(default)s)")
     parser.add_argument("--max-tokens", type=int, default=40_000, help="activations to build from (default: %(default)s)")
     options = parser.parse_args(arguments)
     start = time.perf_counter()

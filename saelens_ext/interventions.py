@@ -211,10 +211,11 @@ def _unit_rows(directions: Tensor) -> Tensor:
 
 def _orthonormal_basis(rows: Tensor) -> Tensor:
     """Orthonormal columns ``(d, rank)`` that span unit rows ``(m, d)``, dependent ones counted once."""
-    _, values, vectors = torch.linalg.svd(rows.double(), full_matrices=False)
+    # On the CPU, since not every accelerator has float64.
+    _, values, vectors = torch.linalg.svd(rows.cpu().double(), full_matrices=False)
     # The rows carry float32 rounding at best, so a smaller singular value is that of no direction.
     tolerance = max(rows.shape) * torch.finfo(torch.float32).eps * values[0]
-    return vectors[values > tolerance].T.to(rows.dtype)
+    return vectors[values > tolerance].T.to(rows)
 
 
 def _latent_mask(sae: SAE[Any], latent: int | Sequence[int]) -> Tensor:

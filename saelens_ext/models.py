@@ -153,8 +153,8 @@ def retarget(sae: AnySAE, model: AnyHost) -> AnySAE:
         differences = _activation_differences(metadata, describe_model(model))
         if differences:
             warnings.warn(
-                f"This SAE was built on activations that this model does not give: {'; '.join(differences)}. What it "
-                "computes here is not what it was built for. Load the model the way it was loaded then "
+                f"This SAE was built on activations that this model may not give: {'; '.join(differences)}. What it "
+                "computes here would not be what it was built for. Load the model the way it was loaded then "
                 "(HookedSAETransformer.from_pretrained_no_processing and an SAETransformerBridge outside compatibility "
                 "mode give the same activations; from_pretrained and compatibility mode change them).",
                 UserWarning,
@@ -308,7 +308,10 @@ def _with_bos(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
         return tokenizer
     with tempfile.TemporaryDirectory() as directory:
         tokenizer.save_pretrained(directory)
-        reread = AutoTokenizer.from_pretrained(directory, add_bos_token=True)
+        try:
+            reread = AutoTokenizer.from_pretrained(directory, add_bos_token=True)
+        except ValueError:  # a BOS that cannot be prepended (one with a colon in it); the hosts let it be, too
+            return tokenizer
     reread.init_kwargs["name_or_path"] = reread.name_or_path = tokenizer.name_or_path
     reread.padding_side = tokenizer.padding_side
     return reread

@@ -7,7 +7,6 @@ import torch
 
 from tests import models_zoo
 
-
 ALL_THREADS = torch.get_num_threads()
 
 

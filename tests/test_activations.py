@@ -2,6 +2,7 @@
 
 import json
 from itertools import islice
+from unittest.mock import patch
 
 import datasets
 import pytest
@@ -93,13 +94,29 @@ def test_activations_are_those_of_each_window_alone(architecture, model_class, p
     close(found, expected)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("pad", ["<pad>", "<s>"])
 @pytest.mark.parametrize("model_class", MODEL_CLASSES)
-def test_the_tokenizers_padding_side_does_not_matter(model_class, side, tiny_texts):
-    tokenizer = make_tokenizer()
-    tokenizer.padding_side = side
+def test_the_tokenizers_padding_side_does_not_matter(model_class, pad, tiny_texts):
+    tokenizer = make_tokenizer(pad=pad)
+    tokenizer.padding_side = "left"
     found, _ = collect(ActivationStream(make_model("gpt2", model_class, tokenizer), tiny_texts[:5], HOOK, context_size=20))
     close(found, one_window_at_a_time("gpt2", tiny_texts[:5], layer=1, context_size=20)[1])
+
+
+def test_the_model_is_told_what_is_padding(llama, tiny_texts):
+    """Behind causal attention the right answer could be luck; an attention that sees ahead would need the mask."""
+    masks, forward = [], type(llama).forward
+
+    def spy(*args, **kwargs):
+        masks.append(kwargs["attention_mask"])
+        return forward(llama, *args, **kwargs)
+
+    with patch.object(llama, "forward", spy):
+        for batch in ActivationStream(llama, tiny_texts, HOOK, context_size=20, batch_size=4):
+            real = batch.windows != -1
+            assert torch.equal(masks[-1], real[:, : masks[-1].shape[1]].long())
+            assert not real[:, masks[-1].shape[1] :].any()
+    assert "forward" not in vars(llama)
 
 
 def test_the_batch_size_does_not_matter(model, tiny_texts):
@@ -335,7 +352,7 @@ def test_the_users_hooks_stay(model, tiny_texts):
         assert len(calls) == n_passes
         assert hook_counts(model) == before
         next(iter(stream))  # an iterator that is left behind
-        for batch in stream:
+        for _ in stream:
             break
         assert hook_counts(model) == before
         with model.hooks(fwd_hooks=[(resolve_hook(model, HOOK), fail)]), pytest.raises(UserError):
@@ -378,6 +395,15 @@ def test_grad_mode_stays(llama, tiny_texts, grad, ending):
         except UserError:
             assert ending == "failed"
         assert torch.is_grad_enabled() is grad
+
+
+def test_passes_keep_no_graph(llama, tiny_texts):
+    """Without which every pass would hold on to all its intermediate values."""
+    seen = []
+    name = resolve_hook(llama, HOOK)
+    with torch.enable_grad(), llama.hooks(fwd_hooks=[(name, lambda x, hook: seen.append(x.requires_grad))]):
+        list(ActivationStream(llama, tiny_texts, HOOK, context_size=16))
+    assert seen and not any(seen)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -473,6 +499,25 @@ def test_progress(tiny_bridge, tiny_texts, capsys):
     assert capsys.readouterr() == ("", "")
     list(ActivationStream(tiny_bridge, tiny_texts, HOOK, context_size=16, max_tokens=40, progress=True))
     assert "40/40" in capsys.readouterr().err
+
+
+# --- the real model --------------------------------------------------------------------------------------------------
+
+
+def test_a_real_model_and_its_chat_template(smol):
+    chat = [{"role": "user", "content": "Name a city."}, {"role": "assistant", "content": "Paris."}]
+    texts = ["The capital of France is Paris.", smol.tokenizer.apply_chat_template(chat, tokenize=False)]
+    stream = ActivationStream(smol, texts, "blocks.4.hook_resid_post", exclude_special_tokens=False, batch_size=2)
+    (batch,) = list(stream)
+    for document_id, text in enumerate(texts):
+        tokens = smol.to_tokens(text, prepend_bos=document_id == 0)
+        with torch.no_grad():
+            _, cache = smol.run_with_cache(tokens, names_filter=["blocks.4.hook_out"], stop_at_layer=5)
+        rows = batch.document_ids == document_id
+        assert torch.equal(batch.token_ids[rows], tokens[0])
+        torch.testing.assert_close(
+            batch.activations["blocks.4.hook_resid_post"][rows], cache["blocks.4.hook_out"][0], rtol=1e-3, atol=1e-3
+        )
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------

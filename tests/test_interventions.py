@@ -104,7 +104,7 @@ def test_adds_exactly(model):
     assert torch.equal(run(model)[0], run(model)[0]) and torch.equal(run(model)[1], x)
 
 
-@pytest.mark.parametrize("hook", [RESIDUAL, "blocks.0.hook_mlp_out", "hook_embed"])
+@pytest.mark.parametrize("hook", [RESIDUAL, "blocks.0.hook_mlp_out", "hook_embed", "blocks.1.ln2.hook_normalized"])
 def test_strength_zero_is_no_hook_at_all(model, hook):
     logits, _ = run(model)
     with add_direction(model, hook, normal(width(model, hook)), 0.0):
@@ -125,8 +125,11 @@ def test_logits_move_as_predicted_right_before_the_unembedding(model):
 def test_positions_are_those_of_the_prompt(either):
     v = normal(width(either))
     _, x = run(either)
-    with add_direction(either, RESIDUAL, v, 2.0, positions=[0, 4, 4]):
-        _, moved = run(either)
+    before, name = [], resolve_hook(either, RESIDUAL)
+    with either.hooks(fwd_hooks=[(name, lambda x, hook: before.append(x))]):
+        with add_direction(either, RESIDUAL, v, 2.0, positions=[0, 4, 4]):
+            _, moved = run(either)
+    assert torch.equal(before[0], x), "an activation that others may hold was changed in place"
     expected = x.clone()
     expected[:, [0, 4]] += 2 * v / v.norm()
     assert torch.equal(moved, expected)
@@ -244,6 +247,18 @@ def test_the_error_is_kept(either, name):
         _, scaled = run(either)
     untouched = codes[..., latents[0]] == 0
     assert torch.equal(scaled[untouched], x[untouched])
+
+
+def test_a_token_whose_code_stays_is_left_to_the_last_bit(either, monkeypatch):
+    """Even where the dictionary's products round differently from row to row."""
+    sae = saes(width(either))["topk"]
+    logits, x = run(either)
+    with torch.no_grad():
+        unused = (sae.encode(x) == 0).all(dim=(0, 1)).nonzero()[:2].flatten().tolist()
+    decode = sae.decode
+    monkeypatch.setattr(sae, "decode", lambda z: decode(z) + torch.arange(z[..., 0].numel()).reshape(z[..., :1].shape))
+    with scale_latent(either, sae, unused, 7.0):
+        assert torch.equal(run(either)[0], logits)
 
 
 @pytest.mark.parametrize("name", SAES)

@@ -9,7 +9,8 @@ import torch
 from sae_lens import HookedSAETransformer, StandardSAE, StandardSAEConfig
 from sae_lens.load_model import HookedProxyLM
 from sae_lens.saes.sae import SAEMetadata
-from transformer_lens import HookedTransformerConfig
+from transformer_lens import HookedTransformer, HookedTransformerConfig
+from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.pretrained.weight_conversions import convert_gemma_weights
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
@@ -196,6 +197,19 @@ def test_module_paths_translate_both_ways(hosts):
     assert resolve_hook(proxy, "blocks.2.hook_resid_pre") == MODULES[architecture][1]
     with pytest.raises(ValueError, match="no hook 'blocks.1.attn.hook_z'"):
         resolve_hook(proxy, "blocks.1.attn.hook_z")
+
+
+def test_the_classes_of_transformer_lens_itself(tiny_bridge, tiny_hooked):
+    bridge = TransformerBridge.boot_transformers(
+        "tiny", hf_model=make_hf_model("llama"), tokenizer=tiny_bridge.tokenizer, device="cpu"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # the host's own, of the class as such
+        hooked = HookedTransformer(tiny_hooked.cfg, tiny_hooked.tokenizer)
+    hooked.load_state_dict(tiny_hooked.state_dict())
+    for model in (bridge, hooked):
+        assert_same(read(model, resolve_hook(model, "model.layers.1")), read(tiny_bridge, "blocks.1.hook_out"))
+    assert resolve_hook(bridge, "blocks.1.hook_mlp_out") == "blocks.1.mlp.hook_out"
 
 
 def test_a_vision_tower_is_not_the_language_model(tiny_bridge):

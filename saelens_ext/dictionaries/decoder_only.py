@@ -41,9 +41,10 @@ class DecoderOnlyConfig(SAEConfig):
         architecture = given.pop("architecture", cls.architecture())
         if architecture != cls.architecture():
             raise ValueError(f"This config is of architecture {architecture!r}; {cls.__name__} takes {cls.architecture()!r}.")
-        for name in _KEYS_OF_THE_HOST - {field.name for field in fields(cls)}:
+        names = [own.name for own in fields(cls)]
+        for name in _KEYS_OF_THE_HOST.difference(names):
             given.pop(name, None)
-        _checks.known_keys(given, [field.name for field in fields(cls)], cls.__name__)
+        _checks.known_keys(given, names, cls.__name__)
         return cls(**given)
 
     def __post_init__(self) -> None:

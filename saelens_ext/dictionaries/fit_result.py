@@ -126,7 +126,8 @@ class FitResult:
             raise ValueError(f"The fit in {path} lacks {', '.join(missing)}; it is not ours.")
         lengths = {len(tensor) for tensor in tensors.values()} | {content.pop("n_regions", None)}
         if lengths != {dictionary.cfg.d_sae}:
-            raise ValueError(f"The fit in {path} is of {lengths} regions, its dictionary of {dictionary.cfg.d_sae}: they do not belong together.")
+            found = ", ".join(map(str, lengths))
+            raise ValueError(f"The fit in {path} is of {found} regions, its dictionary of {dictionary.cfg.d_sae}: they do not belong together.")
         return cls(
             dictionary=dictionary,
             threshold=ThresholdEstimate(**content.pop("threshold")),

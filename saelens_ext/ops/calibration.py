@@ -33,8 +33,8 @@ BIN_WIDTH = 2.0**-16
 
 _BINS = 2**17 + 1
 _TILE_ROWS, _TILE_COLUMNS = 1024, 2048
-_BOOTSTRAP_PAIRS = 2**19
-_REPLICATES_AT_ONCE = 8
+_BOOTSTRAP_PAIRS = 2**18
+_REPLICATES_AT_ONCE = 4
 
 
 @dataclass(frozen=True)
@@ -53,16 +53,16 @@ class ThresholdEstimate:
     """Pairs of activations it is the percentile of."""
 
     @classmethod
-    def given(cls, threshold: float) -> "ThresholdEstimate":
+    def given(cls, threshold: float | int) -> "ThresholdEstimate":
         """A threshold that was chosen, not estimated."""
-        return cls(percentile=None, threshold=threshold, low=threshold, high=threshold, n_pairs=0)
+        return cls(percentile=None, threshold=float(threshold), low=float(threshold), high=float(threshold), n_pairs=0)
 
 
 @torch.no_grad()
 def pairwise_distance_percentiles(
     units: Float[Tensor, "n d"],
     document_ids: Int[Tensor, " n_documents"],
-    percentiles: Sequence[float],
+    percentiles: Sequence[float | int],
     *,
     mode: Literal["across_documents", "within_batch"] = "across_documents",
     batch_ids: Int[Tensor, " n_batches"] | None = None,
@@ -76,7 +76,8 @@ def pairwise_distance_percentiles(
     The interval comes from resampling documents (in "within_batch", batches). Resampling pairs would treat n(n-1)/2
     pairs as independent observations where there are D documents, and be far too narrow. It is widened for small D by
     Student's t, and is all of [0, 2] where the documents are too few to show how they vary (two; in "within_batch", one
-    batch).
+    batch). Simulated streams put the coverage of a 95% interval at 0.96 and more for the 10th percentile from 5 documents
+    on; for the 1st it was 0.91 with 30 documents and 0.75 with 8, since so few pairs of documents decide it.
 
     Args:
         units: ``(n, d)`` unit rows about the centre, as ``unit_directions`` gives them; zero rows are left out.
@@ -91,7 +92,8 @@ def pairwise_distance_percentiles(
 
     Returns:
         One estimate per percentile, in the order given; linear between order statistics. "across_documents" is
-        independent of row batching and within 2**-17 of the exact percentile; "within_batch" is exact to float32.
+        independent of row batching and within 2**-17 of the exact percentile; "within_batch" is exact to float32, except
+        that distances below 2**-17 count as 0.
 
     Raises:
         ValueError: Fewer than two documents ("across_documents"), no batch with two directions ("within_batch"), lengths
@@ -122,7 +124,12 @@ def pairwise_distance_percentiles(
 
 
 def _within_groups(
-    units: Tensor, groups: Tensor, percentiles: Sequence[float], n_bootstrap: int, confidence: float, generator: torch.Generator
+    units: Tensor,
+    groups: Tensor,
+    percentiles: Sequence[float | int],
+    n_bootstrap: int,
+    confidence: float,
+    generator: torch.Generator,
 ) -> list[ThresholdEstimate]:
     n_pairs, values = 0, []
     for group in groups.unique():
@@ -154,14 +161,20 @@ def _all_pairs(units: Tensor) -> np.ndarray:
     for start in range(0, len(units), _TILE_ROWS):
         products = units[start : start + _TILE_ROWS] @ units[start:].T
         later = torch.ones_like(products, dtype=torch.bool).triu_(1)
-        parts.append((1 - products[later]).clamp_(0, 2).cpu())
+        parts.append(_distances(products[later]).cpu())
     return torch.cat(parts).numpy()
+
+
+def _distances(products: Tensor) -> Tensor:
+    """Distances from float32 products; those that could be rounding of 0 are 0, so that identical rows give 0."""
+    distances = (1 - products).clamp_(0, 2)
+    return distances.masked_fill_(distances < BIN_WIDTH / 2, 0.0)
 
 
 def _across_groups(
     units: Tensor,
     groups: Tensor,
-    percentiles: Sequence[float],
+    percentiles: Sequence[float | int],
     n_bootstrap: int,
     confidence: float,
     generator: torch.Generator,
@@ -208,7 +221,7 @@ def _tiles(n: int, ends: Tensor) -> Iterator[tuple[slice, slice]]:
             yield slice(start, stop), slice(column, min(column + _TILE_COLUMNS, n))
 
 
-def _histogram_percentile(histogram: Tensor, percentile: float) -> float:
+def _histogram_percentile(histogram: Tensor, percentile: float | int) -> float:
     """Percentile of the binned distances, linear between order statistics."""
     cumulated = histogram.cumsum(0)
     rank = (int(cumulated[-1]) - 1) * percentile / 100
@@ -219,20 +232,22 @@ def _histogram_percentile(histogram: Tensor, percentile: float) -> float:
 
 
 def _replicates(
-    units: Tensor, codes: Tensor, percentiles: Sequence[float], n_bootstrap: int, generator: torch.Generator
+    units: Tensor, codes: Tensor, percentiles: Sequence[float | int], n_bootstrap: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Percentiles ``(R, P)`` under resampled documents, and ``(P,)`` under the documents as they are, from a sample of pairs.
+    """Percentiles ``(R, P)`` under resampled documents and ``(P,)`` under the documents as they are, from sampled pairs.
 
     A pair of documents a, b weighs w_a w_b; replicates that drew one document only have no pair and are dropped.
     """
     i, j = _sampled_pairs(codes.cpu(), generator)
+    if len(i) == 0:
+        return torch.empty(0, len(percentiles)), torch.zeros(len(percentiles))
     distances = torch.cat(
         [
-            1 - (units[i[part].to(units.device)] * units[j[part].to(units.device)]).sum(dim=1).cpu()
+            _distances((units[i[part].to(units.device)] * units[j[part].to(units.device)]).sum(dim=1)).cpu()
             for part in torch.arange(len(i)).split(2**14)
         ]
     )
-    distances, order = distances.clamp_(0, 2).sort()
+    distances, order = distances.sort()
     a, b = codes.cpu()[i[order]], codes.cpu()[j[order]]
     share = torch.tensor([p / 100 for p in percentiles], dtype=torch.float64)
     drawn = torch.cat((torch.ones(1, int(codes.max()) + 1), _draw(n_bootstrap, int(codes.max()) + 1, generator)))
@@ -265,7 +280,7 @@ def _draw(n_replicates: int, n_documents: int, generator: torch.Generator) -> Te
 def _interval(
     estimate: float, center: float, replicates: Tensor, n_documents: int, confidence: float, fewest: int
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval, its arms lengthened by what Student's t adds to the normal at D - 1 degrees of freedom."""
+    """Percentile bootstrap interval, its arms lengthened as Student's t with D - 1 degrees of freedom is against the normal."""
     if n_documents < fewest or len(replicates) == 0:
         return 0.0, 2.0
     tail = (1 + confidence) / 2

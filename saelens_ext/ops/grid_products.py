@@ -11,7 +11,7 @@ Symbols:
     grid: multiples of 2**-30. A unit row rounded to it is a row of integers below 2**30, so a dot product of two is an
         integer below 2**61: exact in int64, in any order, on any device. The rounding moves an entry by at most 2**-31,
         less than float32 does for entries above 1/64.
-    cosine: <u, e> / sqrt(<u, u> <e, e>) from the three exact integers, in float64. Of a row and itself it is 1 exactly.
+    cosine: <u, e> (<u, u> <e, e>)**-0.5 from the three exact integers, in float64. Of a row and itself it is 1 exactly.
     distance: 1 - cosine, clamped to [0, 2].
     error: bound on |float32 product - cosine| for unit rows.
     slack: 2 * error. A column whose product is more than this below the row's best cannot be its nearest.
@@ -87,9 +87,10 @@ def exact_cosine(
     for start in range(0, len(i), step):
         part = slice(start, start + step)
         x, y = _integers(a[i[part]]), _integers(b[j[part]])
-        # sqrt(fl(s * s)) is s exactly, so that a row's cosine with itself is 1 and not nearly 1.
-        norms = ((x * x).sum(dim=1).double() * (y * y).sum(dim=1).double()).sqrt()
-        cosine[part] = (x * y).sum(dim=1).double() / norms
+        dot, xx, yy = ((p * q).sum(dim=1).double() for p, q in ((x, y), (x, x), (y, y)))
+        # rsqrt and not sqrt, which a vector library may round otherwise at the end of a tensor than in its middle.
+        # Rows that are equal or opposite get 1 and -1, not nearly so.
+        cosine[part] = torch.where(dot * dot == xx * yy, dot.sign(), dot * (xx * yy).rsqrt())
     return cosine
 
 
@@ -108,14 +109,14 @@ def no_candidates(u: Float[Tensor, "n d"]) -> Candidates:
     return Candidates(u.new_full((len(u),), -torch.inf), none, none, u.new_empty(0))
 
 
-def new_tile(rows: int, columns: int, device: torch.device, entries: int | None = None) -> Float32[Tensor, " size"]:
-    """Work space for ``scan``: products of ``rows`` rows and at most ``columns`` columns, about ``entries`` at a time.
+def new_tile(device: torch.device, entries: int | None = None) -> Float32[Tensor, " size"]:
+    """Work space for the products of ``scan``, 8 MiB on a CPU unless ``entries`` says otherwise; at least 512 a row.
 
-    Make it once and use it for all blocks of a call: to touch fresh memory can cost as much as to compute what is written.
+    Make it once and use it for all blocks: to touch fresh memory can cost as much as to compute what is written to it.
     """
     if entries is None:
-        entries = 2**21 if device.type == "cpu" else 2**25
-    return torch.empty(rows * min(_padded(columns), _padded(entries // max(1, rows))), device=device)
+        entries = 2**21 if device.type == "cpu" else 2**24
+    return torch.empty(entries, device=device)
 
 
 def scan(
@@ -134,7 +135,7 @@ def scan(
         known: What the columns before ``first`` gave.
         u: Unit rows.
         exemplars: Unit rows.
-        tile: From ``new_tile``, for at least n rows.
+        tile: From ``new_tile``; overwritten.
         first: First new column.
         last: End of the new columns, by default k.
         forbidden: Pairs to leave out, new columns only.

@@ -60,7 +60,9 @@ class LeaderClustering:
         ValueError: ``center`` is not a finite vector, or ``threshold`` lies outside (0, 2].
     """
 
-    def __init__(self, center: Float[Tensor, " d"], threshold: float) -> None:
+    # Buffers made in inference mode could never be updated outside it; so here and below.
+    @torch.inference_mode(False)
+    def __init__(self, center: Float[Tensor, " d"], threshold: float | int) -> None:
         if center.ndim != 1 or len(center) == 0 or not center.is_floating_point():
             raise ValueError(f"center must be a float vector (d,), got shape {tuple(center.shape)} and {center.dtype}.")
         self._center = finite(center.detach(), "center").clone()
@@ -72,7 +74,7 @@ class LeaderClustering:
         self._counts = torch.empty(0, dtype=torch.int64, device=device)
         # Entries of directions are multiples of 2**-30: their sums are exact, so free of order, up to 2**23 members.
         self._sums = torch.empty(0, d, dtype=torch.float64, device=device)
-        self._tile_rows, self._tile = 0, torch.empty(0, device=device)
+        self._tile = new_tile(device)
 
     @property
     def center(self) -> Float[Tensor, " d"]:
@@ -136,7 +138,6 @@ class LeaderClustering:
         singletons = int((self._counts[: self._n_regions] == 1).sum())
         return singletons / self._n_seen if self._n_seen else 1.0
 
-    # Buffers made in inference mode could never be updated outside it.
     @torch.inference_mode(False)
     @torch.no_grad()
     def partial_fit(self, x: Float[Tensor, "n d_x"]) -> Int64[Tensor, " n"]:
@@ -181,22 +182,15 @@ class LeaderClustering:
     def _place(self, u: Tensor, positions: Tensor) -> Tensor:
         """Regions of the rows of a block, in stream order; founds those that are new."""
         known = self._n_regions
-        tile = self._tile_for(len(u))
-        near = scan(no_candidates(u), u, self._exemplars, tile, last=known)
+        near = scan(no_candidates(u), u, self._exemplars, self._tile, last=known)
         free = self._uncovered(near, u).nonzero()[:, 0]
         if len(free):
             founders = free[_first_independent(u[free], self._threshold)]
             self._found(u[founders], positions[founders])
             # A row sees the founders up to itself: those that precede it, and itself if it is one.
             later = founders > torch.arange(len(u), device=u.device)[:, None]
-            near = scan(near, u, self._exemplars, tile, first=known, last=self._n_regions, forbidden=later)
+            near = scan(near, u, self._exemplars, self._tile, first=known, last=self._n_regions, forbidden=later)
         return nearest_column(near, u, self._exemplars)
-
-    def _tile_for(self, rows: int) -> Tensor:
-        # Kept from block to block; it is no part of the state.
-        if self._tile_rows < rows:
-            self._tile_rows, self._tile = rows, new_tile(rows, 2**20, self._center.device)
-        return self._tile
 
     def _uncovered(self, near: Candidates, u: Tensor) -> Tensor:
         """Mask of the rows farther than the threshold from every exemplar in ``near``."""
@@ -232,6 +226,7 @@ class LeaderClustering:
             "n_undirected": torch.tensor(self._n_undirected),
         }
 
+    @torch.inference_mode(False)
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continue where the clustering that gave ``state`` was.
 

@@ -122,13 +122,14 @@ def spherical_center(x: Float[Tensor, "n d"]) -> Float32[Tensor, " d"]:
 
 def _summed(x: Tensor) -> Tensor:
     """Sums over rows of ``x`` and of its unit rows, ``(2 d,)``, added in an order that depends on the row count only."""
-    norm = _row_norms(x)
-    rows = torch.cat((x, x / norm.clamp(min=_SMALLEST_NORM)[:, None]), dim=1)
-    return _folded(rows, dim=0)[0]
+    inverse = _inverse_norms(x)
+    units = x * torch.where(inverse.isfinite(), inverse, 0.0)[:, None]
+    return _folded(torch.cat((x, units), dim=1), dim=0)[0]
 
 
-def _row_norms(x: Tensor) -> Tensor:
-    return _folded(x * x, dim=1)[:, 0].sqrt()
+def _inverse_norms(x: Tensor) -> Tensor:
+    # rsqrt and not sqrt, which a vector library may round otherwise at the end of a tensor than in its middle.
+    return _folded(x * x, dim=1)[:, 0].rsqrt()
 
 
 def _folded(x: Tensor, dim: int) -> Tensor:
@@ -178,8 +179,9 @@ def _write_directions(x: Tensor, center: Tensor, u: Tensor) -> Tensor:
     # A float32 difference of float32 numbers is as accurate as a float32 direction can be; float64 is for float64 data.
     center = center.to(torch.promote_types(x.dtype, torch.float32))
     offset = x - center
-    norm = _row_norms(offset)
-    scale = torch.where(has_direction(norm.float()), GRID / norm, 0.0)
+    inverse = _inverse_norms(offset)
+    norm = inverse.reciprocal()
+    scale = torch.where(has_direction(norm.float()), GRID * inverse, 0.0)
     u.copy_(offset.mul_(scale[:, None]).round_()).mul_(1 / GRID)
     extreme = ~((norm > 1e-15) & (norm < 1e15))  # their squares leave the range of float32
     if center.dtype == torch.float32 and bool(extreme.any()):
@@ -273,7 +275,7 @@ def _nearest(
     distances = torch.ones(len(x), dtype=torch.float64, device=x.device)
     # A quarter of the work space is for products, the rest for directions and what they are made from.
     n_rows = max(1, min(len(x), ROW_LIMIT, positive(max_bytes, "max_bytes") // (16 * x.shape[1])))
-    tile = new_tile(n_rows, len(exemplars), x.device, max_bytes // 16)
+    tile = new_tile(x.device, max(max_bytes // 16, 512 * n_rows))
     with torch.autocast(x.device.type, enabled=False):
         for start in range(0, len(x), n_rows):
             u, norm = directions_of(x[start : start + n_rows])
@@ -287,7 +289,7 @@ def _nearest(
 
 def _unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """``x`` as float32 unit rows, with the norms it had; rows that are unit already stay as they are, bit for bit."""
-    norm = _row_norms(x.float())
+    norm = _inverse_norms(x.float()).reciprocal()
     unit = (norm - 1).abs() <= UNIT_TOLERANCE / 2
     if bool(unit.all()):
         return x.float(), norm

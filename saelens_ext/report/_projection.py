@@ -33,12 +33,16 @@ def project(directions: Float[np.ndarray, "k d"]) -> Projection:
     Returns:
         t-SNE under the cosine distance for 50 to 3,000 directions, else the first two principal components.
     """
+    # One thread: sums then have one order on every machine, and on a busy one threads waiting for each other are
+    # several times slower.
+    with threadpool_limits(1):
+        return _project(directions)
+
+
+def _project(directions: Float[np.ndarray, "k d"]) -> Projection:
     if len(directions) in TSNE_SIZES:
         perplexity = min(30.0, (len(directions) - 1) / 3)
-        # One thread: sums then have one order on every machine, and on a busy one threads waiting for each other are
-        # several times slower.
-        with threadpool_limits(1):
-            points = TSNE(metric="cosine", init="pca", perplexity=perplexity, random_state=0).fit_transform(directions)
+        points = TSNE(metric="cosine", init="pca", perplexity=perplexity, random_state=0).fit_transform(directions)
         name = "t-SNE of the cosine distances between exemplars"
         caution = (
             "t-SNE keeps near neighbours together and little else: the size of a gap, the size of a cluster and the "

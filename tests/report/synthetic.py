@@ -60,7 +60,15 @@ def make_windows(tokenizer: PreTrainedTokenizerFast, n: int) -> Tensor:
     return windows
 
 
-def make_fit(tokenizer: PreTrainedTokenizerFast, k: int, *, percentile: float | None = 4.0, n_seen: int | None = None, seed: int = 0, **metadata: Any) -> FitResult:
+def make_fit(
+    tokenizer: PreTrainedTokenizerFast,
+    k: int,
+    *,
+    percentile: float | None = 4.0,
+    n_seen: int | None = None,
+    seed: int = 0,
+    **metadata: Any,
+) -> FitResult:
     """A fit of k regions; their figures are random but possible."""
     random = torch.Generator().manual_seed(seed)
     n_seen = n_seen or 20 * k
@@ -79,8 +87,11 @@ def make_fit(tokenizer: PreTrainedTokenizerFast, k: int, *, percentile: float | 
         "model_name": "tiny-llama", "model_class_name": "SAETransformerBridge", "hook_name": "blocks.2.hook_out", "context_size": WINDOW,
         "prepend_bos": True, "exclude_special_tokens": True, "n_layers": 3, "d_model": 24, "dtype": "torch.float32",
     } | metadata  # fmt: skip
+    center = torch.zeros(24)
     return FitResult(
-        dictionary=ExemplarPartition.from_regions(exemplars, exemplars, torch.zeros(24), theta, percentile=percentile, metadata=description),
+        dictionary=ExemplarPartition.from_regions(
+            exemplars, exemplars, center, theta, percentile=percentile, metadata=description
+        ),
         hook_name="blocks.2.hook_resid_post",
         percentile=percentile,
         threshold=estimate if percentile else given,
@@ -156,7 +167,7 @@ def make_lens(fit: FitResult, tokenizer: PreTrainedTokenizerFast, *, n: int = 10
 
 EVALS = {
     "model_behavior_preservation": {"kl_div_score": 0.61234, "kl_div_with_ablation": 8.25, "kl_div_with_sae": 3.198},
-    "model_performance_preservation": {"ce_loss_score": 0.7, "ce_loss_without_sae": 3.1, "ce_loss_with_sae": 5.0, "ce_loss_with_ablation": 9.5},
+    "model_performance_preservation": {"ce_loss_score": 0.7, "ce_loss_without_sae": 3.1, "ce_loss_with_sae": 5.0},
     "reconstruction_quality": {"explained_variance": float("nan"), "mse": 12345.678, "cossim": 0.8125, "an_unknown_figure": 0.000012},
     "sparsity": {"l0": 1.0, "l1": 6.125},
     "token_stats": {"total_tokens_eval_reconstruction": 8192, "total_tokens_eval_sparsity_variance": 4096},
@@ -164,7 +175,11 @@ EVALS = {
 
 GENERATIONS = [
     {"label": "Unsteered", "prompt": "The capital of France", "text": " is Paris.\nIt lies on the Seine."},
-    {"label": "Steered along region 7", "prompt": "The capital of France", "text": "The capital of France </p><script>window.pwned=1</script> & \"friends\" \u202eabc"},
+    {
+        "label": "Steered along region 7",
+        "prompt": "The capital of France",
+        "text": 'The capital of France </p><script>window.pwned=1</script> & "friends" \u202eabc',
+    },
     {"label": "Region 7 ablated", "prompt": "The capital of France", "text": " is" + " " + "long" * 200},
 ]
 
@@ -173,7 +188,9 @@ def make_inputs(k: int = 220) -> SimpleNamespace:
     """All arguments of a report on the middle one of three fits."""
     tokenizer = make_tokenizer()
     chosen = make_fit(tokenizer, k, n_seen=12_345)
-    fits = [make_fit(tokenizer, 2 * k, percentile=1.0, n_seen=12_345, seed=5), chosen, make_fit(tokenizer, 30, percentile=10.0, n_seen=4096, seed=6)]
+    finer = make_fit(tokenizer, 2 * k, percentile=1.0, n_seen=12_345, seed=5)
+    coarser = make_fit(tokenizer, 30, percentile=10.0, n_seen=4096, seed=6)
+    fits = [finer, chosen, coarser]
     return SimpleNamespace(
         fits=fits, chosen=chosen, profile=make_profile(chosen), lens=make_lens(chosen, tokenizer), tokenizer=tokenizer,
         evals=EVALS, generations=GENERATIONS, title="Regions of <b>tiny</b> & \"co\"",

@@ -224,9 +224,8 @@ def test_json_escapes_survive_a_round_trip():
 def test_small_dictionaries_and_missing_parts(k, inputs, tmp_path):
     fit = synthetic.make_fit(inputs.tokenizer, k, percentile=None)
     profile = replace(synthetic.make_profile(fit), boundary=None, coherence=None, mean_distance=None, max_distance=None)
-    path = write_dictionary_report(
-        tmp_path / "r.html", fits=[fit], chosen=fit, profile=profile, lens=None, tokenizer=inputs.tokenizer, evals=None, generations=[], title="t"
-    )
+    path = tmp_path / "r.html"
+    write_dictionary_report(path, fits=[fit], chosen=fit, profile=profile, tokenizer=inputs.tokenizer, title="t")
     page = path.read_text(encoding="utf-8")
     data = json.loads(dict(INSIDE.findall(page))["region-data"])
     assert data["boundary"] is None and data["lens"] is None and data["coherence"] == [None] * k

@@ -163,7 +163,8 @@ function spread(wanted, gap, low, high) {
 
 // Draw now and whenever the width of the holder changes.
 function onWidthChange(holder, render) {
-  let width = -1;
+  let width = holder.clientWidth;
+  render();
   new ResizeObserver(() => {
     if (holder.clientWidth === width) return;
     width = holder.clientWidth;
