@@ -11,36 +11,55 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+Writer = Callable[[Path], Any]
 
-def write_atomically(path: str | Path, write: Callable[[Path], None]) -> Path:
-    """Let ``write`` fill a temporary file beside ``path``, then put it in the place of ``path`` in one step.
 
-    Whatever interrupts the writing, ``path`` holds its old content or the whole new one.
+def write_together(files: Mapping[Path, Writer]) -> None:
+    """Write several files that belong together.
+
+    Every file is written under a temporary name beside its place first; only when all are whole are they put in the
+    place of the old ones, one right after the other. Whatever interrupts the writing leaves the old files as they were.
+
+    Args:
+        files: for each path, a function that writes its content to the path it is given.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporaries = {path: path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp") for path in files}
     try:
-        write(temporary)
-        # Without the flush a power cut after the rename can leave an empty file under the final name.
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        for path, write in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(temporaries[path])
+            # Without the flush a power cut after the rename can leave an empty file under the final name.
+            with open(temporaries[path], "rb+") as file:
+                os.fsync(file.fileno())
+        for path, temporary in temporaries.items():
+            os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
-    return path
+        for temporary in temporaries.values():
+            temporary.unlink(missing_ok=True)
+
+
+def json_writer(content: Mapping[str, Any]) -> Writer:
+    """A writer of ``content`` as JSON; what JSON cannot hold is refused here, before anything is written."""
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    return lambda path: path.write_text(text, encoding="utf-8")
+
+
+def tensors_writer(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> Writer:
+    """A writer of ``tensors`` as safetensors."""
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    return lambda path: save_file(contiguous, path, metadata=dict(metadata or {}))
 
 
 def write_json(path: str | Path, content: Mapping[str, Any]) -> Path:
     """Write ``content`` as JSON; non-finite numbers are refused, since no other reader takes them."""
-    text = json.dumps(content, indent=2, allow_nan=False)
-    return write_atomically(path, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8") and None)
+    write_together({Path(path): json_writer(content)})
+    return Path(path)
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> Path:
     """Write ``tensors`` as safetensors."""
-    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    return write_atomically(path, lambda temporary: save_file(contiguous, temporary, metadata=dict(metadata or {})))
+    write_together({Path(path): tensors_writer(tensors, metadata)})
+    return Path(path)
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

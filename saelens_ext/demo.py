@@ -7,6 +7,7 @@ The model is SmolLM2-135M-Instruct (Apache-2.0), which arrives through PyPI as a
 import argparse
 import importlib.util
 import logging
+import math
 import os
 import shutil
 import sys
@@ -81,12 +82,15 @@ def _convert_packaged_model(directory: Path) -> None:
     del model.config.quantization_config
     model.is_quantized, model.hf_quantizer = False, None
     partial = directory.with_name(directory.name + f".{os.getpid()}.partial")
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
     try:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
         partial.rename(directory)
-    except OSError:  # another process finished first
-        shutil.rmtree(partial)
+    except OSError:
+        if not (directory / "config.json").exists():  # or else another process finished first
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def load_demo_corpus() -> Dataset:
@@ -189,7 +193,8 @@ def run_demo(output: Path, max_tokens: int = 40_000, say: Callable[[str], Any] =
     generations = generate_three_ways(model, chosen.dictionary, region)
     for generation in generations:
         say(f"  {generation['label']}: {generation['prompt']}[{generation['text']}]")
-    _files.write_json(output / "evals.json", evals)
+    finite = {group: {name: value if math.isfinite(value) else None for name, value in values.items()} for group, values in evals.items()}
+    _files.write_json(output / "evals.json", finite)
     _files.write_json(output / "generations.json", {"generations": generations})
     return write_dictionary_report(
         output / "report.html", fits=list(fits.values()), chosen=chosen, profile=profile, lens=logit_lens(model, chosen.dictionary.exemplars),

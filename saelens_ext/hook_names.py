@@ -172,7 +172,7 @@ def _candidates(name: str, model: AnyHost, hooks: Mapping[str, Any]) -> Iterable
     yield name
     if isinstance(model, TransformerBridge):
         yield from _bridge_aliases(model).get(name, ())
-    spellings = _spellings(name, _is_post_norm(model))
+    spellings = spellings_of(name, _is_post_norm(model))
     yield from spellings
     if not isinstance(model, (HookedTransformer, TransformerBridge)):
         yield from _module_paths(spellings, hooks)
@@ -184,7 +184,7 @@ def _bridge_aliases(model: TransformerBridge) -> dict[str, tuple[str, ...]]:
     return {alias: (target,) if isinstance(target, str) else tuple(target) for alias, target in aliases.items()}
 
 
-def _spellings(name: str, post_norm: bool) -> list[str]:
+def spellings_of(name: str, post_norm: bool) -> list[str]:
     """The other spellings of ``name``, those of `HookedTransformer` and of bridges."""
     block = _module_block(name)
     if block is not None:

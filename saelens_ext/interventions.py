@@ -17,9 +17,10 @@ Symbols
 """
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from sae_lens import SAE, Transcoder
@@ -108,7 +109,7 @@ def ablate_directions(
 
 
 def scale_latent(
-    model: HostModel, sae: SAE[Any], latent: int | Sequence[int], factor: float | int
+    model: HostModel, sae: SAE[Any], latent: SupportsIndex | Sequence[SupportsIndex], factor: float | int
 ) -> AbstractContextManager[HostModel]:
     """Multiply the code of one or several latents: x <- x + decode(z') - decode(z), with z'_j = factor * z_j.
 
@@ -134,7 +135,7 @@ def scale_latent(
 
 
 def clamp_latent(
-    model: HostModel, sae: SAE[Any], latent: int | Sequence[int], value: float | int
+    model: HostModel, sae: SAE[Any], latent: SupportsIndex | Sequence[SupportsIndex], value: float | int
 ) -> AbstractContextManager[HostModel]:
     """Set the code of one or several latents at every token: x <- x + decode(z') - decode(z), with z'_j = value.
 
@@ -159,7 +160,7 @@ def clamp_latent(
 def steer_with(
     model: HostModel,
     sae: SAE[Any],
-    latent: int,
+    latent: SupportsIndex,
     strength: float | int,
     *,
     basis: str | None = None,
@@ -191,7 +192,7 @@ def steer_with(
             "This dictionary records no typical_norm of its activations. Pass typical_norm=, for example the median norm of "
             "the activations at its hook, or 1.0 to give the strength in units of the activation."
         )
-    direction = _directions(sae, basis)[latent].detach()
+    direction = _directions(sae, basis)[operator.index(latent)].detach()
     return add_direction(model, _hooks_of(sae)[1], direction, strength, typical_norm=norm, positions=positions)
 
 
@@ -218,9 +219,14 @@ def _orthonormal_basis(rows: Tensor) -> Tensor:
     return vectors[values > tolerance].T.to(rows)
 
 
-def _latent_mask(sae: SAE[Any], latent: int | Sequence[int]) -> Tensor:
+def _is_scalar(latent: Any) -> bool:
+    return not isinstance(latent, Sequence) and getattr(latent, "ndim", 0) == 0
+
+
+def _latent_mask(sae: SAE[Any], latent: SupportsIndex | Sequence[SupportsIndex]) -> Tensor:
     """True at the chosen latents, ``(d_sae,)``."""
-    indices = [latent] if isinstance(latent, int) else list(latent)
+    # numpy's and torch's scalars count as indices too: latents are often chosen by an argmax.
+    indices = [operator.index(index) for index in ([latent] if _is_scalar(latent) else latent)]
     wrong = [index for index in indices if not 0 <= index < sae.cfg.d_sae]
     if wrong or not indices:
         raise ValueError(f"latent must be one or several of 0 to {sae.cfg.d_sae - 1}, got {latent!r}.")

@@ -149,6 +149,7 @@ def retarget(sae: AnySAE, model: AnyHost) -> AnySAE:
     metadata.hook_name = hook_name
     if hook_name_out:
         metadata.hook_name_out = hook_name_out
+    _set_head_reshaping(sae, model)
     if isinstance(model, (HookedTransformer, TransformerBridge)):
         differences = _activation_differences(metadata, describe_model(model))
         if differences:
@@ -161,6 +162,17 @@ def retarget(sae: AnySAE, model: AnyHost) -> AnySAE:
                 stacklevel=2,
             )
     return sae
+
+
+def _set_head_reshaping(sae: SAE, model: AnyHost) -> None:
+    """Let the SAE join the heads of ``hook_z`` exactly where the model keeps them apart."""
+    has_heads = isinstance(model, HookedTransformer) and sae.cfg.metadata.hook_name.endswith("hook_z")
+    if has_heads and sae.cfg.reshape_activations == "none":
+        sae.cfg.reshape_activations = "hook_z"
+        sae.turn_on_forward_pass_hook_z_reshaping()
+    elif not has_heads and sae.cfg.reshape_activations == "hook_z":
+        sae.cfg.reshape_activations = "none"
+        sae.turn_off_forward_pass_hook_z_reshaping()
 
 
 # --- what decides the activations ------------------------------------------------------------------------------------
@@ -313,5 +325,4 @@ def _with_bos(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
         except ValueError:  # a BOS that cannot be prepended (one with a colon in it); the hosts let it be, too
             return tokenizer
     reread.init_kwargs["name_or_path"] = reread.name_or_path = tokenizer.name_or_path
-    reread.padding_side = tokenizer.padding_side
     return reread

@@ -16,6 +16,8 @@ LAYERS = [
         "dictionaries.paired_files", "dictionaries.host_sae", "dictionaries.examples", "dictionaries.tallies", "dictionaries.profile",
         "dictionaries.calibrate", "dictionaries.fit_result", "dictionaries.fit_exemplars",
         "_hook_edits", "interventions", "lens",
+        "_prompt_passes", "sampling", "steering_strength", "steering_score", "judges", "judges_http",
+        "concepts", "diff_means", "neuron_overlap", "neuron_effect",
     ],
     ["report"],
     ["demo"],

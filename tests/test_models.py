@@ -233,11 +233,15 @@ def test_an_unknown_hook_lists_near_matches(hosts):
 
 def test_a_hook_that_is_switched_off_is_an_error():
     for model_class in MODEL_CLASSES:
-        model = make_model("llama", model_class)
+        model = make_model("gpt2", model_class)
         with pytest.raises(ValueError, match=r"set_use_hook_mlp_in\(True\)"):
             resolve_hook(model, "blocks.1.hook_mlp_in")
+        with pytest.raises(ValueError, match=r"set_use_attn_in\(True\)"):
+            resolve_hook(model, "blocks.1.hook_attn_in")  # an alias on a bridge
         model.set_use_hook_mlp_in(True)
-        assert read(model, resolve_hook(model, "blocks.1.hook_mlp_in")) is not None
+        model.set_use_attn_in(True)
+        for name in ("blocks.1.hook_mlp_in", "blocks.1.hook_attn_in"):
+            assert read(model, resolve_hook(model, name)) is not None
 
 
 def test_layers(hosts):

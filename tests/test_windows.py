@@ -1,5 +1,7 @@
 """Documents become windows without loss, without a second BOS, and without mixing."""
 
+import logging
+
 import datasets
 import pytest
 import torch
@@ -124,8 +126,16 @@ def test_missing_documents_count_as_empty():
 def test_long_documents_do_not_make_the_tokenizer_warn(caplog):
     tokenizer = make_tokenizer()
     tokenizer.model_max_length = 4
-    windows(["one two three four five six"], tokenizer)
-    assert "longer" not in caplog.text
+    logger = logging.getLogger("transformers")  # which passes nothing on to the root
+    logger.addHandler(caplog.handler)
+    caplog.set_level("WARNING", logger="transformers")
+    try:
+        windows(["one two three four five six"], tokenizer)
+        assert caplog.text == ""
+        tokenizer("one two three four five six")
+        assert "longer than" in caplog.text  # and would have been seen
+    finally:
+        logger.removeHandler(caplog.handler)
 
 
 @pytest.mark.parametrize("dataset", [[], datasets.Dataset.from_dict({"text": []})])

@@ -57,13 +57,11 @@ def calibrate(
     documents = torch.cat([batch.document_ids for batch in batches])[:n_activations]
     center = SphericalCenter(x.shape[1]).update(x).center
     units, norms = unit_directions(x, center)
-    thresholds = pairwise_distance_percentiles(
-        units,
-        documents,
-        percentiles,
-        mode=mode,
-        batch_ids=torch.searchsorted(ends, torch.arange(len(x)), right=True),
-        seed=seed,
+    batch_ids = torch.searchsorted(ends, torch.arange(len(x)), right=True)
+    thresholds = (
+        pairwise_distance_percentiles(units, documents, percentiles, mode=mode, batch_ids=batch_ids, seed=seed)
+        if percentiles
+        else []
     )
     return Calibration(
         center=center, typical_norm=float(norms.median()), thresholds=tuple(thresholds), n_activations=len(x)

@@ -137,18 +137,28 @@ class DecoderOnlySAE(SAE[DecoderOnlyConfig]):
     def save_model(self, path: str | Path) -> tuple[Path, Path]:
         """Write ``sae_weights.safetensors`` and ``cfg.json`` into the directory ``path``.
 
-        Each file is replaced in one step, so an interrupted save leaves the previous one whole.
+        Both are whole before either takes the place of an old one, so an interrupted save leaves the previous
+        dictionary.
 
         Returns:
             The paths of the weights and of the config.
         """
+        files = self.files_to_save(path)
+        _files.write_together(files)
+        weights, config = files
+        return weights, config
+
+    def files_to_save(self, path: str | Path) -> dict[Path, _files.Writer]:
+        """The weights and the config, each with its writer, in that order."""
         state_dict = self.state_dict()
         self.process_state_dict_for_saving(state_dict)
         config = self.cfg.to_dict()
         # A dictionary is saved to be loaded elsewhere, where this machine's device may not exist.
         config["device"] = "cpu"
-        weights = _files.write_tensors(Path(path) / SAE_WEIGHTS_FILENAME, state_dict)
-        return weights, _files.write_json(Path(path) / SAE_CFG_FILENAME, config)
+        return {
+            Path(path) / SAE_WEIGHTS_FILENAME: _files.tensors_writer(state_dict),
+            Path(path) / SAE_CFG_FILENAME: _files.json_writer(config),
+        }
 
     @classmethod
     def load_from_disk(cls: type[T], path: str | Path, device: str = "cpu", dtype: str | None = None, **kwargs: Any) -> T:

@@ -12,7 +12,7 @@ Symbols
 Source: Rumbelow, "Exemplar Partitioning", arXiv 2605.14347, sections on construction and readout.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -44,7 +44,7 @@ class Assignment(NamedTuple):
 class ExemplarPartitionConfig(DecoderOnlyConfig):
     """Config of an ExemplarPartition."""
 
-    threshold: float
+    threshold: float | None = None
     """Cosine distance, in (0, 2], within which an activation joins a region rather than founding one."""
     percentile: float | None = None
     """Percentile of pairwise distances at which the threshold was calibrated, in (0, 100); None if it was given."""
@@ -64,12 +64,15 @@ class ExemplarPartitionConfig(DecoderOnlyConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._fill_defaults(FORMAT_VERSION, basis="exemplar", readout="top_k", k=1)
+        if self.threshold is None:
+            raise ValueError("The config lacks 'threshold', a cosine distance in (0, 2]; is a key of cfg.json misspelt?")
         _checks.between(self.threshold, 0, 2, "threshold", closed_high=True)
         if self.percentile is not None:
             _checks.between(self.percentile, 0, 100, "percentile")
         _checks.choice(self.basis, get_args(Basis), "basis")
         _checks.choice(self.readout, get_args(Readout), "readout")
-        if _checks.positive(self.k or 0, "k") > self.d_sae:
+        self.k = _checks.positive(self.k, "k")
+        if self.k > self.d_sae:
             raise ValueError(f"k must be at most the number of regions, {self.d_sae}, got {self.k}.")
 
 
@@ -104,6 +107,7 @@ class ExemplarPartition(DecoderOnlySAE):
         readout: Readout = "top_k",
         k: int = 1,
         metadata: dict[str, Any] | None = None,
+        reshape_activations: Literal["none", "hook_z"] = "none",
     ) -> "ExemplarPartition":
         """Make the dictionary from its regions.
 
@@ -117,6 +121,7 @@ class ExemplarPartition(DecoderOnlySAE):
             readout: how activations become codes.
             k: latents kept by the top-k readouts.
             metadata: SAELens metadata, such as ``model_name``, ``hook_name`` and ``context_size``.
+            reshape_activations: "hook_z" where the hook gives ``(…, heads, d_head)``.
 
         Raises:
             ValueError: no region, mismatched shapes, non-finite entries or rows that are not of unit norm.
@@ -131,7 +136,7 @@ class ExemplarPartition(DecoderOnlySAE):
         config = ExemplarPartitionConfig(
             d_in=d_in, d_sae=d_sae, dtype=dtype_to_str(exemplars.dtype), device=str(exemplars.device),
             threshold=float(threshold), percentile=percentile, basis=basis, readout=readout, k=k,
-            metadata=SAEMetadata(**(metadata or {})),
+            metadata=SAEMetadata(**(metadata or {})), reshape_activations=reshape_activations,
         )
         dictionary = cls(config)
         state = {"W_dec": rows.detach(), "other_basis": other.detach(), "b_dec": center.detach()}
@@ -204,11 +209,17 @@ class ExemplarPartition(DecoderOnlySAE):
             k: latents that the top-k readouts keep; by default unchanged.
             basis: rows to encode and decode with; by default unchanged.
         """
-        return ExemplarPartition.from_regions(
-            self.exemplars, self.means, self.center, self.cfg.threshold, percentile=self.cfg.percentile,
-            basis=basis or self.cfg.basis, readout=readout or self.cfg.readout, k=k or self.cfg.k,
-            metadata=self.cfg.metadata.to_dict(),
+        config = replace(
+            self.cfg,
+            basis=basis or self.cfg.basis,
+            readout=readout or self.cfg.readout,
+            k=self.cfg.k if k is None else k,
+            metadata=SAEMetadata(**self.cfg.metadata.to_dict()),
         )
+        rows, other = (self.exemplars, self.means) if config.basis == "exemplar" else (self.means, self.exemplars)
+        dictionary = ExemplarPartition(config)
+        dictionary.load_state_dict({"W_dec": rows.detach(), "other_basis": other.detach(), "b_dec": self.center.detach()})
+        return dictionary
 
     # --- what SAELens and its neighbours do to a SAE's weights ---
 

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
+from transformer_lens import HookedTransformer
+
 from saelens_ext import _checks
 from saelens_ext.activations import ActivationBatch, ActivationStream
 from saelens_ext.dictionaries.calibrate import Calibration, CalibrationMode, calibrate
@@ -40,7 +42,7 @@ class ExemplarFitConfig:
     the paper's mean of within-batch percentiles, which moves with the batch size."""
     stop: str = "budget"
     """When a dictionary stops growing, other than at the end of the stream. "budget": only there. "unseen_mass": once
-    the 95% limit of the Good-Turing unseen mass is at most ``unseen_mass_tolerance``, checked every 1,024 activations.
+    the 95% limit of the unseen mass, judged by the last half of the stream, is at most ``unseen_mass_tolerance``, checked every 1,024 activations.
     "paper": after ``saturation_window`` batches in a row that founded no region."""
     unseen_mass_tolerance: float = 0.01
     """Share of further activations that may found a region, in (0, 1)."""
@@ -97,6 +99,7 @@ def fit_exemplar_partition(
     """
     if len(stream.hook_names) != 1:
         raise ValueError(f"The stream has {len(stream.hook_names)} hooks; fit_exemplar_partitions fits several dictionaries.")
+    _checks.between(percentile, 0, 100, "percentile")
     if threshold is None:
         (result,) = _fit(stream, (percentile,), None, ExemplarFitConfig.of(options), on_metrics)
     else:
@@ -130,7 +133,7 @@ def fit_exemplar_partitions(
     Source: arXiv 2605.14347, construction. Percentiles across documents, their intervals and the unseen-mass rule are
     ours: the paper's thresholds move with the batch size, and its rule waits for one lucky batch.
     """
-    if not percentiles or len(set(percentiles)) != len(percentiles):
+    if len(percentiles) == 0 or len(set(percentiles)) != len(percentiles):
         raise ValueError(f"percentiles must be at least one number and all different, got {tuple(percentiles)}.")
     results = _fit(stream, tuple(percentiles), None, ExemplarFitConfig.of(options), on_metrics)
     return {(result.hook_name, percentile): result for result, percentile in zip(results, itertools.cycle(percentiles))}
@@ -152,7 +155,8 @@ class _Growth:
         """Cluster a batch; stop at the first check that the rule passes."""
         x = batch.activations[self.hook_name]
         founded = False
-        for start, stop in _aligned_slices(self.clustering.n_seen, len(x)):
+        slices = _aligned_slices(self.clustering.n_seen, len(x)) if config.stop == "unseen_mass" else [(0, len(x))]
+        for start, stop in slices:
             known, seen = self.clustering.n_regions, self.clustering.n_seen
             self.clustering.partial_fit(x[start:stop])
             if self.clustering.n_regions > known:
@@ -168,8 +172,9 @@ class _Growth:
 
     @property
     def unseen_mass(self) -> UnseenMass:
-        """Good-Turing estimate and limit of the mass of regions not founded yet."""
-        return unseen_mass(int((self.clustering.counts == 1).sum()), self.clustering.n_seen)
+        """Estimate and limit of the share of further activations that would found a region."""
+        half = self.clustering.n_seen // 2
+        return unseen_mass(self.clustering.n_founders_since(half), self.clustering.n_seen - half)
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -182,7 +187,7 @@ class _Growth:
         }
 
     def finish(self, stream: ActivationStream, config: ExemplarFitConfig) -> FitResult:
-        """The dictionary and its statistics, on the CPU."""
+        """The dictionary, on the device of the activations, and its statistics, on the CPU."""
         if self.clustering.n_regions == 0:
             raise ValueError("No activation has a direction: all of them equal the centre. Is this hook's output constant?")
         result = {
@@ -198,10 +203,13 @@ class _Growth:
             "calibration_activations": self.calibration.n_activations,
             "threshold_interval": [self.threshold.low, self.threshold.high],
         }
+        # Only this host class keeps the heads of hook_z apart; a bridge gives them joined.
+        has_heads = isinstance(stream.model, HookedTransformer) and metadata["hook_name"].endswith("hook_z")
         dictionary = ExemplarPartition.from_regions(
-            self.clustering.exemplars.cpu(), self.clustering.member_means.cpu(), self.calibration.center.cpu(),
+            self.clustering.exemplars, self.clustering.member_means, self.calibration.center,
             self.threshold.threshold, percentile=self.threshold.percentile,
             basis=config.basis, readout=config.readout, k=min(config.k, self.clustering.n_regions), metadata=metadata,
+            reshape_activations="hook_z" if has_heads else "none",
         )
         return FitResult(
             dictionary=dictionary, hook_name=self.hook_name, percentile=self.threshold.percentile, threshold=self.threshold,

@@ -76,7 +76,7 @@ class FitResult:
     n_undirected: int
     """Of them, those equal to the centre, which belong to no region."""
     unseen_mass: float
-    """Good-Turing estimate of the share of further activations that would found a region, in [0, 1]."""
+    """Share of further activations that would found a region, in [0, 1]: that of the last half of the stream."""
     unseen_mass_upper: float
     """95% upper limit of it."""
     typical_norm: float
@@ -98,13 +98,15 @@ class FitResult:
     def save(self, path: str | Path) -> Path:
         """Write the dictionary and, beside it, its statistics (``fit.json``, ``fit.safetensors``) into a directory."""
         path = Path(path)
-        self.dictionary.save_model(path)
         tensors = {name: getattr(self, name) for name in _STATISTICS}
         # Token ids and stream places fit 32 bits, and windows are the bulk of the file.
         tensors |= {name: getattr(self.provenance, name).to(torch.int32) for name in _PROVENANCE}
-        _files.write_tensors(path / TENSORS_FILENAME, tensors)
         scalars = {name: getattr(self, name) for name in _SCALARS} | {"threshold": asdict(self.threshold)}
-        _files.write_json(path / JSON_FILENAME, {"format_version": FORMAT_VERSION, "n_regions": self.n_regions, **scalars})
+        content = {"format_version": FORMAT_VERSION, "n_regions": self.n_regions, **scalars}
+        _files.write_together(
+            self.dictionary.files_to_save(path)
+            | {path / TENSORS_FILENAME: _files.tensors_writer(tensors), path / JSON_FILENAME: _files.json_writer(content)}
+        )
         return path
 
     @classmethod
@@ -124,6 +126,8 @@ class FitResult:
         missing += [name for name in (*_STATISTICS, *_PROVENANCE) if name not in tensors]
         if missing:
             raise ValueError(f"The fit in {path} lacks {', '.join(missing)}; it is not ours.")
+        if set(content["threshold"]) != {field.name for field in fields(ThresholdEstimate)}:
+            raise ValueError(f"The fit in {path} holds a threshold with {list(content['threshold'])}; it is not ours.")
         lengths = {len(tensor) for tensor in tensors.values()} | {content.pop("n_regions", None)}
         if lengths != {dictionary.cfg.d_sae}:
             found = ", ".join(map(str, lengths))

@@ -21,7 +21,7 @@ from saelens_ext.dictionaries.examples import BlockCutter, Examples, RowBlock
 from saelens_ext.dictionaries.host_sae import refuse_sequence_codes
 from saelens_ext.dictionaries.paired_files import read_pair, write_pair
 from saelens_ext.dictionaries.tallies import CodeTally, RegionTally
-from saelens_ext.hook_names import _spellings, resolve_hook
+from saelens_ext.hook_names import resolve_hook, spellings_of
 
 if TYPE_CHECKING:
     import pandas
@@ -310,7 +310,7 @@ def _check_belongs(content: dict[str, Any], config: dict[str, Any], what: str) -
     own = (config.get("metadata") or {}).get("hook_name")
     known = content["hook_aliases"]
     # The same place has another name in another host class, to which the dictionary may have been moved since.
-    spellings = [] if own is None else [own, *_spellings(own, False), *_spellings(own, True)]
+    spellings = [] if own is None else [own, *spellings_of(own, False), *spellings_of(own, True)]
     if content["d_sae"] != config.get("d_sae"):
         raise ValueError(f"The profile is of {content['d_sae']} latents, {what} has {config.get('d_sae')}: they do not belong together.")
     if own is not None and not set(spellings) & set(known):

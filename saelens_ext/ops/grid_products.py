@@ -35,7 +35,7 @@ ROW_LIMIT = 4096
 _GROUPS = 16  # columns are compared in this many interleaved groups, see _tile_hits
 _MULTIPLE = _GROUPS * 32  # columns are padded to a multiple of this, so that groups fill whole vector registers
 _MOST_CANDIDATES = 16  # per row on average; more are settled at once, so that ties cannot fill the memory
-_PAIR_ENTRIES = 2**19  # entries (pairs x width) settled at a time: 4 MiB of int64
+_PAIR_ENTRIES = {"cpu": 2**16, "cuda": 2**22}  # entries (pairs x width) settled at a time: what the cache holds
 _LOW_PRECISION = {"tf32": 2.0**-9, "high": 2.0**-9, "bf16": 2.0**-7, "medium": 2.0**-7}
 
 
@@ -83,7 +83,7 @@ def exact_cosine(
         ``(m,)`` float64.
     """
     cosine = torch.empty(len(i), dtype=torch.float64, device=a.device)
-    step = max(1, _PAIR_ENTRIES // max(1, a.shape[1]))
+    step = max(1, _PAIR_ENTRIES.get(a.device.type, 2**20) // max(1, a.shape[1]))
     for start in range(0, len(i), step):
         part = slice(start, start + step)
         x, y = _integers(a[i[part]]), _integers(b[j[part]])
@@ -95,7 +95,7 @@ def exact_cosine(
 
 
 def _integers(u: Tensor) -> Tensor:
-    return (u.double() * GRID).round().long()
+    return (u.float() * GRID).round_().long()  # a power of 2: nothing is lost
 
 
 def distance(cosine: Float64[Tensor, " m"]) -> Float64[Tensor, " m"]:

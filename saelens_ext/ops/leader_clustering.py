@@ -42,6 +42,7 @@ from saelens_ext.ops.grid_products import (
     scan,
 )
 from saelens_ext.ops.spherical import checked_activations, directions, has_direction
+from saelens_ext.ops.statistics import unseen_mass
 
 _STATE = ("center", "threshold", "exemplars", "exemplar_indices", "counts", "sums", "n_seen", "n_undirected")
 
@@ -129,14 +130,15 @@ class LeaderClustering:
 
     @property
     def unseen_mass(self) -> float:
-        """Estimated probability that the next activation founds a region: regions with one member over ``n_seen``.
+        """Estimated probability that the next activation founds a region: the share of the last half of the stream that did.
 
-        1 before the first activation.
-
-        Source: Good (1953), The population frequencies of species, eq. 9.
+        1 before the first activation; see ``statistics.unseen_mass``.
         """
-        singletons = int((self._counts[: self._n_regions] == 1).sum())
-        return singletons / self._n_seen if self._n_seen else 1.0
+        return unseen_mass(self.n_founders_since(self._n_seen // 2), self._n_seen - self._n_seen // 2).estimate
+
+    def n_founders_since(self, index: int) -> int:
+        """How many activations from stream position ``index`` on founded a region."""
+        return int((self.exemplar_indices >= index).sum())
 
     @torch.inference_mode(False)
     @torch.no_grad()

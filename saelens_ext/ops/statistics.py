@@ -11,31 +11,34 @@ class UnseenMass(NamedTuple):
     """How likely the next activation is to found a new region."""
 
     estimate: float
-    """Good-Turing estimate, in [0, 1]: the share of activations that are alone in their region."""
+    """Share of the recent activations that founded one, in [0, 1]."""
     upper: float
-    """Upper confidence limit of it, in [0, 1]."""
+    """Upper confidence limit of the probability, in [0, 1]."""
 
 
-def unseen_mass(n_singletons: int, n_seen: int, *, confidence: float = 0.95) -> UnseenMass:
-    """Estimate the probability mass of regions that no activation has founded yet.
+def unseen_mass(n_founders: int, n_recent: int, *, confidence: float = 0.95) -> UnseenMass:
+    """Estimate the probability that a further activation founds a region, from how often recent ones did.
 
-    Good and Turing estimate it by the share of observations whose kind was observed once. The limit takes the number
-    of singletons as Poisson (exact one-sided limit), so it stays above zero when there is none. Both treat activations
-    as exchangeable; those of one document resemble each other, so a stream that has not met many documents yet can
-    look more complete than it is.
+    While a clustering grows this probability only falls, if activations are exchangeable. The average over a recent
+    stretch of the stream therefore lies above the present value, and so does its limit (exact one-sided Poisson, above
+    zero even when nothing was founded). Good and Turing's own estimate, the share of regions with a single member, does
+    not fit here: regions overlap, so a region with more members can still hold ground that nothing else covers, and on
+    real activations it understates the founding rate several times over. Activations of one document resemble each
+    other, so a stream that has not met many documents can still look more complete than it is.
 
     Args:
-        n_singletons: regions with exactly one member.
-        n_seen: activations seen.
+        n_founders: recent activations that founded a region.
+        n_recent: recent activations.
         confidence: of the upper limit, in (0, 1).
 
     Returns:
         The estimate and its limit; both 1 before anything was seen.
 
-    Source: Good, "The population frequencies of species and the estimation of population parameters", Biometrika 1953.
+    Source: the idea of a mass not yet seen is that of Good, "The population frequencies of species and the estimation
+    of population parameters", Biometrika 1953.
     """
     _checks.between(confidence, 0, 1, "confidence")
-    if n_seen == 0:
+    if n_recent == 0:
         return UnseenMass(1.0, 1.0)
-    limit = chi2.ppf(confidence, 2 * (n_singletons + 1)) / 2
-    return UnseenMass(n_singletons / n_seen, min(1.0, float(limit) / n_seen))
+    limit = chi2.ppf(confidence, 2 * (n_founders + 1)) / 2
+    return UnseenMass(n_founders / n_recent, min(1.0, float(limit) / n_recent))

@@ -146,7 +146,7 @@ def _concentration(profile: DictionaryProfile) -> str:
 def _unseen(fit: FitResult) -> Fact:
     meaning = (
         f"at most {share(fit.unseen_mass_upper)} with 95% confidence: the share of further activations of the same kind "
-        "that would found a new region (Good-Turing)"
+        "that would found a new region, judged by the last half of the stream"
     )
     return Fact("unseen", "Unseen mass", share(fit.unseen_mass), meaning)
 

@@ -76,7 +76,8 @@ def write_dictionary_report(
         regions=_page.embed_json(region_data(chosen, profile, lens, tokenizer)),
         version=version("saelens-ext"),
     )
-    return _files.write_atomically(path, lambda temporary: temporary.write_bytes(page.encode("utf-8")) and None)
+    _files.write_together({path: lambda temporary: temporary.write_bytes(page.encode("utf-8"))})
+    return path
 
 
 def _check_same_dictionary(fits: Sequence[FitResult], chosen: FitResult, profile: DictionaryProfile, lens: LensResult | None) -> None:

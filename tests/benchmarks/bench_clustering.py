@@ -28,7 +28,7 @@ def heavy_tailed_mixture(n: int, d: int, n_clusters: int, seed: int = 0) -> torc
     return x * torch.exp(0.3 * torch.randn(n, 1, generator=generator)) + 2 * torch.randn(d, generator=generator)
 
 
-def timed(function) -> float:  # noqa: D103
+def timed(function) -> float:
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
@@ -47,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--width", type=int, default=576)
-    parser.add_argument("--clusters", type=int, default=4_000)
+    parser.add_argument("--clusters", type=int, default=2_400)
     parser.add_argument("--threshold", type=float, default=0.585)
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from sae_lens import SAE
 
-from saelens_ext import ActivationStream, ExemplarPartition, FitResult, fit_exemplar_partition, fit_exemplar_partitions
+from saelens_ext import ActivationStream, ExemplarPartition, FitResult, fit_exemplar_partition, fit_exemplar_partitions, retarget
 
 HOOK = "blocks.1.hook_out"
 
@@ -142,6 +142,37 @@ def test_a_fit_of_another_dictionary_is_refused(stream, tmp_path):
         FitResult.load(tmp_path)
 
 
+@pytest.mark.parametrize("file", [0, 1, 2, 3])
+def test_a_save_interrupted_at_any_file_leaves_the_previous_fit(stream, tmp_path, monkeypatch, file):
+    first = fit_exemplar_partition(stream, percentile=10)
+    first.save(tmp_path)
+    second = fit_exemplar_partition(stream, percentile=4)
+    syncs = iter(range(4))
+
+    def interrupted(descriptor):
+        if next(syncs) == file:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("saelens_ext._files.os.fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        second.save(tmp_path)
+    assert torch.equal(FitResult.load(tmp_path).exemplar_indices, first.exemplar_indices)
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+@pytest.mark.parametrize("host", ["tiny_hooked", "tiny_bridge"])
+def test_a_dictionary_of_attention_heads_can_be_attached_to_either_class(host, tiny_hooked, tiny_bridge, tiny_texts, request):
+    built_on = request.getfixturevalue(host)
+    stream = ActivationStream(built_on, tiny_texts, "blocks.1.attn.hook_z", context_size=16, max_tokens=300)
+    dictionary = fit_exemplar_partition(stream, percentile=10).dictionary
+    tokens = torch.arange(3, 15).reshape(2, 6)
+    for model in (tiny_hooked, tiny_bridge, built_on):
+        retarget(dictionary, model)
+        with model.saes([dictionary], use_error_term=True):
+            with_error = model(tokens)
+        assert torch.allclose(with_error, model(tokens), atol=1e-4)
+
+
 def test_a_saved_dictionary_is_small(stream, tmp_path):
     result = fit_exemplar_partition(stream, percentile=1)
     weights, config = result.dictionary.save_model(tmp_path)
@@ -178,6 +209,7 @@ def test_one_document_cannot_be_calibrated_across_documents(tiny_bridge, tiny_te
     stream = ActivationStream(tiny_bridge, [" ".join(tiny_texts)[:500]], HOOK, context_size=16)
     with pytest.raises(ValueError, match="document"):
         fit_exemplar_partition(stream)
+    assert fit_exemplar_partition(stream, threshold=0.5).n_regions > 1
 
 
 def test_one_region_is_a_dictionary(stream, tmp_path):

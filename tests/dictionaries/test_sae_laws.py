@@ -238,6 +238,18 @@ def test_an_interrupted_save_leaves_the_previous_file_whole(make, x, tmp_path, m
     assert sorted(file.name for file in tmp_path.iterdir()) == ["cfg.json", "sae_weights.safetensors"]
 
 
+def test_a_config_that_cannot_be_written_changes_no_file(make, x, tmp_path):
+    sae = make()
+    sae.save_model(tmp_path)
+    expected = sae.encode(x)
+    other = make()
+    other.W_dec.data = other.W_dec.data.flip(0)
+    other.cfg.metadata.note = object()
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        other.save_model(tmp_path)
+    assert torch.equal(SAE.load_from_disk(tmp_path).encode(x), expected)
+
+
 def test_truncated_and_foreign_files(make, tmp_path):
     sae = make()
     weights, config = sae.save_model(tmp_path)

@@ -12,6 +12,7 @@ from safetensors.torch import load, save
 from saelens_ext.ops.grid_products import ROW_LIMIT, distance, exact_cosine
 from saelens_ext.ops.leader_clustering import LeaderClustering
 from saelens_ext.ops.spherical import assign_nearest, spherical_center, unit_directions
+from saelens_ext.ops.statistics import unseen_mass
 from tests.ops import oracles
 
 BATCHES = (1, 7, 512, None)
@@ -68,8 +69,22 @@ def test_statistics_are_those_of_the_members() -> None:
         total = units[labels == region].sum(dim=0)
         torch.testing.assert_close(clustering.member_means[region].double(), total / total.norm(), atol=1e-6, rtol=0)
         assert float(clustering.coherence[region]) == pytest.approx(float(total.norm()) / int((labels == region).sum()), abs=1e-6)
-    assert clustering.unseen_mass == int((clustering.counts == 1).sum()) / 900
+    assert clustering.unseen_mass == int((clustering.exemplar_indices >= 450).sum()) / 450
     assert 0 < clustering.unseen_mass < 1
+
+
+def test_unseen_mass_is_not_below_the_founding_rate_of_fresh_activations() -> None:
+    x = clustered(9000, 16)
+    center = spherical_center(x)
+    x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(3))]
+    for n in (1000, 3000):
+        clustering, _ = fitted(x[:n], center, 0.3, 500)
+        limit = unseen_mass(clustering.n_founders_since(n // 2), n - n // 2).upper
+        nearest_distance = assign_nearest(x[n:], center, clustering.exemplars)[1]
+        fresh = float((nearest_distance > 0.3).float().mean())
+        assert 0 < fresh <= limit, n
+        # The share of regions with one member, which Good and Turing would take, is too low: regions overlap.
+        assert int((clustering.counts == 1).sum()) / n < fresh, n
 
 
 def test_rows_join_founders_of_their_own_batch_that_precede_them_only() -> None:

@@ -1,11 +1,11 @@
 """Fits, profiles and lenses made up for the report's tests, with the texts most likely to break a page."""
 
 from functools import cache
+from pydoc_data.topics import topics
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from pydoc_data.topics import topics
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
