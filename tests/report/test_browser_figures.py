@@ -250,11 +250,14 @@ def test_map_discs_show_mass_and_select(visit, inputs):
     page.page.locator("#map-chart").scroll_into_view_if_needed()
     box = disc.bounding_box()
     page.page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-    assert page.page.is_visible(".tooltip") and f"Region {small} " in page.text(".tooltip")
+    page.page.wait_for_selector(".tooltip", state="visible")
+    assert f"Region {small} " in page.text(".tooltip")
     page.page.mouse.down()
     page.page.mouse.up()
+    page.wait_for(small)
     assert page.page.evaluate("location.hash") == f"#region-{small}"
-    assert f"Region {small} " in page.text("#map-readout")
+    # The page follows the change of its hash, which the browser announces a moment later.
+    page.page.wait_for_function("region => document.querySelector('#map-readout').textContent.includes(`Region ${region} `)", arg=small)
 
 
 def test_map_zooms_drags_and_resets(visit):
