@@ -1,0 +1,159 @@
+"""Exact non-negative least squares of many activations on the same features.
+
+Symbols:
+    x: ``(n, d)`` activations; F: ``(k, d)`` features; g: the codes of one activation, ``(k,)``, >= 0.
+    g minimises |x - g F|^2. KKT residual: how far F (x - g F) is from 0 where g > 0, and from <= 0 where g = 0,
+    per unit feature and relative to the largest product of the activation with a unit feature.
+
+Where features are dependent, the reconstruction ``g F`` is unique but the codes are not; one solution is returned.
+"""
+
+import logging
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from saelens_ext._checks import finite, positive, width
+from saelens_ext.ops.nnls_active_set import SupportSolver, pivot
+from saelens_ext.ops.nnls_kernels import DualIteration, FeatureGram, PrimalIteration, descent, kkt_residual
+
+logger = logging.getLogger(__name__)
+
+_CHUNK_ROWS = 4096
+_PILOT_ROWS = 256
+_SWEEPS_BETWEEN_CHECKS = 3
+_PIVOT_RIDGE = 1e-11
+"""The KKT residual that the ridge leaves is below sqrt(ridge) times the activation's norm, however dependent the features."""
+_GRADIENT_RIDGE = 1e-8
+_ROUNDING = {torch.float32: 1e-6, torch.float64: 1e-14}
+_DEFAULT_TOL = {torch.float32: 2e-5, torch.float64: 1e-10}
+
+
+def nnls(
+    x: Float[Tensor, "n d"], features: Float[Tensor, "k width"], *, tol: float | None = None, max_sweeps: int = 30
+) -> Float[Tensor, "n k"]:
+    """The non-negative codes that reconstruct each activation best: exact, deterministic and differentiable.
+
+    Coordinate descent, on the codes or on their multipliers, brings most activations to the tolerance; the rest are
+    finished by an active-set method in float64. The gradient is that of the solution map: on the positive codes the
+    problem is an ordinary least squares, and the other codes do not move. Second derivatives are not offered.
+
+    Memory beyond inputs and outputs is bounded: 4,096 activations at a time.
+
+    Args:
+        x: ``(n, d)`` activations, any float dtype; n may be 0.
+        features: ``(k, d)`` features; zero rows get zero codes.
+        tol: the largest KKT residual, relative to the activation's largest product with a unit feature. By default 2e-5
+            for float32 and narrower (which are computed in float32), 1e-10 for float64.
+        max_sweeps: coordinate sweeps before the active-set method takes over. It changes the time, not the accuracy.
+
+    Returns:
+        ``(n, k)`` codes, >= 0, in the dtype of ``x``. All zero for an activation to which no feature points.
+
+    Raises:
+        ValueError: an entry is NaN or infinite, the widths differ, or ``tol`` or ``max_sweeps`` is not positive.
+    """
+    width(x, features.shape[1], "x")
+    finite(x, "x")
+    finite(features, "features")
+    positive(max_sweeps, "max_sweeps")
+    working = torch.float64 if torch.float64 in (x.dtype, features.dtype) else torch.float32
+    tol = _DEFAULT_TOL[working] if tol is None else tol
+    if not tol > 0:
+        raise ValueError(f"tol must be positive, got {tol!r}; it is the largest relative KKT residual, and 1e-4 is a usual value.")
+    codes = _NonNegativeLeastSquares.apply(x.to(working), features.to(working), float(tol), int(max_sweeps))
+    return codes.to(x.dtype)
+
+
+class _NonNegativeLeastSquares(torch.autograd.Function):
+    """The solution map and its implicit gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, features: Tensor, tol: float, max_sweeps: int) -> Tensor:
+        codes = solve_codes(x, FeatureGram.of(features), tol, max_sweeps)
+        ctx.save_for_backward(x, features, codes)
+        return codes
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        """With S the positive codes, g_S = (F_S F_S')^-1 F_S x. Let v_S = (F_S F_S')^-1 upstream_S; then the gradient is
+        v F for x and, for F, the sum of v (x - g F)' - g (v F)' over activations."""
+        x, features, codes = ctx.saved_tensors
+        solved = _solve_for_gradient(features, upstream, codes > 0)
+        moved = solved @ features
+        by_features = solved.T @ (x - codes @ features) - codes.T @ moved if ctx.needs_input_grad[1] else None
+        return (moved if ctx.needs_input_grad[0] else None), by_features, None, None
+
+
+def _solve_for_gradient(features: Tensor, upstream: Tensor, support: Tensor) -> Tensor:
+    """``(F_S F_S')^+ upstream`` per row; a smoothed pseudo-inverse, so that dependent features give no huge gradients."""
+    problem = FeatureGram.of(features.double())
+    solver = SupportSolver(problem.exact, _GRADIENT_RIDGE, has_inverse=problem.inverse is not None)
+    solved = torch.empty_like(upstream)
+    for start in range(0, len(upstream), _CHUNK_ROWS):
+        rows = slice(start, start + _CHUNK_ROWS)
+        once = solver.solve(upstream[rows].double() / problem.norm, support[rows])
+        twice = solver.solve(once, support[rows])
+        # With e the ridge, (A + e)^-1 - e (A + e)^-2 = A (A + e)^-2: the inverse where A is large, zero where A is.
+        solved[rows] = ((once - _GRADIENT_RIDGE * twice) / problem.norm).to(upstream.dtype)
+    return solved
+
+
+@torch.no_grad()
+def solve_codes(x: Float[Tensor, "n d"], problem: FeatureGram, tol: float, max_sweeps: int) -> Float[Tensor, "n k"]:
+    """The codes, without checks and without gradient; see :func:`nnls`."""
+    codes = x.new_zeros(len(x), len(problem.norm))
+    if not codes.numel():
+        return codes
+    dual = dual_is_faster(x[:_PILOT_ROWS], problem)
+    for start in range(0, len(x), _CHUNK_ROWS):
+        rows = slice(start, start + _CHUNK_ROWS)
+        codes[rows] = _solve_chunk(x[rows], problem, dual, tol, max_sweeps).T
+    return codes.div_(problem.norm)
+
+
+@torch.no_grad()
+def dual_is_faster(x: Float[Tensor, "n d"], problem: FeatureGram) -> bool:
+    """Whether a few sweeps over the multipliers get these activations nearer to the optimum than over the codes."""
+    if problem.inverse is None or not len(x):
+        return False
+    target = problem.unit @ x.T
+    residuals = []
+    for iteration in (PrimalIteration(problem, target), DualIteration(problem, target)):
+        codes = iteration.advance(_SWEEPS_BETWEEN_CHECKS)
+        residuals.append(float(kkt_residual(codes, descent(codes, target, problem.gram)).sum()))
+    return residuals[1] < residuals[0]
+
+
+def _solve_chunk(x: Tensor, problem: FeatureGram, dual: bool, tol: float, max_sweeps: int) -> Tensor:
+    """Codes ``(k, m)`` per unit feature: coordinate sweeps, dropping activations as they converge, then pivoting."""
+    target = problem.unit @ x.T
+    # An activation orthogonal to all features has only rounding for products: nothing there to be relative to.
+    scale = torch.maximum(target.abs().amax(dim=0), _ROUNDING[x.dtype] / tol * torch.linalg.vector_norm(x, dim=1))
+    iteration = DualIteration(problem, target) if dual else PrimalIteration(problem, target)
+    codes = torch.empty_like(target)
+    left = torch.arange(len(x), device=x.device)
+    for _ in range(0, max_sweeps, _SWEEPS_BETWEEN_CHECKS):
+        current = iteration.advance(_SWEEPS_BETWEEN_CHECKS)
+        codes[:, left] = current
+        is_open = kkt_residual(current, descent(current, target[:, left], problem.gram)) > tol * scale[left]
+        left = left[is_open]
+        if not len(left):
+            return codes
+        iteration.keep(is_open)
+    codes[:, left] = _finish(codes[:, left], x[left], problem, tol * scale[left])
+    return codes
+
+
+def _finish(codes: Tensor, x: Tensor, problem: FeatureGram, tolerance: Tensor) -> Tensor:
+    """Codes ``(k, m)`` by the active-set method in float64, from where coordinate descent stopped."""
+    target = x.double() @ problem.exact_unit.T
+    solver = SupportSolver(problem.exact, _PIVOT_RIDGE, has_inverse=problem.inverse is not None)
+    passive = (codes > 0).T.contiguous()
+    solved, optimal = pivot(passive, target, problem.exact, solver, tolerance.double(), 20 * len(codes))
+    if not bool(optimal.all()):
+        logger.warning("Non-negative least squares left %d of %d activations short of the tolerance.", int((~optimal).sum()), len(x))
+    return solved.T.to(codes.dtype)
