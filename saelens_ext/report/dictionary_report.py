@@ -56,6 +56,7 @@ def write_dictionary_report(
         ValueError: ``chosen`` is not among ``fits``, the profile or lens is of another dictionary, or a generation
             lacks one of its texts.
     """
+    path = Path(path)
     _check_same_dictionary(fits, chosen, profile, lens)
     shown, shared_prompt = _generations(generations)
     page = _page.render_page(

@@ -66,8 +66,8 @@ def test_active_set_method_and_coordinate_descent_agree(max_sweeps):
 def test_both_coordinate_descents_reach_the_optimum(iteration):
     x, features = CASES["sparse features"]
     problem = FeatureGram.of(features)
-    codes = iteration(problem, problem.unit @ x.T).advance(1500) / problem.norm[:, None]
-    torch.testing.assert_close(codes.T, nnls(x, features), atol=1e-8, rtol=0)
+    codes = iteration(problem, problem.unit @ x.T).advance(600) / problem.norm[:, None]
+    torch.testing.assert_close(codes.T, nnls(x, features), atol=1e-6, rtol=0)
 
 
 def test_coordinate_descent_never_raises_the_error():
@@ -149,7 +149,7 @@ def test_deterministic_and_rows_do_not_depend_on_each_other():
 
 @pytest.mark.parametrize("lengths", [1.0, 1e-2])
 def test_gradient(lengths):
-    x, features = randn(3, 9), randn(5, 9, seed=1)
+    x, features = randn(2, 7), randn(4, 7, seed=1)
     features[0] *= lengths
     codes = nnls(x, features)
     assert bool((codes == 0).any()) and bool((codes > 0).any()), "active and inactive codes must be among them"

@@ -83,7 +83,7 @@ def test_the_policy_names_the_hashes_of_style_and_script(page):
 
 
 def test_the_same_arguments_give_the_same_file(inputs, page, tmp_path):
-    assert write_dictionary_report(tmp_path / "again.html", **vars(inputs)).read_text(encoding="utf-8") == page
+    assert write_dictionary_report(str(tmp_path / "again.html"), **vars(inputs)).read_text(encoding="utf-8") == page
 
 
 def test_every_region_carries_its_own_figures_and_texts(inputs, regions):
