@@ -29,7 +29,7 @@ GRID = 2.0**30
 UNIT_TOLERANCE = 2.0**-18
 """Rows whose norm is this close to 1 count as unit rows; ``product_error`` allows for it."""
 
-ROW_LIMIT = 4096
+ROW_LIMIT = 2048
 """Rows to work on at once: enough that threads rarely wait for each other, few enough for the caches."""
 
 _GROUPS = 16  # columns are compared in this many interleaved groups, see _tile_hits

@@ -161,7 +161,7 @@ class LeaderClustering:
             while start < len(x):
                 # With no more rows than regions, comparing the rows of a block with each other costs no more than comparing
                 # them with the exemplars.
-                block = slice(start, start + max(256, min(self._n_regions, ROW_LIMIT)))
+                block = slice(start, start + max(512, min(self._n_regions, ROW_LIMIT)))
                 u, norm = directions(x[block].to(device), self._center)
                 labels[block] = self._add_block(u, norm).to(x.device)
                 start = block.stop

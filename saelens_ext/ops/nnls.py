@@ -9,6 +9,7 @@ Where features are dependent, the reconstruction ``g F`` is unique but the codes
 """
 
 import logging
+from collections.abc import Iterator
 
 import torch
 from jaxtyping import Float
@@ -24,6 +25,12 @@ logger = logging.getLogger(__name__)
 _CHUNK_ROWS = 4096
 _PILOT_ROWS = 256
 _SWEEPS_BETWEEN_CHECKS = 3
+_SWEEPS_BEFORE_EXCHANGE = 2
+_EXCHANGE_ROUNDS = 5
+_FEW_INACTIVE, _MANY_INACTIVE = 16, 48
+"""Mean numbers of zero codes: up to the first their exchange needs no sweeps to begin with, above the second it costs more
+than sweeps."""
+_FEW_LEFT = 0.1
 _PIVOT_RIDGE = 1e-11
 """The KKT residual that the ridge leaves is below sqrt(ridge) times the activation's norm, however dependent the features."""
 _GRADIENT_RIDGE = 1e-8
@@ -56,7 +63,9 @@ def nnls(
         ValueError: an entry is NaN or infinite, the widths differ, or ``tol`` or ``max_sweeps`` is not positive.
     """
     width(x, features.shape[1], "x")
-    finite(x, "x")
+    # A sum is finite only if all its terms are, and takes a fraction of the time of looking at each.
+    if not bool(x.sum().isfinite()):
+        finite(x, "x")
     finite(features, "features")
     positive(max_sweeps, "max_sweeps")
     working = torch.float64 if torch.float64 in (x.dtype, features.dtype) else torch.float32
@@ -133,19 +142,32 @@ def _solve_chunk(x: Tensor, problem: FeatureGram, dual: bool, tol: float, max_sw
     target = problem.unit @ x.T
     # An activation orthogonal to all features has only rounding for products: nothing there to be relative to.
     scale = torch.maximum(target.abs().amax(dim=0), _ROUNDING[x.dtype] / tol * torch.linalg.vector_norm(x, dim=1))
-    iteration = DualIteration(problem, target) if dual else PrimalIteration(problem, target)
     codes = torch.empty_like(target)
     left = torch.arange(len(x), device=x.device)
-    for _ in range(0, max_sweeps, _SWEEPS_BETWEEN_CHECKS):
-        current = iteration.advance(_SWEEPS_BETWEEN_CHECKS)
+    iteration = DualIteration(problem, target) if dual else PrimalIteration(problem, target)
+    attempts = _attempts(iteration, scale * tol, max_sweeps)
+    for current in attempts:
         codes[:, left] = current
-        is_open = kkt_residual(current, descent(current, target[:, left], problem.gram)) > tol * scale[left]
-        left = left[is_open]
+        is_open = kkt_residual(current, descent(current, target, problem.gram)) > tol * scale
+        left, target, scale = left[is_open], target[:, is_open], scale[is_open]
         if not len(left):
             return codes
         iteration.keep(is_open)
-    codes[:, left] = _finish(codes[:, left], x[left], problem, tol * scale[left])
+    codes[:, left] = _finish(codes[:, left], x[left], problem, tol * scale)
     return codes
+
+
+def _attempts(iteration: PrimalIteration | DualIteration, tolerance: Tensor, max_sweeps: int) -> Iterator[Tensor]:
+    """Ever better codes, ``(k, ·)``, of the activations that the iteration still keeps; ends where it pays to pivot."""
+    if isinstance(iteration, DualIteration):
+        if float(iteration.inactive.sum()) > _FEW_INACTIVE * len(tolerance):
+            iteration.advance(_SWEEPS_BEFORE_EXCHANGE)
+        if float(iteration.inactive.sum()) <= _MANY_INACTIVE * len(tolerance):
+            yield iteration.exchanged(iteration.inactive, tolerance, _EXCHANGE_ROUNDS)
+            if iteration.size < _FEW_LEFT * len(tolerance):
+                return
+    for _ in range(0, max_sweeps, _SWEEPS_BETWEEN_CHECKS):
+        yield iteration.advance(_SWEEPS_BETWEEN_CHECKS)
 
 
 def _finish(codes: Tensor, x: Tensor, problem: FeatureGram, tolerance: Tensor) -> Tensor:

@@ -10,8 +10,10 @@ Symbols:
 Source: Kim and Park, Fast nonnegative matrix factorization: an active-set-like method (SIAM J. Sci. Comput. 2011).
 """
 
+from bisect import bisect_right
+
 import torch
-from jaxtyping import Bool, Float64
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 _CHUNK_NUMBERS = 4 * 2**20  # 32 MB of float64
@@ -53,35 +55,81 @@ class SupportSolver:
 
 
 def _solve_grouped(
-    gram: Float64[Tensor, "k k"], target: Float64[Tensor, "m k"], support: Bool[Tensor, "m k"]
-) -> Float64[Tensor, "m k"]:
+    gram: Float[Tensor, "k k"], target: Float[Tensor, "m k"], support: Bool[Tensor, "m k"]
+) -> Float[Tensor, "m k"]:
     """Rows in groups of similar support size, so that the systems of a group need little padding and fit the memory."""
     solution = torch.zeros_like(target)
     sizes, order = support.sum(dim=1).sort(stable=True)
     counts = sizes.tolist()
-    start = int((sizes == 0).sum())
-    while start < len(order):
+    start = bisect_right(counts, 0)
+    while start < len(counts):
         largest = max(_SMALLEST_SYSTEM, int(_PADDING * counts[start]))
-        end = int(torch.searchsorted(sizes, largest, right=True))
+        end = bisect_right(counts, largest)
         end = min(end, start + max(1, _CHUNK_NUMBERS // largest**2))
         rows = order[start:end]
-        solution[rows] = _solve_padded(gram, target[rows], support[rows], counts[end - 1])
+        _solve_padded(gram, target, support, rows, counts[end - 1], solution)
         start = end
     return solution
 
 
 def _solve_padded(
-    gram: Float64[Tensor, "k k"], target: Float64[Tensor, "m k"], support: Bool[Tensor, "m k"], size: int
-) -> Float64[Tensor, "m k"]:
-    """Each row's system gathered into ``size`` unknowns, the missing ones as rows of an identity."""
-    columns = support.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :size]
-    valid = support.gather(1, columns)
-    systems = gram[columns[:, :, None], columns[:, None, :]]
-    systems.masked_fill_(~(valid[:, :, None] & valid[:, None, :]), 0.0)
-    systems.diagonal(dim1=1, dim2=2).add_((~valid).to(systems.dtype))
-    right = (target.gather(1, columns) * valid)[:, :, None]
-    solved = torch.cholesky_solve(right, torch.linalg.cholesky(systems))[:, :, 0]
-    return torch.zeros_like(target).scatter_(1, columns, solved * valid)
+    gram: Float[Tensor, "k k"],
+    target: Float[Tensor, "m k"],
+    support: Bool[Tensor, "m k"],
+    rows: Tensor,
+    size: int,
+    solution: Float[Tensor, "m k"],
+) -> None:
+    """Some rows' systems gathered into ``size`` unknowns each, the missing ones as rows of an identity."""
+    row, column = support[rows].nonzero(as_tuple=True)
+    counts = torch.bincount(row, minlength=len(rows))
+    place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
+    columns = row.new_zeros(len(rows), size)
+    columns[row, place] = column
+    valid = torch.arange(size, device=row.device) < counts[:, None]
+    systems = torch.take(gram, columns[:, :, None] * len(gram) + columns[:, None, :])
+    systems *= valid[:, :, None] & valid[:, None, :]
+    systems.diagonal(dim1=1, dim2=2).add_(~valid)
+    right = torch.zeros(len(rows), size, 1, dtype=gram.dtype, device=row.device)
+    right[row, place, 0] = target[rows[row], column]
+    solved = torch.cholesky_solve(right, torch.linalg.cholesky(systems))
+    solution[rows[row], column] = solved[row, place, 0]
+
+
+def exchange(
+    inactive: Bool[Tensor, "m k"],
+    free: Float[Tensor, "m k"],
+    inverse: Float[Tensor, "k k"],
+    tolerance: Float[Tensor, " m"],
+    max_rounds: int,
+) -> Float[Tensor, "m k"]:
+    """Codes by exchanging all infeasible variables at once, through the inverse Gram: for few inactive codes.
+
+    Each round solves for the multipliers of the inactive set. It may end before a row is solved, or, in theory, cycle: the
+    caller checks the rows.
+
+    Args:
+        inactive: ``(m, k)`` guess of the codes that are zero; small sets.
+        free: ``(m, k)`` K t, the codes without the constraint.
+        inverse: ``(k, k)`` K.
+        tolerance: ``(m,)`` by how much a code or multiplier may fall short of zero.
+        max_rounds: rounds at most.
+    """
+    inactive = inactive.clone()
+    codes = torch.empty_like(free)
+    rows = torch.arange(len(free), device=free.device)
+    for _ in range(max_rounds):
+        mine, here = inactive[rows], free[rows]
+        multipliers = _solve_grouped(inverse, -here, mine)
+        current = here.addmm_(multipliers, inverse).masked_fill_(mine, 0.0)
+        codes[rows] = current.clamp(min=0)
+        wrong = torch.minimum(current, multipliers) < -tolerance[rows, None]
+        going = wrong.any(dim=1)
+        rows = rows[going]
+        if not len(rows):
+            break
+        inactive[rows] ^= wrong[going]
+    return codes
 
 
 def pivot(

@@ -19,8 +19,10 @@ Codes stand in columns because a coordinate step touches one feature of all acti
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor
+
+from saelens_ext.ops.nnls_active_set import exchange
 
 _BLOCK = 32
 _RELAXATION = 1.1
@@ -48,14 +50,19 @@ class FeatureGram:
     """K scaled to a unit diagonal, in the working dtype."""
 
     @classmethod
-    def of(cls, features: Float[Tensor, "k d"]) -> "FeatureGram":
-        """Prepare features of float32 or float64. Rows shorter than 1e-30 count as zero."""
+    def of(cls, features: Float[Tensor, "k d"], damping: float = 0.0) -> "FeatureGram":
+        """Prepare features of float32 or float64. Rows shorter than 1e-30 count as zero.
+
+        With ``damping`` e the problem has e times the sum of the squared contributions of the features as a penalty,
+        which is the same as each unit feature having another neuron to itself, with weight sqrt(e).
+        """
         wide = features.double()
         norm = wide.square().sum(dim=1).sqrt()
         zero = norm < _SHORTEST
         norm = torch.where(zero, 1.0, norm)
         unit = torch.where(zero[:, None], 0.0, wide / norm[:, None])
         # The coordinate step divides by the diagonal; rounding must not make it anything but one.
+        norm, unit = norm * (1 + damping) ** 0.5, unit / (1 + damping) ** 0.5
         exact = (unit @ unit.T).fill_diagonal_(1.0)
         inverse = _safe_inverse(exact, _LARGEST_CONDITION[features.dtype])
         dual = None
@@ -131,10 +138,10 @@ class DualIteration:
         self._gram, self._primal_gram = problem.dual_gram, problem.gram
         self._root = problem.inverse.diagonal().sqrt().to(target.dtype)[:, None]
         self._inverse = problem.inverse.to(target.dtype)
-        self._target = target
         self._free = self._solved(target)
         self._goal = self._free / -self._root
         self._multipliers = torch.zeros_like(target)
+        self._swept = False
 
     def _solved(self, right: Tensor) -> Tensor:
         """K times the right-hand sides, refined once: K in float32 alone would lose the condition number's digits."""
@@ -144,8 +151,23 @@ class DualIteration:
     def advance(self, n_sweeps: int) -> Float[Tensor, "k m"]:
         """The codes after so many more sweeps: zero exactly where the multipliers are not."""
         sweep(self._multipliers, self._goal, self._gram, n_sweeps)
+        self._swept = True
         codes = torch.addmm(self._free, self._inverse, self._multipliers / self._root)
         return codes.clamp_(min=0).mul_(self._multipliers <= 0)
+
+    def exchanged(self, inactive: Bool[Tensor, "k m"], scale: Float[Tensor, " m"], max_rounds: int) -> Float[Tensor, "k m"]:
+        """Codes by :func:`~saelens_ext.ops.nnls_active_set.exchange` from a guess of which are zero; to be checked."""
+        return exchange(inactive.T, self._free.T, self._inverse, scale, max_rounds).T
+
+    @property
+    def inactive(self) -> Bool[Tensor, "k m"]:
+        """Which codes are zero for now: those with a multiplier, or before any sweep those that would be negative."""
+        return self._multipliers > 0 if self._swept else self._free < 0
+
+    @property
+    def size(self) -> int:
+        """Activations still kept."""
+        return self._free.shape[1]
 
     def keep(self, columns: Tensor) -> None:
         """Go on with these activations only."""

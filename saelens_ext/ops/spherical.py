@@ -178,11 +178,11 @@ def _write_directions(x: Tensor, center: Tensor, u: Tensor) -> Tensor:
     """Fill ``u`` and return the norms."""
     # A float32 difference of float32 numbers is as accurate as a float32 direction can be; float64 is for float64 data.
     center = center.to(torch.promote_types(x.dtype, torch.float32))
-    offset = x - center
+    offset = torch.sub(x, center, out=u if center.dtype == u.dtype else None)
     inverse = _inverse_norms(offset)
     norm = inverse.reciprocal()
     scale = torch.where(has_direction(norm.float()), GRID * inverse, 0.0)
-    u.copy_(offset.mul_(scale[:, None]).round_()).mul_(1 / GRID)
+    torch.mul(offset, scale[:, None], out=u).round_().mul_(1 / GRID)
     extreme = ~((norm > 1e-15) & (norm < 1e15))  # their squares leave the range of float32
     if center.dtype == torch.float32 and bool(extreme.any()):
         again = u[extreme]

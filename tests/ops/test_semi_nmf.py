@@ -1,0 +1,352 @@
+"""Semi-nonnegative matrix factorisation: its laws on small planted problems, in memory and streamed."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from saelens_ext.ops.nnls import nnls
+from saelens_ext.ops.semi_nmf import semi_nmf
+from saelens_ext.ops.semi_nmf_init import initialise
+from saelens_ext.ops.semi_nmf_streaming import semi_nmf_streaming
+from saelens_ext.ops.semi_nmf_updates import CodeStatistics, largest_entries, update_features
+
+INITS = ("svd", "kmeans", "random")
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def planted(n=300, d=40, k=6, s=4, noise=0.05, seed=0):
+    """Sparse non-negative codes on features of s neurons."""
+    g = generator(seed)
+    features = torch.zeros(k, d)
+    for row in features:
+        row[torch.randperm(d, generator=g)[:s]] = torch.randn(s, generator=g)
+    codes = torch.rand(n, k, generator=g) * (torch.rand(n, k, generator=g) < 0.5)
+    return codes @ features + noise * torch.randn(n, d, generator=g), features
+
+
+def true_loss(x, result):
+    x, codes, features = x.double(), result.codes.double(), result.features.double()
+    return float((x - codes @ features).square().sum() / x.square().sum())
+
+
+def never_rises(history):
+    return all(after <= before for before, after in itertools.pairwise(history))
+
+
+@pytest.mark.parametrize("method", ["coordinate", "paper"])
+@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("sparsity", [0.03, 0.1, 1.0])
+def test_laws(init, method, sparsity):
+    x, _ = planted()
+    result = semi_nmf(x, 6, sparsity=sparsity, init=init, method=method, max_iter=40)
+    assert result.codes.shape == (300, 6) and result.features.shape == (6, 40)
+    assert bool((result.codes >= 0).all()) and bool(result.codes.isfinite().all())
+    assert int((result.features != 0).sum(1).max()) <= math.ceil(sparsity * 40)
+    assert never_rises(result.history) and result.loss <= result.history[-1] and len(result.history) == result.n_iter
+    assert result.loss == pytest.approx(result.history[-1], rel=0.02)
+    assert result.loss == pytest.approx(true_loss(x, result), abs=1e-6)
+
+
+def cancelling(codes, features):
+    """Sum of squares of the features' own contributions over that of what they add up to."""
+    own = codes.double().square().sum(0) @ features.double().square().sum(1)
+    return float(own / (codes.double() @ features.double()).square().sum())
+
+
+@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("sparsity", [0.1, 1.0])
+def test_damping(init, sparsity):
+    """The objective is what it says, and at its end neither codes nor features can be scaled to lower it."""
+    x, _ = planted()
+    seen = []
+    result = semi_nmf(x.double(), 6, sparsity=sparsity, init=init, damping=0.3, tol=1e-9, max_iter=200, on_metrics=seen.append)
+    assert never_rises(result.history) and seen[-1]["objective"] == result.history[-1]
+    # The charge is what a neuron of its own for each feature would cost.
+    own_neurons = 0.3**0.5 * result.features.norm(dim=1).diag()
+    codes = nnls(torch.cat((x, torch.zeros(300, 6)), dim=1).double(), torch.cat((result.features, own_neurons), dim=1))
+    own = 0.3 * float(codes.square().sum(0) @ result.features.square().sum(1)) / float(x.double().square().sum())
+    error = float((x - codes @ result.features).square().sum() / x.double().square().sum())
+    assert result.history[-1] == pytest.approx(error + own, rel=1e-3)
+    assert seen[-1]["loss"] == pytest.approx(error, rel=1e-2)
+    torch.testing.assert_close(result.codes, nnls(x.double(), result.features), atol=1e-3, rtol=1e-3)
+    assert result.loss == pytest.approx(true_loss(x, result), abs=1e-6) and result.loss < error
+
+
+def test_damping_keeps_features_from_cancelling():
+    """Fewer components than the planted: the least loss shifts all codes up along features that cancel."""
+    x, _ = planted(n=600, d=60, k=20, s=20, noise=0.1)
+    plain, damped = (semi_nmf(x, 10, sparsity=1.0, damping=damping, max_iter=300) for damping in (0, 0.1))
+    assert cancelling(damped.codes, damped.features) < 0.6 * cancelling(plain.codes, plain.features)
+    assert float((damped.codes > 0).double().mean()) < float((plain.codes > 0).double().mean())
+    assert damped.loss < 1.25 * plain.loss
+
+
+@pytest.mark.parametrize("init", INITS)
+def test_default_beats_the_published_rule(init):
+    x, _ = planted(n=400, d=60, k=20, s=6, noise=0.3)
+    ours = semi_nmf(x, 8, sparsity=0.1, init=init)
+    paper = semi_nmf(x, 8, sparsity=0.1, init=init, method="paper")
+    assert ours.loss < 0.97 * paper.loss and ours.converged
+
+
+def test_finds_planted_features():
+    x, features = planted(noise=0.01)
+    result = semi_nmf(x, 6, sparsity=0.1, init="kmeans", tol=1e-6)
+    unit = torch.nn.functional.normalize
+    assert float((unit(features) @ unit(result.features).T).amax(1).min()) > 0.99
+    assert result.loss < 0.01
+
+
+def test_features_are_optimal_on_their_supports_and_codes_given_features():
+    x, _ = planted()
+    x = x.double()
+    result = semi_nmf(x, 6, sparsity=0.1, tol=1e-9, max_iter=300)
+    gradient = result.codes.T @ (result.codes @ result.features - x)
+    scale = float((result.codes.T @ x).abs().max())
+    assert float(gradient[result.features != 0].abs().max()) < 1e-3 * scale
+    best = (x - nnls(x, result.features) @ result.features).square().sum() / x.square().sum()
+    assert result.loss == pytest.approx(float(best), abs=1e-5)
+
+
+def test_one_features_step_is_the_best_over_all_supports():
+    g = generator()
+    x, codes = torch.randn(20, 6, generator=g).double(), torch.rand(20, 2, generator=g).double()
+    statistics = CodeStatistics.empty(2, 6, x.device)
+    statistics.add(x, codes.T)
+    features = torch.zeros(2, 6).double()
+    features[1, :2] = torch.tensor([0.3, -0.2])
+    codes[:, 1] = 0  # only the first row moves
+    statistics = CodeStatistics.empty(2, 6, x.device)
+    statistics.add(x, codes.T)
+    best = math.inf
+    for support in itertools.combinations(range(6), 2):
+        fitted = codes[:, :1] @ torch.linalg.lstsq(codes[:, :1], x[:, support]).solution
+        left = x.clone()
+        left[:, support] -= fitted
+        best = min(best, float(left.square().sum()))
+    updated = update_features(statistics, features, 2)
+    assert statistics.error(updated) == pytest.approx(best)
+    assert torch.equal(updated[1], features[1])
+
+
+@pytest.mark.parametrize("count", [1, 3, 12])
+def test_features_step_never_raises_the_error(count):
+    for seed in range(20):
+        g = generator(seed)
+        x, codes = torch.randn(30, 12, generator=g), torch.rand(5, 30, generator=g)
+        statistics = CodeStatistics.empty(5, 12, x.device)
+        statistics.add(x, codes)
+        features = update_features(statistics, torch.zeros(5, 12), count)
+        for _ in range(3):
+            new = update_features(statistics, features, count)
+            assert statistics.error(new) <= statistics.error(features) * (1 + 1e-6)
+            features = new
+
+
+def test_ties_go_to_the_lowest_index():
+    assert sorted(largest_entries(torch.tensor([1.0, -2.0, 2.0, 1.0, -1.0]), 3).tolist()) == [0, 1, 2]
+    assert sorted(largest_entries(torch.ones(100), 7).tolist()) == list(range(7))
+    x = torch.ones(10, 20)
+    assert semi_nmf(x, 1, sparsity=0.25, max_iter=3).features[0].nonzero()[:, 0].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_sparsity_counts_are_rounded_up_but_not_by_rounding_errors():
+    x = torch.randn(60, 100, generator=generator())
+    for sparsity, count in [(0.07, 7), (0.071, 8), (0.001, 1), (0.29, 29)]:
+        assert int((semi_nmf(x, 3, sparsity=sparsity, max_iter=2).features != 0).sum(1).max()) == count
+
+
+def test_deterministic_and_blind_to_the_global_random_state():
+    x, _ = planted()
+    for init in INITS:
+        torch.manual_seed(1)
+        state = torch.get_rng_state()
+        first = semi_nmf(x, 6, sparsity=0.1, init=init, max_iter=5, generator=generator(3))
+        assert torch.equal(torch.get_rng_state(), state)
+        torch.manual_seed(2)
+        second = semi_nmf(x, 6, sparsity=0.1, init=init, max_iter=5, generator=generator(3))
+        assert torch.equal(first.codes, second.codes) and torch.equal(first.features, second.features)
+    other = semi_nmf(x, 6, sparsity=0.1, init="random", max_iter=5, generator=generator(4))
+    assert not torch.equal(second.features, other.features)
+
+
+def test_svd_start_keeps_the_heavier_side():
+    x, _ = planted()
+    for sign in (1, -1):
+        codes, features = initialise(sign * x, 4, "svd", generator())
+        for i in range(4):
+            one, other = codes[:, i], (-(x * sign) @ features[i] / features[i].square().sum()).clamp(min=0)
+            assert float(one.square().sum()) >= float(other.square().sum()) * (1 - 1e-4)
+
+
+def test_svd_start_of_a_large_matrix_is_as_good_as_the_exact_one():
+    g = generator()
+    x = torch.randn(400, 60, generator=g) @ torch.randn(60, 300, generator=g) + torch.randn(400, 300, generator=g)
+    codes, features = initialise(x, 20, "svd", g)
+    exact = torch.linalg.svdvals(x)[:20]
+    torch.testing.assert_close(features.square().sum(1), exact, rtol=1e-2, atol=0)
+    assert codes.shape == (400, 20)
+
+
+def test_dead_features_are_revived_and_counted():
+    x, _ = planted()
+    start = semi_nmf(x, 6, sparsity=0.1, max_iter=1)
+    codes, features = start.codes.clone(), start.features.clone()
+    codes[:, :3] = 0
+    features[3] = 0
+    codes[:, 3] = 0
+    result = semi_nmf(x, 6, sparsity=0.1, start=(codes, features), tol=1e-6)
+    assert result.n_revived >= 4 and result.n_dead == 0 and never_rises(result.history)
+    assert result.loss < start.loss
+
+
+def test_duplicate_features_are_merged_and_counted():
+    x, _ = planted()
+    start = semi_nmf(x, 3, sparsity=0.1, max_iter=30)
+    # Each copy serves half of the activations, so that no other step would tell them apart.
+    half = torch.arange(len(x))[:, None] % 2
+    doubled = torch.cat((start.codes * half, start.codes * (1 - half)), 1), torch.cat((start.features, start.features))
+    result = semi_nmf(x, 6, sparsity=0.1, start=doubled, tol=1e-6)
+    assert result.n_revived >= 1 and result.n_duplicate == 0 and never_rises(result.history)
+    assert result.loss < start.loss - 0.05
+
+
+def test_what_cannot_be_revived_is_counted():
+    x = torch.randn(50, 1, generator=generator()).abs() * torch.randn(1, 8, generator=generator())  # rank one
+    result = semi_nmf(x, 3, sparsity=1.0, init="random", max_iter=20)
+    assert result.loss < 1e-6
+    assert result.n_dead + result.n_duplicate >= 1
+
+
+@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("method", ["coordinate", "paper"])
+def test_hard_activations(init, method):
+    x, _ = planted(n=80)
+    constant, negative, repeated = x.clone(), -x.abs() - 0.1, x[:1].repeat(80, 1)
+    constant[:, 3], constant[:, 7] = 0.0, 5.0
+    for hard in (constant, negative, repeated, torch.zeros_like(x), x * 1e-8, x * 1e8):
+        result = semi_nmf(hard, 5, sparsity=0.1, init=init, method=method, max_iter=10)
+        assert bool(result.codes.isfinite().all()) and bool(result.features.isfinite().all())
+        assert never_rises(result.history) and 0 <= result.loss <= 1
+    assert not semi_nmf(constant, 5, sparsity=1.0, init=init, method=method, max_iter=10).features[:, 3].any()
+
+
+def test_scale_does_not_matter():
+    x, _ = planted()
+    plain, scaled = (semi_nmf(x * scale, 6, sparsity=0.1) for scale in (1.0, 1024.0))
+    assert plain.n_iter == scaled.n_iter and plain.loss == pytest.approx(scaled.loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_dtype(dtype):
+    result = semi_nmf(planted()[0].to(dtype), 4, sparsity=0.1, max_iter=3)
+    assert result.codes.dtype == result.features.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+def test_metrics_of_each_iteration():
+    seen = []
+    result = semi_nmf(planted()[0], 4, sparsity=0.1, max_iter=7, tol=1e-9, on_metrics=seen.append)
+    assert [m["objective"] for m in seen] == result.history and [m["iteration"] for m in seen] == list(range(1, result.n_iter + 1))
+
+
+def test_bad_input():
+    x, _ = planted(n=30)
+    for sparsity in (0.0, -0.1, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="sparsity must lie in"):
+            semi_nmf(x, 3, sparsity=sparsity)
+    with pytest.raises(ValueError, match=r"n_components is 31, but init='svd' gives at most min\(n, d\) = 30"):
+        semi_nmf(x, 31)
+    with pytest.raises(ValueError, match="n_components is 31, but init='kmeans'"):
+        semi_nmf(x, 31, init="kmeans")
+    assert semi_nmf(x, 31, init="random", max_iter=2, sparsity=0.1).features.shape == (31, 40)
+    with pytest.raises(ValueError, match="init must be one of.*got 'svdd'.*Did you mean 'svd'"):
+        semi_nmf(x, 3, init="svdd")
+    with pytest.raises(ValueError, match="method must be one of"):
+        semi_nmf(x, 3, method="mu")
+    for damping in (-0.1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="damping must be a finite number >= 0"):
+            semi_nmf(x, 3, damping=damping)
+    with pytest.raises(ValueError, match="published rule has no damping"):
+        semi_nmf(x, 3, damping=0.1, method="paper")
+    with pytest.raises(ValueError, match="n_components must be a whole number"):
+        semi_nmf(x, 0)
+    with pytest.raises(ValueError, match="at least one activation"):
+        semi_nmf(x[:0], 3)
+    with pytest.raises(ValueError, match="start must be codes >= 0"):
+        semi_nmf(x, 3, start=(-torch.ones(30, 3), torch.ones(3, 40)))
+    x[4, 1] = float("inf")
+    with pytest.raises(ValueError, match="x has 1 non-finite.*row 4"):
+        semi_nmf(x, 3)
+
+
+# --- streaming ---
+
+
+def test_streaming_reaches_the_fit_in_memory():
+    x, _ = planted(n=2000)
+    streamed = semi_nmf_streaming(x.split(300), 6, sparsity=0.1, sample_size=400, max_passes=8)
+    whole = semi_nmf(x, 6, sparsity=0.1)
+    assert streamed.loss < whole.loss * 1.1 and streamed.loss < streamed.history[0] and never_rises(streamed.history)
+    assert streamed.n_samples == 2000 and streamed.history[-1] == streamed.loss
+    codes = nnls(x, streamed.features)
+    left = (x.double() - codes.double() @ streamed.features.double()).square().sum() / x.double().square().sum()
+    assert streamed.loss == pytest.approx(float(left), abs=1e-5)
+    torch.testing.assert_close(streamed.code_gram, (codes.T @ codes).double(), rtol=1e-3, atol=0.1)
+    torch.testing.assert_close(streamed.code_product, (codes.T @ x).double(), rtol=1e-3, atol=0.1)
+    assert int((streamed.features != 0).sum(1).max()) <= 4
+
+
+def test_streaming_with_damping():
+    x, _ = planted(n=1000)
+    streamed = semi_nmf_streaming(x.split(300), 6, sparsity=0.1, sample_size=400, max_passes=4, damping=0.1)
+    codes = nnls(x, streamed.features)
+    left = (x.double() - codes.double() @ streamed.features.double()).square().sum() / x.double().square().sum()
+    assert never_rises(streamed.history) and streamed.loss < streamed.history[-1]
+    assert streamed.loss == pytest.approx(float(left), abs=1e-5)
+    torch.testing.assert_close(streamed.code_gram, (codes.T @ codes).double(), rtol=1e-3, atol=0.1)
+
+
+def test_streaming_does_not_depend_on_the_cut():
+    x, _ = planted(n=1000)
+    fits = [semi_nmf_streaming(x.split(size), 5, sparsity=0.1, sample_size=300, max_passes=3) for size in (1000, 7)]
+    assert fits[0].loss == pytest.approx(fits[1].loss, rel=1e-3)
+    torch.testing.assert_close(fits[0].features, fits[1].features, rtol=1e-2, atol=1e-2)
+
+
+def test_streaming_sample_larger_than_the_stream():
+    x, _ = planted()
+    streamed = semi_nmf_streaming([x], 6, sparsity=0.1, sample_size=10_000, max_passes=1)
+    assert streamed.n_passes == 1 and streamed.loss <= semi_nmf(x, 6, sparsity=0.1).loss * 1.001
+
+
+class _Changing:
+    """A stream that loses a row each time it is read."""
+
+    def __init__(self, x):
+        self._x = x
+
+    def __iter__(self):
+        self._x = self._x[:-1]
+        return iter([self._x])
+
+
+def test_streaming_bad_input():
+    x, _ = planted()
+    with pytest.raises(ValueError, match="read only once"):
+        semi_nmf_streaming((block for block in x.split(50)), 3)
+    with pytest.raises(ValueError, match="no activations"):
+        semi_nmf_streaming([], 3)
+    with pytest.raises(ValueError, match="298 activations on the first pass and 297"):
+        semi_nmf_streaming(_Changing(x), 3, sparsity=0.1)
+    with pytest.raises(ValueError, match="last dimension must be 40"):
+        semi_nmf_streaming([x, x[:, :39]], 3)
+    with pytest.raises(ValueError, match="n_components is 41"):
+        semi_nmf_streaming([x], 41)
+    x[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="a batch has 1 non-finite"):
+        semi_nmf_streaming([x], 3)
