@@ -10,7 +10,12 @@ from sae_lens.registry import SAE_CLASS_REGISTRY
 from saelens_ext.activations import ActivationBatch, ActivationStream
 from saelens_ext.dictionaries.exemplar_partition import Assignment, ExemplarPartition, ExemplarPartitionConfig
 from saelens_ext.dictionaries.fit_exemplars import FitResult, fit_exemplar_partition, fit_exemplar_partitions
+from saelens_ext.dictionaries.fit_hierarchy import fit_hierarchical_snmf
+from saelens_ext.dictionaries.fit_snmf import fit_snmf
+from saelens_ext.dictionaries.hierarchy import HierarchicalSNMF
 from saelens_ext.dictionaries.profile import DictionaryProfile, profile_dictionaries, profile_dictionary
+from saelens_ext.dictionaries.snmf import SNMFDictionary, SNMFDictionaryConfig
+from saelens_ext.dictionaries.snmf_fit_result import SNMFFitResult
 from saelens_ext.interventions import ablate_directions, add_direction, clamp_latent, scale_latent, steer_with
 from saelens_ext.lens import logit_lens
 from saelens_ext.models import load_model, retarget
@@ -27,12 +32,18 @@ __all__ = [
     "ExemplarPartition",
     "ExemplarPartitionConfig",
     "FitResult",
+    "HierarchicalSNMF",
     "LeaderClustering",
+    "SNMFDictionary",
+    "SNMFDictionaryConfig",
+    "SNMFFitResult",
     "ablate_directions",
     "add_direction",
     "clamp_latent",
     "fit_exemplar_partition",
     "fit_exemplar_partitions",
+    "fit_hierarchical_snmf",
+    "fit_snmf",
     "load_model",
     "logit_lens",
     "profile_dictionaries",
@@ -59,3 +70,4 @@ def _register(architecture: str, sae_class: type[SAE], config_class: type[SAECon
 
 
 _register("exemplar_partition", ExemplarPartition, ExemplarPartitionConfig)
+_register("snmf", SNMFDictionary, SNMFDictionaryConfig)

@@ -20,6 +20,7 @@ from sae_lens.saes.sae import SAEMetadata
 from saelens_ext import concepts
 from saelens_ext.concepts import Detector, compare_sentences, concept_scores, sentence_scores
 from saelens_ext.dictionaries.exemplar_partition import ExemplarPartition
+from saelens_ext.dictionaries.snmf import SNMFDictionary
 from saelens_ext.diff_means import diff_means, held_out_diff_means, split_sentences
 from saelens_ext.models import resolve_hook
 from saelens_ext.ops.detection import log_ratio
@@ -64,6 +65,7 @@ def dictionaries() -> dict[str, object]:
         "partition_cosine": ExemplarPartition.from_regions(
             units[:12], units[12:], torch.randn(D), 0.8, readout="cosine", metadata=metadata
         ),
+        "snmf": SNMFDictionary.from_features(units[:12] * (units[12:] > 0), metadata=metadata),
     }
     for name in ("standard", "layer_norm", "topk", "jumprelu"):
         made[name].b_dec.data.normal_(std=0.5)
@@ -121,7 +123,9 @@ def test_projections_are_on_unit_directions_about_the_centre(model):
 def test_every_dictionary_is_scored_by_code_and_by_cosine(model, name):
     sae = dictionaries()[name]
     codes = sentence_scores(model, Detector.from_dictionary(sae, similarity="code"), SENTENCES, context_size=CONTEXT)
-    assert torch.allclose(codes, by_loop(model, SENTENCES, lambda row: sae.encode(row[None])[0]), atol=1e-4)
+    # Least squares are solved to a tolerance, by whichever method suits the batch.
+    atol = 2e-3 if name == "snmf" else 1e-4
+    assert torch.allclose(codes, by_loop(model, SENTENCES, lambda row: sae.encode(row[None])[0]), atol=atol)
 
     def inside(row):
         return sae.run_time_activation_norm_fn_in(row[None])[0] if name == "layer_norm" else row

@@ -11,8 +11,10 @@ Where features are dependent, the reconstruction ``g F`` is unique but the codes
 import logging
 from collections.abc import Iterator
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
+from scipy.optimize import nnls as scipy_nnls
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -33,6 +35,7 @@ than sweeps."""
 _FEW_LEFT = 0.1
 _PIVOT_RIDGE = 1e-11
 """The KKT residual that the ridge leaves is below sqrt(ridge) times the activation's norm, however dependent the features."""
+_PIVOT_ROUNDS = 50
 _GRADIENT_RIDGE = 1e-8
 _ROUNDING = {torch.float32: 1e-6, torch.float64: 1e-14}
 _DEFAULT_TOL = {torch.float32: 2e-5, torch.float64: 1e-10}
@@ -171,11 +174,23 @@ def _attempts(iteration: PrimalIteration | DualIteration, tolerance: Tensor, max
 
 
 def _finish(codes: Tensor, x: Tensor, problem: FeatureGram, tolerance: Tensor) -> Tensor:
-    """Codes ``(k, m)`` by the active-set method in float64, from where coordinate descent stopped."""
+    """Codes ``(k, m)`` by active-set methods in float64, from where coordinate descent stopped.
+
+    Pivoting settles rows together, but where features are dependent it may go round in circles: the rows that it has not
+    settled after some rounds are left to scipy's method, which takes one at a time and always ends.
+    """
     target = x.double() @ problem.exact_unit.T
     solver = SupportSolver(problem.exact, _PIVOT_RIDGE, has_inverse=problem.inverse is not None)
     passive = (codes > 0).T.contiguous()
-    solved, optimal = pivot(passive, target, problem.exact, solver, tolerance.double(), 20 * len(codes))
+    solved, optimal = pivot(passive, target, problem.exact, solver, tolerance.double(), _PIVOT_ROUNDS)
     if not bool(optimal.all()):
-        logger.warning("Non-negative least squares left %d of %d activations short of the tolerance.", int((~optimal).sum()), len(x))
+        logger.info("Pivoting left %d of %d activations to scipy's non-negative least squares.", int((~optimal).sum()), len(x))
+        solved[~optimal] = _one_by_one(x[~optimal], problem)
     return solved.T.to(codes.dtype)
+
+
+def _one_by_one(x: Tensor, problem: FeatureGram) -> Float64[Tensor, "m k"]:
+    """Codes by Lawson and Hanson's active-set method."""
+    features = problem.exact_unit.T.cpu().numpy()
+    rows = [scipy_nnls(features, row)[0] for row in x.double().cpu().numpy()]
+    return torch.from_numpy(np.stack(rows)).to(x.device)

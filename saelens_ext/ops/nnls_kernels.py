@@ -63,13 +63,32 @@ class FeatureGram:
         unit = torch.where(zero[:, None], 0.0, wide / norm[:, None])
         # The coordinate step divides by the diagonal; rounding must not make it anything but one.
         norm, unit = norm * (1 + damping) ** 0.5, unit / (1 + damping) ** 0.5
-        exact = (unit @ unit.T).fill_diagonal_(1.0)
-        inverse = _safe_inverse(exact, _LARGEST_CONDITION[features.dtype])
+        return cls._of(unit, norm, unit @ unit.T, features.dtype)
+
+    @classmethod
+    def from_gram(cls, maps: Float64[Tensor, "k d"], gram: Float64[Tensor, "k k"], dtype: torch.dtype) -> "FeatureGram":
+        """Prepare the problem of minimising <C, Q C - 2 T> with a given Gram Q, where T is ``maps`` times the activations.
+
+        Args:
+            maps: ``(k, d)`` what takes activations to targets; zero where the diagonal of Q is.
+            gram: ``(k, k)`` Q, positive semi-definite.
+            dtype: the working dtype.
+        """
+        norm = gram.diagonal().clamp(min=0).sqrt()
+        norm = torch.where(norm < _SHORTEST, 1.0, norm)
+        return cls._of(maps / norm[:, None], norm, gram / norm / norm[:, None], dtype)
+
+    @classmethod
+    def _of(cls, unit: Tensor, norm: Tensor, exact: Tensor, dtype: torch.dtype) -> "FeatureGram":
+        """From float64 parts."""
+        # The coordinate step divides by the diagonal; rounding must not make it anything but one.
+        exact = exact.fill_diagonal_(1.0)
+        inverse = _safe_inverse(exact, _LARGEST_CONDITION[dtype])
         dual = None
         if inverse is not None:
             root = inverse.diagonal().sqrt()
-            dual = (inverse / root / root[:, None]).fill_diagonal_(1.0).to(features.dtype)
-        working = (part.to(features.dtype) for part in (unit, norm, exact))
+            dual = (inverse / root / root[:, None]).fill_diagonal_(1.0).to(dtype)
+        working = (part.to(dtype) for part in (unit, norm, exact))
         return cls(*working, unit, exact, inverse, dual)
 
 

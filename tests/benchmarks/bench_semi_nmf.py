@@ -7,6 +7,7 @@ methods start from the same singular components; the published rule runs ``--pap
 """
 
 import argparse
+import functools
 import importlib.util
 import json
 import sys
@@ -31,6 +32,7 @@ def trace(x: torch.Tensor, start: tuple, **options) -> list[tuple[float, float]]
     return seen
 
 
+@functools.cache
 def peer_update():
     """The peer's update, without the rest of the peer: its package imports vision libraries that are not needed here."""
     spec = importlib.util.find_spec("overcomplete")

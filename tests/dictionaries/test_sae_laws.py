@@ -10,9 +10,10 @@ from datasets import Dataset
 from sae_lens import SAE, ActivationsStore, run_evals
 from sae_lens.evals import get_eval_everything_config
 from sae_lens.saes.sae import SAEMetadata
+from sae_lens.training import upload_saes_to_huggingface as uploader
 from sae_lens.training.activation_scaler import ActivationScaler
 
-from saelens_ext import ExemplarPartition, retarget
+from saelens_ext import ExemplarPartition, SNMFDictionary, retarget
 from saelens_ext.dictionaries.decoder_only import DecoderOnlySAE
 
 D_IN, D_SAE = 32, 24
@@ -33,7 +34,21 @@ def partition(**options) -> Callable[..., ExemplarPartition]:
     return make
 
 
-DICTIONARIES = {
+def snmf(**options) -> Callable[..., SNMFDictionary]:
+    def make(d_in: int = D_IN, **metadata) -> SNMFDictionary:
+        generator = torch.Generator().manual_seed(5)
+        features = 3 * torch.randn(D_SAE, d_in, generator=generator) * (torch.rand(D_SAE, d_in, generator=generator) < 0.3)
+        if options.get("dead"):
+            features[7] = 0
+        dictionary = SNMFDictionary.from_features(features, metadata=metadata)
+        if options.get("origin"):
+            dictionary.b_dec.data.normal_(generator=generator)
+        return dictionary
+
+    return make
+
+
+PARTITIONS = {
     "top_k": partition(),
     "top_k=3": partition(k=3),
     "top_k_mean": partition(basis="mean"),
@@ -43,6 +58,9 @@ DICTIONARIES = {
     "projection_mean": partition(readout="projection", basis="mean"),
     "cosine": partition(readout="cosine"),
 }
+DICTIONARIES = PARTITIONS | {"snmf": snmf(), "snmf_dead": snmf(dead=True), "snmf_about_an_origin": snmf(origin=True)}
+# A field of each config that a saved one always holds.
+OWN_KEY = {"exemplar_partition": ("readout", "readuot"), "snmf": ("sparsity", "sparstiy")}
 
 
 @pytest.fixture(params=DICTIONARIES)
@@ -136,11 +154,38 @@ def test_config_is_json_and_takes_further_attributes(make):
     assert json.loads(json.dumps(sae.cfg.to_dict()))["architecture"] == sae.cfg.architecture()
 
 
-def test_folding_decoder_norms_changes_nothing(make, x):
+def test_folding_decoder_norms_leaves_the_reconstruction(make, x):
     sae = make()
+    codes, reconstruction, rows = sae.encode(x), sae(x), sae.W_dec.detach().clone()
+    norms = sae.fold_and_get_W_dec_norm()
+    alive = rows.any(dim=1)
+    assert torch.allclose(sae.W_dec.norm(dim=1)[alive], torch.ones(int(alive.sum())), atol=1e-5)
+    assert torch.equal(sae.W_dec[~alive], rows[~alive])
+    assert torch.allclose(sae.W_dec * norms[:, None], rows, atol=1e-5)
+    assert torch.allclose(sae(x), reconstruction, atol=1e-4)
+    # A code in units of its feature grows by the feature's norm; one that is no multiple of it has unit features anyway.
+    assert torch.allclose(sae.encode(x), codes * norms, atol=1e-4)
+    sae.fold_W_dec_norm()
+    assert torch.allclose(sae(x), reconstruction, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", PARTITIONS)
+def test_folding_the_norms_of_unit_rows_changes_no_bit(name, x):
+    sae = PARTITIONS[name]()
     before = sae.encode(x), sae(x)
     sae.fold_W_dec_norm()
     assert torch.equal(sae.encode(x), before[0]) and torch.equal(sae(x), before[1])
+
+
+@pytest.mark.parametrize("name", ["top_k", "projection", "snmf", "snmf_about_an_origin"])
+def test_folding_the_activation_scale_is_exact(name, x):
+    scale = 2.5
+    sae = DICTIONARIES[name](typical_norm=5.0)
+    sae.cfg.normalize_activations = "expected_average_only_in"
+    before = sae(x * scale) / scale
+    sae.fold_activation_norm_scaling_factor(scale)
+    assert torch.allclose(sae(x), before, atol=1e-4)
+    assert sae.cfg.metadata.typical_norm == 2.0 and sae.cfg.normalize_activations == "none"
 
 
 def test_whitening_fold_is_refused(make):
@@ -150,7 +195,7 @@ def test_whitening_fold_is_refused(make):
 
 def test_gradients_reach_the_activation(make, x):
     sae = make()
-    if sae.cfg.readout == "one_hot":
+    if getattr(sae.cfg, "readout", None) == "one_hot":
         pytest.skip("a one-hot code is piecewise constant")
     x = x.clone().requires_grad_()
     sae(x).square().sum().backward()
@@ -209,7 +254,7 @@ def evaluate(sae: SAE, model, texts: list[str]) -> dict:
     }
 
 
-@pytest.mark.parametrize("name", ["top_k", "projection"])
+@pytest.mark.parametrize("name", ["top_k", "projection", "snmf"])
 def test_the_hosts_own_evals_agree_on_both_model_classes(name, tiny_hooked, tiny_bridge, tiny_texts):
     metadata = {"hook_name": "blocks.1.hook_out", "context_size": 16, "prepend_bos": True}
     with warnings.catch_warnings():
@@ -271,10 +316,11 @@ def test_truncated_and_foreign_files(make, tmp_path):
 def test_a_misspelt_key_is_an_error_on_every_path(make, tmp_path):
     sae = make()
     misspelt = sae.cfg.to_dict()
-    misspelt["readuot"] = misspelt.pop("readout")
-    with pytest.raises(ValueError, match="Did you mean 'readout'"):
+    key, wrong = OWN_KEY[sae.cfg.architecture()]
+    misspelt[wrong] = misspelt.pop(key)
+    with pytest.raises(ValueError, match=f"Did you mean '{key}'"):
         type(sae.cfg).from_dict(misspelt)
-    with pytest.raises(ValueError, match="lacks 'readout'"):
+    with pytest.raises(ValueError, match=f"lacks '{key}'"):
         SAE.from_dict(misspelt)
 
 
@@ -289,6 +335,18 @@ def test_weights_of_another_shape_are_an_error(make, tmp_path):
     config.write_text(config.read_text().replace(f'"d_sae": {D_SAE}', f'"d_sae": {D_SAE + 1}'))
     with pytest.raises(ValueError, match="do not fit the config"):
         SAE.load_from_disk(tmp_path)
+
+
+def test_the_hosts_uploader_accepts_it(make, monkeypatch):
+    uploaded = {}
+    monkeypatch.setattr(uploader, "_repo_exists", lambda api, repo: True)
+    monkeypatch.setattr(
+        uploader.HfApi, "upload_folder",
+        lambda self, folder_path, path_in_repo, **kwargs: uploaded.update({path_in_repo: SAE.load_from_disk(folder_path)}),
+    )
+    sae = make()
+    uploader.upload_saes_to_huggingface({"layer_1": sae}, "someone/something", add_default_readme=False, show_progress=False)
+    assert type(uploaded["layer_1"]) is type(sae) and torch.equal(uploaded["layer_1"].W_dec, sae.W_dec)
 
 
 def test_metadata_survives(make, tmp_path):

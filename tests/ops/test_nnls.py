@@ -30,6 +30,8 @@ def sparse_features(k, d, seed=0):
 CASES = {
     "fewer features": (randn(30, 40), randn(12, 40, seed=1)),
     "more features than neurons": (randn(30, 10), randn(25, 10, seed=1)),
+    "twice as many features as neurons": (3 * randn(60, 48), 2 * randn(90, 48, seed=1)),
+    "many sparse features": (3 * randn(60, 48), sparse_features(150, 48)),
     "sparse features": (randn(30, 60), sparse_features(50, 60)),
     "non-negative features": (randn(30, 40).abs(), randn(35, 40, seed=1).abs()),
     "ill conditioned": (randn(30, 20), randn(20, 20, seed=1) * torch.logspace(0, -3, 20) + randn(20, 1, seed=2)),

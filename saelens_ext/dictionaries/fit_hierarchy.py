@@ -1,0 +1,130 @@
+"""Recursive semi-NMF: factorise activations, then the features, then theirs, and refine all levels together."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from saelens_ext import _checks
+from saelens_ext.activations import ActivationStream
+from saelens_ext.dictionaries.activation_matrix import ActivationSource
+from saelens_ext.dictionaries.fit_snmf import SNMFFitConfig, reconstruction_loss
+from saelens_ext.dictionaries.hierarchy import HierarchicalSNMF
+from saelens_ext.dictionaries.snmf import SNMFDictionary
+from saelens_ext.ops.deep_semi_nmf import DeepFactors, damped_codes, level_errors, refine
+from saelens_ext.ops.semi_nmf import semi_nmf
+from saelens_ext.ops.semi_nmf_updates import CodeStatistics, normalised
+
+_REFINE_TOL = 1e-4
+_LINK_DAMPING = 0.1
+
+
+def fit_hierarchical_snmf(
+    source: ActivationStream | Tensor,
+    ranks: Sequence[int] = (400, 200, 100, 50),
+    *,
+    hook_name: str | None = None,
+    refine_iter: int = 30,
+    progress: bool = False,
+    **options: Any,
+) -> HierarchicalSNMF:
+    """Build dictionaries of falling size in which each feature is a non-negative mix of features of the one below.
+
+    The activations are held in memory: set the stream's ``max_tokens`` accordingly.
+
+    Args:
+        source: a stream over one hook, or activations ``(n, d)``.
+        ranks: features of each level, falling.
+        hook_name: where a matrix was read; kept in the dictionaries' metadata.
+        refine_iter: iterations of the joint refinement at most; 0 leaves the levels as they were built one on another.
+        progress: show progress bars.
+        **options: fields of :class:`~saelens_ext.dictionaries.fit_snmf.SNMFFitConfig` for every level; ``held_out`` and
+            ``max_passes`` have no use here.
+
+    Raises:
+        ValueError: ranks that do not fall, activations that exceed ``memory_limit``, and as for
+            :func:`~saelens_ext.dictionaries.fit_snmf.fit_snmf`.
+
+    Source: arXiv 2506.10920, recursive SNMF; the refinement is this package's, see :mod:`saelens_ext.ops.deep_semi_nmf`.
+    """
+    ranks = _checked_ranks(ranks)
+    config = SNMFFitConfig.of(options)
+    if config.held_out:
+        raise ValueError("fit_hierarchical_snmf keeps no documents out; leave held_out at 0 and measure with fit_snmf.")
+    given = ActivationSource.of(source, hook_name, 0.0)
+    x, whole = given.in_memory(config.memory_limit)
+    if not whole:
+        raise ValueError(
+            f"The activations take more than memory_limit={config.memory_limit} bytes; a hierarchy needs them in memory. Lower the "
+            "stream's max_tokens, or raise memory_limit (the fit needs about three times that)."
+        )
+    with torch.no_grad():
+        factors = _recursive(x, ranks, config, progress)
+        before = _relative_errors(x, factors)
+        count = max(1, math.ceil(round(config.sparsity * x.shape[1], 9)))
+        history = []
+        if refine_iter:
+            bar = tqdm(total=_checks.positive(refine_iter, "refine_iter"), desc="refining all levels", disable=not progress)
+            factors, history = refine(
+                x, factors, count, float(config.damping), refine_iter, _REFINE_TOL, on_iteration=lambda _: bar.update()
+            )
+            bar.close()
+    total = float(x.double().square().sum())
+    dictionaries = [_dictionary(given, features, level, ranks, config, x) for level, features in enumerate(factors.features)]
+    return HierarchicalSNMF(
+        dictionaries=dictionaries,
+        links=factors.links,
+        hook_name=given.hook_name,
+        losses=_relative_errors(x, factors),
+        losses_before=before,
+        encode_losses=[float(reconstruction_loss(dictionary, [x])[0]) for dictionary in dictionaries],
+        history=[value / total for value in history],
+        n_seen=len(x),
+    )
+
+
+def _checked_ranks(ranks: Sequence[int]) -> tuple[int, ...]:
+    """At least two, positive and falling."""
+    ranks = tuple(_checks.positive(rank, "each of ranks") for rank in ranks)
+    if len(ranks) < 2 or any(after >= before for before, after in zip(ranks, ranks[1:], strict=False)):
+        raise ValueError(f"ranks must be at least two numbers, each below the one before, such as (400, 200, 100, 50); got {ranks}.")
+    return ranks
+
+
+def _recursive(x: Tensor, ranks: tuple[int, ...], config: SNMFFitConfig, progress: bool) -> DeepFactors:
+    """Each level by itself, on the unit features of the one below."""
+    features, links = [], []
+    codes, below = x.new_empty(0), x
+    for rank in ranks:
+        fit = semi_nmf(
+            below, rank, sparsity=config.sparsity, init=config.init, damping=config.damping, max_iter=config.max_iter, tol=config.tol,
+            generator=torch.Generator().manual_seed(config.seed), progress=progress,
+        )
+        below, length = normalised(fit.features)
+        features.append(below)
+        if len(features) == 1:
+            codes = fit.codes * length
+        else:
+            # Exact codes may be large ones that cancel each other, whose errors would add up over the levels.
+            links.append(damped_codes(features[-2], below, max(float(config.damping), _LINK_DAMPING)))
+    return DeepFactors(codes, features, links)
+
+
+def _relative_errors(x: Tensor, factors: DeepFactors) -> list[float]:
+    """The loss of each level through the links."""
+    statistics = CodeStatistics.empty(factors.codes.shape[1], x.shape[1], x.device)
+    statistics.add(x, factors.codes.T)
+    return [error / statistics.total if statistics.total > 0 else 0.0 for error in level_errors(factors, statistics)]
+
+
+def _dictionary(
+    given: ActivationSource, features: Tensor, level: int, ranks: tuple[int, ...], config: SNMFFitConfig, x: Tensor
+) -> SNMFDictionary:
+    metadata = given.metadata() | {
+        "n_seen": len(x), "damping": float(config.damping), "init": config.init, "level": level, "ranks": list(ranks),
+        "typical_norm": float(torch.linalg.vector_norm(x, dim=1).median()),
+    }
+    return SNMFDictionary.from_features(features, sparsity=config.sparsity, metadata=metadata)

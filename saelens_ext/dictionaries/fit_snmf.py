@@ -1,0 +1,172 @@
+"""Build an SNMFDictionary from a stream of activations or a matrix of them.
+
+Activations that fit into ``memory_limit`` are read once and factorised together. Others are read in several passes over
+the model (one to draw a sample, then up to ``max_passes``, then one for the final codes): see
+:mod:`saelens_ext.ops.semi_nmf_streaming` for what that costs.
+"""
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+from saelens_ext import _checks
+from saelens_ext.activations import ActivationStream
+from saelens_ext.dictionaries.activation_matrix import ActivationSource, Restartable
+from saelens_ext.dictionaries.snmf import SNMFDictionary
+from saelens_ext.dictionaries.snmf_fit_result import SNMFFitResult
+from saelens_ext.ops.semi_nmf import INITS, SemiNMFResult, semi_nmf
+from saelens_ext.ops.semi_nmf_streaming import StreamingSemiNMFResult, semi_nmf_streaming
+
+logger = logging.getLogger(__name__)
+
+OnMetrics = Callable[[dict[str, float]], None]
+
+
+@dataclass(kw_only=True, frozen=True)
+class SNMFFitConfig:
+    """Options of a fit."""
+
+    sparsity: float | int = 0.01
+    """Fraction of the neurons that a feature may use, in (0, 1], rounded up to whole neurons."""
+    init: str = "svd"
+    """"svd", "kmeans" or "random"."""
+    damping: float | int = 0.1
+    """Charge for features that cancel each other, >= 0; see :mod:`saelens_ext.ops.semi_nmf`. 0 gives the lowest loss, but
+    then nearly all features are active on nearly all tokens."""
+    max_iter: int = 100
+    """Iterations of a fit in memory."""
+    max_passes: int = 5
+    """Passes over the stream to improve the features, where it does not fit in memory."""
+    tol: float = 1e-4
+    """Relative fall of the objective below which the fit has converged."""
+    held_out: float | int = 0.0
+    """Share of the documents kept out of the fit, on which ``held_out_loss`` is measured; in [0, 0.5]."""
+    memory_limit: int = 4 * 2**30
+    """Bytes of activations (as float32) to hold; the fit needs about three times that."""
+    seed: int = 0
+    """Of everything random in the fit."""
+
+    def __post_init__(self) -> None:
+        _checks.between(self.sparsity, 0, 1, "sparsity", closed_high=True)
+        _checks.choice(self.init, INITS, "init")
+        _checks.between(self.tol, 0, 1, "tol")
+        for name in ("max_iter", "max_passes", "memory_limit"):
+            _checks.positive(getattr(self, name), name)
+
+    @classmethod
+    def of(cls, options: dict[str, Any]) -> "SNMFFitConfig":
+        """The config from keyword options; an option it does not know is a ValueError with near matches."""
+        _checks.known_keys(options, [field.name for field in fields(cls)], "The fit")
+        return cls(**options)
+
+
+def fit_snmf(
+    source: ActivationStream | Tensor,
+    n_components: int = 100,
+    *,
+    hook_name: str | None = None,
+    progress: bool = False,
+    on_metrics: OnMetrics | None = None,
+    **options: Any,
+) -> SNMFFitResult:
+    """Build an SNMFDictionary.
+
+    Args:
+        source: a stream over one hook, meant for MLP neurons (``blocks.L.mlp.hook_post``, on a bridge
+            ``blocks.L.mlp.out.hook_in``), whose ``max_tokens`` is the budget; or activations ``(n, d)``.
+        n_components: k, the number of features.
+        hook_name: where a matrix was read; kept in the dictionary's metadata.
+        progress: show a progress bar.
+        on_metrics: called after each iteration (or pass) with its figures.
+        **options: fields of :class:`SNMFFitConfig`.
+
+    Returns:
+        The dictionary, of unit features ordered by their share of the activations' sum of squares, with its statistics.
+
+    Raises:
+        ValueError: an option that is unknown or out of range, a stream over several hooks, no activation, activations that
+            are all zero or not finite, more features than ``init`` can give.
+
+    Source: arXiv 2506.10920, for features and codes; the fit and its damping are this package's.
+    """
+    config = SNMFFitConfig.of(options)
+    given = ActivationSource.of(source, hook_name, config.held_out)
+    x, whole = given.in_memory(config.memory_limit)
+    if not bool(x.any()):
+        raise ValueError(f"All {len(x)} activations are zero: there is nothing to factorise. Is the hook the right one?")
+    typical_norm = float(torch.linalg.vector_norm(x, dim=1).median())
+    shared = {
+        "sparsity": config.sparsity, "init": config.init, "damping": config.damping,
+        "generator": torch.Generator().manual_seed(config.seed), "on_metrics": on_metrics,
+    }
+    if whole:
+        fit = semi_nmf(x, n_components, max_iter=config.max_iter, tol=config.tol, progress=progress, **shared)
+        energy = fit.codes.double().square().sum(dim=0)
+        total = float(x.double().square().sum())
+        n_seen, limit = len(x), "max_iter"
+    else:
+        logger.info("More than %d bytes of activations: the fit makes several passes over the stream.", config.memory_limit)
+        del x
+        fit = semi_nmf_streaming(
+            Restartable(given), n_components, max_passes=config.max_passes, tol=max(config.tol, 1e-3), **shared
+        )
+        energy, total = fit.code_gram.diagonal(), fit.total
+        n_seen, limit = fit.n_samples, "max_passes"
+    shares = energy * fit.features.double().square().sum(dim=1) / total
+    dictionary, shares = _dictionary(given, fit, shares, config, n_seen, typical_norm)
+    held_out_loss, n_held_out = reconstruction_loss(dictionary, Restartable(given, held_out=True))
+    if config.held_out and not n_held_out:
+        logger.warning("No document was held out: there are fewer than %d.", given.held_out_every)
+    return SNMFFitResult(
+        dictionary=dictionary, hook_name=given.hook_name, stopped_because="converged" if fit.converged else limit, n_seen=n_seen,
+        n_held_out=n_held_out, loss=fit.loss, held_out_loss=held_out_loss, history=list(fit.history), n_dead=fit.n_dead,
+        n_duplicate=fit.n_duplicate, n_revived=fit.n_revived, typical_norm=typical_norm, shares=shares,
+    )
+
+
+def _dictionary(
+    given: ActivationSource,
+    fit: SemiNMFResult | StreamingSemiNMFResult,
+    shares: Tensor,
+    config: SNMFFitConfig,
+    n_seen: int,
+    typical_norm: float,
+) -> tuple[SNMFDictionary, Tensor]:
+    """The dictionary of unit features, the largest share first, and the shares in that order."""
+    order = shares.argsort(descending=True, stable=True)
+    metadata = given.metadata() | {
+        "n_seen": n_seen, "loss": fit.loss, "damping": float(config.damping), "init": config.init, "typical_norm": typical_norm,
+    }
+    # Only this host class keeps the heads of hook_z apart; a bridge gives them joined.
+    has_heads = given.stream is not None and isinstance(given.stream.model, HookedTransformer) and metadata["hook_name"].endswith("hook_z")
+    dictionary = SNMFDictionary.from_features(
+        fit.features[order], sparsity=config.sparsity, metadata=metadata, reshape_activations="hook_z" if has_heads else "none"
+    )
+    dictionary.fold_W_dec_norm()
+    return dictionary, shares[order].float().cpu()
+
+
+@torch.no_grad()
+def reconstruction_loss(dictionary: Any, blocks: Iterable[Tensor]) -> tuple[float | None, int]:
+    """Squared error of a dictionary's reconstructions over the sum of squares of activations, and how many there were.
+
+    Args:
+        dictionary: any SAELens SAE.
+        blocks: activations ``(m, d)``, block by block.
+
+    Returns:
+        The loss, None for no activations (0 if all are zero), and their number.
+    """
+    error = total = 0.0
+    n = 0
+    for block in blocks:
+        for rows in block.to(dictionary.dtype).split(4096):
+            error += float((rows.double() - dictionary.decode(dictionary.encode(rows)).double()).square().sum())
+            total += float(rows.double().square().sum())
+        n += len(block)
+    return (error / total if total > 0 else 0.0) if n else None, n

@@ -1,0 +1,201 @@
+"""Several layers of semi-nonnegative matrix factorisation, fitted together.
+
+Symbols:
+    X: ``(n, d)`` activations. G: ``(n, r_0)`` codes >= 0. H_l: ``(r_l, d)`` signed features of level l, sparse, unit rows.
+    W_l: ``(r_(l-1), r_l)`` links >= 0, for l >= 1. M_l = W_1 ... W_l, M_0 = 1: what level l makes of the codes.
+    objective = sum over levels of |X - G M_l H_l|^2 + damping * sum_i |G M_l column i|^2 |H_l row i|^2.
+    A = G'G, B = G'X. S_l = H_l H_l' + damping * diag(H_l H_l').
+
+Each level factorises the features of the one below, and all are then refined together by steps that keep the signs and the
+supports' size: codes by non-negative least squares, features as in :mod:`.semi_nmf_updates`, links by projected gradients.
+None can raise the objective.
+
+Source: recursive factorisation as in Shafran et al., arXiv 2506.10920; deep semi-NMF, Trigeorgis et al. 2014. Their
+refinement by Adam fits the last level only and leaves the constraints; this one fits all levels and keeps them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from saelens_ext.ops.nnls import solve_codes
+from saelens_ext.ops.nnls_kernels import FeatureGram
+from saelens_ext.ops.semi_nmf_updates import CHUNK_ROWS, CodeStatistics, normalised, update_codes, update_features
+
+_LINK_STEPS = 60
+_CODES_TOL = 2e-5
+_MAX_SWEEPS = 30
+
+
+@dataclass
+class DeepFactors:
+    """Codes, links and features of all levels."""
+
+    codes: Float[Tensor, "n r"]
+    """G, of the lowest level."""
+    features: list[Tensor]
+    """H_l, the lowest level first."""
+    links: list[Tensor]
+    """W_l, from level l - 1 to level l, for l from 1."""
+
+    def maps(self) -> list[Float64[Tensor, "r _"]]:
+        """M_l of each level, float64."""
+        maps = [torch.eye(len(self.features[0]), dtype=torch.float64, device=self.codes.device)]
+        for links in self.links:
+            maps.append(maps[-1] @ links.double())
+        return maps
+
+
+def level_errors(factors: DeepFactors, statistics: CodeStatistics) -> list[float]:
+    """|X - G M_l H_l|^2 of each level, from the statistics of the codes (not damped)."""
+    return [_of_level(statistics, m).error(h) for m, h in zip(factors.maps(), factors.features, strict=True)]
+
+
+def refine(
+    x: Float[Tensor, "n d"],
+    factors: DeepFactors,
+    count: int,
+    damping: float,
+    max_iter: int,
+    tol: float,
+    on_iteration: Callable[[float], None] | None = None,
+) -> tuple[DeepFactors, list[float]]:
+    """Fit all levels together.
+
+    Args:
+        x: ``(n, d)`` activations.
+        factors: where to start; left as they are.
+        count: neurons that a feature may use.
+        damping: charge for features that cancel each other.
+        max_iter: iterations at most.
+        tol: stop when an iteration lowers the objective by less than this fraction.
+        on_iteration: called with the objective after each.
+
+    Returns:
+        The factors, and the objective at the start and after each iteration, which never rises.
+    """
+    statistics = _statistics(x, factors.codes)
+    history = [objective(factors, statistics, damping)]
+    for _ in range(max_iter):
+        new = DeepFactors(factors.codes, list(factors.features), list(factors.links))
+        for level in range(len(new.features)):
+            _update_features(new, statistics, level, count, damping)
+        for level in range(1, len(new.features)):
+            _update_links(new, statistics, level, damping)
+        new.codes = _update_codes(x, new, damping)
+        new_statistics = _statistics(x, new.codes)
+        value = objective(new, new_statistics, damping)
+        if value > history[-1]:  # by rounding: there is nothing left to gain
+            break
+        factors, statistics = new, new_statistics
+        history.append(value)
+        if on_iteration is not None:
+            on_iteration(value)
+        if history[-2] - value <= tol * history[-2]:
+            break
+    return factors, history
+
+
+def objective(factors: DeepFactors, statistics: CodeStatistics, damping: float) -> float:
+    """The objective, from the statistics of the codes."""
+    levels = zip(factors.maps(), factors.features, strict=True)
+    return sum(_of_level(statistics, m, damping).error(h) for m, h in levels)
+
+
+def damped_codes(x: Float[Tensor, "n d"], features: Float[Tensor, "k d"], damping: float) -> Float[Tensor, "n k"]:
+    """Codes >= 0 that minimise the damped error of each row."""
+    return solve_codes(x, FeatureGram.of(features, damping), _CODES_TOL, _MAX_SWEEPS)
+
+
+def _statistics(x: Tensor, codes: Tensor) -> CodeStatistics:
+    statistics = CodeStatistics.empty(codes.shape[1], x.shape[1], x.device)
+    statistics.add(x, codes.T)
+    return statistics
+
+
+def _of_level(statistics: CodeStatistics, m: Tensor, damping: float = 0.0) -> CodeStatistics:
+    """The statistics of the codes G M."""
+    level = CodeStatistics(m.T @ statistics.gram @ m, m.T @ statistics.product, statistics.total)
+    level.damp(damping)
+    return level
+
+
+def _update_features(factors: DeepFactors, statistics: CodeStatistics, level: int, count: int, damping: float) -> None:
+    """New features of one level; their lengths go into what multiplies them, so that rows stay of unit length."""
+    mine = _of_level(statistics, factors.maps()[level], damping)
+    unit, length = normalised(update_features(mine, factors.features[level], count))
+    factors.features[level] = unit
+    if level == 0:
+        factors.codes = factors.codes * length
+        statistics.gram *= length.double() * length.double()[:, None]
+        statistics.product *= length.double()[:, None]
+    else:
+        factors.links[level - 1] = factors.links[level - 1] * length
+    if level < len(factors.links):
+        factors.links[level] = factors.links[level] / length[:, None]
+
+
+def _charge(features: Tensor, damping: float) -> Tensor:
+    """S_l."""
+    gram = features.double() @ features.double().T
+    gram.diagonal().mul_(1 + damping)
+    return gram
+
+
+def _update_links(factors: DeepFactors, statistics: CodeStatistics, level: int, damping: float) -> None:
+    """W_l given all else: minimise <P W S, W> - 2 <C, W> over W >= 0."""
+    below = factors.maps()[level - 1]
+    p = below.T @ statistics.gram @ below
+    size = len(factors.features[level])
+    above = torch.eye(size, dtype=torch.float64, device=below.device)
+    s, reached = torch.zeros_like(above), torch.zeros(size, statistics.product.shape[1], dtype=torch.float64, device=below.device)
+    for later in range(level, len(factors.features)):
+        if later > level:
+            above = above @ factors.links[later - 1].double()
+        s += above @ _charge(factors.features[later], damping) @ above.T
+        reached += above @ factors.features[later].double()
+    c = below.T @ statistics.product @ reached.T
+    links = factors.links[level - 1]
+    factors.links[level - 1] = nonnegative_quadratic(links.double(), p, c, s, _LINK_STEPS).to(links.dtype)
+
+
+def nonnegative_quadratic(
+    w: Float64[Tensor, "a b"], p: Float64[Tensor, "a a"], c: Float64[Tensor, "a b"], s: Float64[Tensor, "b b"], steps: int
+) -> Float64[Tensor, "a b"]:
+    """Lower <P W S, W> - 2 <C, W> over W >= 0 by accelerated projected gradients, restarted whenever it would rise.
+
+    Source: Beck and Teboulle 2009, with the restarts of O'Donoghue and Candes 2015.
+    """
+    # In units where both diagonals are one, a single step length suits all entries.
+    left = p.diagonal().clamp(min=0).sqrt().clamp(min=1e-30)[:, None]
+    right = s.diagonal().clamp(min=0).sqrt().clamp(min=1e-30)
+    p, s, c, w = p / left / left.T, s / right / right[:, None], c / left / right, w * left * right
+    step = 1 / max(float(torch.linalg.matrix_norm(p, 2) * torch.linalg.matrix_norm(s, 2)), 1e-30)
+
+    def value(candidate: Tensor) -> float:
+        return float((candidate * (p @ candidate @ s - 2 * c)).sum())
+
+    ahead, momentum, best = w, 1.0, value(w)
+    for _ in range(steps):
+        new = (ahead - step * (p @ ahead @ s - c)).clamp_(min=0)
+        new_value = value(new)
+        if new_value > best:
+            ahead, momentum = w, 1.0
+            continue
+        next_momentum = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
+        ahead = new + (momentum - 1) / next_momentum * (new - w)
+        w, momentum, best = new, next_momentum, new_value
+    return w / left / right
+
+
+def _update_codes(x: Tensor, factors: DeepFactors, damping: float) -> Tensor:
+    """G given all else: the levels' problems add up to one of non-negative least squares."""
+    maps = factors.maps()
+    gram = sum(m @ _charge(h, damping) @ m.T for m, h in zip(maps, factors.features, strict=True))
+    targets = sum(m @ h.double() for m, h in zip(maps, factors.features, strict=True))
+    problem = FeatureGram.from_gram(targets, gram, factors.codes.dtype)
+    parts = zip(x.split(CHUNK_ROWS), factors.codes.split(CHUNK_ROWS), strict=True)
+    return torch.cat([update_codes(rows, problem, codes.T.contiguous(), dual=False)[0].T for rows, codes in parts])

@@ -1,0 +1,151 @@
+"""Fitting an SNMFDictionary: in memory and in passes, held-out documents, files, and what is refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from sae_lens import SAE
+
+from saelens_ext import ActivationStream, SNMFDictionary, SNMFFitResult, fit_snmf
+from saelens_ext.dictionaries.fit_snmf import reconstruction_loss
+from saelens_ext.ops.nnls import nnls
+from saelens_ext.ops.semi_nmf import semi_nmf
+
+HOOK = "blocks.1.mlp.hook_post"  # an alias on a bridge
+OPTIONS = {"sparsity": 0.2, "max_iter": 15}
+
+
+@pytest.fixture
+def stream(tiny_bridge, tiny_texts) -> ActivationStream:
+    return ActivationStream(tiny_bridge, tiny_texts, HOOK, context_size=16, batch_size=4, max_tokens=600)
+
+
+def rows_of(stream: ActivationStream, keep=lambda documents: documents >= 0) -> torch.Tensor:
+    return torch.cat([batch.activations[HOOK][keep(batch.document_ids)] for batch in stream])
+
+
+def relative_error(x, features):
+    return float((x.double() - nnls(x, features).double() @ features.double()).square().sum() / x.double().square().sum())
+
+
+def test_the_dictionary_is_the_factorisation(stream):
+    result = fit_snmf(stream, 8, damping=0, **OPTIONS)
+    x = rows_of(stream)
+    plain = semi_nmf(x, 8, sparsity=0.2, max_iter=15)
+    dictionary = result.dictionary
+    assert isinstance(result, SNMFFitResult) and isinstance(dictionary, SNMFDictionary)
+    assert result.loss == plain.loss and result.history == plain.history and result.n_seen == len(x) == 600
+    assert torch.allclose(dictionary.features.norm(dim=1), torch.ones(8))
+    assert result.loss == pytest.approx(relative_error(x, dictionary.features.detach()), abs=1e-5)
+    own = nnls(x, dictionary.features.detach()).square().sum(dim=0) / x.square().sum()
+    torch.testing.assert_close(result.shares, own, rtol=1e-3, atol=1e-5)
+    assert bool((result.shares.diff() <= 0).all()) and result.n_components == 8
+    assert result.typical_norm == pytest.approx(float(x.norm(dim=1).median()))
+    assert int(dictionary.support.sum(dim=1).max()) <= -(-x.shape[1] * 2 // 10)
+
+
+def test_metadata(stream):
+    metadata = fit_snmf(stream, 4, **OPTIONS).dictionary.cfg.metadata
+    assert metadata.hook_name == "blocks.1.mlp.out.hook_in" and metadata.context_size == 16 and metadata.damping == 0.1
+    assert metadata.model_class_name == "SAETransformerBridge" and metadata.typical_norm > 0
+
+
+def test_a_matrix_gives_the_same(stream):
+    streamed, from_matrix = fit_snmf(stream, 5, **OPTIONS), fit_snmf(rows_of(stream), 5, hook_name=HOOK, **OPTIONS)
+    assert torch.equal(streamed.dictionary.features, from_matrix.dictionary.features)
+    assert from_matrix.hook_name == from_matrix.dictionary.cfg.metadata.hook_name == HOOK
+
+
+def test_held_out_documents(stream):
+    result = fit_snmf(stream, 5, held_out=0.25, **OPTIONS)
+    out = rows_of(stream, lambda documents: documents % 4 == 3)
+    kept = rows_of(stream, lambda documents: documents % 4 != 3)
+    assert (result.n_seen, result.n_held_out) == (len(kept), len(out)) and len(out) > 0
+    assert torch.equal(result.dictionary.features, fit_snmf(kept, 5, **OPTIONS).dictionary.features)
+    assert result.held_out_loss == pytest.approx(relative_error(out, result.dictionary.features.detach()), abs=1e-5)
+    assert fit_snmf(stream, 5, **OPTIONS).held_out_loss is None
+
+
+def test_more_than_fits_in_memory_takes_several_passes(stream):
+    whole = fit_snmf(stream, 5, held_out=0.25, sparsity=0.2)
+    passes = fit_snmf(stream, 5, held_out=0.25, sparsity=0.2, memory_limit=10_000)
+    assert passes.stopped_because in ("converged", "max_passes") and len(passes.history) <= 5
+    assert (passes.n_seen, passes.n_held_out) == (whole.n_seen, whole.n_held_out)
+    assert passes.loss == pytest.approx(whole.loss, rel=0.05)
+    kept = rows_of(stream, lambda documents: documents % 4 != 3)
+    assert passes.loss == pytest.approx(relative_error(kept, passes.dictionary.features.detach()), abs=1e-5)
+    own = nnls(kept, passes.dictionary.features.detach()).square().sum(dim=0) / kept.square().sum()
+    torch.testing.assert_close(passes.shares, own, rtol=1e-3, atol=1e-5)
+
+
+def test_why_it_stopped(stream):
+    assert fit_snmf(stream, 5, sparsity=0.2, max_iter=2).stopped_because == "max_iter"
+    assert fit_snmf(stream, 2, sparsity=0.2, max_iter=500, tol=0.01).stopped_because == "converged"
+
+
+def test_metrics_reach_the_caller(stream):
+    seen = []
+    result = fit_snmf(stream, 4, on_metrics=seen.append, **OPTIONS)
+    assert [m["objective"] for m in seen][-1] == result.history[-1] and {"loss", "n_dead"} <= set(seen[0])
+
+
+def test_save_and_load(stream, tmp_path):
+    result = fit_snmf(stream, 4, held_out=0.25, **OPTIONS)
+    path = result.save(tmp_path / "fit")
+    again = SNMFFitResult.load(path)
+    assert torch.equal(again.dictionary.features, result.dictionary.features) and torch.equal(again.shares, result.shares)
+    for name in ("hook_name", "stopped_because", "loss", "held_out_loss", "history", "n_seen", "n_held_out", "typical_norm"):
+        assert getattr(again, name) == getattr(result, name)
+    assert type(SAE.load_from_disk(str(path))) is SNMFDictionary
+
+
+def test_foreign_files_are_refused(stream, tmp_path):
+    path = fit_snmf(stream, 4, **OPTIONS).save(tmp_path / "fit")
+    other = fit_snmf(stream, 3, **OPTIONS).save(tmp_path / "other")
+    shutil.copy(other / "fit.safetensors", path / "fit.safetensors")
+    with pytest.raises(ValueError, match="do not belong together"):
+        SNMFFitResult.load(path)
+    content = json.loads((other / "fit.json").read_text())
+    del content["loss"]
+    (other / "fit.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="lacks loss"):
+        SNMFFitResult.load(other)
+
+
+def test_bad_input(stream, tiny_bridge, tiny_texts):
+    with pytest.raises(ValueError, match="sparsity must lie in"):
+        fit_snmf(stream, 4, sparsity=0)
+    with pytest.raises(ValueError, match=r"'sparsty'.*sparsity"):
+        fit_snmf(stream, 4, sparsty=0.1)
+    with pytest.raises(ValueError, match="damping must be"):
+        fit_snmf(stream, 4, damping=-1)
+    with pytest.raises(ValueError, match="held_out must lie in"):
+        fit_snmf(stream, 4, held_out=0.7)
+    with pytest.raises(ValueError, match="which rows are of one document"):
+        fit_snmf(rows_of(stream), 4, held_out=0.1)
+    with pytest.raises(ValueError, match="n_components is 601"):
+        fit_snmf(stream, 601, init="kmeans", sparsity=0.2)
+    with pytest.raises(ValueError, match="activations are zero"):
+        fit_snmf(torch.zeros(10, 8), 2)
+    with pytest.raises(ValueError, match="non-finite"):
+        fit_snmf(torch.full((10, 8), float("nan")), 2)
+    with pytest.raises(ValueError, match="2 hooks"):
+        fit_snmf(ActivationStream(tiny_bridge, tiny_texts, [HOOK, "blocks.0.hook_out"], context_size=16), 4)
+    with pytest.raises(ValueError, match="hook_name is for a matrix"):
+        fit_snmf(stream, 4, hook_name=HOOK)
+
+
+def test_constant_and_negative_activations():
+    x = -torch.rand(200, 12, generator=torch.Generator().manual_seed(0))
+    x[:, 3] = 0
+    x[:, 5] = 1
+    result = fit_snmf(x, 3, sparsity=0.5)
+    assert result.loss < 0.5 and not result.dictionary.features[:, 3].any()
+
+
+def test_reconstruction_loss_of_nothing():
+    dictionary = SNMFDictionary.from_features(torch.eye(3))
+    assert reconstruction_loss(dictionary, []) == (None, 0)
+    assert reconstruction_loss(dictionary, [torch.zeros(2, 3)]) == (0.0, 2)
+    assert reconstruction_loss(dictionary, [torch.tensor([[3.0, 0, 0], [0, -4.0, 0]])]) == (pytest.approx(16 / 25), 2)

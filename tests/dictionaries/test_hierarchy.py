@@ -1,0 +1,155 @@
+"""Hierarchies: constraints kept by the refinement, which is used, and the trees."""
+
+import json
+
+import pytest
+import torch
+
+from saelens_ext import ActivationStream, HierarchicalSNMF, fit_hierarchical_snmf
+from saelens_ext.dictionaries.hierarchy import ConceptNode
+from saelens_ext.ops.deep_semi_nmf import DeepFactors, _charge, nonnegative_quadratic, objective, refine
+from saelens_ext.ops.semi_nmf_updates import CodeStatistics
+
+RANKS = (12, 6, 3)
+
+
+def planted(seed: int = 0) -> torch.Tensor:
+    """Three groups of four features on neurons of their own, and a neuron in common for each group."""
+    g = torch.Generator().manual_seed(seed)
+    features = torch.zeros(12, 39)
+    for i in range(12):
+        features[i, 3 * i : 3 * i + 3] = torch.randn(3, generator=g)
+        features[i, 36 + i // 4] = 2.0
+    groups = (torch.rand(600, 3, generator=g) < 0.4).repeat_interleave(4, dim=1)
+    codes = torch.rand(600, 12, generator=g) * groups
+    return codes @ features + 0.02 * torch.randn(600, 39, generator=g)
+
+
+@pytest.fixture(scope="module")
+def hierarchy() -> HierarchicalSNMF:
+    return fit_hierarchical_snmf(planted(), RANKS, sparsity=4 / 39, hook_name="blocks.0.mlp.hook_post", max_iter=40)
+
+
+def test_constraints_hold_at_every_level(hierarchy):
+    assert hierarchy.ranks == RANKS and [tuple(links.shape) for links in hierarchy.links] == [(12, 6), (6, 3)]
+    for dictionary in hierarchy.dictionaries:
+        assert int(dictionary.support.sum(dim=1).max()) <= 4
+        torch.testing.assert_close(dictionary.features.norm(dim=1), torch.ones(dictionary.cfg.d_sae))
+    assert all(bool((links >= 0).all()) for links in hierarchy.links)
+
+
+def test_the_refinement_lowers_the_objective_and_is_what_is_returned(hierarchy):
+    assert all(after <= before for before, after in zip(hierarchy.history, hierarchy.history[1:], strict=False))
+    assert len(hierarchy.history) > 2 and sum(hierarchy.losses) < sum(hierarchy.losses_before)
+    unrefined = fit_hierarchical_snmf(planted(), RANKS, sparsity=4 / 39, refine_iter=0, max_iter=40)
+    assert unrefined.losses == unrefined.losses_before == pytest.approx(hierarchy.losses_before, rel=1e-3)
+    assert not torch.equal(unrefined.links[0], hierarchy.links[0])
+    assert unrefined.history == []
+
+
+def test_losses_are_those_of_the_dictionaries(hierarchy):
+    x = planted().double()
+    for dictionary, loss, through_links in zip(hierarchy.dictionaries, hierarchy.encode_losses, hierarchy.losses, strict=True):
+        left = x - dictionary(x.float()).detach().double()
+        assert loss == pytest.approx(float(left.square().sum() / x.square().sum()), abs=1e-5)
+        assert loss <= through_links + 1e-6
+
+
+def test_trees(hierarchy):
+    roots = hierarchy.trees()
+    assert len(roots) == 3 and all(root.level == 2 and root.weight == 1 for root in roots)
+    for root in roots:
+        for child in root.children:
+            links = hierarchy.links[1][:, root.feature]
+            assert child.level == 1 and child.weight == pytest.approx(float(links[child.feature] / links.max()))
+            assert child.weight >= 0.15
+        assert len(root.children) <= 4 and [c.weight for c in root.children] == sorted((c.weight for c in root.children), reverse=True)
+    assert len(hierarchy.trees(0)) == 12 and hierarchy.trees(0)[0] == ConceptNode(0, 0, 1.0, ())
+    assert all(len(root.children) <= 1 for root in hierarchy.trees(max_children=1))
+    strict = hierarchy.trees(min_weight=1)
+    assert all(child.weight == 1 for root in strict for child in root.children)
+    assert "level 2 feature 0" in str(roots[0]) and "\n  level 1" in str(roots[0])
+
+
+def test_trees_gather_the_planted_groups(hierarchy):
+    def leaves(node):
+        return {node.feature} if node.level == 0 else set().union(*(leaves(child) for child in node.children))
+
+    # The common neuron of its group says which group a fine feature is of.
+    group = hierarchy.dictionaries[0].features[:, 36:].abs().argmax(dim=1)
+    roots = hierarchy.trees(min_weight=0.3, max_children=12)
+    pure = [len({int(group[i]) for i in leaves(root)}) == 1 for root in roots if leaves(root)]
+    assert sum(pure) >= 2
+
+
+def test_save_and_load(hierarchy, tmp_path):
+    path = hierarchy.save(tmp_path / "tree")
+    again = HierarchicalSNMF.load(path)
+    assert again.ranks == RANKS and again.losses == hierarchy.losses and again.trees() == hierarchy.trees()
+    for mine, other in zip(hierarchy.dictionaries, again.dictionaries, strict=True):
+        assert torch.equal(mine.features, other.features)
+    content = json.loads((path / "hierarchy.json").read_text())
+    (path / "hierarchy.json").write_text(json.dumps(content | {"ranks": [12, 5, 3]}))
+    with pytest.raises(ValueError, match="do not belong together"):
+        HierarchicalSNMF.load(path)
+
+
+def test_on_a_stream(tiny_bridge, tiny_texts):
+    stream = ActivationStream(tiny_bridge, tiny_texts, "blocks.1.mlp.hook_post", context_size=16, max_tokens=400)
+    hierarchy = fit_hierarchical_snmf(stream, (8, 4), sparsity=0.2, max_iter=10)
+    assert hierarchy.n_seen == 400
+    assert all(d.cfg.metadata.hook_name == "blocks.1.mlp.out.hook_in" for d in hierarchy.dictionaries)
+    assert hierarchy.dictionaries[1].cfg.metadata.level == 1
+    with pytest.raises(ValueError, match="a hierarchy needs them in memory"):
+        fit_hierarchical_snmf(stream, (8, 4), memory_limit=1000)
+
+
+def test_bad_input():
+    x = planted()
+    for ranks in ((12,), (6, 6), (6, 12), ()):
+        with pytest.raises(ValueError, match="ranks must be at least two numbers"):
+            fit_hierarchical_snmf(x, ranks)
+    with pytest.raises(ValueError, match="keeps no documents out"):
+        fit_hierarchical_snmf(x, RANKS, held_out=0.1)
+    with pytest.raises(ValueError, match="level must be one of"):
+        fit_hierarchical_snmf(x, (4, 2), max_iter=2, refine_iter=0).trees(2)
+
+
+# --- the mathematics ---
+
+
+def test_links_step_reaches_the_optimum():
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(30, 5, generator=g).double(), torch.randn(4, 30, generator=g).double()
+    p, s, c = a.T @ a, b @ b.T, torch.randn(5, 4, generator=g).double() * 20
+    w = nonnegative_quadratic(torch.zeros(5, 4).double(), p, c, s, 3000)
+    gradient = p @ w @ s - c
+    assert float(gradient[w > 0].abs().max()) < 1e-6 and float(gradient[w == 0].min()) > -1e-6
+    assert bool((w == 0).any()) and bool((w > 0).any())
+
+
+def test_objective_by_hand():
+    g = torch.Generator().manual_seed(0)
+    x, codes = torch.randn(20, 7, generator=g), torch.rand(20, 4, generator=g)
+    factors = DeepFactors(codes, [torch.randn(4, 7, generator=g), torch.randn(2, 7, generator=g)], [torch.rand(4, 2, generator=g)])
+    statistics = CodeStatistics.empty(4, 7, x.device)
+    statistics.add(x, codes.T)
+    expected = 0.0
+    for reached, features in ((codes, factors.features[0]), (codes @ factors.links[0], factors.features[1])):
+        expected += float((x - reached @ features).square().sum())
+        expected += 0.3 * sum(float(reached[:, i].square().sum() * features[i].square().sum()) for i in range(len(features)))
+    assert objective(factors, statistics, 0.3) == pytest.approx(expected, rel=1e-5)
+    gram = _charge(factors.features[1], 0.3)
+    torch.testing.assert_close(gram.diagonal().float(), 1.3 * factors.features[1].square().sum(dim=1))
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.3])
+def test_no_step_raises_the_objective(damping):
+    g = torch.Generator().manual_seed(1)
+    x = planted(1)
+    features = [torch.nn.functional.normalize(torch.randn(r, 39, generator=g), dim=1) for r in (8, 5, 2)]
+    factors = DeepFactors(torch.rand(600, 8, generator=g), features, [torch.rand(8, 5, generator=g), torch.rand(5, 2, generator=g)])
+    refined, history = refine(x, factors, 39, damping, 25, 1e-9)
+    assert len(history) > 10 and all(after <= before for before, after in zip(history, history[1:], strict=False))
+    assert torch.equal(factors.features[0], features[0]), "what was given stays as it is"
+    assert bool((refined.codes >= 0).all())
