@@ -18,6 +18,9 @@ from saelens_ext._prompt_passes import CachedPasses, evaluating, logits_of, prom
 from saelens_ext.interventions import add_direction
 from saelens_ext.models import HostModel, tokenizer_of
 
+_SHORTLIST = 1024
+"""The likeliest tokens that are looked at before all are sorted."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
@@ -44,6 +47,19 @@ class SamplingOptions:
         if self.top_k is not None:
             _checks.positive(self.top_k, "top_k")
         _checks.between(self.top_p, 0, 1, "top_p", closed_high=True)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One sampled continuation."""
+
+    token_ids: list[int]
+    """Its tokens, without the EOS that ended it."""
+    log_probs: Tensor
+    """Their log-probabilities in nats at temperature 1 under the whole distribution, whatever was sampled from;
+    float32 on the CPU."""
+    ended_by: str
+    """"eos", "stop" (a stop text, which it holds) or "length"."""
 
 
 def sample_steered(
@@ -121,8 +137,9 @@ def sample_continuations(
     with evaluating(model):
         for prompt in prompt_list(prompts):
             ids = prompt_ids(model, prompt)
-            draws = torch.stack([_draws(options, ids, number) for number in range(n)])
-            found.append([text for part in draws.split(batch_size) for text in _continue(model, ids, part, options)])
+            parts = [range(first, min(first + batch_size, n)) for first in range(0, n, batch_size)]
+            drawn = [one for part in parts for one in draw_continuations(model, ids, part, options)]
+            found.append([text_after(model, ids.tolist(), one.token_ids) for one in drawn])
     return found
 
 
@@ -145,28 +162,44 @@ def mean_log_likelihoods(model: HostModel, prompt: str, texts: Sequence[str], *,
     """
     _checks.positive(batch_size, "batch_size")
     start = prompt_ids(model, prompt)
-    continuations = [text_ids(model, text) for text in texts]
-    means = torch.full((len(continuations),), float("nan"), dtype=torch.float64)
-    # Longest first, so that texts of like length share a batch and little of it is padding.
-    order = sorted((i for i, ids in enumerate(continuations) if ids), key=lambda i: -len(continuations[i]))
     with evaluating(model):
-        for begin in range(0, len(order), batch_size):
-            rows = order[begin : begin + batch_size]
-            means[rows] = _batch_means(model, start, [continuations[i] for i in rows])
-    return means
+        scores = continuation_log_probs(model, start, [text_ids(model, text) for text in texts], batch_size=batch_size)
+    return torch.tensor([float(row.mean()) if len(row) else float("nan") for row in scores], dtype=torch.float64)
 
 
-def _batch_means(model: HostModel, start: Tensor, continuations: list[list[int]]) -> Tensor:
+def continuation_log_probs(
+    model: HostModel, start: Tensor, continuations: Sequence[Sequence[int]], *, batch_size: int = 16
+) -> list[Tensor]:
+    """The log-probability of every token of continuations of one prompt, under the model as it is.
+
+    Args:
+        model: either host class, in evaluation mode and without gradients (see ``evaluating``).
+        start: ids of the prompt, ``(length,)``, at least one.
+        continuations: n token sequences.
+        batch_size: continuations per forward pass.
+
+    Returns:
+        n tensors of log-probabilities in nats, float32 on the CPU, as long as the continuations.
+    """
+    found: list[Tensor] = [torch.zeros(0)] * len(continuations)
+    # Longest first, so that continuations of like length share a batch and little of it is padding.
+    order = sorted((i for i, ids in enumerate(continuations) if len(ids)), key=lambda i: -len(continuations[i]))
+    for begin in range(0, len(order), batch_size):
+        rows = order[begin : begin + batch_size]
+        for row, scores in zip(rows, _batch_log_probs(model, start, [continuations[i] for i in rows]), strict=True):
+            found[row] = scores
+    return found
+
+
+def _batch_log_probs(model: HostModel, start: Tensor, continuations: list[Sequence[int]]) -> list[Tensor]:
     sequences = [torch.cat([start, torch.tensor(ids, device=start.device)]) for ids in continuations]
     ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
     lengths = torch.tensor([len(sequence) for sequence in sequences], device=ids.device)
     mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
     # Column t of the logits is about token t + 1; the first that counts is the one the prompt's last token predicts.
     logits = logits_of(model, ids, mask)[:, len(start) - 1 : -1]
-    scores = logits.float().log_softmax(dim=-1).gather(-1, ids[:, len(start) :, None])[..., 0]
-    counted = mask[:, len(start) :]
-    # where, not a product: a padded place may hold -inf.
-    return (torch.where(counted, scores, 0).sum(dim=1) / counted.sum(dim=1)).cpu().double()
+    scores = logits.float().log_softmax(dim=-1).gather(-1, ids[:, len(start) :, None])[..., 0].cpu()
+    return [row[: len(given)] for row, given in zip(scores, continuations, strict=True)]
 
 
 def _draws(options: SamplingOptions, ids: Tensor, number: int) -> Tensor:
@@ -177,36 +210,88 @@ def _draws(options: SamplingOptions, ids: Tensor, number: int) -> Tensor:
     return torch.rand(options.max_new_tokens, generator=generator, dtype=torch.float64)
 
 
-def _continue(model: HostModel, ids: Tensor, draws: Tensor, options: SamplingOptions) -> list[str]:
-    """One continuation per row of draws ``(b, max_new_tokens)``."""
+def draw_continuations(
+    model: HostModel, ids: Tensor, numbers: Sequence[int], options: SamplingOptions, *, stop: Sequence[str] = ()
+) -> list[Drawn]:
+    """Sample the continuations of one prompt that have the given numbers, as one batch.
+
+    Args:
+        model: either host class, in evaluation mode and without gradients (see ``evaluating``).
+        ids: the prompt, ``(length,)``, at least one token.
+        numbers: which continuations; each number is always the same one.
+        options: how to sample.
+        stop: texts that end a continuation as soon as one of them is in it.
+    """
     eos = tokenizer_of(model).eos_token_id
+    draws = torch.stack([_draws(options, ids, number) for number in numbers])
     passes = CachedPasses(model, ids.expand(len(draws), -1))
-    tokens = torch.empty(len(draws), 0, dtype=torch.int64)
-    ended = torch.zeros(len(draws), dtype=torch.bool)
+    tokens, scores = torch.empty(len(draws), 0, dtype=torch.int64), torch.empty(len(draws), 0)
+    ends: list[tuple[str, int] | None] = [None] * len(draws)
     for step in range(options.max_new_tokens):
-        chosen = _choose(passes.logits(), draws[:, step], options)
+        logits = passes.logits()
+        chosen = _choose(logits, draws[:, step], options)
         tokens = torch.cat([tokens, chosen[:, None]], dim=1)
-        ended |= chosen == (-1 if eos is None else eos)
-        if bool(ended.all()):
+        likely = logits.float().log_softmax(dim=-1).gather(-1, chosen.to(logits.device)[:, None])
+        scores = torch.cat([scores, likely.cpu()], dim=1)
+        for row in (row for row, end in enumerate(ends) if end is None):
+            ends[row] = _end_of(model, ids, tokens[row], eos, stop)
+        if None not in ends:
             break
         passes.append(chosen)
-    return [_text(model, ids.tolist(), row, eos) for row in tokens.tolist()]
+    lengths = [("length", tokens.shape[1]) if end is None else end for end in ends]
+    return [Drawn(tokens[row, :n].tolist(), scores[row, :n], reason) for row, (reason, n) in enumerate(lengths)]
+
+
+def _end_of(model: HostModel, ids: Tensor, tokens: Tensor, eos: int | None, stop: Sequence[str]) -> tuple[str, int] | None:
+    """Why a continuation ends with its last token, if it does, and how many of its tokens count."""
+    if int(tokens[-1]) == eos:
+        return "eos", len(tokens) - 1
+    if stop and any(text in text_after(model, ids.tolist(), tokens.tolist()) for text in stop):
+        return "stop", len(tokens)
+    return None
 
 
 def _choose(logits: Tensor, draws: Tensor, options: SamplingOptions) -> Tensor:
     """The token ``(b,)`` whose share of the unit interval holds the draw, likelier tokens first."""
     if options.temperature == 0:
         return logits.argmax(dim=-1).cpu()
-    width = logits.shape[-1]
-    best, ids = logits.float().topk(min(options.top_k or width, width), dim=-1)
+    width = min(options.top_k or logits.shape[-1], logits.shape[-1])
+    if options.top_k is None and width > _SHORTLIST:
+        # Sorting a whole vocabulary takes as long as a small model's step, and the draw nearly always falls early.
+        total = (logits.float().double() / options.temperature).logsumexp(dim=-1, keepdim=True).cpu()
+        chosen, found = _choose_among(logits, _SHORTLIST, draws, options, total)
+        if bool(found.all()):
+            return chosen
+    return _choose_among(logits, width, draws, options, None)[0]
+
+
+def _choose_among(
+    logits: Tensor, width: int, draws: Tensor, options: SamplingOptions, total: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The choice among the likeliest tokens, and whether the choice among all would be the same, both ``(b,)``.
+
+    Args:
+        total: logarithm of the mass of all tokens, ``(b, 1)``; None: only the likeliest count.
+    """
+    best, ids = logits.float().topk(width, dim=-1)
     # On the CPU in float64, so that equal draws give equal tokens on every device.
-    mass = (best.cpu().double() / options.temperature).softmax(dim=-1)
-    mass = torch.where(mass.cumsum(dim=-1) - mass < options.top_p, mass, 0)
-    cumulative = mass.cumsum(dim=-1)
-    place = torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:], right=True)
+    scaled = best.cpu().double() / options.temperature
+    mass = scaled.softmax(dim=-1) if total is None else (scaled - total).exp()
+    inside = mass.cumsum(dim=-1) - mass < options.top_p
+    nucleus = torch.where(inside, mass, 0)
+    cumulative = nucleus.cumsum(dim=-1)
+    # Of a nucleus that does not end within the list, the whole mass is known only when it is everything.
+    known = ~inside[:, -1] if options.top_p < 1 else torch.ones(len(mass), dtype=torch.bool)
+    whole = cumulative[:, -1:] if total is None or options.top_p < 1 else torch.ones(len(mass), 1, dtype=torch.float64)
+    place = torch.searchsorted(cumulative, draws[:, None] * whole, right=True)
     # A draw that rounds up to the whole mass would fall behind the last token that has any.
-    last = (mass > 0).sum(dim=-1, keepdim=True) - 1
-    return ids.cpu().gather(-1, place.minimum(last))[:, 0]
+    last = (nucleus > 0).sum(dim=-1, keepdim=True) - 1
+    return ids.cpu().gather(-1, place.minimum(last))[:, 0], known & (place <= last)[:, 0]
+
+
+def text_after(model: HostModel, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+    """The text of tokens as it reads behind the prompt."""
+    return _text(model, list(prompt), list(tokens), None)
 
 
 def _text(model: HostModel, prompt: list[int], tokens: list[int], eos: int | None) -> str:

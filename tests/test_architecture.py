@@ -11,14 +11,20 @@ PACKAGE = Path(__file__).parents[1] / "saelens_ext"
 LAYERS = [
     ["_checks", "_files"],
     ["ops"],
-    ["hook_names", "models", "tokens", "windows", "activations", "dictionaries.decoder_only", "dictionaries.exemplar_partition"],
+    [
+        "hook_names", "models", "tokens", "windows", "activations", "mlp_output",
+        "dictionaries.decoder_only", "dictionaries.exemplar_partition", "dictionaries.snmf",
+    ],
     [
         "dictionaries.paired_files", "dictionaries.host_sae", "dictionaries.examples", "dictionaries.tallies", "dictionaries.profile",
         "dictionaries.calibrate", "dictionaries.fit_result", "dictionaries.fit_exemplars",
+        "dictionaries.activation_matrix", "dictionaries.snmf_fit_result", "dictionaries.fit_snmf",
+        "dictionaries.hierarchy", "dictionaries.fit_hierarchy", "dictionaries.fit_sae",
         "_hook_edits", "interventions", "lens",
         "_prompt_passes", "sampling", "steering_strength", "steering_score", "judges", "judges_http",
         "concepts", "diff_means", "neuron_overlap", "neuron_effect",
     ],
+    ["continuations"],
     ["report"],
     ["demo"],
 ]

@@ -6,7 +6,6 @@ Symbols: those of :mod:`saelens_ext.ops.deep_semi_nmf`.
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from saelens_ext import _checks, _files

@@ -1,0 +1,1 @@
+"""A model's continuations of a prompt: sampled, embedded, attributed, clustered and tested by intervention."""

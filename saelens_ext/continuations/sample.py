@@ -1,0 +1,254 @@
+"""Continuations of a prefix, sampled from the model or brought along, with the probability of every token.
+
+Each draw has random numbers of its own, made from the seed, the prefix and the draw's number; so the set does not
+depend on the batch size (up to rounding, as `sampling` says). One rule decides about BOS here and in every later
+stage: the prefix starts with it where the tokenizer has one, and only once.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from saelens_ext import _checks
+from saelens_ext._prompt_passes import evaluating, prompt_ids, text_ids
+from saelens_ext.continuations.continuation_set import PADDING, WEIGHTINGS, ContinuationSet, pad_rows
+from saelens_ext.models import HostModel, describe_model, tokenizer_of
+from saelens_ext.sampling import Drawn, SamplingOptions, continuation_log_probs, draw_continuations, text_after
+
+logger = logging.getLogger(__name__)
+
+
+def sample_continuations(
+    model: HostModel,
+    prefix: str,
+    n: int,
+    *,
+    temperature: float | int = 1.0,
+    top_p: float | int = 0.9,
+    max_new_tokens: int = 20,
+    stop: str | Sequence[str] = (),
+    seed: int = 0,
+    deduplicate: bool = True,
+    weights: str = "uniform",
+    chat_template: bool = False,
+    chat_template_options: Mapping[str, Any] | None = None,
+    max_draws: int | None = None,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> ContinuationSet:
+    """Sample continuations of a prefix.
+
+    Draws are taken in order until n rows are found. Continuations without visible text count as drawn but make no row.
+
+    Args:
+        model: either host class, with a tokenizer.
+        prefix: the text to go on from; BOS is added where the tokenizer has one.
+        n: rows wanted, at least 1.
+        temperature: what logits are divided by; 0 takes the likeliest token, so that all draws are one.
+        top_p: only the likeliest tokens that together hold this much mass are drawn, in (0, 1].
+        max_new_tokens: tokens after which a continuation ends, at least 1.
+        stop: texts that end a continuation; the token that completes one is kept, in the text too.
+        seed: of the draws.
+        deduplicate: let every text make one row; its column ``count`` says how often it was drawn.
+        weights: ``"uniform"``, ``"frequency"``, ``"path"`` or ``"length_normalised"``, see
+            :meth:`ContinuationSet.with_weights`; the effective sample size is logged.
+        chat_template: make the prefix a user's message in the tokenizer's chat template, and continue the answer.
+        chat_template_options: passed to the template, for example ``{"enable_thinking": False}``.
+        max_draws: stop after so many draws though rows are missing; by default 10 n.
+        batch_size: draws per forward pass.
+        progress: show a bar.
+
+    Returns:
+        Up to n rows, in the order drawn; fewer (with a logged warning) when the draws bring nothing new.
+
+    Raises:
+        ValueError: a number out of range, a prefix that does not leave room for the continuation in the model's
+            context, no chat template, no tokenizer, or no draw with visible text.
+
+    Source: arXiv 2606.08236, sampling (temperature 1, top-p 0.9, 20 tokens).
+    """
+    _checks.positive(n, "n")
+    _checks.positive(batch_size, "batch_size")
+    _checks.choice(weights, WEIGHTINGS, "weights")
+    options = SamplingOptions(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=None, seed=seed)
+    limit = 10 * n if max_draws is None else _checks.positive(max_draws, "max_draws")
+    stops = _stop_texts(stop)
+    text = _templated(model, prefix, chat_template_options or {}) if chat_template else prefix
+    ids = _fitting_prefix(model, text, max_new_tokens)
+    collected = _Collected(model, ids, n, deduplicate)
+    with evaluating(model), tqdm(total=n, desc="sampling", unit="continuation", disable=not progress) as bar:
+        while not collected.full and collected.n_draws < limit:
+            numbers = range(collected.n_draws, min(collected.n_draws + batch_size, limit))
+            collected.take(draw_continuations(model, ids, numbers, options, stop=stops))
+            bar.update(len(collected.rows) - bar.n)
+    settings = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, "stop": stops, "seed": seed}
+    metadata = {"sampling": settings | {"n": n, "deduplicate": deduplicate} | collected.describe()}
+    counts = {"count": torch.tensor(collected.counts)}
+    return _as_set(model, prefix, text, ids, collected.texts, collected.rows, weights, metadata, counts)
+
+
+def score_continuations(
+    model: HostModel,
+    prefix: str,
+    continuations: Sequence[str] | Sequence[Sequence[int]],
+    *,
+    weights: str | Sequence[float | int] = "uniform",
+    chat_template: bool = False,
+    chat_template_options: Mapping[str, Any] | None = None,
+    batch_size: int = 16,
+) -> ContinuationSet:
+    """Make a set of continuations that you have already, and find how likely the model holds them.
+
+    Args:
+        model: either host class, with a tokenizer.
+        prefix: as for :func:`sample_continuations`, and likewise the chat template.
+        continuations: texts (with their leading space where there is one; each starts a token of its own) or token ids.
+        weights: the name of a rule or one positive number per continuation.
+        batch_size: continuations per forward pass.
+
+    Returns:
+        One row per continuation, in the order given.
+
+    Raises:
+        ValueError: no continuation, one without a token or with an id outside the vocabulary, a prefix and continuation
+            longer than the model's context, or weights that are not positive.
+    """
+    _checks.positive(batch_size, "batch_size")
+    rows = [text_ids(model, one) if isinstance(one, str) else [int(i) for i in one] for one in continuations]
+    _check_given(model, rows)
+    text = _templated(model, prefix, chat_template_options or {}) if chat_template else prefix
+    ids = _fitting_prefix(model, text, max(map(len, rows)))
+    with evaluating(model):
+        scores = continuation_log_probs(model, ids, rows, batch_size=batch_size)
+    texts = [
+        one if isinstance(one, str) else text_after(model, ids.tolist(), row)
+        for one, row in zip(continuations, rows, strict=True)
+    ]
+    drawn = [Drawn(row, score, "given") for row, score in zip(rows, scores, strict=True)]
+    return _as_set(model, prefix, text, ids, texts, drawn, weights, {"given": len(rows)})
+
+
+class _Collected:
+    """The rows that draws have made so far."""
+
+    def __init__(self, model: HostModel, ids: Tensor, n: int, deduplicate: bool):
+        self._model, self._prefix, self._n, self._deduplicate = model, ids.tolist(), n, deduplicate
+        self._row_of: dict[str, int] = {}
+        self.rows: list[Drawn] = []
+        self.texts: list[str] = []
+        self.counts: list[int] = []
+        self.n_draws = self.n_empty = 0
+
+    @property
+    def full(self) -> bool:
+        return len(self.rows) >= self._n
+
+    def take(self, drawn: Sequence[Drawn]) -> None:
+        """Take draws in order; what comes after the last row wanted is left, so that batches do not show."""
+        for one in drawn:
+            if self.full:
+                return
+            self.n_draws += 1
+            text = text_after(self._model, self._prefix, one.token_ids)
+            if not text.strip():
+                self.n_empty += 1
+            elif self._deduplicate and text in self._row_of:
+                self.counts[self._row_of[text]] += 1
+            else:
+                self._row_of[text] = len(self.rows)
+                self.rows.append(one)
+                self.texts.append(text)
+                self.counts.append(1)
+
+    def describe(self) -> dict[str, Any]:
+        """How the draws went, said aloud when rows are missing.
+
+        Raises:
+            ValueError: there is no row.
+        """
+        if not self.rows:
+            raise ValueError(
+                f"None of {self.n_draws} draws has visible text: the model ends at once after this prefix. "
+                "Give it the beginning of a text, or set chat_template=True for a question to a chat model."
+            )
+        if not self.full:
+            logger.warning(
+                "%d draws gave %d different continuations of the %d wanted (%d draws were empty). A higher temperature, "
+                "top_p or max_new_tokens gives more of them, as do more draws (max_draws).",
+                self.n_draws, len(self.rows), self._n, self.n_empty,
+            )  # fmt: skip
+        ends = [row.ended_by for row in self.rows]
+        return {
+            "n_draws": self.n_draws,
+            "n_empty": self.n_empty,
+            "ended_by": {reason: ends.count(reason) for reason in sorted(set(ends))},
+        }
+
+
+def _as_set(
+    model: HostModel,
+    prompt: str,
+    prefix: str,
+    ids: Tensor,
+    texts: Sequence[str],
+    rows: Sequence[Drawn],
+    weights: str | Sequence[float | int],
+    metadata: Mapping[str, Any],
+    columns: Mapping[str, Tensor] | None = None,
+) -> ContinuationSet:
+    made = ContinuationSet(
+        prompt=prompt,
+        prefix=prefix,
+        prefix_ids=tuple(ids.tolist()),
+        token_ids=pad_rows([row.token_ids for row in rows], PADDING, torch.int64),
+        lengths=torch.tensor([len(row.token_ids) for row in rows]),
+        texts=tuple(texts),
+        log_probs=pad_rows([row.log_probs for row in rows], 0.0, torch.float32),
+        weights=torch.full((len(rows),), 1 / len(rows), dtype=torch.float64),
+        columns=dict(columns or {}),
+        metadata={**metadata, "model": describe_model(model), "chat_template": prompt != prefix},
+    ).with_weights(weights)
+    logger.info("%d continuations, worth %.1f equally weighted ones", len(made), made.effective_sample_size)
+    return made
+
+
+def _stop_texts(stop: str | Sequence[str]) -> list[str]:
+    stops = [stop] if isinstance(stop, str) and stop else list(stop)
+    if "" in stops:
+        raise ValueError("stop holds an empty text, which is in every text; leave it out.")
+    return stops
+
+
+def _templated(model: HostModel, prompt: str, options: Mapping[str, Any]) -> str:
+    tokenizer = tokenizer_of(model)
+    if not tokenizer.chat_template:
+        raise ValueError("This model's tokenizer has no chat template; set chat_template=False, or tokenizer.chat_template.")
+    messages = [{"role": "user", "content": prompt}]
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options))
+
+
+def _fitting_prefix(model: HostModel, text: str, room: int) -> Tensor:
+    ids = prompt_ids(model, text)
+    context = int(model.cfg.n_ctx)
+    if len(ids) + room > context:
+        raise ValueError(
+            f"The prefix has {len(ids)} tokens and a continuation up to {room}; together they must fit into this model's "
+            f"context of {context}. Shorten one of them."
+        )
+    return ids
+
+
+def _check_given(model: HostModel, rows: Sequence[Sequence[int]]) -> None:
+    if not rows:
+        raise ValueError("continuations is empty; give at least one.")
+    empty = [i for i, row in enumerate(rows) if not len(row)]
+    if empty:
+        raise ValueError(f"Continuations {empty[:10]} are empty; leave them out.")
+    size = int(model.cfg.d_vocab)
+    wrong = [(i, t) for i, row in enumerate(rows) for t in row if not 0 <= t < size]
+    if wrong:
+        raise ValueError(f"Continuation {wrong[0][0]} has token id {wrong[0][1]}; this model's ids are 0 to {size - 1}.")

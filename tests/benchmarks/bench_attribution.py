@@ -1,0 +1,157 @@
+"""Time of attribution signatures, against one backward pass per token; prints one JSON line.
+
+Run as ``python tests/benchmarks/bench_attribution.py`` for 64 continuations of 20 tokens on the demo model. The
+signature of a continuation is the mean over its tokens, so by linearity one backward pass gives it whole. Two ways of
+one pass per token are timed on the same model, the same hooks and the same sources:
+
+- ``per_token``: every token is a target of its own, with a forward and a backward pass (in batches as large as ours);
+- ``per_token_shared_forward``: one forward pass per batch, its graph kept for one backward pass per token.
+
+Both are timed on the first ``--timed`` continuations and scaled to all. The bound is a ratio of 10 to ``per_token``.
+The second is the fairer the dearer a backward pass is: with the linear backend, whose backward pass skips every MLP,
+the forward pass that both share is most of the time. The three signatures must agree.
+"""
+
+import argparse
+import json
+import time
+import warnings
+
+import torch
+from sae_lens import SAE
+
+from saelens_ext.continuations.attribute import attribute_continuations
+from saelens_ext.continuations.attribution_freeze import traced
+from saelens_ext.continuations.attribution_pass import Target, forward
+from saelens_ext.continuations.attribution_sites import base_sites, dictionary_sites, plan_sites
+from saelens_ext.continuations.attribution_sources import read_prefix, sources_of
+from saelens_ext.continuations.sample import score_continuations
+from saelens_ext.demo import load_demo_corpus, load_demo_model
+from saelens_ext.models import tokenizer_of
+
+KINDS = ("latent", "error", "mlp", "embedding")
+
+
+def random_transcoder(layer: int, d_model: int) -> SAE:
+    """A dictionary of random directions, about 1 % of them active."""
+    generator = torch.Generator().manual_seed(layer)
+    sae = SAE.from_dict({
+        "architecture": "transcoder", "d_in": d_model, "d_out": d_model, "d_sae": 8 * d_model, "dtype": "float32", "device": "cpu",
+        "apply_b_dec_to_input": False,
+        "metadata": {"hook_name": f"blocks.{layer}.ln2.hook_out", "hook_name_out": f"blocks.{layer}.mlp.hook_out"},
+    })  # fmt: skip
+    with torch.no_grad():
+        for weights in (sae.W_enc, sae.W_dec):
+            weights.copy_(torch.randn(weights.shape, generator=generator) / d_model**0.5)
+        sae.b_enc.fill_(-1.0)
+    return sae
+
+
+class PerToken:
+    """The same signatures, one token at a time."""
+
+    def __init__(self, model, saes, continuations, backend):
+        self.model, self.saes, self.set, self.backend = model, saes, continuations, backend
+        own, base = dictionary_sites(model, saes), base_sites(model, backend)
+        names = [name for site in [*own, *base] for name in (site.read or site.hook, site.hook)]
+        prefix = read_prefix(model, torch.tensor(continuations.prefix_ids), names)
+        self.sites = plan_sites(model, own, base, prefix.order, backend)
+        self.m = len(continuations.prefix_ids)
+        self.target = Target(model, self.m, "mean")
+        self.sources = [
+            sources_of(site, saes[site.dictionary] if site.has_dictionary else None, prefix, KINDS, range(self.m), 10**6)
+            for site in self.sites
+        ]
+
+    def backward(self, trace, targets, keep):
+        captured = [trace.captured[site.hook] for site in self.sites]
+        found = torch.autograd.grad(targets.sum(), captured, retain_graph=keep)
+        return torch.cat([part.effects(g[:, : self.m]) for part, g in zip(self.sources, found)], dim=1)
+
+    def with_own_forward(self, rows, batch_size):
+        """Each token a row of the batch."""
+        length = self.set.token_ids.shape[1]
+        pairs = [(row, t) for row in rows for t in range(length)]
+        effects = torch.zeros(len(rows), sum(len(part.kinds) for part in self.sources))
+        with traced(self.model, self.sites, self.saes, self.backend) as trace:
+            for begin in range(0, len(pairs), batch_size):
+                part = pairs[begin : begin + batch_size]
+                ids = self.set.token_ids[[row for row, _ in part]]
+                forward(self.model, trace, self.target, self.set.prefix_ids, ids)
+                logits = self.target.demeaned_logits(trace.final, ids)
+                found = self.backward(trace, logits[range(len(part)), [t for _, t in part]], False)
+                for (row, _), effect in zip(part, found):
+                    effects[rows.index(row)] += effect / length
+        return effects
+
+    def with_shared_forward(self, rows, batch_size):
+        """One forward pass per batch, one backward pass per column of tokens."""
+        parts = []
+        with traced(self.model, self.sites, self.saes, self.backend) as trace:
+            for begin in range(0, len(rows), batch_size):
+                ids = self.set.token_ids[rows[begin : begin + batch_size]]
+                forward(self.model, trace, self.target, self.set.prefix_ids, ids)
+                logits = self.target.demeaned_logits(trace.final, ids)
+                n = logits.shape[1]
+                parts.append(sum(self.backward(trace, logits[:, t], t < n - 1) for t in range(n)) / n)
+        return torch.cat(parts)
+
+
+def timed(run):
+    start = time.perf_counter()
+    result = run()
+    return result, time.perf_counter() - start
+
+
+def main() -> None:
+    """Time all three on the same model in the same run."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--continuations", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=20)
+    parser.add_argument("--dictionaries", type=int, default=3)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--backend", choices=("linear", "gradient", "relp"), default="linear")
+    parser.add_argument("--timed", type=int, default=8, help="continuations timed token by token")
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    model = load_demo_model()
+    text = tokenizer_of(model)(" ".join(load_demo_corpus()["text"][:20]), verbose=False)["input_ids"]
+    given = [text[i * args.tokens : (i + 1) * args.tokens] for i in range(args.continuations)]
+    found = score_continuations(model, "The word that follows is the name of a", given)
+    saes = [random_transcoder(layer, model.cfg.d_model) for layer in range(5, 5 + 5 * args.dictionaries, 5)]
+    baseline = PerToken(model, saes, found, args.backend)
+
+    def ours():
+        return attribute_continuations(
+            model, saes, found, backend=args.backend, batch_size=args.batch_size, kinds=KINDS, special_positions=True, max_sources=10**6
+        )
+
+    attribute_continuations(model, saes, found.select([0, 1]))  # loads what torch loads on first use
+    signatures, seconds = timed(ours)
+    rows = list(range(args.timed))
+    separate, separate_seconds = timed(lambda: baseline.with_own_forward(rows, args.batch_size))
+    shared, shared_seconds = timed(lambda: baseline.with_shared_forward(rows, args.batch_size))
+    scale = args.continuations / args.timed
+    largest = signatures.signatures.abs().max()
+    print(json.dumps({
+        "benchmark": "attribute_continuations",
+        "backend": args.backend,
+        "continuations": args.continuations,
+        "tokens": args.tokens,
+        "prefix_tokens": len(found.prefix_ids),
+        "sources": signatures.signatures.shape[1],
+        "seconds": round(seconds, 2),
+        "per_token_seconds": round(separate_seconds * scale, 2),
+        "per_token_shared_forward_seconds": round(shared_seconds * scale, 2),
+        "timed_continuations": args.timed,
+        "ratio": round(separate_seconds * scale / seconds, 1),
+        "ratio_shared_forward": round(shared_seconds * scale / seconds, 1),
+        "bound": 10,
+        "largest_difference": float((signatures.signatures[rows] - separate).abs().max() / largest),
+        "largest_difference_shared_forward": float((signatures.signatures[rows] - shared).abs().max() / largest),
+        "threads": torch.get_num_threads(),
+    }))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
