@@ -1,0 +1,92 @@
+"""What an SNMF dictionary of a real model's neurons is good for, beside an SAE, regions and DiffMeans at the same site."""
+
+import pytest
+import torch
+
+from saelens_ext import (
+    ActivationStream,
+    Detector,
+    concept_scores,
+    diff_means,
+    fit_exemplar_partition,
+    fit_sae,
+    fit_snmf,
+    logit_lens,
+    match_strength,
+    residual_directions,
+    sample_steered,
+)
+from saelens_ext.demo import load_demo_corpus
+from saelens_ext.dictionaries.fit_snmf import reconstruction_loss
+from saelens_ext.ops.semi_nmf import semi_nmf
+from tests.test_concepts import NEUTRAL, WEEKDAYS
+
+HOOK = "blocks.15.mlp.hook_post"
+
+
+@pytest.fixture(scope="module")
+def stream(smol):
+    excerpts = [text[:600] for text in load_demo_corpus()["text"][:60]]
+    return ActivationStream(smol, excerpts, HOOK, max_tokens=4000, context_size=64)
+
+
+@pytest.fixture(scope="module")
+def fit(stream):
+    return fit_snmf(stream, 60, held_out=0.2)
+
+
+def test_it_reconstructs_unseen_documents_better_than_the_published_rule(stream, fit):
+    kept, out = [], []
+    for batch in stream:
+        mine = batch.document_ids % 5 == 4
+        kept.append(batch.activations[HOOK][~mine])
+        out.append(batch.activations[HOOK][mine])
+    kept, out = torch.cat(kept), torch.cat(out)
+    assert (len(kept), len(out)) == (fit.n_seen, fit.n_held_out)
+    published = semi_nmf(kept, 60, method="paper", max_iter=100)
+    published_held_out = type(fit.dictionary).from_features(published.features)
+    assert fit.loss < 0.92 * published.loss
+    assert fit.held_out_loss < 0.95 * reconstruction_loss(published_held_out, [out])[0]
+    assert fit.n_dead == fit.n_duplicate == 0
+
+
+def test_four_kinds_of_score_on_the_same_sentences(smol, stream, fit):
+    sae = fit_sae(stream, 60, k=10, training_samples=20_000, batch_size=500)
+    partition = fit_exemplar_partition(stream, percentile=10).dictionary
+    means = diff_means(smol, HOOK, WEEKDAYS[::2], NEUTRAL[::2])
+    detectors = {
+        "features": Detector.from_dictionary(fit.dictionary),
+        "latents": Detector.from_dictionary(sae),
+        "regions": Detector.from_dictionary(partition),
+        "diff_means": means.detector(),
+    }
+    best = {}
+    for name, detector in detectors.items():
+        result = concept_scores(smol, detector, WEEKDAYS[1::2], NEUTRAL[1::2])
+        assert bool(result.log_ratio.isfinite().all()), "defined whatever the signs of the means"
+        best[name] = float(result.auroc.max())
+    assert best["diff_means"] > 0.9 and best["features"] > 0.8
+    assert best["features"] > concept_scores(smol, detectors["features"], NEUTRAL[::2], NEUTRAL[1::2]).auroc.median()
+
+
+@torch.no_grad()
+def test_steering_at_matched_divergence_brings_about_what_the_lens_promises(smol, fit):
+    directions = residual_directions(smol, fit.dictionary)
+    lens = logit_lens(smol, directions, top_n=20)
+    tokens = smol.to_tokens("I think that")
+    base = smol(tokens)[0, -1]
+    risen = []
+    for feature in range(6):
+        direction = fit.dictionary.features[feature].detach()
+        search = match_strength(smol, HOOK, direction, (0.25,), signs=(1,))
+        strength = search.at(1, 0.25)
+        assert strength.reached and strength.kl == pytest.approx(0.25, rel=0.05)
+        coefficient = strength.coefficient
+        unit = direction / direction.norm()
+        hook = fit.dictionary.cfg.metadata.hook_name
+        with smol.hooks(fwd_hooks=[(hook, lambda x, hook, step=coefficient * unit: x + step)]):
+            change = smol(tokens)[0, -1] - base
+        risen.append(float(change[lens.promoted_ids[feature]].mean() - change[lens.suppressed_ids[feature]].mean()) > 0)
+    assert sum(risen) >= 5
+    plain, steered = (sample_steered(smol, "I think that", HOOK, direction, c, n=2, max_new_tokens=12, seed=1) for c in (0, coefficient))
+    assert plain != steered
