@@ -29,7 +29,9 @@ from saelens_ext.neuron_effect import neuron_group_effect
 from saelens_ext.neuron_overlap import core_and_exclusive_neurons, neuron_overlap
 from saelens_ext.ops.leader_clustering import LeaderClustering
 from saelens_ext.report.dictionary_report import write_dictionary_report
+from saelens_ext.report.snmf_section import SNMFLevel, SNMFSection
 from saelens_ext.sampling import SamplingOptions, sample_steered
+from saelens_ext.steered_features import steer_features
 from saelens_ext.steering_score import steering_score
 from saelens_ext.steering_strength import match_strength
 
@@ -53,6 +55,8 @@ __all__ = [
     "SNMFDictionary",
     "SNMFDictionaryConfig",
     "SNMFFitResult",
+    "SNMFLevel",
+    "SNMFSection",
     "SamplingOptions",
     "ablate_directions",
     "add_direction",
@@ -76,6 +80,7 @@ __all__ = [
     "retarget",
     "sample_steered",
     "scale_latent",
+    "steer_features",
     "steer_with",
     "steering_score",
     "write_dictionary_report",

@@ -14,6 +14,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,15 @@ from saelens_ext import _files
 from saelens_ext.activations import ActivationStream
 from saelens_ext.dictionaries.exemplar_partition import ExemplarPartition
 from saelens_ext.dictionaries.fit_exemplars import fit_exemplar_partitions
+from saelens_ext.dictionaries.fit_hierarchy import fit_hierarchical_snmf
+from saelens_ext.dictionaries.fit_snmf import fit_snmf, reconstruction_loss
 from saelens_ext.dictionaries.profile import profile_dictionaries
 from saelens_ext.interventions import ablate_directions, steer_with
 from saelens_ext.lens import logit_lens
 from saelens_ext.report.dictionary_report import write_dictionary_report
+from saelens_ext.report.snmf_section import SNMFLevel, SNMFSection
+from saelens_ext.sampling import SamplingOptions
+from saelens_ext.steered_features import steer_features
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +108,7 @@ def load_demo_corpus() -> Dataset:
 
 # --- the demo itself ---
 
+CONTEXT_SIZE = 128
 HOOK = "blocks.15.hook_out"
 PERCENTILES = (1, 2, 4, 8, 10)
 CHOSEN_PERCENTILE = 2
@@ -109,6 +116,15 @@ CHOSEN_PERCENTILE = 2
 STEER_LIKE = "define a new class"
 PROMPT = "The best way to spend a free afternoon is"
 STRENGTH = 0.6
+
+NEURON_HOOK = "blocks.15.mlp.hook_post"
+RANKS = (100, 50, 25)
+SNMF_TOKENS = 20_000
+EXCERPT = 2_000  # characters
+HELD_OUT_TOKENS = 4_000
+STEER_TARGET = 0.25
+STEER_PROMPT = "I think that"
+NEW_TOKENS = 20
 
 
 def split_corpus(corpus: Dataset) -> tuple[Dataset, Dataset]:
@@ -161,8 +177,50 @@ def generate_three_ways(model: SAETransformerBridge, dictionary: ExemplarPartiti
     ]
 
 
+def build_neuron_features(
+    model: SAETransformerBridge, build: Dataset, held_out: Dataset, output: Path, max_tokens: int, say: Callable[[str], Any]
+) -> SNMFSection:
+    """Factorise the neurons of an MLP, alone and as a hierarchy, inspect the levels, and steer with every feature of the finest.
+
+    Saves the dictionary fitted alone to ``snmf``, the hierarchy to ``snmf_hierarchy`` with a profile in each level's directory,
+    and the continuations to ``steered.json``.
+    """
+    # The beginning of every document, rather than the whole of a few.
+    excerpts = Dataset.from_dict({"text": [text[:EXCERPT] for text in build["text"]]})
+    stream = ActivationStream(model, excerpts, NEURON_HOOK, context_size=CONTEXT_SIZE, batch_size=16, max_tokens=max_tokens, progress=True)
+    say(f"Factorising {max_tokens:,} activations of {NEURON_HOOK}: {RANKS[0]} features")
+    fit = fit_snmf(stream, RANKS[0], progress=True)
+    say(f"Loss {fit.loss:.3f}. From them a hierarchy of {RANKS} features, whose finest level is shown in the report")
+    hierarchy = fit_hierarchical_snmf(stream, RANKS, start=fit.dictionary, progress=True)
+    say("Profiling its levels in one pass, and measuring all on held-out documents")
+    profiles = profile_dictionaries(hierarchy.dictionaries, stream)
+    unseen = ActivationStream(model, held_out, NEURON_HOOK, context_size=CONTEXT_SIZE, batch_size=16, max_tokens=HELD_OUT_TOKENS)
+    blocks = [batch.activations[NEURON_HOOK] for batch in unseen]
+    losses = [reconstruction_loss(dictionary, blocks)[0] for dictionary in hierarchy.dictionaries]
+    alone, n_held_out = reconstruction_loss(fit.dictionary, blocks)
+    fit = replace(fit, held_out_loss=alone, n_held_out=n_held_out)
+    say(f"Steering with each of the {RANKS[0]} features to {STEER_TARGET} nats, and sampling a continuation")
+    steered = steer_features(
+        model, hierarchy.dictionaries[0], prompt=STEER_PROMPT, target=STEER_TARGET, options=SamplingOptions(max_new_tokens=NEW_TOKENS),
+        progress=True,
+    )
+    example = next((one for one in steered.texts if one.text is not None), None)
+    say(f"  Unsteered: {STEER_PROMPT}[{steered.unsteered}]")
+    if example is not None:
+        say(f"  Along feature {example.feature} by {example.strength.coefficient:.1f}: {STEER_PROMPT}[{example.text}]")
+    fit.save(output / "snmf")
+    hierarchy.save(output / "snmf_hierarchy")
+    for number, profile in enumerate(profiles):
+        profile.save(output / "snmf_hierarchy" / f"level_{number}")
+    steered.save(output / "steered.json")
+    lenses = [logit_lens(model, dictionary.residual_directions(model)) for dictionary in hierarchy.dictionaries]
+    parts = zip(hierarchy.dictionaries, profiles, lenses, losses, strict=True)
+    levels = [SNMFLevel(dictionary=d, profile=profile, lens=lens, held_out_loss=loss) for d, profile, lens, loss in parts]
+    return SNMFSection(levels=levels, fit=fit, hierarchy=hierarchy, steered=steered)
+
+
 def run_demo(output: Path, max_tokens: int = 40_000, say: Callable[[str], Any] = print) -> Path:
-    """Build, inspect, evaluate, steer with and save dictionaries of the demo model.
+    """Build, inspect, evaluate, steer with and save dictionaries of the demo model, of both kinds.
 
     Args:
         output: directory for the dictionaries, their profiles, the figures and the report.
@@ -175,7 +233,7 @@ def run_demo(output: Path, max_tokens: int = 40_000, say: Callable[[str], Any] =
     say("Loading SmolLM2-135M-Instruct")
     model = load_demo_model()
     build, held_out = split_corpus(load_demo_corpus())
-    stream = ActivationStream(model, build, HOOK, context_size=128, batch_size=16, max_tokens=max_tokens, progress=True)
+    stream = ActivationStream(model, build, HOOK, context_size=CONTEXT_SIZE, batch_size=16, max_tokens=max_tokens, progress=True)
 
     say(f"Building dictionaries of {HOOK} at percentiles {PERCENTILES} from {max_tokens:,} activations, in one pass")
     fits = fit_exemplar_partitions(stream, PERCENTILES)
@@ -196,9 +254,10 @@ def run_demo(output: Path, max_tokens: int = 40_000, say: Callable[[str], Any] =
     finite = {group: {name: value if math.isfinite(value) else None for name, value in values.items()} for group, values in evals.items()}
     _files.write_json(output / "evals.json", finite)
     _files.write_json(output / "generations.json", {"generations": generations})
+    snmf = build_neuron_features(model, build, held_out, output, min(max_tokens, SNMF_TOKENS), say)
     return write_dictionary_report(
         output / "report.html", fits=list(fits.values()), chosen=chosen, profile=profile, lens=logit_lens(model, chosen.dictionary.exemplars),
-        tokenizer=stream.tokenizer, evals=evals, generations=generations, title="Regions of SmolLM2-135M-Instruct",
+        tokenizer=stream.tokenizer, evals=evals, generations=generations, snmf=snmf, title="What SmolLM2-135M-Instruct represents",
     )
 
 

@@ -21,11 +21,12 @@ LAYERS = [
         "dictionaries.activation_matrix", "dictionaries.snmf_fit_result", "dictionaries.fit_snmf",
         "dictionaries.hierarchy", "dictionaries.fit_hierarchy", "dictionaries.fit_sae",
         "_hook_edits", "interventions", "lens",
-        "_prompt_passes", "sampling", "steering_strength", "steering_score", "judges", "judges_http",
+        "_prompt_passes", "sampling", "steering_strength", "steered_features", "steering_score", "judges", "judges_http",
         "concepts", "diff_means", "neuron_overlap", "neuron_effect",
     ],
     ["continuations"],
     ["report"],
+    ["audit"],
     ["demo"],
 ]
 

@@ -1,18 +1,18 @@
 """One hook's activations as a matrix, or in blocks where they do not fit in memory."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from transformer_lens import HookedTransformer
 
 from saelens_ext import _checks
 from saelens_ext.activations import ActivationStream
 from saelens_ext.models import resolve_hook
-
-_FLOAT32_BYTES = 4
 
 
 @dataclass(kw_only=True)
@@ -23,8 +23,8 @@ class ActivationSource:
     matrix: Tensor | None
     hook_name: str
     """As given to the stream; may be empty for a matrix."""
-    held_out_every: int | None
-    """Every so manieth document is kept out of the fit; None keeps none."""
+    held_out: float
+    """Share of the documents that are kept out of the fit, evenly spread."""
 
     @classmethod
     def of(cls, source: ActivationStream | Tensor, hook_name: str | None, held_out: float | int) -> "ActivationSource":
@@ -40,16 +40,19 @@ class ActivationSource:
         """
         if not 0 <= held_out <= 0.5:
             raise ValueError(f"held_out must lie in [0, 0.5], got {held_out!r}; it is the share of documents kept out of the fit.")
-        every = round(1 / held_out) if held_out else None
+        if not isinstance(source, Tensor | ActivationStream):
+            raise ValueError(f"Activations must be an ActivationStream or an (n, d) tensor, got a {type(source).__name__}.")
         if isinstance(source, Tensor):
-            if every is not None:
+            if source.ndim != 2 or not len(source) or not source.is_floating_point():
+                raise ValueError(f"A matrix of activations must be floating point and (n, d) with n >= 1, got {source.dtype} of {tuple(source.shape)}.")
+            if held_out:
                 raise ValueError("A matrix does not say which rows are of one document; held_out must be 0, or give a stream.")
-            return cls(stream=None, matrix=_checks.finite(source.detach(), "activations"), hook_name=hook_name or "", held_out_every=None)
+            return cls(stream=None, matrix=_checks.finite(source.detach(), "activations"), hook_name=hook_name or "", held_out=0.0)
         if len(source.hook_names) != 1:
             raise ValueError(f"The stream has {len(source.hook_names)} hooks; make one stream for each dictionary.")
         if hook_name is not None:
             raise ValueError(f"The stream reads {source.requested_hook_names[0]!r}; hook_name is for a matrix, got {hook_name!r}.")
-        return cls(stream=source, matrix=None, hook_name=source.requested_hook_names[0], held_out_every=every)
+        return cls(stream=source, matrix=None, hook_name=source.requested_hook_names[0], held_out=float(held_out))
 
     def metadata(self) -> dict[str, Any]:
         """Where the activations come from, in SAELens' names."""
@@ -65,25 +68,34 @@ class ActivationSource:
             return
         for batch in self.stream:
             rows = batch.activations[self.hook_name]
-            if self.held_out_every is not None:
-                out = batch.document_ids % self.held_out_every == self.held_out_every - 1
+            if self.held_out:
+                out = _is_held_out(batch.document_ids, self.held_out)
                 rows = rows[(out if held_out else ~out).to(rows.device)]
             elif held_out:
                 return
             if len(rows):
                 yield _wide(rows)
 
-    def in_memory(self, limit: int) -> tuple[Float[Tensor, "n d"], bool]:
-        """The activations to fit, as far as they fit into ``limit`` bytes of float32; and whether that is all."""
+    def in_memory(self, limit: int) -> Float[Tensor, "n d"] | None:
+        """The activations to fit; None if a stream gives more than ``limit`` bytes of them."""
         parts, size = [], 0
         for block in self.blocks():
             parts.append(block)
-            size += block.numel() * _FLOAT32_BYTES
+            size += block.numel() * block.element_size()
             if size > limit and self.stream is not None:
-                return torch.cat(parts), False
+                return None
         if not parts:
             raise ValueError("There are no activations to fit: all documents were held out, or the stream is empty.")
-        return torch.cat(parts) if len(parts) > 1 else parts[0], True
+        x = torch.cat(parts) if len(parts) > 1 else parts[0]
+        if not bool(x.any()):
+            raise ValueError(f"All {len(x)} activations are zero: there is nothing to fit. Is the hook the right one?")
+        return x
+
+    @property
+    def reshaping(self) -> Literal["none", "hook_z"]:
+        """What a dictionary must do with what the hook gives: this host class alone keeps the heads of hook_z apart."""
+        has_heads = self.stream is not None and isinstance(self.stream.model, HookedTransformer)
+        return "hook_z" if has_heads and self.metadata()["hook_name"].endswith("hook_z") else "none"
 
 
 class Restartable:
@@ -94,6 +106,13 @@ class Restartable:
 
     def __iter__(self) -> Iterator[Tensor]:
         return self._source.blocks(held_out=self._held_out)
+
+
+def _is_held_out(document_ids: Tensor, share: float) -> Tensor:
+    """Documents at which the number that should be out, ``share`` of those so far, reaches the next whole one."""
+    # 0.1 * 30 is 3.0000000000000004 and 0.7 * 10 is 7.000000000000001: rounding must not move a document.
+    due = [math.floor(round(share * i, 9)) for i in range(int(document_ids.max()) + 2)] if len(document_ids) else []
+    return torch.tensor([due[i + 1] > due[i] for i in document_ids.tolist()], dtype=torch.bool)
 
 
 def _wide(rows: Tensor) -> Tensor:

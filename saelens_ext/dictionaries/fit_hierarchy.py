@@ -1,6 +1,5 @@
 """Recursive semi-NMF: factorise activations, then the features, then theirs, and refine all levels together."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from saelens_ext.dictionaries.hierarchy import HierarchicalSNMF
 from saelens_ext.dictionaries.snmf import SNMFDictionary
 from saelens_ext.ops.deep_semi_nmf import DeepFactors, damped_codes, level_errors, refine
 from saelens_ext.ops.semi_nmf import semi_nmf
-from saelens_ext.ops.semi_nmf_updates import CodeStatistics, normalised
+from saelens_ext.ops.semi_nmf_updates import CodeStatistics, normalised, support_size
 
 _REFINE_TOL = 1e-4
 _LINK_DAMPING = 0.1
@@ -26,6 +25,7 @@ def fit_hierarchical_snmf(
     source: ActivationStream | Tensor,
     ranks: Sequence[int] = (400, 200, 100, 50),
     *,
+    start: SNMFDictionary | None = None,
     hook_name: str | None = None,
     refine_iter: int = 30,
     progress: bool = False,
@@ -38,6 +38,8 @@ def fit_hierarchical_snmf(
     Args:
         source: a stream over one hook, or activations ``(n, d)``.
         ranks: features of each level, falling.
+        start: features to begin with at the finest level, of ``ranks[0]``, such as those of a
+            :func:`~saelens_ext.dictionaries.fit_snmf.fit_snmf` on the same activations; by default they are fitted here.
         hook_name: where a matrix was read; kept in the dictionaries' metadata.
         refine_iter: iterations of the joint refinement at most; 0 leaves the levels as they were built one on another.
         progress: show progress bars.
@@ -55,16 +57,16 @@ def fit_hierarchical_snmf(
     if config.held_out:
         raise ValueError("fit_hierarchical_snmf keeps no documents out; leave held_out at 0 and measure with fit_snmf.")
     given = ActivationSource.of(source, hook_name, 0.0)
-    x, whole = given.in_memory(config.memory_limit)
-    if not whole:
+    x = given.in_memory(config.memory_limit)
+    if x is None:
         raise ValueError(
             f"The activations take more than memory_limit={config.memory_limit} bytes; a hierarchy needs them in memory. Lower the "
             "stream's max_tokens, or raise memory_limit (the fit needs about three times that)."
         )
     with torch.no_grad():
-        factors = _recursive(x, ranks, config, progress)
+        factors = _recursive(x, ranks, _checked_start(start, ranks[0], x), config, progress)
         before = _relative_errors(x, factors)
-        count = max(1, math.ceil(round(config.sparsity * x.shape[1], 9)))
+        count = support_size(config.sparsity, x.shape[1])
         history = []
         if refine_iter:
             bar = tqdm(total=_checks.positive(refine_iter, "refine_iter"), desc="refining all levels", disable=not progress)
@@ -94,11 +96,26 @@ def _checked_ranks(ranks: Sequence[int]) -> tuple[int, ...]:
     return ranks
 
 
-def _recursive(x: Tensor, ranks: tuple[int, ...], config: SNMFFitConfig, progress: bool) -> DeepFactors:
+def _checked_start(start: SNMFDictionary | None, rank: int, x: Tensor) -> Tensor | None:
+    """Unit features to begin with."""
+    if start is None:
+        return None
+    if (start.cfg.d_sae, start.cfg.d_in) != (rank, x.shape[1]):
+        raise ValueError(
+            f"start has {start.cfg.d_sae} features over {start.cfg.d_in} neurons; the finest level needs {rank} over {x.shape[1]}."
+        )
+    return normalised(start.features.detach().to(x))[0]
+
+
+def _recursive(
+    x: Tensor, ranks: tuple[int, ...], start: Tensor | None, config: SNMFFitConfig, progress: bool
+) -> DeepFactors:
     """Each level by itself, on the unit features of the one below."""
     features, links = [], []
     codes, below = x.new_empty(0), x
-    for rank in ranks:
+    if start is not None:
+        features, below, codes = [start], start, damped_codes(x, start, float(config.damping))
+    for rank in ranks[len(features) :]:
         fit = semi_nmf(
             below, rank, sparsity=config.sparsity, init=config.init, damping=config.damping, max_iter=config.max_iter, tol=config.tol,
             generator=torch.Generator().manual_seed(config.seed), progress=progress,
@@ -127,4 +144,4 @@ def _dictionary(
         "n_seen": len(x), "damping": float(config.damping), "init": config.init, "level": level, "ranks": list(ranks),
         "typical_norm": float(torch.linalg.vector_norm(x, dim=1).median()),
     }
-    return SNMFDictionary.from_features(features, sparsity=config.sparsity, metadata=metadata)
+    return SNMFDictionary.from_features(features, sparsity=config.sparsity, metadata=metadata, reshape_activations=given.reshaping)

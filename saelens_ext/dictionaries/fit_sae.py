@@ -19,6 +19,8 @@ from saelens_ext import _checks
 from saelens_ext.activations import ActivationStream
 from saelens_ext.dictionaries.activation_matrix import ActivationSource
 
+_DEFAULT_K = 32
+
 
 def fit_sae(
     source: ActivationStream | Tensor,
@@ -42,7 +44,8 @@ def fit_sae(
     Args:
         source: a stream over one hook, or activations ``(n, d)``; as for :func:`~saelens_ext.dictionaries.fit_snmf.fit_snmf`.
         d_sae: number of latents.
-        architecture: any that SAELens trains ("standard", "topk", "batchtopk", "jumprelu", "matryoshka_batchtopk", …).
+        architecture: any that SAELens trains, such as "standard", "topk", "batchtopk" or "jumprelu". Some need options of
+            their own ("matryoshka_batchtopk" its widths).
         hook_name: where a matrix was read; kept in the metadata.
         training_samples: activations to train on, repeats included.
         batch_size: activations per step.
@@ -50,7 +53,8 @@ def fit_sae(
         held_out: share of the documents kept out, in [0, 0.5]; the same documents as a fit with the same share keeps out.
         memory_limit: bytes of activations (as float32) that may be held.
         seed: of the initial weights and the order.
-        **sae_options: further fields of SAELens' training config of that architecture, such as ``k`` or ``l1_coefficient``.
+        **sae_options: further fields of SAELens' training config of that architecture, such as ``k`` (32 by default) or
+            ``l1_coefficient``.
 
     Returns:
         The SAE for inference, in evaluation mode, with its metadata.
@@ -64,21 +68,24 @@ def fit_sae(
     if _checks.positive(training_samples, "training_samples") < _checks.positive(batch_size, "batch_size"):
         raise ValueError(f"training_samples must be at least one batch of {batch_size}, got {training_samples}.")
     given = ActivationSource.of(source, hook_name, held_out)
-    x, whole = given.in_memory(memory_limit)
-    if not whole:
+    sae_class, config_class = SAE_TRAINING_CLASS_REGISTRY[architecture]
+    known = [name for name in config_class.__dataclass_fields__ if name not in ("d_in", "d_sae", "metadata", "device", "reshape_activations")]
+    _checks.known_keys(sae_options, known, f"SAELens' config of {architecture!r}")
+    options = {"normalize_activations": "expected_average_only_in", "dtype": "float32", **sae_options}
+    if "k" in known and not 1 <= options.setdefault("k", min(_DEFAULT_K, d_sae)) <= d_sae:
+        raise ValueError(f"k must lie between 1 and d_sae={d_sae}, got {options['k']!r}.")
+    x = given.in_memory(memory_limit)
+    if x is None:
         raise ValueError(
             f"The activations take more than memory_limit={memory_limit} bytes. Lower the stream's max_tokens, raise memory_limit, "
             "or train with SAELens' own runner, which streams."
         )
-    sae_class, config_class = SAE_TRAINING_CLASS_REGISTRY[architecture]
-    known = [name for name in config_class.__dataclass_fields__ if name not in ("d_in", "d_sae", "metadata", "device")]
-    _checks.known_keys(sae_options, known, f"SAELens' config of {architecture!r}")
-    options = {"normalize_activations": "expected_average_only_in", "dtype": "float32", **sae_options}
     config = config_class(
-        d_in=x.shape[1], d_sae=d_sae, device=str(x.device), metadata=SAEMetadata(**given.metadata(), n_seen=len(x)), **options
+        d_in=x.shape[1], d_sae=d_sae, device=str(x.device),
+        metadata=SAEMetadata(**given.metadata(), n_seen=len(x)), **options,
     )
     # SAELens draws the initial weights from the global generator, which is the user's.
-    with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []), torch.enable_grad():
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.enable_grad():
         torch.manual_seed(seed)
         training_sae = sae_class(config)
         trainer = SAETrainer(
@@ -93,7 +100,12 @@ def fit_sae(
         trainer.fit()
     with tempfile.TemporaryDirectory() as folder:
         training_sae.save_inference_model(folder)
-        return SAE.load_from_disk(folder, device=str(x.device)).eval()
+        sae = SAE.load_from_disk(folder, device=str(x.device)).eval()
+    if given.reshaping == "hook_z":
+        # It was trained on joined heads; on the model it will be given them apart.
+        sae.cfg.reshape_activations = "hook_z"
+        sae.turn_on_forward_pass_hook_z_reshaping()
+    return sae
 
 
 def _shuffled(x: Tensor, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:

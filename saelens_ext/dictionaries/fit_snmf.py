@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from saelens_ext import _checks
 from saelens_ext.activations import ActivationStream
 from saelens_ext.dictionaries.activation_matrix import ActivationSource, Restartable
 from saelens_ext.dictionaries.snmf import SNMFDictionary
 from saelens_ext.dictionaries.snmf_fit_result import SNMFFitResult
-from saelens_ext.ops.semi_nmf import INITS, SemiNMFResult, semi_nmf
+from saelens_ext.ops.semi_nmf import INITS, SemiNMFResult, check_damping, semi_nmf
 from saelens_ext.ops.semi_nmf_streaming import StreamingSemiNMFResult, semi_nmf_streaming
 
 logger = logging.getLogger(__name__)
@@ -35,11 +34,11 @@ class SNMFFitConfig:
     """Fraction of the neurons that a feature may use, in (0, 1], rounded up to whole neurons."""
     init: str = "svd"
     """"svd", "kmeans" or "random"."""
-    damping: float | int = 0.1
+    damping: float | int = 0.2
     """Charge for features that cancel each other, >= 0; see :mod:`saelens_ext.ops.semi_nmf`. 0 gives the lowest loss, but
     then nearly all features are active on nearly all tokens."""
     max_iter: int = 100
-    """Iterations of a fit in memory."""
+    """Iterations of a fit in memory, or to the sample of a stream."""
     max_passes: int = 5
     """Passes over the stream to improve the features, where it does not fit in memory."""
     tol: float = 1e-4
@@ -55,6 +54,7 @@ class SNMFFitConfig:
         _checks.between(self.sparsity, 0, 1, "sparsity", closed_high=True)
         _checks.choice(self.init, INITS, "init")
         _checks.between(self.tol, 0, 1, "tol")
+        check_damping(self.damping)
         for name in ("max_iter", "max_passes", "memory_limit"):
             _checks.positive(getattr(self, name), name)
 
@@ -95,33 +95,31 @@ def fit_snmf(
     Source: arXiv 2506.10920, for features and codes; the fit and its damping are this package's.
     """
     config = SNMFFitConfig.of(options)
+    n_components = _checks.positive(n_components, "n_components")
     given = ActivationSource.of(source, hook_name, config.held_out)
-    x, whole = given.in_memory(config.memory_limit)
-    if not bool(x.any()):
-        raise ValueError(f"All {len(x)} activations are zero: there is nothing to factorise. Is the hook the right one?")
-    typical_norm = float(torch.linalg.vector_norm(x, dim=1).median())
+    x = given.in_memory(config.memory_limit)
     shared = {
-        "sparsity": config.sparsity, "init": config.init, "damping": config.damping,
+        "sparsity": config.sparsity, "init": config.init, "damping": config.damping, "max_iter": config.max_iter,
         "generator": torch.Generator().manual_seed(config.seed), "on_metrics": on_metrics,
     }
-    if whole:
-        fit = semi_nmf(x, n_components, max_iter=config.max_iter, tol=config.tol, progress=progress, **shared)
+    if x is not None:
+        fit = semi_nmf(x, n_components, tol=config.tol, progress=progress, **shared)
         energy = fit.codes.double().square().sum(dim=0)
         total = float(x.double().square().sum())
+        typical_norm = float(torch.linalg.vector_norm(x, dim=1).median())
         n_seen, limit = len(x), "max_iter"
     else:
         logger.info("More than %d bytes of activations: the fit makes several passes over the stream.", config.memory_limit)
-        del x
         fit = semi_nmf_streaming(
             Restartable(given), n_components, max_passes=config.max_passes, tol=max(config.tol, 1e-3), **shared
         )
-        energy, total = fit.code_gram.diagonal(), fit.total
+        energy, total, typical_norm = fit.code_gram.diagonal(), fit.total, fit.typical_norm
         n_seen, limit = fit.n_samples, "max_passes"
     shares = energy * fit.features.double().square().sum(dim=1) / total
     dictionary, shares = _dictionary(given, fit, shares, config, n_seen, typical_norm)
     held_out_loss, n_held_out = reconstruction_loss(dictionary, Restartable(given, held_out=True))
     if config.held_out and not n_held_out:
-        logger.warning("No document was held out: there are fewer than %d.", given.held_out_every)
+        logger.warning("No document was held out: there are too few for a share of %g.", config.held_out)
     return SNMFFitResult(
         dictionary=dictionary, hook_name=given.hook_name, stopped_because="converged" if fit.converged else limit, n_seen=n_seen,
         n_held_out=n_held_out, loss=fit.loss, held_out_loss=held_out_loss, history=list(fit.history), n_dead=fit.n_dead,
@@ -142,10 +140,8 @@ def _dictionary(
     metadata = given.metadata() | {
         "n_seen": n_seen, "loss": fit.loss, "damping": float(config.damping), "init": config.init, "typical_norm": typical_norm,
     }
-    # Only this host class keeps the heads of hook_z apart; a bridge gives them joined.
-    has_heads = given.stream is not None and isinstance(given.stream.model, HookedTransformer) and metadata["hook_name"].endswith("hook_z")
     dictionary = SNMFDictionary.from_features(
-        fit.features[order], sparsity=config.sparsity, metadata=metadata, reshape_activations="hook_z" if has_heads else "none"
+        fit.features[order], sparsity=config.sparsity, metadata=metadata, reshape_activations=given.reshaping
     )
     dictionary.fold_W_dec_norm()
     return dictionary, shares[order].float().cpu()
@@ -157,16 +153,23 @@ def reconstruction_loss(dictionary: Any, blocks: Iterable[Tensor]) -> tuple[floa
 
     Args:
         dictionary: any SAELens SAE.
-        blocks: activations ``(m, d)``, block by block.
+        blocks: activations ``(m, d)``, block by block; those of ``hook_z`` with their heads joined.
 
     Returns:
         The loss, None for no activations (0 if all are zero), and their number.
     """
     error = total = 0.0
     n = 0
-    for block in blocks:
-        for rows in block.to(dictionary.dtype).split(4096):
-            error += float((rows.double() - dictionary.decode(dictionary.encode(rows)).double()).square().sum())
-            total += float(rows.double().square().sum())
-        n += len(block)
+    takes_heads = dictionary.hook_z_reshaping_mode
+    if takes_heads:
+        dictionary.turn_off_forward_pass_hook_z_reshaping()
+    try:
+        for block in blocks:
+            for rows in block.to(dictionary.dtype).split(4096):
+                error += float((rows.double() - dictionary.decode(dictionary.encode(rows)).double()).square().sum())
+                total += float(rows.double().square().sum())
+            n += len(block)
+    finally:
+        if takes_heads:
+            dictionary.turn_on_forward_pass_hook_z_reshaping()
     return (error / total if total > 0 else 0.0) if n else None, n

@@ -25,6 +25,7 @@ from saelens_ext.dictionaries.decoder_only import DecoderOnlyConfig, DecoderOnly
 from saelens_ext.models import HostModel
 from saelens_ext.ops.nnls import nnls, solve_codes
 from saelens_ext.ops.nnls_kernels import FeatureGram
+from saelens_ext.ops.semi_nmf_updates import support_size
 
 FORMAT_VERSION = 1
 _MAX_SWEEPS = 30
@@ -110,8 +111,7 @@ class SNMFDictionary(DecoderOnlySAE):
         d_sae, d_in = features.shape
         largest = int(_checks.finite(features, "features").count_nonzero(dim=1).max())
         sparsity = largest / d_in if sparsity is None else float(_checks.between(sparsity, 0, 1, "sparsity", closed_high=True))
-        # 0.07 * 100 is 7.000000000000001: rounding must not add a neuron.
-        allowed = math.ceil(round(sparsity * d_in, 9))
+        allowed = support_size(sparsity, d_in)
         if largest > allowed:
             raise ValueError(
                 f"A feature uses {largest} of {d_in} neurons, more than the {allowed} that sparsity={sparsity:g} allows. "

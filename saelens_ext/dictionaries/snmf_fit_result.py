@@ -1,8 +1,10 @@
 """What a fit of an SNMFDictionary returns: the dictionary, how well it reconstructs, and why the fit ended."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from saelens_ext import _files
@@ -52,7 +54,7 @@ class SNMFFitResult:
     def save(self, path: str | Path) -> Path:
         """Write the dictionary and, beside it, its statistics (``fit.json``, ``fit.safetensors``) into a directory."""
         path = Path(path)
-        content = {"format_version": FORMAT_VERSION, **{name: getattr(self, name) for name in _SCALARS}}
+        content = {"format_version": FORMAT_VERSION, "features": _digest(self.dictionary), **{name: getattr(self, name) for name in _SCALARS}}
         _files.write_together(
             self.dictionary.files_to_save(path)
             | {
@@ -78,12 +80,15 @@ class SNMFFitResult:
         missing = [name for name in _SCALARS if name not in content] + [name for name in ("shares",) if name not in tensors]
         if missing:
             raise ValueError(f"The fit in {path} lacks {', '.join(missing)}; it is not one of an SNMFDictionary.")
-        if tensors["shares"].shape != (dictionary.cfg.d_sae,):
-            raise ValueError(
-                f"The fit in {path} is of {tuple(tensors['shares'].shape)} features, its dictionary of {dictionary.cfg.d_sae}: "
-                "they do not belong together."
-            )
+        if content.get("features") != _digest(dictionary) or tensors["shares"].shape != (dictionary.cfg.d_sae,):
+            raise ValueError(f"The statistics and the dictionary in {path} are of different fits: they do not belong together.")
         return cls(dictionary=dictionary, shares=tensors["shares"], **{name: content[name] for name in _SCALARS})
+
+
+def _digest(dictionary: SNMFDictionary) -> str:
+    """Tells these features from all others."""
+    rows = dictionary.features.detach().cpu().contiguous()
+    return hashlib.sha256(rows.view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 _SCALARS = (

@@ -144,7 +144,7 @@ def _solve_chunk(x: Tensor, problem: FeatureGram, dual: bool, tol: float, max_sw
     """Codes ``(k, m)`` per unit feature: coordinate sweeps, dropping activations as they converge, then pivoting."""
     target = problem.unit @ x.T
     # An activation orthogonal to all features has only rounding for products: nothing there to be relative to.
-    scale = torch.maximum(target.abs().amax(dim=0), _ROUNDING[x.dtype] / tol * torch.linalg.vector_norm(x, dim=1))
+    scale = torch.maximum(target.abs().amax(dim=0), _ROUNDING[x.dtype] / tol * torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).to(x.dtype))
     codes = torch.empty_like(target)
     left = torch.arange(len(x), device=x.device)
     iteration = DualIteration(problem, target) if dual else PrimalIteration(problem, target)

@@ -61,7 +61,6 @@ class FeatureGram:
         zero = norm < _SHORTEST
         norm = torch.where(zero, 1.0, norm)
         unit = torch.where(zero[:, None], 0.0, wide / norm[:, None])
-        # The coordinate step divides by the diagonal; rounding must not make it anything but one.
         norm, unit = norm * (1 + damping) ** 0.5, unit / (1 + damping) ** 0.5
         return cls._of(unit, norm, unit @ unit.T, features.dtype)
 
@@ -81,7 +80,7 @@ class FeatureGram:
     @classmethod
     def _of(cls, unit: Tensor, norm: Tensor, exact: Tensor, dtype: torch.dtype) -> "FeatureGram":
         """From float64 parts."""
-        # The coordinate step divides by the diagonal; rounding must not make it anything but one.
+        # The coordinate step takes the diagonal for one; rounding must not make it anything else.
         exact = exact.fill_diagonal_(1.0)
         inverse = _safe_inverse(exact, _LARGEST_CONDITION[dtype])
         dual = None

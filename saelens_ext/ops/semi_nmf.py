@@ -30,7 +30,7 @@ from saelens_ext.ops.nnls_kernels import FeatureGram
 from saelens_ext.ops.semi_nmf_coordinate import CoordinateFit
 from saelens_ext.ops.semi_nmf_init import initialise
 from saelens_ext.ops.semi_nmf_paper import PaperFit
-from saelens_ext.ops.semi_nmf_updates import CodeStatistics, dead, duplicates
+from saelens_ext.ops.semi_nmf_updates import CodeStatistics, dead, duplicates, support_size
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class SemiNMFResult:
     n_dead: int
     """Features that are zero or whose codes all are, at the end."""
     n_duplicate: int
-    """Features whose cosine with an earlier one exceeds 0.99, at the end."""
+    """Features whose cosine with an earlier one exceeds 0.99, at the end. Without damping they are merged during the fit."""
     n_revived: int
     """Dead or duplicate features replaced during the fit."""
 
@@ -98,13 +98,14 @@ def semi_nmf(
         init: ``"svd"``, ``"kmeans"`` or ``"random"``.
         method: ``"coordinate"``, or ``"paper"`` for the published multiplicative rule, whose best iterate is returned.
         damping: charge for features that cancel each other, >= 0; see the module. 0, the default, is the plain
-            factorisation; 0.1 is a good value for features to be looked at.
+            factorisation; 0.2 is a good value for features to be looked at.
         max_iter: iterations at most; 100 by default, 500 for ``"paper"``.
         tol: stop when the objective falls by less than this fraction, three iterations running (100 for ``"paper"``).
         generator: source of randomness, on the CPU; seed 0 by default. The global one is not touched.
         start: codes ``(n, k)`` and features ``(k, d)`` to start from, instead of ``init``.
         progress: show a progress bar.
-        on_metrics: called after each iteration with ``iteration``, ``objective``, ``loss``, ``n_dead``, ``n_revived``.
+        on_metrics: called after each iteration (once after the several that try to leave a local minimum) with
+            ``iteration``, ``objective``, ``loss``, ``n_dead``, ``n_revived``.
 
     Raises:
         ValueError: an activation is NaN or infinite, there are none, ``sparsity`` is outside (0, 1], ``damping`` is
@@ -112,74 +113,81 @@ def semi_nmf(
             can give (min(n, d) for svd, n for kmeans).
     """
     count = check_options(x, n_components, sparsity, init, tol)
+    n_components = positive(n_components, "n_components")
     choice(method, METHODS, "method")
     check_damping(damping, method)
     max_iter = positive(_DEFAULT_ITERATIONS[method] if max_iter is None else max_iter, "max_iter")
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     with torch.no_grad():
         x = x.detach().to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-        codes, features = initialise(x, n_components, init, generator) if start is None else _checked_start(start, x, n_components)
+        # In units of their size, squares of activations neither overflow nor vanish; a power of two rounds nothing.
+        unit = 2.0 ** math.floor(math.log2(float(x.abs().max()) or 1.0))
+        x = x / unit
+        codes, features = initialise(x, n_components, init, generator) if start is None else _checked_start(start, x, n_components, unit)
         fit = (
             PaperFit(x, codes, features, count)
             if method == "paper"
             else CoordinateFit(x, codes, features, count, growth=min(_GROWTH, max_iter // 3), damping=float(damping))
         )
         history, converged = _iterate(fit, max_iter, tol, _PATIENCE[method], progress, on_metrics)
-        codes, loss = (fit.codes, history[-1]) if method == "paper" else _exact_codes(x, fit)
+        codes, statistics = (fit.codes, fit.statistics) if method == "paper" else _exact_codes(x, fit)
+        repeated = len(duplicates(fit.features))
+        if repeated and damping:
+            logger.warning(
+                "%d of %d features repeat another: there are fewer distinct ones at this sparsity. Damping does not merge them, since "
+                "it charges less for two halves than for a whole; ask for fewer features.", repeated, n_components,
+            )
         return SemiNMFResult(
             codes=codes,
-            features=fit.features,
-            loss=loss,
+            features=fit.features * unit,
+            loss=statistics.error(fit.features) / statistics.total if statistics.total > 0 else 0.0,
             history=history,
             converged=converged,
             n_iter=len(history),
-            n_dead=len(dead(fit.features, fit.statistics)),
-            n_duplicate=len(duplicates(fit.features)),
+            n_dead=len(dead(fit.features, statistics)),
+            n_duplicate=repeated,
             n_revived=fit.n_revived,
         )
 
 
-def _exact_codes(x: Tensor, fit: CoordinateFit) -> tuple[Tensor, float]:
-    """Non-negative least squares on the fitted features, and the loss; the fit's own codes where rounding favours them."""
+def _exact_codes(x: Tensor, fit: CoordinateFit) -> tuple[Tensor, CodeStatistics]:
+    """Non-negative least squares on the fitted features, and its statistics; the fit's own where rounding favours them."""
     codes = solve_codes(x, FeatureGram.of(fit.features), _CODES_TOL, _MAX_SWEEPS)
     statistics = CodeStatistics.empty(*fit.features.shape, x.device)
     statistics.add(x, codes.T)
-    error = statistics.error(fit.features)
-    if error > fit.error:
-        codes, error = fit.codes, fit.error
-    return codes, error / statistics.total if statistics.total > 0 else 0.0
+    if statistics.error(fit.features) > fit.error:
+        return fit.codes, fit.statistics
+    return codes, statistics
 
 
 def check_damping(damping: float | int, method: str = "coordinate") -> None:
     """Refuse a damping that is negative, not finite, or of no meaning to the method."""
     if not 0 <= damping < math.inf:
-        raise ValueError(f"damping must be a finite number >= 0, got {damping!r}; 0.1 is a usual value, 0 the plain factorisation.")
+        raise ValueError(f"damping must be a finite number >= 0, got {damping!r}; 0.2 is a usual value, 0 the plain factorisation.")
     if damping and method == "paper":
         raise ValueError(f"The published rule has no damping, got damping={damping!r}. Use damping=0, or method='coordinate'.")
 
 
 def check_options(x: Float[Tensor, "n d"], n_components: int, sparsity: float, init: str, tol: float) -> int:
     """Check what every fit shares; the number of neurons that a feature may use, ceil(sparsity * d)."""
-    if not x.numel():
-        raise ValueError(f"x has shape {tuple(x.shape)}; there must be at least one activation and one neuron.")
+    if x.ndim != 2 or not x.numel():
+        raise ValueError(f"x has shape {tuple(x.shape)}; it must be (n, d) with at least one activation and one neuron.")
     finite(x, "x")
-    positive(n_components, "n_components")
     between(sparsity, 0, 1, "sparsity", closed_high=True)
     choice(init, INITS, "init")
     between(tol, 0, 1, "tol")
-    # 0.07 * 100 is 7.000000000000001: rounding must not add a neuron.
-    return max(1, math.ceil(round(sparsity * x.shape[1], 9)))
+    return support_size(sparsity, x.shape[1])
 
 
-def _checked_start(start: tuple[Tensor, Tensor], x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Codes and features to start from, in the dtype of ``x``."""
+def _checked_start(start: tuple[Tensor, Tensor], x: Tensor, k: int, unit: float) -> tuple[Tensor, Tensor]:
+    """Codes and features to start from, in the dtype and units of ``x``."""
     codes, features = (finite(part.detach(), "start").to(x) for part in start)
     if codes.shape != (len(x), k) or features.shape != (k, x.shape[1]) or bool((codes < 0).any()):
         raise ValueError(
             f"start must be codes >= 0 of shape {(len(x), k)} and features of shape {(k, x.shape[1])}, "
             f"got {tuple(codes.shape)} (smallest {float(codes.min()) if codes.numel() else 0:g}) and {tuple(features.shape)}."
         )
-    return codes, features
+    return codes, features / unit
 
 
 def _iterate(

@@ -91,7 +91,8 @@ class CoordinateFit:
         statistics.add(x, columns)
         statistics.damp(damping)
         # Dense features to start from are no member of the set: the first sparse ones may be of higher error than they.
-        features = update_features(statistics, features, self._count)
+        # Rows with hardly any codes are not updated, but must be sparse too.
+        features = keep_largest(update_features(statistics, features, self._count), self._count)
         errors = [
             (rows - part.T @ features).square().sum(dim=1)
             for rows, part in zip(x.split(CHUNK_ROWS), columns.split(CHUNK_ROWS, dim=1), strict=True)

@@ -65,6 +65,8 @@ class StreamingSemiNMFResult:
     """G'X, float64."""
     total: float
     """|X|^2."""
+    typical_norm: float
+    """Median norm of the sampled activations."""
     n_dead: int
     """Features that are zero or whose codes all are."""
     n_duplicate: int
@@ -80,6 +82,7 @@ def semi_nmf_streaming(
     sparsity: float = 0.01,
     init: str = "svd",
     damping: float | int = 0.0,
+    max_iter: int | None = None,
     max_passes: int = 5,
     tol: float = 1e-3,
     sample_size: int = 10_000,
@@ -94,6 +97,7 @@ def semi_nmf_streaming(
         sparsity: fraction of neurons that a feature may use, in (0, 1].
         init: ``"svd"``, ``"kmeans"`` or ``"random"``, of the fit to the sample.
         damping: charge for features that cancel each other, >= 0, as for :func:`~saelens_ext.ops.semi_nmf.semi_nmf`.
+        max_iter: iterations of the fit to the sample.
         max_passes: passes after the one that draws the sample.
         tol: stop when a pass lowers the objective by less than this fraction.
         sample_size: activations of the sample, drawn uniformly from the whole stream.
@@ -115,7 +119,8 @@ def semi_nmf_streaming(
     with torch.no_grad():
         sample, n_samples = _sample(batches, positive(sample_size, "sample_size"), generator)
         count = check_options(sample, n_components, sparsity, init, tol)
-        first = semi_nmf(sample, n_components, sparsity=sparsity, init=init, damping=damping, generator=generator)
+        first = semi_nmf(sample, n_components, sparsity=sparsity, init=init, damping=damping, max_iter=max_iter, generator=generator)
+        typical_norm = float(torch.linalg.vector_norm(sample, dim=1).median())
         del sample
         fit = _StreamFit(batches, first.features, count, n_samples, first.n_revived, float(damping))
         history, converged = _passes(fit, max_passes, tol, on_metrics)
@@ -130,6 +135,7 @@ def semi_nmf_streaming(
         code_gram=statistics.gram,
         code_product=statistics.product,
         total=statistics.total,
+        typical_norm=typical_norm,
         n_dead=len(dead(fit.features, statistics)),
         n_duplicate=len(duplicates(fit.features)),
         n_revived=fit.n_revived,

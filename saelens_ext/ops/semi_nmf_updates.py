@@ -16,6 +16,7 @@ Source: hierarchical alternating least squares (Cichocki and Phan 2009) with the
 (arXiv 2506.10920); the projection onto exact supports and the refit are this package's.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -69,7 +70,16 @@ class CodeStatistics:
     def error(self, features: Float[Tensor, "k d"]) -> float:
         """The squared error of these codes with some features."""
         wide = features.double()
-        return max(0.0, self.total + float((wide * (self.gram @ wide - 2 * self.product)).sum()))
+        error = self.total + float((wide * (self.gram @ wide - 2 * self.product)).sum())
+        if not math.isfinite(error):
+            raise ValueError("The squared error is not finite: the activations are too large for their dtype. Scale them down.")
+        return max(0.0, error)
+
+
+def support_size(sparsity: float | int, d: int) -> int:
+    """How many of d neurons a feature may use: ceil(sparsity * d), at least 1."""
+    # 0.07 * 100 is 7.000000000000001: rounding must not add a neuron.
+    return max(1, math.ceil(round(sparsity * d, 9)))
 
 
 def squared_norm(x: Tensor) -> float:
@@ -140,7 +150,10 @@ def refit(
     if bool(columns[:, live].all()):
         # Every neuron has the same system.
         shared = gram + _REFIT_RIDGE * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        solved = torch.cholesky_solve(target.T * live[:, None], torch.linalg.cholesky(shared)).T
+        factor, failed = torch.linalg.cholesky_ex(shared)
+        if bool(failed):  # codes too dependent for float64: the values stay
+            return features
+        solved = torch.cholesky_solve(target.T * live[:, None], factor).T
     else:
         solved = SupportSolver(gram, _REFIT_RIDGE, has_inverse=False).solve(target, columns)
     return torch.where(live[:, None], (solved / root).T.to(features.dtype), features)

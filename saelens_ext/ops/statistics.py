@@ -1,7 +1,9 @@
-"""Statistics of what has been seen and of what has not."""
+"""Statistics of what has been seen and of what has not, and of how sure a comparison is."""
 
 from typing import NamedTuple
 
+import numpy as np
+from jaxtyping import Float
 from scipy.stats import chi2
 
 from saelens_ext import _checks
@@ -42,3 +44,84 @@ def unseen_mass(n_founders: int, n_recent: int, *, confidence: float = 0.95) -> 
         return UnseenMass(1.0, 1.0)
     limit = chi2.ppf(confidence, 2 * (n_founders + 1)) / 2
     return UnseenMass(n_founders / n_recent, min(1.0, float(limit) / n_recent))
+
+
+def holm(p_values: Float[np.ndarray, " m"]) -> Float[np.ndarray, " m"]:
+    """Adjust the p-values of a family of tests, so that the chance of one false rejection or more stays below the level.
+
+    Args:
+        p_values: each in [0, 1]; NaN where a test could not be made, which does not count as one of the family.
+
+    Returns:
+        Adjusted p-values in the order given, NaN where NaN was given.
+
+    Source: Holm, "A simple sequentially rejective multiple test procedure", Scandinavian Journal of Statistics 1979.
+    """
+    adjusted = np.full(len(p_values), np.nan)
+    made = np.flatnonzero(~np.isnan(p_values))
+    order = made[np.argsort(p_values[made], kind="stable")]
+    steps = p_values[order] * np.arange(len(order), 0, -1)
+    adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1.0)
+    return adjusted
+
+
+def bootstrap_interval(
+    values: Float[np.ndarray, " n"],
+    n_bootstrap: int,
+    generator: np.random.Generator,
+    *,
+    strata: np.ndarray | None = None,
+    confidence: float = 0.95,
+) -> tuple[float, float]:
+    """Percentile interval of a mean, by resampling its values with replacement.
+
+    Args:
+        values: finite.
+        n_bootstrap: resamples.
+        generator: source of random numbers.
+        strata: ``(n,)``, a group per value; each group is resampled within itself and keeps its size.
+        confidence: in (0, 1).
+
+    Returns:
+        Lower and upper limit; both NaN for fewer than two values.
+    """
+    _checks.between(confidence, 0, 1, "confidence")
+    if len(values) < 2:
+        return float("nan"), float("nan")
+    groups = np.zeros(len(values)) if strata is None else np.asarray(strata)
+    totals = np.zeros(n_bootstrap)
+    for group in np.unique(groups):
+        own = values[groups == group]
+        totals += own[generator.integers(len(own), size=(n_bootstrap, len(own)))].sum(axis=1)
+    low, high = np.quantile(totals / len(values), [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def sign_flip_p_value(
+    differences: Float[np.ndarray, " n"], n_permutations: int, generator: np.random.Generator
+) -> float:
+    """Two-sided p-value of paired differences: how often flipping signs at random gives as large a mean.
+
+    Exact, over all 2^n assignments of signs, where these are not more than ``n_permutations``.
+
+    Args:
+        differences: finite.
+        n_permutations: assignments drawn otherwise.
+        generator: source of random numbers.
+
+    Returns:
+        In (0, 1], at least 2^(1 - n); NaN without a difference.
+
+    Source: Fisher, "The Design of Experiments", 1935, section 21.
+    """
+    n = len(differences)
+    if n == 0:
+        return float("nan")
+    # Sums that are equal but for rounding count as equal.
+    observed = abs(float(differences.sum())) - 1e-9 * float(np.abs(differences).sum())
+    if 2**n <= n_permutations:
+        signs = 1 - 2 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
+        return float((np.abs(signs @ differences) >= observed).mean())
+    signs = 1 - 2 * generator.integers(2, size=(n_permutations, n), dtype=np.int8)
+    reached = int((np.abs(signs @ differences) >= observed).sum())
+    return (reached + 1) / (n_permutations + 1)

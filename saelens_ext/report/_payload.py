@@ -86,9 +86,9 @@ def region_data(
         "neighbours": neighbours.tolist(),
         "neighbour_distances": [figures(row) for row in distances],
         "exemplars": _exemplar_contexts(fit.provenance, vocabulary),
-        "nearest": _examples(profile.top, vocabulary),
-        "boundary": _examples(profile.boundary, vocabulary) if profile.boundary is not None else None,
-        "lens": _lens(lens, vocabulary) if lens is not None else None,
+        "nearest": example_columns(profile.top, vocabulary),
+        "boundary": example_columns(profile.boundary, vocabulary) if profile.boundary is not None else None,
+        "lens": lens_columns(lens, vocabulary) if lens is not None else None,
     }
 
 
@@ -140,7 +140,7 @@ def _exemplar_contexts(provenance: Provenance, vocabulary: Vocabulary) -> dict[s
     }
 
 
-def _examples(examples: Examples, vocabulary: Vocabulary) -> list[dict[str, list[Any]]]:
+def example_columns(examples: Examples, vocabulary: Vocabulary) -> list[dict[str, list[Any]]]:
     """For each region the columns of its examples in order, empty places left out."""
     half = examples.contexts.shape[2] // 2
     columns = {
@@ -154,7 +154,7 @@ def _examples(examples: Examples, vocabulary: Vocabulary) -> list[dict[str, list
     return [{name: [column[region][i] for i in places] for name, column in columns.items()} for region, places in enumerate(kept)]
 
 
-def _lens(lens: LensResult, vocabulary: Vocabulary) -> dict[str, list[Any]]:
+def lens_columns(lens: LensResult, vocabulary: Vocabulary) -> dict[str, list[Any]]:
     """Tokens that each exemplar promotes and suppresses, with their logits, strongest first."""
     return {
         "promoted": vocabulary.indices(lens.promoted_ids),

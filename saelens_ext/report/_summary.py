@@ -54,10 +54,10 @@ def facts(fit: FitResult, profile: DictionaryProfile) -> list[Fact]:
     """The figures of the summary, in reading order."""
     metadata = fit.dictionary.cfg.metadata.to_dict()
     return [
-        _model(metadata),
-        _hook(fit, metadata),
-        Fact("seen", "Activations seen", count(fit.n_seen), _text(metadata)),
-        Fact("excluded", "Excluded", *_excluded(fit, metadata)),
+        model_fact(metadata),
+        hook_fact(fit.hook_name, fit.dictionary.cfg.d_in, metadata),
+        Fact("seen", "Activations seen", count(fit.n_seen), read_from(metadata)),
+        Fact("excluded", "Excluded", *excluded(metadata, fit.n_undirected)),
         _threshold(fit, metadata),
         Fact("regions", "Regions", count(fit.n_regions), _concentration(profile)),
         _unseen(fit),
@@ -66,7 +66,8 @@ def facts(fit: FitResult, profile: DictionaryProfile) -> list[Fact]:
     ]
 
 
-def _model(metadata: dict[str, Any]) -> Fact:
+def model_fact(metadata: dict[str, Any]) -> Fact:
+    """Which model, held how."""
     parts = []
     if metadata.get("model_class_name"):
         parts.append(f"held as {metadata['model_class_name']}")
@@ -81,13 +82,14 @@ def _model(metadata: dict[str, Any]) -> Fact:
     return Fact("model", "Model", str(metadata.get("model_name") or "not recorded"), ", ".join(parts))
 
 
-def _hook(fit: FitResult, metadata: dict[str, Any]) -> Fact:
+def hook_fact(hook_name: str, width: int, metadata: dict[str, Any]) -> Fact:
+    """Where the activations were read."""
     fired = metadata.get("hook_name")
-    known_as = f"; on this model {fired}" if fired and fired != fit.hook_name else ""
-    return Fact("hook", "Hook", fit.hook_name, f"activations of width {fit.dictionary.cfg.d_in}{known_as}")
+    known_as = f"; on this model {fired}" if fired and fired != hook_name else ""
+    return Fact("hook", "Hook", hook_name or "not recorded", f"activations of width {width}{known_as}")
 
 
-def _text(metadata: dict[str, Any]) -> str:
+def read_from(metadata: dict[str, Any]) -> str:
     """What the activations were read from."""
     parts = ["one per token"]
     if metadata.get("dataset_path"):
@@ -98,22 +100,23 @@ def _text(metadata: dict[str, Any]) -> str:
     return " ".join(parts)
 
 
-def _excluded(fit: FitResult, metadata: dict[str, Any]) -> tuple[str, str]:
-    excluded = metadata.get("exclude_special_tokens")
-    if excluded is None:
+def excluded(metadata: dict[str, Any], n_undirected: int = 0) -> tuple[str, str]:
+    """Which tokens were left out, and what more there is to say of it."""
+    left_out = metadata.get("exclude_special_tokens")
+    if left_out is None:
         value, meaning = "Not recorded", ""
-    elif isinstance(excluded, bool):
-        value, meaning = ("Special tokens", "BOS, EOS, padding and the like") if excluded else ("Nothing", "special tokens were kept")
+    elif isinstance(left_out, bool):
+        value, meaning = ("Special tokens", "BOS, EOS, padding and the like") if left_out else ("Nothing", "special tokens were kept")
     else:
-        ids = list(excluded)
+        ids = list(left_out)
         value = f"{count(len(ids))} chosen tokens"
         meaning = "token ids " + ", ".join(map(str, ids[:12])) + (" …" if len(ids) > 12 else "")
     read = slice(*(metadata.get("seqpos_slice") or [None]))
     if read != slice(None):
         limits = [read.start, read.stop] + ([read.step] if read.step is not None else [])
         meaning += f"; of each window only positions [{':'.join('' if limit is None else str(limit) for limit in limits)}] were read"
-    if fit.n_undirected:
-        meaning += f"; {count(fit.n_undirected)} activations equal the centre and belong to no region"
+    if n_undirected:
+        meaning += f"; {count(n_undirected)} activations equal the centre and belong to no region"
     return value, meaning.removeprefix("; ")
 
 

@@ -1,4 +1,4 @@
-"""The report on one dictionary: a single HTML file that opens anywhere and asks the network for nothing."""
+"""The report on dictionaries: a single HTML file that opens anywhere and asks the network for nothing."""
 
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -11,74 +11,135 @@ from saelens_ext import _checks, _files
 from saelens_ext.dictionaries.fit_result import FitResult
 from saelens_ext.dictionaries.profile import DictionaryProfile
 from saelens_ext.lens import LensResult
-from saelens_ext.report import _evaluation, _page, _summary
-from saelens_ext.report._format import visible
+from saelens_ext.report import _evaluation, _page, _snmf_summary, _summary
+from saelens_ext.report._features import feature_data
+from saelens_ext.report._format import count, significant, visible
 from saelens_ext.report._growth import growth_data
 from saelens_ext.report._payload import region_data
+from saelens_ext.report.snmf_section import SNMFSection
 
-STYLES = ("dictionary.css",)
-SCRIPTS = ("text.js", "growth.js", "map.js", "table.js", "detail.js", "page.js")
+STYLES = ("dictionary.css", "features.css")
+SCRIPTS = (
+    "text.js", "growth.js", "map.js", "table.js", "region_table.js", "region_detail.js", "feature_table.js", "feature_detail.js",
+    "explorer.js", "page.js",
+)  # fmt: skip
 
 
 def write_dictionary_report(
     path: str | Path,
     *,
-    fits: Sequence[FitResult],
-    chosen: FitResult,
-    profile: DictionaryProfile,
-    lens: LensResult | None = None,
     tokenizer: PreTrainedTokenizerBase,
+    title: str,
+    fits: Sequence[FitResult] = (),
+    chosen: FitResult | None = None,
+    profile: DictionaryProfile | None = None,
+    lens: LensResult | None = None,
     evals: Mapping[str, Any] | None = None,
     generations: Sequence[Mapping[str, str]] = (),
-    title: str,
+    snmf: SNMFSection | None = None,
 ) -> Path:
-    """Write the report on ``chosen``, with the growth of all ``fits`` to compare, as one self-contained HTML file.
+    """Write a report on an exemplar partition, on SNMF dictionaries, or on both, as one self-contained HTML file.
+
+    For an exemplar partition, pass ``chosen``, the ``fits`` whose growth it is compared with, and its ``profile``; for
+    SNMF pass ``snmf``. With both, the page has a part for each.
 
     The page shows text of the corpus as text only: it carries a content security policy under which nothing but its own
     script runs and nothing is fetched. The same arguments give the same file, on one machine.
 
     Args:
         path: the file to write, replaced in one step; missing directories are made.
-        fits: all dictionaries of the build, at least ``chosen``.
-        chosen: the dictionary reported on; K regions.
+        tokenizer: of the model, which turns ids into text.
+        title: heading of the page.
+        fits: all exemplar partitions of the build, at least ``chosen``.
+        chosen: the one reported on; K regions.
         profile: of ``chosen.dictionary``, K latents.
         lens: the logit lens of its exemplars, K rows; None where they are not in the residual stream.
-        tokenizer: of the model, which turns ids into text.
-        evals: the first dict that ``sae_lens.evals.run_evals`` returns, nested or flat; None if it was not run.
+        evals: the first dict that ``sae_lens.evals.run_evals`` returns for it, nested or flat; None if it was not run.
         generations: continuations to show side by side, each with the texts ``label``, ``prompt`` and ``text``. A
             ``text`` that begins with the prompt is shown without it.
-        title: heading of the page.
+        snmf: the SNMF dictionaries, with what is known of their features.
 
     Returns:
         The path written.
 
     Raises:
-        ValueError: ``chosen`` is not among ``fits``, the profile or lens is of another dictionary, or a generation
-            lacks one of its texts.
+        ValueError: nothing to report on, or ``chosen`` without its profile; ``chosen`` is not among ``fits``, the profile or lens is
+            of another dictionary, or a generation lacks one of its texts.
     """
     path = Path(path)
-    _check_same_dictionary(fits, chosen, profile, lens)
-    shown, shared_prompt = _generations(generations)
+    has_regions = chosen is not None or profile is not None or len(fits) > 0
+    if has_regions and (chosen is None or profile is None):
+        missing = "chosen" if chosen is None else "profile"
+        raise ValueError(f"A report on an exemplar partition needs fits, chosen and profile together; {missing} is missing.")
+    if not has_regions and snmf is None:
+        raise ValueError("There is nothing to report on: pass fits, chosen and profile of an exemplar partition, or snmf=, or both.")
+    if not has_regions and (lens is not None or evals is not None or generations):
+        raise ValueError("lens, evals and generations are those of an exemplar partition: they need fits, chosen and profile.")
     page = _page.render_page(
         "dictionary.html",
         styles=STYLES,
         scripts=SCRIPTS,
         title=visible(title),
-        lead=_summary.lead(chosen),
-        facts=_summary.facts(chosen, profile),
-        growth_note=_growth_note(chosen),
-        builds=_summary.builds(fits, chosen),
-        builds_by="Percentile" if all(fit.percentile is not None for fit in fits) else "Dictionary",
-        evaluation=_evaluation.evaluation_rows(evals) if evals is not None else [],
-        evaluation_note=_evaluation_note(chosen),
-        generations=shown,
-        shared_prompt=shared_prompt,
-        growth=_page.embed_json(growth_data(fits, chosen)),
-        regions=_page.embed_json(region_data(chosen, profile, lens, tokenizer)),
+        regions=_regions(fits, chosen, profile, lens, tokenizer, evals, generations) if has_regions else None,
+        features=None if snmf is None else _features(snmf, tokenizer),
         version=version("saelens-ext"),
     )
     _files.write_together({path: lambda temporary: temporary.write_bytes(page.encode("utf-8"))})
     return path
+
+
+def _regions(
+    fits: Sequence[FitResult],
+    chosen: FitResult,
+    profile: DictionaryProfile,
+    lens: LensResult | None,
+    tokenizer: PreTrainedTokenizerBase,
+    evals: Mapping[str, Any] | None,
+    generations: Sequence[Mapping[str, str]],
+) -> dict[str, Any]:
+    """What the template shows of an exemplar partition."""
+    _check_same_dictionary(fits, chosen, profile, lens)
+    shown, shared_prompt = _generations(generations)
+    return {
+        "lead": _summary.lead(chosen),
+        "facts": _summary.facts(chosen, profile),
+        "growth_note": _growth_note(chosen),
+        "builds": _summary.builds(fits, chosen),
+        "builds_by": "Percentile" if all(fit.percentile is not None for fit in fits) else "Dictionary",
+        "evaluation": _evaluation.evaluation_rows(evals) if evals is not None else [],
+        "evaluation_note": _evaluation_note(chosen),
+        "generations": shown,
+        "shared_prompt": shared_prompt,
+        "growth": _page.embed_json(growth_data(fits, chosen)),
+        "data": _page.embed_json(region_data(chosen, profile, lens, tokenizer)),
+    }
+
+
+def _features(section: SNMFSection, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What the template shows of SNMF dictionaries."""
+    steered = section.steered
+    return {
+        "lead": _snmf_summary.snmf_lead(section),
+        "facts": _snmf_summary.snmf_facts(section),
+        "levels": _snmf_summary.level_rows(section),
+        "plots": _snmf_summary.loss_plots(section),
+        "has_tree": section.hierarchy is not None,
+        "steered": steered,
+        "target": "" if steered is None else significant(steered.target),
+        "prompt": "" if steered is None else visible(steered.prompt),
+        "unsteered": "" if steered is None else visible(steered.unsteered.removeprefix(" ")),
+        "unreached": _unreached_note(section),
+        "data": _page.embed_json(feature_data(section, tokenizer)),
+    }
+
+
+def _unreached_note(section: SNMFSection) -> str:
+    """For how many continuations the target could not be reached."""
+    texts = section.steered.texts if section.steered is not None else ()
+    failed = sum(one.text is None for one in texts)
+    if failed == 0:
+        return "The target was reached with every feature." if texts else ""
+    return f"In {count(failed)} of {count(len(texts))} cases the target cannot be reached; the feature says so."
 
 
 def _check_same_dictionary(fits: Sequence[FitResult], chosen: FitResult, profile: DictionaryProfile, lens: LensResult | None) -> None:

@@ -50,7 +50,7 @@ def main() -> None:
 
     first, second, judged = mlp_activations(2 * args.rows + 4_000).split([args.rows, args.rows, 4_000])
     cases = []
-    for name, options in [("published rule", {"method": "paper"}), *((f"damping {d}", {"damping": d}) for d in (0, 0.03, 0.1, 0.2))]:
+    for name, options in [("published rule", {"method": "paper"}), *((f"damping {d}", {"damping": d}) for d in (0, 0.1, 0.2, 0.5))]:
         fits = [semi_nmf(x, args.components, init=args.init, **options).features for x in (first, second)]
         case = figures(judged, fits[0]) | {"agreement": agreement(judged, *fits)}
         cases.append({"fit": name} | {key: round(value, 3) for key, value in case.items()})

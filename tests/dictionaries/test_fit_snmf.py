@@ -1,5 +1,6 @@
 """Fitting an SNMFDictionary: in memory and in passes, held-out documents, files, and what is refused."""
 
+import itertools
 import json
 import shutil
 
@@ -7,7 +8,8 @@ import pytest
 import torch
 from sae_lens import SAE
 
-from saelens_ext import ActivationStream, SNMFDictionary, SNMFFitResult, fit_snmf
+from saelens_ext import ActivationStream, SNMFDictionary, SNMFFitResult, fit_hierarchical_snmf, fit_sae, fit_snmf
+from saelens_ext.dictionaries.activation_matrix import _is_held_out
 from saelens_ext.dictionaries.fit_snmf import reconstruction_loss
 from saelens_ext.ops.nnls import nnls
 from saelens_ext.ops.semi_nmf import semi_nmf
@@ -47,7 +49,7 @@ def test_the_dictionary_is_the_factorisation(stream):
 
 def test_metadata(stream):
     metadata = fit_snmf(stream, 4, **OPTIONS).dictionary.cfg.metadata
-    assert metadata.hook_name == "blocks.1.mlp.out.hook_in" and metadata.context_size == 16 and metadata.damping == 0.1
+    assert metadata.hook_name == "blocks.1.mlp.out.hook_in" and metadata.context_size == 16 and metadata.damping == 0.2
     assert metadata.model_class_name == "SAETransformerBridge" and metadata.typical_norm > 0
 
 
@@ -111,6 +113,54 @@ def test_foreign_files_are_refused(stream, tmp_path):
     (other / "fit.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match="lacks loss"):
         SNMFFitResult.load(other)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.4, 0.5])
+def test_the_share_held_out_is_the_one_asked_for(tiny_bridge, share):
+    texts = [f"The assert statement number {i} is here." for i in range(40)]
+    documents = ActivationStream(tiny_bridge, texts, HOOK, context_size=16)
+    out = {int(i) for i in rows_of_documents(documents, share)}
+    assert len(out) == round(share * 40) and max(b - a for a, b in itertools.pairwise(sorted(out))) <= round(1 / share) + 1
+
+
+def rows_of_documents(stream, share):
+    documents = torch.cat([batch.document_ids for batch in stream])
+    return documents[_is_held_out(documents, share)]
+
+
+def test_heads_are_joined(tiny_hooked, tiny_texts):
+    stream = ActivationStream(tiny_hooked, tiny_texts, "blocks.1.attn.hook_z", context_size=16, max_tokens=300)
+    made = [
+        fit_snmf(stream, 4, held_out=0.25, **OPTIONS).dictionary,
+        fit_hierarchical_snmf(stream, (4, 2), **OPTIONS).dictionaries[1],
+        fit_sae(stream, 4, training_samples=200, batch_size=50),
+    ]
+    for dictionary in made:
+        with tiny_hooked.saes([dictionary], use_error_term=True):
+            assert bool(tiny_hooked(torch.tensor([[0, 5, 6, 7]])).isfinite().all())
+
+
+def test_a_dictionary_of_another_fit_is_noticed(stream, tmp_path):
+    path = fit_snmf(stream, 4, **OPTIONS).save(tmp_path)
+    fit_snmf(stream, 4, damping=1, **OPTIONS).dictionary.save_model(path)
+    with pytest.raises(ValueError, match="do not belong together"):
+        SNMFFitResult.load(path)
+
+
+def test_what_can_be_refused_at_once_is(stream):
+    class Unread(ActivationStream):
+        def __iter__(self):
+            raise AssertionError("the model was run")
+
+    unread = Unread(stream.model, ["text"], HOOK, context_size=16)
+    for wrong in ({"n_components": 0}, {"damping": -1}, {"sparsity": 2}, {"init": "nmf"}):
+        with pytest.raises(ValueError):
+            fit_snmf(unread, **wrong)
+    with pytest.raises(ValueError, match="k must lie between 1 and d_sae=4"):
+        fit_sae(unread, 4, k=5)
+    for wrong in (torch.ones(3), torch.ones(0, 3), torch.ones(2, 3, dtype=torch.long)):
+        with pytest.raises(ValueError, match="A matrix of activations must be"):
+            fit_snmf(wrong, 2)
 
 
 def test_bad_input(stream, tiny_bridge, tiny_texts):

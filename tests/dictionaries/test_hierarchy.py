@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from saelens_ext import ActivationStream, HierarchicalSNMF, fit_hierarchical_snmf
+from saelens_ext import ActivationStream, HierarchicalSNMF, fit_hierarchical_snmf, fit_snmf
 from saelens_ext.dictionaries.hierarchy import ConceptNode
 from saelens_ext.ops.deep_semi_nmf import DeepFactors, _charge, nonnegative_quadratic, objective, refine
 from saelens_ext.ops.semi_nmf_updates import CodeStatistics
@@ -102,6 +102,17 @@ def test_on_a_stream(tiny_bridge, tiny_texts):
     assert hierarchy.dictionaries[1].cfg.metadata.level == 1
     with pytest.raises(ValueError, match="a hierarchy needs them in memory"):
         fit_hierarchical_snmf(stream, (8, 4), memory_limit=1000)
+
+
+def test_from_features_that_are_there():
+    x = planted()
+    fit = fit_snmf(x, 12, sparsity=4 / 39, max_iter=40)
+    begun = fit_hierarchical_snmf(x, RANKS, start=fit.dictionary, sparsity=4 / 39, max_iter=40, refine_iter=0)
+    torch.testing.assert_close(begun.dictionaries[0].features, fit.dictionary.features)
+    refined = fit_hierarchical_snmf(x, RANKS, start=fit.dictionary, sparsity=4 / 39, max_iter=40)
+    assert refined.history[-1] < refined.history[0] and refined.losses_before == begun.losses
+    with pytest.raises(ValueError, match="start has 12 features over 39 neurons; the finest level needs 6 over 39"):
+        fit_hierarchical_snmf(x, (6, 3), start=fit.dictionary)
 
 
 def test_bad_input():

@@ -127,7 +127,7 @@ def test_an_orthogonal_or_opposite_activation_has_zero_codes(dtype):
     assert not nnls(x, features).any()
 
 
-@pytest.mark.parametrize("scale", [1e-12, 1e12])
+@pytest.mark.parametrize("scale", [1e-12, 1e12, 1e20])
 def test_scale_of_activations_and_features(scale):
     x, features = (part.float() for part in CASES["sparse features"])
     expected = nnls(x, features)

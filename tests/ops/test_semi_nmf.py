@@ -242,6 +242,32 @@ def test_scale_does_not_matter():
     assert plain.n_iter == scaled.n_iter and plain.loss == pytest.approx(scaled.loss, rel=1e-5)
 
 
+@pytest.mark.parametrize("method", ["coordinate", "paper"])
+@pytest.mark.parametrize("scale", [1e-30, 1e18, 1e30])
+def test_sizes_whose_squares_leave_float32(scale, method):
+    x, _ = planted()
+    plain, scaled = (semi_nmf(x * s, 6, sparsity=0.1, method=method, max_iter=20) for s in (1.0, scale))
+    assert scaled.loss == pytest.approx(plain.loss, rel=0.02)
+    codes, features = scaled.codes.double(), scaled.features.double()
+    left = (x.double() * scale - codes @ features).square().sum() / (x.double() * scale).square().sum()
+    assert scaled.loss == pytest.approx(float(left), abs=1e-5)
+
+
+def test_repeated_features_are_pointed_out(caplog):
+    x = torch.rand(50, 1, generator=generator()) @ torch.ones(1, 4)
+    result = semi_nmf(x, 3, sparsity=1.0, init="random", damping=0.1)
+    assert result.n_duplicate > 0 and "repeat another" in caplog.text
+
+
+def test_what_is_started_from_is_made_sparse_even_where_it_does_not_count():
+    x, _ = planted()
+    codes, features = initialise(x, 6, "svd", generator())
+    codes[:, 0] *= 1e-7
+    features[0] *= 1e7
+    result = semi_nmf(x, 6, sparsity=0.3, start=(codes, features), max_iter=1)
+    assert int((result.features != 0).sum(1).max()) <= 12
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_dtype(dtype):
     result = semi_nmf(planted()[0].to(dtype), 4, sparsity=0.1, max_iter=3)

@@ -1,74 +1,39 @@
-// Joins the parts. The address names the selected region (#region-12), so that a link, a reload and the Back button work.
+// Joins the parts. Of two parts one is shown at a time: the one that holds what the address names.
 
-class Page {
-  constructor(data) {
-    this.data = data;
-    this.selected = largestOf(data.members);
-    this.wide = matchMedia("(min-width: 64rem)");
-    this.map = new RegionMap(data, (id) => this.go(id));
-    this.table = new RegionTable(data, {
-      onSelect: (id) => {
-        this.go(id);
-        this.reveal();
-      },
-      onOrder: (matching) => {
-        this.map.match(matching);
-        this.detail.steps(this.selected);
-      },
-    });
-    this.detail = new RegionDetail(data, (id, step) => this.table.beside(id, step));
-    this.listen();
-    this.table.update();
-    this.show(this.selected);
-    if (this.follow()) byId("detail").scrollIntoView();
-  }
-
-  listen() {
+class Parts {
+  constructor(parts) {
+    this.parts = parts;
     addEventListener("hashchange", () => this.follow());
-    byId("detail-back").addEventListener("click", () => this.step(-1));
-    byId("detail-on").addEventListener("click", () => this.step(1));
-    document.addEventListener("click", (event) => {
-      const link = event.target.closest("a[href^='#region-']");
-      if (link !== null && !event.ctrlKey && !event.metaKey) setTimeout(() => this.reveal());
-    });
+    this.show(parts[0]);
+    this.follow();
   }
 
-  // Select by way of the address; `follow` does the rest.
-  go(id) {
-    if (location.hash === `#region-${id}`) this.follow();
-    else location.hash = `region-${id}`;
-  }
-
-  step(by) {
-    const next = this.table.beside(this.selected, by);
-    if (next !== null) this.go(next);
-  }
-
-  // Show the region that the address names; false if it names none.
+  // The part that the address leads into; the one shown stays for an address that leads nowhere.
   follow() {
-    const named = /^#region-(.*)$/.exec(location.hash);
-    if (named === null) return false;
-    const id = /^\d+$/.test(named[1]) ? Number(named[1]) : -1;
-    if (id >= 0 && id < this.data.members.length) this.show(id);
-    else this.detail.missing(named[1]);
-    return true;
+    const name = location.hash.slice(1);
+    const part = this.parts.find((one) => name.startsWith(`${one.dataset.noun}-`) || one.querySelector(`[id="${CSS.escape(name)}"]`) || one.id === name);
+    if (part === undefined || !part.hidden) return;
+    this.show(part);
+    byId(name)?.scrollIntoView();
   }
 
-  show(id) {
-    this.selected = id;
-    this.map.select(id);
-    this.table.select(id);
-    this.detail.show(id);
-  }
-
-  // Beside the table the details are in view already; below it they have to be scrolled to.
-  reveal() {
-    if (this.wide.matches) return;
-    byId("detail").scrollIntoView();
-    byId("detail-title").focus({ preventScroll: true });
+  show(shown) {
+    for (const part of this.parts) {
+      part.hidden = part !== shown;
+      for (const link of document.querySelectorAll(`[data-part="${part.id}"]`)) {
+        if (link.matches("nav")) link.hidden = part.hidden;
+        else if (part.hidden) link.removeAttribute("aria-current");
+        else link.setAttribute("aria-current", "true");
+      }
+    }
   }
 }
 
 document.documentElement.classList.add("scripted");
-new GrowthChart(readData("growth-data"));
-new Page(readData("region-data"));
+const parts = [...document.querySelectorAll(".part")];
+if (parts.length > 1) new Parts(parts);
+if (byId("region-data") !== null) {
+  new GrowthChart(readData("growth-data"));
+  new RegionExplorer(readData("region-data"));
+}
+if (byId("feature-data") !== null) new FeatureExplorer(readData("feature-data"));

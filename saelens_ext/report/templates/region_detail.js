@@ -78,14 +78,9 @@ class RegionDetail {
     return make(
       "div",
       { class: "lens" },
-      this.tokens("Promoted tokens", high, lens.promoted[id], lens.promoted_logits[id]),
-      this.tokens("Suppressed tokens", low, lens.suppressed[id], lens.suppressed_logits[id]),
+      tokenList("Promoted tokens", high, this.data.vocabulary, lens.promoted[id], lens.promoted_logits[id]),
+      tokenList("Suppressed tokens", low, this.data.vocabulary, lens.suppressed[id], lens.suppressed_logits[id]),
     );
-  }
-
-  tokens(name, note, tokens, logits) {
-    const item = (v, i) => make("li", {}, tokenChip(this.data.vocabulary[v], 24), number(logits[i] === null ? "–" : logits[i].toFixed(2)));
-    return make("div", {}, ...headed(name, note), make("ol", { class: "tokens" }, ...tokens.map(item)));
   }
 
   // `list` holds columns of equal length, or is missing where none were gathered.
@@ -111,6 +106,11 @@ class RegionDetail {
     const note = neighbours[id].length > 0 ? "By cosine distance between exemplars." : "There is no other region.";
     return make("div", { class: "neighbours" }, ...headed("Nearest other regions", note), make("ol", {}, ...neighbours[id].map(item)));
   }
+}
+
+function tokenList(name, note, vocabulary, tokens, logits) {
+  const item = (v, i) => make("li", {}, tokenChip(vocabulary[v], 24), number(logits[i] === null ? "–" : logits[i].toFixed(2)));
+  return make("div", {}, ...headed(name, note), make("ol", { class: "tokens" }, ...tokens.map(item)));
 }
 
 function headed(name, note) {
