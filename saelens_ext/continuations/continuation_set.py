@@ -204,7 +204,7 @@ class ContinuationSet:
         frame = pd.DataFrame({"text": list(self.texts), "n_tokens": self.lengths.tolist()})
         frame["log_prob"], frame["mean_log_prob"] = self.total_log_probs.numpy(), self.mean_log_probs.numpy()
         frame["weight"] = self.weights.numpy()
-        return frame.assign(**{name: column.numpy() for name, column in self.columns.items()})
+        return frame.assign(**{name: column.numpy() for name, column in sorted(self.columns.items())})
 
     def save(self, folder: str | Path) -> Path:
         """Write the set into a folder as safetensors and JSON, all or nothing.

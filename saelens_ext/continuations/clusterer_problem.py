@@ -1,0 +1,191 @@
+"""What is to be clustered, checked, with the prices of its two distortions.
+
+Symbols
+    beta, gamma   total price of distortion, and the share of it that the semantic view gets
+    D_e, D_a      distortions of a partition, weighted means over rows in the coordinates given
+    D_e0, D_a0    those of one cluster for all
+    s_e, s_a      scales: what is priced is D_e / s_e and D_a / s_a
+    H_w           entropy of the row weights, in nats: the rate of one cluster for each row; log n for equal weights
+"""
+
+import logging
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int
+from scipy.sparse import issparse
+from sklearn.utils import check_array
+
+from saelens_ext import _checks
+from saelens_ext.ops.rate_distortion import Cluster, PairedViews
+
+logger = logging.getLogger(__name__)
+
+SCALINGS = ("balanced", "paper")
+METRICS = ("l1", "l2")
+CENTERS = ("mean", "unit")
+
+WORTH = 0.75
+"""Price of a whole view at beta = 1 under balanced scaling, as a share of H_w."""
+
+
+@dataclass(frozen=True)
+class RateDistortion:
+    """A partition's place on the rate-distortion plane."""
+
+    objective: float
+    """rate + beta (gamma semantic_distortion + (1 - gamma) attribution_distortion), in nats."""
+    rate: float
+    """H(C), entropy of the cluster weights, in nats."""
+    semantic_distortion: float
+    """D_e / s_e."""
+    attribution_distortion: float
+    """D_a / s_a; 0 without an attribution view."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Two views, their scales, and what turns prices asked for into prices per unit of distortion."""
+
+    views: PairedViews
+    semantic_scale: float
+    attribution_scale: float
+
+    def prices(self, beta: float | int, gamma: float | int) -> tuple[float, float]:
+        """b_e and b_a; without an attribution view the semantic one gets the whole price."""
+        share = gamma if len(self.views.sources) else 1.0
+        return beta * share / self.semantic_scale, beta * (1 - share) / self.attribution_scale
+
+    def place(self, clusters: Sequence[Cluster], beta: float | int, gamma: float | int) -> RateDistortion:
+        """Rate, scaled distortions and objective of a partition."""
+        rate = float(sum(cluster.rate for cluster in clusters))
+        semantic = float(sum(cluster.v_e for cluster in clusters)) / self.semantic_scale
+        attribution = float(sum(cluster.v_a for cluster in clusters)) / self.attribution_scale
+        share = gamma if len(self.views.sources) else 1.0
+        return RateDistortion(rate + beta * (share * semantic + (1 - share) * attribution), rate, semantic, attribution)
+
+
+def make_problem(
+    semantic: np.ndarray,
+    attribution: np.ndarray | None,
+    weights: np.ndarray,
+    *,
+    metric: str,
+    scaling: str,
+    semantic_center: str,
+) -> Problem:
+    """Views and their scales, from checked arrays.
+
+    Balanced scaling: s_e = D_e0 / (0.75 H_w), s_a likewise. One cluster for all then has both scaled distortions equal to
+    0.75 H_w, whatever the units, so gamma alone decides the balance, and beta is the price at which rate is bought: at
+    beta = 4/3, one cluster for all and one for each row cost the same.
+
+    Paper scaling: s_e = 1; attributions are divided by the root mean square norm, over rows, of their differences from
+    the centre of all (squared for metric "l2"). Subtracting that centre changes no distance, so it is left out.
+
+    Raises:
+        ValueError: an unknown option, or rows that are all identical.
+    """
+    _checks.choice(metric, METRICS, "attribution_metric")
+    _checks.choice(scaling, SCALINGS, "scaling")
+    _checks.choice(semantic_center, CENTERS, "semantic_center")
+    rows = np.zeros((len(semantic), 0)) if attribution is None else attribution
+    if (semantic == semantic[0]).all() and (rows == rows[0]).all():
+        raise ValueError(
+            f"All {len(semantic)} rows are identical in every view, so there is nothing to tell apart; "
+            "pass at least two different continuations."
+        )
+    views = PairedViews(semantic, rows, weights, metric, semantic_center)
+    whole = views.cluster(np.arange(views.n))
+    if scaling == "paper":
+        return Problem(views, 1.0, _paper_scale(views, whole))
+    worth = -WORTH * float(views.weights @ np.log(views.weights))
+    return Problem(views, _balanced_scale(semantic, whole.v_e / worth), _balanced_scale(rows, whole.v_a / worth))
+
+
+def _balanced_scale(rows: np.ndarray, scale: float) -> float:
+    # Where all rows are equal, the distortion of one cluster is zero or rounding, and no price may blow it up.
+    return 1.0 if (rows == rows[0]).all() or scale <= 0 else scale
+
+
+def _paper_scale(views: PairedViews, whole: Cluster) -> float:
+    if not len(views.sources):
+        return 1.0
+    origin = views.attribution_center(whole) if views.metric == "l1" else np.zeros(len(views.sources))
+    squares = sum(float(((row - center) ** 2).sum()) for row, center in zip(views.sources, origin, strict=True))
+    square = squares / views.n
+    return (square if views.metric == "l2" else np.sqrt(square)) or 1.0
+
+
+# --- checks ---
+
+
+def checked_prices(beta: float | int, gamma: float | int) -> None:
+    """Raise ValueError unless beta is positive and finite and gamma lies in [0, 1]."""
+    _checks.between(beta, 0, np.inf, "beta")
+    if not 0 <= gamma <= 1:
+        raise ValueError(f"gamma must lie in [0, 1], got {gamma!r}; it is the semantic view's share of the price.")
+
+
+def checked_weights(sample_weight, n: int) -> np.ndarray:
+    """Row weights as float64, ones by default.
+
+    Raises:
+        ValueError: another shape, or an entry that is not finite and above 0.
+    """
+    if sample_weight is None:
+        return np.ones(n)
+    weights = np.asarray(sample_weight, dtype=np.float64)
+    if weights.shape != (n,):
+        raise ValueError(f"sample_weight must have shape ({n},), one weight per row, got {weights.shape}.")
+    bad = ~(np.isfinite(weights) & (weights > 0))
+    if bad.any():
+        first = int(np.argmax(bad))
+        raise ValueError(
+            f"sample_weight must be finite and above 0 everywhere; row {first} has {weights[first]:g} ({int(bad.sum())} such rows). "
+            "Leave rows of zero weight out of both views."
+        )
+    return weights
+
+
+def checked_attribution(y, n: int) -> np.ndarray | None:
+    """The attribution view as a float64 matrix; None where there is none.
+
+    One-dimensional targets, which scikit-learn passes to every estimator, are labels and no view: they are not used.
+
+    Raises:
+        ValueError: another number of rows, entries that are not finite, or rows that are zero throughout.
+    """
+    if y is None:
+        return None
+    if not issparse(y) and np.asarray(y).ndim == 1:
+        warnings.warn(
+            "y has one dimension and is taken for labels, which clustering does not use; the attribution view must have shape "
+            "(n, sources).", UserWarning, stacklevel=3,
+        )
+        return None
+    y = check_array(y, accept_sparse=True, dtype=np.float64, input_name="y")
+    rows = y.toarray() if issparse(y) else y
+    if len(rows) != n:
+        raise ValueError(f"X has {n} rows and y has {len(rows)}; row i of both must belong to the same continuation.")
+    zero = np.flatnonzero(~rows.any(axis=1))
+    if len(zero):
+        raise ValueError(
+            f"{len(zero)} attribution signatures are zero throughout, the first in row {zero[0]}: nothing in the prefix is said to have "
+            "caused these continuations. Attribute them again or leave their rows out of both views."
+        )
+    return rows
+
+
+def checked_labels(labels, n: int) -> Int[np.ndarray, " n"]:
+    """Labels renumbered 0 to K - 1.
+
+    Raises:
+        ValueError: another shape than (n,).
+    """
+    labels = np.asarray(labels)
+    if labels.shape != (n,):
+        raise ValueError(f"labels must have shape ({n},), one label per row, got {labels.shape}.")
+    return np.unique(labels, return_inverse=True)[1]

@@ -1,0 +1,153 @@
+"""What an audit finds out about the continuations of one prefix: modes, what distinguishes them, and whether steering bears it out."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from saelens_ext import _checks
+from saelens_ext.continuations.continuation_set import ContinuationSet
+from saelens_ext.continuations.joint_clusterer import JointClusterer
+from saelens_ext.continuations.validation import Validation
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PrefixAudit:
+    """The audit of one prefix."""
+
+    continuations: ContinuationSet
+    """With embeddings, signatures and sources."""
+    clusterer: JointClusterer
+    """Fitted at the prices that were chosen: a cluster is a mode."""
+    path: pd.DataFrame
+    """One row per pair of prices tried, with its rate, distortions and number of clusters; ``stability`` and its standard
+    error, NaN where they were not needed."""
+    validation: Validation | None
+    """What steering along the modes did; None where it was not asked for, or ``not_validated`` says why it cannot be."""
+    not_validated: str = ""
+    """Why there is no validation; empty where there is one."""
+
+    @property
+    def prefix(self) -> str:
+        """The text that was continued."""
+        return self.continuations.prefix
+
+    @property
+    def labels(self) -> np.ndarray:
+        """``(n,)`` mode of each continuation, by falling weight."""
+        return self.clusterer.labels_
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per continuation, with its mode and whether it is that mode's medoid."""
+        table = self.continuations.to_dataframe()
+        table.insert(0, "prefix", self.prefix)
+        table["cluster"] = self.labels
+        table["is_medoid"] = np.isin(np.arange(len(table)), self.clusterer.medoid_indices_)
+        return table
+
+    def modes(self) -> pd.DataFrame:
+        """One row per mode: its members, its weight (their share of all) and the text of its medoid."""
+        medoids = self.clusterer.medoid_indices_
+        return pd.DataFrame(
+            {
+                "prefix": self.prefix,
+                "cluster": np.arange(self.clusterer.n_clusters_),
+                "n_members": np.bincount(self.labels, minlength=self.clusterer.n_clusters_),
+                "weight": self.clusterer.cluster_weights_,
+                "medoid": medoids,
+                "text": [self.continuations.texts[i] for i in medoids],
+            }
+        )
+
+    def exemplary_members(self, cluster: int, n: int = 5) -> list[int]:
+        """Rows of the members nearest to a mode's medoid in the priced distance of the clustering, itself first.
+
+        Args:
+            cluster: the mode.
+            n: how many at most.
+
+        Raises:
+            ValueError: no such mode.
+        """
+        self._check_cluster(cluster)
+        medoid = int(self.clusterer.medoid_indices_[cluster])
+        members = np.flatnonzero(self.labels == cluster)
+        e, a = self._views()
+        semantic = ((e[members] - e[medoid]) ** 2).sum(axis=1) / self.clusterer.semantic_scale_
+        attribution = np.abs(a[members] - a[medoid]).sum(axis=1) / self.clusterer.attribution_scale_
+        distance = self.clusterer.gamma * semantic + (1 - self.clusterer.gamma) * attribution
+        distance[members == medoid] = -1.0
+        return members[np.argsort(distance, kind="stable")][: _checks.positive(n, "n")].tolist()
+
+    def distinguishing_sources(self, cluster: int, n: int = 10) -> pd.DataFrame:
+        """Sources of the prefix whose effect on a mode's members differs most from that on all other continuations.
+
+        ``effect`` and ``elsewhere`` are weighted means of the signatures, in logits; ``difference`` is the first less the
+        second, and rows stand by its size. ``t`` is that difference over its standard error (Welch), as a guide to which
+        differences are more than chance; the largest of many is always large.
+
+        Args:
+            cluster: the mode.
+            n: how many at most.
+
+        Raises:
+            ValueError: no such mode.
+        """
+        self._check_cluster(cluster)
+        _, signatures = self._views()
+        weights = self.continuations.weights.double().numpy()
+        inside = self.labels == cluster
+        mean, error = _weighted_mean(signatures, weights * inside)
+        if inside.all():
+            other, other_error = np.full_like(mean, np.nan), np.full_like(mean, np.nan)
+            order = np.argsort(-np.abs(mean), kind="stable")
+        else:
+            other, other_error = _weighted_mean(signatures, weights * ~inside)
+            order = np.argsort(-np.abs(mean - other), kind="stable")
+        order = order[: _checks.positive(n, "n")]
+        sources = self.continuations.sources
+        table = pd.DataFrame({"source": order}) if sources is None else sources.select(order.tolist()).to_dataframe()
+        table["source"] = order
+        table["effect"], table["elsewhere"] = mean[order], other[order]
+        table["difference"] = mean[order] - other[order]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            table["t"] = table["difference"] / np.sqrt(error[order] ** 2 + other_error[order] ** 2)
+        return table
+
+    def _views(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.continuations.embeddings.double().numpy(), self.continuations.signatures.double().numpy()
+
+    def _check_cluster(self, cluster: int) -> None:
+        if not 0 <= cluster < self.clusterer.n_clusters_:
+            raise ValueError(f"cluster must be one of 0 to {self.clusterer.n_clusters_ - 1}, got {cluster!r}.")
+
+    def clustering_state(self) -> dict[str, Any]:
+        """What :meth:`with_clusters` needs to make the same clustering again; JSON-safe."""
+        return {
+            "params": {k: v for k, v in self.clusterer.get_params().items() if k != "init"},
+            "labels": self.labels.tolist(),
+            "path": self.path.astype(object).where(self.path.notna(), None).to_dict(orient="list"),
+        }
+
+    @classmethod
+    def with_clusters(
+        cls, continuations: ContinuationSet, state: Mapping[str, Any], validation: Validation | None, not_validated: str
+    ) -> "PrefixAudit":
+        """Put a saved audit together again: the descent started at its own labels has nothing left to do."""
+        clusterer = JointClusterer(**state["params"], init=np.asarray(state["labels"]))
+        e, a = continuations.embeddings.double().numpy(), continuations.signatures.double().numpy()
+        clusterer.fit(e, a, sample_weight=continuations.weights.double().numpy())
+        path = pd.DataFrame(state["path"])
+        path[["stability", "stability_se"]] = path[["stability", "stability_se"]].astype(float)
+        return cls(continuations=continuations, clusterer=clusterer, path=path, validation=validation, not_validated=not_validated)
+
+
+def _weighted_mean(values: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and its standard error, column by column; NaN for the error of fewer than two effective rows."""
+    share = weights / weights.sum()
+    mean = share @ values
+    effective = 1 / (share**2).sum()
+    variance = share @ (values - mean) ** 2
+    return mean, np.sqrt(variance / (effective - 1)) if effective > 1.0001 else np.full_like(mean, np.nan)

@@ -1,0 +1,388 @@
+"""The rate-distortion objective of clusters that live in two views, and the centres that minimise it.
+
+Symbols
+    n         items; d_e, d_a  widths of the semantic and the attribution view
+    e_i, a_i  row i of the two views
+    w_i       weight of item i; weights sum to 1
+    S, p      members of a cluster and its mass, the sum of their weights
+    mu, h     centres of a cluster in the two views
+    V_e, V_a  its distortions: sum over members of w_i |e_i - mu|^2, and of w_i |a_i - h|_1 (or squared, metric "l2")
+    b_e, b_a  price of a unit of distortion in each view, in nats
+
+A partition costs L = sum over clusters of (-p log p + b_e V_e + b_a V_a), in nats. The cost is a sum over clusters, and
+p, V_e and V_a of a set do not depend on the prices: they are worked out once for a set of members and serve every price.
+
+A coordinate-wise weighted median is zero wherever non-zero members hold less than half of the mass. Where most entries
+are zero only the other columns are sorted, and distances are corrected only where a centre is not zero. No array of
+items x clusters x sources is ever made.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float, Float64, Int
+from scipy.sparse import csr_array
+
+Metric = Literal["l1", "l2"]
+CenterKind = Literal["mean", "unit"]
+
+# Entries of a block of differences: 256 KB in float64, which stays in a core's cache.
+_BLOCK = 2**15
+# Share of non-zero entries below which knowing where they are pays.
+_SPARSE = 0.5
+# Sources in a coarse view.
+_SAMPLED = 256
+# Members from which on sorting ranks beats sorting values.
+_RANKED = 128
+# Weights in a run that the search for a median skips.
+_RUN = 16
+# Room for remembered clusters.
+_MEMORY_BYTES = 2**28
+
+
+class Cluster:
+    """A set of items with its mass, distortions and centres; made by :meth:`PairedViews.cluster` and never changed."""
+
+    __slots__ = ("_distances", "_own_e", "center", "key", "mass", "members", "own_a", "rate", "semantic_sum", "v_a", "v_e")
+
+    def __init__(self, members: np.ndarray, key: bytes, mass: float):
+        self.members = members
+        self.key = key
+        self.mass = mass
+        self.rate = -mass * np.log(mass)
+        self._distances: tuple[np.ndarray, np.ndarray] | None = None
+        self._own_e: np.ndarray | None = None
+
+    def cost(self, b_e: float, b_a: float) -> float:
+        """Its share of L, in nats."""
+        return self.rate + b_e * self.v_e + b_a * self.v_a
+
+
+class PairedViews:
+    """Items in two views, with every cluster of them that has been looked at.
+
+    Args:
+        semantic: e, ``(n, d_e)``.
+        attribution: a, ``(n, d_a)``; width 0 where there is no such view.
+        weights: w, ``(n,)``, positive; they are divided by their sum.
+        metric: of the attribution view. ``"l1"``: sum of absolute differences, centre the weighted median; ``"l2"``:
+            squared Euclidean, centre the weighted mean.
+        semantic_center: ``"mean"``: the weighted mean; ``"unit"``: the mean renormalised, which is the exact minimiser
+            among unit vectors.
+    """
+
+    def __init__(
+        self,
+        semantic: Float[np.ndarray, "n d_e"],
+        attribution: Float[np.ndarray, "n d_a"],
+        weights: Float[np.ndarray, " n"],
+        metric: Metric = "l1",
+        semantic_center: CenterKind = "mean",
+    ):
+        self.metric = metric
+        self.semantic_center = semantic_center
+        self.weights = weights.astype(np.float64) / np.sum(weights, dtype=np.float64)
+        # Distances between means do not depend on the origin, and rounding is least around the common mean. A renormalised
+        # mean does depend on it.
+        origin = self.weights @ semantic if semantic_center == "mean" else np.zeros(semantic.shape[1])
+        self._semantic_origin = origin
+        self.semantic = semantic.astype(np.float64) - origin
+        self._semantic_squares = np.einsum("ij,ij->i", self.semantic, self.semantic)
+        # Sources are rows here: a column's members lie side by side.
+        self.sources = np.ascontiguousarray(attribution.T, dtype=np.float64)
+        self._source_origin = self.sources @ self.weights if metric == "l2" else None
+        if metric == "l2":
+            self.sources -= self._source_origin[:, None]
+            self._row_totals = np.einsum("ji,ji->i", self.sources, self.sources)
+        else:
+            self._row_totals = _column_blocks_sum(np.abs, self.sources)
+        share = np.count_nonzero(self.sources) / max(self.sources.size, 1)
+        sparse = metric == "l1" and share < _SPARSE
+        self._filled = csr_array(self.sources) if sparse else None
+        self._nonzero = csr_array((self.sources != 0).T) if sparse else None
+        self._ranks: _Ranks | None = None
+        self._known: dict[bytes, Cluster] = {}
+        self._limit = max(1024, _MEMORY_BYTES // (16 * self.n + 16 * len(self.sources) + 8 * semantic.shape[1] + 512))
+
+    @property
+    def n(self) -> int:
+        """Items."""
+        return len(self.weights)
+
+    def coarse(self) -> "PairedViews":
+        """The same items on a sample of the sources, to estimate by; itself where sources are few or mostly zero.
+
+        Sources are taken at even steps, since their order means layers and positions, and are scaled so that one cluster
+        for all has the distortion that it has. Of sparse sources a sample would see too little, and they cost little.
+        """
+        if self._nonzero is not None or len(self.sources) < 2 * _SAMPLED:
+            return self
+        rows = self.sources[np.linspace(0, len(self.sources) - 1, _SAMPLED).astype(int)].T
+        everything = np.arange(self.n)
+        sampled = PairedViews(self.semantic, rows, self.weights, self.metric, self.semantic_center).cluster(everything).v_a
+        if not sampled > 0:
+            return self
+        ratio = self.cluster(everything).v_a / sampled
+        rows *= ratio if self.metric == "l1" else np.sqrt(ratio)
+        return PairedViews(self.semantic, rows, self.weights, self.metric, self.semantic_center)
+
+    # --- clusters ---
+
+    def cluster(self, members: Int[np.ndarray, " m"]) -> Cluster:
+        """The cluster of these items, ascending indices; remembered."""
+        mask = np.zeros(self.n, dtype=bool)
+        mask[members] = True
+        key = np.packbits(mask).tobytes()
+        found = self._known.get(key)
+        if found is None:
+            if len(self._known) >= self._limit:
+                # Forget the older half: dictionaries keep the order of arrival.
+                self._known = dict(list(self._known.items())[self._limit // 2 :])
+            found = self._known[key] = self._made(members, key)
+        return found
+
+    def clusters(self, labels: Int[np.ndarray, " n"]) -> list[Cluster]:
+        """One cluster per label; labels are 0 to K - 1, each in use."""
+        order = np.argsort(labels, kind="stable")
+        return [self.cluster(part) for part in np.split(order, np.cumsum(np.bincount(labels))[:-1])]
+
+    def _made(self, members: np.ndarray, key: bytes) -> Cluster:
+        weights = self.weights[members]
+        made = Cluster(members, key, float(weights.sum()))
+        made.semantic_sum = weights @ self.semantic[members]
+        squares = float(weights @ self._semantic_squares[members])
+        squared_sum = float(made.semantic_sum @ made.semantic_sum)
+        if self.semantic_center == "mean":
+            made.v_e = max(0.0, squares - squared_sum / made.mass) if len(members) > 1 else 0.0
+        else:
+            made.v_e = max(0.0, squares + made.mass - 2 * np.sqrt(squared_sum))
+        made.center, made.own_a = (self._median if self.metric == "l1" else self._mean)(members, weights)
+        made.v_a = float(weights @ made.own_a) if len(members) > 1 else 0.0
+        return made
+
+    def own_costs(self, cluster: Cluster, b_e: float, b_a: float) -> Float64[np.ndarray, " m"]:
+        """What its members cost where they are: -log p + b_e |e - mu|^2 + b_a |a - h|_1."""
+        if cluster._own_e is None:
+            cluster._own_e = self.semantic_distances(cluster, cluster.members)
+        return b_e * cluster._own_e + b_a * cluster.own_a - np.log(cluster.mass)
+
+    def semantic_mean(self, cluster: Cluster) -> Float64[np.ndarray, " d_e"]:
+        """mu, in the coordinates given."""
+        if self.semantic_center == "mean":
+            return cluster.semantic_sum / cluster.mass + self._semantic_origin
+        return _unit(cluster.semantic_sum)
+
+    def attribution_center(self, cluster: Cluster) -> Float64[np.ndarray, " d_a"]:
+        """h, in the coordinates given."""
+        if self.metric == "l2":
+            return cluster.center[1] + self._source_origin
+        columns, values = cluster.center
+        center = np.zeros(len(self.sources))
+        center[columns] = values
+        return center
+
+    def _mean(self, members: np.ndarray, weights: np.ndarray) -> tuple[tuple, np.ndarray]:
+        values = np.take(self.sources, members, axis=1)
+        center = values @ (weights / weights.sum())
+        return (None, center), np.maximum(self._row_totals[members] - 2 * (center @ values) + center @ center, 0)
+
+    def _median(self, members: np.ndarray, weights: np.ndarray) -> tuple[tuple, np.ndarray]:
+        """Where the median is not zero, the values there, and the distances of the members."""
+        if len(members) == 1 or not len(self.sources):
+            only = self.sources[:, members[0]]
+            support = np.flatnonzero(only)
+            return (support, only[support]), np.zeros(len(members))
+        columns = None
+        if self._nonzero is not None:
+            rows = self._nonzero[members]
+            held = np.bincount(rows.indices, np.repeat(weights, np.diff(rows.indptr)), minlength=len(self.sources))
+            # A margin for rounding: a column too many is harmless, since its median is worked out.
+            columns = np.flatnonzero(held >= 0.499 * weights.sum())
+        own = np.zeros(len(members)) if columns is None else self._row_totals[members]
+        n_columns = len(self.sources) if columns is None else len(columns)
+        step = max(1, 4 * _BLOCK // len(members))
+        medians = np.empty(n_columns)
+        for begin in range(0, n_columns, step):
+            rows = slice(begin, begin + step) if columns is None else columns[begin : begin + step]
+            values = np.take(self.sources[rows], members, axis=1)
+            ranked = columns is None and len(members) >= _RANKED
+            middle = self._ranked_median(rows, members, weights) if ranked else weighted_median(values, weights)
+            medians[begin : begin + step] = middle
+            if columns is not None:
+                own = own - np.abs(values).sum(axis=0)
+            own += np.abs(np.subtract(values, middle[:, None], out=values), out=values).sum(axis=0)
+        support = np.flatnonzero(medians)
+        return (support if columns is None else columns[support], medians[support]), np.maximum(own, 0)
+
+    def _ranked_median(self, rows: slice, members: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """The weighted median of some sources, from ranks among all items: sorting whole numbers takes a fraction."""
+        if self._ranks is None:
+            self._ranks = _Ranks(self.sources, self.weights)
+        ranks = np.sort(np.take(self._ranks.rank[rows], members, axis=1), axis=1)
+        flat = ranks + (np.arange(rows.start, rows.start + len(ranks)) * self.n)[:, None]
+        at = _first_half(np.take(self._ranks.weight.ravel(), flat), weights.sum())
+        here = np.arange(len(ranks))
+        source = rows.start + here
+        return self.sources[source, self._ranks.order[source, ranks[here, at]]]
+
+    # --- distances ---
+
+    def distances(self, cluster: Cluster) -> tuple[Float64[np.ndarray, " n"], Float64[np.ndarray, " n"]]:
+        """Distances of all items from its two centres, as the two distortions count them; remembered."""
+        if cluster._distances is None:
+            everything = slice(None)
+            cluster._distances = self.semantic_distances(cluster, everything), self.attribution_distances(cluster, everything)
+        return cluster._distances
+
+    def semantic_distances(self, cluster: Cluster, rows: np.ndarray | slice) -> Float64[np.ndarray, " m"]:
+        """|e_i - mu|^2 of some items."""
+        center = cluster.semantic_sum / cluster.mass if self.semantic_center == "mean" else _unit(cluster.semantic_sum)
+        found = self._semantic_squares[rows] - 2 * (self.semantic[rows] @ center) + center @ center
+        return np.maximum(found, 0)
+
+    def attribution_distances(self, cluster: Cluster, rows: np.ndarray | slice) -> Float64[np.ndarray, " m"]:
+        """|a_i - h|_1 of some items, or its square for metric "l2"."""
+        columns, values = cluster.center
+        totals = self._row_totals[rows]
+        if self.metric == "l2":
+            return np.maximum(totals - 2 * (values @ self.sources[:, rows]) + values @ values, 0)
+        if 2 * len(columns) > len(self.sources):
+            dense = np.zeros(len(self.sources))
+            dense[columns] = values
+            return self._differences(None, dense, rows, len(totals), corrections=False)
+        if self._filled is not None:
+            return np.maximum(self._row_totals + self._sparse_corrections(columns, values), 0)[rows]
+        return np.maximum(totals + self._differences(columns, values, rows, len(totals), corrections=True), 0)
+
+    def _sparse_corrections(self, columns: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """Sum over columns of |a - h| - |a|, which is |h| where a is zero."""
+        found = self._filled[columns]
+        center = np.repeat(values, np.diff(found.indptr))
+        terms = np.abs(found.data - center) - np.abs(found.data) - np.abs(center)
+        return np.bincount(found.indices, terms, minlength=self.n) + np.abs(values).sum()
+
+    def center_distances(self, center: Float[np.ndarray, " d_a"]) -> Float64[np.ndarray, " n"]:
+        """Distances of all items from any attribution centre, as the metric counts them."""
+        if self.metric == "l1":
+            return self._differences(None, center, slice(None), self.n, corrections=False)
+        center = center - self._source_origin
+        return np.maximum(self._row_totals - 2 * (center @ self.sources) + center @ center, 0)
+
+    def _differences(
+        self, columns: np.ndarray | None, values: np.ndarray, rows: np.ndarray | slice, m: int, *, corrections: bool
+    ) -> np.ndarray:
+        """Sum over columns of |a - h|, less |a| where asked, block by block."""
+        found = np.zeros(m)
+        step = max(1, _BLOCK // max(m, 1))
+        for begin in range(0, len(values), step):
+            part = slice(begin, begin + step)
+            block = self.sources[part if columns is None else columns[part]]
+            block = block if isinstance(rows, slice) else np.take(block, rows, axis=1)
+            found += np.abs(block - values[part, None]).sum(axis=0)
+            if corrections:
+                found -= np.abs(block).sum(axis=0)
+        return found
+
+
+def weighted_median(values: Float[np.ndarray, "d m"], weights: Float[np.ndarray, " m"]) -> Float[np.ndarray, " d"]:
+    """The lower weighted median of every row: the smallest value at or below which lies half of the mass.
+
+    It minimises the weighted sum of absolute differences.
+
+    Args:
+        values: rows of m values each.
+        weights: positive, one for each of the m.
+
+    Returns:
+        One of the values of every row.
+    """
+    order = np.argsort(values, axis=1)
+    rows = np.arange(len(values))
+    return values[rows, order[rows, _first_half(weights[order], weights.sum())]]
+
+
+class _Ranks:
+    """For every source, the items in the order of their values.
+
+    Attributes:
+        order: item of each rank, ``(d_a, n)``.
+        rank: rank of each item; ties take any order.
+        weight: weight of the item of each rank.
+    """
+
+    def __init__(self, sources: np.ndarray, weights: np.ndarray):
+        kind = np.int16 if sources.shape[1] < 2**15 else np.int32
+        self.order = np.empty(sources.shape, dtype=kind)
+        self.rank = np.empty(sources.shape, dtype=kind)
+        numbers = np.arange(sources.shape[1], dtype=kind)
+        step = max(1, 4 * _BLOCK // sources.shape[1])
+        for begin in range(0, len(sources), step):
+            order = np.argsort(sources[begin : begin + step], axis=1)
+            self.order[begin : begin + step] = order
+            self.rank[begin + np.arange(len(order))[:, None], order] = numbers
+        self.weight = weights[self.order]
+
+
+def _first_half(ordered: np.ndarray, total: float) -> np.ndarray:
+    """Where running sums of every row first reach half of the total; whole runs are skipped at a time."""
+    # Sums of one order of the weights can miss half by rounding where another meets it.
+    half = 0.5 * total * (1 - 1e-12)
+    m = ordered.shape[1]
+    if m < 4 * _RUN:
+        return np.argmax(np.cumsum(ordered, axis=1) >= half, axis=1)
+    n_runs = m // _RUN
+    runs = np.cumsum(ordered[:, : n_runs * _RUN].reshape(len(ordered), n_runs, _RUN).sum(axis=2), axis=1)
+    skipped = np.minimum((runs < half).sum(axis=1), (m - 1) // _RUN)
+    rows = np.arange(len(ordered))
+    before = np.where(skipped > 0, runs[rows, np.maximum(skipped, 1) - 1], 0.0)
+    places = skipped[:, None] * _RUN + np.arange(_RUN)
+    inside = np.where(places < m, ordered[rows[:, None], np.minimum(places, m - 1)], 0.0)
+    reached = before[:, None] + np.cumsum(inside, axis=1) >= half
+    # Where rounding keeps the last sum of a run from what the sum of the run has reached.
+    reached[:, -1] = True
+    return np.minimum(places[rows, np.argmax(reached, axis=1)], m - 1)
+
+
+def partition_cost(clusters: Sequence[Cluster], b_e: float, b_a: float) -> float:
+    """L of a partition, in nats.
+
+    Source: arXiv 2606.08236, the rate-distortion objective with b_e = beta gamma and b_a = beta (1 - gamma).
+    """
+    return float(sum(cluster.cost(b_e, b_a) for cluster in clusters))
+
+
+def assignment_costs(
+    views: PairedViews, clusters: Sequence[Cluster], b_e: float, b_a: float, *, every: bool = False
+) -> Float64[np.ndarray, "n k"]:
+    """What each item costs in each cluster at the centres and masses of now: -log p_k + b_e |e - mu_k|^2 + b_a |a - h_k|_1.
+
+    Moving every item to its cheapest cluster never raises L: codes made for the old masses cost at least the entropy of
+    the new ones, and new centres are at least as good as the old. Clusters that no item would move to are left at
+    infinity for all but their members, unless ``every`` is set.
+    """
+    costs = np.full((views.n, len(clusters)), np.inf)
+    for k, cluster in enumerate(clusters):
+        costs[cluster.members, k] = views.own_costs(cluster, b_e, b_a)
+    dearest = costs.min(axis=1).max()
+    for k, cluster in enumerate(clusters):
+        # Naming a rare cluster can cost more than any item pays where it is.
+        if every or -np.log(cluster.mass) < dearest:
+            d_e, d_a = views.distances(cluster)
+            costs[:, k] = b_e * d_e + b_a * d_a - np.log(cluster.mass)
+    return costs
+
+
+def _unit(vector: np.ndarray) -> np.ndarray:
+    norm = np.sqrt(vector @ vector)
+    # Where the members cancel, every unit vector is as good as any other.
+    return vector / norm if norm > 0 else np.eye(1, len(vector))[0]
+
+
+def _column_blocks_sum(function, matrix: np.ndarray) -> np.ndarray:
+    """Sum of a function of the entries over rows, without a second matrix."""
+    found = np.zeros(matrix.shape[1])
+    step = max(1, _BLOCK // max(matrix.shape[1], 1))
+    for begin in range(0, len(matrix), step):
+        found += function(matrix[begin : begin + step]).sum(axis=0)
+    return found

@@ -1,0 +1,173 @@
+"""The rate-distortion objective and its descent, against slow and obvious twins."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from saelens_ext.ops.rate_distortion import PairedViews, assignment_costs, partition_cost, weighted_median
+from saelens_ext.ops.rate_distortion_descent import Search
+from saelens_ext.ops.rate_distortion_proposals import Sketch, sketch_partition, split_proposals
+
+
+def random_views(seed: int, n: int, d_e: int = 3, d_a: int = 8, share: float = 0.5):
+    rng = np.random.default_rng(seed)
+    attribution = rng.standard_t(2, size=(n, d_a)) * (rng.random((n, d_a)) < share)
+    return rng.normal(size=(n, d_e)), attribution, np.exp(rng.normal(size=n))
+
+
+def slow_median(values, weights):
+    """The value of least weighted absolute deviation, the lowest among equals."""
+    costs = [weights @ np.abs(values - value) for value in values]
+    return min(value for value, cost in zip(values, costs) if cost <= min(costs) * (1 + 1e-12))
+
+
+def slow_cost(e, a, w, members, b_e, b_a, metric="l1", center="mean"):
+    """A cluster's share of the objective, from its definition."""
+    w = w / w.sum()
+    e, a, v = e[members], a[members], w[members]
+    mean = v @ e / v.sum()
+    mean = mean / np.linalg.norm(mean) if center == "unit" else mean
+    d_e = sum(v_i * ((row - mean) ** 2).sum() for v_i, row in zip(v, e))
+    if metric == "l1":
+        middle = np.array([slow_median(column, v) for column in a.T])
+        d_a = sum(v_i * np.abs(row - middle).sum() for v_i, row in zip(v, a))
+    else:
+        d_a = sum(v_i * ((row - v @ a / v.sum()) ** 2).sum() for v_i, row in zip(v, a))
+    return -v.sum() * np.log(v.sum()) + b_e * d_e + b_a * d_a
+
+
+def lowest_of_all_partitions(cost_of, n):
+    """Exact minimum over every partition: the part that holds the first item left, times the best of the rest."""
+    cost = [0.0] + [cost_of(np.array([i for i in range(n) if s >> i & 1])) for s in range(1, 1 << n)]
+    best = [0.0] * (1 << n)
+    for s in range(1, 1 << n):
+        rest = s & (s - 1)
+        first, t, best[s] = s ^ rest, rest, np.inf
+        while True:
+            best[s] = min(best[s], cost[t | first] + best[rest ^ t])
+            if t == 0:
+                break
+            t = (t - 1) & rest
+    return best[-1]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_weighted_median_is_the_least_cost_value(seed):
+    rng = np.random.default_rng(seed)
+    values, weights = np.round(rng.normal(size=(6, 7)), 1), rng.integers(1, 5, size=7).astype(float)
+    assert weighted_median(values, weights).tolist() == [slow_median(row, weights) for row in values]
+
+
+@pytest.mark.parametrize("m", [129, 200, 256, 300])
+def test_medians_by_rank_equal_medians_by_value(m):
+    e, a, w = random_views(m, 300, d_a=50, share=1.0)
+    a[:, ::5] = np.round(a[:, ::5])
+    w = np.ones(300) if m == 200 else w
+    views, members = PairedViews(e, a, w), np.sort(np.random.default_rng(0).permutation(300)[:m])
+    assert np.array_equal(views.attribution_center(views.cluster(members)), weighted_median(a[members].T, w[members]))
+
+
+def test_sparse_medians_are_not_zero_where_most_members_are_not():
+    e, a, w = random_views(2, 200, d_a=300, share=0.1)
+    a[:, ::6] = np.where(np.arange(200)[:, None] % 100 < np.arange(50) + 30, 1 + np.abs(a[:, ::6]), 0)
+    views = PairedViews(e, a, w)
+    members = np.arange(0, 200, 2)
+    expected = weighted_median(a[members].T, w[members])
+    assert 10 < np.count_nonzero(expected) < 50
+    assert np.array_equal(views.attribution_center(views.cluster(members)), expected)
+
+
+@pytest.mark.parametrize("share", [0.15, 1.0], ids=["sparse", "dense"])
+@pytest.mark.parametrize("metric", ["l1", "l2"])
+@pytest.mark.parametrize("center", ["mean", "unit"])
+def test_objective_and_distances_follow_the_definition(share, metric, center):
+    e, a, w = random_views(1, 30, share=share)
+    views = PairedViews(e, a, w, metric, center)
+    labels = np.arange(30) % 4
+    clusters = views.clusters(labels)
+    expected = sum(slow_cost(e, a, w, np.flatnonzero(labels == k), 1.3, 0.7, metric, center) for k in range(4))
+    assert partition_cost(clusters, 1.3, 0.7) == pytest.approx(expected, rel=1e-12)
+    for cluster in clusters:
+        d_e, d_a = views.distances(cluster)
+        assert d_e == pytest.approx(((e - views.semantic_mean(cluster)) ** 2).sum(axis=1), rel=1e-9)
+        gaps = np.abs(a - views.attribution_center(cluster))
+        assert d_a == pytest.approx((gaps if metric == "l1" else gaps**2).sum(axis=1), rel=1e-9)
+        assert d_e[cluster.members] @ views.weights[cluster.members] == pytest.approx(cluster.v_e, rel=1e-9)
+        assert d_a[cluster.members] @ views.weights[cluster.members] == pytest.approx(cluster.v_a, rel=1e-9)
+
+
+@pytest.mark.parametrize("center", ["mean", "unit"])
+def test_reassignment_never_raises_the_objective(center):
+    for seed in range(20):
+        e, a, w = random_views(seed, 40)
+        views = PairedViews(e, a, w, "l1", center)
+        before = views.clusters(np.unique(np.random.default_rng(seed).integers(6, size=40), return_inverse=True)[1])
+        costs = assignment_costs(views, before, 2.0, 1.0, every=True)
+        after = views.clusters(np.unique(costs.argmin(axis=1), return_inverse=True)[1])
+        assert partition_cost(after, 2.0, 1.0) <= partition_cost(before, 2.0, 1.0) + 1e-12
+        pruned = assignment_costs(views, before, 2.0, 1.0)
+        assert np.array_equal(pruned.argmin(axis=1), costs.argmin(axis=1))
+
+
+def test_descent_equals_brute_force_over_all_partitions():
+    excesses = []
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        n = int(rng.integers(4, 8)) if seed % 50 else 9
+        e, a, w = random_views(seed, n, int(rng.integers(1, 5)), int(rng.integers(1, 12)))
+        metric, center = ["l1", "l1", "l1", "l2"][seed % 4], ["mean", "unit"][seed % 5 == 4]
+        views, twin = PairedViews(e, a, w, metric, center), PairedViews(e, a, w, metric, center)
+        one = views.cluster(np.arange(n))
+        worth = -float(views.weights @ np.log(views.weights)) * rng.choice([0.5, 0.75, 1, 1.25, 2])
+        gamma = rng.choice([0.1, 0.3, 0.5, 0.7, 0.9])
+        prices = float(worth * gamma / one.v_e), float(worth * (1 - gamma) / max(one.v_a, 1e-9))
+        search = Search(views, np.random.RandomState(0))
+        found = search.best(search.starts(*prices), *prices)
+        assert found.converged
+        assert (np.diff(found.history) <= 0).all()
+        assert found.cost == pytest.approx(partition_cost(twin.clusters(found.labels), *prices), rel=1e-12)
+        lowest = lowest_of_all_partitions(lambda members: twin.cluster(members).cost(*prices), n)
+        assert found.cost >= lowest - 1e-9
+        excesses.append(found.cost / lowest - 1)
+    assert np.mean(np.array(excesses) < 1e-9) >= 0.9
+    assert max(excesses) < 0.01
+
+
+def test_peels_find_the_mode_that_halves_miss():
+    """Eight modes with sparse signatures: the first split that gains takes off one of them."""
+    rng = np.random.default_rng(0)
+    mode = np.arange(160) % 8
+    centers = (rng.random((8, 400)) < 0.05) * 3.0
+    a = centers[mode] + (rng.random((160, 400)) < 0.02) * rng.standard_t(2, size=(160, 400))
+    views = PairedViews(np.ones((160, 1)), a, np.ones(160))
+    z = Sketch(views, np.random.RandomState(0)).joint(0.0, 5 / views.cluster(np.arange(160)).v_a)
+    parts = split_proposals(z, views.weights, np.random.RandomState(0))
+    counts = [sorted(np.bincount(mode[part], minlength=8)) for part in parts]
+    assert [0] * 7 + [20] in counts or [0] + [20] * 7 in counts
+    assert len(np.unique(sketch_partition(10 * z, views.weights, 32, np.random.RandomState(0)))) >= 8
+
+
+def test_dense_views_are_scouted_on_a_sample_and_judged_in_full():
+    rng = np.random.default_rng(0)
+    mode = np.arange(120) % 6
+    a = rng.normal(size=(6, 600))[mode] * 2 + rng.normal(size=(120, 600))
+    views = PairedViews(rng.normal(size=(120, 4)), a, np.exp(rng.normal(size=120)))
+    search = Search(views, np.random.RandomState(0))
+    assert search.coarse is not views
+    prices = 0.01, 6 / search.one.v_a
+    found = search.best(search.starts(*prices), *prices)
+    assert found.cost <= min(partition_cost(views.clusters(mode), *prices), search.one.cost(*prices)) + 1e-9
+    assert found.cost == pytest.approx(partition_cost(PairedViews(views.semantic, a, views.weights).clusters(found.labels), *prices))
+
+
+def test_memory_does_not_hold_items_by_clusters_by_sources():
+    n, d, k = 300, 2000, 20
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=(n, d))
+    tracemalloc.start()
+    views = PairedViews(rng.normal(size=(n, 4)), a, np.ones(n))
+    assignment_costs(views, views.clusters(np.arange(n) % k), 1.0, 1.0, every=True)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * n * d * 4 < 8 * n * k * d
