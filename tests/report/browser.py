@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,9 +79,20 @@ class Visit:
         self.page.evaluate(f"location.hash = 'region-{region}'")
         self.wait_for(region)
 
+    def until(self, expression: str, arg: object = None, seconds: float = 10.0) -> None:
+        """Wait until an expression, or a function of ``arg``, is true in the page.
+
+        Playwright's own wait evaluates a string within the page if it is not true at once, which the page's content security
+        policy forbids.
+        """
+        end = time.monotonic() + seconds
+        while not self.page.evaluate(expression, arg):
+            assert time.monotonic() < end, f"not so within {seconds} s: {expression}"
+            self.page.wait_for_timeout(20)
+
     def wait_for(self, region: int) -> None:
         """Wait for the details of a region."""
-        self.page.wait_for_function(f"document.querySelector('#detail-title').textContent.startsWith('Region {region} ')")
+        self.until(f"document.querySelector('#detail-title').textContent.startsWith('Region {region} ')")
 
     def overflow(self) -> int:
         """Pixels by which the page is wider than its window."""

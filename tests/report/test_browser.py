@@ -104,7 +104,7 @@ def test_phone_has_no_sideways_scroll_and_shows_the_details(visit, inputs):
     row = page.page.locator("#region-rows tr").nth(2)
     region = int(row.get_attribute("data-region"))
     row.locator(".column-mass").click()
-    page.page.wait_for_function("document.querySelector('#detail').getBoundingClientRect().top < 100")
+    page.until("document.querySelector('#detail').getBoundingClientRect().top < 100")
     assert page.text("#detail-title").startswith(f"Region {region}")
     for other in (0, 4, 8, 12, 92):
         page.go_to(other)

@@ -39,7 +39,7 @@ def rows(page):
 
 
 def wait_for(page, label):
-    page.page.wait_for_function(f"document.querySelector('#feature-detail-title').textContent.startsWith('Feature {label} ')")
+    page.until(f"document.querySelector('#feature-detail-title').textContent.startsWith('Feature {label} ')")
 
 
 # --- safety ---
@@ -81,17 +81,17 @@ def test_one_part_is_shown_and_the_address_chooses_it(features):
     wait_for(page, "1.2")
     assert shown(page) == ["part-features"]
     page.page.evaluate("location.hash = 'evaluation'")
-    page.page.wait_for_function("!document.querySelector('#part-regions').hidden")
+    page.until("!document.querySelector('#part-regions').hidden")
     page.page.go_back()
     wait_for(page, "1.2")
-    page.page.wait_for_function("!document.querySelector('#part-features').hidden")
+    page.until("!document.querySelector('#part-features').hidden")
 
 
 def test_charts_of_the_hidden_part_are_drawn_when_it_is_shown(features):
     page = features("#feature-0.1")
     page.page.click(".tabs a[data-part=part-regions]")
-    page.page.wait_for_function("document.querySelector('#growth-chart svg').getBoundingClientRect().width > 300")
-    page.page.wait_for_function("document.querySelector('#map-chart svg').getBoundingClientRect().width > 300")
+    page.until("document.querySelector('#growth-chart svg').getBoundingClientRect().width > 300")
+    page.until("document.querySelector('#map-chart svg').getBoundingClientRect().width > 300")
 
 
 def test_without_scripts_both_parts_can_be_read(features):
@@ -155,7 +155,7 @@ def test_the_table_can_be_used_by_keyboard(features):
     page.page.keyboard.press("Enter")
     assert shown(page) == ["part-regions"]
     page.page.go_back()
-    page.page.wait_for_function("!document.querySelector('#part-features').hidden")
+    page.until("!document.querySelector('#part-features').hidden")
     page.page.focus("#feature-search")
     for _ in range(20):
         page.page.keyboard.press("Tab")
@@ -167,7 +167,7 @@ def test_the_table_can_be_used_by_keyboard(features):
     wait_for(page, target.removeprefix("#feature-"))
     page.page.focus("#feature-detail-on")
     page.page.keyboard.press("Enter")
-    page.page.wait_for_function(f"location.hash !== '{target}'")
+    page.until(f"location.hash !== '{target}'")
 
 
 def test_phone_shows_the_details_of_what_is_touched(features):
@@ -175,7 +175,7 @@ def test_phone_shows_the_details_of_what_is_touched(features):
     row = page.page.locator("#feature-rows tr").nth(2)
     label = row.get_attribute("data-feature")
     row.locator(".column-activity").click()
-    page.page.wait_for_function("document.querySelector('#feature-detail').getBoundingClientRect().top < 100")
+    page.until("document.querySelector('#feature-detail').getBoundingClientRect().top < 100")
     assert page.text("#feature-detail-title").startswith(f"Feature {label}")
 
 

@@ -257,7 +257,7 @@ def test_map_discs_show_mass_and_select(visit, inputs):
     page.wait_for(small)
     assert page.page.evaluate("location.hash") == f"#region-{small}"
     # The page follows the change of its hash, which the browser announces a moment later.
-    page.page.wait_for_function("region => document.querySelector('#map-readout').textContent.includes(`Region ${region} `)", arg=small)
+    page.until("region => document.querySelector('#map-readout').textContent.includes(`Region ${region} `)", arg=small)
 
 
 def test_map_zooms_drags_and_resets(visit):
