@@ -132,8 +132,7 @@ def _recursive(
 
 def _relative_errors(x: Tensor, factors: DeepFactors) -> list[float]:
     """The loss of each level through the links."""
-    statistics = CodeStatistics.empty(factors.codes.shape[1], x.shape[1], x.device)
-    statistics.add(x, factors.codes.T)
+    statistics = CodeStatistics.of(x, factors.codes.T)
     return [error / statistics.total if statistics.total > 0 else 0.0 for error in level_errors(factors, statistics)]
 
 

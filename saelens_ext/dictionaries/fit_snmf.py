@@ -46,7 +46,7 @@ class SNMFFitConfig:
     held_out: float | int = 0.0
     """Share of the documents kept out of the fit, on which ``held_out_loss`` is measured; in [0, 0.5]."""
     memory_limit: int = 4 * 2**30
-    """Bytes of activations (as float32) to hold; the fit needs about three times that."""
+    """Bytes of activations to hold; the fit needs about three times that."""
     seed: int = 0
     """Of everything random in the fit."""
 

@@ -28,7 +28,6 @@ from saelens_ext.ops.nnls_kernels import FeatureGram
 from saelens_ext.ops.semi_nmf_updates import support_size
 
 FORMAT_VERSION = 1
-_MAX_SWEEPS = 30
 _TOL = {torch.float32: 2e-5, torch.float64: 1e-10}
 
 
@@ -149,8 +148,8 @@ class SNMFDictionary(DecoderOnlySAE):
         if not bool(x.sum().isfinite()):
             _checks.finite(x, "The activation")
         if torch.is_grad_enabled() and (x.requires_grad or self.W_dec.requires_grad):
-            return nnls(x, self.W_dec.to(working), tol=_TOL[working], max_sweeps=_MAX_SWEEPS)
-        return solve_codes(x, self._gram(working), _TOL[working], _MAX_SWEEPS)
+            return nnls(x, self.W_dec.to(working), tol=_TOL[working])
+        return solve_codes(x, self._gram(working), _TOL[working])
 
     @torch.no_grad()
     def _gram(self, working: torch.dtype) -> FeatureGram:

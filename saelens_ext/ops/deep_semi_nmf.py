@@ -26,8 +26,6 @@ from saelens_ext.ops.nnls_kernels import FeatureGram
 from saelens_ext.ops.semi_nmf_updates import CHUNK_ROWS, CodeStatistics, normalised, update_codes, update_features
 
 _LINK_STEPS = 60
-_CODES_TOL = 2e-5
-_MAX_SWEEPS = 30
 
 
 @dataclass
@@ -77,7 +75,7 @@ def refine(
     Returns:
         The factors, and the objective at the start and after each iteration, which never rises.
     """
-    statistics = _statistics(x, factors.codes)
+    statistics = CodeStatistics.of(x, factors.codes.T)
     history = [objective(factors, statistics, damping)]
     for _ in range(max_iter):
         new = DeepFactors(factors.codes, list(factors.features), list(factors.links))
@@ -86,7 +84,7 @@ def refine(
         for level in range(1, len(new.features)):
             _update_links(new, statistics, level, damping)
         new.codes = _update_codes(x, new, damping)
-        new_statistics = _statistics(x, new.codes)
+        new_statistics = CodeStatistics.of(x, new.codes.T)
         value = objective(new, new_statistics, damping)
         if value > history[-1]:  # by rounding: there is nothing left to gain
             break
@@ -107,13 +105,7 @@ def objective(factors: DeepFactors, statistics: CodeStatistics, damping: float) 
 
 def damped_codes(x: Float[Tensor, "n d"], features: Float[Tensor, "k d"], damping: float) -> Float[Tensor, "n k"]:
     """Codes >= 0 that minimise the damped error of each row."""
-    return solve_codes(x, FeatureGram.of(features, damping), _CODES_TOL, _MAX_SWEEPS)
-
-
-def _statistics(x: Tensor, codes: Tensor) -> CodeStatistics:
-    statistics = CodeStatistics.empty(codes.shape[1], x.shape[1], x.device)
-    statistics.add(x, codes.T)
-    return statistics
+    return solve_codes(x, FeatureGram.of(features, damping))
 
 
 def _of_level(statistics: CodeStatistics, m: Tensor, damping: float = 0.0) -> CodeStatistics:

@@ -115,7 +115,9 @@ def _solve_for_gradient(features: Tensor, upstream: Tensor, support: Tensor) -> 
 
 
 @torch.no_grad()
-def solve_codes(x: Float[Tensor, "n d"], problem: FeatureGram, tol: float, max_sweeps: int) -> Float[Tensor, "n k"]:
+def solve_codes(
+    x: Float[Tensor, "n d"], problem: FeatureGram, tol: float = _DEFAULT_TOL[torch.float32], max_sweeps: int = 30
+) -> Float[Tensor, "n k"]:
     """The codes, without checks and without gradient; see :func:`nnls`."""
     codes = x.new_zeros(len(x), len(problem.norm))
     if not codes.numel():

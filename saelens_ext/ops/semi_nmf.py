@@ -37,8 +37,6 @@ logger = logging.getLogger(__name__)
 INITS = ("svd", "kmeans", "random")
 METHODS = ("coordinate", "paper")
 _ESCAPES = 2
-_CODES_TOL = 2e-5
-_MAX_SWEEPS = 30
 _GROWTH = 12
 _PATIENCE = {"coordinate": 3, "paper": 100}
 _DEFAULT_ITERATIONS = {"coordinate": 100, "paper": 500}
@@ -152,9 +150,8 @@ def semi_nmf(
 
 def _exact_codes(x: Tensor, fit: CoordinateFit) -> tuple[Tensor, CodeStatistics]:
     """Non-negative least squares on the fitted features, and its statistics; the fit's own where rounding favours them."""
-    codes = solve_codes(x, FeatureGram.of(fit.features), _CODES_TOL, _MAX_SWEEPS)
-    statistics = CodeStatistics.empty(*fit.features.shape, x.device)
-    statistics.add(x, codes.T)
+    codes = solve_codes(x, FeatureGram.of(fit.features))
+    statistics = CodeStatistics.of(x, codes.T)
     if statistics.error(fit.features) > fit.error:
         return fit.codes, fit.statistics
     return codes, statistics

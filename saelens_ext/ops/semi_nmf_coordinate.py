@@ -87,8 +87,7 @@ class CoordinateFit:
         self._no_merge_before = 0
         self.n_revived = 0
         columns = codes.T.contiguous()
-        statistics = CodeStatistics.empty(*features.shape, x.device)
-        statistics.add(x, columns)
+        statistics = CodeStatistics.of(x, columns)
         statistics.damp(damping)
         # Dense features to start from are no member of the set: the first sparse ones may be of higher error than they.
         # Rows with hardly any codes are not updated, but must be sparse too.

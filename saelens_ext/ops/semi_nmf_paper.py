@@ -40,7 +40,7 @@ class PaperFit:
     def __init__(self, x: Float[Tensor, "n d"], codes: Float[Tensor, "n k"], features: Float[Tensor, "k d"], count: int) -> None:
         self._x, self._count = x, count
         self._current = codes.clamp(min=_SMALLEST_CODE)
-        self._of_current = self._statistics(self._current)
+        self._of_current = CodeStatistics.of(x, self._current.T)
         self._ridge = _RIDGE * torch.eye(len(features), dtype=torch.float64, device=x.device)
         self.codes, self.features, self.statistics = self._current, torch.zeros_like(features), self._of_current
         self.error = self.statistics.error(self.features)
@@ -57,7 +57,7 @@ class PaperFit:
         length = gram.diagonal().sqrt().clamp(min=_SHORTEST).to(self._x.dtype)
         features = keep_largest(dense, self._count) * length[:, None]
         self._current = _multiplied(self._x @ features.T, features @ features.T, self._current / length)
-        self._of_current = self._statistics(self._current)
+        self._of_current = CodeStatistics.of(self._x, self._current.T)
         error = self._of_current.error(features)
         if error < self.error:
             self.codes, self.features, self.statistics, self.error = self._current, features, self._of_current, error
@@ -65,11 +65,6 @@ class PaperFit:
     def escape(self) -> int:
         """The published rule has no way out of a local minimum: it took no iterations."""
         return 0
-
-    def _statistics(self, codes: Tensor) -> CodeStatistics:
-        statistics = CodeStatistics.empty(codes.shape[1], self._x.shape[1], self._x.device)
-        statistics.add(self._x, codes.T)
-        return statistics
 
 
 def _multiplied(products: Tensor, gram: Tensor, codes: Tensor) -> Tensor:

@@ -39,7 +39,6 @@ from saelens_ext.ops.semi_nmf_updates import (
 logger = logging.getLogger(__name__)
 
 _CODES_TOL = 1e-4
-_MAX_SWEEPS = 30
 _FEATURE_SWEEPS = 5
 
 
@@ -175,7 +174,7 @@ class _StreamFit:
         worst, sizes = features[:0], features[:0, 0]
         seen = 0
         for block in _blocks(self._batches, features):
-            codes = solve_codes(block, problem, _CODES_TOL, _MAX_SWEEPS)
+            codes = solve_codes(block, problem, _CODES_TOL)
             statistics.add(block, codes.T)
             left = block - codes @ features
             worst = torch.cat((worst, left))

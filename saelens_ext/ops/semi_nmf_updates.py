@@ -51,6 +51,13 @@ class CodeStatistics:
         options = {"dtype": torch.float64, "device": device}
         return cls(torch.zeros(k, k, **options), torch.zeros(k, d, **options), 0.0)
 
+    @classmethod
+    def of(cls, x: Float[Tensor, "n d"], codes: Float[Tensor, "k n"]) -> "CodeStatistics":
+        """Of some activations and their codes."""
+        statistics = cls.empty(len(codes), x.shape[1], x.device)
+        statistics.add(x, codes)
+        return statistics
+
     def add(self, x: Float[Tensor, "m d"], codes: Float[Tensor, "k m"]) -> None:
         """Take in some activations and their codes.
 
