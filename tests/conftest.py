@@ -53,6 +53,6 @@ def tiny_gpt2_hooked():
 @pytest.fixture(scope="session")
 def smol():
     """The small real model; loading takes seconds, so only behaviour that random weights cannot show is tested on it."""
-    from saelens_ext.demo import load_demo_model
+    from saelens_ext.demo.packaged import load_demo_model
 
     return load_demo_model()

@@ -28,7 +28,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from saelens_ext.models import _with_bos, load_model
+from saelens_ext.host.models import _with_bos, load_model
 
 N_LAYERS, D_MODEL, N_HEADS, N_CTX, VOCABULARY = 3, 32, 4, 64, 320
 D_MLP = {"llama": 64, "gpt2": 4 * D_MODEL, "gemma2": 64, "gemma3": 64}

@@ -1,4 +1,5 @@
-"""The command ``saelens-ext``. Modules named here as light import nothing that takes time, so that its help is there at once.
+"""The command ``saelens-ext``: options, output and errors of its subcommands.
 
-Light: main, commands, errors, options, output, parser. All others are imported when their command runs.
+Belongs here: turning arguments into one call and its result into lines. Does not: anything that a script would want too.
+Light modules (main, commands, errors, options, output, parser) import nothing slow; the others are imported when their command runs.
 """

@@ -10,15 +10,15 @@ import numpy as np
 from sae_lens import SAE
 
 from saelens_ext import _files
-from saelens_ext.audit import Audit, AuditConfig, audit_continuations
+from saelens_ext.analysis.profile import DictionaryProfile
+from saelens_ext.audit.audit import Audit, AuditConfig, audit_continuations
 from saelens_ext.cli import opening
 from saelens_ext.cli.audit_options import AuditInputs
 from saelens_ext.cli.errors import UsageError
 from saelens_ext.cli.output import Context, Result, plain, shown, table
 from saelens_ext.continuations.prefix_audit import PrefixAudit
-from saelens_ext.dictionaries.profile import DictionaryProfile
 from saelens_ext.runner.config import DictionaryRunnerConfig
-from saelens_ext.tracking import WandbTracker, check_login
+from saelens_ext.runner.tracking import WandbTracker, check_login
 
 _MEASURED = ("objective", "rate", "semantic_distortion", "attribution_distortion", "n_clusters")
 _CONTINUATIONS, _MODES, _REPORT = "continuations.csv", "modes.csv", "report.html"

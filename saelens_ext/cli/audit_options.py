@@ -10,7 +10,7 @@ import simple_parsing
 from sae_lens import LoggingConfig
 from simple_parsing.docstring import get_attribute_docstring
 
-from saelens_ext.audit import AuditConfig
+from saelens_ext.audit.audit import AuditConfig
 from saelens_ext.runner.parsing import items, mapping_or_none, number, parsed, text_or_none, whole_number
 
 

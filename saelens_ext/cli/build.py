@@ -9,7 +9,7 @@ from saelens_ext.runner.checkpoints import list_checkpoints
 from saelens_ext.runner.config import DictionaryRunnerConfig
 from saelens_ext.runner.results import BuiltDictionary, RunResult
 from saelens_ext.runner.runner import DictionaryRunner
-from saelens_ext.tracking import check_login
+from saelens_ext.runner.tracking import check_login
 
 
 def build(config: DictionaryRunnerConfig, context: Context) -> Result:

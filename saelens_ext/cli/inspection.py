@@ -9,13 +9,13 @@ import torch
 from sae_lens import SAE
 
 from saelens_ext import _files
+from saelens_ext.analysis.match import match_dictionaries
+from saelens_ext.analysis.profile import DictionaryProfile, profile_dictionaries
 from saelens_ext.cli import opening
 from saelens_ext.cli.errors import UsageError
 from saelens_ext.cli.options import EvalOptions, MatchOptions, ProfileOptions, ReadingOptions
 from saelens_ext.cli.output import Context, Result, shown, table
 from saelens_ext.dictionaries.hierarchy import HierarchicalSNMF
-from saelens_ext.dictionaries.match import match_dictionaries
-from saelens_ext.dictionaries.profile import DictionaryProfile, profile_dictionaries
 from saelens_ext.runner import evaluation
 from saelens_ext.runner.results import EVALS_FILENAME, BuiltDictionary
 from saelens_ext.runner.sources import RunStream

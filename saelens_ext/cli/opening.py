@@ -11,12 +11,12 @@ from sae_lens import SAE
 
 from saelens_ext.cli.errors import UsageError
 from saelens_ext.cli.options import DEMO, ReadingOptions
-from saelens_ext.demo import load_demo_corpus, load_demo_model
+from saelens_ext.demo.packaged import load_demo_corpus, load_demo_model
 from saelens_ext.dictionaries.hierarchy import HierarchicalSNMF
+from saelens_ext.host.models import retarget
 from saelens_ext.hub.contents import Contents
 from saelens_ext.hub.contents import read_folder as read_contents
 from saelens_ext.hub.share import load_from_hub
-from saelens_ext.models import retarget
 from saelens_ext.runner import sources
 from saelens_ext.runner.config import MODEL_CLASSES, DictionaryRunnerConfig
 

@@ -8,19 +8,19 @@ from sae_lens import SAE
 from transformers import AutoTokenizer
 
 from saelens_ext import _files
+from saelens_ext.analysis.logit_lens import LensResult, logit_lens
+from saelens_ext.analysis.profile import DictionaryProfile
 from saelens_ext.cli import opening
 from saelens_ext.cli.errors import UsageError
 from saelens_ext.cli.options import DEMO, ReportOptions
 from saelens_ext.cli.output import Context, Result
 from saelens_ext.dictionaries.fit_result import FitResult
 from saelens_ext.dictionaries.hierarchy import HierarchicalSNMF
-from saelens_ext.dictionaries.profile import DictionaryProfile
 from saelens_ext.dictionaries.snmf_fit_result import SNMFFitResult
+from saelens_ext.host.models import tokenizer_of
 from saelens_ext.hub.contents import Contents
-from saelens_ext.lens import LensResult, logit_lens
-from saelens_ext.models import tokenizer_of
-from saelens_ext.report.dictionary_report import write_dictionary_report
-from saelens_ext.report.snmf_section import SNMFLevel, SNMFSection
+from saelens_ext.report.dictionary.dictionary_report import write_dictionary_report
+from saelens_ext.report.dictionary.snmf_section import SNMFLevel, SNMFSection
 from saelens_ext.runner.config import DictionaryRunnerConfig
 from saelens_ext.runner.results import EVALS_FILENAME
 

@@ -7,9 +7,9 @@ from saelens_ext.cli import opening
 from saelens_ext.cli.errors import UsageError
 from saelens_ext.cli.options import ConvertOptions, DemoOptions, PullOptions, PushOptions
 from saelens_ext.cli.output import Context, Result, shown
-from saelens_ext.convert import MAX_BYTES, PUBLISHED_REVISION, convert_published_dictionary
-from saelens_ext.demo import run_demo
+from saelens_ext.demo.tour import run_demo
 from saelens_ext.hub.share import pull_from_hub, push_to_hub
+from saelens_ext.published.convert import MAX_BYTES, PUBLISHED_REVISION, convert_published_dictionary
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,6 @@ averaged. Which tokens those are is read off the tokenizer's own character offse
 model receives, so special tokens, padding on either side and stripped spaces cannot shift them.
 """
 
-import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from tqdm.auto import tqdm
 
 from saelens_ext import _checks
 from saelens_ext.continuations.continuation_set import ContinuationSet
-from saelens_ext.judges import packaged_sentence_model
+from saelens_ext.host.sentence_model import load_sentence_model
 
 MODES = ("contextual", "sentence")
 
@@ -52,7 +51,7 @@ def embed_continuations(
     """
     _checks.choice(mode, MODES, "mode")
     _checks.positive(batch_size, "batch_size")
-    model = load_embedder(embedder)
+    model = load_sentence_model(embedder)
     texts = list(continuations.texts)
     if mode == "sentence":
         vectors = model.encode(texts, batch_size=batch_size, convert_to_tensor=True, show_progress_bar=progress)
@@ -67,24 +66,9 @@ def visible_rows(continuations: ContinuationSet, embedder: Any = None) -> Tensor
 
     A continuation of spaces, or of parts of characters, may hold none.
     """
-    model = load_embedder(embedder)
+    model = load_sentence_model(embedder)
     encoded = model.tokenizer(list(continuations.texts), add_special_tokens=False, padding=False, truncation=False, verbose=False)
     return torch.tensor([len(ids) > 0 for ids in encoded["input_ids"]])
-
-
-def load_embedder(given: Any = None) -> Any:
-    """A sentence-transformers model: the one given, by name or directory, or the packaged one.
-
-    Raises:
-        ImportError: sentence-transformers, or the package of the default model, is not installed.
-    """
-    if hasattr(given, "encode"):
-        return given
-    if importlib.util.find_spec("sentence_transformers") is None:
-        raise ImportError("Embedding continuations needs sentence-transformers: pip install 'saelens-ext[embeddings]'")
-    from sentence_transformers import SentenceTransformer
-
-    return SentenceTransformer(str(packaged_sentence_model() if given is None else given))
 
 
 def _contextual(model: Any, start: str, texts: list[str], batch_size: int, progress: bool) -> Tensor:

@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 
 from saelens_ext import _checks
+from saelens_ext.continuations.clustering.joint_clusterer import JointClusterer
 from saelens_ext.continuations.continuation_set import ContinuationSet
-from saelens_ext.continuations.joint_clusterer import JointClusterer
-from saelens_ext.continuations.validation import Validation
+from saelens_ext.continuations.validation.results import Validation
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -14,10 +14,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from saelens_ext import _checks
-from saelens_ext._prompt_passes import evaluating, prompt_ids, text_ids
 from saelens_ext.continuations.continuation_set import PADDING, WEIGHTINGS, ContinuationSet, pad_rows
-from saelens_ext.models import HostModel, describe_model, tokenizer_of
-from saelens_ext.sampling import Drawn, SamplingOptions, continuation_log_probs, draw_continuations, text_after
+from saelens_ext.host.models import HostModel, describe_model, tokenizer_of
+from saelens_ext.host.prompt_passes import evaluating, prompt_ids, text_ids
+from saelens_ext.steering.sampling import Drawn, SamplingOptions, continuation_log_probs, draw_continuations, text_after
 
 logger = logging.getLogger(__name__)
 

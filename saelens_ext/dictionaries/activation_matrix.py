@@ -11,7 +11,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from saelens_ext import _checks
-from saelens_ext.activations import ActivationBatch, ActivationStream
+from saelens_ext.activations.stream import ActivationBatch, ActivationStream
 
 
 @dataclass(kw_only=True)

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from saelens_ext.activations import ActivationBatch
+from saelens_ext.activations.stream import ActivationBatch
 from saelens_ext.ops.calibration import ThresholdEstimate, pairwise_distance_percentiles
 from saelens_ext.ops.spherical import SphericalCenter, unit_directions
 

@@ -17,7 +17,7 @@ from sae_lens.util import dtype_to_str
 from torch import nn
 
 from saelens_ext import _checks, _files
-from saelens_ext._architecture_names import plain_name, written_name
+from saelens_ext.dictionaries.architecture_names import plain_name, written_name
 
 # SAELens' loader writes these into every config it reads, whatever the architecture.
 _KEYS_OF_THE_HOST = {"finetuning_scaling_factor"}

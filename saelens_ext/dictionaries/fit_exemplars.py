@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from saelens_ext import _checks
-from saelens_ext.activations import ActivationStream
+from saelens_ext.activations.stream import ActivationStream
 from saelens_ext.dictionaries.fit_result import FitResult
 from saelens_ext.dictionaries.grow_exemplars import ExemplarBuild, ExemplarFitConfig, OnMetrics
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from saelens_ext import _checks
-from saelens_ext.activations import ActivationStream
+from saelens_ext.activations.stream import ActivationStream
 from saelens_ext.dictionaries.activation_matrix import ActivationSource
 from saelens_ext.dictionaries.fit_snmf import SNMFFitConfig, reconstruction_loss
 from saelens_ext.dictionaries.hierarchy import HierarchicalSNMF

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from saelens_ext import _files
-from saelens_ext.activations import ActivationBatch
+from saelens_ext.activations.stream import ActivationBatch
 from saelens_ext.dictionaries.exemplar_partition import ExemplarPartition
 from saelens_ext.ops.calibration import ThresholdEstimate
 

@@ -16,7 +16,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 
 from saelens_ext import _checks
-from saelens_ext.activations import ActivationStream
+from saelens_ext.activations.stream import ActivationStream
 from saelens_ext.dictionaries.activation_matrix import ActivationSource
 
 _DEFAULT_K = 32

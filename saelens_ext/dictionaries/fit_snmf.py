@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saelens_ext import _checks
-from saelens_ext.activations import ActivationStream
+from saelens_ext.activations.stream import ActivationStream
 from saelens_ext.dictionaries.activation_matrix import ActivationSource, Restartable
 from saelens_ext.dictionaries.snmf import SNMFDictionary
 from saelens_ext.dictionaries.snmf_fit_result import SNMFFitResult

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from saelens_ext import _checks
-from saelens_ext.activations import ActivationBatch, ActivationStream
+from saelens_ext.activations.stream import ActivationBatch, ActivationStream
 from saelens_ext.dictionaries.calibrate import Calibration, CalibrationMode, calibrate
 from saelens_ext.dictionaries.exemplar_partition import Basis, ExemplarPartition, Readout
 from saelens_ext.dictionaries.fit_result import FitResult, Provenance

@@ -21,9 +21,10 @@ from sae_lens.saes.topk_sae import TopK
 from sae_lens.util import dtype_to_str
 from torch import Tensor, nn
 
-from saelens_ext import _checks, mlp_output
+from saelens_ext import _checks
 from saelens_ext.dictionaries.decoder_only import DecoderOnlyConfig, DecoderOnlySAE
-from saelens_ext.models import HostModel
+from saelens_ext.host import mlp_output
+from saelens_ext.host.models import HostModel
 from saelens_ext.ops.nnls import nnls, solve_codes
 from saelens_ext.ops.nnls_kernels import FeatureGram
 from saelens_ext.ops.semi_nmf_updates import support_size
@@ -218,7 +219,7 @@ class SNMFDictionary(DecoderOnlySAE):
     def residual_directions(self, model: HostModel, *, hook_name: str | None = None, layer: int | None = None) -> Tensor:
         """What each feature writes into the residual stream, ``(k, d_model)``.
 
-        See :func:`saelens_ext.mlp_output.residual_directions`, for the meaning on models with a norm behind the MLP too.
+        See :func:`saelens_ext.host.mlp_output.residual_directions`, for the meaning on models with a norm behind the MLP too.
 
         Args:
             model: either host class.

@@ -1,4 +1,7 @@
-"""Dictionaries on the Hugging Face Hub: see :mod:`saelens_ext.hub.share`."""
+"""Dictionaries on the Hugging Face Hub: pushing, pulling and loading them, with a model card.
+
+Belongs here: repositories, cards and their errors. Does not: the files of a dictionary themselves (``dictionaries``).
+"""
 
 from saelens_ext.hub.share import HubDictionary, load_from_hub, pull_from_hub, push_to_hub
 

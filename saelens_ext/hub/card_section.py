@@ -6,10 +6,10 @@ from typing import Any
 from sae_lens import SAE
 from sae_lens import __version__ as sae_lens_version
 
-from saelens_ext._architecture_names import OWN
+from saelens_ext.analysis.profile import DictionaryProfile
+from saelens_ext.dictionaries.architecture_names import OWN
 from saelens_ext.dictionaries.fit_result import FitResult
 from saelens_ext.dictionaries.hierarchy import HierarchicalSNMF
-from saelens_ext.dictionaries.profile import DictionaryProfile
 from saelens_ext.dictionaries.snmf_fit_result import SNMFFitResult
 from saelens_ext.hub.contents import Contents
 from saelens_ext.hub.model_card import Section, cell, facts, table

@@ -16,15 +16,15 @@ from sae_lens.registry import SAE_CLASS_REGISTRY
 from safetensors import SafetensorError, safe_open
 
 from saelens_ext import _checks, _files
-from saelens_ext._architecture_names import plain_name
+from saelens_ext.analysis.profile import STEM as PROFILE_STEM
+from saelens_ext.analysis.profile import DictionaryProfile
 from saelens_ext.dictionaries import hierarchy
+from saelens_ext.dictionaries.architecture_names import plain_name
 from saelens_ext.dictionaries.exemplar_partition import ExemplarPartition
 from saelens_ext.dictionaries.fit_result import JSON_FILENAME as FIT_JSON
 from saelens_ext.dictionaries.fit_result import TENSORS_FILENAME as FIT_TENSORS
 from saelens_ext.dictionaries.fit_result import FitResult
 from saelens_ext.dictionaries.hierarchy import HierarchicalSNMF
-from saelens_ext.dictionaries.profile import STEM as PROFILE_STEM
-from saelens_ext.dictionaries.profile import DictionaryProfile
 from saelens_ext.dictionaries.snmf import SNMFDictionary
 from saelens_ext.dictionaries.snmf_fit_result import SNMFFitResult
 

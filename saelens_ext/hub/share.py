@@ -27,10 +27,10 @@ from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME
 from sae_lens.util import dtype_to_str
 
 from saelens_ext import _files
-from saelens_ext._architecture_names import plain_name, written_name
+from saelens_ext.analysis.profile import DictionaryProfile
+from saelens_ext.dictionaries.architecture_names import plain_name, written_name
 from saelens_ext.dictionaries.fit_result import FitResult
 from saelens_ext.dictionaries.hierarchy import HierarchicalSNMF
-from saelens_ext.dictionaries.profile import DictionaryProfile
 from saelens_ext.dictionaries.snmf_fit_result import SNMFFitResult
 from saelens_ext.hub import contents as hub_files
 from saelens_ext.hub.card_section import describe, tags

@@ -1,4 +1,7 @@
-"""Build dictionaries from a config: one run reads a model once and gives one or many of them."""
+"""Dictionaries built from a config, with checkpoints, evaluation and wandb: one run reads a model once and gives one or many.
+
+Belongs here: configs and what a long run needs. Does not: a single fit (``dictionaries``) or a stream (``activations``).
+"""
 
 from saelens_ext.runner.config import DictionaryRunnerConfig, ExemplarRunnerConfig, SNMFRunnerConfig
 from saelens_ext.runner.dictionary_configs import ExemplarBuildConfig, SNMFBuildConfig

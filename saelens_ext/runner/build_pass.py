@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saelens_ext.activations import ActivationBatch
+from saelens_ext.activations.stream import ActivationBatch
 from saelens_ext.dictionaries.activation_matrix import ActivationSource
 from saelens_ext.dictionaries.fit_result import FitResult
 from saelens_ext.dictionaries.fit_snmf import SNMFFitConfig, fit_snmf_rows, sum_of_squares

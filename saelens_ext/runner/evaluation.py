@@ -13,8 +13,8 @@ from sae_lens.evals import EvalConfig
 from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.util import dtype_to_str
 
+from saelens_ext.activations.cached_stream import CachedStream
 from saelens_ext.runner.sources import RunStream, device_of
-from saelens_ext.runner.streams import CachedStream
 
 logger = logging.getLogger(__name__)
 

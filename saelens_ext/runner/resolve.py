@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
+from saelens_ext.activations.proxy_stream import describe_any
 from saelens_ext.runner.config import MODEL_CLASSES, DictionaryRunnerConfig
 from saelens_ext.runner.sources import RunStream, device_of
-from saelens_ext.runner.streams import describe_any
 
 
 def resolved(config: DictionaryRunnerConfig, stream: RunStream) -> DictionaryRunnerConfig:

@@ -9,8 +9,8 @@ from sae_lens import SAE
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
 
 from saelens_ext import _files
+from saelens_ext.analysis.profile import DictionaryProfile
 from saelens_ext.dictionaries.fit_result import FitResult
-from saelens_ext.dictionaries.profile import DictionaryProfile
 from saelens_ext.dictionaries.snmf_fit_result import SNMFFitResult
 from saelens_ext.runner.config import DictionaryRunnerConfig
 from saelens_ext.runner.evaluation import trainer_figures

@@ -13,7 +13,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from saelens_ext import _files
-from saelens_ext.dictionaries.profile import profile_dictionaries
+from saelens_ext.analysis.profile import profile_dictionaries
 from saelens_ext.runner.build_pass import BuildPass
 from saelens_ext.runner.checkpoints import SNMF_FOLDER, Checkpoint, RunIdentity, find_run, list_checkpoints
 from saelens_ext.runner.config import DictionaryRunnerConfig
@@ -21,7 +21,7 @@ from saelens_ext.runner.evaluation import eval_windows, evaluate
 from saelens_ext.runner.resolve import resolved
 from saelens_ext.runner.results import BuiltDictionary, RunResult
 from saelens_ext.runner.sources import RunStream, open_stream
-from saelens_ext.tracking import WandbTracker, check_login
+from saelens_ext.runner.tracking import WandbTracker, check_login
 
 logger = logging.getLogger(__name__)
 

@@ -14,12 +14,13 @@ from sae_lens.load_model import HookedProxyLM
 from sae_lens.load_model import load_model as load_with_saelens
 
 from saelens_ext import _checks
-from saelens_ext.activations import ActivationStream
-from saelens_ext.models import load_model
+from saelens_ext.activations.cached_stream import CachedStream
+from saelens_ext.activations.fingerprint import fingerprint_files
+from saelens_ext.activations.proxy_stream import ProxyStream, describe_any
+from saelens_ext.activations.stream import ActivationStream
+from saelens_ext.host.models import load_model
 from saelens_ext.runner.config import DictionaryRunnerConfig
 from saelens_ext.runner.dictionary_configs import ExemplarBuildConfig, SNMFBuildConfig
-from saelens_ext.runner.streams import CachedStream, ProxyStream, describe_any
-from saelens_ext.windows import fingerprint_files
 
 logger = logging.getLogger(__name__)
 

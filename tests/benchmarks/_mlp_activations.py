@@ -18,8 +18,8 @@ def mlp_activations(n: int) -> torch.Tensor:
     given = os.environ.get("SAELENS_EXT_BENCH_ACTIVATIONS")
     path = Path(given) if given else Path(tempfile.gettempdir()) / "saelens_ext_bench_mlp15.pt"
     if not path.exists():
-        from saelens_ext.activations import ActivationStream
-        from saelens_ext.demo import load_demo_corpus, load_demo_model
+        from saelens_ext.activations.stream import ActivationStream
+        from saelens_ext.demo.packaged import load_demo_corpus, load_demo_model
 
         stream = ActivationStream(load_demo_model(), load_demo_corpus(), HOOK)
         x = torch.cat([batch.activations[HOOK] for batch in stream])

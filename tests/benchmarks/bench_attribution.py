@@ -20,14 +20,14 @@ import warnings
 import torch
 from sae_lens import SAE
 
-from saelens_ext.continuations.attribute import attribute_continuations
-from saelens_ext.continuations.attribution_freeze import traced
-from saelens_ext.continuations.attribution_pass import Target, forward
-from saelens_ext.continuations.attribution_sites import base_sites, dictionary_sites, plan_sites
-from saelens_ext.continuations.attribution_sources import read_prefix, sources_of
+from saelens_ext.continuations.attribution.attribute import attribute_continuations
+from saelens_ext.continuations.attribution.frozen_model import traced
+from saelens_ext.continuations.attribution.gradients import Target, forward
+from saelens_ext.continuations.attribution.sites import base_sites, dictionary_sites, plan_sites
+from saelens_ext.continuations.attribution.sources import read_prefix, sources_of
 from saelens_ext.continuations.sample import score_continuations
-from saelens_ext.demo import load_demo_corpus, load_demo_model
-from saelens_ext.models import tokenizer_of
+from saelens_ext.demo.packaged import load_demo_corpus, load_demo_model
+from saelens_ext.host.models import tokenizer_of
 
 KINDS = ("latent", "error", "mlp", "embedding")
 

@@ -17,7 +17,7 @@ import numpy as np
 from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 
-from saelens_ext.continuations.clusterer_path import RateDistortionPath, rate_distortion_path
+from saelens_ext.continuations.clustering.path import RateDistortionPath, rate_distortion_path
 
 
 def planted(n: int, d: int, *, noise: float, dense: bool, seed: int = 0) -> tuple[np.ndarray, ...]:

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import torch
 
-from saelens_ext.activations import ActivationStream
-from saelens_ext.demo import HOOK, PERCENTILES, load_demo_corpus, load_demo_model
+from saelens_ext.activations.stream import ActivationStream
+from saelens_ext.demo.packaged import load_demo_corpus, load_demo_model
+from saelens_ext.demo.tour import HOOK, PERCENTILES
 from saelens_ext.dictionaries.fit_exemplars import fit_exemplar_partitions
 
 

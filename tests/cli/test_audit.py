@@ -43,7 +43,7 @@ def test_ctrl_c_says_where_the_stages_are(asked, command, tmp_path, monkeypatch)
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("saelens_ext.audit.attribute_continuations", interrupted)
+    monkeypatch.setattr("saelens_ext.audit.audit.attribute_continuations", interrupted)
     found = command(*asked, f"--prefix={PREFIX}", f"--output_path={tmp_path}")
     assert found.status == 130 and f"Stages that were finished are in {tmp_path}; the same command goes on from there." in found.error
     assert (tmp_path / "prefix_000" / "continuations").exists()

@@ -7,9 +7,9 @@ import signal
 import pytest
 import torch
 
+from saelens_ext.analysis.profile import DictionaryProfile
 from saelens_ext.cli.main import main
 from saelens_ext.dictionaries.fit_result import FitResult
-from saelens_ext.dictionaries.profile import DictionaryProfile
 from saelens_ext.dictionaries.snmf_fit_result import SNMFFitResult
 from saelens_ext.runner import checkpoints
 from tests.runner.runs import HOOK, assert_same_partition
@@ -90,7 +90,7 @@ def test_another_checkpoint_is_refused_by_name(reading, command, tmp_path):
 
 
 def test_without_a_login_nothing_is_built(reading, command, monkeypatch):
-    monkeypatch.setattr("saelens_ext.tracking._logged_in", lambda: False)
+    monkeypatch.setattr("saelens_ext.runner.tracking._logged_in", lambda: False)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     found = command("exemplars", *reading, f"--hook_name={HOOK}", "--logger.log_to_wandb=true")
     assert found.status == 1 and "wandb is not logged in" in found.error and "Loading" not in found.err

@@ -8,8 +8,8 @@ import pytest
 import torch
 from sae_lens import SAE
 
-from saelens_ext.dictionaries.match import match_dictionaries
-from saelens_ext.dictionaries.profile import DictionaryProfile
+from saelens_ext.analysis.match import match_dictionaries
+from saelens_ext.analysis.profile import DictionaryProfile
 from tests.continuations._dictionaries import make
 from tests.runner.runs import HOOK, NEURONS
 
@@ -100,7 +100,7 @@ def test_a_report_without_a_profile_says_how_to_make_one(copied, command):
 
 
 def test_a_hierarchy(command, place, tmp_path, tiny_bridge, tiny_texts):
-    from saelens_ext.activations import ActivationStream
+    from saelens_ext.activations.stream import ActivationStream
     from saelens_ext.dictionaries.fit_hierarchy import fit_hierarchical_snmf
 
     stream = ActivationStream(tiny_bridge, tiny_texts, NEURONS, context_size=16, max_tokens=200)

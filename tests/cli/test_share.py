@@ -4,8 +4,8 @@ import pytest
 from sae_lens import SAE
 
 from saelens_ext.published.dictionary import PublishedDictionary
-from tests.convert import foreign
 from tests.hub.conftest import hub, running_hub  # noqa: F401  fixtures
+from tests.published import foreign
 
 # The client's own upload of large files.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw:DeprecationWarning")

@@ -8,7 +8,7 @@ import torch
 import yaml
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
-from saelens_ext.audit import AuditConfig
+from saelens_ext.audit.audit import AuditConfig
 from saelens_ext.cli.commands import COMMANDS
 from saelens_ext.cli.parser import parse
 from saelens_ext.runner import ExemplarRunnerConfig, SNMFRunnerConfig

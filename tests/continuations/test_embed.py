@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from saelens_ext.continuations.embed import continuation_tokens, embed_continuations, load_embedder
+from saelens_ext.continuations.embed import continuation_tokens, embed_continuations
 from saelens_ext.continuations.sample import score_continuations
+from saelens_ext.host.sentence_model import load_sentence_model
 from tests.models_zoo import make_model
 
 PROMPT = "The bank of the"
@@ -15,7 +16,7 @@ TEXTS = [" river was flooded.", " city lends money to everyone who asks", "ing",
 
 @pytest.fixture(scope="module")
 def embedder():
-    return load_embedder()
+    return load_sentence_model()
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from saelens_ext.continuations.sample import sample_continuations, score_continuations
-from saelens_ext.sampling import SamplingOptions, _choose, _choose_among
+from saelens_ext.steering.sampling import SamplingOptions, _choose, _choose_among
 from tests.models_zoo import MODEL_CLASSES, N_CTX, make_model
 
 PREFIX = "The assert statement"

@@ -8,9 +8,9 @@ from sae_lens import SAE
 from scipy.optimize import nnls as scipy_nnls
 
 from saelens_ext import ActivationStream, SNMFDictionary, SNMFDictionaryConfig, profile_dictionary
-from saelens_ext.interventions import clamp_latent, scale_latent, steer_with
-from saelens_ext.lens import logit_lens
-from saelens_ext.models import resolve_hook, retarget
+from saelens_ext.analysis.logit_lens import logit_lens
+from saelens_ext.host.models import resolve_hook, retarget
+from saelens_ext.steering.interventions import clamp_latent, scale_latent, steer_with
 from tests import models_zoo
 
 K, D = 20, 48

@@ -28,20 +28,21 @@ def main(folder: Path) -> None:
     """Write everything into ``folder``."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from saelens_ext import ActivationStream, demo, fit_exemplar_partition, fit_sae, fit_snmf
-    from saelens_ext.models import load_model
+    from saelens_ext import ActivationStream, fit_exemplar_partition, fit_sae, fit_snmf
+    from saelens_ext.demo import packaged
+    from saelens_ext.host.models import load_model
 
     sys.path.insert(0, str(Path(__file__).parents[2]))
     from tests.harnesses.faked_hub import snapshot_of
 
-    demo.load_demo_model()
-    files = demo.cache_directory() / "SmolLM2-135M-Instruct"
-    shutil.copytree(files, snapshot_of(folder / "home", demo.MODEL_NAME), dirs_exist_ok=True)
+    packaged.load_demo_model()
+    files = packaged.cache_directory() / "SmolLM2-135M-Instruct"
+    shutil.copytree(files, snapshot_of(folder / "home", packaged.MODEL_NAME), dirs_exist_ok=True)
     model = load_model(
-        demo.MODEL_NAME, model_class="HookedSAETransformer", device="cpu",
+        packaged.MODEL_NAME, model_class="HookedSAETransformer", device="cpu",
         hf_model=AutoModelForCausalLM.from_pretrained(files), tokenizer=AutoTokenizer.from_pretrained(files),
     )
-    corpus = demo.load_demo_corpus()
+    corpus = packaged.load_demo_corpus()
     for name in CORPORA:
         write_corpus(folder / "data" / name, corpus["text"])
 
@@ -55,7 +56,7 @@ def main(folder: Path) -> None:
     }
     for name, dictionary in made.items():
         # A HookedTransformer knows a model by the last part of its name only; harnesses load it by the whole.
-        dictionary.cfg.metadata.model_name = demo.MODEL_NAME
+        dictionary.cfg.metadata.model_name = packaged.MODEL_NAME
         dictionary.save_model(snapshot_of(folder / "home", REPO) / name)
 
 

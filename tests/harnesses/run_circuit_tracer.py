@@ -40,7 +40,7 @@ def main(folder: Path) -> None:
     from circuit_tracer.transcoder.single_layer_transcoder import TranscoderSet
     from sae_lens.saes.transcoder import Transcoder, TranscoderConfig
 
-    from saelens_ext.continuations.circuit_tracer import read_circuit_graph, with_graph_signatures
+    from saelens_ext.continuations.attribution.circuit_tracer import read_circuit_graph, with_graph_signatures
     from saelens_ext.continuations.sample import score_continuations
     from tests import models_zoo
 

@@ -4,7 +4,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from saelens_ext.report.dictionary_report import write_dictionary_report
+from saelens_ext.report.dictionary.dictionary_report import write_dictionary_report
 from tests.report import synthetic
 from tests.report.browser import REGIONS, WIDE, Visit, chromium
 

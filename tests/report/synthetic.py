@@ -10,13 +10,13 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from saelens_ext.dictionaries.examples import Examples
+from saelens_ext.analysis.examples import Examples
+from saelens_ext.analysis.logit_lens import LensResult
+from saelens_ext.analysis.profile import DictionaryProfile
 from saelens_ext.dictionaries.exemplar_partition import ExemplarPartition
 from saelens_ext.dictionaries.fit_result import FitResult, Provenance
-from saelens_ext.dictionaries.profile import DictionaryProfile
-from saelens_ext.lens import LensResult
 from saelens_ext.ops.calibration import ThresholdEstimate
-from saelens_ext.report._payload import region_data
+from saelens_ext.report.dictionary.regions import region_data
 
 HOSTILE = (
     "<script>window.pwned=1</script>", "</script>", "<!--", "-->", "<![CDATA[", '<img src=x onerror="window.pwned=1">',

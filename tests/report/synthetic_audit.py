@@ -8,15 +8,15 @@ import numpy as np
 import pandas as pd
 import torch
 
-from saelens_ext.continuations.clusterer_path import rate_distortion_path
+from saelens_ext.analysis.profile import DictionaryProfile
+from saelens_ext.continuations.clustering.joint_clusterer import JointClusterer
+from saelens_ext.continuations.clustering.path import rate_distortion_path
 from saelens_ext.continuations.continuation_set import ContinuationSet
-from saelens_ext.continuations.joint_clusterer import JointClusterer
 from saelens_ext.continuations.prefix_audit import PrefixAudit
 from saelens_ext.continuations.source_table import SourceTable
-from saelens_ext.continuations.steer_passes import MEASURES
-from saelens_ext.continuations.validate_controls import METHODS
-from saelens_ext.continuations.validation import Validation
-from saelens_ext.dictionaries.profile import DictionaryProfile
+from saelens_ext.continuations.steering.passes import MEASURES
+from saelens_ext.continuations.validation.controls import METHODS
+from saelens_ext.continuations.validation.results import Validation
 from tests.report import synthetic
 
 HOOKS = ("blocks.1.hook_mlp_out", "blocks.2.hook_mlp_out")

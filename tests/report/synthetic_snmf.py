@@ -5,13 +5,13 @@ from types import SimpleNamespace
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from saelens_ext.analysis.profile import DictionaryProfile
 from saelens_ext.dictionaries.hierarchy import HierarchicalSNMF
-from saelens_ext.dictionaries.profile import DictionaryProfile
 from saelens_ext.dictionaries.snmf import SNMFDictionary
 from saelens_ext.dictionaries.snmf_fit_result import SNMFFitResult
-from saelens_ext.report.snmf_section import SNMFLevel, SNMFSection
-from saelens_ext.steered_features import SteeredFeatures, SteeredText
-from saelens_ext.steering_strength import MatchedStrength
+from saelens_ext.report.dictionary.snmf_section import SNMFLevel, SNMFSection
+from saelens_ext.steering.steer_features import SteeredFeatures, SteeredText
+from saelens_ext.steering.strength import MatchedStrength
 from tests.report import synthetic
 
 RANKS = (60, 12, 5)

@@ -11,12 +11,11 @@ import pytest
 from scipy.spatial.distance import cdist
 from sklearn.decomposition import PCA
 
-from saelens_ext.report import _page
-from saelens_ext.report._audit_maps import MAX_POINTS, flat_map, maps_data, shown_rows
-from saelens_ext.report._audit_modes import ExampleFinder, mark_of
-from saelens_ext.report._audit_tests import _outcome, comparisons, dose_data, joint_verdict, specificity_cells, verdict, verdict_of
-from saelens_ext.report._audit_words import fixed, interval_decimals, p_value, plain, quoted, signed
-from saelens_ext.report.audit_report import write_audit_report
+from saelens_ext.report.audit.audit_report import write_audit_report
+from saelens_ext.report.audit.maps import MAX_POINTS, flat_map, maps_data, shown_rows
+from saelens_ext.report.audit.modes import ExampleFinder, mark_of
+from saelens_ext.report.audit.tests_section import _outcome, comparisons, dose_data, joint_verdict, specificity_cells, verdict, verdict_of
+from saelens_ext.report.audit.wording import fixed, interval_decimals, p_value, plain, quoted, signed
 from tests.report import synthetic_audit as made
 
 INSIDE = re.compile(r'<script type="application/json" id="([a-z0-9-]+)">(.*?)</script>', re.DOTALL)

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from saelens_ext.report.dictionary_report import write_dictionary_report
+from saelens_ext.report.dictionary.dictionary_report import write_dictionary_report
 from tests.report import synthetic
 from tests.report.browser import PHONE, REGIONS, WIDE
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from saelens_ext.report.audit_report import write_audit_report
+from saelens_ext.report.audit.audit_report import write_audit_report
 from tests.report import synthetic_audit as made
 from tests.report.browser import PHONE, WIDE
 from tests.report.test_browser import CONTRAST

@@ -2,7 +2,7 @@
 
 import pytest
 
-from saelens_ext.report.dictionary_report import write_dictionary_report
+from saelens_ext.report.dictionary.dictionary_report import write_dictionary_report
 from tests.report import synthetic_snmf
 from tests.report.browser import PHONE, WIDE
 from tests.report.synthetic_snmf import RANKS, UNREACHED

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from saelens_ext.tokens import token_strings
+from saelens_ext.host.tokens import token_strings
 from tests.report import synthetic
 from tests.report.browser import REGIONS
 

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from saelens_ext.report import _page
-from saelens_ext.report._evaluation import evaluation_rows
-from saelens_ext.report._format import angle, share, significant, visible
-from saelens_ext.report._growth import growth_data
-from saelens_ext.report._payload import Vocabulary, nearest_others
-from saelens_ext.report._projection import project
-from saelens_ext.report.dictionary_report import write_dictionary_report
-from saelens_ext.tokens import token_strings
+from saelens_ext.host.tokens import token_strings
+from saelens_ext.report.dictionary.dictionary_report import write_dictionary_report
+from saelens_ext.report.dictionary.evaluation import evaluation_rows
+from saelens_ext.report.dictionary.growth import growth_data
+from saelens_ext.report.dictionary.regions import Vocabulary, nearest_others
+from saelens_ext.report.format import angle, share, significant, visible
+from saelens_ext.report.page import embed_json
+from saelens_ext.report.projection import project
 from tests.report import synthetic
 
 INSIDE = re.compile(r'<script type="application/json" id="([a-z-]+)">(.*?)</script>', re.DOTALL)
@@ -214,10 +214,10 @@ def test_figures_are_written_sensibly():
 
 def test_json_escapes_survive_a_round_trip():
     value = {"</script><!--": ["\u2028\u2029&<>\"'\\", "\ud83d", "é🙂\x00"]}
-    text = str(_page.embed_json(value))
+    text = str(embed_json(value))
     assert json.loads(text) == value and text.isascii() and not set("<>&") & set(text)
     with pytest.raises(ValueError):
-        _page.embed_json(math.nan)
+        embed_json(math.nan)
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])

@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from saelens_ext.neuron_overlap import neuron_overlap
-from saelens_ext.report import _snmf_summary
-from saelens_ext.report._features import activity_shares, feature_data
-from saelens_ext.report.dictionary_report import write_dictionary_report
-from saelens_ext.report.snmf_section import SNMFLevel, SNMFSection
-from saelens_ext.tokens import token_strings
+from saelens_ext.analysis.neuron_overlap import neuron_overlap
+from saelens_ext.host.tokens import token_strings
+from saelens_ext.report.dictionary import snmf_summary
+from saelens_ext.report.dictionary.dictionary_report import write_dictionary_report
+from saelens_ext.report.dictionary.features import activity_shares, feature_data
+from saelens_ext.report.dictionary.snmf_section import SNMFLevel, SNMFSection
 from tests.report import synthetic, synthetic_snmf
 from tests.report.synthetic_snmf import RANKS
 
@@ -112,12 +112,12 @@ def test_continuations_are_with_their_feature(data):
 
 
 def test_the_summary_has_every_figure(section):
-    facts = {fact.key: fact for fact in _snmf_summary.snmf_facts(section)}
+    facts = {fact.key: fact for fact in snmf_summary.snmf_facts(section)}
     assert facts["hook"].value == synthetic_snmf.HOOK and "blocks.2.mlp.out.hook_in" in facts["hook"].meaning
     assert (facts["features"].value, facts["loss"].value, facts["damping"].value) == ("60", "0.490", "0.1")
     assert "0.600 on documents" in facts["loss"].meaning and "at most 9 neurons" in facts["features"].meaning
     assert "1 are active nowhere" in facts["active"].meaning
-    rows = _snmf_summary.level_rows(section)
+    rows = snmf_summary.level_rows(section)
     assert [row.label for row in rows] == ["Level 0", "Level 1", "Level 2", "Without a tree"]
     assert [row.loss for row in rows] == ["0.490", "0.590", "0.690", "0.457"]
     assert [row.held_out for row in rows] == ["0.600", "0.610", "0.620", "0.568"]
@@ -127,10 +127,10 @@ def test_the_summary_has_every_figure(section):
 
 def test_one_dictionary_has_the_figures_of_its_fit(tokenizer):
     section = synthetic_snmf.make_flat_section(tokenizer)
-    facts = {fact.key: fact for fact in _snmf_summary.snmf_facts(section)}
+    facts = {fact.key: fact for fact in snmf_summary.snmf_facts(section)}
     assert facts["loss"].value == "0.457" and "0.568 on documents" in facts["loss"].meaning
-    assert facts["stopped"].value == "Convergence" and "hierarchy" not in _snmf_summary.snmf_lead(section)
-    (row,) = _snmf_summary.level_rows(section)
+    assert facts["stopped"].value == "Convergence" and "hierarchy" not in snmf_summary.snmf_lead(section)
+    (row,) = snmf_summary.level_rows(section)
     assert (row.dead, row.duplicate, row.revived, row.held_out) == ("1", "2", "7", "0.568")
 
 
@@ -140,11 +140,11 @@ def test_duplicates_are_counted_once():
     features[5] = 3 * features[1]
     features[4] = -features[0]
     dictionary = type(synthetic_snmf.make_dictionary(2, 0)).from_features(features)
-    assert _snmf_summary.n_duplicates(dictionary) == 2
+    assert snmf_summary.n_duplicates(dictionary) == 2
 
 
 def test_a_curve_spans_its_box_and_falls(section):
-    for plot in _snmf_summary.loss_plots(section):
+    for plot in snmf_summary.loss_plots(section):
         points = [tuple(map(float, point.split(","))) for point in plot.points.split()]
         assert points[0] == (0, 2) and points[-1] == (100, 38)
         assert all(after[1] >= before[1] for before, after in zip(points, points[1:], strict=False))

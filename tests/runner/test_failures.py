@@ -13,12 +13,12 @@ import pytest
 import torch
 from sae_lens.load_model import HookedProxyLM
 
+from saelens_ext.activations.cached_stream import CachedStream
 from saelens_ext.dictionaries.fit_snmf import sum_of_squares
 from saelens_ext.runner import DictionaryRunner, ExemplarBuildConfig, SNMFBuildConfig, build_pass, runner
 from saelens_ext.runner.checkpoints import Checkpoint
 from saelens_ext.runner.evaluation import eval_windows
 from saelens_ext.runner.sources import open_stream
-from saelens_ext.runner.streams import CachedStream
 from tests import models_zoo
 from tests.runner.runs import FACTORS, HOOK, NEURONS, TEXTS, config
 

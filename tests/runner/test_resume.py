@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from saelens_ext import FitResult, SNMFFitResult
-from saelens_ext.activations import ActivationStream
+from saelens_ext.activations.stream import ActivationStream
 from saelens_ext.dictionaries.grow_exemplars import ExemplarBuild, ExemplarFitConfig
 from saelens_ext.runner import DictionaryRunner, ExemplarBuildConfig, SNMFBuildConfig, build_pass
 from tests.runner.runs import FACTORS, HOOK, NEURONS, PARTITIONS, TEXTS, assert_same_partition, config

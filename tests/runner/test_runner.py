@@ -10,7 +10,7 @@ import torch
 from sae_lens import SAE, run_evals
 
 from saelens_ext import ActivationStream, FitResult, SNMFFitResult, _files, fit_exemplar_partitions, fit_snmf, profile_dictionary
-from saelens_ext.dictionaries.profile import DictionaryProfile
+from saelens_ext.analysis.profile import DictionaryProfile
 from saelens_ext.runner import DictionaryRunner, DictionaryRunnerConfig, ExemplarBuildConfig, SNMFBuildConfig, build_pass, evaluation
 from tests.runner.runs import FACTORS, HOOK, NEURONS, TEXTS, assert_same_partition, config
 

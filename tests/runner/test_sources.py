@@ -10,9 +10,10 @@ from sae_lens import SAE, CacheActivationsRunner, CacheActivationsRunnerConfig
 from sae_lens.load_model import HookedProxyLM
 
 from saelens_ext import ActivationStream, fit_exemplar_partition, retarget
+from saelens_ext.activations.cached_stream import CachedStream
+from saelens_ext.activations.proxy_stream import ProxyStream
 from saelens_ext.runner import DictionaryRunner, ExemplarBuildConfig, SNMFBuildConfig
 from saelens_ext.runner.sources import open_dataset, open_model, open_stream
-from saelens_ext.runner.streams import CachedStream, ProxyStream
 from tests import models_zoo
 from tests.runner.runs import HOOK, TEXTS, config
 

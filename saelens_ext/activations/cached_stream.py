@@ -1,0 +1,163 @@
+"""Activations that SAELens' CacheActivationsRunner wrote, as a stream."""
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from sae_lens.load_model import HookedProxyLM
+from transformers import PreTrainedTokenizerBase
+
+from saelens_ext._checks import near_matches, positive
+from saelens_ext.activations.proxy_stream import ProxyStream, describe_any
+from saelens_ext.activations.settings import checked_names, excluded_ids, positions_read
+from saelens_ext.activations.stream import NO_TOKEN, ActivationBatch, ActivationStream
+from saelens_ext.host.hook_names import spellings_of
+from saelens_ext.host.models import HostModel, resolve_hook
+
+TOKEN_IDS = "token_ids"
+"""The column of token ids in SAELens' cache of activations."""
+
+
+
+
+class CachedStream(ActivationStream):
+    """Activations that SAELens' CacheActivationsRunner wrote.
+
+    The cache does not say where documents end, so a document here is a window of the cache. Without its token ids (an old
+    cache) tokens are -1, and no token can be left out.
+
+    Args:
+        path: the folder of the cache.
+        hook_name: the hook or hooks to read.
+        model: the model that the activations came from, if at hand.
+        tokenizer: the model's, for special tokens; by default that of ``model``.
+        context_size: tokens in a window of the cache.
+        batch_size: windows in a batch.
+        max_tokens: activations after which a pass ends.
+        exclude_special_tokens: leave out special tokens, the listed token ids, or none.
+        seqpos_slice: positions of a window that are read.
+        device: where the activations go.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        hook_name: str | Sequence[str],
+        *,
+        model: HostModel | HookedProxyLM | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        context_size: int = 128,
+        batch_size: int = 16,
+        max_tokens: int | None = None,
+        exclude_special_tokens: bool | Sequence[int] = True,
+        seqpos_slice: Sequence[int | None] = (None,),
+        device: str | torch.device = "cpu",
+    ) -> None:
+        if not Path(path).is_dir():
+            raise FileNotFoundError(f"{path} is not a folder: cached_activations_path is the new_cached_activations_path of the CacheActivationsRunner.")
+        rows = datasets.load_from_disk(str(path))
+        self.model, self.tokenizer = model, tokenizer or getattr(model, "tokenizer", None)
+        self.requested_hook_names = checked_names(hook_name)
+        self._columns = {name: _column(name, rows.column_names, path) for name in self.requested_hook_names}
+        named = [resolve_hook(model, name) if model is not None else self._columns[name] for name in self.requested_hook_names]
+        self.hook_names = tuple(named)
+        self.has_tokens = TOKEN_IDS in rows.column_names
+        self._rows = rows.with_format("torch", columns=[*self._columns.values(), *([TOKEN_IDS] if self.has_tokens else [])])
+        shapes = {name: self._rows.features[column].shape for name, column in self._columns.items()}
+        self._d_in = {name: shape[1] for name, shape in shapes.items()}
+        self.context_size = next(iter(shapes.values()))[0]
+        if context_size != self.context_size:
+            raise ValueError(f"The activations in {path} are in windows of {self.context_size} tokens, got context_size={context_size}.")
+        self.batch_size = positive(batch_size, "batch_size")
+        self.max_tokens = None if max_tokens is None else positive(max_tokens, "max_tokens")
+        if exclude_special_tokens and not self.has_tokens:
+            raise ValueError(f"The activations in {path} come without token ids, so none can be left out: set exclude_special_tokens=False.")
+        if exclude_special_tokens is True and self.tokenizer is None:
+            raise ValueError("exclude_special_tokens=True needs the tokenizer: name the model (model_name), list the token ids, or set it to False.")
+        self.exclude_special_tokens = exclude_special_tokens
+        self._excluded = excluded_ids(self.tokenizer, exclude_special_tokens)
+        self.seqpos_slice = tuple(seqpos_slice)
+        self._read_positions = positions_read(self.seqpos_slice, self.context_size)
+        self.device, self.path, self.progress = torch.device(device), Path(path), False
+        first = self._rows[0][TOKEN_IDS][0] if self.has_tokens else None
+        bos_id = getattr(self.tokenizer, "bos_token_id", None)
+        self.prepend_bos = first is not None and bos_id is not None and int(first) == bos_id
+        self.is_of_model = None if model is None or not self.has_tokens else self._comes_from(model)
+        if self.is_of_model is False:
+            warnings.warn(
+                f"The activations in {path} are not those that this {type(model).__name__} gives for their tokens: it is "
+                "another model, another class or another mode. The dictionaries do not record a model class, and their "
+                "evaluation on this model says little.",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def __iter__(self) -> Iterator[ActivationBatch]:
+        return self.batches()
+
+    def batches(self, first_window: int = 0, n_read: int = 0) -> Iterator[ActivationBatch]:
+        """The batches of a pass from a window on, as :meth:`ActivationStream.batches`."""
+        left = math.inf if self.max_tokens is None else self.max_tokens - n_read
+        for start in range(first_window, len(self._rows), self.batch_size):
+            if left <= 0:
+                return
+            batch = self._batch_at(start)
+            if len(batch):
+                batch = batch if len(batch) <= left else batch.first(int(left))
+                left -= len(batch)
+                yield batch
+
+    def token_windows(self) -> Iterator[tuple[int, list[int]]]:
+        """Every window as its number and its token ids; none where the cache has no token ids."""
+        if self.has_tokens:
+            for number, row in enumerate(self._rows.with_format("torch", columns=[TOKEN_IDS])):
+                yield number, row[TOKEN_IDS].tolist()
+
+    def _describe_model(self) -> dict[str, Any]:
+        # Only a model that gives the cached activations.
+        return describe_any(self.model) if self.model is not None and self.is_of_model else {}
+
+    def _describe_data(self) -> dict[str, Any]:
+        return {"cached_activations_path": str(self.path), "dataset_fingerprint": self._rows._fingerprint}
+
+    def _batch_at(self, start: int) -> ActivationBatch:
+        rows = self._rows[start : start + self.batch_size]
+        n = len(next(iter(rows.values())))
+        windows = rows[TOKEN_IDS].long() if self.has_tokens else torch.full((n, self.context_size), NO_TOKEN)
+        keep = self._read_positions.expand(n, -1) & ~torch.isin(windows, self._excluded)
+        window, position = keep.nonzero(as_tuple=True)
+        activations = {name: rows[column].to(self.device)[keep.to(self.device)] for name, column in self._columns.items()}
+        self._check_activations(activations, window + start, position)
+        return ActivationBatch(
+            activations=activations, token_ids=windows[keep], sequence_ids=window + start, positions=position,
+            document_ids=window + start, windows=windows, first_sequence_id=start,
+        )
+
+    def _comes_from(self, model: HostModel | HookedProxyLM) -> bool:
+        """Whether the model gives the activations of the first window for its tokens, up to the rounding of a half-precision cache."""
+        row = self._rows[0]
+        kind = ProxyStream if isinstance(model, HookedProxyLM) else ActivationStream
+        again = kind(
+            model, [{"tokens": row[TOKEN_IDS].tolist()}], self.hook_names, context_size=self.context_size,
+            exclude_special_tokens=False, prepend_bos=self.prepend_bos,
+        )
+        given = next(again.batches()).activations
+        pairs = [(row[self._columns[name]].float(), given[new].float().cpu()) for name, new in zip(self._columns, self.hook_names)]
+        return all(old.shape == new.shape and bool((old - new).norm() <= 0.02 * new.norm()) for old, new in pairs)
+
+
+
+
+
+
+def _column(hook_name: str, columns: Sequence[str], path: str | Path) -> str:
+    """The column of a cache that holds a hook, by any of its spellings."""
+    found = [name for name in (hook_name, *spellings_of(hook_name, False), *spellings_of(hook_name, True)) if name in columns]
+    if not found:
+        hooks = [name for name in columns if name != TOKEN_IDS]
+        raise ValueError(f"The activations in {path} are of {', '.join(hooks)}, not of {hook_name!r}.{near_matches(hook_name, hooks)}")
+    return found[0]

@@ -1,0 +1,371 @@
+"""A model's activations on a dataset, each with the token, document and position that it belongs to.
+
+Symbols: ``n`` activations in a batch, ``d_in`` the width of one, ``b`` windows in a batch, ``L`` the context size.
+"""
+
+import logging
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int64, Shaped
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformer_lens import HookedTransformer
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.exceptions import StopAtLayerException
+
+from saelens_ext._checks import positive
+from saelens_ext.activations.settings import bos_to_prepend, checked_context_size, checked_names, excluded_ids, positions_read
+from saelens_ext.activations.windows import Window, WindowSource
+from saelens_ext.host.models import HostModel, describe_model, resolve_hook, stop_layer, tokenizer_of
+
+logger = logging.getLogger(__name__)
+
+NO_TOKEN = -1
+"""What fills a window beyond its last token."""
+
+
+@dataclass(frozen=True)
+class ActivationBatch:
+    """Activations with where they come from, row by row.
+
+    Row ``i`` of everything belongs to one token. ``len(batch)`` is the number of rows.
+    """
+
+    activations: dict[str, Shaped[Tensor, "n _"]]
+    """For each hook, by the name the user gave it, one activation per row, on the model's device and in its dtype."""
+    token_ids: Int64[Tensor, " n"]
+    """The token at which the activation was read, on the CPU as all that follow."""
+    sequence_ids: Int64[Tensor, " n"]
+    """The window, counted from 0 over the whole stream."""
+    positions: Int64[Tensor, " n"]
+    """The place within the window, BOS being 0 where there is one."""
+    document_ids: Int64[Tensor, " n"]
+    """The row of the dataset."""
+    windows: Int64[Tensor, "b L"]
+    """The tokens of every window of this batch, filled up with -1."""
+    first_sequence_id: int
+    """The number of the first of ``windows``."""
+
+    def __len__(self) -> int:
+        return self.token_ids.shape[0]
+
+    def context(self, rows: Any) -> Int64[Tensor, "r L"]:
+        """The whole windows that rows come from.
+
+        Args:
+            rows: row numbers, or a boolean mask over the rows; anything that indexes a tensor.
+
+        Returns:
+            One window per row asked for, filled up with -1.
+        """
+        return self.windows[torch.atleast_1d(self.sequence_ids[rows]) - self.first_sequence_id]
+
+    def first(self, n: int) -> "ActivationBatch":
+        """The first ``n`` rows, with all the windows."""
+        return replace(
+            self,
+            activations={name: rows[:n] for name, rows in self.activations.items()},
+            token_ids=self.token_ids[:n],
+            sequence_ids=self.sequence_ids[:n],
+            positions=self.positions[:n],
+            document_ids=self.document_ids[:n],
+        )
+
+
+class ActivationStream:
+    """A model's activations on a dataset, batch by batch, the same on every pass.
+
+    Documents are tokenised without special tokens and cut into consecutive windows of ``context_size`` tokens. Windows
+    are padded on the right, and the attention mask alone says what is padding. The forward pass ends at the last hooked
+    block. Hooks on the model and SAEs attached to it stay in force (what is read is what they let through), and the
+    model's training mode and the grad mode are left as they are.
+
+    Args:
+        model: a `HookedSAETransformer` or `SAETransformerBridge` (or the TransformerLens class beneath).
+        dataset: a `datasets.Dataset` or `IterableDataset`, a list of strings, or the name of a dataset, whose train
+            split is streamed. Rows hold text, token ids (``input_ids``, ``tokens``) or chat ``messages``.
+        hook_name: the hook to read, or several; any spelling that `resolve_hook` knows.
+        context_size: tokens in a window, BOS included; 2 to the model's own limit.
+        batch_size: windows in a forward pass.
+        max_tokens: activations per hook after which a pass ends, exactly; None reads the whole dataset.
+        exclude_special_tokens: leave out activations at BOS, EOS, padding and separator tokens (True), at the listed
+            token ids, or at none (False).
+        prepend_bos: whether every window starts with BOS; None: if the model's tokenizer has one and the model is not
+            configured otherwise. A document that starts with BOS gets no second.
+        text_column: the column of the documents.
+        seqpos_slice: ``(stop,)``, ``(start, stop)`` or ``(start, stop, step)`` over the positions of a whole window, as
+            in SAELens: positions outside it are not read.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: for a hook that the model does not have, a size out of range, a dataset that is empty or has no such
+            column, a model without a tokenizer where one is needed; and while iterating, for activations that are not
+            finite, and when the dataset holds nothing to read.
+
+    Attributes:
+        model, tokenizer, context_size, batch_size, max_tokens, prepend_bos: as given, or as settled from None.
+        requested_hook_names: the names as given, by which a batch's activations are found.
+        hook_names: the names that fire on the model, in the same order.
+    """
+
+    def __init__(
+        self,
+        model: HostModel,
+        dataset: Any,
+        hook_name: str | Sequence[str],
+        *,
+        context_size: int = 128,
+        batch_size: int = 16,
+        max_tokens: int | None = None,
+        exclude_special_tokens: bool | Sequence[int] = True,
+        prepend_bos: bool | None = None,
+        text_column: str = "text",
+        seqpos_slice: Sequence[int | None] = (None,),
+        progress: bool = False,
+    ):
+        if not isinstance(model, (HookedTransformer, TransformerBridge)):
+            raise ValueError(
+                f"model must be a HookedSAETransformer or an SAETransformerBridge, got a {type(model).__name__}: "
+                "host it with saelens_ext.host.models.load_model(name, hf_model=model, tokenizer=tokenizer)."
+            )
+        self.model = model
+        self.requested_hook_names = checked_names(hook_name)
+        self.hook_names = tuple(resolve_hook(model, name) for name in self.requested_hook_names)
+        self.context_size = checked_context_size(context_size, getattr(model.cfg, "n_ctx", None))
+        self.batch_size = positive(batch_size, "batch_size")
+        self.max_tokens = None if max_tokens is None else positive(max_tokens, "max_tokens")
+        self.exclude_special_tokens = exclude_special_tokens
+        self.tokenizer = getattr(model, "tokenizer", None)
+        self._excluded = excluded_ids(tokenizer_of(model) if exclude_special_tokens is True else None, exclude_special_tokens)
+        bos_id = bos_to_prepend(self.tokenizer, prepend_bos, getattr(model.cfg, "default_prepend_bos", True) is not False)
+        self.prepend_bos = bos_id is not None
+        self.seqpos_slice = tuple(seqpos_slice)
+        self._read_positions = positions_read(self.seqpos_slice, self.context_size)
+        self.progress = progress
+        self._d_in: dict[str, int] = {}
+        self._windows = WindowSource(
+            dataset,
+            self.tokenizer,
+            context_size=self.context_size,
+            bos_id=bos_id,
+            text_column=text_column,
+            vocabulary_size=getattr(model.cfg, "d_vocab", None),
+        )
+
+    def __iter__(self) -> Iterator[ActivationBatch]:
+        """Start a pass from the first document."""
+        with tqdm(total=self.max_tokens, unit="tok", desc="activations", disable=not self.progress) as bar:
+            for batch in self.batches():
+                bar.update(len(batch))
+                yield batch
+        if not self._d_in:
+            raise ValueError(
+                f"No activation to read: exclude_special_tokens={self.exclude_special_tokens!r} and "
+                f"seqpos_slice={self.seqpos_slice!r} leave out every token of all windows."
+            )
+
+    def batches(self, first_window: int = 0, n_read: int = 0) -> Iterator[ActivationBatch]:
+        """The batches of a pass from a window on, the same as in a whole pass; without a progress bar.
+
+        Args:
+            first_window: windows that came before, a whole number of batches.
+            n_read: activations that they gave.
+        """
+        _warn_of_dropout(self.model)
+        left = math.inf if self.max_tokens is None else self.max_tokens - n_read
+        if left <= 0:
+            return
+        for batch in self._batches(_numbered_chunks(self._windows, self.batch_size, first_window)):
+            if len(batch):
+                batch = batch if len(batch) <= left else batch.first(int(left))
+                left -= len(batch)
+                yield batch
+                if left == 0:
+                    return
+
+    def token_windows(self) -> Iterator[tuple[int, list[int]]]:
+        """Every window as its document and its token ids; the model is not run."""
+        for window in self._windows:
+            yield window.document_id, window.token_ids
+
+    @property
+    def excluded_ids(self) -> list[int]:
+        """Token ids whose activations are left out."""
+        return self._excluded.tolist()
+
+    def _batches(self, chunks: Iterator[tuple[int, list[Window]]]) -> Iterator[ActivationBatch]:
+        """A batch for every chunk of windows, in order; each comes with the number of its first window."""
+        for first, windows in chunks:
+            yield self._batch(windows, first)
+
+    @property
+    def d_in(self) -> dict[str, int]:
+        """The width of the activations of each hook, by the name the user gave; read from one window if need be."""
+        if not self._d_in:
+            window = next(iter(self._windows))
+            tokens, real = self._padded([window])
+            self._remember_widths(self._forward(tokens, real, real))
+        return dict(self._d_in)
+
+    def describe(self) -> dict[str, Any]:
+        """What was read and how, as a JSON-safe dictionary in the names of SAELens' metadata."""
+        excluded = self.exclude_special_tokens
+        return {
+            **self._describe_model(),
+            "hook_names": list(self.hook_names),
+            "context_size": self.context_size,
+            "prepend_bos": self.prepend_bos,
+            "exclude_special_tokens": excluded if isinstance(excluded, bool) else [int(i) for i in excluded],
+            "seqpos_slice": list(self.seqpos_slice),
+            "max_tokens": self.max_tokens,
+            # SAELens' multiple_evals unpacks it, given or not.
+            "model_from_pretrained_kwargs": {},
+            **self._describe_data(),
+        }
+
+    def _describe_model(self) -> dict[str, Any]:
+        return describe_model(self.model)
+
+    def _describe_data(self) -> dict[str, Any]:
+        return self._windows.describe()
+
+    def _batch(self, windows: list[Window], first_sequence_id: int) -> ActivationBatch:
+        tokens, real = self._padded(windows)
+        keep = real & self._read_positions[: tokens.shape[1]]
+        if self._excluded.numel():
+            keep &= ~torch.isin(tokens, self._excluded)
+        window, position = keep.nonzero(as_tuple=True)
+        documents = torch.tensor([w.document_id for w in windows])[window]
+        # A batch in which nothing is to be read needs no pass through the model.
+        activations = self._forward(tokens, real, keep) if len(window) else {}
+        self._check_activations(activations, documents, position)
+        self._remember_widths(activations)
+        return ActivationBatch(
+            activations=activations,
+            token_ids=tokens[keep],
+            sequence_ids=window + first_sequence_id,
+            positions=position,
+            document_ids=documents,
+            windows=self._full_width(tokens, real),
+            first_sequence_id=first_sequence_id,
+        )
+
+    def _padded(self, windows: list[Window]) -> tuple[Int64[Tensor, "b l"], Bool[Tensor, "b l"]]:
+        """Token ids and which of them are real, as wide as the longest window."""
+        width = max(len(window.token_ids) for window in windows)
+        pad_id = getattr(self.tokenizer, "pad_token_id", None) or 0
+        tokens = torch.full((len(windows), width), pad_id, dtype=torch.int64)
+        real = torch.zeros((len(windows), width), dtype=torch.bool)
+        for row, window in enumerate(windows):
+            length = len(window.token_ids)
+            tokens[row, :length] = torch.tensor(window.token_ids, dtype=torch.int64)
+            real[row, :length] = True
+        return tokens, real
+
+    def _full_width(self, tokens: Int64[Tensor, "b l"], real: Bool[Tensor, "b l"]) -> Int64[Tensor, "b L"]:
+        windows = torch.full((tokens.shape[0], self.context_size), NO_TOKEN, dtype=torch.int64)
+        windows[:, : tokens.shape[1]] = tokens.masked_fill(~real, NO_TOKEN)
+        return windows
+
+    def _forward(
+        self, tokens: Int64[Tensor, "b l"], real: Bool[Tensor, "b l"], keep: Bool[Tensor, "b l"]
+    ) -> dict[str, Tensor]:
+        """One pass through the model, up to the last hook; the kept rows of every hook."""
+        read: dict[str, Tensor] = {}
+        # Resolved anew, as an SAE may have been attached or detached since the last pass.
+        names = {given: resolve_hook(self.model, given) for given in self.requested_hook_names}
+
+        def reader(name: str):
+            def read_rows(activation: Tensor, hook: Any) -> None:
+                # HookedTransformer normalises for queries, keys and values apart, firing the norm's hooks three times.
+                if name not in read:
+                    read[name] = kept_rows(activation, keep, name)
+
+            return read_rows
+
+        _run_to_last_hook(self.model, tokens, real, [(name, reader(name)) for name in dict.fromkeys(names.values())])
+        for name in names.values():
+            if name not in read:
+                raise ValueError(
+                    f"The hook {name!r} did not fire in a forward pass of this {type(self.model).__name__}: it is one "
+                    "that the model only has under other settings."
+                )
+        return {given: read[name] for given, name in names.items()}
+
+    def _check_activations(
+        self, activations: dict[str, Tensor], documents: Int64[Tensor, " n"], positions: Int64[Tensor, " n"]
+    ) -> None:
+        for name, rows in activations.items():
+            if rows.shape[1] == 0:
+                raise ValueError(f"The hook {name!r} gives activations of width 0; there is nothing to read.")
+            # One reduction answers for all entries; where they are is asked only when something is wrong.
+            if not bool(torch.isfinite(rows).all()):
+                first = int((~torch.isfinite(rows)).any(dim=1).nonzero()[0])
+                raise ValueError(
+                    f"The activation at hook {name!r}, document {int(documents[first])}, position "
+                    f"{int(positions[first])} holds NaN or infinity. Half-precision overflow is the usual cause: run "
+                    "the model in bfloat16 or float32."
+                )
+
+    def _remember_widths(self, activations: dict[str, Tensor]) -> None:
+        self._d_in.update({name: rows.shape[1] for name, rows in activations.items()})
+
+
+def _warn_of_dropout(model: torch.nn.Module) -> None:
+    if any(isinstance(m, torch.nn.Dropout) and m.training and m.p > 0 for m in model.modules()):
+        warnings.warn(
+            "The model is in training mode and has dropout, so its activations differ from pass to pass: call model.eval().",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+# --- the pass --------------------------------------------------------------------------------------------------------
+
+
+def _numbered_chunks(items: Iterable[Window], size: int, first: int) -> Iterator[tuple[int, list[Window]]]:
+    iterator = islice(items, first, None)
+    while chunk := list(islice(iterator, size)):
+        yield first, chunk
+        first += len(chunk)
+
+
+def kept_rows(activation: Tensor, keep: Bool[Tensor, "b l"], name: str) -> Tensor:
+    """The kept positions of an activation, heads joined; a copy, so nothing later in the pass can change it."""
+    if activation.ndim < 3 or activation.shape[:2] != keep.shape:
+        raise ValueError(
+            f"The hook {name!r} gives a tensor of shape {tuple(activation.shape)} where (windows, positions, …) = "
+            f"{tuple(keep.shape)} is needed: it does not hold one activation per token."
+        )
+    return activation.detach()[keep.to(activation.device)].flatten(start_dim=1)
+
+
+@torch.no_grad()
+def _run_to_last_hook(
+    model: HostModel, tokens: Int64[Tensor, "b l"], real: Bool[Tensor, "b l"], hooks: list[tuple[str, Any]]
+) -> None:
+    """Run the model on right-padded tokens until every hook has fired, and no further than the host can stop."""
+    device = next(iter(model.parameters())).device
+    names = [name for name, _ in hooks]
+    stop = stop_layer(model, names)
+    needs_logits = any(name.startswith("unembed") for name in names)
+    if isinstance(model, TransformerBridge) and (stop is None or stop >= model.cfg.n_layers) and not needs_logits:
+        # A bridge stops only before a block, and after the last one come the logits, the widest tensor of the pass.
+        hooks, stop = [*hooks, ("unembed.hook_in", _stop)], None
+    model.run_with_hooks(
+        tokens.to(device),
+        attention_mask=real.to(device, torch.int64),
+        fwd_hooks=hooks,
+        stop_at_layer=stop,
+        return_type="logits" if needs_logits else None,
+    )
+
+
+def _stop(activation: Tensor, hook: Any) -> None:
+    raise StopAtLayerException(activation)

@@ -1,0 +1,215 @@
+"""A dataset as token windows: documents tokenised without special tokens and cut into consecutive pieces.
+
+A document is one row of the dataset. A window is BOS (where the stream prepends it) and the next piece of one
+document; windows never mix documents.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
+
+import datasets
+from transformers import PreTrainedTokenizerBase
+
+from saelens_ext.activations.fingerprint import hash_texts
+
+logger = logging.getLogger(__name__)
+
+MIN_CONTENT = 2
+"""Tokens of content, BOS not counted, below which a document is skipped."""
+
+# Where documents are looked for when the dataset has no column of the asked name and none was asked for by name.
+_DEFAULT_COLUMN = "text"
+_OTHER_COLUMNS = ("input_ids", "tokens", "messages")
+
+
+@dataclass(frozen=True)
+class Window:
+    """A piece of one document, as the model sees it."""
+
+    token_ids: list[int]
+    document_id: int
+
+
+class WindowSource:
+    """The windows of a dataset, in its order; each pass starts over.
+
+    Args:
+        dataset: a `datasets.Dataset` or `IterableDataset`, a sequence of strings or of rows, or the name of a dataset
+            (its train split is streamed). A row's document is text, token ids (``input_ids`` or ``tokens``, read with
+            the row's ``attention_mask`` when it has one), or chat ``messages``.
+        tokenizer: what turns text into tokens; None when the rows hold token ids.
+        context_size: tokens in a whole window, BOS included.
+        bos_id: the token that starts every window, or None. A document that starts with it already gets no second.
+        text_column: the column that holds the documents.
+        vocabulary_size: token ids at or above it are refused; None checks nothing.
+
+    Raises:
+        ValueError: when the dataset is empty, can be read only once, or has no such column.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        tokenizer: PreTrainedTokenizerBase | None,
+        *,
+        context_size: int,
+        bos_id: int | None,
+        text_column: str = _DEFAULT_COLUMN,
+        vocabulary_size: int | None = None,
+    ):
+        self.name = dataset if isinstance(dataset, str) else None
+        self.fingerprint: str | None = None  # of the dataset, where whoever opened it knows better than its rows
+        self.rows = _open(dataset)
+        self.tokenizer = tokenizer
+        self.context_size = context_size
+        self.bos_id = bos_id
+        self.text_column = text_column
+        self.vocabulary_size = vocabulary_size
+        columns = getattr(self.rows, "column_names", None)
+        if isinstance(columns, list):
+            self._column(columns)
+
+    def __iter__(self) -> Iterator[Window]:
+        """Yield every window. Raises ValueError when there is none."""
+        n_documents = n_skipped = 0
+        for document_id, row in enumerate(self.rows):
+            n_documents += 1
+            content = self._content(row, document_id)
+            if len(content) < MIN_CONTENT:
+                n_skipped += 1
+                continue
+            for piece in self._cut(content):
+                yield Window(piece, document_id)
+        if n_documents == 0:
+            raise ValueError("The dataset is empty: it has no row to read a document from.")
+        if n_skipped:
+            logger.info("%d of %d documents skipped: fewer than %d tokens.", n_skipped, n_documents, MIN_CONTENT)
+        if n_skipped == n_documents:
+            raise ValueError(
+                f"No usable document: all {n_documents} have fewer than {MIN_CONTENT} tokens of content. "
+                "Is text_column the column that holds the text?"
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """The dataset's name and fingerprint, as far as it has them, for a record of what was read."""
+        info = getattr(self.rows, "info", None)
+        return {
+            "dataset_path": self.name or getattr(info, "dataset_name", None),
+            "dataset_fingerprint": self.fingerprint or getattr(self.rows, "_fingerprint", None) or hash_texts(self.rows),
+        }
+
+    def _cut(self, content: list[int]) -> Iterator[list[int]]:
+        start = [] if self.bos_id is None else [self.bos_id]
+        step = self.context_size - len(start)
+        for begin in range(0, len(content), step):
+            yield start + content[begin : begin + step]
+
+    def _content(self, row: Any, document_id: int) -> list[int]:
+        """The document's tokens without the BOS that its windows will get."""
+        ids = self._token_ids(row, document_id)
+        return ids[1:] if self.bos_id is not None and ids[:1] == [self.bos_id] else ids
+
+    def _token_ids(self, row: Any, document_id: int) -> list[int]:
+        document = row if isinstance(row, str) else row[self._column(list(_fields(row)))]
+        if document is None:
+            return []
+        if isinstance(document, str):
+            return self._tokenise(document)
+        if isinstance(document, Sequence) and document and isinstance(document[0], Mapping):
+            return self._tokenise(self._apply_chat_template(document))
+        return self._checked(_unpadded(document, row, document_id), document_id)
+
+    def _tokenise(self, text: str) -> list[int]:
+        # verbose=False: documents longer than the model's context are expected, they are cut into windows.
+        return self._needed_tokenizer()(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def _apply_chat_template(self, messages: Any) -> str:
+        tokenizer = self._needed_tokenizer()
+        if not tokenizer.chat_template:
+            raise ValueError(
+                "The dataset holds chat messages, and the tokenizer has no chat template: set tokenizer.chat_template, "
+                "or give text."
+            )
+        return tokenizer.apply_chat_template(messages, tokenize=False)
+
+    def _needed_tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.tokenizer is None:
+            raise ValueError(
+                "The model has no tokenizer, and the dataset holds text: load the model with tokenizer=..., or give a "
+                "dataset of token ids (a column input_ids or tokens)."
+            )
+        return self.tokenizer
+
+    def _checked(self, ids: list[int], document_id: int) -> list[int]:
+        bad = [i for i in ids if i < 0 or (self.vocabulary_size is not None and i >= self.vocabulary_size)]
+        if bad:
+            raise ValueError(
+                f"Document {document_id} holds the token id {bad[0]}, outside the model's vocabulary of "
+                f"{self.vocabulary_size} tokens. Was it tokenised for another model?"
+            )
+        return ids
+
+    def _column(self, columns: list[str]) -> str:
+        """The column that holds the documents."""
+        if self.text_column in columns:
+            return self.text_column
+        others = [name for name in _OTHER_COLUMNS if name in columns] if self.text_column == _DEFAULT_COLUMN else []
+        if not others:
+            raise ValueError(
+                f"The dataset has no column {self.text_column!r}; its columns are {', '.join(map(repr, columns))}. "
+                "Name the one that holds text, token ids or chat messages with text_column=..."
+            )
+        return others[0]
+
+
+def _open(dataset: Any) -> Any:
+    """An object whose iteration starts over each time."""
+    if isinstance(dataset, str):
+        return datasets.load_dataset(dataset, split="train", streaming=True)
+    if isinstance(dataset, Mapping):
+        raise ValueError(
+            f"dataset must be one table of documents, got a {type(dataset).__name__} with the keys "
+            f"{', '.join(map(repr, dataset))}: pick a split, dataset['train'] for instance."
+        )
+    if isinstance(dataset, Iterator) or not hasattr(dataset, "__iter__"):
+        raise ValueError(
+            f"dataset must be something that can be read more than once, got a {type(dataset).__name__}. Give a "
+            "datasets.Dataset or IterableDataset, a list of strings, or the name of a dataset."
+        )
+    if hasattr(dataset, "__len__") and len(dataset) == 0:
+        raise ValueError("The dataset is empty: it has no row to read a document from.")
+    return dataset
+
+
+def _fields(row: Any) -> Mapping[str, Any]:
+    if not isinstance(row, Mapping):
+        raise ValueError(
+            f"A document must be a string, or a row with a column of text, token ids or chat messages; got a {type(row).__name__}."
+        )
+    return row
+
+
+def _unpadded(document: Any, row: Mapping[str, Any], document_id: int) -> list[int]:
+    """Token ids as a list, without what the row's own attention mask says is padding."""
+    ids = _as_list(document)
+    if ids is None or not all(isinstance(i, Integral) for i in ids):
+        raise ValueError(
+            f"Document {document_id} holds {document!r:.80}, which is not text, token ids or chat messages. Is "
+            "text_column the column that holds the documents?"
+        )
+    mask = row.get("attention_mask")
+    return ids if mask is None else [i for i, real in zip(ids, _as_list(mask), strict=True) if real]
+
+
+def _as_list(values: Any) -> list[Any] | None:
+    """A list, tensor or array as a list; None for anything else."""
+    if isinstance(values, (list, tuple)):
+        return list(values)
+    return values.tolist() if hasattr(values, "tolist") else None
+
+
+
+

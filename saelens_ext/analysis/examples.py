@@ -1,0 +1,188 @@
+"""Examples of latents, gathered from a stream: the tokens at which each latent is strongest, nearest or farthest.
+
+Symbols
+    k  latents
+    n  examples kept per latent
+    c  tokens of context on either side
+    r  rows (activations) of a block
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from saelens_ext.activations.stream import ActivationBatch
+
+# Latents whose lists are merged at once: bounds the copies of their contexts.
+_MERGE_LATENTS = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examples:
+    """Examples of each latent, the best first; tensors on the CPU. Places that hold no example are NaN or -1."""
+
+    values: Tensor
+    """What ranks them, an activation or a cosine distance: float32 ``(k, n)``, NaN where empty."""
+    token_ids: Tensor
+    """The token: int64 ``(k, n)``."""
+    document_ids: Tensor
+    """Row of the dataset: int64 ``(k, n)``."""
+    positions: Tensor
+    """Position in its window, BOS included: int64 ``(k, n)``."""
+    contexts: Tensor
+    """Token ids around it: int32 ``(k, n, 2c + 1)``, the token itself in column c, -1 beyond the window."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowBlock:
+    """Consecutive activations of a stream with what is known of them."""
+
+    x: Tensor
+    """Activations ``(r, d)``."""
+    token_ids: Tensor
+    """``(r,)`` int64, as the three below."""
+    document_ids: Tensor
+    """``(r,)``."""
+    positions: Tensor
+    """``(r,)``."""
+    contexts: Tensor
+    """``(r, 2c + 1)`` int32."""
+
+    @classmethod
+    def of(cls, batch: ActivationBatch, hook_name: str, context: int) -> "RowBlock":
+        """One hook of a batch of the stream."""
+        windows = batch.context(torch.arange(len(batch)))
+        return cls(
+            x=batch.activations[hook_name],
+            token_ids=batch.token_ids,
+            document_ids=batch.document_ids,
+            positions=batch.positions,
+            contexts=centred_contexts(windows, batch.positions, context),
+        )
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def __getitem__(self, rows: slice) -> "RowBlock":
+        return RowBlock(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
+
+    def followed_by(self, other: "RowBlock") -> "RowBlock":
+        """Both, one after the other."""
+        return RowBlock(
+            **{field.name: torch.cat([getattr(self, field.name), getattr(other, field.name)]) for field in fields(self)}
+        )
+
+
+def centred_contexts(windows: Tensor, positions: Tensor, context: int) -> Tensor:
+    """Cut the tokens around a position out of each window.
+
+    Args:
+        windows: token ids ``(r, L)``, padded with -1.
+        positions: column of the token in its window ``(r,)``.
+        context: tokens on either side.
+
+    Returns:
+        Token ids ``(r, 2 * context + 1)`` int32 with the token in the middle, -1 beyond either end of the window.
+    """
+    columns = positions[:, None] + torch.arange(-context, context + 1)
+    inside = (columns >= 0) & (columns < windows.shape[1])
+    taken = windows.gather(1, columns.clamp(0, windows.shape[1] - 1))
+    return torch.where(inside, taken, -1).to(torch.int32)
+
+
+class BlockCutter:
+    """Cuts a stream into blocks of ``rows`` activations (the last may be shorter), however it is batched.
+
+    Matrix products round differently for different numbers of rows; with the same rows in the same block, what is
+    computed from them is the same to the last bit.
+    """
+
+    def __init__(self, hook_name: str, context: int, rows: int):
+        self._hook_name, self._context, self._rows = hook_name, context, rows
+        self._carried: RowBlock | None = None
+
+    def cut(self, batch: ActivationBatch) -> Iterator[RowBlock]:
+        """The blocks that a batch completes; to be run through before the next batch."""
+        block = RowBlock.of(batch, self._hook_name, self._context)
+        carried = block if self._carried is None else self._carried.followed_by(block)
+        whole = len(carried) - len(carried) % self._rows
+        self._carried = carried[whole:]
+        for start in range(0, whole, self._rows):
+            yield _copied(carried[start : start + self._rows])
+
+    def rest(self) -> Iterator[RowBlock]:
+        """What is left behind the last whole block, if anything."""
+        if self._carried is not None and len(self._carried):
+            yield _copied(self._carried)
+
+
+def _copied(block: RowBlock) -> RowBlock:
+    # A slice starts at any address and some kernels round by alignment; a fresh tensor is always aligned alike.
+    return replace(block, x=block.x.clone())
+
+
+class ExampleTable:
+    """The n best examples of each of k latents so far; of equal ones, the first in the stream."""
+
+    def __init__(self, k: int, n: int, context: int, device: torch.device):
+        self._n = n
+        self._scores = torch.full((k, n), -torch.inf)
+        self._values = torch.full((k, n), torch.nan)
+        # A copy of the last column where the scores are computed, so that few candidates leave that device.
+        self.worst = torch.full((k,), -torch.inf, device=device)
+        self._records = {
+            "token_ids": torch.full((k, n), -1),
+            "document_ids": torch.full((k, n), -1),
+            "positions": torch.full((k, n), -1),
+            "contexts": torch.full((k, n, 2 * context + 1), -1, dtype=torch.int32),
+        }
+
+    def offer(self, latents: Tensor, scores: Tensor, rows: Tensor, block: RowBlock, values: Tensor) -> None:
+        """Offer candidates, in stream order: row ``rows[i]`` of the block scores ``scores[i]`` for latent ``latents[i]``.
+
+        ``values[i]`` is what is shown of it.
+        """
+        better = scores > self.worst[latents]
+        latents, scores, rows = latents[better].cpu(), scores[better].float().cpu(), rows[better].cpu()
+        values = values[better].float().cpu()
+        if len(latents) == 0:
+            return
+        # By latent, within it by score, within that in stream order: two stable sorts, the last key first.
+        order = scores.sort(descending=True, stable=True).indices
+        order = order[latents[order].sort(stable=True).indices]
+        latents, scores, rows, values = latents[order], scores[order], rows[order], values[order]
+        touched, sizes = latents.unique_consecutive(return_counts=True)
+        group = torch.arange(len(touched)).repeat_interleave(sizes)
+        rank = torch.arange(len(latents)) - (sizes.cumsum(0) - sizes)[group]
+        kept = rank < self._n
+        new_scores = torch.full((len(touched), self._n), -torch.inf)
+        new_rows = torch.zeros(len(touched), self._n, dtype=torch.int64)
+        new_scores[group[kept], rank[kept]] = scores[kept]
+        new_rows[group[kept], rank[kept]] = rows[kept]
+        new_values = torch.full((len(touched), self._n), torch.nan)
+        new_values[group[kept], rank[kept]] = values[kept]
+        for start in range(0, len(touched), _MERGE_LATENTS):
+            part = slice(start, start + _MERGE_LATENTS)
+            self._merge(touched[part], new_scores[part], new_rows[part], new_values[part], block)
+        self.worst[touched.to(self.worst.device)] = self._scores[touched, -1].to(self.worst.device)
+
+    def _merge(self, latents: Tensor, new_scores: Tensor, new_rows: Tensor, new_values: Tensor, block: RowBlock) -> None:
+        both = torch.cat([self._scores[latents], new_scores], dim=1)
+        # The lists come first and the sort is stable, so an equal newcomer stays behind, and so does an empty place.
+        sorted_scores, origin = both.sort(dim=1, descending=True, stable=True)
+        self._scores[latents] = sorted_scores[:, : self._n]
+        self._values[latents] = torch.cat([self._values[latents], new_values], dim=1).gather(1, origin[:, : self._n])
+        origin = origin[:, : self._n]
+        is_new = origin >= self._n
+        kept = torch.where(is_new, 0, origin)
+        source = new_rows.gather(1, torch.where(is_new, origin - self._n, 0))
+        for name, table in self._records.items():
+            old, new = table[latents[:, None], kept], getattr(block, name)[source]
+            mask = is_new[..., None] if old.ndim == 3 else is_new
+            table[latents] = torch.where(mask, new, old)
+
+    def examples(self) -> Examples:
+        """What has been gathered. Ends the gathering."""
+        return Examples(values=self._values, **self._records)

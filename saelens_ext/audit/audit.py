@@ -1,0 +1,204 @@
+"""The audit of a model's continuations as one call: sample, embed, attribute, cluster, test by steering.
+
+Each stage leaves its result in a folder, if one is given, and is not repeated when the same audit is called again with that
+folder: an audit that was interrupted goes on where it was.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from sae_lens import SAE
+from transformers import PreTrainedTokenizerBase
+
+from saelens_ext.analysis.profile import DictionaryProfile
+from saelens_ext.audit.config import AuditConfig
+from saelens_ext.audit.stages import Stages, describe, folder_for
+from saelens_ext.continuations.attribution.attribute import attribute_continuations
+from saelens_ext.continuations.clustering.joint_clusterer import JointClusterer
+from saelens_ext.continuations.clustering.path import rate_distortion_path
+from saelens_ext.continuations.clustering.stability import NoEligiblePoint, choose_point
+from saelens_ext.continuations.continuation_set import ContinuationSet
+from saelens_ext.continuations.embed import embed_continuations, visible_rows
+from saelens_ext.continuations.prefix_audit import PrefixAudit
+from saelens_ext.continuations.sample import sample_continuations
+from saelens_ext.continuations.validation.controls import NothingToTest
+from saelens_ext.continuations.validation.results import Validation, combine_validations
+from saelens_ext.continuations.validation.validate import validate_clusters
+from saelens_ext.host.models import HostModel, tokenizer_of
+from saelens_ext.host.sentence_model import load_sentence_model
+from saelens_ext.report.audit.audit_report import write_audit_report
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Audit:
+    """What an audit found."""
+
+    prefixes: tuple[PrefixAudit, ...]
+    """One per prefix, in the order given."""
+    config: AuditConfig
+    """Its settings."""
+    about: Mapping[str, Any]
+    """The model, the dictionaries and the embedder; JSON-safe."""
+    tokenizer: PreTrainedTokenizerBase | None = None
+    """Of the model."""
+
+    @property
+    def validation(self) -> Validation | None:
+        """All prefixes' tests together; None where no prefix has one."""
+        found = [prefix.validation for prefix in self.prefixes if prefix.validation is not None]
+        return None if not found else found[0] if len(found) == 1 else combine_validations(found)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per continuation: prefix, text, probabilities, mode."""
+        return pd.concat([prefix.to_dataframe() for prefix in self.prefixes], ignore_index=True)
+
+    def modes(self) -> pd.DataFrame:
+        """One row per mode of each prefix."""
+        return pd.concat([prefix.modes() for prefix in self.prefixes], ignore_index=True)
+
+    def save_html(self, path: str | Path, *, profiles: Mapping[str, DictionaryProfile] | None = None, title: str = "") -> Path:
+        """Write the report on it, one page that needs nothing else.
+
+        Args:
+            path: the file to write.
+            profiles: of the dictionaries, by the name of their hook, to show what distinguishing latents respond to.
+            title: heading of the page.
+
+        Returns:
+            The path written.
+        """
+        return write_audit_report(
+            path, prefixes=self.prefixes, about=self.about, config=asdict(self.config), profiles=profiles, tokenizer=self.tokenizer,
+            title=title or "Why the model continues in different ways",
+        )
+
+
+def audit_continuations(
+    model: HostModel,
+    prefixes: str | Sequence[str],
+    dictionaries: SAE[Any] | Sequence[SAE[Any]],
+    embedder: Any = None,
+    *,
+    folder: str | Path | None = None,
+    progress: bool = False,
+    **options: Any,
+) -> Audit:
+    """Ask why a model continues a prefix in different ways, and test the answer.
+
+    Args:
+        model: either host class, no SAE attached.
+        prefixes: one or several.
+        dictionaries: SAEs or transcoders whose latents the continuations are attributed to, and steered by.
+        embedder: a sentence-transformers model, its name or folder, or None for the packaged one.
+        folder: where results are kept, stage by stage; what is there from the same audit is used.
+        progress: show progress bars.
+        **options: fields of :class:`AuditConfig`.
+
+    Returns:
+        For each prefix its modes, what distinguishes them, and the effects of steering along them with all controls.
+
+    Raises:
+        ValueError: no prefix, or one twice; an unknown option; a folder that holds an audit with other settings, models or
+            dictionaries; and what the stages raise.
+    """
+    given = [prefixes] if isinstance(prefixes, str) else list(prefixes)
+    if not given or len(set(given)) != len(given):
+        raise ValueError(f"prefixes must be at least one text and all different, got {given!r}.")
+    config = AuditConfig.of(options)
+    saes = [dictionaries] if isinstance(dictionaries, SAE) else list(dictionaries)
+    embedder = load_sentence_model(embedder)
+    about = describe(model, saes, embedder)
+    stages = [Stages(folder_for(folder, number, prefix, config, about)) for number, prefix in enumerate(given)]
+    found, failed = [], {}
+    for prefix, own in zip(given, stages, strict=True):
+        try:
+            found.append(_audit(model, prefix, saes, embedder, config, own, progress))
+        except ValueError as error:
+            if len(given) == 1:
+                raise
+            # The others are finished first; their results are in the folder.
+            failed[prefix] = error
+    if failed:
+        prefix, error = next(iter(failed.items()))
+        raise ValueError(f"{len(failed)} of {len(given)} prefixes could not be audited; {prefix!r}: {error}") from error
+    return Audit(prefixes=tuple(found), config=config, about=about, tokenizer=tokenizer_of(model))
+
+
+def _audit(
+    model: HostModel, prefix: str, saes: list[SAE[Any]], embedder: Any, config: AuditConfig, stages: Stages, progress: bool
+) -> PrefixAudit:
+    """All stages of one prefix."""
+    held = stages.continuations()
+    if held is None:
+        held = stages.keep(sample_continuations(
+            model, prefix, config.n, temperature=config.temperature, top_p=config.top_p, max_new_tokens=config.max_new_tokens,
+            stop=config.stop, seed=config.seed, weights=config.weights, chat_template=config.chat_template, progress=progress,
+        ))
+    if held.embeddings is None:
+        held = _only(held, visible_rows(held, embedder), "the embedder sees no text in them")
+        held = stages.keep(embed_continuations(held, embedder, mode=config.embedding, progress=progress))
+    if held.signatures is None:
+        held = attribute_continuations(model, saes, held, backend=config.backend, max_sources=config.max_sources, progress=progress)
+        held = stages.keep(_only(held, held.signatures.any(dim=1), "no source of the prefix has an effect on them"))
+    state = stages.clustering()
+    if state is None:
+        state = stages.keep_clustering(_cluster(held, config).clustering_state())
+    found = PrefixAudit.with_clusters(held, state, None)
+    reason = found.not_validated or ("" if config.validate else "Steering was not asked for.")
+    validation = stages.validation()
+    if validation is None and not reason:
+        try:
+            validation = stages.keep_validation(validate_clusters(
+                model, saes, held, found.clusterer, strengths=config.strengths, top=config.top, max_rows=config.max_rows,
+                seed=config.seed, progress=progress,
+            ))
+        except NothingToTest as error:
+            # Modes without two members or without a latent are a finding, not the end of the audit.
+            logger.warning("The modes of %r could not be tested by steering: %s", prefix, error)
+            reason = str(error)
+    return replace(found, validation=validation, not_validated=reason)
+
+
+def _only(held: ContinuationSet, rows: torch.Tensor, why_not: str) -> ContinuationSet:
+    """The continuations that can be clustered; a ValueError if they are fewer than two."""
+    left_out = [held.texts[row] for row in (~rows).nonzero().flatten().tolist()]
+    if left_out:
+        logger.warning("%d of %d continuations are left out, such as %r: %s.", len(left_out), len(held), left_out[0], why_not)
+    if int(rows.sum()) < 2:
+        raise ValueError(
+            f"{held.prompt!r} gave {int(rows.sum())} continuation(s) to cluster; an audit needs at least two. Raise temperature, top_p or "
+            "max_new_tokens."
+        )
+    return held.select(rows) if left_out else held
+
+
+def _cluster(held: ContinuationSet, config: AuditConfig) -> PrefixAudit:
+    """Cluster over the grid of prices and take the most stable clustering within the numbers of modes allowed."""
+    e, a = held.embeddings.double().numpy(), held.signatures.double().numpy()
+    weights = held.weights.double().numpy()
+    common = {"min_cluster_size": config.min_cluster_size or max(2, len(held) // 16), "random_state": config.seed}
+    path = rate_distortion_path(e, a, config.betas, config.gammas, sample_weight=weights, **common)
+    table, scores, reason = path.to_dataframe(), {}, ""
+    try:
+        choice = choose_point(path, clusters=config.n_clusters, n_resamples=config.n_resamples, random_state=config.seed)
+        point, scores = choice.point, {(point.beta, point.gamma): stability for point, stability in choice.table}
+    except NoEligiblePoint as error:
+        # That there are not so many modes at these prices is a finding, which the nearest clustering shows.
+        fewest, most = config.n_clusters
+        point = min(path.points, key=lambda point: (max(fewest - point.n_clusters, point.n_clusters - most), point.n_clusters))
+        found = "No modes were found." if point.n_clusters == 1 else f"The nearest to the number of modes asked for, {point.n_clusters}, is shown."
+        reason = f"{found} {error}"
+        logger.warning("%r: %s", held.prompt, reason)
+    cells = list(zip(table["beta"], table["gamma"], strict=True))
+    table["stability"] = [scores[cell].mean if cell in scores else float("nan") for cell in cells]
+    table["stability_se"] = [scores[cell].standard_error if cell in scores else float("nan") for cell in cells]
+    clusterer = JointClusterer(point.beta, point.gamma, init=point.labels, **common)
+    clusterer.fit(e, a, sample_weight=weights)
+    return PrefixAudit(continuations=held, clusterer=clusterer, path=table, validation=None, not_validated=reason)

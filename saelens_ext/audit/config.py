@@ -1,0 +1,87 @@
+"""Settings of an audit of continuations, checked before anything is computed."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from saelens_ext import _checks
+from saelens_ext.continuations.attribution.sites import BACKENDS
+from saelens_ext.continuations.clustering.path import GAMMAS
+from saelens_ext.continuations.clustering.problem import checked_prices
+from saelens_ext.continuations.embed import MODES
+from saelens_ext.continuations.steering.steer import checked_strengths
+from saelens_ext.continuations.validation.validate import STRENGTHS
+
+
+@dataclass(kw_only=True, frozen=True)
+class AuditConfig:
+    """Settings of an audit; those of each stage are those of the function that it calls."""
+
+    n: int = 96
+    """Distinct continuations of each prefix."""
+    temperature: float | int = 1.0
+    """Of sampling."""
+    top_p: float | int = 0.9
+    """Of sampling."""
+    max_new_tokens: int = 20
+    """Of each continuation."""
+    stop: str | tuple[str, ...] = ()
+    """Texts that end a continuation."""
+    chat_template: bool = False
+    """Whether a prefix is a user's message, put into the tokenizer's chat template."""
+    weights: str = "uniform"
+    """Weight of each continuation: "uniform", "frequency", "path" or "length_normalised"."""
+    embedding: str = "contextual"
+    """"contextual", the continuation's tokens in the context of the prefix, or "sentence"."""
+    backend: str = "linear"
+    """Of attribution: "linear", "gradient" or "relp"."""
+    max_sources: int = 4096
+    """Sources of the prefix that signatures keep."""
+    betas: tuple[float | int, ...] = (1.0, 1.5, 2.0, 2.5, 3.0)
+    """Prices of distortion to try. Above those of the published grid, since modes must have members."""
+    gammas: tuple[float | int, ...] = GAMMAS
+    """Shares of the semantic view to try."""
+    n_clusters: tuple[int, int] = (2, 10)
+    """Fewest and most clusters; the most stable clustering among those is chosen."""
+    min_cluster_size: int | None = None
+    """Fewest continuations of a mode; by default a sixteenth of them, and at least 2."""
+    n_resamples: int = 10
+    """Bootstrap resamples for the stability of each clustering."""
+    validate: bool = True
+    """Whether to test the modes by steering."""
+    strengths: tuple[float | int, ...] = STRENGTHS
+    """Of steering."""
+    top: int = 10
+    """Latents that each direction turns."""
+    max_rows: int = 32
+    """Held-out members that effects are measured on."""
+    seed: int = 0
+    """Of everything random."""
+
+    def __post_init__(self) -> None:
+        for name in ("n", "max_new_tokens", "max_sources", "top", "max_rows"):
+            _checks.positive(getattr(self, name), name)
+        _checks.choice(self.embedding, MODES, "embedding")
+        _checks.choice(self.backend, BACKENDS, "backend")
+        if len(checked_strengths(self.strengths)) < 2:
+            raise ValueError(f"strengths must be two or more different numbers, got {self.strengths!r}.")
+        if _checks.positive(self.n_resamples, "n_resamples") < 2:
+            raise ValueError(f"n_resamples must be at least 2, got {self.n_resamples!r}; 10 is usual.")
+        if self.min_cluster_size is not None:
+            _checks.positive(self.min_cluster_size, "min_cluster_size")
+        if len(self.n_clusters) != 2 or not 1 <= self.n_clusters[0] <= self.n_clusters[1]:
+            raise ValueError(f"n_clusters must be the fewest and the most, with 1 <= fewest <= most, got {self.n_clusters!r}.")
+        if not self.betas or not self.gammas:
+            raise ValueError(f"betas and gammas must not be empty, got {self.betas!r} and {self.gammas!r}.")
+        for beta in self.betas:
+            for gamma in self.gammas:
+                checked_prices(beta, gamma)
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> "AuditConfig":
+        """The config from keyword options; an option it does not know is a ValueError with near matches."""
+        _checks.known_keys(options, [field.name for field in fields(cls)], "The audit")
+        plain = {name: value.tolist() if isinstance(value, np.ndarray | np.generic) else value for name, value in options.items()}
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()})

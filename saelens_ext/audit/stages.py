@@ -1,0 +1,140 @@
+"""What an audit keeps in its folder, stage by stage, and how it knows the folder again."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens import SAE
+
+from saelens_ext import _files
+from saelens_ext.audit.config import AuditConfig
+from saelens_ext.continuations.continuation_set import ContinuationSet
+from saelens_ext.continuations.validation.results import Validation
+from saelens_ext.host.models import HostModel, describe_model
+
+FORMAT_VERSION = 1
+JSON_FILENAME = "audit.json"
+
+# Entries of each tensor that go into a fingerprint.
+_SAMPLED = 4096
+
+
+def describe(model: HostModel, dictionaries: list[SAE[Any]], embedder: Any) -> dict[str, Any]:
+    """What an audit is of, enough to know it again; JSON-safe."""
+    return {
+        "model": describe_model(model) | {"weights": _fingerprint(model)},
+        "dictionaries": [_describe_dictionary(sae) for sae in dictionaries],
+        "embedder": {"name": _name_of(embedder)} | ({"weights": _fingerprint(embedder)} if isinstance(embedder, torch.nn.Module) else {}),
+    }
+
+
+def _describe_dictionary(sae: SAE[Any]) -> dict[str, Any]:
+    metadata = sae.cfg.metadata
+    written = {"hook_name_out": metadata.hook_name_out} if metadata.hook_name_out is not None else {}
+    return {
+        "architecture": sae.cfg.architecture(), "hook_name": metadata.hook_name, **written, "d_in": sae.cfg.d_in, "d_sae": sae.cfg.d_sae,
+        "weights": _fingerprint(sae),
+    }
+
+
+def _fingerprint(module: torch.nn.Module) -> str:
+    """A hash of a sample of all its tensors: other weights give another, and it costs next to nothing."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        if isinstance(value, torch.Tensor):
+            flat = value.detach().flatten()
+            sample = flat[:: max(1, len(flat) // _SAMPLED)].double().cpu()
+            digest.update(f"{name} {tuple(value.shape)}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _name_of(embedder: Any) -> str:
+    card = getattr(embedder, "model_card_data", None)
+    first = next(iter(embedder), None) if isinstance(embedder, torch.nn.Sequential) else None
+    config = getattr(getattr(first, "auto_model", None), "config", None)
+    found = getattr(card, "base_model", None) or getattr(config, "_name_or_path", None) or type(embedder).__name__
+    return "/".join(Path(str(found)).parts[-2:])
+
+
+def folder_for(
+    folder: str | Path | None, number: int, prefix: str, config: AuditConfig, about: Mapping[str, Any]
+) -> Path | None:
+    """The folder of one prefix, after a check that what lies there is of the same audit."""
+    if folder is None:
+        return None
+    own = Path(folder) / f"prefix_{number:03d}"
+    settings = {"prefix": prefix, "config": _plain(asdict(config)), "about": _plain(about)}
+    path = own / JSON_FILENAME
+    # Until the first stage is through, there is nothing that other settings would not fit.
+    if path.exists() and (own / "continuations").exists():
+        content = _files.read_json(path)
+        _files.check_format_version(content.pop("format_version", None), FORMAT_VERSION, path)
+        changed = [name for name in settings if content.get(name) != settings[name]]
+        if changed:
+            detail = _differences(content, settings)
+            raise ValueError(
+                f"{own} holds an audit with another {' and '.join(changed)}"
+                + (f" ({', '.join(f'{k}: {old!r} there, {new!r} now' for k, (old, new) in detail.items())})" if detail else "")
+                + ". Use another folder, or the same settings."
+            )
+    else:
+        own.mkdir(parents=True, exist_ok=True)
+        _files.write_json(path, {"format_version": FORMAT_VERSION, **settings})
+    return own
+
+
+def _differences(content: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What was and what is, by name, of the settings and of what was audited."""
+    parts = [(content.get(part, {}), settings[part]) for part in ("config", "about")]
+    return {name: (old.get(name, "nothing"), value) for old, new in parts for name, value in new.items() if old.get(name, "nothing") != value}
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back: lists for tuples."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+class Stages:
+    """Results of the stages of one prefix, in its folder if there is one."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+
+    def continuations(self) -> ContinuationSet | None:
+        """The set as far as it got."""
+        if self._folder is None or not (self._folder / "continuations").exists():
+            return None
+        return ContinuationSet.load(self._folder / "continuations")
+
+    def keep(self, continuations: ContinuationSet) -> ContinuationSet:
+        """Save the set."""
+        if self._folder is not None:
+            continuations.save(self._folder / "continuations")
+        return continuations
+
+    def clustering(self) -> dict[str, Any] | None:
+        """The clustering, if that far."""
+        path = None if self._folder is None else self._folder / "clustering.json"
+        return None if path is None or not path.exists() else _files.read_json(path)
+
+    def keep_clustering(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Save the clustering."""
+        if self._folder is not None:
+            _files.write_json(self._folder / "clustering.json", state)
+        return state
+
+    def validation(self) -> Validation | None:
+        """The tests by steering, if that far."""
+        path = None if self._folder is None else self._folder / "validation.json"
+        return None if path is None or not path.exists() else Validation.load(path)
+
+    def keep_validation(self, validation: Validation) -> Validation:
+        """Save the tests."""
+        if self._folder is not None:
+            validation.save(self._folder / "validation.json")
+        return validation

@@ -1,0 +1,230 @@
+"""The difference of means: the simplest supervised direction of a concept, and the baseline of every other.
+
+Symbols
+    x       an activation at a token that is no special token, ``(d,)``
+    t       geometric mean of |x| over all tokens of both sets
+    m+, m-  mean over the positive and over the neutral sentences of t x / |x|, or of x, ``(d,)``
+    u       (m+ - m-) / |m+ - m-|
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from saelens_ext import _checks
+from saelens_ext.concepts.detection import ConceptScores, Detector, concept_scores, token_activations
+from saelens_ext.host.models import HostModel
+
+Weighting = Literal["sentence", "token"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DiffMeans:
+    """The direction from the mean of neutral activations to that of positive ones."""
+
+    direction: Tensor
+    """u, a unit vector: float32 ``(d,)`` on the CPU."""
+    distance: float
+    """|m+ - m-|, in units of the activation: the strength that carries one mean to the other."""
+    midpoint: Tensor
+    """(m+ + m-) / 2: float32 ``(d,)``."""
+    hook_name: str
+    """Where the activations were read, as the name was given."""
+    weighting: Weighting
+    """What counted equally in the means."""
+    equal_norms: bool
+    """Whether every activation was brought to the same norm first."""
+
+    def detector(self, *, similarity: Literal["cosine", "dot"] = "cosine", center: bool = False) -> Detector:
+        """A detector with this direction alone.
+
+        Args:
+            similarity: as in :meth:`Detector.from_directions`.
+            center: measure activations from the midpoint of the two means rather than from 0 as in the paper.
+        """
+        origin = self.midpoint if center else None
+        return Detector.from_directions(
+            self.direction, self.hook_name, similarity=similarity, center=origin, names=["difference of means"]
+        )
+
+
+class HeldOutDiffMeans(NamedTuple):
+    """A difference of means, and how well it detects on sentences that did not make it."""
+
+    diff_means: DiffMeans
+    """Made from the training sentences."""
+    scores: ConceptScores
+    """On the test sentences."""
+    test_positives: list[str]
+    """Row by row of ``scores.activating``."""
+    test_neutrals: list[str]
+    """Row by row of ``scores.neutral``."""
+
+
+@torch.no_grad()
+def diff_means(
+    model: HostModel,
+    hook_name: str,
+    positives: Sequence[str],
+    neutrals: Sequence[str],
+    *,
+    weighting: Weighting = "sentence",
+    equal_norms: bool = True,
+    context_size: int | None = None,
+    batch_size: int = 16,
+    progress: bool = False,
+) -> DiffMeans:
+    """Take the difference of the mean activations of two sets of sentences, special tokens excluded.
+
+    Args:
+        model: either host class.
+        hook_name: any hook, in any spelling.
+        positives: sentences that show the concept, at least 1.
+        neutrals: sentences that do not.
+        weighting: "sentence", each sentence counts equally, its tokens sharing its weight, so that the direction does
+            not lean on the longest; "token", each token counts equally, as in the paper.
+        equal_norms: bring every activation to the norm t first. In some models an ordinary first word is an attention
+            sink with an activation a hundred times as long as all others, and it alone would decide the difference.
+            False as in the paper.
+        context_size: as for :func:`saelens_ext.concepts.detection.concept_scores`.
+        batch_size: windows in a forward pass.
+        progress: show progress bars.
+
+    Raises:
+        ValueError: no sentence, one without tokens, or sets with the same mean.
+
+    Source: the baseline of arXiv 2506.10920, which keeps BOS; here it is left out, because its activation is huge and
+    its share in the mean depends on the length of the sentences.
+    """
+    _checks.choice(weighting, ("sentence", "token"), "weighting")
+    options: dict[str, Any] = {"context_size": context_size, "batch_size": batch_size, "progress": progress}
+    up, down = _means(*(_sums(model, hook_name, s, equal_norms, options) for s in (positives, neutrals)), weighting)
+    difference = up - down
+    distance = float(difference.norm())
+    # Below float32 rounding of the activations a difference is noise; equal sets are the usual cause.
+    if distance <= 1e-6 * float(up.norm() + down.norm()):
+        raise ValueError(
+            f"The positive and the neutral sentences have the same mean activation at {hook_name} (distance {distance:.3g}), so "
+            "there is no direction between them. Do the two sets differ?"
+        )
+    return DiffMeans(
+        direction=(difference / distance).float(), distance=distance, midpoint=((up + down) / 2).float(),
+        hook_name=hook_name, weighting=weighting, equal_norms=equal_norms,
+    )  # fmt: skip
+
+
+def held_out_diff_means(
+    model: HostModel,
+    hook_name: str,
+    positives: Sequence[str],
+    neutrals: Sequence[str],
+    *,
+    test_fraction: float = 0.5,
+    seed: int = 0,
+    weighting: Weighting = "sentence",
+    equal_norms: bool = True,
+    similarity: Literal["cosine", "dot"] = "cosine",
+    center: bool = False,
+    confidence: float = 0.95,
+    context_size: int | None = None,
+    batch_size: int = 16,
+) -> HeldOutDiffMeans:
+    """Make a difference of means from one part of the sentences and score the other part with it.
+
+    Args:
+        model: either host class.
+        hook_name: any hook.
+        positives: sentences that show the concept, at least 2 different ones.
+        neutrals: sentences that do not, at least 2 different ones, none of them among the positives.
+        test_fraction: share of each set that is scored, in (0, 1).
+        seed: of the split.
+        weighting: as for :func:`diff_means`.
+        equal_norms: as for :func:`diff_means`.
+        similarity: as for :meth:`DiffMeans.detector`.
+        center: as for :meth:`DiffMeans.detector`.
+        confidence: of the limits of the AUROC, in (0, 1).
+        context_size: as for :func:`diff_means`.
+        batch_size: windows in a forward pass.
+
+    Raises:
+        ValueError: as :func:`diff_means` and :func:`split_sentences`, or a sentence that is in both sets.
+    """
+    shared = sorted(set(positives) & set(neutrals))
+    if shared:
+        raise ValueError(f"{len(shared)} sentences are both positive and neutral, for example {shared[0]!r}. Take them out of one set.")
+    train_up, test_up = split_sentences(positives, test_fraction=test_fraction, seed=seed)
+    train_down, test_down = split_sentences(neutrals, test_fraction=test_fraction, seed=seed)
+    options: dict[str, Any] = {"context_size": context_size, "batch_size": batch_size}
+    made = diff_means(model, hook_name, train_up, train_down, weighting=weighting, equal_norms=equal_norms, **options)
+    detector = made.detector(similarity=similarity, center=center)
+    scores = concept_scores(model, detector, test_up, test_down, confidence=confidence, **options)
+    return HeldOutDiffMeans(made, scores, test_up, test_down)
+
+
+def split_sentences(
+    sentences: Sequence[str], *, test_fraction: float = 0.5, seed: int = 0
+) -> tuple[list[str], list[str]]:
+    """Split sentences at random, equal ones never apart.
+
+    Args:
+        sentences: at least 2 different ones.
+        test_fraction: share of the different sentences that goes to the second part, in (0, 1), rounded, at least one to
+            either part.
+        seed: of the split.
+
+    Returns:
+        Training and test sentences, each in the order given.
+
+    Raises:
+        ValueError: fewer than 2 different sentences, or a fraction out of range.
+    """
+    _checks.between(test_fraction, 0, 1, "test_fraction")
+    different = list(dict.fromkeys(sentences))
+    if len(different) < 2:
+        raise ValueError(f"A split needs at least 2 different sentences, got {len(different)}.")
+    n_test = min(max(1, math.floor(test_fraction * len(different) + 0.5)), len(different) - 1)
+    order = torch.randperm(len(different), generator=torch.Generator().manual_seed(seed)).tolist()
+    test = {different[index] for index in order[:n_test]}
+    return [s for s in sentences if s not in test], [s for s in sentences if s in test]
+
+
+class _Sums(NamedTuple):
+    """Sums over the tokens of each sentence, float64."""
+
+    vectors: Tensor
+    """Of x, or of x / |x|: ``(sentences, d)``."""
+    counts: Tensor
+    """Tokens, ``(sentences,)``."""
+    log_norm: float
+    """Of log |x| over all tokens where x is not 0; 0 where norms are left as they are."""
+    n_nonzero: int
+    """Tokens where x is not 0."""
+
+
+def _sums(model: HostModel, hook_name: str, sentences: Sequence[str], equal_norms: bool, options: dict[str, Any]) -> _Sums:
+    vectors, counts = torch.zeros(len(sentences), 0, dtype=torch.float64), torch.zeros(len(sentences), dtype=torch.float64)
+    log_norm, n_nonzero = 0.0, 0
+    for x, documents in token_activations(model, hook_name, sentences, **options):
+        # Not every device has float64, so rows are moved before they are widened.
+        x = x.cpu().double()
+        if equal_norms:
+            norms = x.norm(dim=1)
+            x = x / torch.where(norms > 0, norms, 1)[:, None]
+            log_norm += float(norms[norms > 0].log().sum())
+            n_nonzero += int((norms > 0).sum())
+        vectors = vectors if vectors.shape[1] else vectors.new_zeros(len(sentences), x.shape[1])
+        vectors.index_add_(0, documents, x)
+        counts.index_add_(0, documents, torch.ones(len(documents), dtype=torch.float64))
+    return _Sums(vectors, counts, log_norm, n_nonzero)
+
+
+def _means(up: _Sums, down: _Sums, weighting: Weighting) -> tuple[Tensor, Tensor]:
+    """m+ and m-, float64 ``(d,)``."""
+    scale = math.exp((up.log_norm + down.log_norm) / max(1, up.n_nonzero + down.n_nonzero))
+    if weighting == "token":
+        return scale * up.vectors.sum(0) / up.counts.sum(), scale * down.vectors.sum(0) / down.counts.sum()
+    return scale * (up.vectors / up.counts[:, None]).mean(0), scale * (down.vectors / down.counts[:, None]).mean(0)

@@ -1,0 +1,258 @@
+"""The mechanistic view: what in the prefix made each continuation likely, as one signature per continuation.
+
+An entry of a signature is  <gradient of the continuation's target at a hook and position, the source's vector there>:
+for a latent, how much its activation adds to the mean demeaned logit of the continuation's tokens, by the rules of
+the backend (`attribution_freeze`). The gradient is linear in the target, so one backward pass per batch of
+continuations gives every entry for all of its tokens at once.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from sae_lens import SAE
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from saelens_ext import _checks
+from saelens_ext.continuations.attribution.completeness import Completeness, check_linear, measure_completeness
+from saelens_ext.continuations.attribution.frozen_model import traced
+from saelens_ext.continuations.attribution.gradients import TARGETS, BatchGradients, Target, gradients_of
+from saelens_ext.continuations.attribution.sites import BACKENDS, Site, base_sites, dictionary_sites, plan_sites
+from saelens_ext.continuations.attribution.sources import PrefixPass, SiteSources, read_prefix, sources_of
+from saelens_ext.continuations.continuation_set import PADDING, ContinuationSet
+from saelens_ext.continuations.source_table import KINDS, SourceTable
+from saelens_ext.host.models import HostModel, tokenizer_of
+from saelens_ext.host.prompt_passes import device_of
+from saelens_ext.host.tokens import special_token_ids, token_strings
+
+logger = logging.getLogger(__name__)
+
+_DEFAULT_KINDS = ("latent", "error", "mlp", "embedding")
+
+
+def attribute_continuations(
+    model: HostModel,
+    dictionaries: SAE[Any] | Sequence[SAE[Any]],
+    continuations: ContinuationSet,
+    *,
+    backend: str = "linear",
+    target: str = "mean",
+    max_sources: int = 4096,
+    kinds: Sequence[str] = _DEFAULT_KINDS,
+    special_positions: bool = False,
+    batch_size: int = 16,
+    max_bytes: int = 2**30,
+    verify: bool = True,
+    progress: bool = False,
+) -> ContinuationSet:
+    """Give each continuation its attribution signature over the sources of the prefix.
+
+    With dictionaries of MLP outputs, neurons, attention outputs or with transcoders, the sources are their latents,
+    error nodes and decoder biases, the outputs of the other MLPs, and the embeddings. A dictionary on the residual
+    stream takes the place of everything below it, embeddings included. Of several such dictionaries the one nearest to
+    the output does; the others are attributed all the same (see `attribution_sites`).
+
+    Args:
+        model: either host class, no SAE attached.
+        dictionaries: SAELens SAEs and transcoders at their own hooks, any number, none included.
+        continuations: from ``sample_continuations`` or ``score_continuations`` with this model.
+        backend: ``"linear"``: direct effects through frozen attention patterns, norm scales and MLPs. ``"gradient"``:
+            activation times gradient of the real model. ``"relp"``: the same with relevance rules.
+        target: over a continuation's tokens, the ``"mean"`` or ``"sum"`` of their demeaned logits, or that of the
+            ``"first"``. A sum makes length an axis of its own.
+        max_sources: columns at most: those with the largest mean absolute effect over the whole set.
+        kinds: which kinds of sources may be columns: ``"latent"``, ``"error"``, ``"bias"`` (a dictionary's decoder
+            bias), ``"mlp"`` (an MLP without dictionary; linear backend), ``"embedding"``.
+        special_positions: let sources at BOS and other special tokens be columns too; they are when the prefix has no
+            other token.
+        batch_size: continuations per forward and backward pass.
+        max_bytes: memory for sources and signatures; a dictionary with more active latents than fit loses the weakest.
+        verify: on the first two continuations, check that the linear backend's sources add up to the target.
+        progress: show a bar.
+
+    Returns:
+        The set with ``signatures`` (float32, in units of logits), ``sources`` in the order of hooks and positions, and
+        the columns ``target``, ``prefix_effect`` and ``continuation_effect``: the target, and the sums over ALL sources
+        of the cut at the prefix and at the continuation's own tokens. For the linear backend target minus both is
+        what the model's biases give; ``metadata["attribution"]`` says which share of the effect is in the columns.
+
+    Raises:
+        ValueError: an unknown option; a dictionary at a hook that the model lacks or of another width; two
+            dictionaries at one hook; a prefix that does not fit the context; a model whose attention patterns cannot be
+            frozen, naming the backends that remain; no source of the kinds wanted.
+
+    Source: arXiv 2606.08236, attribution signatures, with targets read at the position that predicts each token.
+    """
+    _checks.choice(backend, BACKENDS, "backend")
+    _checks.choice(target, TARGETS, "target")
+    for kind in kinds:
+        _checks.choice(kind, KINDS, "kinds")
+    for value, name in ((max_sources, "max_sources"), (batch_size, "batch_size"), (max_bytes, "max_bytes")):
+        _checks.positive(value, name)
+    saes = [dictionaries] if isinstance(dictionaries, SAE) else list(dictionaries)
+    run = _Run.of(model, saes, continuations, backend, target)
+    if verify and backend == "linear":
+        check_linear(run.completeness(range(min(2, len(continuations)))), next(iter(model.parameters())).dtype)
+    sources = run.sources(kinds, special_positions, max_bytes)
+    effects, columns = run.effects(sources, batch_size, progress)
+    kept = _largest(effects, max_sources)
+    table = SourceTable.joined([part.table(run.tokens) for part in sources]).select(kept.tolist())
+    total = float(effects.abs().sum())
+    share = float(effects[:, kept].abs().sum()) / total if total else 1.0
+    logger.info("%d of %d sources kept, which hold %.1f %% of the absolute effect", len(kept), effects.shape[1], 100 * share)
+    described = {"backend": backend, "target": target, "n_sources": effects.shape[1], "share_of_effect": share}
+    found = continuations.with_signatures(effects[:, kept], table).with_columns(columns)
+    return _with_metadata(found, described | {"cut": [site.hook for site in run.sites if site.in_cut]})
+
+
+def attribution_completeness(
+    model: HostModel,
+    dictionaries: SAE[Any] | Sequence[SAE[Any]],
+    continuations: ContinuationSet,
+    *,
+    target: str = "mean",
+    batch_size: int = 16,
+) -> Completeness:
+    """Take the target of every continuation apart with the linear backend, biases measured on their own.
+
+    Args:
+        model: as for :func:`attribute_continuations`, and likewise the other arguments.
+
+    Returns:
+        Target, prefix, continuation and bias parts; their :attr:`Completeness.gap` is rounding on a model that the
+        linear backend is right for.
+
+    Raises:
+        ValueError: as :func:`attribute_continuations`.
+    """
+    _checks.choice(target, TARGETS, "target")
+    _checks.positive(batch_size, "batch_size")
+    saes = [dictionaries] if isinstance(dictionaries, SAE) else list(dictionaries)
+    run = _Run.of(model, saes, continuations, "linear", target)
+    n = len(continuations)
+    parts = [run.completeness(range(first, min(first + batch_size, n))) for first in range(0, n, batch_size)]
+    names = ("target", "prefix", "continuation", "bias")
+    return Completeness(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One attribution, planned."""
+
+    model: HostModel
+    saes: list[SAE[Any]]
+    continuations: ContinuationSet
+    backend: str
+    target: Target
+    prefix: PrefixPass
+    sites: list[Site]
+
+    @classmethod
+    def of(cls, model: HostModel, saes: list[SAE[Any]], continuations: ContinuationSet, backend: str, target: str) -> "_Run":
+        _check_fits(model, continuations)
+        own, base = dictionary_sites(model, saes), base_sites(model, backend)
+        ids = torch.tensor(continuations.prefix_ids, device=device_of(model))
+        prefix = read_prefix(model, ids, [name for site in [*own, *base] for name in (site.read or site.hook, site.hook)])
+        if backend != "gradient" and prefix.n_patterns < int(model.cfg.n_layers):
+            raise ValueError(
+                f"Of this model's {model.cfg.n_layers} blocks {prefix.n_patterns} show an attention pattern that could be frozen, "
+                f"and backend={backend!r} must freeze all. The backend 'gradient' remains."
+            )
+        sites = plan_sites(model, own, base, prefix.order, backend)
+        made = Target(model, len(continuations.prefix_ids), target)
+        return cls(model, saes, continuations, backend, made, prefix, sites)
+
+    @property
+    def tokens(self) -> list[str]:
+        return token_strings(tokenizer_of(self.model), self.continuations.prefix_ids)
+
+    def completeness(self, rows: Sequence[int]) -> Completeness:
+        ids = self._ids(rows)
+        return measure_completeness(
+            self.model, self.sites, self.saes, self.target, self.continuations.prefix_ids, ids
+        )
+
+    def sources(self, kinds: Sequence[str], special_positions: bool, max_bytes: int) -> list[SiteSources]:
+        """The sources of every site that can be a column."""
+        positions = self._positions(special_positions)
+        described = [site for site in self.sites if site.has_dictionary]
+        found = []
+        for site in self.sites:
+            if not (site.has_dictionary or site.in_cut):
+                continue
+            width = self.prefix.activations[site.hook].shape[-1]
+            limit = max(1, max_bytes // (4 * (width + len(self.continuations)) * max(1, len(described))))
+            sae = self.saes[site.dictionary] if site.has_dictionary else None
+            found.append(sources_of(site, sae, self.prefix, kinds, positions, limit))
+        if not any(len(part.kinds) for part in found):
+            raise ValueError(
+                f"The prefix has no source of the kinds {', '.join(map(repr, kinds))}: no latent is active there, or none of "
+                "these kinds occurs with these dictionaries. Give other dictionaries or kinds."
+            )
+        return found
+
+    def _positions(self, special_positions: bool) -> list[int]:
+        ids = self.continuations.prefix_ids
+        special = set() if special_positions else set(special_token_ids(tokenizer_of(self.model)))
+        return [p for p, token in enumerate(ids) if token not in special] or list(range(len(ids)))
+
+    def effects(self, sources: list[SiteSources], batch_size: int, progress: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """Every source's effect on every continuation ``(n, m)``, and the totals by name, each ``(n,)``."""
+        n = len(self.continuations)
+        effects = torch.zeros(n, sum(len(part.kinds) for part in sources))
+        totals = {name: torch.zeros(n) for name in ("target", "prefix_effect", "continuation_effect")}
+        # Longest first: continuations of like length share a batch, and what does not fit fails at once.
+        order = self.continuations.lengths.argsort(descending=True, stable=True)
+        with traced(self.model, self.sites, self.saes, self.backend) as trace:
+            for rows in tqdm(order.split(batch_size), desc="attributing", unit="batch", disable=not progress):
+                ids = self._ids(rows.tolist())
+                batch = gradients_of(self.model, trace, self.sites, self.target, self.continuations.prefix_ids, ids)
+                effects[rows] = self._effects_of(batch, sources)
+                for name, values in self._totals_of(batch).items():
+                    totals[name][rows] = values
+        return _checks.finite(effects, "The signature"), totals
+
+    def _ids(self, rows: Sequence[int]) -> Tensor:
+        """Tokens of some continuations, as wide as the longest of them, ``(b, T)``."""
+        lengths = self.continuations.lengths[list(rows)]
+        return self.continuations.token_ids[list(rows), : int(lengths.max())].clone()
+
+    def _effects_of(self, batch: BatchGradients, sources: list[SiteSources]) -> Tensor:
+        n_prefix = len(self.continuations.prefix_ids)
+        return torch.cat([part.effects(batch.gradients[part.site.hook][:, :n_prefix]) for part in sources], dim=1).cpu()
+
+    def _totals_of(self, batch: BatchGradients) -> dict[str, Tensor]:
+        n_prefix = len(self.continuations.prefix_ids)
+        cut = [site.hook for site in self.sites if site.in_cut]
+        parts = sum((batch.gradients[hook] * batch.activations[hook]).sum(dim=-1) for hook in cut)
+        return {
+            "target": batch.targets.float().cpu(),
+            "prefix_effect": parts[:, :n_prefix].sum(dim=1).cpu(),
+            "continuation_effect": parts[:, n_prefix:].sum(dim=1).cpu(),
+        }
+
+
+def _largest(effects: Tensor, max_sources: int) -> Tensor:
+    """The columns with the largest mean absolute effect over the set, in their own order."""
+    strength = effects.abs().mean(dim=0)
+    return strength.topk(min(max_sources, len(strength))).indices.sort().values
+
+
+def _check_fits(model: HostModel, continuations: ContinuationSet) -> None:
+    length = len(continuations.prefix_ids) + int(continuations.lengths.max())
+    context, size = int(model.cfg.n_ctx), int(model.cfg.d_vocab)
+    if length > context:
+        raise ValueError(
+            f"Prefix and continuation have up to {length} tokens ({len(continuations.prefix_ids)} of them the prefix's), and "
+            f"this model's context is {context}."
+        )
+    largest = max(*continuations.prefix_ids, int(continuations.token_ids.max()), PADDING)
+    if largest >= size:
+        raise ValueError(f"The set has token id {largest}, this model's vocabulary {size}: it was made with another model.")
+
+
+def _with_metadata(continuations: ContinuationSet, described: dict[str, Any]) -> ContinuationSet:
+    return replace(continuations, metadata={**continuations.metadata, "attribution": described})

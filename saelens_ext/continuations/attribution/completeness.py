@@ -1,0 +1,98 @@
+"""Whether a model's frozen twin is really linear: do all sources together make up the target?
+
+For the linear backend the target is  sum over the cut's sites <gradient, activation> + what the biases alone give.
+The second part is not what is left over: it is measured, by running the frozen model with every source at zero. So
+the sum fails when a pattern or a norm is not frozen after all, when a path bypasses the cut, and when the target is
+read at another position than the one that predicts the token.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from sae_lens import SAE
+from torch import Tensor
+
+from saelens_ext.continuations.attribution.frozen_model import traced
+from saelens_ext.continuations.attribution.gradients import Target, forward, gradients_of
+from saelens_ext.continuations.attribution.sites import Site
+from saelens_ext.host.models import HostModel
+
+
+@dataclass(frozen=True)
+class Completeness:
+    """The parts of the targets of b continuations, in units of logits, each ``(b,)`` float32."""
+
+    target: Tensor
+    prefix: Tensor
+    """Of all sources at the prefix, dropped ones included."""
+    continuation: Tensor
+    """Of all sources at the continuation's own tokens."""
+    bias: Tensor
+    """Of the model's biases, measured with every source at zero."""
+
+    @property
+    def gap(self) -> Tensor:
+        """What the parts miss the target by, in units of logits."""
+        return self.target - self.prefix - self.continuation - self.bias
+
+    @property
+    def relative_gap(self) -> Tensor:
+        """The gap as a share of the target or of the largest part, whichever is larger in size."""
+        parts = torch.stack([self.target, self.prefix, self.continuation, self.bias]).abs()
+        return self.gap.abs() / parts.amax(dim=0).clamp_min(1e-30)
+
+
+def measure_completeness(
+    model: HostModel,
+    sites: Sequence[Site],
+    dictionaries: Sequence[SAE[Any]],
+    target: Target,
+    prefix_ids: Sequence[int],
+    token_ids: Tensor,
+) -> Completeness:
+    """Take the targets of a few continuations apart with the linear backend.
+
+    Args:
+        model: either host class.
+        sites: from ``plan_sites``.
+        dictionaries: those that the sites name.
+        target: of the continuations.
+        prefix_ids: M tokens.
+        token_ids: ``(b, T)``, -1 beyond a continuation's end.
+    """
+    with traced(model, sites, dictionaries, "linear") as trace:
+        trace.recording = True
+        batch = gradients_of(model, trace, sites, target, prefix_ids, token_ids)
+        trace.recording, trace.at_zero = False, True
+        with torch.no_grad():
+            constant = forward(model, trace, target, prefix_ids, token_ids)
+        at_zero = {site.hook: trace.captured[site.hook] for site in sites}
+    cut = [site.hook for site in sites if site.in_cut]
+    parts = torch.stack([(batch.gradients[hook] * batch.activations[hook]).sum(dim=-1) for hook in cut]).sum(dim=0)
+    # A site that is not a leaf still carries the biases from below it; they are in its own part already.
+    carried = sum((batch.gradients[hook] * at_zero[hook].reshape_as(batch.gradients[hook])).sum(dim=(1, 2)) for hook in cut)
+    n_prefix = len(prefix_ids)
+    return Completeness(
+        target=batch.targets.float().cpu(),
+        prefix=parts[:, :n_prefix].sum(dim=1).cpu(),
+        continuation=parts[:, n_prefix:].sum(dim=1).cpu(),
+        bias=(constant - carried).float().cpu(),
+    )
+
+
+def check_linear(completeness: Completeness, dtype: torch.dtype) -> None:
+    """Refuse a model on which the linear backend's sources do not make up the target.
+
+    Raises:
+        ValueError: the gap exceeds what rounding in ``dtype`` explains.
+    """
+    tolerance = 1e-3 if dtype in (torch.float32, torch.float64) else 5e-2
+    worst = float(completeness.relative_gap.max())
+    if not worst <= tolerance:
+        raise ValueError(
+            f"With attention patterns, norms and MLPs frozen, the sources of this model make up the target only to {worst:.1e} "
+            f"of its size, not to {tolerance:g}: it does not let one of them be frozen, or has a path around them. "
+            "The backends 'gradient' and 'relp' remain."
+        )

@@ -1,0 +1,134 @@
+"""From a batch of continuations to the gradient of each one's target at every site: one forward, one backward pass.
+
+Symbols
+    M, T      tokens of the prefix; of the longest continuation of the batch
+    y_t       token t of a continuation, t = 1 … T, at column M + t - 1
+    c_t       its demeaned logit: logit of y_t minus the mean logit over the vocabulary, read at column M + t - 2, the
+              column before its own, whose logits predict it; before a final soft cap, if the model has one
+    v_t       weights over t: 1 / length (mean), 1 (sum), or 1 for the first token alone
+    target    sum_t v_t c_t
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from saelens_ext.continuations.attribution.frozen_model import Trace
+from saelens_ext.continuations.attribution.sites import Site
+from saelens_ext.host.models import HostModel
+from saelens_ext.host.prompt_passes import device_of, logits_of
+
+TARGETS = ("mean", "sum", "first")
+
+
+class Target:
+    """The demeaned logits of continuations as a linear function of what the unembedding receives.
+
+    Args:
+        model: either host class.
+        n_prefix: M.
+        reduction: one of `TARGETS`.
+    """
+
+    def __init__(self, model: HostModel, n_prefix: int, reduction: str):
+        self._rows = model.W_U.detach().T
+        self._bias = model.b_U.detach().float()
+        # The mean over rows in pieces, since a float32 copy of a half-precision vocabulary may not fit.
+        total = torch.stack([part.float().sum(dim=0) for part in self._rows.split(8192)]).sum(dim=0)
+        self._mean = total / len(self._rows)
+        self._bias_mean = self._bias.mean()
+        self._n_prefix, self._reduction = n_prefix, reduction
+
+    def demeaned_logits(self, final: Tensor, token_ids: Tensor) -> Tensor:
+        """c_t, ``(b, T)``, of tokens ``(b, T)``; what stands beyond a continuation's end has no meaning.
+
+        Args:
+            final: input of the unembedding at all columns, ``(b, M + T, d)``.
+        """
+        tokens = token_ids.clamp_min(0)
+        directions = self._rows[tokens].float() - self._mean
+        first = self._n_prefix - 1
+        predicting = final[:, first : first + tokens.shape[1]].float()
+        return (predicting * directions).sum(dim=-1) + (self._bias[tokens] - self._bias_mean)
+
+    def token_weights(self, token_ids: Tensor) -> Tensor:
+        """v_t, ``(b, T)``, 0 beyond a continuation's end."""
+        real = (token_ids >= 0).float()
+        if self._reduction == "mean":
+            return real / real.sum(dim=1, keepdim=True)
+        if self._reduction == "first":
+            real[:, 1:] = 0
+        return real
+
+    def __call__(self, final: Tensor, token_ids: Tensor) -> Tensor:
+        """The targets ``(b,)``."""
+        weights = self.token_weights(token_ids)
+        logits = self.demeaned_logits(final, token_ids)
+        return torch.where(weights > 0, logits * weights, 0).sum(dim=1)
+
+
+@dataclass(frozen=True)
+class BatchGradients:
+    """What one batch's pass showed."""
+
+    targets: Tensor
+    """``(b,)``."""
+    gradients: dict[str, Tensor]
+    """Of each continuation's target at each site, ``(b, M + T, d)``, heads joined, float32."""
+    activations: dict[str, Tensor]
+    """The sites' activations in that pass, in the same shape."""
+
+
+def batch_ids(prefix_ids: Sequence[int], token_ids: Tensor, device: torch.device) -> Tensor:
+    """Prefix and continuations as columns ``(b, M + T)``, padded on the right with the prefix's first token.
+
+    The model is causal and the mask says that every column counts, so what stands in the padding changes nothing.
+    """
+    start = torch.tensor(prefix_ids).expand(len(token_ids), -1)
+    return torch.cat([start, torch.where(token_ids >= 0, token_ids, prefix_ids[0])], dim=1).to(device)
+
+
+def forward(model: HostModel, trace: Trace, target: Target, prefix_ids: Sequence[int], token_ids: Tensor) -> Tensor:
+    """Run a batch inside ``traced`` and give its targets ``(b,)``, in the graph.
+
+    Raises:
+        ValueError: a model whose unembedding is no module of its own.
+    """
+    trace.captured.clear()
+    trace.final = None
+    logits_of(model, batch_ids(prefix_ids, token_ids, device_of(model)))
+    if trace.final is None:
+        raise ValueError(
+            f"This {type(model).__name__} does not run its unembedding as a module, so its logits cannot be taken apart."
+        )
+    return target(trace.final, token_ids.to(trace.final.device))
+
+
+def gradients_of(
+    model: HostModel, trace: Trace, sites: Sequence[Site], target: Target, prefix_ids: Sequence[int], token_ids: Tensor
+) -> BatchGradients:
+    """The gradient of each continuation's target at every site; rows of a batch do not touch one another.
+
+    Raises:
+        ValueError: a dictionary from which no path leads to the logits.
+    """
+    targets = forward(model, trace, target, prefix_ids, token_ids)
+    captured = [trace.captured[site.hook] for site in sites]
+    found = torch.autograd.grad(targets.sum(), captured, allow_unused=True)
+    gradients, activations = {}, {}
+    for site, gradient, x in zip(sites, found, captured, strict=True):
+        if gradient is None and site.has_dictionary:
+            raise ValueError(
+                f"From the dictionary at {site.hook} no path that this backend keeps leads to the logits: what it feeds is "
+                "frozen. Use backend='gradient', or a dictionary of what flows on from there (a transcoder)."
+            )
+        gradients[site.hook] = _joined(torch.zeros_like(x) if gradient is None else gradient)
+        activations[site.hook] = _joined(x.detach())
+    trace.captured.clear()
+    return BatchGradients(targets.detach(), gradients, activations)
+
+
+def _joined(x: Tensor) -> Tensor:
+    return (x.flatten(2) if x.ndim > 3 else x).float()

@@ -1,0 +1,182 @@
+"""Where an attribution reads its sources off a model, and which of them together make up the whole target.
+
+Symbols
+    site   a hook whose activation is a source: a dictionary's output, an MLP's output, the embeddings
+    cut    the sites whose contributions sum, with the biases, to the target: every path from the input to the logits
+           runs through exactly one of them
+
+A dictionary on the residual stream describes everything that was written below it, so the nearest one to the output
+takes the place of all sites before it. A dictionary that lies before it describes the same thing a second time: it is
+attributed too, through the same frozen paths, but is not in the cut. A dictionary on an MLP's output, on its neurons
+or on an attention output takes the place of that part alone.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sae_lens import SAE, Transcoder
+
+from saelens_ext.host.flat_sae import refuse_sequence_codes
+from saelens_ext.host.hook_names import hook_points
+from saelens_ext.host.models import HostModel, resolve_hook
+
+BACKENDS = ("linear", "gradient", "relp")
+
+_RESIDUAL = re.compile(r"blocks\.\d+\.(hook_in|hook_out|hook_resid_pre|hook_resid_post)$")
+_BETWEEN = re.compile(r"blocks\.\d+\.(hook_resid_mid|ln2\.hook_in)$")
+_NEURONS = re.compile(r"(blocks\.\d+)\.mlp\.(hook_post|out\.hook_in)$")
+_EMBEDDING = re.compile(r"(hook_embed|embed\.hook_out)$")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One hook that sources are read off."""
+
+    hook: str
+    """The name that fires on the model."""
+    kind: str
+    """What the whole activation is called where no dictionary describes it: ``"embedding"`` or ``"mlp"``."""
+    read: str = ""
+    """Where its dictionary reads; another hook for a transcoder."""
+    dictionary: int = -1
+    """Which dictionary writes here; -1: none."""
+    leaf: bool = True
+    """Whether what lies before is cut off here."""
+    in_cut: bool = True
+
+    @property
+    def has_dictionary(self) -> bool:
+        return self.dictionary >= 0
+
+
+def dictionary_sites(model: HostModel, dictionaries: Sequence[SAE[Any]]) -> list[Site]:
+    """Where dictionaries read and write on this model.
+
+    Raises:
+        ValueError: a dictionary without a hook name, at a hook that the model lacks or that an attached SAE has taken,
+            one that codes whole sequences, or two dictionaries at one hook.
+    """
+    if getattr(model, "acts_to_saes", None):
+        raise ValueError(
+            f"SAEs are attached to the model ({', '.join(model.acts_to_saes)}), which changes what it computes. Detach them "
+            "with model.reset_saes() and pass them as dictionaries."
+        )
+    sites: list[Site] = []
+    for index, sae in enumerate(dictionaries):
+        refuse_sequence_codes(sae)
+        read, write = _hooks_of(sae, index)
+        site = Site(hook=resolve_hook(model, write), read=resolve_hook(model, read), kind="error", dictionary=index)
+        for other in sites:
+            if other.hook == site.hook:
+                raise ValueError(
+                    f"Dictionaries {other.dictionary} and {index} both write at {site.hook}: an activation can be taken apart in "
+                    "one way at a time. Attribute with one of them."
+                )
+        sites.append(site)
+    return sites
+
+
+def _hooks_of(sae: SAE[Any], index: int) -> tuple[str, str]:
+    metadata = sae.cfg.metadata
+    if not metadata.hook_name:
+        raise ValueError(f"Dictionary {index} names no hook. Set sae.cfg.metadata.hook_name to where it was built.")
+    if isinstance(sae, Transcoder) and not metadata.hook_name_out:
+        raise ValueError(f"Transcoder {index} does not say where it writes. Set sae.cfg.metadata.hook_name_out.")
+    return metadata.hook_name, metadata.hook_name_out or metadata.hook_name
+
+
+def base_sites(model: HostModel, backend: str) -> list[Site]:
+    """The sites of a model without dictionaries: its embeddings and, where MLPs are frozen, their outputs."""
+    sites = [Site(hook=resolve_hook(model, "blocks.0.hook_resid_pre"), kind="embedding")]
+    if backend == "linear":
+        sites += [Site(hook=hook, kind="mlp") for hook in mlp_outputs(model)]
+    return sites
+
+
+def mlp_outputs(model: HostModel) -> list[str]:
+    """Where MLPs write into the residual stream; blocks without one have none."""
+    found = []
+    for layer in range(int(model.cfg.n_layers)):
+        try:
+            found.append(resolve_hook(model, f"blocks.{layer}.hook_mlp_out"))
+        except ValueError:
+            continue
+    return found
+
+
+def plan_sites(
+    model: HostModel, dictionaries: Sequence[Site], base: Sequence[Site], order: Sequence[str], backend: str
+) -> list[Site]:
+    """The sites to read in one pass, in the order in which they fire, each knowing its part in the cut.
+
+    Args:
+        model: either host class.
+        dictionaries: from :func:`dictionary_sites`.
+        base: from :func:`base_sites`.
+        order: hooks in the order in which they fired.
+        backend: one of `BACKENDS`.
+
+    Raises:
+        ValueError: two dictionaries of which one lies inside the other's MLP, for the linear backend.
+    """
+    taken = {site.hook for site in dictionaries} | _described_by_parts(dictionaries, backend)
+    sites = [*dictionaries, *(site for site in base if site.hook not in taken)]
+    if any(_is_input(site) for site in dictionaries):
+        sites = [site for site in sites if site.kind != "embedding"]
+    sites.sort(key=lambda site: order.index(site.hook))
+    stream = [i for i, site in enumerate(sites) if site.has_dictionary and _is_stream(model, site.hook)]
+    nearest = stream[-1] if stream else None
+    return _linear_plan(sites, nearest) if backend == "linear" else _live_plan(sites, nearest)
+
+
+def _linear_plan(sites: list[Site], nearest: int | None) -> list[Site]:
+    if nearest is None:
+        return sites
+    # Before the residual dictionary, only other dictionaries are worth a pass; and where no edit can reach the stream
+    # itself (a bridge reads its middle off the norm's input) the graph must run on below.
+    runs_on = any(site.has_dictionary for site in sites[:nearest]) or _BETWEEN.match(sites[nearest].hook) is not None
+    before = [replace(site, in_cut=False) for site in sites[:nearest]] if runs_on else []
+    return [*before, replace(sites[nearest], leaf=not runs_on), *sites[nearest + 1 :]]
+
+
+def _live_plan(sites: list[Site], nearest: int | None) -> list[Site]:
+    """Nothing is cut off: the first site starts the graph, and all later ones see everything that comes after."""
+    kept = [site for site in sites if site.has_dictionary or nearest is None]
+    whole = sites[nearest].hook if nearest is not None else next(site.hook for site in sites if _is_input(site))
+    if _BETWEEN.match(kept[0].hook):
+        # A bridge reads the middle of a block off its norm's input, behind the point where the stream runs past it.
+        kept = [site for site in sites if site.kind == "embedding"] + kept
+    return [replace(site, leaf=i == 0, in_cut=site.hook == whole) for i, site in enumerate(kept)]
+
+
+def _is_input(site: Site) -> bool:
+    return site.kind == "embedding" or _EMBEDDING.search(site.hook) is not None
+
+
+def _described_by_parts(dictionaries: Sequence[Site], backend: str) -> set[str]:
+    """MLP outputs that are linear in a dictionary of their neurons, in both spellings."""
+    parts = set()
+    for site in dictionaries:
+        block = _NEURONS.match(site.hook)
+        if block:
+            parts |= {f"{block[1]}.hook_mlp_out", f"{block[1]}.mlp.hook_out", f"{block[1]}.ln2_post.hook_out"}
+    both = [site.hook for site in dictionaries if site.hook in parts]
+    if both and backend == "linear":
+        raise ValueError(
+            f"One dictionary writes at {both[0]} and another at the neurons of the same MLP: the linear backend can start "
+            "from one of them only. Leave one out, or use backend='gradient' or 'relp'."
+        )
+    return parts
+
+
+def _is_stream(model: HostModel, hook: str) -> bool:
+    """Whether every path to the logits runs through this hook."""
+    parallel = bool(getattr(model.cfg, "parallel_attn_mlp", False))
+    return _RESIDUAL.match(hook) is not None or (not parallel and _BETWEEN.match(hook) is not None)
+
+
+def points_ending(model: HostModel, ending: str) -> list[str]:
+    """The names of all hook points that end so, each point once."""
+    return [name for name, point in hook_points(model).items() if name.endswith(ending) and point.name == name]

@@ -1,0 +1,94 @@
+"""k-means of one view alone, matched to a joint clustering on the number of clusters or on the rate.
+
+Symbols
+    K  clusters
+    R  rate: entropy of the cluster weights, in nats
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int
+from sklearn.cluster import KMeans
+from sklearn.utils import check_array
+
+from saelens_ext import _checks
+from saelens_ext.continuations.clustering.problem import checked_weights
+
+
+@dataclass(frozen=True)
+class BaselinePartition:
+    """A partition made from one view."""
+
+    labels: Int[np.ndarray, " n"]
+    """0 to K - 1, each in use."""
+    rate: float
+    """R, in nats."""
+
+    @property
+    def n_clusters(self) -> int:
+        """K; below what was asked for where the view has fewer distinct rows."""
+        return int(self.labels.max()) + 1
+
+
+def single_view_kmeans(
+    view,
+    *,
+    n_clusters: int | None = None,
+    rate: float | int | None = None,
+    sample_weight=None,
+    n_init: int = 10,
+    random_state=None,
+) -> BaselinePartition:
+    """k-means on one view, matched on K or on R.
+
+    Args:
+        view: either view, ``(n, d)``, finite.
+        n_clusters: K to match, 1 to n.
+        rate: R to match instead, in nats, >= 0: the K is taken whose rate comes nearest. K is bracketed by doubling and
+            halved in; the rate of k-means need not rise with K everywhere, so what is found is the nearest of those tried.
+        sample_weight: ``(n,)``, above 0.
+        n_init: starts of k-means for each K.
+        random_state: seed.
+
+    Raises:
+        ValueError: not exactly one of ``n_clusters`` and ``rate``, either out of range, or a view or weights that are not
+            finite.
+    """
+    rows = check_array(view, dtype=np.float64, ensure_min_samples=2, input_name="view")
+    weights = checked_weights(sample_weight, len(rows))
+    if (n_clusters is None) == (rate is None):
+        raise ValueError(f"Give one of n_clusters and rate, got n_clusters={n_clusters!r} and rate={rate!r}.")
+    most = len(np.unique(rows, axis=0))
+
+    def partition(k: int) -> BaselinePartition:
+        labels = KMeans(k, n_init=n_init, random_state=random_state).fit(rows, sample_weight=weights).labels_
+        labels = np.unique(labels, return_inverse=True)[1]
+        return BaselinePartition(labels, _rate(labels, weights))
+
+    if n_clusters is not None:
+        if not 1 <= _checks.positive(n_clusters, "n_clusters") <= len(rows):
+            raise ValueError(f"n_clusters must lie between 1 and the number of rows, {len(rows)}, got {n_clusters!r}.")
+        return partition(min(n_clusters, most))
+    if not 0 <= rate < np.inf:
+        raise ValueError(f"rate must be finite and at least 0, in nats, got {rate!r}.")
+    return _nearest_rate(partition, float(rate), most)
+
+
+def _nearest_rate(partition, rate: float, most: int) -> BaselinePartition:
+    tried = {1: partition(1)}
+    high = 1
+    while tried[high].rate < rate and high < most:
+        high = min(2 * high, most)
+        tried[high] = partition(high)
+    low = max((k for k in tried if tried[k].rate < rate), default=high)
+    while high - low > 1:
+        middle = (low + high) // 2
+        tried[middle] = partition(middle)
+        low, high = (middle, high) if tried[middle].rate < rate else (low, middle)
+    return min((tried[k] for k in sorted(tried)), key=lambda found: abs(found.rate - rate))
+
+
+def _rate(labels: np.ndarray, weights: np.ndarray) -> float:
+    shares = np.bincount(labels, weights) / weights.sum()
+    return max(0.0, float(-(shares @ np.log(shares))))

@@ -1,0 +1,247 @@
+"""Rate-distortion clustering of continuations by what they say and what in the prefix caused them.
+
+Symbols
+    e_i, a_i         semantic and attribution view of continuation i
+    w_i              its weight; weights are divided by their sum
+    C, H(C)          a partition, and the entropy of its cluster weights in nats: the rate
+    mu_k, h_k        centres of cluster k: the weighted mean, and the weighted coordinate-wise median
+    D_e, D_a         distortions: sum of w_i |e_i - mu|^2, and of w_i |a_i - h|_1
+    s_e, s_a         scales of the two views
+    beta, gamma      price of distortion, and the semantic view's share of it
+
+The objective, in nats: L = H(C) + beta gamma D_e / s_e + beta (1 - gamma) D_a / s_a.
+"""
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy.spatial.distance import cdist
+from sklearn.base import BaseEstimator, ClusterMixin
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.utils import check_array, check_random_state
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+from saelens_ext import _checks
+from saelens_ext.continuations.clustering.problem import (
+    Problem,
+    RateDistortion,
+    checked_attribution,
+    checked_labels,
+    checked_prices,
+    checked_weights,
+    make_problem,
+)
+from saelens_ext.ops.rate_distortion import Cluster, PairedViews
+from saelens_ext.ops.rate_distortion_descent import Descent, Search
+
+if TYPE_CHECKING:
+    from saelens_ext.continuations.clustering.path import RateDistortionPath
+
+# Members nearest their centre among which a medoid is sought.
+_MEDOID_CANDIDATES = 64
+
+
+class JointClusterer(ClusterMixin, BaseEstimator):
+    """Hard clustering of rows that live in two views, which finds the number of clusters itself.
+
+    Args:
+        beta: price of distortion in nats, above 0; a higher one gives more clusters. The published grid, 0.5 to 1.25,
+            suits both scalings.
+        gamma: share of the price that the semantic view gets, in [0, 1]. Under balanced scaling 0.5 is balance; under
+            paper scaling the views keep their own magnitudes.
+        attribution_metric: ``"l1"``: city-block distance, median centres; ``"l2"``: squared Euclidean, mean centres.
+        scaling: ``"balanced"``: s_e = D_e0 / (0.75 H_w) with D_e0 the distortion of one cluster for all and H_w the entropy
+            of the weights (log n where they are equal), s_a likewise. Then gamma means balance whatever the units, and
+            beta needs none: at 4/3, one cluster for all costs as much as one for each row. ``"paper"``: s_e = 1 and s_a the
+            root mean square norm of the centred signatures, as published.
+        semantic_center: ``"mean"``: the weighted mean, the exact minimiser. ``"unit"``: the mean renormalised, as published,
+            the exact minimiser among unit vectors. L never rises with either.
+        min_cluster_size: fewest rows of a cluster, where there is more than one; at least 1. With 1, as published, L is
+            often lowest with most rows in clusters of their own: views of many columns hold much that no two rows share,
+            and a row is no distortion to itself. With more, L is descended among partitions whose clusters have so many.
+        init: labels ``(n,)`` to start from instead of the starts that are tried by default, a point of a path for example.
+        max_iter: rounds of one descent, at least 1.
+        tol: a step must lower L by more than this share of the L of one cluster; at least 0.
+        random_state: seed of starts and split proposals.
+
+    Attributes:
+        labels_: ``(n,)``, by descending cluster weight.
+        n_clusters_: K.
+        medoid_indices_: ``(K,)``, the member with the least weighted mean distance to the members, in the priced distance
+            that the clusters were made with; among the 64 members nearest the centre.
+        semantic_centers_, attribution_centers_: ``(K, d_e)`` and ``(K, d_a)``, in the coordinates of X and y.
+        cluster_weights_: ``(K,)``, sum to 1.
+        objective_: L, nats; it equals ``rate_ + beta * (gamma * semantic_distortion_ + (1 - gamma) *
+            attribution_distortion_)``, with gamma = 1 where no y was given.
+        rate_: H(C), nats.
+        semantic_distortion_, attribution_distortion_: D_e / s_e and D_a / s_a.
+        semantic_scale_, attribution_scale_: s_e and s_a.
+        history_: L at the start that won and after every step from there; it never rises.
+        n_iter_: rounds of that descent.
+        n_features_in_, n_sources_in_: d_e, d_a (0 without y).
+
+    Source: arXiv 2606.08236. Departures: the number of rounds is not what stops the descent, but that no reassignment,
+    merge, split or single move lowers L; merges are taken best first; several starts are tried; the default scaling.
+    """
+
+    # Without types: scikit-learn has parameters checked by fit, not when they are set.
+    def __init__(
+        self,
+        beta=1.0,
+        gamma=0.5,
+        attribution_metric="l1",
+        scaling="balanced",
+        semantic_center="mean",
+        min_cluster_size=1,
+        init=None,
+        max_iter=100,
+        tol=1e-9,
+        random_state=None,
+    ):
+        self.beta = beta
+        self.gamma = gamma
+        self.attribution_metric = attribution_metric
+        self.scaling = scaling
+        self.semantic_center = semantic_center
+        self.min_cluster_size = min_cluster_size
+        self.init = init
+        self.max_iter = max_iter
+        self.tol = tol
+        self.random_state = random_state
+
+    def fit(self, X, y=None, *, sample_weight=None) -> "JointClusterer":
+        """Cluster the rows.
+
+        Args:
+            X: semantic view, ``(n, d_e)``, n >= 2, finite.
+            y: attribution view, ``(n, d_a)``, dense or scipy sparse; without it, X alone is clustered at the whole price.
+                One-dimensional y, as pipelines pass labels, is not used and warned of.
+            sample_weight: ``(n,)``, above 0; equal by default.
+
+        Raises:
+            ValueError: a parameter out of range, fewer than two rows, all rows identical, views of different length,
+                entries that are not finite, a signature that is zero throughout, or a weight that is not above 0.
+        """
+        problem = self.problem(X, y, sample_weight=sample_weight)
+        search = Search(
+            problem.views, check_random_state(self.random_state), max_iter=self.max_iter, tol=float(self.tol),
+            min_members=self.min_cluster_size,
+        )
+        prices = problem.prices(self.beta, self.gamma)
+        starts = search.starts(*prices) if self.init is None else [checked_labels(self.init, problem.views.n)]
+        found = search.best(starts, *prices)
+        if not found.converged:
+            warnings.warn(
+                f"No stable partition after {self.max_iter} rounds; raise max_iter.", ConvergenceWarning, stacklevel=2
+            )
+        self._record(problem, found)
+        return self
+
+    def fit_predict(self, X, y=None, *, sample_weight=None) -> np.ndarray:
+        """``fit(X, y).labels_``."""
+        return self.fit(X, y, sample_weight=sample_weight).labels_
+
+    def predict(self, X, y=None) -> np.ndarray:
+        """The cheapest cluster of each row: -log weight + priced distances from the centres.
+
+        Args:
+            X: ``(n, d_e)``.
+            y: ``(n, d_a)``; needed if and only if the fit had it.
+
+        Raises:
+            ValueError: other widths than those of the fit, or a view that is missing.
+        """
+        check_is_fitted(self)
+        X = validate_data(self, X, dtype=np.float64, reset=False)
+        rows = checked_attribution(y, len(X))
+        if rows is None and self.n_sources_in_:
+            raise ValueError(f"The fit had an attribution view of {self.n_sources_in_} sources; pass y of that width.")
+        share = self.gamma if self.n_sources_in_ else 1.0
+        costs = self.beta * share / self.semantic_scale_ * cdist(X, self.semantic_centers_, "sqeuclidean")
+        if self.n_sources_in_:
+            _checked_width(rows, self.n_sources_in_)
+            kind = "cityblock" if self.attribution_metric == "l1" else "sqeuclidean"
+            costs += self.beta * (1 - share) / self.attribution_scale_ * cdist(rows, self.attribution_centers_, kind)
+        return np.argmin(costs - np.log(self.cluster_weights_), axis=1)
+
+    def partition_objective(self, X, y, labels, *, sample_weight=None) -> RateDistortion:
+        """L, rate and scaled distortions of any partition of these rows, at this estimator's parameters.
+
+        Nothing need be fitted; scales are those of the rows given.
+
+        Raises:
+            ValueError: as ``fit``, or labels of another length.
+        """
+        problem = self.problem(X, y, sample_weight=sample_weight, reset=False)
+        clusters = problem.views.clusters(checked_labels(labels, problem.views.n))
+        return problem.place(clusters, self.beta, self.gamma)
+
+    def rate_distortion_path(
+        self, X, y=None, betas: Sequence[float | int] | None = None, gammas: Sequence[float | int] | None = None,
+        *, sample_weight=None, n_jobs: int | None = None,
+    ) -> "RateDistortionPath":
+        """Clusterings over a grid of prices, with this estimator's other parameters; see ``clusterer_path``."""
+        from saelens_ext.continuations.clustering.path import BETAS, GAMMAS, sweep
+
+        return sweep(
+            self.problem(X, y, sample_weight=sample_weight, reset=False),
+            BETAS if betas is None else betas, GAMMAS if gammas is None else gammas,
+            max_iter=self.max_iter, tol=float(self.tol), random_state=self.random_state, n_jobs=n_jobs,
+        )
+
+    def problem(self, X, y=None, *, sample_weight=None, reset: bool = True) -> Problem:
+        """The checked views with their scales, as ``fit`` clusters them.
+
+        Raises:
+            ValueError: as ``fit``.
+        """
+        checked_prices(self.beta, self.gamma)
+        _checks.positive(self.max_iter, "max_iter")
+        if not 0 <= self.tol < 1:
+            raise ValueError(f"tol must lie in [0, 1), got {self.tol!r}.")
+        checks = {"dtype": np.float64, "ensure_min_samples": 2}
+        X = validate_data(self, X, **checks) if reset else check_array(X, input_name="X", **checks)
+        return make_problem(
+            X, checked_attribution(y, len(X)), checked_weights(sample_weight, len(X)),
+            metric=self.attribution_metric, scaling=self.scaling, semantic_center=self.semantic_center,
+            min_cluster_size=self.min_cluster_size,
+        )
+
+    def _record(self, problem: Problem, found: Descent) -> None:
+        views = problem.views
+        order = sorted(range(len(found.clusters)), key=lambda k: (-found.clusters[k].mass, found.clusters[k].members[0]))
+        clusters = [found.clusters[k] for k in order]
+        place = problem.place(clusters, self.beta, self.gamma)
+        self.labels_ = np.argsort(order)[found.labels]
+        self.n_clusters_ = len(clusters)
+        self.cluster_weights_ = np.array([cluster.mass for cluster in clusters])
+        self.semantic_centers_ = np.stack([views.semantic_mean(cluster) for cluster in clusters])
+        self.attribution_centers_ = np.stack([views.attribution_center(cluster) for cluster in clusters])
+        prices = problem.prices(self.beta, self.gamma)
+        self.medoid_indices_ = np.array([_medoid(views, cluster, *prices) for cluster in clusters])
+        self.objective_, self.rate_ = place.objective, place.rate
+        self.semantic_distortion_, self.attribution_distortion_ = place.semantic_distortion, place.attribution_distortion
+        self.semantic_scale_, self.attribution_scale_ = problem.semantic_scale, problem.attribution_scale
+        self.n_sources_in_ = len(views.sources)
+        self.history_ = np.array(found.history)
+        self.n_iter_ = found.n_iter
+
+
+def _checked_width(rows: np.ndarray, width: int) -> None:
+    if rows.shape[1] != width:
+        raise ValueError(f"y has {rows.shape[1]} sources; the fit had {width}, in the same order.")
+
+
+def _medoid(views: PairedViews, cluster: Cluster, b_e: float, b_a: float) -> int:
+    """Index of the member whose priced distances to the members have the least weighted sum."""
+    own = views.own_costs(cluster, b_e, b_a)
+    candidates = cluster.members[np.argsort(own, kind="stable")[:_MEDOID_CANDIDATES]]
+    weights = views.weights[cluster.members]
+    kind = "cityblock" if views.metric == "l1" else "sqeuclidean"
+    totals = b_e * cdist(views.semantic[candidates], views.semantic[cluster.members], "sqeuclidean") @ weights
+    if b_a > 0:
+        rows, members = views.sources[:, candidates].T, views.sources[:, cluster.members].T
+        totals += b_a * cdist(rows, members, kind) @ weights
+    return int(candidates[np.argmin(totals)])

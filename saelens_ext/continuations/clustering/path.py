@@ -1,0 +1,194 @@
+"""Clusterings over a grid of prices: the rate-distortion curve of a set of continuations.
+
+Symbols
+    beta, gamma  price of distortion, and the semantic view's share of it; a cell is a pair of them
+    L            objective of a cell, in nats
+
+For each gamma, beta descends: at high prices there are many clusters, and merging them finds partitions of several
+modes to which no gaining split of one cluster leads, while the other way round nothing is lost, since one cluster is a
+start of every cell. The first cell of a gamma begins from starts of its own, each other from the end of the one before it
+(and where clusters must have a least size from starts of its own too). In the end every
+cell is offered the partitions of all others: rate and distortions of a partition are the same in every cell, so this
+costs a sum, and a cell descends again from a partition that suits it better than its own.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import joblib
+import numpy as np
+from jaxtyping import Int
+from sklearn.utils import check_array, check_random_state
+
+from saelens_ext import _checks
+from saelens_ext.continuations.clustering.problem import (
+    Problem,
+    RateDistortion,
+    checked_attribution,
+    checked_prices,
+    checked_weights,
+    make_problem,
+)
+from saelens_ext.ops.rate_distortion import partition_cost
+from saelens_ext.ops.rate_distortion_descent import Descent, Search
+from saelens_ext.ops.rate_distortion_proposals import Sketch
+
+if TYPE_CHECKING:
+    import pandas
+
+BETAS = (0.5, 0.75, 1.0, 1.25)
+"""Prices of distortion published in arXiv 2606.08236."""
+GAMMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
+"""Shares of the semantic view published there."""
+
+_EXCHANGES = 3
+
+
+@dataclass(frozen=True)
+class PathPoint(RateDistortion):
+    """The clustering of one cell."""
+
+    beta: float
+    gamma: float
+    labels: Int[np.ndarray, " n"]
+    """By descending cluster weight."""
+
+    @property
+    def n_clusters(self) -> int:
+        """K."""
+        return int(self.labels.max()) + 1
+
+
+@dataclass(frozen=True)
+class RateDistortionPath:
+    """Clusterings over a grid."""
+
+    points: tuple[PathPoint, ...]
+    """One per cell, by gamma and then beta, in the order asked for."""
+    problem: Problem
+    """What was clustered, with its scales."""
+
+    def at(self, beta: float | int, gamma: float | int) -> PathPoint:
+        """The point of a cell.
+
+        Raises:
+            ValueError: the cell is not in the grid.
+        """
+        for point in self.points:
+            if point.beta == beta and point.gamma == gamma:
+                return point
+        cells = ", ".join(f"({point.beta:g}, {point.gamma:g})" for point in self.points)
+        raise ValueError(f"No cell has beta {beta!r} and gamma {gamma!r}; there are {cells}.")
+
+    def to_dataframe(self) -> "pandas.DataFrame":
+        """One row per cell, labels left out."""
+        import pandas
+
+        columns = ("gamma", "beta", "n_clusters", "objective", "rate", "semantic_distortion", "attribution_distortion")
+        return pandas.DataFrame([{name: getattr(point, name) for name in columns} for point in self.points])
+
+
+def rate_distortion_path(
+    X,
+    y=None,
+    betas: Sequence[float | int] = BETAS,
+    gammas: Sequence[float | int] = GAMMAS,
+    *,
+    sample_weight=None,
+    attribution_metric: str = "l1",
+    scaling: str = "balanced",
+    semantic_center: str = "mean",
+    min_cluster_size: int = 1,
+    max_iter: int = 100,
+    tol: float | int = 1e-9,
+    random_state=None,
+    n_jobs: int | None = None,
+) -> RateDistortionPath:
+    """Cluster at every pair of prices.
+
+    Args:
+        X: semantic view, ``(n, d_e)``.
+        y: attribution view, ``(n, d_a)``.
+        betas: prices, above 0, in any order.
+        gammas: shares of the semantic view, in [0, 1].
+        sample_weight: ``(n,)``, above 0.
+        attribution_metric, scaling, semantic_center, min_cluster_size, max_iter, tol, random_state: as of ``JointClusterer``.
+        n_jobs: gammas at a time, as joblib counts; a joblib backend set by ``joblib.parallel_config`` spreads them over a
+            cluster. The result does not depend on it.
+
+    Returns:
+        A point per cell. ``JointClusterer(beta, gamma, init=point.labels).fit(X, y)`` makes an estimator of one.
+
+    Raises:
+        ValueError: as ``JointClusterer.fit``, or an empty grid.
+    """
+    X = check_array(X, dtype=np.float64, ensure_min_samples=2, input_name="X")
+    problem = make_problem(
+        X, checked_attribution(y, len(X)), checked_weights(sample_weight, len(X)),
+        metric=attribution_metric, scaling=scaling, semantic_center=semantic_center, min_cluster_size=min_cluster_size,
+    )
+    return sweep(problem, betas, gammas, max_iter=max_iter, tol=float(tol), random_state=random_state, n_jobs=n_jobs)
+
+
+def sweep(
+    problem: Problem, betas: Sequence[float | int], gammas: Sequence[float | int], *,
+    max_iter: int, tol: float, random_state, n_jobs: int | None,
+) -> RateDistortionPath:
+    """Cluster a checked problem at every pair of prices; see :func:`rate_distortion_path`."""
+    if not len(betas) or not len(gammas):
+        raise ValueError(f"betas and gammas must not be empty, got {list(betas)} and {list(gammas)}.")
+    for beta in betas:
+        for gamma in gammas:
+            checked_prices(beta, gamma)
+    _checks.positive(max_iter, "max_iter")
+    seed = check_random_state(random_state).randint(2**31 - 1)
+    settings = {"max_iter": max_iter, "tol": tol, "min_members": problem.min_cluster_size}
+    cells = {(gamma, beta): problem.prices(beta, gamma) for gamma in gammas for beta in sorted(betas, reverse=True)}
+    sketch = Sketch(problem.views, np.random.RandomState(seed))
+    columns = [[cells[gamma, beta] for beta in sorted(set(betas), reverse=True)] for gamma in dict.fromkeys(gammas)]
+    found = joblib.Parallel(n_jobs=n_jobs)(
+        joblib.delayed(_descending)(problem, sketch, prices, seed, settings) for prices in columns
+    )
+    ends = {prices: labels for column, ends in zip(columns, found, strict=True) for prices, labels in zip(column, ends, strict=True)}
+    ends = _exchange(Search(problem.views, np.random.RandomState(seed), sketch=sketch, **settings), ends)
+    points = [_point(problem, ends[cells[gamma, beta]], float(beta), float(gamma)) for gamma in gammas for beta in betas]
+    return RateDistortionPath(tuple(points), problem)
+
+
+def _descending(problem: Problem, sketch: Sketch, column: list[tuple[float, float]], seed: int, settings: dict) -> list[np.ndarray]:
+    """Labels of the cells of one gamma, beta descending."""
+    search = Search(problem.views, np.random.RandomState(seed), sketch=sketch, **settings)
+    ends: list[np.ndarray] = []
+    for prices in column:
+        starts = [ends[-1], search.one_cluster] if ends else search.starts(*prices)
+        found = [search.best(starts, *prices)]
+        if search.min_members > 1:
+            # Where clusters must have members, descents are caught sooner, and more of them are worth their time.
+            found += [search.descend(start, *prices) for start in (*starts, *(search.starts(*prices) if ends else ()))]
+        ends.append(min(found, key=lambda descent: descent.cost).labels)
+    return ends
+
+
+def _exchange(search: Search, ends: dict[tuple[float, float], np.ndarray]) -> dict[tuple[float, float], np.ndarray]:
+    """Let every cell descend from the best partition of any cell, until each prefers its own."""
+    for _ in range(_EXCHANGES):
+        partitions = [(labels, search.views.clusters(labels)) for labels in ends.values()]
+        better: dict[tuple[float, float], np.ndarray] = {}
+        for prices, own in ends.items():
+            best, clusters = min(partitions, key=lambda pair: partition_cost(pair[1], *prices))
+            spared = partition_cost(search.views.clusters(own), *prices) - partition_cost(clusters, *prices)
+            if spared > search.tol * search.one.cost(*prices):
+                descent: Descent = search.descend(best, *prices)
+                better[prices] = descent.labels
+        if not better:
+            break
+        ends = {**ends, **better}
+    return ends
+
+
+def _point(problem: Problem, labels: np.ndarray, beta: float, gamma: float) -> PathPoint:
+    clusters = problem.views.clusters(labels)
+    order = sorted(range(len(clusters)), key=lambda k: (-clusters[k].mass, clusters[k].members[0]))
+    place = problem.place(clusters, beta, gamma)
+    return PathPoint(**vars(place), beta=beta, gamma=gamma, labels=np.argsort(order)[labels])

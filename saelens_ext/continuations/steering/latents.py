@@ -1,0 +1,284 @@
+"""Which latents of a prefix to turn up or down, and forward passes in which they are.
+
+Symbols
+    w_j    weight of source j in a direction: its entry of a signature, or of a centre of signatures
+    B      number of latents turned
+    eps    strength: latent j is scaled by 1 + eps sign(w_j), so that eps > 0 goes along the direction; at -1 a latent
+           of positive weight is removed and one of negative weight doubled
+    h_j    activation of latent j on the stream as it is, other changes before it included
+    D_j    its decoder direction
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from sae_lens import SAE
+from torch import Tensor
+
+from saelens_ext import _checks
+from saelens_ext.continuations.attribution.sites import dictionary_sites
+from saelens_ext.continuations.source_table import SourceTable
+from saelens_ext.host.flat_sae import encode_flat, flat_activations
+from saelens_ext.host.hook_edits import HookFunction, edit_point, flat_rows
+from saelens_ext.host.models import HostModel
+
+SIGNS = ("all", "positive", "negative")
+
+_CODES_BYTES = 2**26
+"""Memory for the codes of the tokens encoded at a time."""
+
+
+@dataclass(frozen=True)
+class SteeringDirection:
+    """The B latents of the prefix that a direction turns, by descending magnitude of weight."""
+
+    columns: tuple[int, ...]
+    """Which sources of the table they are."""
+    weights: tuple[float, ...]
+    """w_j, in the units of the direction given (logits, for a signature)."""
+    sources: SourceTable
+    """What they are, one row per latent."""
+    steered_share: float
+    """Share of the direction's absolute weight, over all of its sources, that these latents hold."""
+    steerable_share: float
+    """Share that all latents hold; the rest lies on error nodes, biases, MLPs and embeddings, which cannot be turned."""
+
+    def __len__(self) -> int:
+        return len(self.columns)
+
+    @property
+    def signs(self) -> tuple[int, ...]:
+        """sign(w_j), each 1 or -1."""
+        return tuple(1 if weight > 0 else -1 for weight in self.weights)
+
+    @property
+    def key(self) -> tuple[tuple[int, int], ...]:
+        """Equal for directions that change a model in the same way."""
+        return tuple(sorted(zip(self.columns, self.signs)))
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per latent: what it is, and its weight."""
+        return self.sources.to_dataframe().assign(column=list(self.columns), weight=list(self.weights))
+
+
+def choose_sources(
+    sources: SourceTable,
+    weights: Sequence[float | int] | np.ndarray | Tensor,
+    *,
+    top: int = 10,
+    sign: str = "all",
+) -> SteeringDirection:
+    """Take the latents with the largest weights of a direction.
+
+    Args:
+        sources: what the entries of the direction are.
+        weights: w, ``(m,)``, one per source.
+        top: B at most, at least 1; latents of weight 0 are never taken.
+        sign: ``"all"``, or only latents of ``"positive"`` or of ``"negative"`` weight.
+
+    Raises:
+        ValueError: an unknown sign, weights of another length or not finite, or no latent with such a weight.
+
+    Source: arXiv 2606.08236, steering.
+    """
+    _checks.positive(top, "top")
+    _checks.choice(sign, SIGNS, "sign")
+    given = torch.as_tensor(np.asarray(weights, dtype=np.float64)).flatten()
+    if len(given) != len(sources):
+        raise ValueError(
+            f"The direction has {len(given)} weights and the continuations {len(sources)} sources; give one weight per source, "
+            "for example a row of continuations.signatures."
+        )
+    _checks.finite(given, "The direction")
+    columns = turnable_columns(sources, given, top, sign)
+    if not columns:
+        raise ValueError(_nothing_to_turn(sources, given, sign))
+    return direction_of(sources, given, columns)
+
+
+def turnable_columns(sources: SourceTable, weights: Tensor, top: int, sign: str) -> list[int]:
+    """The latents of largest weight, by descending magnitude; none where no latent has such a weight."""
+    wanted = {"all": weights != 0, "positive": weights > 0, "negative": weights < 0}[sign]
+    candidates = (_latents(sources) & wanted).nonzero().flatten()
+    order = weights[candidates].abs().argsort(descending=True, stable=True)[:top]
+    return candidates[order].tolist()
+
+
+def _latents(sources: SourceTable) -> Tensor:
+    return torch.tensor([kind == "latent" for kind in sources.kinds], dtype=torch.bool)
+
+
+def direction_of(sources: SourceTable, weights: Tensor, columns: Sequence[int]) -> SteeringDirection:
+    """The direction that turns the latents of some columns, with what share of ``weights`` ``(m,)`` they hold."""
+    total = float(weights.abs().sum())
+    return SteeringDirection(
+        columns=tuple(columns),
+        weights=tuple(weights[list(columns)].tolist()),
+        sources=sources.select(columns),
+        steered_share=float(weights[list(columns)].abs().sum()) / total if total else 0.0,
+        steerable_share=float(weights[_latents(sources)].abs().sum()) / total if total else 0.0,
+    )
+
+
+def _nothing_to_turn(sources: SourceTable, weights: Tensor, sign: str) -> str:
+    is_latent = _latents(sources)
+    counts = {kind: sources.kinds.count(kind) for kind in dict.fromkeys(sources.kinds)}
+    held = f"Its sources are {', '.join(f'{n} of kind {kind!r}' for kind, n in counts.items())}"
+    if not bool(is_latent.any()):
+        return (
+            f"The direction has no source that can be turned. {held}; only latents can. "
+            "Attribute with a dictionary and with 'latent' among its kinds."
+        )
+    kind = "" if sign == "all" else f"{sign} "
+    return (
+        f"No latent has a {kind}weight in this direction. {held}, and {int((weights[is_latent] != 0).sum())} latents have a "
+        "weight other than 0. Give another direction or sign='all'."
+    )
+
+
+class LatentTurner:
+    """Turns latents in forward passes, in each row of a batch others and by another strength.
+
+    Args:
+        model: either host class, no SAE attached.
+        dictionaries: those that the continuations were attributed with, in the same order.
+        sources: the table that directions point into.
+
+    Raises:
+        ValueError: dictionaries that are not those of the table, or a place that cannot be edited.
+    """
+
+    def __init__(self, model: HostModel, dictionaries: Sequence[SAE[Any]], sources: SourceTable):
+        self._dictionaries = list(dictionaries)
+        self._sites = dictionary_sites(model, self._dictionaries)
+        for column, index in enumerate(sources.dictionaries):
+            self._check_source(sources, column, index)
+        for index in sorted({i for i, kind in zip(sources.dictionaries, sources.kinds) if kind == "latent"}):
+            _check_editable(model, self._sites[index].hook)
+
+    def _check_source(self, sources: SourceTable, column: int, index: int) -> None:
+        if sources.kinds[column] != "latent":
+            return
+        if not 0 <= index < len(self._sites):
+            raise ValueError(
+                f"The sources come from a dictionary number {index}, and {len(self._sites)} dictionaries were given. Give those "
+                "that the continuations were attributed with, in the same order."
+            )
+        site, d_sae = self._sites[index], int(self._dictionaries[index].cfg.d_sae)
+        if site.hook != sources.hooks[column] or not 0 <= sources.latents[column] < d_sae:
+            raise ValueError(
+                f"Source {column} is latent {sources.latents[column]} at {sources.hooks[column]}, but dictionary {index} has "
+                f"{d_sae} latents and writes at {site.hook}. Give the dictionaries in the order of the attribution."
+            )
+
+    def hooks(self, directions: Sequence[SteeringDirection], strengths: Sequence[float | int]) -> list[tuple[str, HookFunction]]:
+        """Hooks for passes over the prefix (and more tokens behind it), one direction and strength per row of the batch.
+
+        A later pass over one token each, a step of generation from a KV cache, is left alone. Rows of strength 0 are
+        left exactly as they are.
+        """
+        found: list[tuple[str, HookFunction]] = []
+        for index, site in enumerate(self._sites):
+            turned = _Turned.of(index, directions, strengths)
+            if turned is None:
+                continue
+            edit = _Edit(self._dictionaries[index], turned, site.hook)
+            if site.read != site.hook:
+                found.append((site.read, edit.read))
+            found.append((site.hook, edit.write))
+        return found
+
+
+def _check_editable(model: HostModel, hook: str) -> None:
+    edit_point(model, hook)
+    if hook.endswith("ln2.hook_in"):
+        raise ValueError(
+            f"On this {type(model).__name__} the middle of a block can be read (at {hook}) but not changed: the stream runs past "
+            "that point. Steer with a dictionary of hook_resid_pre, hook_resid_post or of the MLP, or use a HookedTransformer."
+        )
+
+
+@dataclass(frozen=True)
+class _Turned:
+    """Which latents of one dictionary are turned in a batch: at P pairs of a row and a position, N latents in all."""
+
+    rows: Tensor
+    """``(P,)``."""
+    positions: Tensor
+    """``(P,)``."""
+    pairs: Tensor
+    """To which pair each latent belongs, ``(N,)``."""
+    latents: Tensor
+    """``(N,)``."""
+    factors: Tensor
+    """1 + eps sign(w), ``(N,)``."""
+
+    @classmethod
+    def of(
+        cls, dictionary: int, directions: Sequence[SteeringDirection], strengths: Sequence[float | int]
+    ) -> "_Turned | None":
+        pairs: dict[tuple[int, int], int] = {}
+        entries: list[tuple[int, int, float]] = []
+        for row, (direction, strength) in enumerate(zip(directions, strengths, strict=True)):
+            table = direction.sources
+            for j, sign in enumerate(direction.signs if strength != 0 else ()):
+                if table.dictionaries[j] == dictionary:
+                    pair = pairs.setdefault((row, table.positions[j]), len(pairs))
+                    entries.append((pair, table.latents[j], 1.0 + strength * sign))
+        if not entries:
+            return None
+        rows, positions = torch.tensor(list(pairs)).T
+        owners, latents, factors = (torch.tensor(column) for column in zip(*entries))
+        return cls(rows, positions, owners, latents, factors.float())
+
+
+class _Edit:
+    """Adds decode(z') - decode(z) where latents are turned, the codes z read off the stream as it is."""
+
+    def __init__(self, sae: SAE[Any], turned: _Turned, hook: str):
+        self._sae, self._turned, self._hook = sae, turned, hook
+        self._source: Tensor | None = None
+        self._prefix_seen = False
+
+    def read(self, x: Tensor, hook: Any = None) -> None:
+        """Of a transcoder: keep what it reads."""
+        self._source = x
+
+    def write(self, x: Tensor, hook: Any = None) -> Tensor | None:
+        source, self._source = (x if self._source is None else self._source), None
+        step = x.shape[1] == 1 and self._prefix_seen
+        self._prefix_seen = True
+        if step:
+            return None
+        t = self._turned
+        flat = flat_rows(x, self._sae.W_dec.shape[1], self._hook)
+        inputs = flat_rows(source, int(self._sae.cfg.d_in), self._hook)[t.rows, t.positions]
+        before = flat[t.rows, t.positions]
+        wide = torch.promote_types(x.dtype, torch.float32)
+        after = before.to(wide) + self._change(inputs.to(wide)).to(before.device, wide)
+        edited = flat.clone()
+        edited[t.rows, t.positions] = after.to(x.dtype)
+        return edited.reshape(x.shape)
+
+    def _change(self, inputs: Tensor) -> Tensor:
+        """What to add at each pair, ``(P, d)``, a bounded number of pairs at a time."""
+        size = max(1, _CODES_BYTES // (16 * int(self._sae.cfg.d_sae)))
+        return torch.cat([self._part(inputs, first, min(first + size, len(inputs))) for first in range(0, len(inputs), size)])
+
+    def _part(self, inputs: Tensor, first: int, last: int) -> Tensor:
+        t = self._turned
+        codes = encode_flat(self._sae, inputs[first:last].to(self._sae.W_dec.device))
+        mine = (t.pairs >= first) & (t.pairs < last)
+        places = (t.pairs[mine] - first).to(codes.device), t.latents[mine].to(codes.device)
+        changed = codes.clone()
+        changed[places] = codes[places] * t.factors[mine].to(codes)
+        # One call for both: a SAE that normalises its input forgets the scale after one decode.
+        with flat_activations(self._sae):
+            after, before = self._sae.decode(torch.stack([changed, codes]))
+        # Equal rows of one product can differ in their last bit, so where no code changes nothing is added.
+        touched = (changed != codes).any(dim=-1, keepdim=True)
+        return torch.where(touched, after.float() - before.float(), 0)

@@ -1,0 +1,218 @@
+"""What continuations are worth to a model while latents of their prefix are turned.
+
+The change is made at the prefix alone, which is the same for all continuations. So the prefix is run once per
+direction and strength, and its continuations go on from its KV cache. With hooks of the user's on the model, which may
+count positions, and on models without a KV cache, prefix and continuation are run in one piece.
+
+Symbols
+    M, T   tokens of the prefix; of the longest continuation of a batch
+    S      settings: pairs of a direction and a strength
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformer_lens import HookedTransformer
+from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+
+from saelens_ext.continuations.attribution.gradients import Target, batch_ids
+from saelens_ext.continuations.continuation_set import ContinuationSet
+from saelens_ext.continuations.steering.latents import LatentTurner, SteeringDirection
+from saelens_ext.host.hook_edits import hooked
+from saelens_ext.host.models import HostModel
+from saelens_ext.host.prompt_passes import device_of, evaluating, logits_of
+
+MEASURES = ("demeaned_logit", "mean_log_prob", "log_prob")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A direction and how far to go along it."""
+
+    direction: SteeringDirection
+    strength: float
+
+
+class SteeredPasses:
+    """Measures continuations under settings.
+
+    Args:
+        model: either host class.
+        turner: turns the latents.
+        continuations: what to measure.
+        batch_size: rows per forward pass.
+    """
+
+    def __init__(self, model: HostModel, turner: LatentTurner, continuations: ContinuationSet, batch_size: int):
+        self._model, self._turner, self._set, self._batch_size = model, turner, continuations, batch_size
+        # Final columns are cut to those that predict, as if the prefix were one token long.
+        self._target = Target(model, 1, "mean")
+
+    def measure(self, settings: Sequence[Setting], jobs: Sequence[tuple[int, int]], *, progress: bool = False) -> Tensor:
+        """Measure continuations, each under one setting.
+
+        Args:
+            settings: S settings.
+            jobs: n pairs of a setting and a row of the set.
+            progress: show a bar.
+
+        Returns:
+            `MEASURES` of each job, float64 ``(n, 3)``: the mean demeaned logit of its tokens, and its log-probability
+            in nats per token and in total.
+        """
+        found = torch.zeros(len(jobs), len(MEASURES), dtype=torch.float64)
+        groups = self._groups(settings, jobs)
+        with evaluating(self._model), tqdm(total=len(jobs), desc="steering", disable=not progress) as bar:
+            for members, wanted in groups:
+                prefix = self._run_prefix([settings[i] for i in members]) if self._cached else None
+                lengths = self._set.lengths[[jobs[i][1] for i in wanted]]
+                # Continuations of like length share a batch, so that little of it is padding.
+                order = [wanted[i] for i in lengths.argsort(descending=True, stable=True).tolist()]
+                for first in range(0, len(order), self._batch_size):
+                    batch = order[first : first + self._batch_size]
+                    rows = [jobs[i][1] for i in batch]
+                    if prefix is None:
+                        found[batch] = self._run_whole([settings[jobs[i][0]] for i in batch], rows)
+                    else:
+                        found[batch] = self._run_on(prefix, [members.index(jobs[i][0]) for i in batch], rows)
+                    bar.update(len(batch))
+        return found
+
+    @property
+    def _cached(self) -> bool:
+        adapter = getattr(self._model, "adapter", None)
+        if not getattr(adapter, "supports_kv_cache", True):
+            return False
+        return not any(point.fwd_hooks for point in self._model.hook_dict.values())
+
+    def _groups(self, settings: Sequence[Setting], jobs: Sequence[tuple[int, int]]) -> list[tuple[list[int], list[int]]]:
+        """Settings that share a pass over the prefix, and the jobs under them."""
+        of_setting: dict[int, list[int]] = {}
+        for job, (setting, _) in enumerate(jobs):
+            of_setting.setdefault(setting, []).append(job)
+        used = list(of_setting)
+        parts = [used[first : first + self._batch_size] for first in range(0, len(used), self._batch_size)]
+        return [(part, [job for setting in part for job in of_setting[setting]]) for part in parts]
+
+    # --- in one piece ---
+
+    def _run_whole(self, settings: Sequence[Setting], rows: Sequence[int]) -> Tensor:
+        tokens = self._tokens(rows)
+        ids = batch_ids(self._set.prefix_ids, tokens, device_of(self._model))
+        hooks = self._turner.hooks([s.direction for s in settings], [s.strength for s in settings])
+        columns = slice(len(self._set.prefix_ids) - 1, -1)
+        with hooked(self._model, hooks), _Head(self._model, columns) as head:
+            logits = logits_of(self._model, ids)
+        return self._scores(head.final, logits, tokens)
+
+    # --- in two pieces ---
+
+    def _run_prefix(self, settings: Sequence[Setting]) -> "_Prefix":
+        ids = torch.tensor(self._set.prefix_ids, device=device_of(self._model)).expand(len(settings), -1)
+        hooks = self._turner.hooks([s.direction for s in settings], [s.strength for s in settings])
+        cache = _PrefixCache(self._model, len(settings))
+        with hooked(self._model, hooks), _Head(self._model, slice(-1, None)) as head:
+            logits = cache.fill(ids)
+        return _Prefix(cache, head.final, logits)
+
+    def _run_on(self, prefix: "_Prefix", members: Sequence[int], rows: Sequence[int]) -> Tensor:
+        tokens = self._tokens(rows)
+        final, logits = prefix.final[members], prefix.logits[members]
+        if tokens.shape[1] > 1:
+            ids = torch.where(tokens >= 0, tokens, self._set.prefix_ids[0])[:, :-1].to(device_of(self._model))
+            with _Head(self._model, slice(None)) as head:
+                later = prefix.cache.run_on(ids, members)
+            final, logits = torch.cat([final, head.final], dim=1), torch.cat([logits, later], dim=1)
+        return self._scores(final, logits, tokens)
+
+    # --- numbers ---
+
+    def _tokens(self, rows: Sequence[int]) -> Tensor:
+        longest = int(self._set.lengths[list(rows)].max())
+        return self._set.token_ids[list(rows), :longest]
+
+    def _scores(self, final: Tensor, logits: Tensor, tokens: Tensor) -> Tensor:
+        """`MEASURES` ``(b, 3)`` from what the unembedding received and gave at the predicting columns."""
+        tokens = tokens.to(final.device)
+        demeaned = self._target(final, tokens)
+        # The normaliser row by row: the float32 of a whole batch's vocabulary would be a second copy of the logits.
+        chosen = logits.gather(-1, tokens.clamp_min(0)[..., None])[..., 0].float()
+        normaliser = torch.stack([row.float().logsumexp(dim=-1) for row in logits])
+        real = tokens >= 0
+        total = torch.where(real, chosen - normaliser, 0).double().sum(dim=1)
+        return torch.stack([demeaned.double(), total / real.sum(dim=1), total], dim=1).cpu()
+
+
+@dataclass(frozen=True)
+class _Prefix:
+    """A prefix that was run under S settings."""
+
+    cache: "_PrefixCache"
+    final: Tensor
+    """What the unembedding received at the last token, ``(S, 1, d)``."""
+    logits: Tensor
+    """``(S, 1, d_vocab)``."""
+
+
+class _Head:
+    """Inside the context the unembedding sees some columns alone, and what it receives is kept as ``final``."""
+
+    def __init__(self, model: HostModel, columns: slice):
+        self._model, self._columns = model, columns
+        self.final: Tensor = torch.empty(0)
+
+    def __enter__(self) -> "_Head":
+        def keep(module: torch.nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+            self.final = arguments[0][:, self._columns]
+            return (self.final, *arguments[1:])
+
+        self._handle = self._model.unembed.register_forward_pre_hook(keep)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._handle.remove()
+
+
+class _PrefixCache:
+    """Keys and values of a prefix under S settings, from which passes go on without changing them."""
+
+    def __init__(self, model: HostModel, n: int):
+        self._model = model
+        self._is_hooked_transformer = isinstance(model, HookedTransformer)
+        self._cache: Any = None
+        if self._is_hooked_transformer:
+            self._cache = TransformerLensKeyValueCache.init_cache(model.cfg, model.cfg.device, n)
+
+    def fill(self, ids: Tensor) -> Tensor:
+        """Run the prefix ``(S, M)``; gives its logits."""
+        self._length = ids.shape[1]
+        if self._is_hooked_transformer:
+            mask = torch.ones_like(ids)
+            return self._model(ids, return_type="logits", past_kv_cache=self._cache, attention_mask=mask)
+        options = {"use_cache": True, "attention_mask": torch.ones_like(ids)}
+        logits, self._cache = self._model(ids, return_type="logits_and_cache", **options)
+        return logits
+
+    def run_on(self, ids: Tensor, members: Sequence[int]) -> Tensor:
+        """Logits ``(b, L, d_vocab)`` of tokens behind the prefixes of some members, one for each row."""
+        chosen = torch.tensor(list(members), device=ids.device)
+        if self._is_hooked_transformer:
+            cache = self._selected(chosen)
+            return self._model(ids, return_type="logits", past_kv_cache=cache, attention_mask=torch.ones_like(ids))
+        cache = copy.deepcopy(self._cache)
+        cache.batch_select_indices(chosen)
+        mask = torch.ones(len(ids), self._length + ids.shape[1], dtype=ids.dtype, device=ids.device)
+        options = {"use_cache": True, "attention_mask": mask, "past_key_values": cache}
+        return self._model(ids, return_type="logits_and_cache", **options)[0]
+
+    def _selected(self, chosen: Tensor) -> TransformerLensKeyValueCache:
+        cache = TransformerLensKeyValueCache.init_cache(self._model.cfg, self._model.cfg.device, len(chosen))
+        cache.previous_attention_mask = self._cache.previous_attention_mask[chosen]
+        for entry, full in zip(cache.entries, self._cache.entries, strict=True):
+            entry.past_keys, entry.past_values = full.past_keys[chosen], full.past_values[chosen]
+        return cache

@@ -1,0 +1,283 @@
+"""Which direction each method gives each member: the clusters' own, and those of the controls.
+
+All methods read directions off the same signatures by the same rule, and from the same half of the members; they
+differ in nothing but the partition, or in what is done with the direction:
+
+``"joint"``             of the cluster under test
+``"semantic"``          of a partition by meaning alone (k-means with as many clusters)
+``"attribution"``       of a partition by signatures alone (k-means with as many clusters)
+``"random_partition"``  of the clusters with members exchanged at random
+``"global"``            of one cluster for all: the same direction for everybody
+``"single_member"``     the signature of a random member of the cluster, other than its medoid where there is another
+``"wrong_cluster"``     the direction of another cluster, each used once
+``"random_features"``   as many random latents at the same hooks and positions, of nearly the same activations, turned
+                        the same ways
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from scipy.spatial.distance import cdist
+
+from saelens_ext import _checks
+from saelens_ext.continuations.clustering.baselines import single_view_kmeans
+from saelens_ext.continuations.clustering.joint_clusterer import JointClusterer
+from saelens_ext.continuations.continuation_set import ContinuationSet
+from saelens_ext.continuations.source_table import SourceTable
+from saelens_ext.continuations.steering.latents import SteeringDirection, direction_of, turnable_columns
+from saelens_ext.ops.rate_distortion import weighted_median
+
+PARTITIONS = ("joint", "semantic", "attribution", "random_partition", "global")
+SUBSTITUTES = ("single_member", "wrong_cluster", "random_features")
+METHODS = (*PARTITIONS, *SUBSTITUTES)
+REPRESENTATIVES = ("medoid", "center", "contrast")
+
+_CANDIDATES = 64
+"""Members nearest the centre among which a medoid is sought."""
+_ALIKE = 5
+"""How many latents of nearest activation a random one is drawn from."""
+
+
+class NothingToTest(ValueError):
+    """Clusters that cannot be tested by steering: too few members, or directions without a latent."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Members that choose directions, and members on whom effects are measured; no row is in both."""
+
+    choosing: np.ndarray
+    measured: np.ndarray
+
+
+def split_members(labels: np.ndarray, held_out: float | int, max_rows: int, generator: np.random.Generator) -> Split:
+    """Split every cluster, so that of two members or more at least one is on either side.
+
+    Args:
+        labels: clusters, ``(n,)``.
+        held_out: share of a cluster to measure on, in (0, 1).
+        max_rows: measured members at most, taken from the clusters in turn.
+        generator: source of random numbers.
+
+    Raises:
+        ValueError: no cluster has two members.
+    """
+    choosing, waiting = [], []
+    for name in np.unique(labels):
+        rows = generator.permutation(np.flatnonzero(labels == name))
+        n_out = min(max(round(len(rows) * held_out), 1), len(rows) - 1)
+        waiting.append(rows[:n_out].tolist())
+        choosing += rows[n_out:].tolist()
+    if not any(waiting):
+        raise NothingToTest(
+            f"None of the {len(waiting)} clusters has two members, one to choose a direction and one to measure on. Use fewer "
+            "clusters (a lower beta) or more continuations."
+        )
+    turns = [row for turn in range(max(map(len, waiting))) for rows in waiting for row in rows[turn : turn + 1]]
+    return Split(np.array(sorted(choosing)), np.array(sorted(turns[:max_rows])))
+
+
+class Representatives:
+    """The direction that stands for some members: one rule for all methods, read off choosing members alone.
+
+    Args:
+        continuations: with embeddings and signatures.
+        clusterer: whose prices and metrics say what is near; their scales are those of the choosing members.
+        choosing: rows.
+        kind: ``"medoid"``: the signature of the member with the least weighted mean distance to the others;
+            ``"center"``: the weighted median of signatures per source; ``"contrast"``: the medoid's signature minus
+            the median over all choosing members.
+    """
+
+    def __init__(self, continuations: ContinuationSet, clusterer: JointClusterer, choosing: np.ndarray, kind: str):
+        self._semantic = continuations.embeddings.double().numpy()
+        self._signatures = continuations.signatures.double().numpy()
+        self._weights = continuations.weights.numpy()
+        self._kind = _checks.choice(kind, REPRESENTATIVES, "direction")
+        self._metric = "cityblock" if clusterer.attribution_metric == "l1" else "sqeuclidean"
+        self._prices = (1.0, 1.0)
+        if len(choosing) > 1:
+            views = self._semantic[choosing], self._signatures[choosing]
+            problem = clusterer.problem(*views, sample_weight=self._weights[choosing], reset=False)
+            self._prices = problem.prices(clusterer.beta, clusterer.gamma)
+        self._origin = self._center(choosing) if kind == "contrast" else np.zeros(self._signatures.shape[1])
+
+    def signature(self, row: int) -> np.ndarray:
+        """The direction of one member, ``(m,)``."""
+        return self._signatures[row] - self._origin
+
+    def of(self, rows: np.ndarray) -> tuple[np.ndarray, int]:
+        """The direction of some members ``(m,)``, and the row that it is the signature of (-1: of none)."""
+        if self._kind == "center":
+            return self._center(rows), -1
+        row = self._medoid(rows)
+        return self.signature(row), row
+
+    def _center(self, rows: np.ndarray) -> np.ndarray:
+        return weighted_median(self._signatures[rows].T, self._weights[rows])
+
+    def _distances(self, semantic: np.ndarray, signatures: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        b_e, b_a = self._prices
+        return b_e * cdist(semantic, self._semantic[rows], "sqeuclidean") + b_a * cdist(
+            signatures, self._signatures[rows], self._metric
+        )
+
+    def _medoid(self, rows: np.ndarray) -> int:
+        mean = np.average(self._semantic[rows], axis=0, weights=self._weights[rows])
+        near = self._distances(mean[None], self._center(rows)[None], rows)[0]
+        candidates = rows[np.argsort(near, kind="stable")[:_CANDIDATES]]
+        totals = self._distances(self._semantic[candidates], self._signatures[candidates], rows) @ self._weights[rows]
+        return int(candidates[np.argmin(totals)])
+
+
+@dataclass(frozen=True)
+class PlannedDirection:
+    """A direction, and where it comes from."""
+
+    method: str
+    cluster: int
+    """Of that method's partition; for the substitutes, the joint cluster whose members it is tried on."""
+    row: int
+    """Whose signature it is; -1 for none."""
+    n_choosing: int
+    """Members that it was chosen from."""
+    direction: SteeringDirection
+
+
+@dataclass
+class Plan:
+    """What is to be measured."""
+
+    split: Split
+    labels: dict[str, np.ndarray] = field(default_factory=dict)
+    """For each method the cluster of every row, ``(n,)``."""
+    directions: list[PlannedDirection] = field(default_factory=list)
+
+    def index(self, method: str, cluster: int) -> int:
+        """Which direction a method has for a cluster; -1 if none."""
+        for i, planned in enumerate(self.directions):
+            if (planned.method, planned.cluster) == (method, cluster):
+                return i
+        return -1
+
+    def of(self, method: str) -> list[PlannedDirection]:
+        """The directions of a method."""
+        return [planned for planned in self.directions if planned.method == method]
+
+
+def make_plan(
+    continuations: ContinuationSet,
+    clusterer: JointClusterer,
+    labels: np.ndarray,
+    split: Split,
+    partitions: Mapping[str, Sequence[int] | np.ndarray],
+    *,
+    kind: str,
+    top: int,
+    sign: str,
+    generator: np.random.Generator,
+) -> Plan:
+    """Directions of all methods.
+
+    A cluster none of whose choosing members has a latent to turn, or none of which chooses, gets no direction.
+
+    Args:
+        continuations: with both views and sources.
+        clusterer: for its prices.
+        labels: the clusters under test, ``(n,)``.
+        split: of their members.
+        partitions: labels of further partitions by name.
+        kind: see :class:`Representatives`.
+        top: latents per direction.
+        sign: see ``choose_sources``.
+        generator: source of random numbers.
+    """
+    plan = Plan(split)
+    plan.labels = {"joint": labels} | control_partitions(continuations, labels, generator)
+    plan.labels |= {name: np.asarray(given) for name, given in partitions.items()}
+    chooser = _Chooser(continuations.sources, top, sign)
+    representatives = Representatives(continuations, clusterer, split.choosing, kind)
+    for method, partition in plan.labels.items():
+        for name in np.unique(partition):
+            rows = split.choosing[partition[split.choosing] == name]
+            if len(rows):
+                weights, row = representatives.of(rows)
+                plan.directions += chooser.planned(method, int(name), row, len(rows), weights)
+    plan.labels |= dict.fromkeys(SUBSTITUTES, labels)
+    _add_substitutes(plan, representatives, chooser, generator)
+    return plan
+
+
+def control_partitions(
+    continuations: ContinuationSet, labels: np.ndarray, generator: np.random.Generator
+) -> dict[str, np.ndarray]:
+    """The partitions that the clusters are compared with, of as many clusters."""
+    k, weights = len(np.unique(labels)), continuations.weights.numpy()
+    views = {"semantic": continuations.embeddings, "attribution": continuations.signatures}
+    found = {
+        name: single_view_kmeans(
+            view.double().numpy(), n_clusters=k, sample_weight=weights, random_state=int(generator.integers(2**31))
+        ).labels
+        for name, view in views.items()
+    }
+    return found | {"random_partition": generator.permutation(labels), "global": np.zeros(len(labels), dtype=np.int64)}
+
+
+def _add_substitutes(
+    plan: Plan, representatives: Representatives, chooser: "_Chooser", generator: np.random.Generator
+) -> None:
+    own = plan.of("joint")
+    order = generator.permutation(len(own))
+    for i, planned in enumerate(own):
+        rows = plan.split.choosing[plan.labels["joint"][plan.split.choosing] == planned.cluster]
+        others = rows[rows != planned.row] if len(rows) > 1 else rows
+        row = int(generator.choice(others))
+        plan.directions += chooser.planned("single_member", planned.cluster, row, 1, representatives.signature(row))
+        if len(own) > 1:
+            # One step along a random circle of all clusters, so that none gets its own and each is used once.
+            wrong = own[order[(int(np.flatnonzero(order == i)[0]) + 1) % len(own)]]
+            plan.directions.append(
+                PlannedDirection("wrong_cluster", planned.cluster, wrong.row, wrong.n_choosing, wrong.direction)
+            )
+        random = chooser.alike(planned.direction, generator)
+        if random is not None:
+            plan.directions.append(PlannedDirection("random_features", planned.cluster, -1, 0, random))
+
+
+class _Chooser:
+    """From a direction's weights to the latents that are turned."""
+
+    def __init__(self, sources: SourceTable, top: int, sign: str):
+        self._sources, self._top, self._sign = sources, top, sign
+        self._is_latent = np.array([kind == "latent" for kind in sources.kinds])
+        self._hooks, self._positions = np.array(sources.hooks), np.array(sources.positions)
+        self._activations = np.abs(np.array(sources.activations))
+
+    def planned(self, method: str, cluster: int, row: int, n_choosing: int, weights: np.ndarray) -> list[PlannedDirection]:
+        """The direction, if there is a latent to turn."""
+        given = torch.as_tensor(weights, dtype=torch.float64)
+        columns = turnable_columns(self._sources, given, self._top, self._sign)
+        if not columns:
+            return []
+        return [PlannedDirection(method, cluster, row, n_choosing, direction_of(self._sources, given, columns))]
+
+    def alike(self, direction: SteeringDirection, generator: np.random.Generator) -> SteeringDirection | None:
+        """Random latents in the places of a direction's, with its weights; None where there are not enough others."""
+        taken, columns = set(direction.columns), []
+        for column in direction.columns:
+            free = self._is_latent & ~np.isin(np.arange(len(self._is_latent)), list(taken))
+            same_hook = free & (self._hooks == self._hooks[column])
+            same_place = same_hook & (self._positions == self._positions[column])
+            pool = next((np.flatnonzero(p) for p in (same_place, same_hook, free) if p.any()), None)
+            if pool is None:
+                return None
+            distance = np.abs(np.log(self._activations[pool] / self._activations[column]))
+            columns.append(int(generator.choice(pool[np.argsort(distance, kind="stable")[:_ALIKE]])))
+            taken.add(columns[-1])
+        weights = torch.zeros(len(self._sources), dtype=torch.float64)
+        weights[columns] = torch.tensor(direction.weights, dtype=torch.float64)
+        # The weights are those of other latents, so a share of them has no meaning.
+        return replace(direction_of(self._sources, weights, columns), steered_share=math.nan, steerable_share=math.nan)

@@ -1,0 +1,104 @@
+"""Do free generations go where a cluster's direction points: the share of them that fall in the cluster.
+
+Symbols
+    n     generations under each direction; the same random numbers for all, so that they are paired
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from saelens_ext.continuations.continuation_set import ContinuationSet
+from saelens_ext.continuations.steering.generate import (
+    GenerationPlan,
+    cluster_means,
+    generate_steered,
+    generated_texts,
+    generation_set,
+)
+from saelens_ext.continuations.steering.latents import LatentTurner
+from saelens_ext.continuations.steering.passes import Setting
+from saelens_ext.continuations.validation.controls import Plan, PlannedDirection
+from saelens_ext.host.models import HostModel
+from saelens_ext.steering.sampling import Drawn
+
+Embed = Callable[[ContinuationSet], ContinuationSet]
+
+COLUMNS = ("prefix", "method", "cluster", "strength", "share", "unsteered", "n")
+
+
+def generation_shares(
+    model: HostModel,
+    turner: LatentTurner,
+    continuations: ContinuationSet,
+    plan: Plan,
+    strength: float,
+    generation: GenerationPlan,
+    embed: Embed,
+    *,
+    batch_size: int,
+    progress: bool,
+) -> pd.DataFrame:
+    """Share of generations whose nearest cluster, by meaning, is the one steered towards.
+
+    Nearest among the clusters of the method's own partition; the one global direction is tried on each cluster under test.
+
+    Returns:
+        One row per method and cluster, with ``share`` at the strength and ``unsteered`` without steering, both of n
+        generations; one without visible text falls nowhere.
+
+    Raises:
+        ValueError: an embedder of another width than the embeddings of the continuations.
+    """
+    keys = [planned.direction.key for planned in plan.directions]
+    unique = [i for i, key in enumerate(keys) if keys.index(key) == i]
+    settings = [Setting(plan.directions[0].direction, 0.0), *(Setting(plan.directions[i].direction, strength) for i in unique)]
+    drawn = generate_steered(
+        model, turner, continuations, settings, generation, batch_size=batch_size, progress=progress
+    )
+    vectors = _embedded(model, continuations, [one for part in drawn for one in part], embed)
+    parts = vectors.split(generation.n)
+    found = []
+    for planned, key in zip(plan.directions, keys):
+        steered = parts[1 + unique.index(keys.index(key))]
+        for partition, cluster in _targets(plan, planned):
+            shares = [_share(continuations, partition, cluster, part) for part in (steered, parts[0])]
+            found.append((continuations.prompt, planned.method, cluster, strength, *shares, generation.n))
+    return pd.DataFrame(found, columns=list(COLUMNS))
+
+
+def _targets(plan: Plan, planned: PlannedDirection) -> list[tuple[np.ndarray, int]]:
+    """The partitions and clusters that a direction is judged by."""
+    if planned.method != "global":
+        return [(plan.labels[planned.method], planned.cluster)]
+    return [(plan.labels["joint"], own.cluster) for own in plan.of("joint")]
+
+
+def _share(continuations: ContinuationSet, partition: np.ndarray, cluster: int, vectors: Tensor) -> float:
+    centers, names = cluster_means(continuations, partition)
+    nearest = names[torch.cdist(vectors, centers).nan_to_num(nan=torch.inf).argmin(dim=1).numpy()]
+    return float(((nearest == cluster) & ~vectors.isnan().any(dim=1).numpy()).mean())
+
+
+def _embedded(model: HostModel, continuations: ContinuationSet, drawn: Sequence[Drawn], embed: Embed) -> Tensor:
+    """One vector per generation, float64 ``(m, d_e)``, NaN without visible text; equal texts are embedded once."""
+    texts = generated_texts(model, continuations, drawn)
+    first = {text: i for i, text in reversed(list(enumerate(texts))) if text.strip()}
+    vectors = torch.full((len(drawn), continuations.embeddings.shape[1]), torch.nan, dtype=torch.float64)
+    if not first:
+        return vectors
+    chosen = list(first.values())
+    embedded = embed(generation_set(continuations, [drawn[i] for i in chosen], [texts[i] for i in chosen])).embeddings
+    if embedded is None or embedded.shape[1] != vectors.shape[1]:
+        raise ValueError(
+            f"embed must give embeddings of width {vectors.shape[1]}, as the continuations have; give the embedder and mode that "
+            "theirs were made with, for example embed=lambda s: embed_continuations(s, embedder, mode=...)."
+        )
+    of_text = dict(zip(first, embedded.double()))
+    for i, text in enumerate(texts):
+        if text in of_text:
+            vectors[i] = of_text[text]
+    return vectors

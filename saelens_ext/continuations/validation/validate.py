@@ -1,0 +1,254 @@
+"""Testing clusters by intervention: does a cluster's direction move its members, and does that need the clustering?
+
+A direction is chosen from one part of a cluster's members and tried on the rest, beside controls that differ from it
+in one thing each (`validate_controls`). What the tables say can be for or against the clusters; `Validation.claim`
+words it.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from sae_lens import SAE
+from torch import Tensor
+
+from saelens_ext import _checks
+from saelens_ext.continuations.clustering.joint_clusterer import JointClusterer
+from saelens_ext.continuations.continuation_set import ContinuationSet
+from saelens_ext.continuations.embed import embed_continuations
+from saelens_ext.continuations.steering.generate import GenerationPlan
+from saelens_ext.continuations.steering.latents import SIGNS, LatentTurner
+from saelens_ext.continuations.steering.passes import MEASURES, Setting, SteeredPasses
+from saelens_ext.continuations.steering.steer import checked_strengths, sources_of_set
+from saelens_ext.continuations.validation.controls import METHODS, REPRESENTATIVES, NothingToTest, Plan, make_plan, split_members
+from saelens_ext.continuations.validation.generations import COLUMNS, Embed, generation_shares
+from saelens_ext.continuations.validation.results import Validation
+from saelens_ext.host.models import HostModel
+
+STRENGTHS = (-1.0, -0.5, 0.0, 0.5, 1.0)
+"""The published strengths without the smallest, which cost as much as the others and say least."""
+
+
+def validate_clusters(
+    model: HostModel,
+    dictionaries: SAE[Any] | Sequence[SAE[Any]],
+    continuations: ContinuationSet,
+    clusters: Any,
+    *,
+    direction: str = "medoid",
+    top: int = 10,
+    sign: str = "all",
+    strengths: Sequence[float | int] = STRENGTHS,
+    held_out: float | int = 0.5,
+    max_rows: int = 32,
+    partitions: Mapping[str, Sequence[int] | np.ndarray] | None = None,
+    n_bootstrap: int = 2000,
+    n_permutations: int = 10000,
+    seed: int = 0,
+    generate: int = 0,
+    embed: Embed = embed_continuations,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> Validation:
+    """Steer held-out members of every cluster along its direction, and along those of the controls.
+
+    Every cluster is split; directions are chosen from one side and effects measured on the other. Each measured member
+    is steered by the direction that each method has for it, so methods are compared member by member. Which cluster a
+    held-out member belongs to is taken from ``clusters`` as given, for the controls likewise.
+
+    Args:
+        model: either host class, no SAE attached.
+        dictionaries: those that the continuations were attributed with, in the same order.
+        continuations: with embeddings, signatures and sources.
+        clusters: a fitted ``JointClusterer`` (or another clusterer with ``labels_``), or labels ``(n,)``. Medoids use
+            the prices and metrics of the clusterer; for others those of a ``JointClusterer`` as it comes.
+        direction: what stands for a cluster, for all methods alike: ``"medoid"``, ``"center"`` or ``"contrast"``, see
+            ``validate_controls.Representatives``.
+        top: latents to turn at most.
+        sign: latents of ``"all"`` weights, or of ``"positive"`` or ``"negative"`` ones alone.
+        strengths: eps, two or more; 0 is measured in any case.
+        held_out: share of each cluster's members to measure on, in (0, 1); at least one, and not all.
+        max_rows: members to measure at most, taken from the clusters in turn. Cost grows with it, with the strengths
+            and the methods: about 8 forward rows for each member and strength.
+        partitions: labels ``(n,)`` of further partitions to compare with, by name; for example of a clusterer with
+            gamma = 1.
+        n_bootstrap: resamples for intervals.
+        n_permutations: sign flips for p-values.
+        seed: of the split, the controls and the resampling.
+        generate: free generations to draw under every direction of every method, at the largest strength, and without
+            steering; none by default, since they take longer than all else.
+        embed: what embeds generations; it must be what the continuations' own embeddings were made with.
+        batch_size: rows per forward pass.
+        progress: show a bar.
+
+    Returns:
+        The effects of all methods, with their tables.
+
+    Raises:
+        ValueError: a set without embeddings, signatures or sources; labels of another length; no cluster of two
+            members; no latent to turn; an option out of range; or dictionaries other than those of the attribution.
+
+    Source: arXiv 2606.08236, steering, with members held out, one source representation, and the controls its
+    reviewers asked for.
+    """
+    sources = sources_of_set(continuations)
+    _check_views(continuations)
+    given = checked_strengths(strengths)
+    if len(given) < 2:
+        raise ValueError(f"A dose-response needs two strengths or more, got {strengths!r}.")
+    _checks.choice(direction, REPRESENTATIVES, "direction")
+    _checks.choice(sign, SIGNS, "sign")
+    _checks.between(held_out, 0, 1, "held_out")
+    for value, name in ((top, "top"), (max_rows, "max_rows"), (n_bootstrap, "n_bootstrap"), (batch_size, "batch_size")):
+        _checks.positive(value, name)
+    _checks.positive(n_permutations, "n_permutations")
+    clusterer, labels = _clusterer_and_labels(clusters, len(continuations))
+    others = _checked_partitions(partitions or {}, len(continuations))
+    turner = LatentTurner(model, [dictionaries] if isinstance(dictionaries, SAE) else dictionaries, sources)
+    generator = np.random.default_rng(seed)
+    split = split_members(labels, held_out, max_rows, generator)
+    plan = make_plan(
+        continuations, clusterer, labels, split, others, kind=direction, top=top, sign=sign, generator=generator
+    )
+    if not plan.of("joint"):
+        raise NothingToTest(
+            f"No cluster's direction has a latent to turn with sign={sign!r} among its {len(sources)} sources. Attribute with "
+            "'latent' among the kinds, or use sign='all'."
+        )
+    passes = SteeredPasses(model, turner, continuations, batch_size)
+    effects = _Effects(passes, plan, (*given, 0.0) if 0.0 not in given else given, progress)
+    prefix = continuations.prompt
+    generations = None
+    if generate:
+        generations = generation_shares(
+            model, turner, continuations, plan, effects.strongest, GenerationPlan.like(continuations, generate), embed,
+            batch_size=batch_size, progress=progress,
+        )  # fmt: skip
+    return Validation(
+        generations=pd.DataFrame(columns=list(COLUMNS)) if generations is None else generations,
+        members=effects.members(prefix),
+        cells=effects.cells(prefix),
+        directions=_directions(plan, prefix),
+        settings={
+            "direction": direction, "top": top, "sign": sign, "strengths": list(effects.strengths), "held_out": float(held_out),
+            "specificity_strength": effects.strongest, "n_bootstrap": int(n_bootstrap),
+            "n_permutations": int(n_permutations), "seed": seed,
+        },
+    )  # fmt: skip
+
+
+class _Effects:
+    """Measures what a plan asks for, each direction, strength and member once."""
+
+    def __init__(self, passes: SteeredPasses, plan: Plan, strengths: Sequence[float], progress: bool):
+        self.strengths = tuple(sorted(strengths))
+        self.strongest = self.strengths[-1] if self.strengths[-1] > 0 else self.strengths[0]
+        self._plan, self._rows = plan, plan.split.measured.tolist()
+        keys = [planned.direction.key for planned in plan.directions]
+        # Directions that turn the same latents the same ways are one.
+        self._same = [keys.index(key) for key in keys]
+        self._known = self._measure(passes, progress)
+
+    def _measure(self, passes: SteeredPasses, progress: bool) -> dict[tuple[int, float, int], Tensor]:
+        wanted = {(0, 0.0, row) for row in self._rows}
+        for method in self._plan.labels:
+            wanted |= {(self._of(method, row), s, row) for row in self._rows for s in self.strengths if s != 0}
+        for i, planned in enumerate(self._plan.directions):
+            if planned.method == "joint":
+                wanted |= {(self._same[i], self.strongest, row) for row in self._rows}
+        ordered = sorted(key for key in wanted if key[0] >= 0)
+        pairs = list(dict.fromkeys(key[:2] for key in ordered))
+        settings = [Setting(self._plan.directions[i].direction, s) for i, s in pairs]
+        place = {pair: number for number, pair in enumerate(pairs)}
+        values = passes.measure(settings, [(place[i, s], row) for i, s, row in ordered], progress=progress)
+        return dict(zip(ordered, values))
+
+    def _of(self, method: str, row: int) -> int:
+        index = self._plan.index(method, int(self._plan.labels[method][row]))
+        return self._same[index] if index >= 0 else -1
+
+    def _change(self, direction: int, strength: float, row: int) -> list[float]:
+        """Of each of `MEASURES`; NaN where there is no direction."""
+        if direction < 0:
+            return [float("nan")] * len(MEASURES)
+        if strength == 0:
+            return [0.0] * len(MEASURES)
+        return (self._known[direction, strength, row] - self._known[0, 0.0, row]).tolist()
+
+    def members(self, prefix: str) -> pd.DataFrame:
+        """One row per method, measured member, strength and measure."""
+        joint = self._plan.labels["joint"]
+        found = [
+            (prefix, method, row, int(labels[row]), int(joint[row]), strength, measure, change)
+            for method, labels in self._plan.labels.items()
+            for row in self._rows
+            for strength in self.strengths
+            for measure, change in zip(MEASURES, self._change(self._of(method, row), strength, row))
+        ]
+        names = ["prefix", "method", "row", "cluster", "joint_cluster", "strength", "measure", "change"]
+        return pd.DataFrame(found, columns=names)
+
+    def cells(self, prefix: str) -> pd.DataFrame:
+        """The specificity matrix: one row per joint direction, joint cluster of the members, and measure."""
+        joint, found = self._plan.labels["joint"], []
+        for i, planned in enumerate(self._plan.directions):
+            if planned.method != "joint":
+                continue
+            for name in dict.fromkeys(joint[self._rows].tolist()):
+                rows = [row for row in self._rows if joint[row] == name]
+                changes = np.array([self._change(self._same[i], self.strongest, row) for row in rows]).mean(axis=0)
+                found += [
+                    (prefix, measure, planned.cluster, name, change, len(rows))
+                    for measure, change in zip(MEASURES, changes.tolist())
+                ]
+        return pd.DataFrame(found, columns=["prefix", "measure", "direction", "cluster", "change", "n_members"])
+
+
+def _directions(plan: Plan, prefix: str) -> pd.DataFrame:
+    """One row per method and cluster: whose signature, from how many members, and how much of it was turned."""
+    found = [
+        {
+            "prefix": prefix, "method": planned.method, "cluster": planned.cluster, "row": planned.row,
+            "n_choosing": planned.n_choosing, "n_latents": len(planned.direction),
+            "steered_share": planned.direction.steered_share, "steerable_share": planned.direction.steerable_share,
+            "columns": list(planned.direction.columns), "signs": list(planned.direction.signs),
+        }
+        for planned in plan.directions
+    ]  # fmt: skip
+    return pd.DataFrame(found)
+
+
+# --- checks ---
+
+
+def _check_views(continuations: ContinuationSet) -> None:
+    if continuations.embeddings is None:
+        raise ValueError(
+            "The continuations have no embeddings, which medoids and the semantic-only control need; make them with "
+            "embed_continuations."
+        )
+
+
+def _clusterer_and_labels(clusters: Any, n: int) -> tuple[JointClusterer, np.ndarray]:
+    is_estimator = hasattr(clusters, "fit")
+    if is_estimator and not hasattr(clusters, "labels_"):
+        raise ValueError(f"This {type(clusters).__name__} is not fitted; fit it to the continuations first, or pass labels.")
+    labels = _checked_labels(clusters.labels_ if is_estimator else clusters, n, "clusters")
+    return (clusters if isinstance(clusters, JointClusterer) else JointClusterer()), labels
+
+
+def _checked_labels(labels: Any, n: int, name: str) -> np.ndarray:
+    given = np.asarray(labels)
+    if given.shape != (n,) or not np.issubdtype(given.dtype, np.integer):
+        raise ValueError(
+            f"{name} must give one whole number per continuation, shape ({n},), got {given.dtype} of shape {given.shape}."
+        )
+    return given.astype(np.int64)
+
+
+def _checked_partitions(partitions: Mapping[str, Any], n: int) -> dict[str, np.ndarray]:
+    taken = [name for name in partitions if name in METHODS]
+    if taken:
+        raise ValueError(f"partitions cannot be called {taken[0]!r}; the names {', '.join(METHODS)} are taken.")
+    return {name: _checked_labels(labels, n, f"partitions[{name!r}]") for name, labels in partitions.items()}

@@ -1,0 +1,143 @@
+"""What directions over an MLP's neurons become in the residual stream.
+
+Symbols
+    z      a direction over neurons, ``(d_mlp,)``: what is added to the activations that enter the output matrix
+    W_out  the MLP's output matrix, ``(d_mlp, d_model)``;  b_out its bias
+    v      z W_out, the change of the MLP's output that adding z makes
+    w      gains of the norm that some models apply to the MLP's output (Gemma 2 and 3, OLMo 2), ``(d_model,)``
+    rms    root of the mean square over d_model
+"""
+
+from typing import Any
+
+import torch
+from sae_lens import SAE
+from torch import Tensor, nn
+from transformer_lens import HookedTransformer
+
+from saelens_ext import _checks
+from saelens_ext.host.hook_names import hook_layer, locate
+from saelens_ext.host.models import HostModel
+
+# HookedTransformer keeps the name of the second norm of these models, whose norms all come behind.
+_NORM_ONLY_BEHIND = ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
+
+
+@torch.no_grad()
+def residual_directions(
+    model: HostModel, features: SAE[Any] | Tensor, *, hook_name: str | None = None, layer: int | None = None
+) -> Tensor:
+    """Map directions over an MLP's neurons to what they write into the residual stream.
+
+    Without a norm behind the MLP this is ``z @ W_out``: adding ``a z`` to the neurons adds exactly ``a`` times the
+    result to the residual stream, whatever else the neurons do. The bias ``b_out`` is no part of a direction.
+
+    With a norm (RMS norm) behind the MLP it is ``w * v / rms(v)``: what the MLP would write if z alone were active, at any
+    strength; -z gives exactly the opposite. What adding z to other activations writes depends on them, since the
+    norm divides by the size of all of it: a small change v of an output m writes ``w * (v - m <m, v> / |m|^2) / rms(m)``,
+    the same direction but for the part of v along m. The lengths of the results say nothing about the features.
+
+    Args:
+        model: either host class; a bridge in compatibility mode or not.
+        features: ``(k, d_mlp)``, or a dictionary at a neuron hook, whose ``W_dec`` is taken.
+        hook_name: the neurons' hook, any alias of ``blocks.L.mlp.hook_post``; by default the dictionary's own.
+        layer: the block, from 0, instead of ``hook_name``.
+
+    Returns:
+        ``(k, d_model)``, in float32 or wider, on the device of ``W_out``. A zero feature gives a zero row.
+
+    Raises:
+        ValueError: a hook that is not one of MLP neurons, no hook or no such layer, an MLP without an output matrix (a mixture of
+            experts), features of another width or not finite.
+
+    Source: arXiv 2506.10920, f = W_out z; its code adds b_out before the norm of Gemma, where it is zero.
+    """
+    rows = features.W_dec if isinstance(features, SAE) else features
+    layer = _layer_of(model, features, hook_name, layer)
+    weights = _output_weights(model, layer)
+    if rows.ndim != 2 or rows.shape[1] != len(weights):
+        raise ValueError(
+            f"features must have shape (k, {len(weights)}), one column per neuron of the MLP of block {layer}, got {tuple(rows.shape)}."
+        )
+    dtype = torch.promote_types(torch.promote_types(rows.dtype, weights.dtype), torch.float32)
+    written = _checks.finite(rows, "features").to(weights.device, dtype) @ weights.to(dtype)
+    norm = _norm_behind(model, layer)
+    return written if norm is None else _normalised(norm, written)
+
+
+# --- where the neurons are ---
+
+
+def _layer_of(model: HostModel, features: SAE[Any] | Tensor, hook_name: str | None, layer: int | None) -> int:
+    """The block whose neurons are meant."""
+    if hook_name is not None and layer is not None:
+        raise ValueError(f"Give hook_name or layer, not both; got {hook_name!r} and {layer}.")
+    n_layers = model.cfg.n_layers
+    if layer is not None:
+        if not 0 <= layer < n_layers:
+            raise ValueError(f"layer must be one of 0 to {n_layers - 1}, got {layer}.")
+        return int(layer)
+    if hook_name is None and isinstance(features, SAE):
+        hook_name = features.cfg.metadata.hook_name
+    if hook_name is None:
+        raise ValueError(
+            "Nothing says which neurons these are directions over: pass layer=, or hook_name= such as 'blocks.3.mlp.hook_post'."
+        )
+    name, found = locate(model, hook_name)[0], hook_layer(model, hook_name)
+    neurons = None if found is None else _neuron_hook(model, found)
+    if found is None or name != neurons:
+        where = f"those of block {found} are at {neurons!r}" if neurons else "those of block L are at 'blocks.L.mlp.hook_post'"
+        raise ValueError(
+            f"The hook {hook_name!r} is not one of MLP neurons, which alone go through the MLP's output matrix; on this model "
+            f"{where}. A direction at any other hook of the residual stream's width is one already; for a dictionary over the "
+            "neurons of a block, pass layer=."
+        )
+    return found
+
+
+def _neuron_hook(model: HostModel, layer: int) -> str | None:
+    """The hook in front of the output matrix, under the name that fires on this model."""
+    try:
+        return locate(model, f"blocks.{layer}.mlp.hook_post")[0]
+    except ValueError:
+        return None
+
+
+def _output_weights(model: HostModel, layer: int) -> Tensor:
+    """``W_out`` as ``(d_mlp, d_model)``."""
+    mlp = getattr(model.blocks[layer], "mlp", None)
+    try:
+        weights = getattr(mlp, "W_out", None)
+    except AttributeError:  # a bridge's property, on an MLP without such a part
+        weights = None
+    if not isinstance(weights, Tensor) or weights.ndim != 2 or weights.shape[1] != model.cfg.d_model:
+        raise ValueError(
+            f"The MLP of block {layer} ({type(mlp).__name__}) has no single output matrix over its neurons, as a mixture of experts or "
+            "quantised weights have none, so its neurons have no direction in the residual stream."
+        )
+    return weights.detach()
+
+
+# --- the norm behind the MLP ---
+
+
+def _norm_behind(model: HostModel, layer: int) -> nn.Module | None:
+    """The norm between the MLP and the residual stream; None for most models."""
+    block = model.blocks[layer]
+    if isinstance(model, HookedTransformer):
+        if model.cfg.use_normalization_before_and_after:
+            return block.ln2_post
+        return block.ln2 if model.cfg.original_architecture in _NORM_ONLY_BEHIND else None
+    # A bridge's block says itself where the MLP's contribution can be read: behind that norm, if there is one.
+    name = str(block.hook_aliases.get("hook_mlp_out", "")).split(".")[0]
+    return getattr(block, name) if name.startswith("ln") else None
+
+
+def _normalised(norm: nn.Module, written: Tensor) -> Tensor:
+    """``w * v / rms(v)``, rows of zeros left as they are."""
+    rms = written.square().mean(dim=1, keepdim=True).sqrt()
+    units = torch.where(rms > 0, written / rms, 0.0)
+    if hasattr(norm, "original_component"):
+        # The Hugging Face module knows how its gains are stored, as 1 + w in some models; and no hook runs.
+        return norm.original_component(units).to(written.dtype)
+    return units * norm.w.detach().to(written)

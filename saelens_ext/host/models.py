@@ -1,0 +1,328 @@
+"""Host models: loading and describing them, and moving an SAE from one to another.
+
+Which place of a model a hook name means is settled in `hook_names`; its functions are offered here too.
+"""
+
+import re
+import tempfile
+import warnings
+from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+import torch
+from sae_lens import SAE, HookedSAETransformer, SAETransformerBridge
+from sae_lens.saes.sae import SAEMetadata
+from transformer_lens import HookedTransformer
+from transformer_lens.loading_from_pretrained import get_pretrained_model_config, get_pretrained_state_dict
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from saelens_ext._checks import choice
+from saelens_ext.host.hook_names import AnyHost, hook_layer, locate, resolve_hook, stop_layer
+
+HostModel = Union[HookedTransformer, TransformerBridge]
+"""The models that activations are read from: `HookedSAETransformer` and `SAETransformerBridge` are subclasses."""
+
+AnySAE = TypeVar("AnySAE", bound=SAE)
+
+__all__ = [
+    "HostModel",
+    "describe_model",
+    "hook_layer",
+    "load_model",
+    "resolve_hook",
+    "retarget",
+    "stop_layer",
+    "tokenizer_of",
+]
+
+
+def describe_model(model: HostModel) -> dict[str, Any]:
+    """What decides which activations a model gives, as a JSON-safe dictionary.
+
+    Returns:
+        ``model_name``, ``model_class_name`` (``"HookedSAETransformer"``, ``"SAETransformerBridge"``, …),
+        ``compatibility_mode`` (None for a `HookedTransformer`), ``normalization_type`` (ends in ``Pre`` once the norms'
+        weights are folded away), ``writing_weights_centered`` (measured on the embedding: whether what is written to
+        the residual stream has its mean over the width removed), ``dtype``, ``n_layers`` and ``d_model``.
+    """
+    cfg = model.cfg
+    mode = getattr(model, "compatibility_mode", None)
+    return {
+        "model_name": cfg.model_name,
+        "model_class_name": type(model).__name__,
+        "compatibility_mode": None if mode is None else bool(mode),
+        "normalization_type": _normalization_type(model),
+        "writing_weights_centered": _writing_weights_centered(model),
+        "dtype": str(next(iter(model.parameters())).dtype).removeprefix("torch."),
+        "n_layers": int(cfg.n_layers),
+        "d_model": int(cfg.d_model),
+    }
+
+
+def tokenizer_of(model: HostModel) -> PreTrainedTokenizerBase:
+    """The model's tokenizer.
+
+    Raises:
+        ValueError: when the model has none.
+    """
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None:
+        raise ValueError(
+            f"This {type(model).__name__} ({model.cfg.model_name!r}) has no tokenizer, and text is needed to be tokenised. "
+            "Give it one when it is loaded (tokenizer=...), or set it: model.set_tokenizer(tokenizer) on a "
+            "HookedTransformer, model.tokenizer = tokenizer on a bridge."
+        )
+    return tokenizer
+
+
+def load_model(
+    name_or_path: str | Path,
+    *,
+    model_class: Literal["SAETransformerBridge", "HookedSAETransformer"] = "SAETransformerBridge",
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    hf_model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> HostModel:
+    """Load a model by name, with its weights as they are (nothing folded, nothing centred).
+
+    Args:
+        name_or_path: a Hugging Face name or the directory of a saved model; with ``hf_model``, any name to know it by.
+        model_class: the class that hosts it.
+        device: where to put it; None leaves ``hf_model`` where it is, or lets the host choose.
+        dtype: torch dtype or its name; None keeps that of ``hf_model``, or float32.
+        hf_model: an already loaded Hugging Face model; the host takes it over (a bridge rewires it in place).
+        tokenizer: an already loaded tokenizer; one that lives only in memory is fine.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        ValueError: for an unknown class or dtype.
+    """
+    choice(model_class, ("SAETransformerBridge", "HookedSAETransformer"), "model_class")
+    dtype = _as_dtype(dtype) or (torch.float32 if hf_model is None else hf_model.dtype)
+    if hf_model is not None:
+        # The hosts take a given model as it lies, whatever device and dtype they are told.
+        hf_model = hf_model.to(device=device, dtype=dtype) if device is not None else hf_model.to(dtype=dtype)
+    if tokenizer is not None:
+        tokenizer = _with_bos(tokenizer)
+    if model_class == "SAETransformerBridge":
+        model = SAETransformerBridge.boot_transformers(
+            str(name_or_path), device=device, dtype=dtype, hf_model=hf_model, tokenizer=tokenizer
+        )
+    elif hf_model is not None or Path(name_or_path).is_dir():
+        model = _hooked_from_hf(name_or_path, hf_model, tokenizer, device, dtype)
+    else:
+        model = HookedSAETransformer.from_pretrained_no_processing(
+            str(name_or_path), device=device, dtype=dtype, tokenizer=tokenizer
+        )
+    return model.eval()
+
+
+def retarget(sae: AnySAE, model: AnyHost) -> AnySAE:
+    """Rename an SAE's hooks (in place) so that it can be attached to ``model``.
+
+    Args:
+        sae: any SAELens SAE or transcoder; ``cfg.metadata.hook_name`` and ``hook_name_out`` are rewritten.
+        model: the model it is to be attached to.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ValueError: when the SAE records no hook name, or the model has no such place.
+
+    Warns:
+        UserWarning: when the SAE records that it was built on activations which this model does not give.
+    """
+    metadata = sae.cfg.metadata
+    if not metadata.hook_name:
+        raise ValueError(
+            "This SAE records no hook name, so there is nothing to translate: set sae.cfg.metadata.hook_name to the hook "
+            "it was built at."
+        )
+    hook_name, hook_name_out = (locate(model, n)[0] if n else n for n in (metadata.hook_name, metadata.hook_name_out))
+    metadata.hook_name = hook_name
+    if hook_name_out:
+        metadata.hook_name_out = hook_name_out
+    _set_head_reshaping(sae, model)
+    if isinstance(model, (HookedTransformer, TransformerBridge)):
+        differences = _activation_differences(metadata, describe_model(model))
+        if differences:
+            warnings.warn(
+                f"This SAE was built on activations that this model may not give: {'; '.join(differences)}. What it "
+                "computes here would not be what it was built for. Load the model the way it was loaded then "
+                "(HookedSAETransformer.from_pretrained_no_processing and an SAETransformerBridge outside compatibility "
+                "mode give the same activations; from_pretrained and compatibility mode change them).",
+                UserWarning,
+                stacklevel=2,
+            )
+    return sae
+
+
+def _set_head_reshaping(sae: SAE, model: AnyHost) -> None:
+    """Let the SAE join the heads of ``hook_z`` exactly where the model keeps them apart."""
+    has_heads = isinstance(model, HookedTransformer) and sae.cfg.metadata.hook_name.endswith("hook_z")
+    if has_heads and sae.cfg.reshape_activations == "none":
+        sae.cfg.reshape_activations = "hook_z"
+        sae.turn_on_forward_pass_hook_z_reshaping()
+    elif not has_heads and sae.cfg.reshape_activations == "hook_z":
+        sae.cfg.reshape_activations = "none"
+        sae.turn_off_forward_pass_hook_z_reshaping()
+
+
+# --- what decides the activations ------------------------------------------------------------------------------------
+
+
+def _normalization_type(model: HostModel) -> str | None:
+    """The host's name for the norm. A bridge that has folded the norms' weights away does not say so: they are all 1."""
+    kind = model.cfg.normalization_type
+    if kind not in ("LN", "RMS") or not getattr(model, "compatibility_mode", False):
+        return kind
+    gains = [getattr(getattr(block, norm, None), "weight", None) for block in model.blocks for norm in ("ln1", "ln2")]
+    folded = all(bool((gain == gain[0]).all()) for gain in gains if gain is not None)
+    return f"{kind}Pre" if folded else kind
+
+
+def _writing_weights_centered(model: HostModel) -> bool | None:
+    """Whether the rows of the embedding sum to zero, as they do once the host has centred what is written."""
+    try:
+        rows = model.W_E[:64].detach().float()
+    except AttributeError:
+        return None
+    return bool((rows.mean(dim=-1).abs() < 1e-3 * rows.std(dim=-1)).all())
+
+
+# Hooks, in either spelling, at which a change of the weights' processing cannot be seen, or can. Centring what is written
+# to the residual stream shows wherever that stream or a part of it is read. Folding a norm's weights shows between the
+# norm and the next matrix; it comes with folding value biases, which shows in values and what heads make of them.
+_WITHIN_A_LAYER = re.compile(
+    r"hook_(q|k|v|z|pre|pre_linear|post|normalized|scale|rot_q|rot_k)$|\.(q|k|v|qkv|gate|in)\.hook_(in|out)$"
+    r"|\.(out|o)\.hook_in$|mlp\.hook_in$|attn\.hook_in$|ln\w*\.hook_out$|unembed"
+)
+_AFTER_A_NORM = re.compile(r"ln\w*\.hook_out$|(?:mlp|attn|unembed|\.q|\.k|\.v|\.qkv|\.gate|\.in)\.hook_in$")
+_VALUES = re.compile(r"hook_(v|z)$|\.v\.hook_out$|\.o\.hook_in$")
+
+
+def _activation_differences(metadata: SAEMetadata, model: Mapping[str, Any]) -> list[str]:
+    """Sentences on what changes the activations at the SAE's hooks; what was not recorded is not judged.
+
+    Another model class alone changes nothing: both hosts give the same activations from the same unprocessed weights.
+    """
+    built = _recorded(metadata)
+    hooks = [name for name in (metadata.hook_name, metadata.hook_name_out) if name]
+    if built["writing_weights_centered"] is None and _class_differs(built, model):
+        then, now = (f"{d['model_class_name']} (compatibility_mode={d['compatibility_mode']})" for d in (built, model))
+        return [f"it was built on a {then} and this is a {now}, and nothing records how the weights were processed"]
+    found = []
+    if any(_shows(name, built, model) for name in hooks):
+        for key, what in (
+            ("writing_weights_centered", "centring of the weights that write to the residual stream"),
+            ("normalization_type", "the norm"),
+        ):
+            if _differs(key, built, model):
+                found.append(f"{what} was {built[key]!r} and is {model[key]!r} here")
+    return found
+
+
+def _recorded(metadata: SAEMetadata) -> dict[str, Any]:
+    """What an SAE records of its model; SAELens' own SAEs record the arguments that the model was loaded with."""
+    keys = ("model_class_name", "compatibility_mode", "normalization_type", "writing_weights_centered")
+    built = {key: metadata.get(key) for key in keys}
+    arguments = metadata.model_from_pretrained_kwargs
+    if built["writing_weights_centered"] is None and arguments:
+        built["writing_weights_centered"] = arguments.get("center_writing_weights")
+    return built
+
+
+def _shows(hook_name: str, built: Mapping[str, Any], model: Mapping[str, Any]) -> bool:
+    """Whether a recorded difference in how the weights were processed changes the activations at this hook."""
+    if _differs("writing_weights_centered", built, model) and not _WITHIN_A_LAYER.search(hook_name):
+        return True
+    if not _differs("normalization_type", built, model):
+        return False
+    biased = str(model["normalization_type"]).startswith("LN")
+    return bool(_AFTER_A_NORM.search(hook_name) or (biased and _VALUES.search(hook_name)))
+
+
+def _differs(key: str, built: Mapping[str, Any], model: Mapping[str, Any]) -> bool:
+    return built[key] is not None and model[key] is not None and built[key] != model[key]
+
+
+def _class_differs(built: Mapping[str, Any], model: Mapping[str, Any]) -> bool:
+    """Whether the recorded family of model class, or its compatibility mode, is another one."""
+    if built["model_class_name"] is None:
+        return False
+    bridged = ["Bridge" in str(description["model_class_name"]) for description in (built, model)]
+    modes = [bool(description["compatibility_mode"]) for description in (built, model)]
+    return bridged[0] != bridged[1] or modes[0] != modes[1]
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+def _as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    found = getattr(torch, dtype.removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"dtype must be a torch dtype or its name ('float32', 'bfloat16', 'float16'), got {dtype!r}.")
+    return found
+
+
+def _hooked_from_hf(
+    name_or_path: str | Path,
+    hf_model: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    device: str | torch.device | None,
+    dtype: torch.dtype,
+) -> HookedSAETransformer:
+    """A `HookedSAETransformer` with the weights of a Hugging Face model, whose name the host need not know.
+
+    The host's own loader takes only names on its list, though its converters know every model of the same architecture.
+    """
+    if hf_model is None:
+        hf_model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
+    if tokenizer is None and Path(name_or_path).is_dir():
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    device = device or next(hf_model.parameters()).device
+    hf_config = deepcopy(hf_model.config)
+    if not hasattr(hf_config, "n_ctx"):
+        # The host reads it for GPT-2, whose published configurations have it and whose saved ones have not.
+        hf_config.n_ctx = getattr(hf_config, "max_position_embeddings", None)
+    with tempfile.TemporaryDirectory() as directory:
+        hf_config.save_pretrained(directory)
+        config = get_pretrained_model_config(
+            directory, hf_cfg=hf_config.to_dict(), device=str(device), dtype=dtype
+        )
+        weights = get_pretrained_state_dict(directory, config, hf_model, dtype=dtype)
+    config.model_name = Path(name_or_path).name
+    model = HookedSAETransformer(config, tokenizer, move_to_device=False)
+    model.load_and_process_state_dict(
+        weights, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False
+    )
+    model.move_model_modules_to_device()
+    return model
+
+
+def _with_bos(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A tokenizer that the hosts accept as it is.
+
+    They want one that prepends BOS and read it again from where it came from when it does not, which fails with a
+    bare KeyError for a tokenizer that came from nowhere. So it is written out and read back here.
+    """
+    if tokenizer.bos_token is None or tokenizer.init_kwargs.get("add_bos_token", getattr(tokenizer, "add_bos_token", False)):
+        tokenizer.init_kwargs.setdefault("name_or_path", tokenizer.name_or_path)
+        return tokenizer
+    with tempfile.TemporaryDirectory() as directory:
+        tokenizer.save_pretrained(directory)
+        try:
+            reread = AutoTokenizer.from_pretrained(directory, add_bos_token=True)
+        except ValueError:  # a BOS that cannot be prepended (one with a colon in it); the hosts let it be, too
+            return tokenizer
+    reread.init_kwargs["name_or_path"] = reread.name_or_path = tokenizer.name_or_path
+    return reread

@@ -1,0 +1,110 @@
+"""Forward passes over prompts, the same way on either host class: tokens in, logits out, with or without a KV cache."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformer_lens import HookedTransformer
+from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+
+from saelens_ext.host.models import HostModel, tokenizer_of
+
+
+def prompt_ids(model: HostModel, prompt: str) -> Tensor:
+    """Token ids ``(length,)`` int64 of a prompt on the model's device.
+
+    BOS comes first where the tokenizer has one, and only once: a chat template may have written it already.
+
+    Raises:
+        ValueError: no tokenizer, or a prompt without a token.
+    """
+    tokenizer = tokenizer_of(model)
+    ids = text_ids(model, prompt)
+    bos = tokenizer.bos_token_id
+    if bos is not None and ids[:1] != [bos]:
+        ids = [bos, *ids]
+    if not ids:
+        raise ValueError(f"The prompt {prompt!r} has no token, and this tokenizer no BOS to start from; give it a word.")
+    return torch.tensor(ids, device=device_of(model))
+
+
+def text_ids(model: HostModel, text: str) -> list[int]:
+    """Token ids of a text that goes on from another, without special tokens of its own."""
+    return tokenizer_of(model)(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def prompt_list(prompts: str | Sequence[str], name: str = "prompts") -> list[str]:
+    """One prompt or several, as a list; ValueError when there is none."""
+    found = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not found:
+        raise ValueError(f"{name} is empty; give at least one prompt.")
+    return found
+
+
+def device_of(model: HostModel) -> torch.device:
+    """Where the model's first parameter lies."""
+    return next(iter(model.parameters())).device
+
+
+@contextmanager
+def evaluating(model: HostModel) -> Iterator[None]:
+    """Evaluation mode and no gradients inside the context; afterwards every module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def logits_of(model: HostModel, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Logits ``(b, length, d_vocab)`` of token ids ``(b, length)``; ``mask`` is False at right padding."""
+    # Without an explicit mask a HookedTransformer guesses padding from the token ids, and pad may equal BOS.
+    mask = torch.ones_like(ids) if mask is None else mask.long()
+    return model(ids, return_type="logits", attention_mask=mask)
+
+
+class CachedPasses:
+    """A batch of equally long sequences that grows token by token, through the host's KV cache where it has one.
+
+    The hosts' own ``generate`` is not used: a `HookedTransformer` does not run ``hook_embed`` there, and both draw
+    from the global random state, a whole batch at a time.
+
+    Args:
+        model: either host class.
+        ids: the sequences so far, ``(b, length)``.
+    """
+
+    def __init__(self, model: HostModel, ids: Tensor):
+        self._model = model
+        self._ids = ids
+        self._fresh = ids
+        self._cache: Any = None
+        self._is_hooked_transformer = isinstance(model, HookedTransformer)
+        adapter = getattr(model, "adapter", None)
+        self._cached = self._is_hooked_transformer or bool(getattr(adapter, "supports_kv_cache", True))
+        if self._is_hooked_transformer:
+            self._cache = TransformerLensKeyValueCache.init_cache(model.cfg, model.cfg.device, len(ids))
+
+    def logits(self) -> Tensor:
+        """Logits ``(b, d_vocab)`` of the token after the last; call it once between two calls of :meth:`append`."""
+        if not self._cached:
+            return logits_of(self._model, self._ids)[:, -1]
+        if self._is_hooked_transformer:
+            mask = torch.ones_like(self._fresh)
+            return self._model(self._fresh, return_type="logits", past_kv_cache=self._cache, attention_mask=mask)[:, -1]
+        past = {} if self._cache is None else {"past_key_values": self._cache}
+        mask = torch.ones_like(self._ids)
+        logits, self._cache = self._model(
+            self._fresh, return_type="logits_and_cache", use_cache=True, attention_mask=mask, **past
+        )
+        return logits[:, -1]
+
+    def append(self, tokens: Tensor) -> None:
+        """Let each sequence go on with one token, ``(b,)``."""
+        self._fresh = tokens.to(self._ids)[:, None]
+        self._ids = torch.cat([self._ids, self._fresh], dim=1)

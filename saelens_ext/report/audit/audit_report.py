@@ -1,0 +1,169 @@
+"""The report on an audit of continuations: a single HTML file that opens anywhere and asks the network for nothing."""
+
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from saelens_ext import _files
+from saelens_ext.analysis.profile import DictionaryProfile
+from saelens_ext.continuations.prefix_audit import PrefixAudit
+from saelens_ext.report.audit import tests_section
+from saelens_ext.report.audit.maps import maps_data
+from saelens_ext.report.audit.modes import ExampleFinder, modes_of, prefix_tokens, weighs_draws
+from saelens_ext.report.audit.path import one_cluster, path_data, path_rows
+from saelens_ext.report.audit.settings import dictionary_hooks, facts, settings_rows
+from saelens_ext.report.audit.wording import fixed, quoted
+from saelens_ext.report.format import count, share, visible
+from saelens_ext.report.page import embed_json, render_page
+
+STYLES = ("dictionary.css", "audit.css")
+SCRIPTS = (
+    "text.js", "growth.js", "audit_marks.js", "audit_maps.js", "audit_path.js", "audit_dose.js", "audit_page.js",
+)  # fmt: skip
+
+
+# What the sum of a mode's weights is, by how the continuations were weighed.
+_MASSES = {"uniform": "Share of different texts", "path": "Relative probability"}
+
+
+def write_audit_report(
+    path: str | Path,
+    *,
+    prefixes: Sequence[PrefixAudit],
+    about: Mapping[str, Any],
+    config: Mapping[str, Any],
+    profiles: Mapping[str, DictionaryProfile] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    title: str = "Audit of continuations",
+) -> Path:
+    """Write what an audit found about one prefix or several as one self-contained HTML file.
+
+    For each prefix: the prompt, whether steering bore the modes out, the modes with their members and distinguishing
+    sources, two linked maps of the same continuations, the rate-distortion curve, and the tests with all controls.
+
+    Text of the model is shown as text only: the page carries a content security policy under which nothing but its own
+    script runs and nothing is fetched. The same arguments give the same file, on one machine.
+
+    Args:
+        path: the file to write, replaced in one step; missing directories are made.
+        prefixes: the audits, at least one, each of another prefix.
+        about: the model, the dictionaries and the embedder, as ``Audit.about`` has them; what is missing is not shown.
+        config: settings of the audit, by name.
+        profiles: of the dictionaries, by the name of their hook, to show what the distinguishing latents respond to.
+        tokenizer: of the model, which turns ids into text; needed for ``profiles``. Without it the prefix's tokens are
+            those that the sources name.
+        title: heading of the page.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ValueError: no prefix; profiles without a tokenizer; or a prefix whose continuations have no embeddings or signatures.
+    """
+    path = Path(path)
+    _check(prefixes, profiles, tokenizer)
+    finder = ExampleFinder(profiles, tokenizer, dictionary_hooks(about))
+    shown = [_prefix(number, audit, finder, tokenizer, config) for number, audit in enumerate(prefixes)]
+    page = render_page(
+        "audit.html",
+        styles=STYLES,
+        scripts=SCRIPTS,
+        title=visible(title),
+        prefixes=shown,
+        together=tests_section.joint_verdict(prefixes),
+        settings=settings_rows(about, config),
+        version=version("saelens-ext"),
+    )
+    _files.write_together({path: lambda temporary: temporary.write_bytes(page.encode("utf-8"))})
+    return path
+
+
+def _check(prefixes: Sequence[PrefixAudit], profiles: Mapping[str, Any] | None, tokenizer: Any) -> None:
+    if not prefixes:
+        raise ValueError("prefixes is empty; a report needs the audit of at least one.")
+    for number, audit in enumerate(prefixes):
+        views = {"embeddings": audit.continuations.embeddings, "signatures": audit.continuations.signatures}
+        missing = [name for name, view in views.items() if view is None]
+        if missing:
+            raise ValueError(
+                f"The continuations of prefix {number}, {audit.prefix!r}, have no {' and no '.join(missing)}; make them with "
+                "embed_continuations and attribute_continuations."
+            )
+    if profiles and tokenizer is None:
+        raise ValueError("profiles hold token ids, which need a tokenizer to be read; pass tokenizer= of the model.")
+
+
+def _prefix(
+    number: int, audit: PrefixAudit, finder: ExampleFinder, tokenizer: PreTrainedTokenizerBase | None, config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the template shows of one prefix."""
+    modes = modes_of(audit, finder, prefix_tokens(audit, tokenizer))
+    maps, curve, tests = maps_data(audit), path_data(audit), audit.validation
+    data = {
+        "key": f"p{number}",
+        "maps": maps,
+        "modes": [{"mark": mode.mark, "share": mode.share} for mode in modes],
+        "mode_of": audit.labels.tolist(),
+        "medoids": [mode.medoid.row for mode in modes],
+        "path": curve,
+        "dose": None if tests is None else tests_section.dose_data(tests),
+    }
+    return {
+        "key": f"p{number}",
+        "label": _shortened(quoted(audit.continuations.prompt)),
+        **_prompt(audit),
+        "verdict": tests_section.verdict_of(audit),
+        "facts": facts(audit, config),
+        "modes": modes,
+        "n": count(len(audit.continuations)),
+        "maps": {name: {"share": share(maps[name]["share"]), "metric": maps[name]["metric"]} for name in ("meaning", "mechanism")},
+        "n_drawn": count(len(maps["rows"])),
+        "all_drawn": len(maps["rows"]) == len(audit.continuations),
+        "path": path_rows(audit),
+        "beta": f"{audit.clusterer.beta:g}",
+        "gamma": f"{audit.clusterer.gamma:g}",
+        "mass": "Probability" if weighs_draws(audit) else _MASSES.get(str(config.get("weights")), "Weight"),
+        "drawn": "count" in audit.continuations.columns and not weighs_draws(audit),
+        "least": count(audit.clusterer.min_cluster_size),
+        "whole": fixed(one_cluster(audit)[0], 2),
+        "tests": None if tests is None else _tests(audit),
+        "data": embed_json(data),
+    }
+
+
+def _tests(audit: PrefixAudit) -> dict[str, Any]:
+    """What the template shows of the tests by steering."""
+    validation = audit.validation
+    assert validation is not None
+    columns, rows = tests_section.specificity_cells(validation)
+    groups = tests_section.comparisons(validation)
+    settings = validation.settings
+    return {
+        "n_measured": count(validation.members["row"].nunique()),
+        "top": settings["top"],
+        "strongest": f"{settings['specificity_strength']:g}",
+        "n_permutations": count(int(settings["n_permutations"])),
+        "n_bootstrap": count(int(settings["n_bootstrap"])),
+        "columns": columns,
+        "rows": rows,
+        "specificity": tests_section.specificity_sentence(validation),
+        "main": groups[0],
+        "others": groups[1:],
+        "generated": tests_section.generated_rows(validation),
+    }
+
+
+def _prompt(audit: PrefixAudit) -> dict[str, Any]:
+    """The text that was continued, in three parts: the prompt, and what a chat template put before and after it."""
+    prompt, whole = audit.continuations.prompt, audit.continuations.prefix
+    before, found, after = whole.partition(prompt)
+    if not found:
+        before, prompt, after = "", whole, ""
+    return {"before": visible(before), "prompt": visible(prompt), "after": visible(after), "templated": audit.continuations.prompt != whole}
+
+
+def _shortened(text: str, longest: int = 70) -> str:
+    return text if len(text) <= longest else text[: longest - 1] + "…"

@@ -1,0 +1,81 @@
+"""The rate-distortion curve of a prefix: what was paid and what was bought at every pair of prices.
+
+Symbols
+    beta, gamma    price of distortion, and the semantic view's share of it
+    D / D_0        distortion of a partition over that of one cluster for all, in [0, 1]
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from saelens_ext.continuations.prefix_audit import PrefixAudit
+from saelens_ext.report.audit.wording import NOTHING, fixed
+from saelens_ext.report.format import count, share
+
+
+class PathRow(NamedTuple):
+    """One pair of prices, formatted."""
+
+    beta: str
+    gamma: str
+    chosen: bool
+    n_clusters: str
+    rate: str
+    semantic: str
+    attribution: str
+    stability: str
+
+
+def path_data(audit: PrefixAudit) -> dict[str, Any] | None:
+    """The curves for the page's script, JSON-safe; None where no prices were tried."""
+    table = audit.path
+    if table.empty:
+        return None
+    whole_e, whole_a = one_cluster(audit)
+    points = [
+        {
+            "beta": float(row.beta), "gamma": float(row.gamma), "n": int(row.n_clusters), "rate": _figure(row.rate),
+            "meaning": _figure(row.semantic_distortion / whole_e), "mechanism": _figure(row.attribution_distortion / whole_a),
+            "stability": _figure(getattr(row, "stability", float("nan"))),
+            "stability_se": _figure(getattr(row, "stability_se", float("nan"))),
+            "chosen": _is_chosen(audit, row),
+        }
+        for row in table.sort_values(["gamma", "beta"]).itertuples()
+    ]  # fmt: skip
+    return {"points": points}
+
+
+def path_rows(audit: PrefixAudit) -> list[PathRow]:
+    """The same as a table, by gamma and then beta."""
+    data = path_data(audit)
+    return [] if data is None else [_row(point) for point in data["points"]]
+
+
+def _row(point: dict[str, Any]) -> PathRow:
+    stability = NOTHING
+    if point["stability"] is not None:
+        error = "" if point["stability_se"] is None else f" ± {fixed(point['stability_se'], 2)}"
+        stability = f"{fixed(point['stability'], 2)}{error}"
+    return PathRow(
+        f"{point['beta']:g}", f"{point['gamma']:g}", point["chosen"], count(point["n"]), fixed(point["rate"], 2),
+        share(point["meaning"]), share(point["mechanism"]), stability,
+    )  # fmt: skip
+
+
+def _is_chosen(audit: PrefixAudit, row: Any) -> bool:
+    return row.beta == audit.clusterer.beta and row.gamma == audit.clusterer.gamma
+
+
+def one_cluster(audit: PrefixAudit) -> tuple[float, float]:
+    """D_0 of both views; 1 for a view without any difference."""
+    held = audit.continuations
+    whole = audit.clusterer.partition_objective(
+        held.embeddings.double().numpy(), held.signatures.double().numpy(), np.zeros(len(held), dtype=np.int64),
+        sample_weight=held.weights.double().numpy(),
+    )  # fmt: skip
+    return whole.semantic_distortion or 1.0, whole.attribution_distortion or 1.0
+
+
+def _figure(value: float | int) -> float | None:
+    return float(f"{value:.6g}") if np.isfinite(value) else None

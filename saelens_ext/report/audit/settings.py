@@ -1,0 +1,115 @@
+"""How an audit was made: the facts of a prefix, and the settings of the whole."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from saelens_ext.continuations.prefix_audit import PrefixAudit
+from saelens_ext.report.audit.wording import fixed, plain
+from saelens_ext.report.format import count, share, visible
+
+_WEIGHTS = {
+    "uniform": "each counts alike",
+    "frequency": "by how often each was sampled",
+    "path": "by the probability of the whole continuation",
+    "length_normalised": "by the exponential of the log-probability per token",
+}
+_BACKENDS = {
+    "linear": "attention patterns, norm scales and MLPs frozen: direct linear effects",
+    "gradient": "activation times gradient through the model as it is",
+    "relp": "norms frozen and nonlinear parts replaced by their local slopes",
+}
+
+
+class Fact(NamedTuple):
+    """One figure of a prefix's summary."""
+
+    key: str
+    name: str
+    value: str
+    meaning: str
+
+
+class Setting(NamedTuple):
+    """One line of the settings."""
+
+    name: str
+    value: str
+
+
+def dictionary_hooks(about: Mapping[str, Any]) -> list[str]:
+    """The hook of each dictionary of an audit, in their order."""
+    dictionaries = about.get("dictionaries") or []
+    return [str(one.get("hook_name", "")) if isinstance(one, Mapping) else "" for one in dictionaries]
+
+
+def facts(audit: PrefixAudit, config: Mapping[str, Any]) -> list[Fact]:
+    """The figures of one prefix, in reading order."""
+    return [fact for fact in (_continuations(audit), _weights(audit, config), _modes(audit), _signatures(audit)) if fact is not None]
+
+
+def _continuations(audit: PrefixAudit) -> Fact:
+    held = audit.continuations
+    lengths, sampling = held.lengths.tolist(), held.metadata.get("sampling")
+    span = f"{min(lengths)} to {max(lengths)} tokens" if min(lengths) < max(lengths) else f"{lengths[0]} token{'s' if lengths[0] > 1 else ''}"
+    meaning = f"{span} long"
+    if isinstance(sampling, Mapping) and "temperature" in sampling:
+        meaning += f"; sampled at temperature {plain(sampling['temperature'])}, top-p {plain(sampling.get('top_p'))}, seed {plain(sampling.get('seed'))}"
+        if "n_draws" in sampling:
+            meaning += f", in {count(int(sampling['n_draws']))} draws"
+    return Fact("continuations", "Distinct continuations", count(len(held)), meaning)
+
+
+def _weights(audit: PrefixAudit, config: Mapping[str, Any]) -> Fact:
+    held = audit.continuations
+    meaning = f"effective sample size of the weights, {_WEIGHTS.get(str(config.get('weights')), 'as given')}"
+    return Fact("weights", "Worth in equal continuations", fixed(held.effective_sample_size, 1), meaning)
+
+
+def _modes(audit: PrefixAudit) -> Fact:
+    clusterer, table = audit.clusterer, audit.path
+    meaning = f"at beta {clusterer.beta:g} and gamma {clusterer.gamma:g}"
+    if "stability" in table:
+        own = table[(table["beta"] == clusterer.beta) & (table["gamma"] == clusterer.gamma)]
+        if len(own) and math.isfinite(own["stability"].iloc[0]):
+            meaning += f"; stability {fixed(float(own['stability'].iloc[0]), 2)} (1: the same modes from every resample, 0: chance)"
+    return Fact("modes", "Modes", count(clusterer.n_clusters_), meaning)
+
+
+def _signatures(audit: PrefixAudit) -> Fact:
+    held = audit.continuations
+    described = held.metadata.get("attribution")
+    meaning = "of the prefix, behind each signature"
+    if isinstance(described, Mapping):
+        backend = str(described.get("backend"))
+        meaning += f"; backend {plain(backend)} ({_BACKENDS[backend]})" if backend in _BACKENDS else f"; backend {plain(backend)}"
+        if isinstance(described.get("share_of_effect"), float):
+            meaning += f"; they hold {share(described['share_of_effect'])} of the prefix’s effect"
+    return Fact("sources", "Sources", count(held.signatures.shape[1]), meaning)
+
+
+def settings_rows(about: Mapping[str, Any], config: Mapping[str, Any]) -> list[Setting]:
+    """Everything about how the audit was made, a line each."""
+    by_default = {"min_cluster_size": "a sixteenth of the continuations, at least 2"}
+    shown = {key: by_default[key] if value is None and key in by_default else value for key, value in config.items()}
+    return [*_about_rows(about), *(Setting(visible(str(key).replace("_", " ")), plain(value)) for key, value in shown.items())]
+
+
+def _about_rows(about: Mapping[str, Any]) -> list[Setting]:
+    rows = []
+    for key, value in about.items():
+        entries: Sequence[Any] = value if isinstance(value, list | tuple) else [value]
+        for number, entry in enumerate(entries):
+            name = visible(str(key).replace("_", " "))
+            rows.append(Setting(f"{_singular(name)} {number}" if len(entries) > 1 else name, _entry(entry)))
+    return rows
+
+
+def _singular(name: str) -> str:
+    return f"{name[:-3]}y" if name.endswith("ies") else name.removesuffix("s")
+
+
+def _entry(entry: Any) -> str:
+    if isinstance(entry, Mapping):
+        return "; ".join(f"{visible(str(key).replace('_', ' '))} {plain(value)}" for key, value in entry.items())
+    return plain(entry)

@@ -1,0 +1,168 @@
+"""What the page's script works on: every SNMF feature of every level as plain JSON, texts as indices into one vocabulary.
+
+Symbols
+    f   number of a feature over all levels, the finest level first: rows of every list
+    v   index into ``vocabulary``; the commonest tokens have the smallest
+Figures that do not exist are null.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from saelens_ext.analysis.logit_lens import LensResult
+from saelens_ext.analysis.neuron_overlap import NeuronOverlap, neuron_overlap
+from saelens_ext.dictionaries.hierarchy import HierarchicalSNMF
+from saelens_ext.dictionaries.snmf import SNMFDictionary
+from saelens_ext.host.tokens import token_strings
+from saelens_ext.report.dictionary.regions import Vocabulary, example_columns, figures, lens_columns
+from saelens_ext.report.dictionary.snmf_section import SNMFLevel, SNMFSection
+from saelens_ext.report.format import visible
+from saelens_ext.steering.steer_features import SteeredFeatures
+
+MAX_NEURONS = 40
+"""Neurons listed per feature, the heaviest; the page says how many there are in all."""
+N_OVERLAPS = 6
+"""Features listed with which a feature shares most neurons."""
+
+
+def feature_data(section: SNMFSection, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Everything the page shows of the features of a section, JSON-safe.
+
+    Args:
+        section: the dictionaries.
+        tokenizer: of the model.
+    """
+    levels = section.levels
+    vocabulary = Vocabulary(ids.cpu() for level in levels for ids in _token_ids(level))
+    sizes = [level.dictionary.cfg.d_sae for level in levels]
+    starts = [sum(sizes[:number]) for number in range(len(levels))]
+    data: dict[str, Any] = {
+        "n_profiled": levels[0].profile.n_activations,
+        "context": [level.profile.context for level in levels],
+        "width": levels[0].dictionary.cfg.d_in,
+        "sizes": sizes,
+        "level": [number for number, size in enumerate(sizes) for _ in range(size)],
+        "index": [index for size in sizes for index in range(size)],
+        "vocabulary": token_strings(tokenizer, vocabulary.token_ids),
+    }
+    columns = [_level_columns(level, start, vocabulary) for level, start in zip(levels, starts, strict=True)]
+    data |= {name: [row for level in columns for row in level[name]] for name in columns[0]}
+    data |= _tree_columns(section.hierarchy, starts, sum(sizes))
+    data["steered"] = _steered(section.steered, sum(sizes))
+    return data
+
+
+def _token_ids(level: SNMFLevel) -> list[Tensor]:
+    lens = [] if level.lens is None else [level.lens.promoted_ids, level.lens.suppressed_ids]
+    return [level.profile.top.contexts, *lens]
+
+
+def _level_columns(level: SNMFLevel, start: int, vocabulary: Vocabulary) -> dict[str, list[Any]]:
+    """The columns of one level's features."""
+    profile, k = level.profile, level.dictionary.cfg.d_sae
+    examples = example_columns(profile.top, vocabulary)
+    return {
+        "firing": figures(profile.counts.double() / max(1, profile.n_activations)),
+        "activity": figures(activity_shares(level)),
+        "largest": figures(profile.max_activation),
+        "examples": examples,
+        "top_token": [columns["tokens"][0][columns["mark"][0]] if columns["tokens"] else None for columns in examples],
+        "n_neurons": level.dictionary.support.sum(dim=1).tolist(),
+        **_neurons(level.dictionary),
+        **_lens(level.lens, k, vocabulary),
+        "overlaps": _overlaps(level.dictionary, start),
+    }
+
+
+def activity_shares(level: SNMFLevel) -> Tensor:
+    """Each feature's share of all that the features write: the sum of its codes times its length, over that of all; ``(k,)``."""
+    profile = level.profile
+    lengths = torch.linalg.vector_norm(level.dictionary.W_dec.detach().double().cpu(), dim=1)
+    written = profile.counts.double() * profile.mean_activation.double() * lengths
+    return written / written.sum().clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def _neurons(dictionary: SNMFDictionary) -> dict[str, list[Any]]:
+    """The heaviest neurons of each feature and their weights in the feature at unit length."""
+    units = torch.nn.functional.normalize(dictionary.W_dec.detach().float().cpu(), dim=1)
+    found = [dictionary.neurons(feature, MAX_NEURONS).indices for feature in range(len(units))]
+    return {
+        "neurons": [indices.tolist() for indices in found],
+        "weights": [[round(value, 4) for value in row[indices].tolist()] for row, indices in zip(units, found, strict=True)],
+    }
+
+
+def _lens(lens: LensResult | None, k: int, vocabulary: Vocabulary) -> dict[str, list[Any]]:
+    if lens is not None:
+        return lens_columns(lens, vocabulary)
+    return {name: [None] * k for name in ("promoted", "promoted_logits", "suppressed", "suppressed_logits")}
+
+
+def _overlaps(dictionary: SNMFDictionary, start: int) -> list[list[dict[str, Any]]]:
+    """For each feature the others of its level that share most neurons with it, the least likely by chance first."""
+    if dictionary.cfg.d_sae < 2:
+        return [[]]
+    table = neuron_overlap(dictionary.W_dec.detach())
+    found: list[list[dict[str, Any]]] = []
+    rows = zip(table.overlap.tolist(), table.p_value.tolist(), strict=True)
+    for i, (shared, p_values) in enumerate(rows):
+        others = (j for j, n in enumerate(shared) if j != i and n > 0)
+        best = sorted(others, key=lambda j, p=p_values, n=shared: (p[j], -n[j], j))[:N_OVERLAPS]
+        found.append([_overlap(table, i, j) | {"feature": start + j} for j in best])
+    return found
+
+
+def _overlap(table: NeuronOverlap, i: int, j: int) -> dict[str, Any]:
+    """How two features share neurons."""
+    return {
+        "shared": int(table.overlap[i, j]),
+        "same_sign": int(table.same_sign[i, j]),
+        "expected": _rounded(table.expected[i, j]),
+        "p": _rounded(table.p_value[i, j]),
+        "q": _rounded(table.p_adjusted[i, j]),
+    }
+
+
+def _rounded(value: Tensor | float | int | None) -> float | None:
+    """Four significant digits; null for what is not a number."""
+    return float(f"{float(value):.4g}") if value is not None and math.isfinite(value) else None
+
+
+def _tree_columns(hierarchy: HierarchicalSNMF | None, starts: list[int], n: int) -> dict[str, list[Any]]:
+    """For each feature the coarser ones it is part of and the finer ones it gathers, each as [f, weight]."""
+    parents: list[list[list[Any]]] = [[] for _ in range(n)]
+    children: list[list[list[Any]]] = [[] for _ in range(n)]
+    for level in range(1, len(starts)) if hierarchy is not None else ():
+        for node in hierarchy.trees(level):
+            own = starts[level] + node.feature
+            children[own] = [[starts[level - 1] + child.feature, _rounded(child.weight)] for child in node.children]
+            for child, weight in children[own]:
+                parents[child].append([own, weight])
+    for row in parents:
+        row.sort(key=lambda pair: (-pair[1], pair[0]))
+    return {"parents": parents, "children": children}
+
+
+def _steered(steered: SteeredFeatures | None, n: int) -> dict[str, Any] | None:
+    """The continuations of each feature."""
+    if steered is None:
+        return None
+    texts: list[list[dict[str, Any]]] = [[] for _ in range(n)]
+    for one in steered.texts:
+        strength = one.strength
+        texts[one.feature].append(
+            {
+                "sign": strength.sign,
+                "coefficient": _rounded(strength.coefficient),
+                "kl": _rounded(strength.kl),
+                "text": None if one.text is None else visible(one.text),
+            }
+        )
+    return {
+        "prompt": visible(steered.prompt), "target": steered.target, "hook": steered.hook_name,
+        "unsteered": visible(steered.unsteered), "texts": texts,
+    }  # fmt: skip

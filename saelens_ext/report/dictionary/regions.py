@@ -1,0 +1,176 @@
+"""What the page's script works on: every region of a dictionary as plain JSON, texts as indices into one vocabulary.
+
+Symbols
+    K   regions, rows of every list
+    v   index into ``vocabulary``; the commonest tokens have the smallest, which keeps the page small
+Distances are cosine distances in [0, 2]. Figures that do not exist are null.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from saelens_ext.analysis.logit_lens import LensResult
+from saelens_ext.analysis.profile import DictionaryProfile, Examples
+from saelens_ext.dictionaries.fit_result import FitResult, Provenance
+from saelens_ext.host.tokens import token_strings
+from saelens_ext.report.projection import project
+
+CONTEXT_REACH = 64
+"""Tokens shown on either side of an exemplar: a whole window of the usual 128, but not all of a window of 8,192."""
+N_NEIGHBOURS = 6
+"""Nearest other regions shown for each region."""
+
+
+class Vocabulary:
+    """The distinct tokens of a page, commonest first."""
+
+    def __init__(self, ids: Iterable[Tensor]) -> None:
+        flat = np.concatenate([tensor.reshape(-1).numpy().astype(np.int64) for tensor in ids])
+        self._ids, counts = np.unique(flat[flat >= 0], return_counts=True)
+        order = np.argsort(-counts, kind="stable")
+        self._rank = np.empty(len(order), dtype=np.int64)
+        self._rank[order] = np.arange(len(order))
+        self.token_ids: list[int] = self._ids[order].tolist()
+
+    def indices(self, ids: Tensor) -> list[Any]:
+        """The indices of token ids, nested as the tensor is; the innermost lists leave out padding (negative ids)."""
+        array = ids.cpu().numpy()
+        ranks = self._rank[np.searchsorted(self._ids, np.maximum(array, self._ids[0]))]
+        return _without_padding(np.where(array >= 0, ranks, -1).tolist())
+
+
+def _without_padding(nested: list[Any]) -> list[Any]:
+    if nested and isinstance(nested[0], list):
+        return [_without_padding(part) for part in nested]
+    return [index for index in nested if index >= 0]
+
+
+def region_data(
+    fit: FitResult, profile: DictionaryProfile, lens: LensResult | None, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """Everything the page shows of the regions of one dictionary, JSON-safe.
+
+    Args:
+        fit: the dictionary and where its exemplars came from; K regions.
+        profile: of the same dictionary.
+        lens: of its exemplars, K rows.
+        tokenizer: of the model.
+    """
+    ids = [fit.provenance.windows, fit.provenance.token_ids, profile.top.contexts]
+    ids += [profile.boundary.contexts] if profile.boundary is not None else []
+    ids += [lens.promoted_ids, lens.suppressed_ids] if lens is not None else []
+    vocabulary = Vocabulary(tensor.cpu() for tensor in ids)
+    projection = project(_exemplars(fit).numpy().astype(np.float64))
+    neighbours, distances = nearest_others(_exemplars(fit), N_NEIGHBOURS)
+    return {
+        "n_profiled": profile.n_activations,
+        "n_seen": fit.n_seen,
+        "context": profile.context,
+        "threshold": _figure(fit.threshold.threshold),
+        "vocabulary": token_strings(tokenizer, vocabulary.token_ids),
+        "projection": {"name": projection.name, "caution": projection.caution},
+        "x": [_figure(x, 4) for x in projection.points[:, 0]],
+        "y": [_figure(y, 4) for y in projection.points[:, 1]],
+        "members": profile.counts.tolist(),
+        "joined": fit.counts.tolist(),
+        "founded": fit.exemplar_indices.tolist(),
+        "coherence": figures(profile.coherence, len(profile.counts)),
+        "mean_distance": figures(profile.mean_distance, len(profile.counts)),
+        "max_distance": figures(profile.max_distance, len(profile.counts)),
+        "neighbours": neighbours.tolist(),
+        "neighbour_distances": [figures(row) for row in distances],
+        "exemplars": _exemplar_contexts(fit.provenance, vocabulary),
+        "nearest": example_columns(profile.top, vocabulary),
+        "boundary": example_columns(profile.boundary, vocabulary) if profile.boundary is not None else None,
+        "lens": lens_columns(lens, vocabulary) if lens is not None else None,
+    }
+
+
+def _exemplars(fit: FitResult) -> Float[Tensor, "k d"]:
+    """The exemplars on the CPU, in float32."""
+    return fit.dictionary.exemplars.detach().float().cpu()
+
+
+def nearest_others(
+    directions: Float[Tensor, "k d"], n: int, *, max_entries: int = 8_000_000
+) -> tuple[Int[Tensor, "k m"], Float[Tensor, "k m"]]:
+    """The ``m = min(n, k - 1)`` nearest other rows of each unit row, nearest first, and their cosine distances.
+
+    Args:
+        directions: unit rows.
+        n: how many others.
+        max_entries: similarities held at a time.
+    """
+    k = len(directions)
+    n = min(n, k - 1)
+    indices, distances = torch.zeros(k, n, dtype=torch.int64), torch.zeros(k, n)
+    step = max(1, max_entries // k)
+    for start in range(0, k, step):
+        rows = torch.arange(start, min(k, start + step))
+        similarity = directions[rows] @ directions.T
+        similarity[torch.arange(len(rows)), rows] = -torch.inf
+        best = similarity.topk(n, dim=1)
+        indices[rows], distances[rows] = best.indices, (1 - best.values).clamp(0, 2)
+    return indices, distances
+
+
+def _exemplar_contexts(provenance: Provenance, vocabulary: Vocabulary) -> dict[str, list[Any]]:
+    """Each exemplar's token, place and surroundings, its own token at index ``mark`` of ``tokens``."""
+    positions = provenance.positions
+    starts = (positions - CONTEXT_REACH).clamp(min=0)
+    reach = starts[:, None] + torch.arange(2 * CONTEXT_REACH + 1)
+    shown = (reach <= positions[:, None] + CONTEXT_REACH) & (reach < provenance.windows.shape[1])
+    windows = provenance.windows.gather(1, reach.clamp(max=provenance.windows.shape[1] - 1))
+    lengths = (provenance.windows >= 0).sum(dim=1)
+    return {
+        "token": vocabulary.indices(provenance.token_ids),
+        "document": provenance.document_ids.tolist(),
+        "window": provenance.sequence_ids.tolist(),
+        "position": positions.tolist(),
+        "tokens": vocabulary.indices(torch.where(shown, windows, -1)),
+        "mark": (positions - starts).tolist(),
+        "cut_before": (starts > 0).tolist(),
+        "cut_after": (lengths > positions + CONTEXT_REACH + 1).tolist(),
+    }
+
+
+def example_columns(examples: Examples, vocabulary: Vocabulary) -> list[dict[str, list[Any]]]:
+    """For each region the columns of its examples in order, empty places left out."""
+    half = examples.contexts.shape[2] // 2
+    columns = {
+        "document": examples.document_ids.tolist(),
+        "position": examples.positions.tolist(),
+        "mark": (examples.contexts[:, :, :half] >= 0).sum(dim=2).tolist(),
+        "distance": [figures(row) for row in examples.values],
+        "tokens": vocabulary.indices(examples.contexts),
+    }
+    kept = [[i for i, position in enumerate(row) if position >= 0] for row in columns["position"]]
+    return [{name: [column[region][i] for i in places] for name, column in columns.items()} for region, places in enumerate(kept)]
+
+
+def lens_columns(lens: LensResult, vocabulary: Vocabulary) -> dict[str, list[Any]]:
+    """Tokens that each exemplar promotes and suppresses, with their logits, strongest first."""
+    return {
+        "promoted": vocabulary.indices(lens.promoted_ids),
+        "promoted_logits": [figures(row) for row in lens.promoted_logits],
+        "suppressed": vocabulary.indices(lens.suppressed_ids),
+        "suppressed_logits": [figures(row) for row in lens.suppressed_logits],
+    }
+
+
+def figures(values: Tensor | Sequence[float] | None, n: int = 0) -> list[float | None]:
+    """Numbers fit for JSON; ``n`` nulls where there are none."""
+    if values is None:
+        return [None] * n
+    return [_figure(value) for value in (values.tolist() if isinstance(values, Tensor) else values)]
+
+
+def _figure(value: float | int, digits: int = 6) -> float | None:
+    """A number to ``digits`` significant digits, which is more than the page shows; null for NaN and infinity."""
+    return float(f"{value:.{digits}g}") if np.isfinite(value) else None

@@ -1,0 +1,79 @@
+"""What a report is told of SNMF dictionaries."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from saelens_ext.analysis.logit_lens import LensResult
+from saelens_ext.analysis.profile import DictionaryProfile
+from saelens_ext.concepts.comparison import ConceptComparison
+from saelens_ext.dictionaries.hierarchy import HierarchicalSNMF
+from saelens_ext.dictionaries.snmf import SNMFDictionary
+from saelens_ext.dictionaries.snmf_fit_result import SNMFFitResult
+from saelens_ext.steering.steer_features import SteeredFeatures
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SNMFLevel:
+    """One dictionary of the section: the only one, or a level of a hierarchy."""
+
+    dictionary: SNMFDictionary
+    profile: DictionaryProfile
+    """Of the dictionary, its k features."""
+    lens: LensResult | None = None
+    """The logit lens of its :meth:`~SNMFDictionary.residual_directions`, k rows."""
+    held_out_loss: float | None = None
+    """Squared error over the sum of squares of activations that it was not fitted to."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SNMFSection:
+    """The part of a report about features of SNMF dictionaries.
+
+    With ``fit`` alone the section is about its dictionary. With ``hierarchy`` it is about the hierarchy's levels and
+    their trees, and ``fit``, if given, is a dictionary without a tree to compare with.
+
+    Raises:
+        ValueError: parts that are not of the same dictionaries, or neither a fit nor a hierarchy.
+    """
+
+    levels: Sequence[SNMFLevel]
+    """The finest first: one, or all of the hierarchy."""
+    fit: SNMFFitResult | None = None
+    hierarchy: HierarchicalSNMF | None = None
+    steered: SteeredFeatures | None = None
+    """Continuations steered along features of the first level."""
+    concept: ConceptComparison | None = None
+    """How well a feature of the first level, and other methods, tell a concept."""
+
+    def __post_init__(self) -> None:
+        if self.hierarchy is not None:
+            own, source = [level.dictionary for level in self.levels], "hierarchy.dictionaries"
+            expected = self.hierarchy.dictionaries
+        elif self.fit is not None:
+            own, source, expected = [level.dictionary for level in self.levels], "fit.dictionary", [self.fit.dictionary]
+        else:
+            raise ValueError("An SNMFSection needs a fit or a hierarchy, which say how its dictionaries were made.")
+        if len(own) != len(expected) or any(a is not b for a, b in zip(own, expected, strict=True)):
+            raise ValueError(f"levels must be of the dictionaries of {source}, {len(expected)} in this order; got {len(own)} others.")
+        for number, level in enumerate(self.levels):
+            self._check_level(number, level)
+        self._check_steered(self.levels[0].dictionary.cfg.d_sae)
+
+    @staticmethod
+    def _check_level(number: int, level: SNMFLevel) -> None:
+        k = level.dictionary.cfg.d_sae
+        if level.profile.d_sae != k:
+            raise ValueError(
+                f"The profile of level {number} is of {level.profile.d_sae} latents, its dictionary of {k}; make it with "
+                "profile_dictionaries(hierarchy.dictionaries, stream)."
+            )
+        if level.lens is not None and len(level.lens.promoted_ids) != k:
+            raise ValueError(
+                f"The lens of level {number} is of {len(level.lens.promoted_ids)} directions, its dictionary of {k}; make it with "
+                "logit_lens(model, dictionary.residual_directions(model))."
+            )
+
+    def _check_steered(self, k: int) -> None:
+        wrong = [text.feature for text in self.steered.texts if not 0 <= text.feature < k] if self.steered is not None else []
+        if wrong:
+            raise ValueError(f"The continuations are of features such as {wrong[0]}, the first level has features 0 to {k - 1}.")

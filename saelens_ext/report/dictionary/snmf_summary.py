@@ -1,0 +1,249 @@
+"""The summary of an SNMF section: its figures, its levels, and how its fits went, all formatted."""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from saelens_ext.concepts.comparison import ConceptComparison
+from saelens_ext.dictionaries.snmf import SNMFDictionary
+from saelens_ext.report.dictionary.snmf_section import SNMFLevel, SNMFSection
+from saelens_ext.report.dictionary.summary import Fact, excluded, hook_fact, model_fact, read_from
+from saelens_ext.report.format import count, significant
+
+_STOPPED = {
+    "converged": ("Convergence", "the objective fell no further"),
+    "max_iter": ("Iterations", "max_iter was reached; the loss might still fall"),
+    "max_passes": ("Passes", "max_passes was reached; the loss might still fall"),
+}
+_DUPLICATE = 0.99
+
+
+class LevelRow(NamedTuple):
+    """One line of the table of dictionaries, formatted; empty where there is no such figure."""
+
+    label: str
+    note: str
+    chosen: bool
+    features: str
+    loss: str
+    held_out: str
+    through_links: str
+    before: str
+    active: str
+    dead: str
+    duplicate: str
+    revived: str
+
+
+class LossPlot(NamedTuple):
+    """A falling curve in a box of 100 by 40."""
+
+    title: str
+    points: str
+    """For an SVG polyline."""
+    first: str
+    last: str
+    steps: str
+
+
+def snmf_lead(section: SNMFSection) -> str:
+    """What a dictionary of this kind is, for whoever meets one for the first time."""
+    dictionary = section.levels[0].dictionary
+    text = (
+        f"This dictionary writes each activation of {count(dictionary.cfg.d_in)} neurons as a weighted sum of its "
+        f"{count(dictionary.cfg.d_sae)} features. A feature is a signed group of at most {count(_most_neurons(dictionary))} neurons, "
+        "and the code that weighs it is never negative. The features were found by factorising observed activations "
+        "(semi-nonnegative matrix factorisation); no gradient was followed."
+    )
+    if section.hierarchy is None:
+        return text
+    sizes = " and ".join(count(level.dictionary.cfg.d_sae) for level in section.levels[1:])
+    return (
+        f"{text} Coarser dictionaries of {sizes} features gather those of the one before, which gives every feature its place in "
+        "concept trees. Feature 0.17 is feature 17 of level 0, the finest."
+    )
+
+
+def snmf_facts(section: SNMFSection) -> list[Fact]:
+    """The figures of the summary, in reading order."""
+    level = section.levels[0]
+    config = level.dictionary.cfg
+    metadata: dict[str, Any] = config.metadata.to_dict()
+    made = section.hierarchy if section.hierarchy is not None else section.fit
+    facts = [
+        model_fact(metadata),
+        hook_fact(made.hook_name, config.d_in, metadata),
+        Fact("seen", "Activations fitted", count(made.n_seen), read_from(metadata)),
+        Fact("excluded", "Excluded", *excluded(metadata)),
+        _features(level),
+        _loss(section),
+        Fact("damping", "Damping", *_damping(metadata)),
+        _active(level),
+    ]
+    return facts + ([_stopped(section)] if section.fit is not None and section.hierarchy is None else [])
+
+
+def _most_neurons(dictionary: SNMFDictionary) -> int:
+    return int(dictionary.support.sum(dim=1).max())
+
+
+def _features(level: SNMFLevel) -> Fact:
+    dictionary = level.dictionary
+    meaning = (
+        f"of at most {count(_most_neurons(dictionary))} neurons each (sparsity {dictionary.cfg.sparsity:g}); together they use "
+        f"{count(dictionary.n_neurons_used)} of {count(dictionary.cfg.d_in)} neurons"
+    )
+    return Fact("features", "Features", count(dictionary.cfg.d_sae), meaning)
+
+
+def _loss(section: SNMFSection) -> Fact:
+    meaning = "squared error of the reconstruction over the activations' sum of squares; 0 is perfect"
+    held_out = _held_out(section, 0)
+    if held_out is not None:
+        meaning += f"; {held_out:.3f} on documents that were kept out of the fit"
+    return Fact("loss", "Loss", f"{_own_loss(section, 0):.3f}", meaning)
+
+
+def _own_loss(section: SNMFSection, level: int) -> float:
+    return section.hierarchy.encode_losses[level] if section.hierarchy is not None else section.fit.loss
+
+
+def _held_out(section: SNMFSection, level: int) -> float | None:
+    measured = section.levels[level].held_out_loss
+    return section.fit.held_out_loss if measured is None and section.hierarchy is None else measured
+
+
+def _damping(metadata: dict[str, Any]) -> tuple[str, str]:
+    damping = metadata.get("damping")
+    meaning = "the charge for features that cancel each other during the fit; 0 fits closest"
+    return ("Not recorded", "") if damping is None else (significant(float(damping)), meaning)
+
+
+def _active(level: SNMFLevel) -> Fact:
+    profile = level.profile
+    silent = int((profile.counts == 0).sum())
+    never = "every feature is active somewhere" if silent == 0 else f"{count(silent)} are active nowhere"
+    return Fact("active", "Features active", _per_token(level), f"on a token, of {count(profile.n_activations)} profiled; {never}")
+
+
+def _per_token(level: SNMFLevel) -> str:
+    return f"{int(level.profile.counts.sum()) / max(1, level.profile.n_activations):.1f}"
+
+
+def _stopped(section: SNMFSection) -> Fact:
+    fit = section.fit
+    value, meaning = _STOPPED.get(fit.stopped_because, (fit.stopped_because, ""))
+    return Fact("stopped", "Stopped by", value, f"{meaning}, after {count(len(fit.history))} steps")
+
+
+# --- the table ---
+
+
+def level_rows(section: SNMFSection) -> list[LevelRow]:
+    """One line per dictionary: the levels, and with a hierarchy the dictionary fitted without one, if it was given."""
+    rows = [_level_row(section, number) for number in range(len(section.levels))]
+    if section.hierarchy is None or section.fit is None:
+        return rows
+    fit = section.fit
+    flat = LevelRow(
+        label="Without a tree", note="fitted on its own, to compare", chosen=False, features=count(fit.n_components),
+        loss=f"{fit.loss:.3f}", held_out=_optional(fit.held_out_loss), through_links="", before="", active="",
+        dead=count(fit.n_dead), duplicate=count(fit.n_duplicate), revived=count(fit.n_revived),
+    )  # fmt: skip
+    return [*rows, flat]
+
+
+def _level_row(section: SNMFSection, number: int) -> LevelRow:
+    level, hierarchy = section.levels[number], section.hierarchy
+    fit = section.fit if hierarchy is None else None
+    dead = fit.n_dead if fit is not None else int((level.profile.counts == 0).sum())
+    return LevelRow(
+        label=f"Level {number}" if hierarchy is not None else "This dictionary",
+        note="the finest" if hierarchy is not None and number == 0 else "",
+        chosen=number == 0,
+        features=count(level.dictionary.cfg.d_sae),
+        loss=f"{_own_loss(section, number):.3f}",
+        held_out=_optional(_held_out(section, number)),
+        through_links=f"{hierarchy.losses[number]:.3f}" if hierarchy is not None else "",
+        before=f"{hierarchy.losses_before[number]:.3f}" if hierarchy is not None else "",
+        active=_per_token(level),
+        dead=count(dead),
+        duplicate=count(fit.n_duplicate if fit is not None else n_duplicates(level.dictionary)),
+        revived=count(fit.n_revived) if fit is not None else "",
+    )
+
+
+def _optional(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def n_duplicates(dictionary: SNMFDictionary) -> int:
+    """How many features have a cosine above 0.99 with one before them."""
+    units = torch.nn.functional.normalize(dictionary.W_dec.detach().float(), dim=1)
+    return int(((units @ units.T).tril(-1) > _DUPLICATE).any(dim=1).sum())
+
+
+# --- the concept ---
+
+
+class DetectionLine(NamedTuple):
+    """One line of the table of detection, formatted."""
+
+    method: str
+    n_scores: str
+    chosen: str
+    chosen_auroc: str
+    auroc: str
+    interval: str
+    log_ratio: str
+
+
+class ConceptTable(NamedTuple):
+    """The table of detection."""
+
+    name: str
+    lead: str
+    rows: list[DetectionLine]
+
+
+def concept_table(comparison: ConceptComparison | None) -> ConceptTable | None:
+    """How methods told a concept, formatted."""
+    if comparison is None:
+        return None
+    (up, down), (other_up, other_down) = comparison.n_choosing, comparison.n_judging
+    lead = (
+        f"Each method chose the one of its scores that best told {count(up)} sentences with the concept from {count(down)} without. "
+        f"What counts is how that score did on {count(other_up)} and {count(other_down)} other sentences: the best of many looks better "
+        "than it is on those that chose it."
+    )
+    rows = [
+        DetectionLine(
+            row.method, count(row.n_scores), row.chosen, f"{row.chosen_auroc:.2f}", f"{row.auroc:.2f}",
+            f"[{row.auroc_low:.2f}, {row.auroc_high:.2f}]", f"{row.log_ratio:.2f}",
+        )
+        for row in comparison.rows
+    ]  # fmt: skip
+    return ConceptTable(comparison.concept, lead, rows)
+
+
+# --- the curves ---
+
+
+def loss_plots(section: SNMFSection) -> list[LossPlot]:
+    """How the objectives of the fits fell."""
+    plots = []
+    if section.fit is not None:
+        name = "Fit" if section.hierarchy is None else "Fit without a tree"
+        plots.append(_plot(f"{name}: objective after each step", section.fit.history))
+    if section.hierarchy is not None:
+        plots.append(_plot("Refinement of all levels together: objective after each iteration", section.hierarchy.history))
+    return [plot for plot in plots if plot is not None]
+
+
+def _plot(title: str, history: list[float]) -> LossPlot | None:
+    if not history:
+        return None
+    low, high = min(history), max(history)
+    across, down = max(1, len(history) - 1), max(high - low, torch.finfo(torch.float32).tiny)
+    points = " ".join(f"{100 * i / across:.2f},{2 + 36 * (high - value) / down:.2f}" for i, value in enumerate(history))
+    return LossPlot(title, points, f"{history[0]:.4f}", f"{history[-1]:.4f}", count(len(history)))

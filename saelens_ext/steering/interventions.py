@@ -1,0 +1,288 @@
+"""Interventions on a running model: add, ablate, or turn the latents of a dictionary up and down.
+
+Each is a context manager: inside it every forward pass and every generated token is changed, with or without a KV
+cache; afterwards, and after an exception, the model is as before. They nest, the outer one acting first, and they
+leave the user's own hooks alone. A hook of the user's that was there before sees the unchanged activation.
+
+Where a SAE is attached (``model.add_sae``), two activations go by the hook's name, and it is an error until one of
+them is named: ``….hook_sae_output`` is what flows on. A SAE that is attached or detached at the hook inside the
+context takes the intervention away, since the host then replaces the hook point; that is a warning on leaving.
+
+Symbols
+    x     an activation at the hook, ``(d,)``
+    v     a direction; u = v / |v|
+    s     strength, in units of the typical norm t
+    c     a centre; Q orthonormal columns that span the directions to ablate
+    z, z' a code, and the code after the change
+"""
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, SupportsIndex
+
+import torch
+from sae_lens import SAE, Transcoder
+from torch import Tensor
+
+from saelens_ext import _checks
+from saelens_ext.host.flat_sae import encode_flat, flat_activations, refuse_sequence_codes
+from saelens_ext.host.hook_edits import edit_hook, edit_point, flat_rows, hooked
+from saelens_ext.host.models import HostModel, resolve_hook
+
+
+def add_direction(
+    model: HostModel,
+    hook_name: str,
+    direction: Tensor,
+    strength: float | int,
+    *,
+    typical_norm: float | int = 1.0,
+    positions: Sequence[int] | None = None,
+) -> AbstractContextManager[HostModel]:
+    """Add a multiple of a direction to an activation: x <- x + s t u.
+
+    Args:
+        model: either host class.
+        hook_name: any alias of the hook.
+        direction: ``(d,)``; only its direction counts.
+        strength: s, any sign; 0 leaves the model exactly as it is.
+        typical_norm: t, in units of the activation, above 0.
+        positions: columns of the prompt's tokens, counted from 0 with BOS and any left padding, to act on; by default
+            all, generated tokens included. With it, generated tokens are left alone: inside the context, a forward
+            pass over a single token after any other counts as a step of generation.
+
+    Returns:
+        A context manager that gives the model.
+
+    Raises:
+        ValueError: unknown hook, a direction that is zero or not finite, strength or norm out of range, or positions
+            that are negative or beyond the prompt; in the forward pass, a direction of another width than the hook.
+    """
+    if direction.ndim != 1:
+        raise ValueError(f"direction must have shape (d,), got {tuple(direction.shape)}; pass one row of a dictionary.")
+    if not math.isfinite(strength):
+        raise ValueError(f"strength must be finite, got {strength!r}.")
+    _checks.between(typical_norm, 0, math.inf, "typical_norm")
+    vector = _unit_rows(direction[None])[0] * (strength * typical_norm)
+    hook = edit_hook(lambda x: x + vector.to(x), len(vector), hook_name, positions)
+    point = edit_point(model, hook_name)
+    # Some hook points of a bridge compute differently as soon as a hook returns anything.
+    return hooked(model, [(point, hook)] if strength != 0 else [])
+
+
+def ablate_directions(
+    model: HostModel, hook_name: str, directions: Tensor, *, center: Tensor | None = None
+) -> AbstractContextManager[HostModel]:
+    """Project directions out of an activation, about a centre: x <- x - Q Q^T (x - c).
+
+    What is orthogonal to the directions stays; along them x takes the value of the centre.
+
+    Args:
+        model: either host class.
+        hook_name: any alias of the hook.
+        directions: ``(m, d)`` or ``(d,)``; they may depend on one another.
+        center: c, ``(d,)``; 0 by default.
+
+    Returns:
+        A context manager that gives the model.
+
+    Raises:
+        ValueError: unknown hook, a direction that is zero or not finite, a centre of another width; in the forward
+            pass, directions of another width than the hook.
+
+    Source: arXiv 2605.14347, refusal ablation.
+    """
+    rows = _unit_rows(directions[None] if directions.ndim == 1 else directions).detach()
+    basis = _orthonormal_basis(rows)
+    origin = torch.zeros_like(rows[0]) if center is None else center.detach()
+    if origin.shape != rows[0].shape:
+        raise ValueError(f"center must have shape {tuple(rows[0].shape)}, got {tuple(origin.shape)}.")
+    _checks.finite(origin, "center")
+
+    def edit(x: Tensor) -> Tensor:
+        q = basis.to(x)
+        return x - ((x - origin.to(x)) @ q) @ q.T
+
+    return hooked(model, [(edit_point(model, hook_name), edit_hook(edit, rows.shape[1], hook_name))])
+
+
+def scale_latent(
+    model: HostModel, sae: SAE[Any], latent: SupportsIndex | Sequence[SupportsIndex], factor: float | int
+) -> AbstractContextManager[HostModel]:
+    """Multiply the code of one or several latents: x <- x + decode(z') - decode(z), with z'_j = factor * z_j.
+
+    What the dictionary does not reconstruct is kept; a token whose code does not change is left exactly as it is.
+
+    Args:
+        model: either host class.
+        sae: any SAELens SAE at its own hook; a transcoder reads at its input hook and acts at its output hook.
+        latent: index or indices j, each in [0, d_sae).
+        factor: finite; 0 removes the latent, 1 changes nothing.
+
+    Returns:
+        A context manager that gives the model.
+
+    Raises:
+        ValueError: no such latent, a factor that is not finite, a dictionary without a hook name or whose hook the
+            model does not have, a SAE attached at that hook, or a SAE that codes whole sequences.
+    """
+    if not math.isfinite(factor):
+        raise ValueError(f"factor must be finite, got {factor!r}.")
+    chosen = _latent_mask(sae, latent)
+    return _latents_edited(model, sae, lambda z: torch.where(chosen.to(z.device), z * factor, z))
+
+
+def clamp_latent(
+    model: HostModel, sae: SAE[Any], latent: SupportsIndex | Sequence[SupportsIndex], value: float | int
+) -> AbstractContextManager[HostModel]:
+    """Set the code of one or several latents at every token: x <- x + decode(z') - decode(z), with z'_j = value.
+
+    Args:
+        model: either host class.
+        sae: as for :func:`scale_latent`.
+        latent: index or indices j, each in [0, d_sae).
+        value: finite, in units of the code.
+
+    Returns:
+        A context manager that gives the model.
+
+    Raises:
+        ValueError: as for :func:`scale_latent`.
+    """
+    if not math.isfinite(value):
+        raise ValueError(f"value must be finite, got {value!r}.")
+    chosen = _latent_mask(sae, latent)
+    return _latents_edited(model, sae, lambda z: torch.where(chosen.to(z.device), value, z))
+
+
+def steer_with(
+    model: HostModel,
+    sae: SAE[Any],
+    latent: SupportsIndex,
+    strength: float | int,
+    *,
+    basis: str | None = None,
+    typical_norm: float | int | None = None,
+    positions: Sequence[int] | None = None,
+) -> AbstractContextManager[HostModel]:
+    """Add a dictionary's direction where the dictionary writes, in units of the activations' typical norm.
+
+    Args:
+        model: either host class.
+        sae: any SAELens SAE; for a transcoder the direction is added at its output hook.
+        latent: index of the direction, in [0, d_sae).
+        strength: in units of the typical norm; 1 is a strong push.
+        basis: "exemplar" or "mean", of a dictionary that has both; by default its row of ``W_dec``.
+        typical_norm: in units of the activation; by default ``sae.cfg.metadata.typical_norm``, which fits of this
+            package record.
+        positions: as for :func:`add_direction`.
+
+    Returns:
+        A context manager that gives the model.
+
+    Raises:
+        ValueError: as for :func:`add_direction`; no such latent; no typical norm known; or no such basis.
+    """
+    _latent_mask(sae, latent)
+    norm = typical_norm if typical_norm is not None else sae.cfg.metadata.typical_norm
+    if norm is None:
+        raise ValueError(
+            "This dictionary records no typical_norm of its activations. Pass typical_norm=, for example the median norm of "
+            "the activations at its hook, or 1.0 to give the strength in units of the activation."
+        )
+    direction = _directions(sae, basis)[operator.index(latent)].detach()
+    return add_direction(model, _hooks_of(sae)[1], direction, strength, typical_norm=norm, positions=positions)
+
+
+# --- from the arguments to numbers ---
+
+
+def _unit_rows(directions: Tensor) -> Tensor:
+    """Check directions ``(m, d)`` and scale them to unit norm, in float32 or wider."""
+    if directions.ndim != 2 or directions.numel() == 0:
+        raise ValueError(f"directions must have shape (m, d) or (d,), none of them 0, got {tuple(directions.shape)}.")
+    rows = _checks.finite(directions, "direction").to(torch.promote_types(directions.dtype, torch.float32))
+    norms = rows.norm(dim=1, keepdim=True)
+    if bool((norms == 0).any()):
+        raise ValueError(f"Direction {int((norms == 0).flatten().nonzero()[0])} is zero: it points nowhere.")
+    return rows / norms
+
+
+def _orthonormal_basis(rows: Tensor) -> Tensor:
+    """Orthonormal columns ``(d, rank)`` that span unit rows ``(m, d)``, dependent ones counted once."""
+    # On the CPU, since not every accelerator has float64.
+    _, values, vectors = torch.linalg.svd(rows.cpu().double(), full_matrices=False)
+    # The rows carry float32 rounding at best, so a smaller singular value is that of no direction.
+    tolerance = max(rows.shape) * torch.finfo(torch.float32).eps * values[0]
+    return vectors[values > tolerance].T.to(rows)
+
+
+def _is_scalar(latent: Any) -> bool:
+    return not isinstance(latent, Sequence) and getattr(latent, "ndim", 0) == 0
+
+
+def _latent_mask(sae: SAE[Any], latent: SupportsIndex | Sequence[SupportsIndex]) -> Tensor:
+    """True at the chosen latents, ``(d_sae,)``."""
+    # numpy's and torch's scalars count as indices too: latents are often chosen by an argmax.
+    indices = [operator.index(index) for index in ([latent] if _is_scalar(latent) else latent)]
+    wrong = [index for index in indices if not 0 <= index < sae.cfg.d_sae]
+    if wrong or not indices:
+        raise ValueError(f"latent must be one or several of 0 to {sae.cfg.d_sae - 1}, got {latent!r}.")
+    mask = torch.zeros(sae.cfg.d_sae, dtype=torch.bool)
+    mask[indices] = True
+    return mask
+
+
+def _directions(sae: SAE[Any], basis: str | None) -> Tensor:
+    if basis is None:
+        return sae.W_dec
+    name = {"exemplar": "exemplars", "mean": "means"}[_checks.choice(basis, ("exemplar", "mean"), "basis")]
+    if not hasattr(sae, name):
+        raise ValueError(f"A {sae.cfg.architecture()} has no {name}; leave basis out to use its row of W_dec.")
+    return getattr(sae, name)
+
+
+def _hooks_of(sae: SAE[Any]) -> tuple[str, str]:
+    """Where a dictionary reads and where it writes; one and the same hook but for transcoders."""
+    read = sae.cfg.metadata.hook_name
+    if read is None:
+        raise ValueError("This dictionary names no hook. Set sae.cfg.metadata.hook_name to where it was built.")
+    if isinstance(sae, Transcoder) and sae.cfg.metadata.hook_name_out is None:
+        raise ValueError("This transcoder does not say where it writes. Set sae.cfg.metadata.hook_name_out to its output hook.")
+    return read, sae.cfg.metadata.hook_name_out or read
+
+
+def _latents_edited(
+    model: HostModel, sae: SAE[Any], change: Callable[[Tensor], Tensor]
+) -> AbstractContextManager[HostModel]:
+    """Change codes where the dictionary writes, from what it reads, and keep its error."""
+    refuse_sequence_codes(sae)
+    read, write = resolve_hook(model, _hooks_of(sae)[0]), edit_point(model, _hooks_of(sae)[1])
+    if read == write:
+        return hooked(model, [(write, lambda x, hook=None: _with_codes(x, x, sae, change, write))])
+    source: dict[str, Tensor] = {}
+
+    def capture(x: Tensor, hook: Any = None) -> None:
+        source["x"] = x
+
+    # This hook runs behind all that are there, so the transcoder reads what flows on from its input.
+    act = lambda x, hook=None: _with_codes(x, source.pop("x"), sae, change, write)  # noqa: E731
+    return hooked(model, [(read, capture), (write, act)])
+
+
+def _with_codes(x: Tensor, source: Tensor, sae: SAE[Any], change: Callable[[Tensor], Tensor], hook_name: str) -> Tensor:
+    """Give x + decode(z') - decode(z) for the codes z of ``source``."""
+    device = sae.W_dec.device
+    codes = encode_flat(sae, flat_rows(source, sae.cfg.d_in, hook_name).to(device))
+    changed = change(codes)
+    # One call for both: a SAE that normalises its input forgets the scale after one decode.
+    with flat_activations(sae):
+        after, before = sae.decode(torch.stack([changed, codes])).to(x.device)
+    flat = flat_rows(x, sae.W_dec.shape[1], hook_name)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    edited = (flat.to(wide) + (after.to(wide) - before.to(wide))).to(x.dtype)
+    # Equal rows of one product can differ in their last bit, so where no code changes the difference is not added.
+    touched = (changed != codes).any(dim=-1, keepdim=True).to(x.device)
+    return torch.where(touched, edited, flat).reshape(x.shape)

@@ -1,0 +1,307 @@
+"""Sampled continuations of a prompt, steered or not, that depend on nothing but what is asked for.
+
+Each continuation has random numbers of its own, made from the seed, the prompt and its number. So the third
+continuation of a prompt is the same text whatever other prompts, how many others, or which batch it is sampled with
+(up to rounding: a forward pass of another batch size may differ in its last bits, and a draw that falls within them
+takes the neighbouring token). The global random state is neither read nor changed.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from saelens_ext import _checks
+from saelens_ext.host.models import HostModel, tokenizer_of
+from saelens_ext.host.prompt_passes import CachedPasses, evaluating, logits_of, prompt_ids, prompt_list, text_ids
+from saelens_ext.steering.interventions import add_direction
+
+_SHORTLIST = 1024
+"""The likeliest tokens that are looked at before all are sorted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How continuations are sampled.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    max_new_tokens: int = 50
+    """Tokens after which a continuation ends, unless EOS ended it before; at least 1."""
+    temperature: float | int = 1.0
+    """What logits are divided by; 0 takes the likeliest token."""
+    top_k: int | None = 30
+    """Only this many of the likeliest tokens can be drawn; None: all."""
+    top_p: float | int = 1.0
+    """Of those, only the likeliest that together hold this much of their mass, in (0, 1]."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _checks.positive(self.max_new_tokens, "max_new_tokens")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature must be finite and at least 0, got {self.temperature!r}.")
+        if self.top_k is not None:
+            _checks.positive(self.top_k, "top_k")
+        _checks.between(self.top_p, 0, 1, "top_p", closed_high=True)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One sampled continuation."""
+
+    token_ids: list[int]
+    """Its tokens, without the EOS that ended it."""
+    log_probs: Tensor
+    """Their log-probabilities in nats at temperature 1 under the whole distribution, whatever was sampled from;
+    float32 on the CPU."""
+    ended_by: str
+    """"eos", "stop" (a stop text, which it holds) or "length"."""
+
+
+def sample_steered(
+    model: HostModel,
+    prompts: str | Sequence[str],
+    hook_name: str,
+    direction: Tensor,
+    coefficient: float | int,
+    *,
+    n: int = 8,
+    max_new_tokens: int = 50,
+    temperature: float | int = 1.0,
+    top_p: float | int = 1.0,
+    top_k: int | None = 30,
+    seed: int = 0,
+    batch_size: int = 32,
+) -> list[list[str]]:
+    """Sample continuations while a multiple of a unit direction is added to every token's activation.
+
+    The defaults are what the paper's code does: it also names a ``top_p`` of 0.3, but TransformerLens ignores that
+    beside a ``top_k``.
+
+    Args:
+        model: either host class.
+        prompts: one prompt or several; BOS is added where the tokenizer has one.
+        hook_name: any alias of the hook.
+        direction: ``(d,)``; only its direction counts.
+        coefficient: in units of the activation, any sign, as :func:`match_strength` finds it; 0 leaves the model alone.
+        n: continuations per prompt, at least 1.
+        max_new_tokens: as in :class:`SamplingOptions`, and likewise ``temperature``, ``top_p``, ``top_k`` and ``seed``.
+        batch_size: continuations per forward pass.
+
+    Returns:
+        For each prompt, n continuations without the prompt, without BOS, and without the EOS that ended them.
+
+    Raises:
+        ValueError: unknown hook, a direction that is zero, not finite or of another width than the hook, an option out
+            of range, no prompt, or a model without a tokenizer.
+
+    Source: arXiv 2506.10920, causal steering.
+    """
+    options = SamplingOptions(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
+    )
+    with add_direction(model, hook_name, direction, coefficient):
+        return sample_continuations(model, prompts, n=n, options=options, batch_size=batch_size)
+
+
+def sample_continuations(
+    model: HostModel,
+    prompts: str | Sequence[str],
+    *,
+    n: int = 8,
+    options: SamplingOptions = SamplingOptions(),
+    batch_size: int = 32,
+) -> list[list[str]]:
+    """Sample continuations of prompts from the model as it is, hooks and interventions included.
+
+    Args:
+        model: either host class.
+        prompts: one prompt or several.
+        n: continuations per prompt, at least 1.
+        options: how to sample.
+        batch_size: continuations per forward pass.
+
+    Returns:
+        For each prompt, n continuations as :func:`sample_steered` gives them.
+
+    Raises:
+        ValueError: a number out of range, no prompt, or a model without a tokenizer.
+    """
+    _checks.positive(n, "n")
+    _checks.positive(batch_size, "batch_size")
+    found = []
+    with evaluating(model):
+        for prompt in prompt_list(prompts):
+            ids = prompt_ids(model, prompt)
+            parts = [range(first, min(first + batch_size, n)) for first in range(0, n, batch_size)]
+            drawn = [one for part in parts for one in draw_continuations(model, ids, part, options)]
+            found.append([text_after(model, ids.tolist(), one.token_ids) for one in drawn])
+    return found
+
+
+def mean_log_likelihoods(model: HostModel, prompt: str, texts: Sequence[str], *, batch_size: int = 16) -> Tensor:
+    """How likely the model, as it is, finds texts after a prompt.
+
+    The text is tokenised on its own, so that it starts a token where the prompt ends one.
+
+    Args:
+        model: either host class.
+        prompt: what the texts go on from.
+        texts: n continuations.
+        batch_size: texts per forward pass.
+
+    Returns:
+        Mean log-likelihood per token in nats, float64 ``(n,)``; NaN for a text without a token.
+
+    Raises:
+        ValueError: no prompt token, or a model without a tokenizer.
+    """
+    _checks.positive(batch_size, "batch_size")
+    start = prompt_ids(model, prompt)
+    with evaluating(model):
+        scores = continuation_log_probs(model, start, [text_ids(model, text) for text in texts], batch_size=batch_size)
+    return torch.tensor([float(row.mean()) if len(row) else float("nan") for row in scores], dtype=torch.float64)
+
+
+def continuation_log_probs(
+    model: HostModel, start: Tensor, continuations: Sequence[Sequence[int]], *, batch_size: int = 16
+) -> list[Tensor]:
+    """The log-probability of every token of continuations of one prompt, under the model as it is.
+
+    Args:
+        model: either host class, in evaluation mode and without gradients (see ``evaluating``).
+        start: ids of the prompt, ``(length,)``, at least one.
+        continuations: n token sequences.
+        batch_size: continuations per forward pass.
+
+    Returns:
+        n tensors of log-probabilities in nats, float32 on the CPU, as long as the continuations.
+    """
+    found: list[Tensor] = [torch.zeros(0)] * len(continuations)
+    # Longest first, so that continuations of like length share a batch and little of it is padding.
+    order = sorted((i for i, ids in enumerate(continuations) if len(ids)), key=lambda i: -len(continuations[i]))
+    for begin in range(0, len(order), batch_size):
+        rows = order[begin : begin + batch_size]
+        for row, scores in zip(rows, _batch_log_probs(model, start, [continuations[i] for i in rows]), strict=True):
+            found[row] = scores
+    return found
+
+
+def _batch_log_probs(model: HostModel, start: Tensor, continuations: list[Sequence[int]]) -> list[Tensor]:
+    sequences = [torch.cat([start, torch.tensor(ids, device=start.device)]) for ids in continuations]
+    ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
+    lengths = torch.tensor([len(sequence) for sequence in sequences], device=ids.device)
+    mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+    # Column t of the logits is about token t + 1; the first that counts is the one the prompt's last token predicts.
+    logits = logits_of(model, ids, mask)[:, len(start) - 1 : -1]
+    scores = logits.float().log_softmax(dim=-1).gather(-1, ids[:, len(start) :, None])[..., 0].cpu()
+    return [row[: len(given)] for row, given in zip(scores, continuations, strict=True)]
+
+
+def _draws(options: SamplingOptions, ids: Tensor, number: int) -> Tensor:
+    """Uniform numbers ``(max_new_tokens,)`` that belong to one continuation of one prompt."""
+    name = f"{options.seed}|{number}|{','.join(map(str, ids.tolist()))}"
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % 2**63
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(options.max_new_tokens, generator=generator, dtype=torch.float64)
+
+
+def draw_continuations(
+    model: HostModel, ids: Tensor, numbers: Sequence[int], options: SamplingOptions, *, stop: Sequence[str] = ()
+) -> list[Drawn]:
+    """Sample the continuations of one prompt that have the given numbers, as one batch.
+
+    Args:
+        model: either host class, in evaluation mode and without gradients (see ``evaluating``).
+        ids: the prompt, ``(length,)``, at least one token.
+        numbers: which continuations; each number is always the same one.
+        options: how to sample.
+        stop: texts that end a continuation as soon as one of them is in it.
+    """
+    eos = tokenizer_of(model).eos_token_id
+    draws = torch.stack([_draws(options, ids, number) for number in numbers])
+    passes = CachedPasses(model, ids.expand(len(draws), -1))
+    tokens, scores = torch.empty(len(draws), 0, dtype=torch.int64), torch.empty(len(draws), 0)
+    ends: list[tuple[str, int] | None] = [None] * len(draws)
+    for step in range(options.max_new_tokens):
+        logits = passes.logits()
+        chosen = _choose(logits, draws[:, step], options)
+        tokens = torch.cat([tokens, chosen[:, None]], dim=1)
+        likely = logits.float().log_softmax(dim=-1).gather(-1, chosen.to(logits.device)[:, None])
+        scores = torch.cat([scores, likely.cpu()], dim=1)
+        for row in (row for row, end in enumerate(ends) if end is None):
+            ends[row] = _end_of(model, ids, tokens[row], eos, stop)
+        if None not in ends:
+            break
+        passes.append(chosen)
+    lengths = [("length", tokens.shape[1]) if end is None else end for end in ends]
+    return [Drawn(tokens[row, :n].tolist(), scores[row, :n], reason) for row, (reason, n) in enumerate(lengths)]
+
+
+def _end_of(model: HostModel, ids: Tensor, tokens: Tensor, eos: int | None, stop: Sequence[str]) -> tuple[str, int] | None:
+    """Why a continuation ends with its last token, if it does, and how many of its tokens count."""
+    if int(tokens[-1]) == eos:
+        return "eos", len(tokens) - 1
+    if stop and any(text in text_after(model, ids.tolist(), tokens.tolist()) for text in stop):
+        return "stop", len(tokens)
+    return None
+
+
+def _choose(logits: Tensor, draws: Tensor, options: SamplingOptions) -> Tensor:
+    """The token ``(b,)`` whose share of the unit interval holds the draw, likelier tokens first."""
+    if options.temperature == 0:
+        return logits.argmax(dim=-1).cpu()
+    width = min(options.top_k or logits.shape[-1], logits.shape[-1])
+    if options.top_k is None and width > _SHORTLIST:
+        # Sorting a whole vocabulary takes as long as a small model's step, and the draw nearly always falls early.
+        total = (logits.float().double() / options.temperature).logsumexp(dim=-1, keepdim=True).cpu()
+        chosen, found = _choose_among(logits, _SHORTLIST, draws, options, total)
+        if bool(found.all()):
+            return chosen
+    return _choose_among(logits, width, draws, options, None)[0]
+
+
+def _choose_among(
+    logits: Tensor, width: int, draws: Tensor, options: SamplingOptions, total: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The choice among the likeliest tokens, and whether the choice among all would be the same, both ``(b,)``.
+
+    Args:
+        total: logarithm of the mass of all tokens, ``(b, 1)``; None: only the likeliest count.
+    """
+    best, ids = logits.float().topk(width, dim=-1)
+    # On the CPU in float64, so that equal draws give equal tokens on every device.
+    scaled = best.cpu().double() / options.temperature
+    mass = scaled.softmax(dim=-1) if total is None else (scaled - total).exp()
+    inside = mass.cumsum(dim=-1) - mass < options.top_p
+    nucleus = torch.where(inside, mass, 0)
+    cumulative = nucleus.cumsum(dim=-1)
+    # Of a nucleus that does not end within the list, the whole mass is known only when it is everything.
+    known = ~inside[:, -1] if options.top_p < 1 else torch.ones(len(mass), dtype=torch.bool)
+    whole = cumulative[:, -1:] if total is None or options.top_p < 1 else torch.ones(len(mass), 1, dtype=torch.float64)
+    place = torch.searchsorted(cumulative, draws[:, None] * whole, right=True)
+    # A draw that rounds up to the whole mass would fall behind the last token that has any.
+    last = (nucleus > 0).sum(dim=-1, keepdim=True) - 1
+    return ids.cpu().gather(-1, place.minimum(last))[:, 0], known & (place <= last)[:, 0]
+
+
+def text_after(model: HostModel, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+    """The text of tokens as it reads behind the prompt."""
+    return _text(model, list(prompt), list(tokens), None)
+
+
+def _text(model: HostModel, prompt: list[int], tokens: list[int], eos: int | None) -> str:
+    """The text of tokens up to EOS, as it reads behind the prompt."""
+    if eos in tokens:
+        tokens = tokens[: tokens.index(eos)]
+    tokenizer = tokenizer_of(model)
+    before = tokenizer.decode(prompt, skip_special_tokens=True)
+    whole = tokenizer.decode([*prompt, *tokens], skip_special_tokens=True)
+    # Some tokenizers drop the space that a text starts with, so it is read with what stands before it.
+    if whole.startswith(before):
+        return whole[len(before) :]
+    return tokenizer.decode(tokens, skip_special_tokens=True)

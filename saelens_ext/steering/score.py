@@ -1,0 +1,247 @@
+"""How well directions steer: matched strengths, sampled continuations, a judge, and one held-out number.
+
+A cell is one (direction, sign, target); it holds a score for every prompt and continuation. Choosing a direction's
+best target on the scores that are then reported would reward luck, the more the noisier the method. So continuations
+are split in two halves: the target is chosen by the mean score of the one, and the mean of the other is reported, as
+AxBench does with its steering factors. Without a choice, ``curve`` has the mean for every target.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Literal
+
+from torch import Tensor
+
+from saelens_ext import _checks
+from saelens_ext.host.models import HostModel
+from saelens_ext.host.prompt_passes import prompt_list
+from saelens_ext.steering.judges import Judge
+from saelens_ext.steering.sampling import SamplingOptions, sample_steered
+from saelens_ext.steering.strength import PAPER_TARGETS, MatchedStrength, StrengthSearch, match_strength
+
+if TYPE_CHECKING:
+    import pandas
+
+Half = Literal["choose", "report"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredContinuation:
+    """One continuation of one cell."""
+
+    direction: int
+    """Index of the direction."""
+    concept: str
+    """What it was judged for."""
+    sign: int
+    target: float
+    """Divergence asked for, in nats."""
+    kl: float
+    """Divergence attained on the calibration prompts, in nats."""
+    coefficient: float
+    """In units of the activation."""
+    prompt: str
+    half: Half
+    """Whether it takes part in choosing the target, or in the reported score."""
+    text: str
+    concept_rating: float | int
+    """In [0, 2], as the two below; NaN where the judge gave no usable answer."""
+    fluency_rating: float | int
+    score: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class DirectionScore:
+    """The held-out score of one direction, for one sign or for the better of the signs asked for."""
+
+    direction: int
+    sign: int | None
+    """The sign scored; None when no target was reached."""
+    target: float
+    """The divergence chosen, in nats; NaN when no target was reached."""
+    score: float
+    """Mean score over the reporting half, in [0, 2]; NaN when no target was reached or the judge gave no usable answer."""
+    choosing_score: float
+    """Mean over the half that chose; optimistic, since it is a maximum. Not a result."""
+    n_scored: int
+    """Continuations behind ``score``."""
+    n_missing: int
+    """Continuations of the reporting half that the judge gave no usable answer for."""
+    n_unreached: int
+    """Targets asked for that the direction cannot reach, which were not sampled."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteeringScores:
+    """Everything that was measured, and what follows from it."""
+
+    continuations: tuple[ScoredContinuation, ...]
+    """One row per continuation."""
+    searches: tuple[StrengthSearch, ...]
+    """Matched strengths, one search per direction; targets that were not reached are in here."""
+
+    def to_dataframe(self) -> "pandas.DataFrame":
+        """One row per continuation."""
+        return _frame(self.continuations, ScoredContinuation)
+
+    def curve(self) -> "pandas.DataFrame":
+        """Mean ratings and score of each cell over all its continuations, missing ones left out; no target is chosen."""
+        keys, ratings = ["direction", "sign", "target"], ["concept_rating", "fluency_rating", "score"]
+        return self.to_dataframe().groupby(keys, sort=False)[ratings].mean().reset_index()
+
+    def by_sign(self) -> list[DirectionScore]:
+        """For each direction and sign, the held-out score at the target chosen for that sign."""
+        signs = [list(dict.fromkeys(strength.sign for strength in search.strengths)) for search in self.searches]
+        return [self._score(direction, (sign,)) for direction, each in enumerate(signs) for sign in each]
+
+    def by_direction(self) -> list[DirectionScore]:
+        """For each direction, the held-out score at the sign and target chosen together."""
+        signs = [tuple(dict.fromkeys(strength.sign for strength in search.strengths)) for search in self.searches]
+        return [self._score(direction, each) for direction, each in enumerate(signs)]
+
+    def summary(self) -> "pandas.DataFrame":
+        """:meth:`by_sign` as a table."""
+        return _frame(self.by_sign(), DirectionScore)
+
+    def _score(self, direction: int, signs: tuple[int, ...]) -> DirectionScore:
+        strengths = [s for s in self.searches[direction].strengths if s.sign in signs]
+        rows = [row for row in self.continuations if row.direction == direction and row.sign in signs]
+        means: dict[tuple[int, float], float] = {}
+        for cell in dict.fromkeys((row.sign, row.target) for row in rows):
+            means[cell] = _mean([row.score for row in _of(rows, cell, "choose")])
+        known = {cell: mean for cell, mean in means.items() if not math.isnan(mean)}
+        # max takes the first of equals, which is the smaller effect where targets ascend.
+        sign, target = max(known, key=lambda cell: known[cell]) if known else (None, math.nan)
+        reported = [] if sign is None else [row.score for row in _of(rows, (sign, target), "report")]
+        n_scored = sum(not math.isnan(score) for score in reported)
+        return DirectionScore(
+            direction=direction, sign=sign, target=target, score=_mean(reported),
+            choosing_score=math.nan if sign is None else known[sign, target],
+            n_scored=n_scored, n_missing=len(reported) - n_scored, n_unreached=sum(not s.reached for s in strengths),
+        )
+
+
+def steering_score(
+    model: HostModel,
+    hook_name: str,
+    directions: Tensor,
+    concepts: Sequence[str | tuple[str, str]],
+    judge: Judge,
+    *,
+    prompts: str | Sequence[str] = "I think that",
+    targets: Sequence[float | int] = PAPER_TARGETS,
+    signs: Sequence[int] = (1, -1),
+    n: int = 8,
+    options: SamplingOptions = SamplingOptions(),
+    calibration_prompts: str | Sequence[str] | None = None,
+    average_over: Literal["last", "all"] = "last",
+    tolerance: float = 0.01,
+    max_strength: float | int = 100.0,
+) -> SteeringScores:
+    """Steer with directions at matched strength and have the text judged.
+
+    Args:
+        model: either host class.
+        hook_name: any alias of the hook.
+        directions: ``(m, d)`` or ``(d,)``; only their directions count.
+        concepts: what each direction should bring about: one description for both signs, or a pair for + and -.
+        judge: rates continuations; it is called outside the steering.
+        prompts: what is continued. With several, every other one chooses the target; with one, every other continuation.
+        targets: divergences in nats, ascending.
+        signs: +1, -1 or both.
+        n: continuations per cell and prompt; at least 2 when there is one prompt.
+        options: how to sample. The draws of a prompt are the same in every cell, which makes cells comparable.
+        calibration_prompts: where the divergence is measured; by default ``prompts``.
+        average_over: as in :func:`match_strength`, and likewise ``tolerance`` and ``max_strength``.
+
+    Returns:
+        The whole table and the held-out scores that follow from it.
+
+    Raises:
+        ValueError: as :func:`match_strength` and :func:`sample_steered`; another number of concepts than of directions;
+            nothing left for one of the halves; or a judge that gives another number of scores than it was asked for.
+
+    Source: arXiv 2506.10920 for targets and ratings, arXiv 2501.17148 (AxBench) for choosing on one half.
+    """
+    rows = directions[None] if directions.ndim == 1 else directions
+    if len(concepts) != len(rows):
+        raise ValueError(f"{len(rows)} directions need as many concepts, got {len(concepts)}.")
+    texts = prompt_list(prompts)
+    _check_halves(texts, _checks.positive(n, "n"), options)
+    calibration = texts if calibration_prompts is None else prompt_list(calibration_prompts, "calibration_prompts")
+    searches, table = [], []
+    for index, (row, concept) in enumerate(zip(rows, concepts, strict=True)):
+        search = match_strength(
+            model, hook_name, row, targets, prompts=calibration, average_over=average_over, signs=signs,
+            tolerance=tolerance, max_strength=max_strength,
+        )
+        searches.append(search)
+        for strength in search.strengths:
+            if strength.reached:
+                said = _sample(model, hook_name, row, strength, texts, n, options)
+                table += _judged(judge, index, _concept_of(concept, strength.sign), strength, texts, said)
+    return SteeringScores(continuations=tuple(table), searches=tuple(searches))
+
+
+def _check_halves(prompts: list[str], n: int, options: SamplingOptions) -> None:
+    """Refuse what would put the same continuation on both sides of the split, or none on one."""
+    if len(set(prompts)) != len(prompts):
+        raise ValueError("prompts holds one prompt twice; its continuations would be the same, on both sides of the split.")
+    if len(prompts) == 1 and n < 2:
+        raise ValueError(
+            f"n must be at least 2 with a single prompt, got {n}: one continuation chooses the target, another is scored."
+        )
+    if len(prompts) == 1 and options.temperature == 0:
+        raise ValueError(
+            "temperature is 0 and there is a single prompt: its continuations are all the same, so none is held out from "
+            "choosing the target. Give several prompts or a temperature above 0."
+        )
+
+
+def _sample(
+    model: HostModel, hook_name: str, direction: Tensor, strength: MatchedStrength, prompts: list[str], n: int,
+    options: SamplingOptions,
+) -> list[list[str]]:
+    return sample_steered(model, prompts, hook_name, direction, strength.coefficient, n=n, **asdict(options))
+
+
+def _judged(
+    judge: Judge, direction: int, concept: str, strength: MatchedStrength, prompts: list[str], said: list[list[str]]
+) -> list[ScoredContinuation]:
+    """The rows of one cell."""
+    rows = []
+    for number, (prompt, texts) in enumerate(zip(prompts, said, strict=True)):
+        scores = judge(concept, prompt, texts)
+        if len(scores) != len(texts):
+            raise ValueError(f"The judge gave {len(scores)} scores for {len(texts)} continuations; it must give one for each.")
+        for place, (text, score) in enumerate(zip(texts, scores, strict=True)):
+            half: Half = "choose" if (place if len(prompts) == 1 else number) % 2 == 0 else "report"
+            rows.append(
+                ScoredContinuation(
+                    direction=direction, concept=concept, sign=strength.sign, target=strength.target, kl=strength.kl,
+                    coefficient=strength.coefficient, prompt=prompt, half=half, text=text,
+                    concept_rating=score.concept, fluency_rating=score.fluency, score=score.score,
+                )
+            )
+    return rows
+
+
+def _concept_of(concept: str | tuple[str, str], sign: int) -> str:
+    return concept if isinstance(concept, str) else concept[0 if sign == 1 else 1]
+
+
+def _of(rows: Sequence[ScoredContinuation], cell: tuple[int, float], half: Half) -> list[ScoredContinuation]:
+    return [row for row in rows if (row.sign, row.target) == cell and row.half == half]
+
+
+def _mean(scores: Sequence[float]) -> float:
+    """Mean of the scores that are there; NaN when none is."""
+    known = [score for score in scores if not math.isnan(score)]
+    return sum(known) / len(known) if known else math.nan
+
+
+def _frame(rows: Sequence[ScoredContinuation] | Sequence[DirectionScore], kind: type) -> "pandas.DataFrame":
+    import pandas
+
+    return pandas.DataFrame([asdict(row) for row in rows], columns=list(kind.__dataclass_fields__))

@@ -1,0 +1,148 @@
+"""Builds and sweeps spread over a local Ray cluster of two workers, against the same in one process."""
+
+import distributed
+import joblib
+import numpy as np
+import pytest
+import ray
+import torch
+
+from saelens_ext.activations.ray_stream import RayActivationStream
+from saelens_ext.activations.stream import ActivationStream
+from saelens_ext.continuations.clustering.path import rate_distortion_path
+from saelens_ext.dictionaries.fit_exemplars import fit_exemplar_partitions
+from tests import models_zoo
+
+HOOKS = ["blocks.0.hook_out", "blocks.1.hook_out"]
+OPTIONS = {"context_size": 16, "batch_size": 3, "max_tokens": 500}
+
+
+def load():
+    return models_zoo.make_model("llama", "SAETransformerBridge")
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 * 2**20)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def spread(cluster, tiny_texts):
+    with RayActivationStream(load, tiny_texts, HOOKS, n_workers=2, **OPTIONS) as stream:
+        yield stream
+
+
+def test_batches_and_exemplars_are_those_of_one_process(spread, tiny_texts):
+    single = ActivationStream(load(), tiny_texts, HOOKS, **OPTIONS)
+    for mine, other in zip(single, spread, strict=True):
+        for hook in HOOKS:
+            assert torch.equal(mine.activations[hook], other.activations[hook])
+        for name in ("token_ids", "sequence_ids", "positions", "document_ids", "windows"):
+            assert torch.equal(getattr(mine, name), getattr(other, name))
+    fits, spread_fits = (fit_exemplar_partitions(stream, (4, 10)) for stream in (single, spread))
+    for cell, fit in fits.items():
+        assert torch.equal(fit.dictionary.exemplars, spread_fits[cell].dictionary.exemplars)
+        assert fit.dictionary.cfg.threshold == spread_fits[cell].dictionary.cfg.threshold
+    # The work was done elsewhere: this process's model never ran.
+    assert len(spread._actors) == 2 and spread.d_in == single.d_in
+
+
+def test_an_actor_fails_as_the_stream_would(cluster, tiny_texts):
+    def overflowing():
+        model = load()
+        model.blocks[0].hook_out.add_hook(lambda x, hook: x * torch.nan, is_permanent=True)
+        return model
+
+    with RayActivationStream(overflowing, tiny_texts, HOOKS, n_workers=1, **OPTIONS) as stream:
+        with pytest.raises(ValueError, match="holds NaN or infinity"):
+            next(iter(stream))
+
+
+def test_more_actors_than_there_is_room_for(cluster, tiny_texts):
+    with RayActivationStream(load, tiny_texts, HOOKS, n_workers=3, **OPTIONS) as stream:
+        with pytest.raises(ValueError, match="n_workers=3 actors need 3 CPU .*and Ray has 2: lower n_workers"):
+            next(iter(stream))
+    with RayActivationStream(load, tiny_texts, HOOKS, n_workers=1, actor_options={"num_gpus": 9}, **OPTIONS) as stream:
+        with pytest.raises(ValueError, match="need 9 GPU"):
+            next(iter(stream))
+
+
+def test_an_actor_that_died_ends_the_pass_and_not_the_stream(cluster, tiny_texts):
+    with RayActivationStream(load, tiny_texts, HOOKS, n_workers=1, **OPTIONS) as stream:
+        batches = iter(stream)
+        next(batches)
+        ray.kill(stream._actors[0])
+        with pytest.raises(RuntimeError, match="A Ray actor died .*The next pass starts new ones"):
+            list(batches)
+        assert stream._actors == [] and len(next(iter(stream))) > 0
+    assert ray.is_initialized(), "whoever started Ray shuts it down"
+
+
+def test_ray_is_shut_down_by_the_last_stream_that_started_it(tiny_texts):
+    """No cluster of the tests': these streams use a stand-in that says what Ray would be asked."""
+
+    class Ray:
+        up, node, calls = False, "n1", []
+
+        def is_initialized(self):
+            return self.up
+
+        def init(self, **_):
+            self.up = True
+
+        def shutdown(self):
+            self.up = False
+
+        def get_runtime_context(self):
+            return self
+
+        def get_node_id(self):
+            return self.node
+
+        def cluster_resources(self):
+            return {"CPU": 2.0}
+
+        def kill(self, actor):
+            self.calls.append(actor)
+
+    stand_in = Ray()
+    stand_in.remote = lambda *_, **__: lambda kind: type("Actor", (), {"remote": staticmethod(lambda *_: "actor")})
+    one, other = (RayActivationStream(load, tiny_texts, HOOKS, n_workers=1, **OPTIONS) for _ in range(2))
+    one._ray = other._ray = stand_in
+    one._started(), other._started()
+    one.close()
+    assert stand_in.up
+    other.close()
+    assert not stand_in.up and stand_in.calls == ["actor"] * 2
+    stand_in.up, stand_in.node = True, "n2"  # the user's own
+    one._started()
+    one.close()
+    assert stand_in.up
+
+
+def check_sweep(backend):
+    rng = np.random.default_rng(0)
+    X, y = rng.normal(size=(40, 5)), rng.normal(size=(40, 60))
+    here = rate_distortion_path(X, y, [0.75, 1.25], [0.3, 0.7], random_state=0)
+    with joblib.parallel_config(backend=backend, n_jobs=2):
+        there = rate_distortion_path(X, y, [0.75, 1.25], [0.3, 0.7], random_state=0)
+    for mine, other in zip(here.points, there.points, strict=True):
+        assert np.array_equal(mine.labels, other.labels) and mine.objective == other.objective
+
+
+def test_a_sweep_of_the_clusterer_spreads_over_ray(cluster):
+    from ray.util.joblib import register_ray
+
+    register_ray()
+    check_sweep("ray")
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_a_sweep_of_the_clusterer_spreads_over_dask(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    # Threads of this process rather than processes of their own: the same scheduler, and no second import of everything.
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=False, dashboard_address=None) as local:
+        with distributed.Client(local):
+            check_sweep("dask")

@@ -1,0 +1,116 @@
+"""Nothing in a foreign pickle runs, allocates without bound or is accepted, and every refusal is one sentence."""
+
+import json
+import random
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from saelens_ext.published.convert import read_published_dictionary
+from saelens_ext.published.inert_machine import Limits, Machine
+from saelens_ext.published.inert_values import NAMES, UnsafePickleError
+from tests.published import foreign
+
+
+def refusal_of(path: Path, content: bytes) -> str | None:
+    path.write_bytes(content)
+    try:
+        read_published_dictionary(path, reservoir=True, metadata={})
+    except UnsafePickleError as error:
+        return str(error)
+    return None
+
+
+@pytest.fixture(scope="module")
+def corpus_results(tmp_path_factory):
+    """What becomes of each hostile file in a process that may not grow by more than 64 MB: refusal, seconds, mark."""
+    script = textwrap.dedent(
+        """
+        import json, resource, sys, time
+        from pathlib import Path
+        from tests.published import hostile
+        from tests.published.test_hostile import refusal_of
+        folder = Path(sys.argv[1])
+        corpus = hostile.corpus(folder / "mark")
+        path = folder / "x.pkl"
+        refusal_of(path, b"N")
+        size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + 2**26, size + 2**26))
+        found = {}
+        for name, content in corpus.items():
+            started = time.perf_counter()
+            found[name] = [refusal_of(path, content), time.perf_counter() - started, (folder / "mark").exists()]
+        (folder / "found.json").write_text(json.dumps(found))
+        """
+    )
+    folder = tmp_path_factory.mktemp("hostile")
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", script, str(folder)], cwd=root, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads((folder / "found.json").read_text())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits a process through Linux's /proc")
+def test_nothing_hostile_runs_or_is_accepted_or_takes_memory_or_time(corpus_results):
+    assert len(corpus_results) > 350
+    for name, (refusal, seconds, ran) in corpus_results.items():
+        assert refusal is not None, f"{name} was accepted"
+        assert not ran, f"{name} ran"
+        assert seconds < 10, f"{name} took {seconds:.1f} s"
+        assert " is refused: " in refusal and refusal.endswith(".") and "\n" not in refusal, f"{name}: {refusal}"
+        assert len(refusal.split(" is refused: ")[1]) < 220, f"{name}: {refusal}"
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("os.system-0", "names 'posix' 'system'"), ("label-5", "names 'posix' 'system'"), ("eval-4", "names 'builtins' 'eval'"),
+        ("name cas.os system", "names 'cas.os' 'system'"), ("INST", "opcode INST"), ("OBJ", "opcode OBJ"), ("EXT1", "opcode EXT1"),
+        ("BINPERSID", "opcode BINPERSID"), ("NEXT_BUFFER", "opcode NEXT_BUFFER"), ("DUP", "opcode DUP"), ("LONG4 bomb", "opcode LONG4"),
+        ("array of objects-4", "dtype 'O8'"), ("array of structure-5", "dtype 'V8'"), ("huge shape", "needs 4398046511104 bytes, with 4"),
+        ("huge frombuffer", "needs 4398046511104 bytes"), ("negative shape", r"\(-1,\)"), ("memo far", "number 4294967295 where 0 is next"),
+        ("huge BINBYTES8", "1099511627776 bytes are announced"), ("huge FRAME", "frame of 1099511627776 bytes"),
+        ("many values", "piles up"), ("many marks", "nests deeper than 64"), ("many lists", "more than"), ("deep tuples", "nests tuples"),
+        ("laughing tuples", "nests tuples"), ("laughing lists", "a list into a list"), ("hashed tuple", "set of something else"),
+        ("list of itself", "a list into a list"), ("repeated exemplars", "repeats its content"), ("repeated members", "repeats its content"),
+        ("repeated reservoir", "repeats its content"), ("repeated prompts", "repeats its content"), ("followed by 1 bytes-4", "1 bytes follow"),
+    ],
+)  # fmt: skip
+def test_refusals_say_why(corpus_results, name, why):
+    assert re.search(why, corpus_results[name][0]), corpus_results[name][0]
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_changed_bytes_are_read_or_refused_but_never_break_out(tmp_path, protocol):
+    content = foreign.pickled(*foreign.make_state(k=2, d=4), protocol)
+    draw = random.Random(protocol)
+    refused = 0
+    for _ in range(60):
+        changed = bytearray(content)
+        for _ in range(draw.choice([1, 1, 2, 5])):
+            changed[draw.randrange(len(changed))] = draw.choice([draw.randrange(256), ord(draw.choice("(.R)}]uebast\x93\x94q"))])
+        refused += refusal_of(tmp_path / "x.pkl", bytes(changed)) is not None
+    assert 30 < refused < 60
+
+
+def test_the_whitelist_is_what_it_should_be():
+    author = {(m, n) for m in ("ep.discovery.dictionary", "cas.discovery.dictionary") for n in ("Dictionary", "Partition", "ConceptLibrary", "Concept")}
+    numpy = {("numpy", "ndarray"), ("numpy", "dtype")}
+    numpy |= {(f"{m}.multiarray", n) for m in ("numpy.core", "numpy._core") for n in ("_reconstruct", "scalar")}
+    numpy |= {(f"{m}.numeric", "_frombuffer") for m in ("numpy.core", "numpy._core")}
+    python = {(m, n) for m in ("builtins", "__builtin__") for n in ("set", "object")}
+    python |= {("copyreg", "_reconstructor"), ("copy_reg", "_reconstructor"), ("_codecs", "encode")}
+    assert set(NAMES) == author | numpy | python
+
+
+@pytest.mark.parametrize("limit", ["opcodes", "objects", "items", "stack", "marks"])
+def test_every_limit_holds(limit):
+    content = foreign.pickled(*foreign.make_state(k=40, d=64))
+    generous = {"opcodes": 10**6, "objects": 10**5, "items": 10**5, "stack": 10**4, "marks": 10}
+    Machine(content, Limits(**generous)).run()
+    with pytest.raises(UnsafePickleError):
+        Machine(content, Limits(**(generous | {limit: 1}))).run()

@@ -1,0 +1,113 @@
+"""One continuation per feature at one divergence: against the search for single directions, and against steering by hand."""
+
+import json
+
+import pytest
+import torch
+
+from saelens_ext.dictionaries.snmf import SNMFDictionary
+from saelens_ext.steering import steer_features as steered_features
+from saelens_ext.steering.sampling import SamplingOptions, sample_continuations, sample_steered
+from saelens_ext.steering.steer_features import _match, _RowMeter, steer_features
+from saelens_ext.steering.strength import match_strength
+
+HOOK = "blocks.1.mlp.hook_post"
+OPTIONS = SamplingOptions(max_new_tokens=6, seed=3)
+
+
+@pytest.fixture(params=["tiny_bridge", "tiny_gpt2_hooked"])
+def model(request):
+    return request.getfixturevalue(request.param)
+
+
+def make_dictionary(model, k=5, **metadata):
+    features = torch.randn(k, model.cfg.d_mlp, generator=torch.Generator().manual_seed(0))
+    features[2] = 0
+    return SNMFDictionary.from_features(features, metadata={"hook_name": HOOK} | metadata)
+
+
+def test_strengths_are_those_of_single_searches(model):
+    dictionary = make_dictionary(model)
+    steered = steer_features(model, dictionary, target=0.02, signs=(1, -1), tolerance=0.001, options=OPTIONS, batch_size=3)
+    assert [(text.feature, text.strength.sign) for text in steered.texts] == [(f, s) for f in (0, 1, 3, 4) for s in (1, -1)]
+    for text in steered.texts:
+        row = dictionary.W_dec[text.feature].detach()
+        (alone,) = match_strength(model, HOOK, row, [0.02], signs=(text.strength.sign,), tolerance=0.001).strengths
+        assert text.strength.status == alone.status == "reached"
+        assert text.strength.coefficient == pytest.approx(alone.coefficient, rel=0.01)
+        assert text.strength.kl == pytest.approx(0.02, rel=0.001)
+
+
+def test_continuations_are_those_of_steering_one_by_one(model):
+    dictionary = make_dictionary(model)
+    steered = steer_features(model, dictionary, target=0.5, options=OPTIONS, batch_size=3)
+    same = {"n": 1, "max_new_tokens": OPTIONS.max_new_tokens, "seed": OPTIONS.seed}
+    assert [steered.unsteered] == sample_continuations(model, "I think that", n=1, options=OPTIONS)[0]
+    for text in steered.texts:
+        row = dictionary.W_dec[text.feature].detach()
+        assert [text.text] == sample_steered(model, "I think that", HOOK, row, text.strength.coefficient, **same)[0]
+    assert any(text.text != steered.unsteered for text in steered.texts)
+
+
+def test_a_target_out_of_reach_has_no_text(model):
+    steered = steer_features(model, make_dictionary(model), target=0.5, features=[1, 3], max_strength=1e-4, options=OPTIONS)
+    assert [text.feature for text in steered.texts] == [1, 3]
+    for text in steered.texts:
+        assert text.text is None and text.strength.status == "saturated" and 0 <= text.strength.kl < 0.5
+
+
+def test_the_unit_is_what_the_dictionary_records(tiny_bridge):
+    dictionary = make_dictionary(tiny_bridge, typical_norm=1e-6)
+    lost = steer_features(tiny_bridge, dictionary, features=[0], max_strength=1, options=OPTIONS).texts[0]
+    assert not lost.strength.reached and abs(lost.strength.coefficient) <= 1e-6
+    given = steer_features(tiny_bridge, dictionary, features=[0], target=0.01, typical_norm=5, options=OPTIONS).texts[0]
+    assert given.strength.reached
+
+
+class Curve(_RowMeter):
+    """Stands in for the model: a divergence that rises, falls below the target and rises again."""
+
+    def __init__(self):
+        self.known = [{0.0: 0.0}]
+
+    def __call__(self, numbers, coefficients):
+        found = [a**2 if a < 1 else max(0.1, 1 - 2 * (a - 1)) if a < 8 else float("inf") for a in coefficients]
+        self.known[0].update(zip(map(float, coefficients), found, strict=True))
+        return found
+
+
+def test_the_first_crossing_counts():
+    meter = Curve()
+    (strength,) = _match(meter, [1], 8, 800, 0.5, 0.01)
+    assert strength.coefficient == pytest.approx(0.5**0.5, rel=0.01) and strength.reached
+
+
+def test_saving_keeps_everything(tiny_bridge, tmp_path):
+    steered = steer_features(tiny_bridge, make_dictionary(tiny_bridge), target=0.1, features=[0], options=OPTIONS)
+    content = json.loads(steered.save(tmp_path / "s.json").read_text())
+    assert content["unsteered"] == steered.unsteered and content["texts"][0]["strength"]["kl"] == steered.texts[0].strength.kl
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"features": [5]}, "0 to 4"), ({"features": []}, "one or several"), ({"signs": (2,)}, "1 and -1"), ({"signs": ()}, "1 and -1"),
+        ({"target": 0}, "target"), ({"tolerance": 1.5}, "tolerance"), ({"max_strength": 0}, "max_strength"),
+        ({"typical_norm": 0}, "typical_norm"), ({"batch_size": 0}, "batch_size"),
+    ],
+)  # fmt: skip
+def test_options_out_of_range_are_refused(tiny_bridge, options, message):
+    with pytest.raises(ValueError, match=message):
+        steer_features(tiny_bridge, make_dictionary(tiny_bridge), **options)
+
+
+def test_a_dictionary_without_a_hook_is_refused(tiny_bridge):
+    with pytest.raises(ValueError, match="names no hook"):
+        steer_features(tiny_bridge, make_dictionary(tiny_bridge, hook_name=None))
+
+
+def test_the_grid_starts_low_enough(model):
+    """A target met far below the first point of the grid is bracketed by zero."""
+    steered = steer_features(model, make_dictionary(model), target=1e-6, typical_norm=1000, features=[0], options=OPTIONS)
+    strength = steered.texts[0].strength
+    assert strength.reached and strength.coefficient < steered_features._GRID_START * 1000
