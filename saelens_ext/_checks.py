@@ -17,7 +17,8 @@ def finite(x: torch.Tensor, name: str) -> torch.Tensor:
         first = int(rows.nonzero()[0]) if rows.ndim and rows.numel() else 0
         raise ValueError(
             f"{name} has {int((~ok).sum())} non-finite entries (NaN or infinity), the first in row {first}; "
-            "every activation must be finite. Half-precision overflow is the usual cause: run the model in bfloat16 or float32."
+            "every activation must be finite. Half-precision overflow is the usual cause: run the model in bfloat16 or "
+            "float32."
         )
     return x
 
@@ -26,13 +27,15 @@ def width(x: torch.Tensor, d: int, name: str) -> torch.Tensor:
     """Return ``x``; raise ValueError unless its last dimension is ``d``."""
     if x.ndim == 0 or x.shape[-1] != d:
         raise ValueError(
-            f"{name} has shape {tuple(x.shape)}; its last dimension must be {d}, the width of the activations this was built from. "
-            "Is it attached at the hook it was built at?"
+            f"{name} has shape {tuple(x.shape)}; its last dimension must be {d}, the width of the activations this was "
+            "built from. Is it attached at the hook it was built at?"
         )
     return x
 
 
-def between(value: float | int, low: float | int, high: float | int, name: str, *, closed_high: bool = False) -> float | int:
+def between(
+    value: float | int, low: float | int, high: float | int, name: str, *, closed_high: bool = False
+) -> float | int:
     """Return ``value``; raise ValueError unless it lies in ``(low, high)``, or ``(low, high]`` with ``closed_high``."""
     if not (low < value < high or (closed_high and value == high)):
         raise ValueError(f"{name} must lie in ({low:g}, {high:g}{']' if closed_high else ')'}, got {value!r}.")
@@ -42,7 +45,9 @@ def between(value: float | int, low: float | int, high: float | int, name: str, 
 def choice(value: str, allowed: Collection[str], name: str) -> str:
     """Return ``value``; raise ValueError unless it is one of ``allowed``."""
     if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.{near_matches(value, allowed)}")
+        raise ValueError(
+            f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.{near_matches(value, allowed)}"
+        )
     return value
 
 

@@ -69,7 +69,9 @@ def write_json(path: str | Path, content: Mapping[str, Any]) -> Path:
     return Path(path)
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> Path:
+def write_tensors(
+    path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> Path:
     """Write ``tensors`` as safetensors."""
     write_together({Path(path): tensors_writer(tensors, metadata)})
     return Path(path)

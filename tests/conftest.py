@@ -14,7 +14,9 @@ ALL_THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else torch.get_num_thread
 
 @pytest.fixture(autouse=True)
 def _threads(request):
-    """One thread for tiny models, which are slower with more (several times so where cores are shared), all for the real one."""
+    """One thread for tiny models, which are slower with more (several times so where cores are shared), all for the
+    real one.
+    """
     torch.set_num_threads(ALL_THREADS if "smol" in request.fixturenames else 1)
 
 
@@ -52,7 +54,9 @@ def tiny_gpt2_hooked():
 
 @pytest.fixture(scope="session")
 def smol():
-    """The small real model; loading takes seconds, so only behaviour that random weights cannot show is tested on it."""
+    """The small real model; loading takes seconds, so only behaviour that random weights cannot show is tested on
+    it.
+    """
     from saelens_ext.demo.packaged import load_demo_model
 
     return load_demo_model()

@@ -55,7 +55,9 @@ def _trained() -> Tokenizer:
 
 
 def make_tokenizer(pad: str = "<pad>", bos: str = "<s>") -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with BOS 0, EOS 1 and padding 2; ``pad`` may name one of the others (GPT-2, Pythia)."""
+    """A byte-level BPE tokenizer with BOS 0, EOS 1 and padding 2; ``pad`` may name one of the others (GPT-2,
+    Pythia).
+    """
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_trained().to_str()),
         bos_token=bos,
@@ -68,7 +70,9 @@ def make_tokenizer(pad: str = "<pad>", bos: str = "<s>") -> PreTrainedTokenizerF
 
 
 def make_hf_model(architecture: str, seed: int = 0) -> PreTrainedModel:
-    """A random Hugging Face model, ``"llama"`` (rotary, RMS norm, gated MLP, grouped queries), ``"gpt2"`` or a Gemma."""
+    """A random Hugging Face model, ``"llama"`` (rotary, RMS norm, gated MLP, grouped queries), ``"gpt2"`` or a
+    Gemma.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if architecture in GEMMAS:
@@ -132,16 +136,28 @@ def _hooked_gemma(architecture: str, hf_model: PreTrainedModel, tokenizer) -> Ho
     """The host's configuration of a published Gemma at the size of ours, with our weights."""
     config = get_pretrained_model_config(GEMMAS[architecture], hf_cfg={"vocab_size": VOCABULARY}, device="cpu")
     sizes = {
-        "d_model": D_MODEL, "d_mlp": D_MLP[architecture], "d_head": D_MODEL // N_HEADS, "rotary_dim": D_MODEL // N_HEADS,
-        "n_heads": N_HEADS, "n_key_value_heads": 2, "n_layers": N_LAYERS, "n_ctx": N_CTX, "d_vocab": VOCABULARY,
-        "d_vocab_out": VOCABULARY, "attn_scale": (D_MODEL // N_HEADS) ** 0.5, "model_name": f"tiny-{architecture}",
+        "d_model": D_MODEL,
+        "d_mlp": D_MLP[architecture],
+        "d_head": D_MODEL // N_HEADS,
+        "rotary_dim": D_MODEL // N_HEADS,
+        "n_heads": N_HEADS,
+        "n_key_value_heads": 2,
+        "n_layers": N_LAYERS,
+        "n_ctx": N_CTX,
+        "d_vocab": VOCABULARY,
+        "d_vocab_out": VOCABULARY,
+        "attn_scale": (D_MODEL // N_HEADS) ** 0.5,
+        "model_name": f"tiny-{architecture}",
     }
     for name, value in sizes.items():
         setattr(config, name, value)
     model = HookedSAETransformer(config, _with_bos(tokenizer), move_to_device=False)
     model.load_and_process_state_dict(
         {name: tensor.detach().clone() for name, tensor in convert_gemma_weights(hf_model, config).items()},
-        fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False,
+        fold_ln=False,
+        center_writing_weights=False,
+        center_unembed=False,
+        fold_value_biases=False,
     )
     return model.eval()
 
@@ -154,4 +170,6 @@ def make_model(architecture: str, model_class: str, tokenizer=None, seed: int = 
     hf_model, tokenizer = make_hf_model(architecture, seed), tokenizer or make_tokenizer()
     if architecture in GEMMAS and model_class == "HookedSAETransformer":
         return _hooked_gemma(architecture, hf_model, tokenizer)
-    return load_model(f"tiny-{architecture}", model_class=model_class, device="cpu", hf_model=hf_model, tokenizer=tokenizer)
+    return load_model(
+        f"tiny-{architecture}", model_class=model_class, device="cpu", hf_model=hf_model, tokenizer=tokenizer
+    )

@@ -61,10 +61,14 @@ def test_imports_go_down(module):
         assert name != "saelens_ext", f"{module} imports the package root"
         imported = name.removeprefix("saelens_ext.")
         here, there = folder(module), folder(imported)
-        assert here == there or layer(imported) < layer(module) or (here, there) in BESIDE, f"{module} imports {imported} from above or beside"
+        assert here == there or layer(imported) < layer(module) or (here, there) in BESIDE, (
+            f"{module} imports {imported} from above or beside"
+        )
 
 
-@pytest.mark.parametrize("place", sorted({path.parent for path in PACKAGE.rglob("*.py")} - {PACKAGE}, key=str), ids=lambda place: place.name)
+@pytest.mark.parametrize(
+    "place", sorted({path.parent for path in PACKAGE.rglob("*.py")} - {PACKAGE}, key=str), ids=lambda place: place.name
+)
 def test_every_folder_says_what_belongs_there(place):
     assert "Belongs here:" in (ast.get_docstring(ast.parse((place / "__init__.py").read_text())) or "")
 

@@ -49,7 +49,9 @@ class TestEachTutorial:
         assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
         outputs = [output for cell in code for output in cell["outputs"]]
         assert not [output for output in outputs if output["output_type"] == "error"]
-        assert not [output for output in outputs if output.get("name") == "stderr"], "progress bars or warnings were saved"
+        assert not [output for output in outputs if output.get("name") == "stderr"], (
+            "progress bars or warnings were saved"
+        )
 
     def test_it_shows_pictures_and_tables(self, path):
         data = [output["data"] for cell in cells(path, "code") for output in cell["outputs"] if "data" in output]
@@ -67,7 +69,8 @@ class TestEachTutorial:
     def test_it_names_no_place_on_a_machine(self, path):
         for cell in cells(path, "code"):
             shown = [
-                "".join(output.get("text", "")) + "".join("".join(v) for k, v in output.get("data", {}).items() if k.startswith("text/"))
+                "".join(output.get("text", ""))
+                + "".join("".join(v) for k, v in output.get("data", {}).items() if k.startswith("text/"))
                 for output in cell["outputs"]
             ]
             assert not MACHINE_PATH.search("\n".join([source(cell), *shown]))

@@ -1,7 +1,7 @@
 """What wandb wrote in its offline mode, read back from its run files.
 
-A ``.wandb`` file is a log in the format of LevelDB: a header of 7 bytes, then blocks of 32 KiB with records in pieces, each
-behind a checksum (4 bytes), its length (2) and its kind (1: whole, 2: first, 3: middle, 4: last piece).
+A ``.wandb`` file is a log in the format of LevelDB: a header of 7 bytes, then blocks of 32 KiB with records in pieces,
+each behind a checksum (4 bytes), its length (2) and its kind (1: whole, 2: first, 3: middle, 4: last piece).
 """
 
 import json
@@ -48,9 +48,13 @@ def read_run(path: Path) -> WandbRun:
         if kind == "run":
             run.run_id, run.name, run.project = record.run.run_id, record.run.display_name, record.run.project
             run.group = record.run.run_group
-            run.config |= {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.run.config.update}
+            run.config |= {
+                item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.run.config.update
+            }
         elif kind == "history":
-            run.history.append({item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item})
+            run.history.append(
+                {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            )
         elif kind == "artifact":
             run.artifacts.append(record.artifact)
         elif kind == "request" and record.request.WhichOneof("request_type") == "log_artifact":

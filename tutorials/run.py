@@ -4,7 +4,8 @@
     python tutorials/run.py --check         run them and save nothing, as a test
     python tutorials/run.py 1_*.ipynb       some of them
 
-A notebook runs in a folder of its own that is deleted afterwards, so what it writes there is gone. Progress bars, warnings and
+A notebook runs in a folder of its own that is deleted afterwards, so what it writes there is gone. Progress bars,
+warnings and
 times are left out of what is saved: they differ from run to run and say nothing about the result.
 """
 
@@ -36,8 +37,11 @@ def execute(path: Path, timeout: int) -> NotebookNode:
     deadline = time.monotonic() + timeout
     with tempfile.TemporaryDirectory() as folder:
         client = NotebookClient(
-            notebook, timeout_func=lambda cell: max(1, int(deadline - time.monotonic())), kernel_name="python3",
-            resources={"metadata": {"path": folder}}, record_timing=False,
+            notebook,
+            timeout_func=lambda cell: max(1, int(deadline - time.monotonic())),
+            kernel_name="python3",
+            resources={"metadata": {"path": folder}},
+            record_timing=False,
         )
         client.execute()
     return notebook
@@ -54,7 +58,8 @@ def tidy(notebook: NotebookNode) -> list[str]:
         left_out += [output.text for output in noise]
         cell.outputs = [output for output in cell.outputs if output not in noise]
     notebook.metadata = NotebookNode(
-        kernelspec={"display_name": "Python 3", "language": "python", "name": "python3"}, language_info={"name": "python"}
+        kernelspec={"display_name": "Python 3", "language": "python", "name": "python3"},
+        language_info={"name": "python"},
     )
     return left_out
 
@@ -64,7 +69,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("notebooks", nargs="*", type=Path, help="which; all by default")
     parser.add_argument("--check", action="store_true", help="save nothing")
-    parser.add_argument("--timeout", type=int, default=TIMEOUT, help="seconds that a notebook may take (default: %(default)s)")
+    parser.add_argument(
+        "--timeout", type=int, default=TIMEOUT, help="seconds that a notebook may take (default: %(default)s)"
+    )
     options = parser.parse_args(arguments)
     os.environ |= {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
     failed = []

@@ -22,13 +22,11 @@ TOKEN_IDS = "token_ids"
 """The column of token ids in SAELens' cache of activations."""
 
 
-
-
 class CachedStream(ActivationStream):
     """Activations that SAELens' CacheActivationsRunner wrote.
 
-    The cache does not say where documents end, so a document here is a window of the cache. Without its token ids (an old
-    cache) tokens are -1, and no token can be left out.
+    The cache does not say where documents end, so a document here is a window of the cache. Without its token ids (an
+    old cache) tokens are -1, and no token can be left out.
 
     Args:
         path: the folder of the cache.
@@ -58,26 +56,43 @@ class CachedStream(ActivationStream):
         device: str | torch.device = "cpu",
     ) -> None:
         if not Path(path).is_dir():
-            raise FileNotFoundError(f"{path} is not a folder: cached_activations_path is the new_cached_activations_path of the CacheActivationsRunner.")
+            raise FileNotFoundError(
+                f"{path} is not a folder: cached_activations_path is the new_cached_activations_path of the "
+                "CacheActivationsRunner."
+            )
         rows = datasets.load_from_disk(str(path))
         self.model, self.tokenizer = model, tokenizer or getattr(model, "tokenizer", None)
         self.requested_hook_names = checked_names(hook_name)
         self._columns = {name: _column(name, rows.column_names, path) for name in self.requested_hook_names}
-        named = [resolve_hook(model, name) if model is not None else self._columns[name] for name in self.requested_hook_names]
+        named = [
+            resolve_hook(model, name) if model is not None else self._columns[name]
+            for name in self.requested_hook_names
+        ]
         self.hook_names = tuple(named)
         self.has_tokens = TOKEN_IDS in rows.column_names
-        self._rows = rows.with_format("torch", columns=[*self._columns.values(), *([TOKEN_IDS] if self.has_tokens else [])])
+        self._rows = rows.with_format(
+            "torch", columns=[*self._columns.values(), *([TOKEN_IDS] if self.has_tokens else [])]
+        )
         shapes = {name: self._rows.features[column].shape for name, column in self._columns.items()}
         self._d_in = {name: shape[1] for name, shape in shapes.items()}
         self.context_size = next(iter(shapes.values()))[0]
         if context_size != self.context_size:
-            raise ValueError(f"The activations in {path} are in windows of {self.context_size} tokens, got context_size={context_size}.")
+            raise ValueError(
+                f"The activations in {path} are in windows of {self.context_size} tokens, got "
+                f"context_size={context_size}."
+            )
         self.batch_size = positive(batch_size, "batch_size")
         self.max_tokens = None if max_tokens is None else positive(max_tokens, "max_tokens")
         if exclude_special_tokens and not self.has_tokens:
-            raise ValueError(f"The activations in {path} come without token ids, so none can be left out: set exclude_special_tokens=False.")
+            raise ValueError(
+                f"The activations in {path} come without token ids, so none can be left out: set "
+                "exclude_special_tokens=False."
+            )
         if exclude_special_tokens is True and self.tokenizer is None:
-            raise ValueError("exclude_special_tokens=True needs the tokenizer: name the model (model_name), list the token ids, or set it to False.")
+            raise ValueError(
+                "exclude_special_tokens=True needs the tokenizer: name the model (model_name), list the token ids, or "
+                "set it to False."
+            )
         self.exclude_special_tokens = exclude_special_tokens
         self._excluded = excluded_ids(self.tokenizer, exclude_special_tokens)
         self.seqpos_slice = tuple(seqpos_slice)
@@ -89,9 +104,9 @@ class CachedStream(ActivationStream):
         self.is_of_model = None if model is None or not self.has_tokens else self._comes_from(model)
         if self.is_of_model is False:
             warnings.warn(
-                f"The activations in {path} are not those that this {type(model).__name__} gives for their tokens: it is "
-                "another model, another class or another mode. The dictionaries do not record a model class, and their "
-                "evaluation on this model says little.",
+                f"The activations in {path} are not those that this {type(model).__name__} gives for their tokens: it "
+                "is another model, another class or another mode. The dictionaries do not record a model class, and "
+                "their evaluation on this model says little.",
                 UserWarning,
                 stacklevel=2,
             )
@@ -130,34 +145,51 @@ class CachedStream(ActivationStream):
         windows = rows[TOKEN_IDS].long() if self.has_tokens else torch.full((n, self.context_size), NO_TOKEN)
         keep = self._read_positions.expand(n, -1) & ~torch.isin(windows, self._excluded)
         window, position = keep.nonzero(as_tuple=True)
-        activations = {name: rows[column].to(self.device)[keep.to(self.device)] for name, column in self._columns.items()}
+        activations = {
+            name: rows[column].to(self.device)[keep.to(self.device)] for name, column in self._columns.items()
+        }
         self._check_activations(activations, window + start, position)
         return ActivationBatch(
-            activations=activations, token_ids=windows[keep], sequence_ids=window + start, positions=position,
-            document_ids=window + start, windows=windows, first_sequence_id=start,
+            activations=activations,
+            token_ids=windows[keep],
+            sequence_ids=window + start,
+            positions=position,
+            document_ids=window + start,
+            windows=windows,
+            first_sequence_id=start,
         )
 
     def _comes_from(self, model: HostModel | HookedProxyLM) -> bool:
-        """Whether the model gives the activations of the first window for its tokens, up to the rounding of a half-precision cache."""
+        """Whether the model gives the activations of the first window for its tokens, up to the rounding of a
+        half-precision cache.
+        """
         row = self._rows[0]
         kind = ProxyStream if isinstance(model, HookedProxyLM) else ActivationStream
         again = kind(
-            model, [{"tokens": row[TOKEN_IDS].tolist()}], self.hook_names, context_size=self.context_size,
-            exclude_special_tokens=False, prepend_bos=self.prepend_bos,
+            model,
+            [{"tokens": row[TOKEN_IDS].tolist()}],
+            self.hook_names,
+            context_size=self.context_size,
+            exclude_special_tokens=False,
+            prepend_bos=self.prepend_bos,
         )
         given = next(again.batches()).activations
-        pairs = [(row[self._columns[name]].float(), given[new].float().cpu()) for name, new in zip(self._columns, self.hook_names)]
+        pairs = [
+            (row[self._columns[name]].float(), given[new].float().cpu())
+            for name, new in zip(self._columns, self.hook_names)
+        ]
         return all(old.shape == new.shape and bool((old - new).norm() <= 0.02 * new.norm()) for old, new in pairs)
-
-
-
-
 
 
 def _column(hook_name: str, columns: Sequence[str], path: str | Path) -> str:
     """The column of a cache that holds a hook, by any of its spellings."""
-    found = [name for name in (hook_name, *spellings_of(hook_name, False), *spellings_of(hook_name, True)) if name in columns]
+    found = [
+        name for name in (hook_name, *spellings_of(hook_name, False), *spellings_of(hook_name, True)) if name in columns
+    ]
     if not found:
         hooks = [name for name in columns if name != TOKEN_IDS]
-        raise ValueError(f"The activations in {path} are of {', '.join(hooks)}, not of {hook_name!r}.{near_matches(hook_name, hooks)}")
+        raise ValueError(
+            f"The activations in {path} are of {', '.join(hooks)}, not of "
+            f"{hook_name!r}.{near_matches(hook_name, hooks)}"
+        )
     return found[0]

@@ -10,11 +10,13 @@ _MIB = 2**20
 def fingerprint_files(path: str | Path) -> str:
     """A fingerprint of a file, or of all files in a folder but hidden ones: of their names, sizes, first and last MiB.
 
-    It tells the same data however it is read, streamed or not; a change in the middle of a large file that keeps its size
-    goes unnoticed.
+    It tells the same data however it is read, streamed or not; a change in the middle of a large file that keeps its
+    size goes unnoticed.
     """
     path = Path(path)
-    inside = [(file.relative_to(path), file) for file in path.rglob("*")] if path.is_dir() else [(Path(path.name), path)]
+    inside = (
+        [(file.relative_to(path), file) for file in path.rglob("*")] if path.is_dir() else [(Path(path.name), path)]
+    )
     digest = hashlib.sha256()
     for name, file in sorted(inside):
         if not file.is_file() or any(part.startswith(".") for part in name.parts):

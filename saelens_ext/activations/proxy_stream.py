@@ -9,7 +9,13 @@ from sae_lens.load_model import HookedProxyLM
 from torch import Tensor
 
 from saelens_ext._checks import positive
-from saelens_ext.activations.settings import bos_to_prepend, checked_context_size, checked_names, excluded_ids, positions_read
+from saelens_ext.activations.settings import (
+    bos_to_prepend,
+    checked_context_size,
+    checked_names,
+    excluded_ids,
+    positions_read,
+)
 from saelens_ext.activations.stream import ActivationStream, kept_rows
 from saelens_ext.activations.windows import WindowSource
 from saelens_ext.host.models import HostModel, describe_model, resolve_hook
@@ -50,7 +56,9 @@ class ProxyStream(ActivationStream):
         self.model, self.tokenizer = model, model.tokenizer
         self.requested_hook_names = checked_names(hook_name)
         self.hook_names = tuple(resolve_hook(model, name) for name in self.requested_hook_names)
-        self.context_size = checked_context_size(context_size, getattr(model.model.config, "max_position_embeddings", None))
+        self.context_size = checked_context_size(
+            context_size, getattr(model.model.config, "max_position_embeddings", None)
+        )
         self.batch_size = positive(batch_size, "batch_size")
         self.max_tokens = None if max_tokens is None else positive(max_tokens, "max_tokens")
         self.exclude_special_tokens = exclude_special_tokens
@@ -62,7 +70,11 @@ class ProxyStream(ActivationStream):
         self.progress = progress
         self._d_in: dict[str, int] = {}
         self._windows = WindowSource(
-            dataset, self.tokenizer, context_size=self.context_size, bos_id=bos_id, text_column=text_column,
+            dataset,
+            self.tokenizer,
+            context_size=self.context_size,
+            bos_id=bos_id,
+            text_column=text_column,
             vocabulary_size=model.model.config.vocab_size,
         )
 
@@ -93,7 +105,9 @@ class ProxyStream(ActivationStream):
                 pass
         missing = [name for name in self.hook_names if name not in read]
         if missing:
-            raise ValueError(f"The module {missing[0]!r} was not called in a forward pass of this {type(self.model.model).__name__}.")
+            raise ValueError(
+                f"The module {missing[0]!r} was not called in a forward pass of this {type(self.model.model).__name__}."
+            )
         return {given: read[name] for given, name in names.items()}
 
 

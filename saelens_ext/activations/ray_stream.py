@@ -1,8 +1,8 @@
 """Forward passes spread over Ray actors, with the batches coming back in order.
 
 The dataset is tokenised once, where the fit runs; each actor holds a copy of the model and turns windows of tokens into
-activations. Batches are cut, numbered and handed on as in a single process, so a fit cannot tell the difference: on the same
-kind of device and with the same number of threads, exemplars are the same to the bit.
+activations. Batches are cut, numbered and handed on as in a single process, so a fit cannot tell the difference: on the
+same kind of device and with the same number of threads, exemplars are the same to the bit.
 """
 
 from collections import deque
@@ -32,9 +32,9 @@ class RayActivationStream(ActivationStream):
         actor_options: Ray's resources of an actor, such as ``{"num_gpus": 1}``; one CPU by default.
         **options: of :class:`ActivationStream`.
 
-    Ray is started on this machine unless ``ray.init`` was called before, on a cluster for example. Actors are started at the
-    first batch and kept until :meth:`close`, or the end of a ``with`` block; the last stream that is closed shuts down a Ray
-    that one of them started.
+    Ray is started on this machine unless ``ray.init`` was called before, on a cluster for example. Actors are started
+    at the first batch and kept until :meth:`close`, or the end of a ``with`` block; the last stream that is closed
+    shuts down a Ray that one of them started.
 
     Raises:
         ImportError: Ray is not installed.
@@ -102,8 +102,8 @@ class RayActivationStream(ActivationStream):
         except self._ray.exceptions.RayActorError as error:
             self.close()
             raise RuntimeError(
-                "A Ray actor died (out of memory, or load_model failed there), and the pass with it. The next pass starts new "
-                f"ones. Ray says: {error}"
+                "A Ray actor died (out of memory, or load_model failed there), and the pass with it. The next pass "
+                f"starts new ones. Ray says: {error}"
             ) from error
         self._d_in.update({name: rows.shape[1] for name, rows in batch.activations.items()})
         return batch
@@ -130,8 +130,9 @@ class RayActivationStream(ActivationStream):
             if needed > found:
                 self.close()
                 raise ValueError(
-                    f"n_workers={self.n_workers} actors need {needed:g} {name} ({each:g} each, by actor_options), and Ray has {found:g}: "
-                    "lower n_workers or what actor_options ask for, or call ray.init(...) with more before."
+                    f"n_workers={self.n_workers} actors need {needed:g} {name} ({each:g} each, by actor_options), and "
+                    f"Ray has {found:g}: lower n_workers or what actor_options ask for, or call ray.init(...) with "
+                    "more before."
                 )
 
     def _node(self) -> str:
@@ -141,11 +142,15 @@ class RayActivationStream(ActivationStream):
 class _Worker:
     """An actor: a model, and a stream that is asked for single batches."""
 
-    def __init__(self, load_model: Callable[[], HostModel], hook_names: tuple[str, ...], options: dict[str, Any], n_threads: int):
+    def __init__(
+        self, load_model: Callable[[], HostModel], hook_names: tuple[str, ...], options: dict[str, Any], n_threads: int
+    ):
         # Sums are cut by thread, and would differ in their last bits.
         torch.set_num_threads(n_threads)
         # The windows come with each batch; a stream wants a dataset all the same.
-        self._stream = ActivationStream(load_model(), [{"input_ids": [0]}], list(hook_names), **options | {"progress": False})
+        self._stream = ActivationStream(
+            load_model(), [{"input_ids": [0]}], list(hook_names), **options | {"progress": False}
+        )
 
     def batch(self, windows: list[Window], first: int) -> ActivationBatch:
         """Activations of some windows."""

@@ -45,7 +45,9 @@ def bos_to_prepend(tokenizer: Any, prepend_bos: bool | None, by_default: bool = 
     if prepend_bos is None:
         prepend_bos = bos_id is not None and by_default
     if prepend_bos and bos_id is None:
-        raise ValueError("prepend_bos=True, and the tokenizer has no BOS token: leave prepend_bos at None or set it to False.")
+        raise ValueError(
+            "prepend_bos=True, and the tokenizer has no BOS token: leave prepend_bos at None or set it to False."
+        )
     return bos_id if prepend_bos else None
 
 

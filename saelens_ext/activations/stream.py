@@ -20,7 +20,13 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
 from saelens_ext._checks import positive
-from saelens_ext.activations.settings import bos_to_prepend, checked_context_size, checked_names, excluded_ids, positions_read
+from saelens_ext.activations.settings import (
+    bos_to_prepend,
+    checked_context_size,
+    checked_names,
+    excluded_ids,
+    positions_read,
+)
 from saelens_ext.activations.windows import Window, WindowSource
 from saelens_ext.host.models import HostModel, describe_model, resolve_hook, stop_layer, tokenizer_of
 
@@ -142,8 +148,12 @@ class ActivationStream:
         self.max_tokens = None if max_tokens is None else positive(max_tokens, "max_tokens")
         self.exclude_special_tokens = exclude_special_tokens
         self.tokenizer = getattr(model, "tokenizer", None)
-        self._excluded = excluded_ids(tokenizer_of(model) if exclude_special_tokens is True else None, exclude_special_tokens)
-        bos_id = bos_to_prepend(self.tokenizer, prepend_bos, getattr(model.cfg, "default_prepend_bos", True) is not False)
+        self._excluded = excluded_ids(
+            tokenizer_of(model) if exclude_special_tokens is True else None, exclude_special_tokens
+        )
+        bos_id = bos_to_prepend(
+            self.tokenizer, prepend_bos, getattr(model.cfg, "default_prepend_bos", True) is not False
+        )
         self.prepend_bos = bos_id is not None
         self.seqpos_slice = tuple(seqpos_slice)
         self._read_positions = positions_read(self.seqpos_slice, self.context_size)
@@ -320,7 +330,8 @@ class ActivationStream:
 def _warn_of_dropout(model: torch.nn.Module) -> None:
     if any(isinstance(m, torch.nn.Dropout) and m.training and m.p > 0 for m in model.modules()):
         warnings.warn(
-            "The model is in training mode and has dropout, so its activations differ from pass to pass: call model.eval().",
+            "The model is in training mode and has dropout, so its activations differ from pass to pass: call "
+            "model.eval().",
             UserWarning,
             stacklevel=3,
         )

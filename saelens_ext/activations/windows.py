@@ -98,7 +98,9 @@ class WindowSource:
         info = getattr(self.rows, "info", None)
         return {
             "dataset_path": self.name or getattr(info, "dataset_name", None),
-            "dataset_fingerprint": self.fingerprint or getattr(self.rows, "_fingerprint", None) or hash_texts(self.rows),
+            "dataset_fingerprint": self.fingerprint
+            or getattr(self.rows, "_fingerprint", None)
+            or hash_texts(self.rows),
         }
 
     def _cut(self, content: list[int]) -> Iterator[list[int]]:
@@ -187,7 +189,8 @@ def _open(dataset: Any) -> Any:
 def _fields(row: Any) -> Mapping[str, Any]:
     if not isinstance(row, Mapping):
         raise ValueError(
-            f"A document must be a string, or a row with a column of text, token ids or chat messages; got a {type(row).__name__}."
+            "A document must be a string, or a row with a column of text, token ids or chat messages; got a "
+            f"{type(row).__name__}."
         )
     return row
 
@@ -209,7 +212,3 @@ def _as_list(values: Any) -> list[Any] | None:
     if isinstance(values, (list, tuple)):
         return list(values)
     return values.tolist() if hasattr(values, "tolist") else None
-
-
-
-

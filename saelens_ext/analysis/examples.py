@@ -140,7 +140,8 @@ class ExampleTable:
         }
 
     def offer(self, latents: Tensor, scores: Tensor, rows: Tensor, block: RowBlock, values: Tensor) -> None:
-        """Offer candidates, in stream order: row ``rows[i]`` of the block scores ``scores[i]`` for latent ``latents[i]``.
+        """Offer candidates, in stream order: row ``rows[i]`` of the block scores ``scores[i]`` for latent
+        ``latents[i]``.
 
         ``values[i]`` is what is shown of it.
         """
@@ -168,7 +169,9 @@ class ExampleTable:
             self._merge(touched[part], new_scores[part], new_rows[part], new_values[part], block)
         self.worst[touched.to(self.worst.device)] = self._scores[touched, -1].to(self.worst.device)
 
-    def _merge(self, latents: Tensor, new_scores: Tensor, new_rows: Tensor, new_values: Tensor, block: RowBlock) -> None:
+    def _merge(
+        self, latents: Tensor, new_scores: Tensor, new_rows: Tensor, new_values: Tensor, block: RowBlock
+    ) -> None:
         both = torch.cat([self._scores[latents], new_scores], dim=1)
         # The lists come first and the sort is stable, so an equal newcomer stays behind, and so does an empty place.
         sorted_scores, origin = both.sort(dim=1, descending=True, stable=True)

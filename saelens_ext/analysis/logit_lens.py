@@ -51,8 +51,8 @@ def logit_lens(model: HostModel, directions: Tensor, *, top_n: int = 10) -> Lens
         top_n: tokens to keep at either end, 1 to d_vocab.
 
     Raises:
-        ValueError: directions of another width than the residual stream, zero or not finite; ``top_n`` out of range; or a model
-            whose final normalisation is not found.
+        ValueError: directions of another width than the residual stream, zero or not finite; ``top_n`` out of range; or
+            a model whose final normalisation is not found.
 
     Source: the lens is nostalgebraist's (2020); the exemplars' lens is arXiv 2605.14347.
     """
@@ -60,8 +60,9 @@ def logit_lens(model: HostModel, directions: Tensor, *, top_n: int = 10) -> Lens
         raise ValueError(f"directions must have shape (k, d_model), got {tuple(directions.shape)}.")
     if directions.shape[1] != model.cfg.d_model:
         raise ValueError(
-            f"directions are {directions.shape[1]} wide, the residual stream of this model {model.cfg.d_model}. The lens "
-            "takes directions of the residual stream; a dictionary over MLP neurons or heads has to be mapped there first."
+            f"directions are {directions.shape[1]} wide, the residual stream of this model {model.cfg.d_model}. The "
+            "lens takes directions of the residual stream; a dictionary over MLP neurons or heads has to be mapped "
+            "there first."
         )
     _checks.positive(top_n, "top_n")
     rows = _checks.finite(directions, "directions").float()
@@ -83,7 +84,9 @@ def _logits(model: HostModel, units: Tensor) -> Tensor:
     norm = getattr(model, "ln_final", None)
     if norm is None:
         if model.cfg.normalization_type is not None:
-            raise ValueError("This model keeps its final normalisation elsewhere than in model.ln_final, so it has no logit lens.")
+            raise ValueError(
+                "This model keeps its final normalisation elsewhere than in model.ln_final, so it has no logit lens."
+            )
         norm = nn.Identity()
     with _without_hooks(norm), _without_hooks(model.unembed):
         return model.unembed(norm(units[None]))[0].float()

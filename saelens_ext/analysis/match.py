@@ -9,10 +9,10 @@ Symbols
     cosine <u_i, u'_j>; a direction and its opposite do not match
     null   best cosines of real directions with made-up dictionaries of the same size
 
-Nearest neighbours are found from either side. They need not agree: a direction that the other dictionary lacks still has a
-nearest one there, and one wide direction can be the nearest of many narrow ones. Mutual pairs are those that agree. The
-optimal one-to-one assignment is given too, because others report it; with k other than k' it leaves out |k - k'|
-latents whatever they are, and it forces pairs on the rest, so its cosines are read against the cutoff as well.
+Nearest neighbours are found from either side. They need not agree: a direction that the other dictionary lacks still
+has a nearest one there, and one wide direction can be the nearest of many narrow ones. Mutual pairs are those that
+agree. The optimal one-to-one assignment is given too, because others report it; with k other than k' it leaves out |k -
+k'| latents whatever they are, and it forces pairs on the rest, so its cosines are read against the cutoff as well.
 """
 
 import logging
@@ -27,7 +27,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from saelens_ext import _checks
-from saelens_ext.ops.spherical import nearest, unit_directions
+from saelens_ext.analysis.match_null import Null, Searcher
+from saelens_ext.ops.spherical import unit_directions
 
 if TYPE_CHECKING:
     import pandas
@@ -35,15 +36,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Center = Literal["own", "shared"]
-Null = Literal["directions", "rotation"]
 Dictionary = SAE[Any] | Tensor
 
 ASSIGNMENT_BYTES = 2**30
 """Cosines that the one-to-one assignment may hold, in bytes: 11 585 latents on either side."""
-
-_NULL_ROWS = 1000  # directions of a dictionary that are compared with a made-up one, at most
-_NULL_DRAWS = 1000  # best cosines under the null, at least, unless the caller asks otherwise
-_BLOCK = 4096
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -75,11 +71,14 @@ class SideMatch:
         """The main figures, JSON-safe."""
         found = self.cosine[~self.cosine.isnan()]
         return {
-            "n": len(self.nearest), "n_without_direction": int((self.nearest < 0).sum()), "cutoff": self.cutoff,
-            "share_above_cutoff": self.share, "share_mutual": float(self.mutual.double().mean()),
+            "n": len(self.nearest),
+            "n_without_direction": int((self.nearest < 0).sum()),
+            "cutoff": self.cutoff,
+            "share_above_cutoff": self.share,
+            "share_mutual": float(self.mutual.double().mean()),
             "share_mutual_above_cutoff": float((self.mutual & self.above).double().mean()),
             "median_cosine": float(found.median()) if len(found) else None,
-        }  # fmt: skip
+        }
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -91,7 +90,8 @@ class DictionaryMatch:
     second: SideMatch
     """What the second's directions find in the first."""
     pairs: Tensor | None
-    """Optimal one-to-one pairs (latent of the first, latent of the second), by falling cosine: int64 ``(p, 2)``; None if
+    """Optimal one-to-one pairs (latent of the first, latent of the second), by falling cosine: int64 ``(p, 2)``; None
+    if
     not computed."""
     pair_cosines: Tensor | None
     """Their cosines: float64 ``(p,)``."""
@@ -111,13 +111,19 @@ class DictionaryMatch:
             above = int((self.pair_cosines > self.pair_cutoff).sum())
             k, k_other = len(self.first.nearest), len(self.second.nearest)
             found["one_to_one"] = {
-                "n_pairs": len(self.pairs), "n_above_cutoff": above, "share_of_first": above / k, "share_of_second": above / k_other,
-                "n_left_out_by_size": abs(k - k_other), "median_cosine": float(self.pair_cosines.median()) if len(self.pairs) else None,
-            }  # fmt: skip
+                "n_pairs": len(self.pairs),
+                "n_above_cutoff": above,
+                "share_of_first": above / k,
+                "share_of_second": above / k_other,
+                "n_left_out_by_size": abs(k - k_other),
+                "median_cosine": float(self.pair_cosines.median()) if len(self.pairs) else None,
+            }
         return found
 
     def to_dataframe(self) -> "pandas.DataFrame":
-        """One row per latent of either dictionary: its nearest, mutual and one-to-one partners, -1 where it has none."""
+        """One row per latent of either dictionary: its nearest, mutual and one-to-one partners, -1 where it has
+        none.
+        """
         import pandas
 
         return pandas.concat(
@@ -128,9 +134,14 @@ class DictionaryMatch:
         match: SideMatch = getattr(self, side)
         k = len(match.nearest)
         columns: dict[str, Any] = {
-            "side": [side] * k, "latent": range(k), "nearest": match.nearest.numpy(), "cosine": match.cosine.numpy(),
-            "mutual": match.mutual.numpy(), "above_cutoff": match.above.numpy(), "fan_in": match.fan_in.numpy(),
-        }  # fmt: skip
+            "side": [side] * k,
+            "latent": range(k),
+            "nearest": match.nearest.numpy(),
+            "cosine": match.cosine.numpy(),
+            "mutual": match.mutual.numpy(),
+            "above_cutoff": match.above.numpy(),
+            "fan_in": match.fan_in.numpy(),
+        }
         if self.pairs is not None and self.pair_cosines is not None:
             own, other = (0, 1) if side == "first" else (1, 0)
             partner = torch.full((k,), -1)
@@ -175,28 +186,28 @@ def match_dictionaries(
     Args:
         first: a SAELens SAE, ours or not, or directions ``(k, d)``.
         second: the other.
-        center: "own" compares directions as they are, each about its own origin. "shared" moves both to the mean of the two
-            origins, a tensor ``(d,)`` to that point: with the same activations but other origins, directions that
+        center: "own" compares directions as they are, each about its own origin. "shared" moves both to the mean of the
+            two origins, a tensor ``(d,)`` to that point: with the same activations but other origins, directions that
             meant the same point do so again. It needs the radius.
         radius: r of both, or of each: how far from the origin a direction's activation lies. By default what the
             dictionaries record as ``metadata.typical_norm``.
-        null: what chance is. "directions": random directions with the mean and the covariance of the dictionary that they
-            replace, the stricter of the two; "rotation": that dictionary turned at random, which says whether anything is
-            shared but the space; or activations ``(n, d)``, of which as many as there are latents are drawn, the
-            control by random exemplars.
+        null: what chance is. "directions": random directions with the mean and the covariance of the dictionary that
+            they replace, the stricter of the two; "rotation": that dictionary turned at random, which says whether
+            anything is shared but the space; or activations ``(n, d)``, of which as many as there are latents are
+            drawn, the control by random exemplars.
         level: share of the null's best cosines that the cutoff is above, in (0, 1).
         n_null: made-up dictionaries per side; by default at least 5 and as many as give 1000 best cosines.
-        one_to_one: compute the optimal assignment (Hungarian). By default if the k x k' cosines take no more than 1 GiB;
-            the time grows with the cube of the size, minutes at ten thousand.
+        one_to_one: compute the optimal assignment (Hungarian). By default if the k x k' cosines take no more than 1
+            GiB; the time grows with the cube of the size, minutes at ten thousand.
         seed: of the null.
         max_bytes: work space of the search, in bytes.
 
     Raises:
-        ValueError: other widths, no directions, entries that are not finite, an option out of range, no radius where one is
-            needed, too few activations or null draws, or an assignment that is too large.
+        ValueError: other widths, no directions, entries that are not finite, an option out of range, no radius where
+            one is needed, too few activations or null draws, or an assignment that is too large.
 
-    Source: matching after arXiv 2605.14347, section on base and instruct models, which uses the assignment and a cutoff of
-    0.7 alone; the nearest neighbours from both sides and the cutoff from a null are ours.
+    Source: matching after arXiv 2605.14347, section on base and instruct models, which uses the assignment and a cutoff
+    of 0.7 alone; the nearest neighbours from both sides and the cutoff from a null are ours.
     """
     _checks.between(level, 0, 1, "level")
     if not isinstance(center, Tensor):
@@ -204,14 +215,17 @@ def match_dictionaries(
     if not isinstance(null, Tensor):
         _checks.choice(null, get_args(Null), "null")
     sides, origins = _both_directions(first, second, center, radius)
-    searcher = _Searcher(null, level, n_null, seed, max_bytes)
+    searcher = Searcher(null, level, n_null, seed, max_bytes)
     found = [searcher.find(sides[i], sides[1 - i], origins[1 - i]) for i in (0, 1)]
     matches = [_side(found[i], found[1 - i], searcher.cutoffs[i]) for i in (0, 1)]
     pairs, cosines = _assignment(*sides, one_to_one)
     settings = {
-        "center": center if isinstance(center, str) else "given", "null": null if isinstance(null, str) else "activations",
-        "level": level, "n_null": searcher.n_null, "seed": seed,
-    }  # fmt: skip
+        "center": center if isinstance(center, str) else "given",
+        "null": null if isinstance(null, str) else "activations",
+        "level": level,
+        "n_null": searcher.n_null,
+        "seed": seed,
+    }
     return DictionaryMatch(first=matches[0], second=matches[1], pairs=pairs, pair_cosines=cosines, settings=settings)
 
 
@@ -221,19 +235,23 @@ def match_dictionaries(
 def _both_directions(
     first: Dictionary, second: Dictionary, center: Center | Tensor, radius: float | int | Sequence[float | int] | None
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Directions of both, zero for a latent without one, and the origins that they are about; float32, on one device."""
+    """Directions of both, zero for a latent without one, and the origins that they are about; float32, on one
+    device.
+    """
     rows = [_rows(dictionary, name) for dictionary, name in ((first, "first"), (second, "second"))]
     if rows[0].shape[1] != rows[1].shape[1]:
         raise ValueError(
-            f"first has directions of width {rows[0].shape[1]} and second of {rows[1].shape[1]}; only dictionaries of the same "
-            "width can be matched. Are both of the same kind of hook in models of the same size?"
+            f"first has directions of width {rows[0].shape[1]} and second of {rows[1].shape[1]}; only dictionaries of "
+            "the same width can be matched. Are both of the same kind of hook in models of the same size?"
         )
     device, d = rows[0].device, rows[0].shape[1]
     units = [unit_directions(part.to(device), part.new_zeros(d))[0] for part in rows]
     origins = [_origin(dictionary, d, device) for dictionary in (first, second)]
     if isinstance(center, str) and center == "own":
         return units, origins
-    shared = sum(origins) / 2 if isinstance(center, str) else _checks.width(center.detach().float().to(device), d, "center")
+    shared = (
+        sum(origins) / 2 if isinstance(center, str) else _checks.width(center.detach().float().to(device), d, "center")
+    )
     moved = []
     for unit, origin, r in zip(units, origins, _radii(first, second, radius)):
         points = torch.where(unit.any(dim=1, keepdim=True), origin + r * unit, shared)
@@ -245,7 +263,10 @@ def _rows(dictionary: Dictionary, name: str) -> Tensor:
     rows = dictionary if isinstance(dictionary, Tensor) else dictionary.W_dec
     rows = rows.detach().float()
     if rows.ndim != 2 or 0 in rows.shape or not bool(rows.any()):
-        raise ValueError(f"{name} has no directions: shape {tuple(rows.shape)}; a dictionary needs rows (k, d) that are not all zero.")
+        raise ValueError(
+            f"{name} has no directions: shape {tuple(rows.shape)}; a dictionary needs rows (k, d) that are not all "
+            "zero."
+        )
     return _checks.finite(rows, name)
 
 
@@ -261,109 +282,13 @@ def _radii(first: Dictionary, second: Dictionary, radius: float | int | Sequence
         found = list(radius) if isinstance(radius, Sequence) else [radius, radius]
     if len(found) != 2 or any(r is None for r in found):
         raise ValueError(
-            "A shared centre needs the radius of both dictionaries, and one records no typical_norm: pass radius=, the median "
-            "of |x - b_dec| over some activations, as a number or one for each; or center='own'."
+            "A shared centre needs the radius of both dictionaries, and one records no typical_norm: pass radius=, the "
+            "median of |x - b_dec| over some activations, as a number or one for each; or center='own'."
         )
     return [float(_checks.between(float(r), 0, math.inf, "radius")) for r in found]
 
 
 # --- nearest neighbours and chance ---
-
-
-@dataclass
-class _Searcher:
-    """Searches one dictionary for the directions of another, and made-up ones in its place."""
-
-    null: Null | Tensor
-    level: float
-    n_wanted: int | None
-    seed: int
-    max_bytes: int
-
-    def __post_init__(self) -> None:
-        self.cutoffs: list[float] = []
-        self.n_null: list[int] = []
-
-    def find(self, queries: Tensor, target: Tensor, origin: Tensor) -> tuple[Tensor, Tensor]:
-        """Nearest row of ``target`` and its cosine for each query, -1 and NaN for a zero one; notes the cutoff."""
-        asked, there = (part.any(dim=1).nonzero().squeeze(1) for part in (queries, target))
-        index = torch.full((len(queries),), -1)
-        cosine = torch.full((len(queries),), torch.nan, dtype=torch.float64)
-        found, distance = nearest(queries[asked], target[there], max_bytes=self.max_bytes)
-        index[asked.cpu()], cosine[asked.cpu()] = there[found].cpu(), 1 - distance.cpu()
-        self.cutoffs.append(self._cutoff(queries[asked], target[there], origin))
-        return index, cosine
-
-    def _cutoff(self, queries: Tensor, target: Tensor, origin: Tensor) -> float:
-        generator = torch.Generator().manual_seed(self.seed)
-        if len(queries) > _NULL_ROWS:
-            queries = queries[torch.randperm(len(queries), generator=generator)[:_NULL_ROWS].to(queries.device)]
-        n_null = self.n_wanted
-        if n_null is None:
-            n_null = max(5, math.ceil(max(_NULL_DRAWS, 10 / (1 - self.level)) / len(queries)))
-        made_up = _MadeUp(self.null, target, origin, generator)
-        draws = torch.cat([made_up.best_cosines(queries) for _ in range(_checks.positive(n_null, "n_null"))]).sort().values
-        self.n_null.append(n_null)
-        rank = math.ceil((len(draws) + 1) * self.level)
-        if rank > len(draws):
-            raise ValueError(
-                f"n_null={n_null} gives {len(draws)} best cosines, too few for level={self.level:g}: take an n_null of at least "
-                f"{math.ceil(1 / (1 - self.level) / len(queries)) + 1}, or a lower level."
-            )
-        return float(draws[rank - 1])
-
-
-class _MadeUp:
-    """Dictionaries by chance, in the place of one of ``k`` directions."""
-
-    def __init__(self, null: Null | Tensor, target: Tensor, origin: Tensor, generator: torch.Generator):
-        self._null, self._target, self._generator = null, target, generator
-        if isinstance(null, Tensor):
-            if null.ndim != 2 or null.shape[1] != target.shape[1] or len(null) < len(target):
-                raise ValueError(
-                    f"null holds activations of shape {tuple(null.shape)}; at least ({len(target)}, {target.shape[1]}) is needed, one "
-                    "for every latent."
-                )
-            self._units = unit_directions(_checks.finite(null.detach(), "null").float().to(target.device), origin)[0]
-        elif null == "directions":
-            self._mean = target.mean(dim=0)
-            self._factor = _covariance_factor(target - self._mean)
-
-    def best_cosines(self, queries: Tensor) -> Tensor:
-        """The best cosine of each query with a fresh made-up dictionary: float32, on the CPU."""
-        best = queries.new_full((len(queries),), -1.0)
-        for block in self._blocks():
-            best = torch.maximum(best, (queries @ block.T).amax(dim=1))
-        return best.cpu()
-
-    def _blocks(self) -> Any:
-        k, d = self._target.shape
-        if isinstance(self._null, Tensor):
-            for rows in torch.randperm(len(self._units), generator=self._generator)[:k].split(_BLOCK):
-                yield self._units[rows.to(self._units.device)]
-        elif self._null == "rotation":
-            turn = _rotation(d, self._generator).to(self._target)
-            for rows in self._target.split(_BLOCK):
-                yield rows @ turn
-        else:
-            for start in range(0, k, _BLOCK):
-                noise = torch.randn(min(_BLOCK, k - start), len(self._factor), generator=self._generator)
-                yield torch.nn.functional.normalize(self._mean + noise.to(self._factor) @ self._factor, dim=1)
-
-
-def _covariance_factor(centred: Tensor) -> Tensor:
-    """F with F'F the covariance of the rows: standard normal rows times F have that covariance."""
-    k, d = centred.shape
-    if k <= d:
-        return centred / math.sqrt(k)
-    values, vectors = torch.linalg.eigh((centred.T.double() @ centred.double()) / k)
-    return (values.clamp_min(0).sqrt()[:, None] * vectors.T).float()
-
-
-def _rotation(d: int, generator: torch.Generator) -> Tensor:
-    """A rotation or reflection, all alike (Haar)."""
-    q, r = torch.linalg.qr(torch.randn(d, d, generator=generator))
-    return q * r.diagonal().sign()
 
 
 def _side(own: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], cutoff: float) -> SideMatch:
@@ -384,7 +309,10 @@ def _assignment(first: Tensor, second: Tensor, wanted: bool | None) -> tuple[Ten
     if wanted is False:
         return None, None
     if size > ASSIGNMENT_BYTES:
-        sentence = f"The one-to-one assignment of {len(rows)} to {len(columns)} latents needs {size} bytes, more than {ASSIGNMENT_BYTES}"
+        sentence = (
+            f"The one-to-one assignment of {len(rows)} to {len(columns)} latents needs {size} bytes, "
+            f"more than {ASSIGNMENT_BYTES}"
+        )
         if wanted:
             raise ValueError(f"{sentence}. Use one_to_one=False, and read the mutual pairs.")
         logger.info("%s; it is left out.", sentence)

@@ -29,7 +29,9 @@ _LOGITS_PER_PASS = 2**25
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class NeuronGroupEffect:
-    """The effect of a group on T tokens, and of R random groups; tensors on the CPU, float64, ``(T,)`` unless said otherwise."""
+    """The effect of a group on T tokens, and of R random groups; tensors on the CPU, float64, ``(T,)`` unless said
+    otherwise.
+    """
 
     tokens: tuple[str, ...]
     """The tokens of interest."""
@@ -96,15 +98,15 @@ def neuron_group_effect(
         positions: change the "last" token of the prompt, or "all" that are not special.
         measure: "logit", as published, which also moves when all logits move together; or "log_probability".
         n_random: R, at least 1.
-        control_pool: neurons to draw from, for example those that any feature uses; those of the group are taken out. By
-            default all.
+        control_pool: neurons to draw from, for example those that any feature uses; those of the group are taken out.
+            By default all.
         confidence: share of the random effects inside their range, in (0, 1).
         seed: of the draws.
         batch_size: rows in a forward pass, at most.
 
     Raises:
-        ValueError: unknown hook; neurons that are repeated or out of range; weights that do not fit or are not finite; a
-            string that is not one token; no prompt; a pool with fewer than m neurons.
+        ValueError: unknown hook; neurons that are repeated or out of range; weights that do not fit or are not finite;
+            a string that is not one token; no prompt; a pool with fewer than m neurons.
 
     Source: arXiv 2506.10920, the weekday experiment, which has no control.
     """
@@ -121,16 +123,25 @@ def neuron_group_effect(
         d = _width(model, point, prompt_ids(model, texts[0]))
         indices, amounts = _with_random_groups(group, values, _pool(group, d, control_pool), n_random, seed)
         change = _Change(indices, amounts, mode == "set", point)
-        read = [_readings(model, prompt_ids(model, text), change, ids, positions, measure, batch_size) for text in texts]
+        read = [
+            _readings(model, prompt_ids(model, text), change, ids, positions, measure, batch_size) for text in texts
+        ]
     # Row 0 of each prompt is the group, the others are random.
     effects = torch.stack(read)
     real, control = effects[:, 0], effects[:, 1:].mean(0)
     low, high = ((1 - confidence) / 2, (1 + confidence) / 2)
     return NeuronGroupEffect(
-        tokens=tuple(token_strings(tokenizer_of(model), ids.tolist())), token_ids=ids, measure=measure,
-        effect=real.mean(0), by_prompt=real, control=control, control_low=control.quantile(low, dim=0),
-        control_high=control.quantile(high, dim=0), p_value=_two_sided(real.mean(0), control), confidence=confidence,
-    )  # fmt: skip
+        tokens=tuple(token_strings(tokenizer_of(model), ids.tolist())),
+        token_ids=ids,
+        measure=measure,
+        effect=real.mean(0),
+        by_prompt=real,
+        control=control,
+        control_low=control.quantile(low, dim=0),
+        control_high=control.quantile(high, dim=0),
+        p_value=_two_sided(real.mean(0), control),
+        confidence=confidence,
+    )
 
 
 # --- from the arguments to numbers ---
@@ -142,7 +153,9 @@ def _checked_group(neurons: Tensor | Sequence[int], weights: Tensor | Sequence[f
     if group.ndim != 1 or len(group) == 0 or len(group.unique()) < len(group) or int(group.min()) < 0:
         raise ValueError(f"neurons must be one or more different indices from 0, got {group.tolist()}.")
     if values.shape != group.shape:
-        raise ValueError(f"weights must be one number per neuron: {len(group)} neurons, weights of shape {tuple(values.shape)}.")
+        raise ValueError(
+            f"weights must be one number per neuron: {len(group)} neurons, weights of shape {tuple(values.shape)}."
+        )
     return group, _checks.finite(values, "weights")
 
 
@@ -161,7 +174,10 @@ def _token_id(model: HostModel, token: str | int) -> int:
     ids = text_ids(model, token)
     if len(ids) != 1:
         pieces = token_strings(tokenizer_of(model), ids)
-        raise ValueError(f"{token!r} is not one token but {pieces}. Give a single token, with its leading space if it has one, or an id.")
+        raise ValueError(
+            f"{token!r} is not one token but {pieces}. Give a single token, with its leading space if it has one, or "
+            "an id."
+        )
     return ids[0]
 
 
@@ -176,7 +192,10 @@ def _width(model: HostModel, point: str, ids: Tensor) -> int:
     with hooked(model, [(point, see)]):
         logits_of(model, ids[None, :1])
     if not found:
-        raise ValueError(f"The hook {point!r} did not fire in a forward pass; it is one that the model only has under other settings.")
+        raise ValueError(
+            f"The hook {point!r} did not fire in a forward pass; it is one that the model only has under other "
+            "settings."
+        )
     return found[0]
 
 
@@ -184,12 +203,14 @@ def _pool(group: Tensor, d: int, given: Tensor | Sequence[int] | None) -> Tensor
     pool = torch.arange(d) if given is None else torch.as_tensor(given).detach().cpu().long().unique()
     for name, indices in (("neurons", group), ("control_pool", pool)):
         if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < d:
-            raise ValueError(f"{name} must lie from 0 to {d - 1} at this hook, got {int(indices.min())} to {int(indices.max())}.")
+            raise ValueError(
+                f"{name} must lie from 0 to {d - 1} at this hook, got {int(indices.min())} to {int(indices.max())}."
+            )
     pool = pool[~torch.isin(pool, group)]
     if len(pool) < len(group):
         raise ValueError(
-            f"The control needs {len(group)} neurons outside the group and has {len(pool)} to draw from. Widen control_pool, or "
-            "take fewer neurons."
+            f"The control needs {len(group)} neurons outside the group and has {len(pool)} to draw from. Widen "
+            "control_pool, or take fewer neurons."
         )
     return pool
 
@@ -236,7 +257,9 @@ class _Change:
         return torch.zeros_like(part).scatter_(2, where, amount)
 
     def _equal_norms(self, amount: Tensor, part: Tensor) -> Tensor:
-        """Bring changes to the norm that the group's own has at the same place; all rows are one prompt before the change."""
+        """Bring changes to the norm that the group's own has at the same place; all rows are one prompt before the
+        change.
+        """
         own = self.values[0].to(part) - part[:1, :, self.indices[0].to(part.device)]
         norm = amount.norm(dim=2, keepdim=True).clamp_min(torch.finfo(part.dtype).tiny)
         return amount * (own.norm(dim=2, keepdim=True) / norm)

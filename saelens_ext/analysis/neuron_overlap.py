@@ -44,7 +44,9 @@ class NeuronOverlap:
     p_value: Tensor
     """Probability under the null of an overlap of o_ij or more: float64, NaN on the diagonal, which is no test."""
     p_adjusted: Tensor
-    """The p-values corrected for the number of pairs: the smallest false discovery rate at which a pair is still found."""
+    """The p-values corrected for the number of pairs: the smallest false discovery rate at which a pair is still
+    found.
+    """
 
     def to_dataframe(self) -> "pandas.DataFrame":
         """One row per pair i < j, the most surprising first."""
@@ -97,12 +99,12 @@ def neuron_overlap(
 
     Args:
         features: signed weights, finite, at least two rows; a dictionary's ``W_dec``. Zero means not in the support.
-        population: M. "used" counts the neurons of at least one support, and is the stricter: neurons that no feature could
-            use, dead ones among them, would make every overlap look rare. With so few features that all supports
+        population: M. "used" counts the neurons of at least one support, and is the stricter: neurons that no feature
+            could use, dead ones among them, would make every overlap look rare. With so few features that all supports
             together are hardly larger than one of them, it finds nothing, and "all" d neurons are the better choice.
             A number states it directly, for example of neurons that are ever active.
-        correction: for the k (k - 1) / 2 pairs: "bh" (Benjamini and Hochberg), or "by" (Benjamini and Yekutieli), which holds
-            however the pairs depend on each other and is stricter.
+        correction: for the k (k - 1) / 2 pairs: "bh" (Benjamini and Hochberg), or "by" (Benjamini and Yekutieli), which
+            holds however the pairs depend on each other and is stricter.
 
     Raises:
         ValueError: fewer than two features, weights that are not finite, or a population smaller than what is used or
@@ -122,11 +124,15 @@ def neuron_overlap(
     union = sizes[:, None] + sizes[None, :] - overlap
     p_value, p_adjusted = _tests(overlap, sizes, size, correction)
     return NeuronOverlap(
-        sizes=sizes, population=size, overlap=overlap,
+        sizes=sizes,
+        population=size,
+        overlap=overlap,
         expected=sizes[:, None].double() * sizes[None, :] / max(1, size),
-        jaccard=overlap.double() / union.clamp_min(1), same_sign=(overlap + agreement) // 2,
-        p_value=p_value, p_adjusted=p_adjusted,
-    )  # fmt: skip
+        jaccard=overlap.double() / union.clamp_min(1),
+        same_sign=(overlap + agreement) // 2,
+        p_value=p_value,
+        p_adjusted=p_adjusted,
+    )
 
 
 def core_and_exclusive_neurons(
@@ -151,7 +157,9 @@ def core_and_exclusive_neurons(
     rows = [int(index) for index in group]
     wrong = [index for index in rows if not 0 <= index < len(features)]
     if wrong or len(rows) < 2 or len(set(rows)) < len(rows):
-        raise ValueError(f"group must be at least two different features of 0 to {len(features) - 1}, got {list(group)}.")
+        raise ValueError(
+            f"group must be at least two different features of 0 to {len(features) - 1}, got {list(group)}."
+        )
     needed = len(rows) if shared_by is None else shared_by
     if not 2 <= needed <= len(rows):
         raise ValueError(f"shared_by must lie from 2 to {len(rows)}, the size of the group, got {shared_by}.")
@@ -173,7 +181,10 @@ def _population(population: str | int, used: int, d: int) -> int:
     if isinstance(population, str):
         return {"used": used, "all": d}[_checks.choice(population, ("used", "all"), "population")]
     if not used <= population <= d:
-        raise ValueError(f"population must lie from {used}, the neurons that the features use, to {d}, all of them; got {population}.")
+        raise ValueError(
+            f"population must lie from {used}, the neurons that the features use, to {d}, all of them; got "
+            f"{population}."
+        )
     return population
 
 

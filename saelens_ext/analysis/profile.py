@@ -19,10 +19,11 @@ from transformers import PreTrainedTokenizerBase
 from saelens_ext import _checks, _files
 from saelens_ext.activations.stream import ActivationStream
 from saelens_ext.analysis.examples import BlockCutter, Examples, RowBlock
+from saelens_ext.analysis.profiled_hook import profiled_hook
 from saelens_ext.analysis.tallies import CodeTally, RandomExamples, RegionTally
 from saelens_ext.dictionaries.paired_files import read_pair, write_pair
 from saelens_ext.host.flat_sae import refuse_sequence_codes
-from saelens_ext.host.hook_names import resolve_hook, spellings_of
+from saelens_ext.host.hook_names import spellings_of
 from saelens_ext.host.tokens import token_strings
 
 if TYPE_CHECKING:
@@ -48,13 +49,17 @@ class DictionaryProfile:
     n_activations: int
     """Activations seen."""
     n_unassigned: int
-    """Of them, those of no region because they equal the centre or were rejected; 0 for a dictionary without regions."""
+    """Of them, those of no region because they equal the centre or were rejected; 0 for a dictionary without
+    regions.
+    """
     context: int
     """Tokens on either side of an example."""
     latent_names: tuple[str, ...]
     """One name per latent: "latent 0", or "region 0" where the dictionary has regions."""
     counts: Tensor
-    """Activations with a non-zero code, or for a dictionary with regions the members of the Voronoi cell: int64 ``(k,)``."""
+    """Activations with a non-zero code, or for a dictionary with regions the members of the Voronoi cell: int64
+    ``(k,)``.
+    """
     mean_activation: Tensor
     """Mean of the non-zero codes: float32 ``(k,)``, 0 where there is none."""
     max_activation: Tensor
@@ -86,7 +91,9 @@ class DictionaryProfile:
             The directory.
         """
         path = Path(path)
-        content = {"format_version": FORMAT_VERSION, "d_sae": self.d_sae} | {name: getattr(self, name) for name in _SCALARS}
+        content = {"format_version": FORMAT_VERSION, "d_sae": self.d_sae} | {
+            name: getattr(self, name) for name in _SCALARS
+        }
         tensors = {name: getattr(self, name) for name in _TENSORS if getattr(self, name) is not None}
         for table in _TABLES:
             examples = getattr(self, table)
@@ -112,13 +119,18 @@ class DictionaryProfile:
         content, tensors = read_pair(path, STEM, KIND, FORMAT_VERSION)
         wrong = [name for name, kind in {"d_sae": int, **_SCALARS}.items() if type(content.get(name)) is not kind]
         if wrong:
-            raise ValueError(f"{path / STEM}.json lacks {', '.join(wrong)}, or holds something else there; it is not a whole profile.")
+            raise ValueError(
+                f"{path / STEM}.json lacks {', '.join(wrong)}, or holds something else there; it is not a whole "
+                "profile."
+            )
         beside = path / SAE_CFG_FILENAME
         if sae is not None:
             _check_belongs(content, sae.cfg.to_dict(), f"the dictionary given ({sae.get_name()})")
         elif beside.exists():
             _check_belongs(content, _files.read_json(beside), str(beside))
-        scalars = {name: tuple(map(str, content[name])) if kind is list else content[name] for name, kind in _SCALARS.items()}
+        scalars = {
+            name: tuple(map(str, content[name])) if kind is list else content[name] for name, kind in _SCALARS.items()
+        }
         profile = cls(**scalars, **_tensors_of(tensors, path))
         profile._check_shapes(content["d_sae"], path)
         return profile
@@ -136,7 +148,9 @@ class DictionaryProfile:
             found |= {f"{table}.{field.name}": tuple(getattr(examples, field.name).shape) for field in fields(Examples)}
         wrong = {name: shape for name, shape in found.items() if shape != expected[name]}
         if wrong:
-            raise ValueError(f"The profile in {path} is damaged: for {d_sae} latents it holds tensors of shapes {wrong}.")
+            raise ValueError(
+                f"The profile in {path} is damaged: for {d_sae} latents it holds tensors of shapes {wrong}."
+            )
 
     def to_dataframe(self) -> "pandas.DataFrame":
         """One row per latent: its name, count, share of all activations and figures."""
@@ -153,7 +167,12 @@ class DictionaryProfile:
         return pandas.DataFrame(columns, index=pandas.RangeIndex(self.d_sae, name="latent"))
 
     def contexts(
-        self, latent: int, tokenizer: PreTrainedTokenizerBase, n: int = 5, *, which: Literal["top", "boundary", "random"] = "top"
+        self,
+        latent: int,
+        tokenizer: PreTrainedTokenizerBase,
+        n: int = 5,
+        *,
+        which: Literal["top", "boundary", "random"] = "top",
     ) -> "pandas.DataFrame":
         """The examples of one latent as text.
 
@@ -164,8 +183,8 @@ class DictionaryProfile:
             which: "top", "boundary" where the dictionary has regions, or "random" where random ones were kept.
 
         Returns:
-            One row per example: ``value`` (the code, or for a region the cosine distance to its exemplar), ``document`` (row of
-            the dataset), and the text ``before`` the token, the ``token`` and the text ``after`` it.
+            One row per example: ``value`` (the code, or for a region the cosine distance to its exemplar), ``document``
+            (row of the dataset), and the text ``before`` the token, the ``token`` and the text ``after`` it.
 
         Raises:
             ValueError: no such latent, ``n`` below 1, or no such examples.
@@ -202,8 +221,8 @@ def profile_dictionary(
 ) -> DictionaryProfile:
     """Go once over a stream and gather what each latent responds to.
 
-    Works on any SAELens SAE or transcoder through its ``encode`` (a transcoder is profiled at its input hook). Where the
-    dictionary has regions, that is an ``assign`` method, counts and examples are those of the exact Voronoi cells.
+    Works on any SAELens SAE or transcoder through its ``encode`` (a transcoder is profiled at its input hook). Where
+    the dictionary has regions, that is an ``assign`` method, counts and examples are those of the exact Voronoi cells.
     The result does not depend on how the stream is batched; of equal examples the first in the stream are kept.
 
     Memory: the examples, a few numbers per latent, a block of codes of tens of megabytes, and for a dictionary with
@@ -226,7 +245,14 @@ def profile_dictionary(
 
     Source: coherence and boundary examples after arXiv 2605.14347, but of final Voronoi cells instead of arrival order.
     """
-    options = {"n_examples": n_examples, "n_boundary": n_boundary, "n_random": n_random, "context": context, "seed": seed, "progress": progress}
+    options = {
+        "n_examples": n_examples,
+        "n_boundary": n_boundary,
+        "n_random": n_random,
+        "context": context,
+        "seed": seed,
+        "progress": progress,
+    }
     (profile,) = profile_dictionaries([sae], stream, hook_name=hook_name, **options)
     return profile
 
@@ -265,7 +291,9 @@ def profile_dictionaries(
     """
     _checks.positive(n_examples, "n_examples")
     if n_boundary < 0 or n_random < 0 or context < 0:
-        raise ValueError(f"n_boundary, n_random and context must be at least 0, got {n_boundary}, {n_random} and {context}.")
+        raise ValueError(
+            f"n_boundary, n_random and context must be at least 0, got {n_boundary}, {n_random} and {context}."
+        )
     if not saes:
         raise ValueError("saes is empty; give at least one dictionary to profile.")
     sizes = {"n_examples": n_examples, "n_boundary": n_boundary, "context": context}
@@ -283,12 +311,19 @@ class _Profiler:
     """The profile of one dictionary while it is gathered."""
 
     def __init__(
-        self, sae: SAE[Any], stream: ActivationStream, hook_name: str | None, random: RandomExamples | None,
-        *, n_examples: int, n_boundary: int, context: int,
+        self,
+        sae: SAE[Any],
+        stream: ActivationStream,
+        hook_name: str | None,
+        random: RandomExamples | None,
+        *,
+        n_examples: int,
+        n_boundary: int,
+        context: int,
     ):
         refuse_sequence_codes(sae)
         self.sae, self.context = sae, context
-        self.key, self.aliases = _find_hook(sae, stream, hook_name)
+        self.key, self.aliases = profiled_hook(sae, stream, hook_name)
         has_regions = hasattr(sae, "assign")
         self.codes = CodeTally(sae, n_examples, context, None if has_regions else random)
         self.regions = RegionTally(sae, n_examples, n_boundary, context, random) if has_regions else None
@@ -314,30 +349,14 @@ class _Profiler:
         )
 
 
-def _find_hook(sae: SAE[Any], stream: ActivationStream, hook_name: str | None) -> tuple[str, tuple[str, ...]]:
-    """The stream's key for the hook to profile, and every name under which that hook is known here."""
-    resolved = dict(zip(stream.requested_hook_names, stream.hook_names, strict=True))
-    own = sae.cfg.metadata.hook_name
-    wanted = hook_name or own
-    if wanted is None and len(resolved) == 1:
-        wanted = stream.hook_names[0]
-    if wanted is None:
-        raise ValueError(f"The dictionary names no hook; pass hook_name= as one of {', '.join(resolved)}.")
-    place = wanted if wanted in stream.hook_names else resolved.get(wanted) or resolve_hook(stream.model, wanted)
-    keys = [key for key, name in resolved.items() if name == place]
-    if not keys:
-        whose = "hook_name is" if hook_name else "The dictionary is of"
-        raise ValueError(
-            f"{whose} {wanted!r}, which the stream does not read; it reads {', '.join(resolved)}. Make a stream over "
-            "that hook, or pass hook_name= to profile the dictionary on another one."
-        )
-    names = [keys[0], place] if hook_name or own is None else [keys[0], place, own]
-    return keys[0], tuple(dict.fromkeys(names))
-
-
 # What the JSON file holds of a profile, and as what.
 _SCALARS = {
-    "hook_name": str, "hook_aliases": list, "n_activations": int, "n_unassigned": int, "context": int, "latent_names": list,
+    "hook_name": str,
+    "hook_aliases": list,
+    "n_activations": int,
+    "n_unassigned": int,
+    "context": int,
+    "latent_names": list,
 }
 _TENSORS = ("counts", "mean_activation", "max_activation", "coherence", "mean_distance", "max_distance")
 _TABLES = ("top", "boundary", "random")
@@ -354,7 +373,8 @@ def _tensors_of(tensors: dict[str, Tensor], path: Path) -> dict[str, Any]:
         raise ValueError(f"The profile in {path} lacks {', '.join(missing)}; it is not whole.")
     found: dict[str, Any] = {name: tensors[name] for name in _TENSORS if name in tensors}
     return found | {
-        table: Examples(**{field.name: tensors[f"{table}.{field.name}"] for field in fields(Examples)}) for table in tables
+        table: Examples(**{field.name: tensors[f"{table}.{field.name}"] for field in fields(Examples)})
+        for table in tables
     }
 
 
@@ -365,7 +385,10 @@ def _check_belongs(content: dict[str, Any], config: dict[str, Any], what: str) -
     # The same place has another name in another host class, to which the dictionary may have been moved since.
     spellings = [] if own is None else [own, *spellings_of(own, False), *spellings_of(own, True)]
     if content["d_sae"] != config.get("d_sae"):
-        raise ValueError(f"The profile is of {content['d_sae']} latents, {what} has {config.get('d_sae')}: they do not belong together.")
+        raise ValueError(
+            f"The profile is of {content['d_sae']} latents, {what} has {config.get('d_sae')}: they do not belong "
+            "together."
+        )
     if own is not None and not set(spellings) & set(known):
         raise ValueError(
             f"The profile was made at {' = '.join(known)}, {what} is of {own!r}: they do not belong together."

@@ -126,7 +126,9 @@ class RegionTally:
             self._random.offer(regions, rows, block, distances)
 
     def results(self) -> dict[str, Any]:
-        """The fields of the profile that this fills; for a dictionary with regions they go before those of the codes."""
+        """The fields of the profile that this fills; for a dictionary with regions they go before those of the
+        codes.
+        """
         empty = self._counts == 0
         n = self._counts.clamp_min(1)
         coherence = None

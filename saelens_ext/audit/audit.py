@@ -1,6 +1,7 @@
 """The audit of a model's continuations as one call: sample, embed, attribute, cluster, test by steering.
 
-Each stage leaves its result in a folder, if one is given, and is not repeated when the same audit is called again with that
+Each stage leaves its result in a folder, if one is given, and is not repeated when the same audit is called again with
+that
 folder: an audit that was interrupted goes on where it was.
 """
 
@@ -63,7 +64,9 @@ class Audit:
         """One row per mode of each prefix."""
         return pd.concat([prefix.modes() for prefix in self.prefixes], ignore_index=True)
 
-    def save_html(self, path: str | Path, *, profiles: Mapping[str, DictionaryProfile] | None = None, title: str = "") -> Path:
+    def save_html(
+        self, path: str | Path, *, profiles: Mapping[str, DictionaryProfile] | None = None, title: str = ""
+    ) -> Path:
         """Write the report on it, one page that needs nothing else.
 
         Args:
@@ -75,7 +78,12 @@ class Audit:
             The path written.
         """
         return write_audit_report(
-            path, prefixes=self.prefixes, about=self.about, config=asdict(self.config), profiles=profiles, tokenizer=self.tokenizer,
+            path,
+            prefixes=self.prefixes,
+            about=self.about,
+            config=asdict(self.config),
+            profiles=profiles,
+            tokenizer=self.tokenizer,
             title=title or "Why the model continues in different ways",
         )
 
@@ -105,8 +113,8 @@ def audit_continuations(
         For each prefix its modes, what distinguishes them, and the effects of steering along them with all controls.
 
     Raises:
-        ValueError: no prefix, or one twice; an unknown option; a folder that holds an audit with other settings, models or
-            dictionaries; and what the stages raise.
+        ValueError: no prefix, or one twice; an unknown option; a folder that holds an audit with other settings, models
+            or dictionaries; and what the stages raise.
     """
     given = [prefixes] if isinstance(prefixes, str) else list(prefixes)
     if not given or len(set(given)) != len(given):
@@ -132,20 +140,39 @@ def audit_continuations(
 
 
 def _audit(
-    model: HostModel, prefix: str, saes: list[SAE[Any]], embedder: Any, config: AuditConfig, stages: Stages, progress: bool
+    model: HostModel,
+    prefix: str,
+    saes: list[SAE[Any]],
+    embedder: Any,
+    config: AuditConfig,
+    stages: Stages,
+    progress: bool,
 ) -> PrefixAudit:
     """All stages of one prefix."""
     held = stages.continuations()
     if held is None:
-        held = stages.keep(sample_continuations(
-            model, prefix, config.n, temperature=config.temperature, top_p=config.top_p, max_new_tokens=config.max_new_tokens,
-            stop=config.stop, seed=config.seed, weights=config.weights, chat_template=config.chat_template, progress=progress,
-        ))
+        held = stages.keep(
+            sample_continuations(
+                model,
+                prefix,
+                config.n,
+                temperature=config.temperature,
+                top_p=config.top_p,
+                max_new_tokens=config.max_new_tokens,
+                stop=config.stop,
+                seed=config.seed,
+                weights=config.weights,
+                chat_template=config.chat_template,
+                progress=progress,
+            )
+        )
     if held.embeddings is None:
         held = _only(held, visible_rows(held, embedder), "the embedder sees no text in them")
         held = stages.keep(embed_continuations(held, embedder, mode=config.embedding, progress=progress))
     if held.signatures is None:
-        held = attribute_continuations(model, saes, held, backend=config.backend, max_sources=config.max_sources, progress=progress)
+        held = attribute_continuations(
+            model, saes, held, backend=config.backend, max_sources=config.max_sources, progress=progress
+        )
         held = stages.keep(_only(held, held.signatures.any(dim=1), "no source of the prefix has an effect on them"))
     state = stages.clustering()
     if state is None:
@@ -155,10 +182,19 @@ def _audit(
     validation = stages.validation()
     if validation is None and not reason:
         try:
-            validation = stages.keep_validation(validate_clusters(
-                model, saes, held, found.clusterer, strengths=config.strengths, top=config.top, max_rows=config.max_rows,
-                seed=config.seed, progress=progress,
-            ))
+            validation = stages.keep_validation(
+                validate_clusters(
+                    model,
+                    saes,
+                    held,
+                    found.clusterer,
+                    strengths=config.strengths,
+                    top=config.top,
+                    max_rows=config.max_rows,
+                    seed=config.seed,
+                    progress=progress,
+                )
+            )
         except NothingToTest as error:
             # Modes without two members or without a latent are a finding, not the end of the audit.
             logger.warning("The modes of %r could not be tested by steering: %s", prefix, error)
@@ -170,11 +206,13 @@ def _only(held: ContinuationSet, rows: torch.Tensor, why_not: str) -> Continuati
     """The continuations that can be clustered; a ValueError if they are fewer than two."""
     left_out = [held.texts[row] for row in (~rows).nonzero().flatten().tolist()]
     if left_out:
-        logger.warning("%d of %d continuations are left out, such as %r: %s.", len(left_out), len(held), left_out[0], why_not)
+        logger.warning(
+            "%d of %d continuations are left out, such as %r: %s.", len(left_out), len(held), left_out[0], why_not
+        )
     if int(rows.sum()) < 2:
         raise ValueError(
-            f"{held.prompt!r} gave {int(rows.sum())} continuation(s) to cluster; an audit needs at least two. Raise temperature, top_p or "
-            "max_new_tokens."
+            f"{held.prompt!r} gave {int(rows.sum())} continuation(s) to cluster; an audit needs at least two. Raise "
+            "temperature, top_p or max_new_tokens."
         )
     return held.select(rows) if left_out else held
 
@@ -187,13 +225,21 @@ def _cluster(held: ContinuationSet, config: AuditConfig) -> PrefixAudit:
     path = rate_distortion_path(e, a, config.betas, config.gammas, sample_weight=weights, **common)
     table, scores, reason = path.to_dataframe(), {}, ""
     try:
-        choice = choose_point(path, clusters=config.n_clusters, n_resamples=config.n_resamples, random_state=config.seed)
+        choice = choose_point(
+            path, clusters=config.n_clusters, n_resamples=config.n_resamples, random_state=config.seed
+        )
         point, scores = choice.point, {(point.beta, point.gamma): stability for point, stability in choice.table}
     except NoEligiblePoint as error:
         # That there are not so many modes at these prices is a finding, which the nearest clustering shows.
         fewest, most = config.n_clusters
-        point = min(path.points, key=lambda point: (max(fewest - point.n_clusters, point.n_clusters - most), point.n_clusters))
-        found = "No modes were found." if point.n_clusters == 1 else f"The nearest to the number of modes asked for, {point.n_clusters}, is shown."
+        point = min(
+            path.points, key=lambda point: (max(fewest - point.n_clusters, point.n_clusters - most), point.n_clusters)
+        )
+        found = (
+            "No modes were found."
+            if point.n_clusters == 1
+            else f"The nearest to the number of modes asked for, {point.n_clusters}, is shown."
+        )
         reason = f"{found} {error}"
         logger.warning("%r: %s", held.prompt, reason)
     cells = list(zip(table["beta"], table["gamma"], strict=True))

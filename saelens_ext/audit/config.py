@@ -72,7 +72,9 @@ class AuditConfig:
         if self.min_cluster_size is not None:
             _checks.positive(self.min_cluster_size, "min_cluster_size")
         if len(self.n_clusters) != 2 or not 1 <= self.n_clusters[0] <= self.n_clusters[1]:
-            raise ValueError(f"n_clusters must be the fewest and the most, with 1 <= fewest <= most, got {self.n_clusters!r}.")
+            raise ValueError(
+                f"n_clusters must be the fewest and the most, with 1 <= fewest <= most, got {self.n_clusters!r}."
+            )
         if not self.betas or not self.gammas:
             raise ValueError(f"betas and gammas must not be empty, got {self.betas!r} and {self.gammas!r}.")
         for beta in self.betas:
@@ -83,5 +85,8 @@ class AuditConfig:
     def of(cls, options: Mapping[str, Any]) -> "AuditConfig":
         """The config from keyword options; an option it does not know is a ValueError with near matches."""
         _checks.known_keys(options, [field.name for field in fields(cls)], "The audit")
-        plain = {name: value.tolist() if isinstance(value, np.ndarray | np.generic) else value for name, value in options.items()}
+        plain = {
+            name: value.tolist() if isinstance(value, np.ndarray | np.generic) else value
+            for name, value in options.items()
+        }
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()})

@@ -27,7 +27,8 @@ def describe(model: HostModel, dictionaries: list[SAE[Any]], embedder: Any) -> d
     return {
         "model": describe_model(model) | {"weights": _fingerprint(model)},
         "dictionaries": [_describe_dictionary(sae) for sae in dictionaries],
-        "embedder": {"name": _name_of(embedder)} | ({"weights": _fingerprint(embedder)} if isinstance(embedder, torch.nn.Module) else {}),
+        "embedder": {"name": _name_of(embedder)}
+        | ({"weights": _fingerprint(embedder)} if isinstance(embedder, torch.nn.Module) else {}),
     }
 
 
@@ -35,7 +36,11 @@ def _describe_dictionary(sae: SAE[Any]) -> dict[str, Any]:
     metadata = sae.cfg.metadata
     written = {"hook_name_out": metadata.hook_name_out} if metadata.hook_name_out is not None else {}
     return {
-        "architecture": sae.cfg.architecture(), "hook_name": metadata.hook_name, **written, "d_in": sae.cfg.d_in, "d_sae": sae.cfg.d_sae,
+        "architecture": sae.cfg.architecture(),
+        "hook_name": metadata.hook_name,
+        **written,
+        "d_in": sae.cfg.d_in,
+        "d_sae": sae.cfg.d_sae,
         "weights": _fingerprint(sae),
     }
 
@@ -77,7 +82,11 @@ def folder_for(
             detail = _differences(content, settings)
             raise ValueError(
                 f"{own} holds an audit with another {' and '.join(changed)}"
-                + (f" ({', '.join(f'{k}: {old!r} there, {new!r} now' for k, (old, new) in detail.items())})" if detail else "")
+                + (
+                    f" ({', '.join(f'{k}: {old!r} there, {new!r} now' for k, (old, new) in detail.items())})"
+                    if detail
+                    else ""
+                )
                 + ". Use another folder, or the same settings."
             )
     else:
@@ -89,7 +98,12 @@ def folder_for(
 def _differences(content: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """What was and what is, by name, of the settings and of what was audited."""
     parts = [(content.get(part, {}), settings[part]) for part in ("config", "about")]
-    return {name: (old.get(name, "nothing"), value) for old, new in parts for name, value in new.items() if old.get(name, "nothing") != value}
+    return {
+        name: (old.get(name, "nothing"), value)
+        for old, new in parts
+        for name, value in new.items()
+        if old.get(name, "nothing") != value
+    }
 
 
 def _plain(value: Any) -> Any:

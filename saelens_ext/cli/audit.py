@@ -38,12 +38,19 @@ def audit(inputs: AuditInputs, settings: AuditConfig, context: Context) -> Resul
     if folder is not None:
         context.kept.append(f"Stages that were finished are in {folder}; the same command goes on from there.")
     found = audit_continuations(
-        model, prefixes, saes, inputs.embedder, folder=folder, progress=context.progress,
+        model,
+        prefixes,
+        saes,
+        inputs.embedder,
+        folder=folder,
+        progress=context.progress,
         **{field.name: getattr(settings, field.name) for field in fields(AuditConfig)},
-    )  # fmt: skip
+    )
     data = _data(found)
     if folder is not None:
-        data["files"] = {name: str(path) for name, path in _write(found, folder, _profiles(inputs.dictionaries, saes)).items()}
+        data["files"] = {
+            name: str(path) for name, path in _write(found, folder, _profiles(inputs.dictionaries, saes)).items()
+        }
     _log(inputs, settings, found)
     return Result(data=data, text=_text(found, data))
 
@@ -64,7 +71,9 @@ def _listed(path: Path) -> list[str]:
         text = path.read_text(encoding="utf-8")
         listed = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} must hold a JSON list of texts, or a text in each line; it is not readable as either ({error}).") from error
+        raise ValueError(
+            f"{path} must hold a JSON list of texts, or a text in each line; it is not readable as either ({error})."
+        ) from error
     if not all(isinstance(entry, str) for entry in listed):
         raise ValueError(f"{path} must hold a JSON list of texts, or a text in each line; it lists something else.")
     return [entry for entry in listed if entry]
@@ -81,10 +90,14 @@ def _folder(inputs: AuditInputs) -> Path | None:
 def _model_config(inputs: AuditInputs, saes: list[SAE[Any]]) -> DictionaryRunnerConfig:
     """How to load the model, in the runner's terms."""
     if inputs.model_class_name == "AutoModelForCausalLM":
-        raise UsageError("An audit needs a model with hooks: --model_class_name=SAETransformerBridge or HookedTransformer.")
+        raise UsageError(
+            "An audit needs a model with hooks: --model_class_name=SAETransformerBridge or HookedTransformer."
+        )
     named = {"model_name": inputs.model_name, "model_class_name": inputs.model_class_name, "device": inputs.device}
     arguments = inputs.model_from_pretrained_kwargs
-    return DictionaryRunnerConfig(hook_name=saes[0].cfg.metadata.hook_name or "unknown", model_from_pretrained_kwargs=arguments, **named)
+    return DictionaryRunnerConfig(
+        hook_name=saes[0].cfg.metadata.hook_name or "unknown", model_from_pretrained_kwargs=arguments, **named
+    )
 
 
 def _profiles(names: list[str], saes: list[SAE[Any]]) -> dict[str, DictionaryProfile]:
@@ -102,18 +115,25 @@ def _figures(found: PrefixAudit) -> dict[str, float]:
     clusterer, path = found.clusterer, found.path
     point = path[(path["beta"] == clusterer.beta) & (path["gamma"] == clusterer.gamma)].iloc[0]
     measured = {name: float(getattr(clusterer, f"{name}_")) for name in _MEASURED}
-    return {"beta": float(clusterer.beta), "gamma": float(clusterer.gamma)} | measured | {"stability": float(point["stability"])}
+    return (
+        {"beta": float(clusterer.beta), "gamma": float(clusterer.gamma)}
+        | measured
+        | {"stability": float(point["stability"])}
+    )
 
 
 def _data(found: Audit) -> dict[str, Any]:
     """The audit for ``--json``."""
     parts = [
         {
-            "prefix": one.prefix, "n_continuations": len(one.continuations), **_figures(one),
-            "modes": one.modes().drop(columns="prefix").to_dict(orient="records"), "not_validated": one.not_validated or None,
+            "prefix": one.prefix,
+            "n_continuations": len(one.continuations),
+            **_figures(one),
+            "modes": one.modes().drop(columns="prefix").to_dict(orient="records"),
+            "not_validated": one.not_validated or None,
         }
         for one in found.prefixes
-    ]  # fmt: skip
+    ]
     claim = None if found.validation is None else found.validation.claim()
     return {"prefixes": parts, "claim": claim, "about": dict(found.about)}
 
@@ -132,14 +152,21 @@ def _text(found: Audit, data: dict[str, Any]) -> str:
 
 
 def _mode_row(mode: dict[str, Any]) -> dict[str, Any]:
-    return {"mode": mode["cluster"], "share": f"{mode['weight']:.0%}", "members": mode["n_members"], "typical": repr(mode["text"])}
+    return {
+        "mode": mode["cluster"],
+        "share": f"{mode['weight']:.0%}",
+        "members": mode["n_members"],
+        "typical": repr(mode["text"]),
+    }
 
 
 def _write(found: Audit, folder: Path, profiles: dict[str, DictionaryProfile]) -> dict[str, Path]:
     """Tables and the report, beside the folders of the stages."""
     tables = {_CONTINUATIONS: found.to_dataframe(), _MODES: found.modes()}
     # Each is bound at once: the writers are called after the loop.
-    _files.write_together({folder / name: lambda path, rows=rows: rows.to_csv(path, index=False) for name, rows in tables.items()})
+    _files.write_together(
+        {folder / name: lambda path, rows=rows: rows.to_csv(path, index=False) for name, rows in tables.items()}
+    )
     report = found.save_html(folder / _REPORT, profiles=profiles or None)
     return {"continuations": folder / _CONTINUATIONS, "modes": folder / _MODES, "report": report}
 
@@ -149,9 +176,18 @@ def _log(inputs: AuditInputs, settings: AuditConfig, found: Audit) -> None:
     if not inputs.logger.log_to_wandb:
         return
     each = [_figures(one) for one in found.prefixes]
-    figures = {f"metrics/{name}": float(np.nanmean([one[name] for one in each])) for name in each[0] if not all(np.isnan(one[name]) for one in each)}
+    figures = {
+        f"metrics/{name}": float(np.nanmean([one[name] for one in each]))
+        for name in each[0]
+        if not all(np.isnan(one[name]) for one in each)
+    }
     if len(each) > 1:
-        figures |= {f"metrics/prefix_{i:03d}/{name}": value for i, one in enumerate(each) for name, value in one.items() if np.isfinite(value)}
+        figures |= {
+            f"metrics/prefix_{i:03d}/{name}": value
+            for i, one in enumerate(each)
+            for name, value in one.items()
+            if np.isfinite(value)
+        }
     content = {name: value for name, value in asdict(inputs).items() if name != "logger"}
     config = plain(content | asdict(settings) | {"logger": asdict(inputs.logger)})
     with WandbTracker(inputs.logger, config) as tracker:

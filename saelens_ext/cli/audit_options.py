@@ -36,7 +36,9 @@ class AuditInputs:
     device: str = "cpu"
     """Where to compute."""
     dictionaries: Any = simple_parsing.field(default_factory=list, type=_texts, metavar="NAME[,NAME…]")
-    """Dictionaries to attribute to: folders of saved ones (their profiles go into the report), repo_id:sae_id on the Hub, or release:sae_id of SAELens."""
+    """Dictionaries to attribute to: folders of saved ones (their profiles go into the report), repo_id:sae_id on the
+    Hub, or release:sae_id of SAELens.
+    """
     prefix: Any = simple_parsing.field(default_factory=list, action="append", type=str, metavar="TEXT")
     """A text that the model continues; may be repeated."""
     prefixes: str | None = simple_parsing.field(default=None, type=text_or_none, metavar="FILE")
@@ -62,9 +64,12 @@ def _stops(text: str) -> tuple[str, ...]:
 
 
 _LISTS: dict[str, tuple[Callable[[str], Any], str]] = {
-    "betas": (_tuple_of(number), "X[,X…]"), "gammas": (_tuple_of(number), "X[,X…]"), "strengths": (_tuple_of(number), "X[,X…]"),
-    "n_clusters": (_tuple_of(whole_number), "N,N"), "stop": (_stops, "TEXT|JSON"),
-}  # fmt: skip
+    "betas": (_tuple_of(number), "X[,X…]"),
+    "gammas": (_tuple_of(number), "X[,X…]"),
+    "strengths": (_tuple_of(number), "X[,X…]"),
+    "n_clusters": (_tuple_of(whole_number), "N,N"),
+    "stop": (_stops, "TEXT|JSON"),
+}
 
 
 def _as_option(field: dataclasses.Field[Any]) -> tuple[str, Any, Any]:
@@ -76,7 +81,11 @@ def _as_option(field: dataclasses.Field[Any]) -> tuple[str, Any, Any]:
 
 
 AuditSettings = dataclasses.make_dataclass(
-    "AuditSettings", [_as_option(field) for field in dataclasses.fields(AuditConfig) if field.name in _LISTS], bases=(AuditConfig,),
-    kw_only=True, frozen=True, namespace={"__doc__": AuditConfig.__doc__},
-)  # fmt: skip
+    "AuditSettings",
+    [_as_option(field) for field in dataclasses.fields(AuditConfig) if field.name in _LISTS],
+    bases=(AuditConfig,),
+    kw_only=True,
+    frozen=True,
+    namespace={"__doc__": AuditConfig.__doc__},
+)
 """AuditConfig, whose fields of several values are given as ``1,2`` or ``[1, 2]``."""

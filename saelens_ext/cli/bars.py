@@ -11,10 +11,11 @@ _SWITCHES = (
     (datasets.are_progress_bars_disabled, datasets.disable_progress_bars, datasets.enable_progress_bars),
     (are_progress_bars_disabled, disable_progress_bars, enable_progress_bars),
     (
-        lambda: not transformers_logging.is_progress_bar_enabled(), transformers_logging.disable_progress_bar,
+        lambda: not transformers_logging.is_progress_bar_enabled(),
+        transformers_logging.disable_progress_bar,
         transformers_logging.enable_progress_bar,
     ),
-)  # fmt: skip
+)
 
 
 @contextmanager

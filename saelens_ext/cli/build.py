@@ -39,7 +39,9 @@ def _how_to_go_on(result: RunResult | None) -> list[str]:
 
 
 def _finished(result: RunResult | None) -> list[str]:
-    names = [] if result is None else [str(built.path) for built in result.dictionaries.values() if built.path is not None]
+    names = (
+        [] if result is None else [str(built.path) for built in result.dictionaries.values() if built.path is not None]
+    )
     return [f"Finished and saved: {', '.join(names)}."] if names else []
 
 
@@ -51,6 +53,10 @@ def _text(result: RunResult) -> str:
 def _row(built: BuiltDictionary) -> dict[str, Any]:
     figures = built.figures()
     return {
-        "dictionary": built.name, "latents": int(built.dictionary.cfg.d_sae), "activations": built.fit.n_seen,
-        "stopped because": built.fit.stopped_because, "explained variance": figures.get("metrics/explained_variance"), "l0": figures.get("metrics/l0"),
-    }  # fmt: skip
+        "dictionary": built.name,
+        "latents": int(built.dictionary.cfg.d_sae),
+        "activations": built.fit.n_seen,
+        "stopped because": built.fit.stopped_because,
+        "explained variance": figures.get("metrics/explained_variance"),
+        "l0": figures.get("metrics/l0"),
+    }

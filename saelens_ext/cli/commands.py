@@ -38,70 +38,111 @@ def _named(name: str) -> Any:
     return getattr(import_module(f"saelens_ext.cli.{module}"), attribute)
 
 
-_DEMO = 'Without a model hub, --model_name=demo is the packaged SmolLM2-135M-Instruct, --dataset_path=demo Python\'s own documentation.'
+_DEMO = (
+    "Without a model hub, --model_name=demo is the packaged SmolLM2-135M-Instruct, "
+    "--dataset_path=demo Python's own documentation."
+)
 
 _ALL = (
     Command(
-        name="exemplars", summary="build ExemplarPartitions of a model's activations",
-        example="exemplars --model_name=gpt2 --hook_name=blocks.6.hook_out --dataset_path=NeelNanda/pile-10k --dictionary.percentile=1,2,4",
-        options=("build_options:ExemplarRunnerConfig",), runs="build:build", note=_DEMO,
+        name="exemplars",
+        summary="build ExemplarPartitions of a model's activations",
+        example=(
+            "exemplars --model_name=gpt2 --hook_name=blocks.6.hook_out "
+            "--dataset_path=NeelNanda/pile-10k --dictionary.percentile=1,2,4"
+        ),
+        options=("build_options:ExemplarRunnerConfig",),
+        runs="build:build",
+        note=_DEMO,
         kept="Nothing was finished; the same command starts anew.",
     ),
     Command(
-        name="snmf", summary="build SNMFDictionaries of an MLP's neurons",
-        example="snmf --model_name=gpt2 --hook_name=blocks.6.mlp.out.hook_in --dataset_path=NeelNanda/pile-10k --dictionary.n_components=100",
-        options=("build_options:SNMFRunnerConfig",), runs="build:build", note=_DEMO,
+        name="snmf",
+        summary="build SNMFDictionaries of an MLP's neurons",
+        example=(
+            "snmf --model_name=gpt2 --hook_name=blocks.6.mlp.out.hook_in "
+            "--dataset_path=NeelNanda/pile-10k --dictionary.n_components=100"
+        ),
+        options=("build_options:SNMFRunnerConfig",),
+        runs="build:build",
+        note=_DEMO,
         kept="Nothing was finished; the same command starts anew.",
     ),
     Command(
-        name="audit", summary="ask why a model continues a text in different ways, and test the answer by steering",
-        example='audit --model_name=gpt2 --dictionaries=output/blocks.6.hook_out_exemplars_p2 --prefix="I think that" --output_path=my_audit',
-        options=("audit_options:AuditInputs", "audit_options:AuditSettings"), runs="audit:audit",
-        note="Under a wandb agent, every point of the sweep has a folder of its own below output_path, named by its run.",
+        name="audit",
+        summary="ask why a model continues a text in different ways, and test the answer by steering",
+        example=(
+            "audit --model_name=gpt2 --dictionaries=output/blocks.6.hook_out_exemplars_p2 "
+            '--prefix="I think that" --output_path=my_audit'
+        ),
+        options=("audit_options:AuditInputs", "audit_options:AuditSettings"),
+        runs="audit:audit",
+        note="Under a wandb agent each point of the sweep has a folder of its own below output_path, named by its run.",
     ),
     Command(
-        name="profile", summary="find what the latents of a saved dictionary respond to, and put it beside the dictionary",
+        name="profile",
+        summary="find what the latents of a saved dictionary respond to, and put it beside the dictionary",
         example="profile output/blocks.6.hook_out_exemplars_p2 --training_tokens=200000",
-        options=("options:ReadingOptions", "options:ProfileOptions"), runs="inspection:profile",
+        options=("options:ReadingOptions", "options:ProfileOptions"),
+        runs="inspection:profile",
         kept="The dictionary's folder is as it was.",
     ),
     Command(
-        name="report", summary="write an HTML report on a saved dictionary",
-        example="report output/blocks.6.hook_out_exemplars_p2", options=("options:ReportOptions",), runs="report:report",
+        name="report",
+        summary="write an HTML report on a saved dictionary",
+        example="report output/blocks.6.hook_out_exemplars_p2",
+        options=("options:ReportOptions",),
+        runs="report:report",
         kept="No report was written.",
     ),
     Command(
-        name="eval", summary="evaluate a saved dictionary with SAELens' run_evals",
+        name="eval",
+        summary="evaluate a saved dictionary with SAELens' run_evals",
         example="eval output/blocks.6.hook_out_exemplars_p2 --n_eval_batches=20",
-        options=("options:ReadingOptions", "options:EvalOptions"), runs="inspection:evaluate",
+        options=("options:ReadingOptions", "options:EvalOptions"),
+        runs="inspection:evaluate",
         kept="The dictionary's folder is as it was.",
     ),
     Command(
-        name="match", summary="find which directions two dictionaries share, and how many chance would explain",
+        name="match",
+        summary="find which directions two dictionaries share, and how many chance would explain",
         example="match output/base_exemplars_p2 output/instruct_exemplars_p2 --csv=matched.csv",
-        options=("options:MatchOptions",), runs="inspection:match", kept="Nothing was written.",
+        options=("options:MatchOptions",),
+        runs="inspection:match",
+        kept="Nothing was written.",
     ),
     Command(
-        name="convert", summary="convert a published exemplar partition (a pickle, read without running it)",
-        example="convert gemma-2-2b_L12_p10 my_partition", options=("options:ConvertOptions",), runs="share:convert",
+        name="convert",
+        summary="convert a published exemplar partition (a pickle, read without running it)",
+        example="convert gemma-2-2b_L12_p10 my_partition",
+        options=("options:ConvertOptions",),
+        runs="share:convert",
         kept="Nothing was written; what was downloaded is in the cache and is not fetched again.",
     ),
     Command(
-        name="push", summary="put a saved dictionary on the Hugging Face Hub",
+        name="push",
+        summary="put a saved dictionary on the Hugging Face Hub",
         example="push output/blocks.6.hook_out_exemplars_p2 my-name/my-dictionaries blocks.6.hook_out/p2",
-        options=("options:PushOptions",), runs="share:push",
+        options=("options:PushOptions",),
+        runs="share:push",
         kept="Files are published all together or not at all; push again, and what had arrived is not sent twice.",
     ),
     Command(
-        name="pull", summary="copy a dictionary from the Hugging Face Hub into a folder",
-        example="pull my-name/my-dictionaries blocks.6.hook_out/p2 my_partition", options=("options:PullOptions",), runs="share:pull",
+        name="pull",
+        summary="copy a dictionary from the Hugging Face Hub into a folder",
+        example="pull my-name/my-dictionaries blocks.6.hook_out/p2 my_partition",
+        options=("options:PullOptions",),
+        runs="share:pull",
         kept="The folder is as it was; what had arrived is in the cache, and the same command goes on from there.",
     ),
     Command(
-        name="demo", summary="build, inspect, evaluate and steer with dictionaries of a packaged model, without a hub",
-        example="demo --output_path=demo_output", options=("options:DemoOptions",), runs="share:demo",
+        name="demo",
+        summary="build, inspect, evaluate and steer with dictionaries of a packaged model, without a hub",
+        example="demo --output_path=demo_output",
+        options=("options:DemoOptions",),
+        runs="share:demo",
         kept="Dictionaries that were finished are in the output folder.",
     ),
-)  # fmt: skip
+)
 
 COMMANDS = {command.name: command for command in _ALL}

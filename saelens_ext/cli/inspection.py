@@ -1,4 +1,6 @@
-"""``profile``, ``eval`` and ``match``: what a saved dictionary responds to, how good it is, and what it shares with another."""
+"""``profile``, ``eval`` and ``match``: what a saved dictionary responds to, how good it is, and what it shares with
+another.
+"""
 
 import logging
 from collections.abc import Mapping
@@ -32,7 +34,12 @@ def profile(options: ReadingOptions, how: ProfileOptions, context: Context) -> R
     saes = [opening.attach(sae, stream.model) for sae, _ in held]
     logger.info("Reading %s activations of %s", f"{config.training_tokens:,}", config.hook_names[0])
     found = profile_dictionaries(
-        saes, stream, n_examples=how.n_examples, n_boundary=how.n_boundary, context=how.context, progress=context.progress
+        saes,
+        stream,
+        n_examples=how.n_examples,
+        n_boundary=how.n_boundary,
+        context=how.context,
+        progress=context.progress,
     )
     for one, (_, path) in zip(found, held):
         if contents.fit is None:
@@ -46,9 +53,12 @@ def profile(options: ReadingOptions, how: ProfileOptions, context: Context) -> R
 def _profile_row(found: DictionaryProfile, path: Path) -> dict[str, Any]:
     firing = found.counts[found.counts > 0].double()
     return {
-        "path": str(path), "activations": found.n_activations, "latents": found.d_sae, "never active": int((found.counts == 0).sum()),
+        "path": str(path),
+        "activations": found.n_activations,
+        "latents": found.d_sae,
+        "never active": int((found.counts == 0).sum()),
         "median count": float(firing.median()) if len(firing) else 0.0,
-    }  # fmt: skip
+    }
 
 
 def evaluate(options: ReadingOptions, how: EvalOptions, context: Context) -> Result:
@@ -57,7 +67,10 @@ def evaluate(options: ReadingOptions, how: EvalOptions, context: Context) -> Res
         raise UsageError(f"--n_eval_batches must be at least 1, got {how.n_eval_batches}.")
     contents = opening.read_folder(options.dictionary)
     if isinstance(contents.dictionary, HierarchicalSNMF):
-        raise ValueError(f"{options.dictionary} is a hierarchy; evaluate the dictionary of one level, {options.dictionary}/level_0 for instance.")
+        raise ValueError(
+            f"{options.dictionary} is a hierarchy; evaluate the dictionary of one level, {options.dictionary}/level_0 "
+            "for instance."
+        )
     config = opening.reading_config(contents, contents.dictionary, options)
     if not config.model_name:
         raise UsageError("An evaluation runs the model: --model_name=NAME, the folder of a saved one, or demo.")
@@ -66,7 +79,9 @@ def evaluate(options: ReadingOptions, how: EvalOptions, context: Context) -> Res
     size = how.eval_batch_size_prompts or config.store_batch_size_prompts
     built_from = opening.recorded_settings(contents, dictionary)
     same = config.dataset_path == built_from.get("dataset_path") and "training_tokens" in built_from
-    windows = evaluation.eval_windows(stream, _last_document(stream, config.training_tokens) if same else -1, size, how.n_eval_batches)
+    windows = evaluation.eval_windows(
+        stream, _last_document(stream, config.training_tokens) if same else -1, size, how.n_eval_batches
+    )
     if windows is None:
         raise ValueError(f"{config.dataset_path or config.cached_activations_path} holds no text to evaluate on.")
     logger.info("Evaluating on %d windows of %d tokens", len(windows.windows), config.context_size)
@@ -91,7 +106,11 @@ def _last_document(stream: RunStream, n_activations: int) -> int:
 
 
 def _groups(groups: Mapping[str, Mapping[str, Any]]) -> str:
-    rows = [{"group": group, "metric": name, "value": shown(value)} for group, figures in groups.items() for name, value in figures.items()]
+    rows = [
+        {"group": group, "metric": name, "value": shown(value)}
+        for group, figures in groups.items()
+        for name, value in figures.items()
+    ]
     return table(rows)
 
 
@@ -100,7 +119,13 @@ def match(options: MatchOptions, context: Context) -> Result:
     first, second = opening.open_dictionary(options.first), opening.open_dictionary(options.second)
     with torch.no_grad():
         found = match_dictionaries(
-            first, second, center=options.center, null=options.null, level=options.level, n_null=options.n_null, seed=options.seed
+            first,
+            second,
+            center=options.center,
+            null=options.null,
+            level=options.level,
+            n_null=options.n_null,
+            seed=options.seed,
         )
     summary = found.summary()
     if options.csv is not None:
@@ -112,10 +137,14 @@ def match(options: MatchOptions, context: Context) -> Result:
 def _match_text(summary: Mapping[str, Any], options: MatchOptions, first: SAE[Any], second: SAE[Any]) -> str:
     rows = [
         {
-            "dictionary": name, "latents": int(sae.cfg.d_sae), "cutoff": side["cutoff"], "above it": f"{side['share_above_cutoff']:.1%}",
-            "mutual and above": f"{side['share_mutual_above_cutoff']:.1%}", "median cosine": side["median_cosine"],
+            "dictionary": name,
+            "latents": int(sae.cfg.d_sae),
+            "cutoff": side["cutoff"],
+            "above it": f"{side['share_above_cutoff']:.1%}",
+            "mutual and above": f"{side['share_mutual_above_cutoff']:.1%}",
+            "median cosine": side["median_cosine"],
         }
         for name, sae, side in ((options.first, first, summary["first"]), (options.second, second, summary["second"]))
-    ]  # fmt: skip
+    ]
     chance = f"By chance {summary['share_expected_by_chance']:.1%} would be above the cutoff."
     return f"{table(rows)}\n{chance}" + (f"\nEvery latent: {options.csv}" if options.csv else "")

@@ -55,7 +55,10 @@ def _general(arguments: Sequence[str]) -> int:
     elif first.startswith("-"):
         raise UsageError(f"The command comes first, before {first}: {PROGRAM} COMMAND [OPTIONS]. See {PROGRAM} --help.")
     else:
-        raise UsageError(f"There is no command {first}; there are {', '.join(COMMANDS)}.{near(first, COMMANDS)} See {PROGRAM} --help.")
+        raise UsageError(
+            f"There is no command {first}; there are {', '.join(COMMANDS)}.{near(first, COMMANDS)} See {PROGRAM} "
+            "--help."
+        )
     return 0
 
 

@@ -22,10 +22,28 @@ from saelens_ext.runner.config import MODEL_CLASSES, DictionaryRunnerConfig
 
 # What the config of a run, or the metadata of a dictionary, says about what was read.
 _OF_THE_RUN = (
-    "model_name", "model_class_name", "model_from_pretrained_kwargs", "dataset_path", "streaming", "text_column", "cached_activations_path",
-    "context_size", "prepend_bos", "store_batch_size_prompts", "seqpos_slice", "exclude_special_tokens", "training_tokens",
+    "model_name",
+    "model_class_name",
+    "model_from_pretrained_kwargs",
+    "dataset_path",
+    "streaming",
+    "text_column",
+    "cached_activations_path",
+    "context_size",
+    "prepend_bos",
+    "store_batch_size_prompts",
+    "seqpos_slice",
+    "exclude_special_tokens",
+    "training_tokens",
 )
-_OF_THE_METADATA = ("model_name", "dataset_path", "context_size", "prepend_bos", "seqpos_slice", "exclude_special_tokens")
+_OF_THE_METADATA = (
+    "model_name",
+    "dataset_path",
+    "context_size",
+    "prepend_bos",
+    "seqpos_slice",
+    "exclude_special_tokens",
+)
 _TOKENS = 200_000
 
 
@@ -40,14 +58,18 @@ def open_model(config: DictionaryRunnerConfig) -> Any:
         raise UsageError("No model was named: --model_name=NAME, the folder of a saved one, or demo.")
     if config.model_name == DEMO:
         if config.model_class_name != "SAETransformerBridge" or config.model_from_pretrained_kwargs:
-            raise UsageError("The demo model is loaded as SAETransformerBridge only, without model_from_pretrained_kwargs.")
+            raise UsageError(
+                "The demo model is loaded as SAETransformerBridge only, without model_from_pretrained_kwargs."
+            )
         return load_demo_model(config.device)
     try:
         return sources.open_model(config)
     except (OSError, KeyError) as error:
         # The libraries' messages are pages about tokens and mirrors; the first line says what is wrong.
         first = (str(error).strip("'\"\n ").splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"The model {config.model_name!r} {_where(config.model_name)}: {first.rstrip('.')}.") from error
+        raise ValueError(
+            f"The model {config.model_name!r} {_where(config.model_name)}: {first.rstrip('.')}."
+        ) from error
 
 
 def open_dataset(config: DictionaryRunnerConfig) -> Any:
@@ -67,7 +89,11 @@ def open_dataset(config: DictionaryRunnerConfig) -> Any:
 
 def _where(name: str) -> str:
     """Where a name was looked for in vain."""
-    return "could not be read" if Path(name).exists() else "is no file or folder here, and could not be loaded from the hub"
+    return (
+        "could not be read"
+        if Path(name).exists()
+        else "is no file or folder here, and could not be loaded from the hub"
+    )
 
 
 def check_writable(path: str | Path | None, option: str) -> None:
@@ -81,7 +107,9 @@ def check_writable(path: str | Path | None, option: str) -> None:
         return
     nearest = next(folder for folder in (Path(path).absolute(), *Path(path).absolute().parents) if folder.exists())
     if not nearest.is_dir():
-        raise NotADirectoryError(f"--{option}={path}: {nearest} is a file, and results go into a folder; choose another name.")
+        raise NotADirectoryError(
+            f"--{option}={path}: {nearest} is a file, and results go into a folder; choose another name."
+        )
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise PermissionError(f"--{option}={path}: {nearest} may not be written; choose a folder of yours.")
 
@@ -117,16 +145,25 @@ def open_dictionary(name: str, device: str = "cpu") -> SAE[Any]:
         repo_id, _, sae_id = name.partition(":")
         if not (repo_id and sae_id):
             raise FileNotFoundError(f"There is no folder {name}, and it is not written as repo_id:sae_id.")
-        found = load_from_hub(repo_id, sae_id, device=device).dictionary if "/" in repo_id else SAE.from_pretrained(repo_id, sae_id, device=device)
+        found = (
+            load_from_hub(repo_id, sae_id, device=device).dictionary
+            if "/" in repo_id
+            else SAE.from_pretrained(repo_id, sae_id, device=device)
+        )
     if isinstance(found, HierarchicalSNMF):
-        raise ValueError(f"{name} is a hierarchy of {len(found.dictionaries)} dictionaries: name the folder of one, {name}/level_0 for instance.")
+        raise ValueError(
+            f"{name} is a hierarchy of {len(found.dictionaries)} dictionaries: name the folder of one, {name}/level_0 "
+            "for instance."
+        )
     return found
 
 
 def dictionaries_in(contents: Contents, folder: str) -> list[tuple[SAE[Any], Path]]:
     """The dictionaries of a folder with the folder of each: one, or the levels of a hierarchy."""
     if isinstance(contents.dictionary, HierarchicalSNMF):
-        return [(level, Path(folder) / f"level_{number}") for number, level in enumerate(contents.dictionary.dictionaries)]
+        return [
+            (level, Path(folder) / f"level_{number}") for number, level in enumerate(contents.dictionary.dictionaries)
+        ]
     return [(contents.dictionary, Path(folder))]
 
 
@@ -135,8 +172,12 @@ def attach(dictionary: SAE[Any], model: Any) -> SAE[Any]:
     return dictionary if model is None else retarget(dictionary, model)
 
 
-def reading_config(contents: Contents, dictionary: SAE[Any], options: ReadingOptions, **more: Any) -> DictionaryRunnerConfig:
-    """What is to be read for a saved dictionary: as given, else as its run or its metadata say, else the runner's defaults."""
+def reading_config(
+    contents: Contents, dictionary: SAE[Any], options: ReadingOptions, **more: Any
+) -> DictionaryRunnerConfig:
+    """What is to be read for a saved dictionary: as given, else as its run or its metadata say, else the runner's
+    defaults.
+    """
     recorded = recorded_settings(contents, dictionary)
     given = {field.name: getattr(options, field.name) for field in fields(ReadingOptions) if field.name != "dictionary"}
     given = {name: value for name, value in (given | more).items() if value is not None}
@@ -146,8 +187,14 @@ def reading_config(contents: Contents, dictionary: SAE[Any], options: ReadingOpt
         recorded.pop("cached_activations_path", None)
     hook_name = dictionary.cfg.metadata.hook_name
     if not hook_name:
-        raise ValueError(f"The dictionary in {options.dictionary} records no hook name: set metadata.hook_name in its cfg.json.")
-    config = {"training_tokens": _TOKENS, "hook_name": hook_name, "checkpoint_path": None, "output_path": None} | recorded | given
+        raise ValueError(
+            f"The dictionary in {options.dictionary} records no hook name: set metadata.hook_name in its cfg.json."
+        )
+    config = (
+        {"training_tokens": _TOKENS, "hook_name": hook_name, "checkpoint_path": None, "output_path": None}
+        | recorded
+        | given
+    )
     return DictionaryRunnerConfig(**config)
 
 
@@ -155,7 +202,9 @@ def recorded_settings(contents: Contents, dictionary: SAE[Any]) -> dict[str, Any
     """What a dictionary's own files say about the model and the text that it was built from."""
     metadata = dictionary.cfg.metadata
     found = {name: metadata.get(name) for name in _OF_THE_METADATA}
-    named = {"HookedSAETransformer": "HookedTransformer"}.get(str(metadata.model_class_name), str(metadata.model_class_name))
+    named = {"HookedSAETransformer": "HookedTransformer"}.get(
+        str(metadata.model_class_name), str(metadata.model_class_name)
+    )
     found["model_class_name"] = named if named in MODEL_CLASSES else None
     run = contents.runner_config
     # SAELens' own trainer writes a file of the same name, whose tokens are those of a training.

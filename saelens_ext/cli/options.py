@@ -90,7 +90,9 @@ class ReportOptions:
     compare: Any = field(default_factory=list, action="append", type=str, metavar="FOLDER")
     """Another partition, whose growth is shown beside this one's; may be repeated."""
     model_name: str | None = None
-    """Hugging Face name of the model, the folder of a saved one, or demo; by default as when the dictionary was built."""
+    """Hugging Face name of the model, the folder of a saved one, or demo; by default as when the dictionary was
+    built.
+    """
     model_class_name: str | None = None
     """SAETransformerBridge or HookedTransformer."""
     lens: bool = True

@@ -69,7 +69,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     widths = [max(len(name), *(len(line[i]) for line in cells)) for i, name in enumerate(names)]
     right = [all(row.get(name) is None or isinstance(row.get(name), (int, float)) for row in rows) for name in names]
     lines = [names, *cells]
-    return "\n".join("  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right)).rstrip() for line in lines)
+    return "\n".join(
+        "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right)).rstrip() for line in lines
+    )
 
 
 def shown(value: Any) -> str:
@@ -114,7 +116,14 @@ class _Line(logging.Formatter):
         return f"{PROGRAM}: {kind}{' '.join(record.getMessage().split())}"
 
 
-def _show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: str | None = None) -> None:
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: Any = None,
+    line: str | None = None,
+) -> None:
     """Warnings for users, and none about the code of libraries."""
     if not issubclass(category, (DeprecationWarning, FutureWarning, PendingDeprecationWarning)):
         print(f"{PROGRAM}: warning: {' '.join(str(message).split())}", file=sys.stderr)

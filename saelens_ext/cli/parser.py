@@ -26,7 +26,7 @@ _OF_THE_LOGGER = {
     "run_name": "Name of the run; with several runs, the beginning of their names.",
     "wandb_id": "Id of the run; with several runs, the beginning of their ids.",
     "wandb_log_frequency": "Log every so many times that there are new figures.",
-}  # fmt: skip
+}
 _NO_DEFAULT = (None, argparse.SUPPRESS, "", (), [], (None,))
 
 
@@ -46,8 +46,13 @@ def parse(command: Command, arguments: Sequence[str]) -> tuple[list[Any], Output
 def parser_of(command: Command) -> "CommandParser":
     """The parser of a command."""
     parser = CommandParser(
-        prog=f"{PROGRAM} {command.name}", description=_sentence(command.summary), nested_mode=NestedMode.WITHOUT_ROOT,
-        argument_generation_mode=ArgumentGenerationMode.NESTED, add_config_path_arg=False, allow_abbrev=False, formatter_class=_Formatter,
+        prog=f"{PROGRAM} {command.name}",
+        description=_sentence(command.summary),
+        nested_mode=NestedMode.WITHOUT_ROOT,
+        argument_generation_mode=ArgumentGenerationMode.NESTED,
+        add_config_path_arg=False,
+        allow_abbrev=False,
+        formatter_class=_Formatter,
         epilog=f"example:\n  {PROGRAM} {command.example}" + (f"\n\n{command.note}" if command.note else ""),
     )
     for number, kind in enumerate(command.option_classes()):
@@ -60,17 +65,35 @@ def overview() -> str:
     """The help of the program itself."""
     width = max(map(len, COMMANDS))
     lines = [f"  {command.name.ljust(width)}  {command.summary}" for command in COMMANDS.values()]
-    return "\n".join([
-        f"usage: {PROGRAM} COMMAND [OPTIONS]", "",
-        "Feature dictionaries made from observed activations, as SAELens SAEs: build, inspect, compare and share them.", "",
-        "commands:", *lines, "", f"{PROGRAM} COMMAND --help lists the options of a command. Each is written --name=value.", "",
-        "options:", "  -h, --help  show this help", "  --version   show the version", "",
-        "of every command:", "  --json      print the result as one JSON object",
-        "  --quiet     only warnings and errors on stderr", "  --debug     show where an error comes from", "",
-        "Results go to stdout, all else to stderr. Exit status: 0 done, 1 failed, 2 not understood, 130 interrupted.", "",
-        "example (without a model hub; SmolLM2-135M-Instruct and Python's documentation):",
-        f"  {PROGRAM} exemplars --model_name=demo --dataset_path=demo --hook_name=blocks.15.hook_out --training_tokens=20000",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            f"usage: {PROGRAM} COMMAND [OPTIONS]",
+            "",
+            "Feature dictionaries made from observed activations, as SAELens SAEs: build, inspect, compare and share "
+            "them.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            f"{PROGRAM} COMMAND --help lists the options of a command. Each is written --name=value.",
+            "",
+            "options:",
+            "  -h, --help  show this help",
+            "  --version   show the version",
+            "",
+            "of every command:",
+            "  --json      print the result as one JSON object",
+            "  --quiet     only warnings and errors on stderr",
+            "  --debug     show where an error comes from",
+            "",
+            "Results go to stdout, all else to stderr. Exit status: 0 done, 1 failed, 2 not understood, 130 "
+            "interrupted.",
+            "",
+            "example (without a model hub; SmolLM2-135M-Instruct and Python's documentation):",
+            f"  {PROGRAM} exemplars --model_name=demo --dataset_path=demo --hook_name=blocks.15.hook_out "
+            "--training_tokens=20000",
+        ]
+    )
 
 
 class CommandParser(simple_parsing.ArgumentParser):
@@ -122,7 +145,9 @@ class CommandParser(simple_parsing.ArgumentParser):
                 return f"{name} needs a value: {name}={takes}."
             if value := re.fullmatch(r"invalid choice: (.*) \(choose from .*", problem, re.DOTALL):
                 return f"{name} takes {takes.replace('|', ' or ')}, got {value[1]}.{near(value[1], takes.split('|'))}"
-            if value := re.fullmatch(r"(?:invalid \S+ value: |Boolean value expected for argument, received )(.*)", problem, re.DOTALL):
+            if value := re.fullmatch(
+                r"(?:invalid \S+ value: |Boolean value expected for argument, received )(.*)", problem, re.DOTALL
+            ):
                 return f"{name} takes {_IN_WORDS.get(takes, takes)}, got {value[1]}."
             return f"{name}: {problem}."
         return f"{message[0].upper()}{message[1:]}."
@@ -150,7 +175,11 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = re.sub(r"``|\s*<__TEMP__>|\s*\(default: %\(default\)s\)", "", action.help or "").strip()
-        default = "" if action.default in _NO_DEFAULT or not action.option_strings else f"(default: {_written(action.default)})"
+        default = (
+            ""
+            if action.default in _NO_DEFAULT or not action.option_strings
+            else f"(default: {_written(action.default)})"
+        )
         return f"{text} {default}".strip().replace("%", "%%")
 
 
@@ -175,8 +204,12 @@ def _written(value: Any) -> str:
 
 
 def _spelled_out(arguments: Sequence[str], kinds: Sequence[type]) -> list[str]:
-    """``--model-name=x`` as ``--model_name=x``, and ``--json`` as ``--json=true``, which else would take the next word for its value."""
-    switches = {f"--{field.name}" for kind in kinds for field in dataclasses.fields(kind) if field.type in (bool, "bool")}
+    """``--model-name=x`` as ``--model_name=x``, and ``--json`` as ``--json=true``, which else would take the next word
+    for its value.
+    """
+    switches = {
+        f"--{field.name}" for kind in kinds for field in dataclasses.fields(kind) if field.type in (bool, "bool")
+    }
     found = []
     for argument, following in zip(arguments, [*arguments[1:], ""]):
         name, separator, value = argument.partition("=")

@@ -30,7 +30,10 @@ def report(options: ReportOptions, context: Context) -> Result:
     folder = Path(options.dictionary)
     contents = opening.read_folder(options.dictionary)
     if contents.fit is None and not isinstance(contents.dictionary, HierarchicalSNMF):
-        raise ValueError(f"{folder} holds a dictionary without the statistics of a fit (fit.json); there is a report on fits of this package only.")
+        raise ValueError(
+            f"{folder} holds a dictionary without the statistics of a fit (fit.json); there is a report on fits of "
+            "this package only."
+        )
     profiles = [_profile(path, sae) for sae, path in opening.dictionaries_in(contents, options.dictionary)]
     others = [_other(name) for name in options.compare] if isinstance(contents.fit, FitResult) else []
     model, tokenizer, name = _host(options, contents)
@@ -40,7 +43,13 @@ def report(options: ReportOptions, context: Context) -> Result:
         fit = replace(contents.fit, dictionary=opening.attach(contents.fit.dictionary, model))
         evals = _files.read_json(folder / EVALS_FILENAME) if (folder / EVALS_FILENAME).exists() else None
         path = write_dictionary_report(
-            target, fits=[*others, fit], chosen=fit, profile=profiles[0], lens=_lens(model, fit.dictionary), evals=evals, **common
+            target,
+            fits=[*others, fit],
+            chosen=fit,
+            profile=profiles[0],
+            lens=_lens(model, fit.dictionary),
+            evals=evals,
+            **common,
         )
     else:
         path = write_dictionary_report(target, snmf=_section(contents, profiles, model), **common)
@@ -49,7 +58,9 @@ def report(options: ReportOptions, context: Context) -> Result:
 
 def _profile(path: Path, sae: SAE[Any]) -> DictionaryProfile:
     if not (path / "profile.json").exists():
-        raise FileNotFoundError(f"{path} holds no profile, which the report shows; make it with `saelens-ext profile {path}`.")
+        raise FileNotFoundError(
+            f"{path} holds no profile, which the report shows; make it with `saelens-ext profile {path}`."
+        )
     return DictionaryProfile.load(path, sae)
 
 
@@ -63,7 +74,11 @@ def _other(name: str | list[str]) -> FitResult:
 
 
 def _first(contents: Contents) -> SAE[Any]:
-    return contents.dictionary.dictionaries[0] if isinstance(contents.dictionary, HierarchicalSNMF) else contents.dictionary
+    return (
+        contents.dictionary.dictionaries[0]
+        if isinstance(contents.dictionary, HierarchicalSNMF)
+        else contents.dictionary
+    )
 
 
 def _host(options: ReportOptions, contents: Contents) -> tuple[Any, Any, str]:
@@ -76,7 +91,13 @@ def _host(options: ReportOptions, contents: Contents) -> tuple[Any, Any, str]:
     if options.lens and kind == "AutoModelForCausalLM":
         kind = "SAETransformerBridge"  # the lens needs a model that shows its last norm and unembedding
     arguments = recorded.get("model_from_pretrained_kwargs") if options.model_name is None else None
-    config = DictionaryRunnerConfig(hook_name="none", model_name=name, model_class_name=kind, model_from_pretrained_kwargs=arguments, device=options.device)
+    config = DictionaryRunnerConfig(
+        hook_name="none",
+        model_name=name,
+        model_class_name=kind,
+        model_from_pretrained_kwargs=arguments,
+        device=options.device,
+    )
     if options.lens or name == DEMO:
         model = opening.open_model(config)
         return model if options.lens else None, tokenizer_of(model), str(model.cfg.model_name)
@@ -100,7 +121,9 @@ def _section(contents: Contents, profiles: list[DictionaryProfile], model: Any) 
     held = [fit.dictionary] if hierarchy is None else hierarchy.dictionaries
     losses = [fit.held_out_loss] if hierarchy is None else [None] * len(held)
     levels = [
-        SNMFLevel(dictionary=one, profile=profile, lens=_neuron_lens(model, opening.attach(one, model)), held_out_loss=loss)
+        SNMFLevel(
+            dictionary=one, profile=profile, lens=_neuron_lens(model, opening.attach(one, model)), held_out_loss=loss
+        )
         for one, profile, loss in zip(held, profiles, losses)
     ]
     return SNMFSection(levels=levels, fit=fit, hierarchy=hierarchy)

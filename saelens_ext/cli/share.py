@@ -18,21 +18,39 @@ def convert(options: ConvertOptions, context: Context) -> Result:
     """Convert a published dictionary."""
     opening.check_writable(options.output_path, "output_path")
     found = convert_published_dictionary(
-        options.source, options.output_path, hook_name=options.hook_name, model_name=options.model_name, percentile=options.percentile,
-        revision=options.revision or PUBLISHED_REVISION, sha256=options.sha256, max_bytes=options.max_bytes or MAX_BYTES,
-        reservoir=options.reservoir, progress=context.progress,
-    )  # fmt: skip
+        options.source,
+        options.output_path,
+        hook_name=options.hook_name,
+        model_name=options.model_name,
+        percentile=options.percentile,
+        revision=options.revision or PUBLISHED_REVISION,
+        sha256=options.sha256,
+        max_bytes=options.max_bytes or MAX_BYTES,
+        reservoir=options.reservoir,
+        progress=context.progress,
+    )
     data = {"path": options.output_path, **found.summary()}
-    text = f"{shown(data['n_regions'])} regions of {data['hook_name']} of {data['model_name']} at threshold {shown(data['threshold'])}: {options.output_path}"
+    text = (
+        f"{shown(data['n_regions'])} regions of {data['hook_name']} of {data['model_name']} at "
+        f"threshold {shown(data['threshold'])}: {options.output_path}"
+    )
     return Result(data=data, text=text)
 
 
 def push(options: PushOptions, context: Context) -> Result:
     """Put a saved dictionary on the Hub."""
     info = push_to_hub(
-        Path(options.dictionary), options.repo_id, options.sae_id, report=options.report, base_model=options.base_model, license=options.license,
-        private=options.private, revision=options.revision, token=options.token, commit_message=options.message,
-    )  # fmt: skip
+        Path(options.dictionary),
+        options.repo_id,
+        options.sae_id,
+        report=options.report,
+        base_model=options.base_model,
+        license=options.license,
+        private=options.private,
+        revision=options.revision,
+        token=options.token,
+        commit_message=options.message,
+    )
     data = {"repo_id": options.repo_id, "sae_id": options.sae_id, "commit": info.oid, "url": str(info)}
     return Result(data=data, text=f"Pushed: {info}")
 
@@ -40,9 +58,14 @@ def push(options: PushOptions, context: Context) -> Result:
 def pull(options: PullOptions, context: Context) -> Result:
     """Copy a dictionary from the Hub."""
     opening.check_writable(options.output_path, "output_path")
-    path = pull_from_hub(options.repo_id, options.sae_id, options.output_path, revision=options.revision, token=options.token)
+    path = pull_from_hub(
+        options.repo_id, options.sae_id, options.output_path, revision=options.revision, token=options.token
+    )
     files = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
-    return Result(data={"path": path, "repo_id": options.repo_id, "sae_id": options.sae_id, "files": files}, text=f"Pulled into {path}: {', '.join(files)}")
+    return Result(
+        data={"path": path, "repo_id": options.repo_id, "sae_id": options.sae_id, "files": files},
+        text=f"Pulled into {path}: {', '.join(files)}",
+    )
 
 
 def demo(options: DemoOptions, context: Context) -> Result:
@@ -51,4 +74,6 @@ def demo(options: DemoOptions, context: Context) -> Result:
         raise UsageError(f"--max_tokens must be at least 1, got {options.max_tokens}.")
     opening.check_writable(options.output_path, "output_path")
     report = run_demo(Path(options.output_path), options.max_tokens, logger.info)
-    return Result(data={"report": report.resolve(), "output_path": options.output_path}, text=f"The report: {report.resolve()}")
+    return Result(
+        data={"report": report.resolve(), "output_path": options.output_path}, text=f"The report: {report.resolve()}"
+    )

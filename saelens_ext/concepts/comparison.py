@@ -1,8 +1,8 @@
 """Which kind of dictionary tells a concept best: each chooses its score on some sentences and is judged on others.
 
-The best of many scores looks better than it is on the sentences that chose it, and the more scores there are, the more so.
-Sentences are therefore split once; every method chooses one score on the first part, and what is reported is that score on
-the second.
+The best of many scores looks better than it is on the sentences that chose it, and the more scores there are, the more
+so. Sentences are therefore split once; every method chooses one score on the first part, and what is reported is that
+score on the second.
 """
 
 import math
@@ -44,7 +44,9 @@ class DetectionRow:
     log_ratio: float
     """log(A / B) on the other sentences, in nats; see :func:`saelens_ext.ops.detection.log_ratio`."""
     d_prime: float
-    """A - B in standard deviations over sentences, on the other sentences; NaN for a single sentence, infinite where the scores of a set are all equal."""
+    """A - B in standard deviations over sentences, on the other sentences; NaN for a single sentence, infinite where
+    the scores of a set are all equal.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +70,12 @@ class ConceptComparison:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe."""
-        return asdict(self) | {"rows": [{k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(row).items()} for row in self.rows]}
+        return asdict(self) | {
+            "rows": [
+                {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(row).items()}
+                for row in self.rows
+            ]
+        }
 
 
 def compare_detection(
@@ -90,7 +97,8 @@ def compare_detection(
         activating: sentences that show the concept; at least 2 different ones, and better 20.
         neutral: sentences that do not.
         concept: the concept in words, for tables.
-        diff_means_at: hook at which the difference of means, made from the first half, joins the methods; None leaves it out.
+        diff_means_at: hook at which the difference of means, made from the first half, joins the methods; None leaves
+            it out.
         seed: of the split.
         batch_size: windows in a forward pass.
 
@@ -103,13 +111,17 @@ def compare_detection(
     methods = dict(detectors)
     if diff_means_at is not None:
         if DIFF_MEANS in methods:
-            raise ValueError(f"A detector is called {DIFF_MEANS!r}, as the one that diff_means_at adds; give it another name.")
+            raise ValueError(
+                f"A detector is called {DIFF_MEANS!r}, as the one that diff_means_at adds; give it another name."
+            )
         methods[DIFF_MEANS] = diff_means(model, diff_means_at, *choosing, batch_size=batch_size).detector()
     if not methods:
         raise ValueError("detectors is empty and diff_means_at is None: there is nothing to compare.")
     rows = []
     for name, detector in methods.items():
-        found, confirmed = (concept_scores(model, detector, *part, batch_size=batch_size) for part in (choosing, judging))
+        found, confirmed = (
+            concept_scores(model, detector, *part, batch_size=batch_size) for part in (choosing, judging)
+        )
         rows.append(_row(name, found, confirmed))
     sizes = [(len(part[0]), len(part[1])) for part in (choosing, judging)]
     return ConceptComparison(concept=concept, rows=tuple(rows), n_choosing=sizes[0], n_judging=sizes[1])
@@ -118,7 +130,14 @@ def compare_detection(
 def _row(method: str, found: ConceptScores, confirmed: ConceptScores) -> DetectionRow:
     order = np.lexsort((found.d_prime.nan_to_num(0.0).numpy(), found.auroc.numpy()))
     best = int(order[-1])
-    values = {name: float(getattr(confirmed, name)[best]) for name in ("auroc", "auroc_low", "auroc_high", "log_ratio", "d_prime")}
+    values = {
+        name: float(getattr(confirmed, name)[best])
+        for name in ("auroc", "auroc_low", "auroc_high", "log_ratio", "d_prime")
+    }
     return DetectionRow(
-        method=method, n_scores=len(found.names), chosen=found.names[best], chosen_auroc=float(found.auroc[best]), **values
+        method=method,
+        n_scores=len(found.names),
+        chosen=found.names[best],
+        chosen_auroc=float(found.auroc[best]),
+        **values,
     )

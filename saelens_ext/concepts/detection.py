@@ -6,8 +6,8 @@ regions of an exemplar partition, and single directions such as a difference of 
 Symbols
     x       an activation, ``(d,)``, at a token that is no special token
     w       a direction, ``(d,)``; c the origin that activations are measured from
-    score   of a token: cosine of x - c and w, projection <x - c, w / |w|>, or code; of a sentence: the largest over its tokens
-    A, B    mean score of the activating and of the neutral sentences
+    score   of a token: cosine of x - c and w, projection <x - c, w / |w|>, or code; of a sentence: the largest over its
+    tokens A, B    mean score of the activating and of the neutral sentences
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -60,7 +60,8 @@ class Detector:
         Args:
             directions: ``(k, d)``, or ``(d,)`` for one.
             hook_name: where the activations are read.
-            similarity: "cosine", in [-1, 1], or "dot", the projection on the unit direction, in units of the activation.
+            similarity: "cosine", in [-1, 1], or "dot", the projection on the unit direction, in units of the
+                activation.
             center: c, ``(d,)``; 0 by default, as in the paper.
             names: k names; by default "direction 0" and so on.
 
@@ -69,7 +70,9 @@ class Detector:
         """
         rows = directions[None] if directions.ndim == 1 else directions
         if rows.ndim != 2 or rows.numel() == 0:
-            raise ValueError(f"directions must have shape (k, d) or (d,), none of them 0, got {tuple(directions.shape)}.")
+            raise ValueError(
+                f"directions must have shape (k, d) or (d,), none of them 0, got {tuple(directions.shape)}."
+            )
         zero = (_checks.finite(rows, "directions") == 0).all(dim=1)
         if bool(zero.any()):
             raise ValueError(f"Direction {int(zero.nonzero()[0])} is zero: it points nowhere. Leave it out.")
@@ -116,15 +119,21 @@ class Detector:
         writes = similarity != "code" and isinstance(sae, Transcoder)
         hook = hook_name or (sae.cfg.metadata.hook_name_out if writes else sae.cfg.metadata.hook_name)
         if hook is None:
-            raise ValueError("The dictionary does not record its hook. Pass hook_name=, where its activations are to be read.")
+            raise ValueError(
+                "The dictionary does not record its hook. Pass hook_name=, where its activations are to be read."
+            )
         if similarity == "code":
             return cls(hook_name=hook, names=names, score=_codes(sae, chosen, latents is None), row_cost=sae.cfg.d_sae)
-        return cls(hook_name=hook, names=names, score=_row_similarity(sae, chosen, similarity, center), row_cost=len(names))
+        return cls(
+            hook_name=hook, names=names, score=_row_similarity(sae, chosen, similarity, center), row_cost=len(names)
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ConceptScores:
-    """How well each of k scores detects a concept; tensors on the CPU, one entry per score, float64 unless said otherwise."""
+    """How well each of k scores detects a concept; tensors on the CPU, one entry per score, float64 unless said
+    otherwise.
+    """
 
     names: tuple[str, ...]
     """What each score is of."""
@@ -145,7 +154,9 @@ class ConceptScores:
     auroc: Tensor
     """Probability that an activating sentence scores above a neutral one, ties counting half; in [0, 1]."""
     auroc_low: Tensor
-    """Lower confidence limit of it, for each score by itself: the best of many scores is better than it will be again."""
+    """Lower confidence limit of it, for each score by itself: the best of many scores is better than it will be
+    again.
+    """
     auroc_high: Tensor
     """Upper confidence limit of it."""
     confidence: float
@@ -161,9 +172,16 @@ class ConceptScores:
         import pandas
 
         columns = (
-            "mean_activating", "mean_neutral", "log_ratio", "has_positive_means", "difference", "d_prime",
-            "auroc", "auroc_low", "auroc_high",
-        )  # fmt: skip
+            "mean_activating",
+            "mean_neutral",
+            "log_ratio",
+            "has_positive_means",
+            "difference",
+            "d_prime",
+            "auroc",
+            "auroc_low",
+            "auroc_high",
+        )
         return pandas.DataFrame({"name": list(self.names)} | {name: getattr(self, name).numpy() for name in columns})
 
 
@@ -278,11 +296,19 @@ def compare_sentences(
     low, high = auroc_interval(area, len(activating), len(neutral), confidence=confidence)
     a, b = activating.double().mean(0), neutral.double().mean(0)
     return ConceptScores(
-        names=tuple(names), activating=activating, neutral=neutral, mean_activating=a, mean_neutral=b,
-        log_ratio=log_ratio(a, b, limit=limit), has_positive_means=(a > 0) & (b > 0),
+        names=tuple(names),
+        activating=activating,
+        neutral=neutral,
+        mean_activating=a,
+        mean_neutral=b,
+        log_ratio=log_ratio(a, b, limit=limit),
+        has_positive_means=(a > 0) & (b > 0),
         d_prime=standardised_difference(activating, neutral),
-        auroc=area, auroc_low=low, auroc_high=high, confidence=confidence,
-    )  # fmt: skip
+        auroc=area,
+        auroc_low=low,
+        auroc_high=high,
+        confidence=confidence,
+    )
 
 
 def token_activations(
@@ -316,8 +342,8 @@ def token_activations(
     if silent:
         examples = ", ".join(repr(sentences[index]) for index in silent[:3])
         raise ValueError(
-            f"{len(silent)} of {len(sentences)} sentences have fewer than two tokens that are not special, so they have no score, "
-            f"for example {examples}. Leave them out or make them longer."
+            f"{len(silent)} of {len(sentences)} sentences have fewer than two tokens that are not special, so they "
+            f"have no score, for example {examples}. Leave them out or make them longer."
         )
 
 
@@ -347,8 +373,8 @@ def _row_similarity(sae: SAE[Any], chosen: Tensor, similarity: str, center: bool
     normalises = sae.cfg.normalize_activations in ("layer_norm", "constant_norm_rescale")
     if normalises and isinstance(sae, Transcoder):
         raise ValueError(
-            f"This transcoder normalises its input ({sae.cfg.normalize_activations!r}), so its rows are not in the units of the "
-            "hook it writes to. Use similarity='code'."
+            f"This transcoder normalises its input ({sae.cfg.normalize_activations!r}), so its rows are not in the "
+            "units of the hook it writes to. Use similarity='code'."
         )
     score = _similarity(sae.W_dec[chosen.to(sae.W_dec.device)], sae.b_dec if center else None, similarity)
     if not normalises:

@@ -108,13 +108,17 @@ def diff_means(
     # Below float32 rounding of the activations a difference is noise; equal sets are the usual cause.
     if distance <= 1e-6 * float(up.norm() + down.norm()):
         raise ValueError(
-            f"The positive and the neutral sentences have the same mean activation at {hook_name} (distance {distance:.3g}), so "
-            "there is no direction between them. Do the two sets differ?"
+            f"The positive and the neutral sentences have the same mean activation at {hook_name} (distance "
+            f"{distance:.3g}), so there is no direction between them. Do the two sets differ?"
         )
     return DiffMeans(
-        direction=(difference / distance).float(), distance=distance, midpoint=((up + down) / 2).float(),
-        hook_name=hook_name, weighting=weighting, equal_norms=equal_norms,
-    )  # fmt: skip
+        direction=(difference / distance).float(),
+        distance=distance,
+        midpoint=((up + down) / 2).float(),
+        hook_name=hook_name,
+        weighting=weighting,
+        equal_norms=equal_norms,
+    )
 
 
 def held_out_diff_means(
@@ -155,7 +159,10 @@ def held_out_diff_means(
     """
     shared = sorted(set(positives) & set(neutrals))
     if shared:
-        raise ValueError(f"{len(shared)} sentences are both positive and neutral, for example {shared[0]!r}. Take them out of one set.")
+        raise ValueError(
+            f"{len(shared)} sentences are both positive and neutral, for example {shared[0]!r}. Take them out of one "
+            "set."
+        )
     train_up, test_up = split_sentences(positives, test_fraction=test_fraction, seed=seed)
     train_down, test_down = split_sentences(neutrals, test_fraction=test_fraction, seed=seed)
     options: dict[str, Any] = {"context_size": context_size, "batch_size": batch_size}
@@ -172,8 +179,8 @@ def split_sentences(
 
     Args:
         sentences: at least 2 different ones.
-        test_fraction: share of the different sentences that goes to the second part, in (0, 1), rounded, at least one to
-            either part.
+        test_fraction: share of the different sentences that goes to the second part, in (0, 1), rounded, at least one
+            to either part.
         seed: of the split.
 
     Returns:
@@ -205,8 +212,13 @@ class _Sums(NamedTuple):
     """Tokens where x is not 0."""
 
 
-def _sums(model: HostModel, hook_name: str, sentences: Sequence[str], equal_norms: bool, options: dict[str, Any]) -> _Sums:
-    vectors, counts = torch.zeros(len(sentences), 0, dtype=torch.float64), torch.zeros(len(sentences), dtype=torch.float64)
+def _sums(
+    model: HostModel, hook_name: str, sentences: Sequence[str], equal_norms: bool, options: dict[str, Any]
+) -> _Sums:
+    vectors, counts = (
+        torch.zeros(len(sentences), 0, dtype=torch.float64),
+        torch.zeros(len(sentences), dtype=torch.float64),
+    )
     log_norm, n_nonzero = 0.0, 0
     for x, documents in token_activations(model, hook_name, sentences, **options):
         # Not every device has float64, so rows are moved before they are widened.

@@ -71,11 +71,18 @@ class ContinuationSet:
 
     def __post_init__(self) -> None:
         rows = len(self.texts)
-        views = {"token_ids": self.token_ids, "lengths": self.lengths, "log_probs": self.log_probs, "weights": self.weights}
+        views = {
+            "token_ids": self.token_ids,
+            "lengths": self.lengths,
+            "log_probs": self.log_probs,
+            "weights": self.weights,
+        }
         views |= {"embeddings": self.embeddings, "signatures": self.signatures} | dict(self.columns)
         wrong = {name: len(view) for name, view in views.items() if view is not None and len(view) != rows}
         if rows == 0 or wrong:
-            raise ValueError(f"A ContinuationSet needs at least one row and views of as many: {rows} texts, but {wrong}.")
+            raise ValueError(
+                f"A ContinuationSet needs at least one row and views of as many: {rows} texts, but {wrong}."
+            )
         if not self.prefix_ids:
             raise ValueError("prefix_ids is empty; a continuation needs at least one token to go on from.")
         empty = (self.lengths < 1).nonzero().flatten().tolist()

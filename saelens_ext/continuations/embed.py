@@ -67,15 +67,17 @@ def visible_rows(continuations: ContinuationSet, embedder: Any = None) -> Tensor
     A continuation of spaces, or of parts of characters, may hold none.
     """
     model = load_sentence_model(embedder)
-    encoded = model.tokenizer(list(continuations.texts), add_special_tokens=False, padding=False, truncation=False, verbose=False)
+    encoded = model.tokenizer(
+        list(continuations.texts), add_special_tokens=False, padding=False, truncation=False, verbose=False
+    )
     return torch.tensor([len(ids) > 0 for ids in encoded["input_ids"]])
 
 
 def _contextual(model: Any, start: str, texts: list[str], batch_size: int, progress: bool) -> Tensor:
     if not getattr(model.tokenizer, "is_fast", False):
         raise ValueError(
-            f"The tokenizer of this embedding model ({type(model.tokenizer).__name__}) knows no character offsets, so a "
-            "continuation cannot be found in its context. Use mode='sentence', or a model with a fast tokenizer."
+            f"The tokenizer of this embedding model ({type(model.tokenizer).__name__}) knows no character offsets, so "
+            "a continuation cannot be found in its context. Use mode='sentence', or a model with a fast tokenizer."
         )
     modes = [(module, module.training) for module in model.modules()]
     parts = []
@@ -135,8 +137,8 @@ def _check_length(model: Any, length: int) -> None:
     limit = model.max_seq_length
     if limit is not None and length > limit:
         raise ValueError(
-            f"Prompt and continuation have up to {length} tokens, and this embedding model reads {limit}: the end would be "
-            "cut off unseen. Use a shorter prompt, mode='sentence', a model with a longer context, or set "
+            f"Prompt and continuation have up to {length} tokens, and this embedding model reads {limit}: the end "
+            "would be cut off unseen. Use a shorter prompt, mode='sentence', a model with a longer context, or set "
             "model.max_seq_length if it can read more."
         )
 

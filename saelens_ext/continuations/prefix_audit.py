@@ -1,4 +1,6 @@
-"""What an audit finds out about the continuations of one prefix: modes, what distinguishes them, and whether steering bears it out."""
+"""What an audit finds out about the continuations of one prefix: modes, what distinguishes them, and whether steering
+bears it out.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,10 +24,13 @@ class PrefixAudit:
     clusterer: JointClusterer
     """Fitted at the prices that were chosen: a cluster is a mode."""
     path: pd.DataFrame
-    """One row per pair of prices tried, with its rate, distortions and number of clusters; ``stability`` and its standard
+    """One row per pair of prices tried, with its rate, distortions and number of clusters; ``stability`` and its
+    standard
     error, NaN where they were not needed."""
     validation: Validation | None
-    """What steering along the modes did; None where it was not asked for, or ``not_validated`` says why it cannot be."""
+    """What steering along the modes did; None where it was not asked for, or ``not_validated`` says why it cannot
+    be.
+    """
     not_validated: str = ""
     """Why there is no validation; empty where there is one."""
 
@@ -84,8 +89,9 @@ class PrefixAudit:
     def distinguishing_sources(self, cluster: int, n: int = 10) -> pd.DataFrame:
         """Sources of the prefix whose effect on a mode's members differs most from that on all other continuations.
 
-        ``effect`` and ``elsewhere`` are weighted means of the signatures, in logits; ``difference`` is the first less the
-        second, and rows stand by its size. ``t`` is that difference over its standard error (Welch), which ranks sources and is no
+        ``effect`` and ``elsewhere`` are weighted means of the signatures, in logits; ``difference`` is the first less
+        the second, and rows stand by its size. ``t`` is that difference over its standard error (Welch), which ranks
+        sources and is no
         test: the modes were made from these very signatures.
 
         Args:
@@ -143,7 +149,11 @@ class PrefixAudit:
         path = pd.DataFrame(state["path"])
         path[["stability", "stability_se"]] = path[["stability", "stability_se"]].astype(float)
         return cls(
-            continuations=continuations, clusterer=clusterer, path=path, validation=validation, not_validated=state["not_validated"]
+            continuations=continuations,
+            clusterer=clusterer,
+            path=path,
+            validation=validation,
+            not_validated=state["not_validated"],
         )
 
 

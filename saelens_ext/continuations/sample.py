@@ -74,7 +74,9 @@ def sample_continuations(
     _checks.positive(n, "n")
     _checks.positive(batch_size, "batch_size")
     _checks.choice(weights, WEIGHTINGS, "weights")
-    options = SamplingOptions(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=None, seed=seed)
+    options = SamplingOptions(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=None, seed=seed
+    )
     limit = 10 * n if max_draws is None else _checks.positive(max_draws, "max_draws")
     stops = _stop_texts(stop)
     text = _templated(model, prefix, chat_template_options or {}) if chat_template else prefix
@@ -85,7 +87,13 @@ def sample_continuations(
             numbers = range(collected.n_draws, min(collected.n_draws + batch_size, limit))
             collected.take(draw_continuations(model, ids, numbers, options, stop=stops))
             bar.update(len(collected.rows) - bar.n)
-    settings = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, "stop": stops, "seed": seed}
+    settings = {
+        "temperature": temperature,
+        "top_p": top_p,
+        "max_new_tokens": max_new_tokens,
+        "stop": stops,
+        "seed": seed,
+    }
     metadata = {"sampling": settings | {"n": n, "deduplicate": deduplicate} | collected.describe()}
     counts = {"count": torch.tensor(collected.counts)}
     return _as_set(model, prefix, text, ids, collected.texts, collected.rows, weights, metadata, counts)
@@ -177,10 +185,13 @@ class _Collected:
             )
         if not self.full:
             logger.warning(
-                "%d draws gave %d different continuations of the %d wanted (%d draws were empty). A higher temperature, "
-                "top_p or max_new_tokens gives more of them, as do more draws (max_draws).",
-                self.n_draws, len(self.rows), self._n, self.n_empty,
-            )  # fmt: skip
+                "%d draws gave %d different continuations of the %d wanted (%d draws were empty). A higher "
+                "temperature, top_p or max_new_tokens gives more of them, as do more draws (max_draws).",
+                self.n_draws,
+                len(self.rows),
+                self._n,
+                self.n_empty,
+            )
         ends = [row.ended_by for row in self.rows]
         return {
             "n_draws": self.n_draws,
@@ -226,7 +237,9 @@ def _stop_texts(stop: str | Sequence[str]) -> list[str]:
 def _templated(model: HostModel, prompt: str, options: Mapping[str, Any]) -> str:
     tokenizer = tokenizer_of(model)
     if not tokenizer.chat_template:
-        raise ValueError("This model's tokenizer has no chat template; set chat_template=False, or tokenizer.chat_template.")
+        raise ValueError(
+            "This model's tokenizer has no chat template; set chat_template=False, or tokenizer.chat_template."
+        )
     messages = [{"role": "user", "content": prompt}]
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options))
 
@@ -236,8 +249,8 @@ def _fitting_prefix(model: HostModel, text: str, room: int) -> Tensor:
     context = int(model.cfg.n_ctx)
     if len(ids) + room > context:
         raise ValueError(
-            f"The prefix has {len(ids)} tokens and a continuation up to {room}; together they must fit into this model's "
-            f"context of {context}. Shorten one of them."
+            f"The prefix has {len(ids)} tokens and a continuation up to {room}; together they must fit into this "
+            f"model's context of {context}. Shorten one of them."
         )
     return ids
 
@@ -251,4 +264,6 @@ def _check_given(model: HostModel, rows: Sequence[Sequence[int]]) -> None:
     size = int(model.cfg.d_vocab)
     wrong = [(i, t) for i, row in enumerate(rows) for t in row if not 0 <= t < size]
     if wrong:
-        raise ValueError(f"Continuation {wrong[0][0]} has token id {wrong[0][1]}; this model's ids are 0 to {size - 1}.")
+        raise ValueError(
+            f"Continuation {wrong[0][0]} has token id {wrong[0][1]}; this model's ids are 0 to {size - 1}."
+        )

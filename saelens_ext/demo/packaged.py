@@ -42,7 +42,9 @@ def load_demo_model(device: str = "cpu") -> SAETransformerBridge:
         _convert_packaged_model(directory)
     model = AutoModelForCausalLM.from_pretrained(directory)
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    return SAETransformerBridge.boot_transformers(MODEL_NAME, hf_model=model.to(device), tokenizer=tokenizer, device=device)
+    return SAETransformerBridge.boot_transformers(
+        MODEL_NAME, hf_model=model.to(device), tokenizer=tokenizer, device=device
+    )
 
 
 def _convert_packaged_model(directory: Path) -> None:
@@ -74,7 +76,9 @@ def _convert_packaged_model(directory: Path) -> None:
 
 
 def load_demo_corpus() -> Dataset:
-    """The topics of Python's own documentation, 465 KB of English in 79 documents, as a dataset with a "text" column."""
+    """The topics of Python's own documentation, 465 KB of English in 79 documents, as a dataset with a "text"
+    column.
+    """
     from pydoc_data.topics import topics
 
     return Dataset.from_dict({"text": [topics[name] for name in sorted(topics)]})

@@ -23,6 +23,7 @@ from saelens_ext.analysis.profile import profile_dictionaries
 from saelens_ext.audit.audit import audit_continuations
 from saelens_ext.concepts.comparison import ConceptComparison, compare_detection
 from saelens_ext.concepts.detection import Detector
+from saelens_ext.demo.packaged import load_demo_corpus, load_demo_model, split_corpus
 from saelens_ext.demo.sentences import NEUTRAL, WEEKDAYS
 from saelens_ext.dictionaries.exemplar_partition import ExemplarPartition
 from saelens_ext.dictionaries.fit_exemplars import fit_exemplar_partition, fit_exemplar_partitions
@@ -70,16 +71,24 @@ N_CONTINUATIONS = 96
 ANSWER_TOKENS = 14
 
 
-
-
-def evaluate(dictionary: ExemplarPartition, model: SAETransformerBridge, corpus: Dataset) -> dict[str, dict[str, float]]:
+def evaluate(
+    dictionary: ExemplarPartition, model: SAETransformerBridge, corpus: Dataset
+) -> dict[str, dict[str, float]]:
     """SAELens' own evaluation of a dictionary on a corpus, on 16 windows, as ``run_evals`` gives it."""
-    # The store warns that a corpus with fewer rows than tokens will repeat, and the reshuffle of few rows does not matter here.
+    # The store warns that a corpus with fewer rows than tokens will repeat, and the reshuffle of few rows does not
+    # matter here.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         store = ActivationsStore.from_sae(
-            model, dictionary, corpus, streaming=False, store_batch_size_prompts=8, total_tokens=2048,
-            n_batches_in_buffer=2, train_batch_size_tokens=512, device=str(dictionary.device),
+            model,
+            dictionary,
+            corpus,
+            streaming=False,
+            store_batch_size_prompts=8,
+            total_tokens=2048,
+            n_batches_in_buffer=2,
+            train_batch_size_tokens=512,
+            device=str(dictionary.device),
         )
     config = get_eval_everything_config(
         batch_size_prompts=8, n_eval_reconstruction_batches=2, n_eval_sparsity_variance_batches=2
@@ -95,7 +104,9 @@ def region_of(text: str, dictionary: ExemplarPartition, model: SAETransformerBri
     return int(dictionary.assign(cache[hook][0, -1]).regions)
 
 
-def generate_three_ways(model: SAETransformerBridge, dictionary: ExemplarPartition, region: int) -> list[dict[str, str]]:
+def generate_three_ways(
+    model: SAETransformerBridge, dictionary: ExemplarPartition, region: int
+) -> list[dict[str, str]]:
     """Continue one prompt unsteered, steered along an exemplar, and with that exemplar's direction ablated."""
     hook = dictionary.cfg.metadata.hook_name
     exemplar = dictionary.exemplars[region]
@@ -111,24 +122,39 @@ def generate_three_ways(model: SAETransformerBridge, dictionary: ExemplarPartiti
         ablated = continuation()
     return [
         {"label": "Unsteered", "prompt": PROMPT, "text": unsteered},
-        {"label": f"Steered along region {region} by {STRENGTH} of the typical norm", "prompt": PROMPT, "text": steered},
+        {
+            "label": f"Steered along region {region} by {STRENGTH} of the typical norm",
+            "prompt": PROMPT,
+            "text": steered,
+        },
         {"label": f"Region {region} ablated", "prompt": PROMPT, "text": ablated},
     ]
 
 
-def excerpts_stream(model: SAETransformerBridge, build: Dataset, hooks: str | list[str], max_tokens: int) -> ActivationStream:
+def excerpts_stream(
+    model: SAETransformerBridge, build: Dataset, hooks: str | list[str], max_tokens: int
+) -> ActivationStream:
     """Activations of the beginning of every document, rather than of the whole of a few."""
     excerpts = Dataset.from_dict({"text": [text[:EXCERPT] for text in build["text"]]})
-    return ActivationStream(model, excerpts, hooks, context_size=CONTEXT_SIZE, batch_size=16, max_tokens=max_tokens, progress=True)
+    return ActivationStream(
+        model, excerpts, hooks, context_size=CONTEXT_SIZE, batch_size=16, max_tokens=max_tokens, progress=True
+    )
 
 
 def build_neuron_features(
-    model: SAETransformerBridge, build: Dataset, held_out: Dataset, output: Path, max_tokens: int, say: Callable[[str], Any]
+    model: SAETransformerBridge,
+    build: Dataset,
+    held_out: Dataset,
+    output: Path,
+    max_tokens: int,
+    say: Callable[[str], Any],
 ) -> SNMFSection:
-    """Factorise the neurons of an MLP, alone and as a hierarchy, inspect the levels, and steer with every feature of the finest.
+    """Factorise the neurons of an MLP, alone and as a hierarchy, inspect the levels, and steer with every feature of
+    the finest.
 
-    Saves the dictionary fitted alone to ``snmf``, the hierarchy to ``snmf_hierarchy`` with a profile in each level's directory,
-    the continuations to ``steered.json``, and how well features and other methods tell a concept to ``concept.json``.
+    Saves the dictionary fitted alone to ``snmf``, the hierarchy to ``snmf_hierarchy`` with a profile in each level's
+    directory, the continuations to ``steered.json``, and how well features and other methods tell a concept to
+    ``concept.json``.
     """
     stream = excerpts_stream(model, build, NEURON_HOOK, max_tokens)
     say(f"Factorising {max_tokens:,} activations of {NEURON_HOOK}: {RANKS[0]} features")
@@ -137,21 +163,30 @@ def build_neuron_features(
     hierarchy = fit_hierarchical_snmf(stream, RANKS, start=fit.dictionary, progress=True)
     say("Profiling its levels in one pass, and measuring all on held-out documents")
     profiles = profile_dictionaries(hierarchy.dictionaries, stream)
-    unseen = ActivationStream(model, held_out, NEURON_HOOK, context_size=CONTEXT_SIZE, batch_size=16, max_tokens=HELD_OUT_TOKENS)
+    unseen = ActivationStream(
+        model, held_out, NEURON_HOOK, context_size=CONTEXT_SIZE, batch_size=16, max_tokens=HELD_OUT_TOKENS
+    )
     blocks = [batch.activations[NEURON_HOOK] for batch in unseen]
     losses = [reconstruction_loss(dictionary, blocks)[0] for dictionary in hierarchy.dictionaries]
     alone, n_held_out = reconstruction_loss(fit.dictionary, blocks)
     fit = replace(fit, held_out_loss=alone, n_held_out=n_held_out)
     say(f"Steering with each of the {RANKS[0]} features to {STEER_TARGET} nats, and sampling a continuation")
     steered = steer_features(
-        model, hierarchy.dictionaries[0], prompt=STEER_PROMPT, target=STEER_TARGET, options=SamplingOptions(max_new_tokens=NEW_TOKENS),
+        model,
+        hierarchy.dictionaries[0],
+        prompt=STEER_PROMPT,
+        target=STEER_TARGET,
+        options=SamplingOptions(max_new_tokens=NEW_TOKENS),
         progress=True,
     )
     example = next((one for one in steered.texts if one.text is not None), None)
     say(f"  Unsteered: {STEER_PROMPT}[{steered.unsteered}]")
     if example is not None:
         say(f"  Along feature {example.feature} by {example.strength.coefficient:.1f}: {STEER_PROMPT}[{example.text}]")
-    say("Telling days of the week: each method chooses its best score on half of the sentences and is judged on the others")
+    say(
+        "Telling days of the week: each method chooses its best score on half of the sentences and is judged on the "
+        "others"
+    )
     concept = tell_a_concept(model, hierarchy.dictionaries[0], stream, say)
     _files.write_json(output / "concept.json", concept.to_dict())
     fit.save(output / "snmf")
@@ -161,50 +196,88 @@ def build_neuron_features(
     steered.save(output / "steered.json")
     lenses = [logit_lens(model, dictionary.residual_directions(model)) for dictionary in hierarchy.dictionaries]
     parts = zip(hierarchy.dictionaries, profiles, lenses, losses, strict=True)
-    levels = [SNMFLevel(dictionary=d, profile=profile, lens=lens, held_out_loss=loss) for d, profile, lens, loss in parts]
+    levels = [
+        SNMFLevel(dictionary=d, profile=profile, lens=lens, held_out_loss=loss) for d, profile, lens, loss in parts
+    ]
     return SNMFSection(levels=levels, fit=fit, hierarchy=hierarchy, steered=steered, concept=concept)
 
 
 def tell_a_concept(
     model: SAETransformerBridge, features: SNMFDictionary, stream: ActivationStream, say: Callable[[str], Any]
 ) -> ConceptComparison:
-    """How well neuron features, an SAE and an exemplar partition of the same activations, and the difference of means, tell weekdays."""
+    """How well neuron features, an SAE and an exemplar partition of the same activations, and the difference of means,
+    tell weekdays.
+    """
     k = features.cfg.d_sae
     detectors = {
         "SNMF features": Detector.from_dictionary(features),
-        "SAE latents": Detector.from_dictionary(fit_sae(stream, k, k=SAE_K, training_samples=SAE_SAMPLES, batch_size=512)),
+        "SAE latents": Detector.from_dictionary(
+            fit_sae(stream, k, k=SAE_K, training_samples=SAE_SAMPLES, batch_size=512)
+        ),
         "Regions": Detector.from_dictionary(fit_exemplar_partition(stream, percentile=CONCEPT_PERCENTILE).dictionary),
     }
-    compared = compare_detection(model, detectors, WEEKDAYS, NEUTRAL, concept="days of the week", diff_means_at=NEURON_HOOK)
+    compared = compare_detection(
+        model, detectors, WEEKDAYS, NEUTRAL, concept="days of the week", diff_means_at=NEURON_HOOK
+    )
     for row in compared.rows:
-        say(f"  {row.method}: {row.chosen} of {row.n_scores}, AUROC {row.auroc:.2f} [{row.auroc_low:.2f}, {row.auroc_high:.2f}]")
+        say(
+            f"  {row.method}: {row.chosen} of {row.n_scores}, AUROC {row.auroc:.2f} [{row.auroc_low:.2f}, "
+            f"{row.auroc_high:.2f}]"
+        )
     return compared
 
 
 def audit_prompt(
-    model: SAETransformerBridge, build: Dataset, known: SNMFDictionary, output: Path, max_tokens: int, say: Callable[[str], Any]
+    model: SAETransformerBridge,
+    build: Dataset,
+    known: SNMFDictionary,
+    output: Path,
+    max_tokens: int,
+    say: Callable[[str], Any],
 ) -> Path:
     """Ask why the model answers one question in different ways, by features of the neurons of several layers.
 
     Saves the stages to ``audit`` and returns the path of the report.
     """
-    say(f"Auditing {N_CONTINUATIONS} answers to {AUDIT_PROMPT!r}, with {known.cfg.d_sae} neuron features at each of {1 + len(AUDIT_HOOKS)} layers")
-    others = [fit_snmf(excerpts_stream(model, build, hook, max_tokens), known.cfg.d_sae).dictionary for hook in AUDIT_HOOKS]
+    say(
+        f"Auditing {N_CONTINUATIONS} answers to {AUDIT_PROMPT!r}, with {known.cfg.d_sae} neuron features at each of "
+        f"{1 + len(AUDIT_HOOKS)} layers"
+    )
+    others = [
+        fit_snmf(excerpts_stream(model, build, hook, max_tokens), known.cfg.d_sae).dictionary for hook in AUDIT_HOOKS
+    ]
     dictionaries = [known, *others]
-    profiles = profile_dictionaries(dictionaries, excerpts_stream(model, build, [NEURON_HOOK, *AUDIT_HOOKS], max_tokens))
+    profiles = profile_dictionaries(
+        dictionaries, excerpts_stream(model, build, [NEURON_HOOK, *AUDIT_HOOKS], max_tokens)
+    )
     audit = audit_continuations(
-        model, AUDIT_PROMPT, dictionaries, folder=output / "audit", n=N_CONTINUATIONS, max_new_tokens=ANSWER_TOKENS, temperature=0.8,
-        chat_template=True, backend="gradient", betas=AUDIT_BETAS, gammas=AUDIT_GAMMAS, n_clusters=AUDIT_MODES, progress=True,
+        model,
+        AUDIT_PROMPT,
+        dictionaries,
+        folder=output / "audit",
+        n=N_CONTINUATIONS,
+        max_new_tokens=ANSWER_TOKENS,
+        temperature=0.8,
+        chat_template=True,
+        backend="gradient",
+        betas=AUDIT_BETAS,
+        gammas=AUDIT_GAMMAS,
+        n_clusters=AUDIT_MODES,
+        progress=True,
     )
     for mode in audit.modes().itertuples():
         say(f"  {mode.weight:.0%}: {mode.text}")
     (found,) = audit.prefixes
     say(f"  {found.not_validated or found.validation.claim().splitlines()[-1]}")
-    return audit.save_html(output / "audit.html", profiles={d.cfg.metadata.hook_name: p for d, p in zip(dictionaries, profiles, strict=True)})
+    return audit.save_html(
+        output / "audit.html",
+        profiles={d.cfg.metadata.hook_name: p for d, p in zip(dictionaries, profiles, strict=True)},
+    )
 
 
 def run_demo(output: Path, max_tokens: int = 40_000, say: Callable[[str], Any] = print) -> tuple[Path, Path]:
-    """Build, inspect, evaluate, steer with and save dictionaries of the demo model, of both kinds, and audit one prompt.
+    """Build, inspect, evaluate, steer with and save dictionaries of the demo model, of both kinds, and audit one
+    prompt.
 
     Args:
         output: directory for the dictionaries, their profiles, the figures and the report.
@@ -217,7 +290,9 @@ def run_demo(output: Path, max_tokens: int = 40_000, say: Callable[[str], Any] =
     say("Loading SmolLM2-135M-Instruct")
     model = load_demo_model()
     build, held_out = split_corpus(load_demo_corpus())
-    stream = ActivationStream(model, build, HOOK, context_size=CONTEXT_SIZE, batch_size=16, max_tokens=max_tokens, progress=True)
+    stream = ActivationStream(
+        model, build, HOOK, context_size=CONTEXT_SIZE, batch_size=16, max_tokens=max_tokens, progress=True
+    )
 
     say(f"Building dictionaries of {HOOK} at percentiles {PERCENTILES} from {max_tokens:,} activations, in one pass")
     fits = fit_exemplar_partitions(stream, PERCENTILES)
@@ -235,13 +310,24 @@ def run_demo(output: Path, max_tokens: int = 40_000, say: Callable[[str], Any] =
     generations = generate_three_ways(model, chosen.dictionary, region)
     for generation in generations:
         say(f"  {generation['label']}: {generation['prompt']}[{generation['text']}]")
-    finite = {group: {name: value if math.isfinite(value) else None for name, value in values.items()} for group, values in evals.items()}
+    finite = {
+        group: {name: value if math.isfinite(value) else None for name, value in values.items()}
+        for group, values in evals.items()
+    }
     _files.write_json(output / "evals.json", finite)
     _files.write_json(output / "generations.json", {"generations": generations})
     snmf = build_neuron_features(model, build, held_out, output, min(max_tokens, SNMF_TOKENS), say)
     report = write_dictionary_report(
-        output / "report.html", fits=list(fits.values()), chosen=chosen, profile=profile, lens=logit_lens(model, chosen.dictionary.exemplars),
-        tokenizer=stream.tokenizer, evals=evals, generations=generations, snmf=snmf, title="What SmolLM2-135M-Instruct represents",
+        output / "report.html",
+        fits=list(fits.values()),
+        chosen=chosen,
+        profile=profile,
+        lens=logit_lens(model, chosen.dictionary.exemplars),
+        tokenizer=stream.tokenizer,
+        evals=evals,
+        generations=generations,
+        snmf=snmf,
+        title="What SmolLM2-135M-Instruct represents",
     )
     return report, audit_prompt(model, build, snmf.levels[0].dictionary, output, min(max_tokens, AUDIT_TOKENS), say)
 
@@ -249,8 +335,12 @@ def run_demo(output: Path, max_tokens: int = 40_000, say: Callable[[str], Any] =
 def main(arguments: list[str] | None = None) -> int:
     """``python -m saelens_ext.demo``."""
     parser = argparse.ArgumentParser(prog="python -m saelens_ext.demo", description=run_demo.__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("demo_output"), help="where to write (default: %(default)s)")
-    parser.add_argument("--max-tokens", type=int, default=40_000, help="activations to build from (default: %(default)s)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("demo_output"), help="where to write (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, default=40_000, help="activations to build from (default: %(default)s)"
+    )
     options = parser.parse_args(arguments)
     start = time.perf_counter()
     reports = run_demo(options.output, options.max_tokens, lambda line: print(line, file=sys.stderr, flush=True))
@@ -258,4 +348,3 @@ def main(arguments: list[str] | None = None) -> int:
     for report in reports:
         print(report.resolve())
     return 0
-

@@ -38,19 +38,35 @@ class ActivationSource:
             ValueError: several hooks; documents to be held out of a matrix, which has none; a share out of range.
         """
         if not 0 <= held_out <= 0.5:
-            raise ValueError(f"held_out must lie in [0, 0.5], got {held_out!r}; it is the share of documents kept out of the fit.")
+            raise ValueError(
+                f"held_out must lie in [0, 0.5], got {held_out!r}; it is the share of documents kept out of the fit."
+            )
         if not isinstance(source, Tensor | ActivationStream):
-            raise ValueError(f"Activations must be an ActivationStream or an (n, d) tensor, got a {type(source).__name__}.")
+            raise ValueError(
+                f"Activations must be an ActivationStream or an (n, d) tensor, got a {type(source).__name__}."
+            )
         if isinstance(source, Tensor):
             if source.ndim != 2 or not len(source) or not source.is_floating_point():
-                raise ValueError(f"A matrix of activations must be floating point and (n, d) with n >= 1, got {source.dtype} of {tuple(source.shape)}.")
+                raise ValueError(
+                    f"A matrix of activations must be floating point and (n, d) with n >= 1, got {source.dtype} of "
+                    f"{tuple(source.shape)}."
+                )
             if held_out:
-                raise ValueError("A matrix does not say which rows are of one document; held_out must be 0, or give a stream.")
-            return cls(stream=None, matrix=_checks.finite(source.detach(), "activations"), hook_name=hook_name or "", held_out=0.0)
+                raise ValueError(
+                    "A matrix does not say which rows are of one document; held_out must be 0, or give a stream."
+                )
+            return cls(
+                stream=None,
+                matrix=_checks.finite(source.detach(), "activations"),
+                hook_name=hook_name or "",
+                held_out=0.0,
+            )
         if len(source.hook_names) != 1:
             raise ValueError(f"The stream has {len(source.hook_names)} hooks; make one stream for each dictionary.")
         if hook_name is not None:
-            raise ValueError(f"The stream reads {source.requested_hook_names[0]!r}; hook_name is for a matrix, got {hook_name!r}.")
+            raise ValueError(
+                f"The stream reads {source.requested_hook_names[0]!r}; hook_name is for a matrix, got {hook_name!r}."
+            )
         return cls(stream=source, matrix=None, hook_name=source.requested_hook_names[0], held_out=float(held_out))
 
     def metadata(self) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """How this package's architectures are named in ``cfg.json``.
 
-SAELens looks an architecture up by that name, and searches no other package for it: a load without ``import saelens_ext``
-ends in a bare ``KeyError``, whose only text is the name. So the name in the file says what to do, and the package
-registers its classes under both that and the plain name, by which a config calls itself.
+SAELens looks an architecture up by that name, and searches no other package for it: a load without ``import
+saelens_ext`` ends in a bare ``KeyError``, whose only text is the name. So the name in the file says what to do, and the
+package registers its classes under both that and the plain name, by which a config calls itself.
 """
 
 OWN = ("exemplar_partition", "snmf")

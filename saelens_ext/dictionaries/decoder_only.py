@@ -42,7 +42,9 @@ class DecoderOnlyConfig(SAEConfig):
         given = dict(config_dict)
         architecture = plain_name(given.pop("architecture", cls.architecture()))
         if architecture != cls.architecture():
-            raise ValueError(f"This config is of architecture {architecture!r}; {cls.__name__} takes {cls.architecture()!r}.")
+            raise ValueError(
+                f"This config is of architecture {architecture!r}; {cls.__name__} takes {cls.architecture()!r}."
+            )
         names = [own.name for own in fields(cls)]
         for name in _KEYS_OF_THE_HOST.difference(names):
             given.pop(name, None)
@@ -59,8 +61,8 @@ class DecoderOnlyConfig(SAEConfig):
             raise ValueError("apply_b_dec_to_input must be True: activations are measured from the origin b_dec.")
         if self.normalize_activations not in ("none", "expected_average_only_in"):
             raise ValueError(
-                f"normalize_activations={self.normalize_activations!r} has no meaning here: the dictionary was made from raw "
-                "activations. Use 'none', or 'expected_average_only_in' for one built from scaled activations."
+                f"normalize_activations={self.normalize_activations!r} has no meaning here: the dictionary was made "
+                "from raw activations. Use 'none', or 'expected_average_only_in' for one built from scaled activations."
             )
 
     def _fill_defaults(self, current_version: int, **defaults: Any) -> None:
@@ -88,7 +90,8 @@ class DecoderOnlySAE(SAE[DecoderOnlyConfig]):
     def __init__(self, cfg: C, use_error_term: bool = False):
         super().__init__(cfg, use_error_term)
         if cfg.metadata.model_from_pretrained_kwargs is None:
-            # SAELens' multiple_evals unpacks it, given or not. The config cannot set it: the host replaces its metadata.
+            # SAELens' multiple_evals unpacks it, given or not. The config cannot set it: the host replaces its
+            # metadata.
             cfg.metadata.model_from_pretrained_kwargs = {}
 
     @property
@@ -111,7 +114,9 @@ class DecoderOnlySAE(SAE[DecoderOnlyConfig]):
 
     def process_sae_in(self, sae_in: torch.Tensor) -> torch.Tensor:
         """Cast, reshape, hook and centre an activation as SAELens does, after a check of its width."""
-        width = sae_in.shape[-2] * sae_in.shape[-1] if self.hook_z_reshaping_mode and sae_in.ndim > 1 else sae_in.shape[-1]
+        width = (
+            sae_in.shape[-2] * sae_in.shape[-1] if self.hook_z_reshaping_mode and sae_in.ndim > 1 else sae_in.shape[-1]
+        )
         if width != self.cfg.d_in:
             _checks.width(sae_in, self.cfg.d_in, "The activation")
         return super().process_sae_in(sae_in)
@@ -123,21 +128,25 @@ class DecoderOnlySAE(SAE[DecoderOnlyConfig]):
         return self.reshape_fn_out(self.run_time_activation_norm_fn_out(out), self.d_head)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        # The host reads self.dtype and cfg.dtype but updates them only in .to(); .bfloat16(), .half() and .cuda() pass here too.
+        # The host reads self.dtype and cfg.dtype but updates them only in .to(); .bfloat16(), .half() and .cuda() pass
+        # here too.
         result = super()._apply(fn, recurse)
         self.dtype, self.device = self.W_dec.dtype, self.W_dec.device
         self.cfg.dtype, self.cfg.device = dtype_to_str(self.dtype), str(self.device)
         return result
 
-    def fold_activation_whitening(self, mean: torch.Tensor, whitening_matrix: torch.Tensor, unwhitening_matrix: torch.Tensor) -> NoReturn:
+    def fold_activation_whitening(
+        self, mean: torch.Tensor, whitening_matrix: torch.Tensor, unwhitening_matrix: torch.Tensor
+    ) -> NoReturn:
         """Refused: see Raises.
 
         Raises:
             NotImplementedError: always.
         """
         raise NotImplementedError(
-            f"Whitening cannot be folded into {type(self).__name__}: its encoder is not linear in the activation, and distances "
-            "between activations are not the same before and after. Build the dictionary from unwhitened activations."
+            f"Whitening cannot be folded into {type(self).__name__}: its encoder is not linear in the activation, and "
+            "distances between activations are not the same before and after. Build the dictionary from unwhitened "
+            "activations."
         )
 
     # --- files ---
@@ -170,7 +179,9 @@ class DecoderOnlySAE(SAE[DecoderOnlyConfig]):
         }
 
     @classmethod
-    def load_from_disk(cls: type[T], path: str | Path, device: str = "cpu", dtype: str | None = None, **kwargs: Any) -> T:
+    def load_from_disk(
+        cls: type[T], path: str | Path, device: str = "cpu", dtype: str | None = None, **kwargs: Any
+    ) -> T:
         """Load a saved dictionary; as SAELens' own, with a clear error for a truncated or foreign file.
 
         Args:
@@ -185,7 +196,9 @@ class DecoderOnlySAE(SAE[DecoderOnlyConfig]):
         """
         architecture = plain_name(_files.read_json(Path(path) / SAE_CFG_FILENAME).get("architecture"))
         if architecture != cls.get_own_architecture():
-            raise ValueError(f"{path} holds a SAE of architecture {architecture!r}, not {cls.get_own_architecture()!r}.")
+            raise ValueError(
+                f"{path} holds a SAE of architecture {architecture!r}, not {cls.get_own_architecture()!r}."
+            )
         _files.read_tensors(Path(path) / SAE_WEIGHTS_FILENAME)
         return super().load_from_disk(path, device=device, dtype=dtype, **kwargs)
 
@@ -212,6 +225,9 @@ class DecoderOnlySAE(SAE[DecoderOnlyConfig]):
         expected = {"b_dec": (self.cfg.d_in,), "W_dec": rows, **dict.fromkeys(self.extra_rows, rows)}
         found = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
         if found != expected:
-            raise ValueError(f"The weights do not fit the config of this {self.cfg.architecture()}: found {found}, expected {expected}.")
+            raise ValueError(
+                f"The weights do not fit the config of this {self.cfg.architecture()}: found {found}, expected "
+                f"{expected}."
+            )
         for name, tensor in state_dict.items():
             _checks.finite(tensor, name)

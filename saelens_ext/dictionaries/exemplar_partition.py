@@ -65,7 +65,9 @@ class ExemplarPartitionConfig(DecoderOnlyConfig):
         super().__post_init__()
         self._fill_defaults(FORMAT_VERSION, basis="exemplar", readout="top_k", k=1)
         if self.threshold is None:
-            raise ValueError("The config lacks 'threshold', a cosine distance in (0, 2]; is a key of cfg.json misspelt?")
+            raise ValueError(
+                "The config lacks 'threshold', a cosine distance in (0, 2]; is a key of cfg.json misspelt?"
+            )
         _checks.between(self.threshold, 0, 2, "threshold", closed_high=True)
         if self.percentile is not None:
             _checks.between(self.percentile, 0, 100, "percentile")
@@ -128,15 +130,23 @@ class ExemplarPartition(DecoderOnlySAE):
         """
         if exemplars.shape != means.shape or exemplars.shape[1:] != center.shape or len(exemplars) == 0:
             raise ValueError(
-                f"exemplars {tuple(exemplars.shape)} and means {tuple(means.shape)} must have one shape (k, d) with k of at "
-                f"least 1, and center {tuple(center.shape)} the shape (d,)."
+                f"exemplars {tuple(exemplars.shape)} and means {tuple(means.shape)} must have one shape (k, d) with k "
+                f"of at least 1, and center {tuple(center.shape)} the shape (d,)."
             )
         rows, other = (exemplars, means) if basis == "exemplar" else (means, exemplars)
         d_sae, d_in = exemplars.shape
         config = ExemplarPartitionConfig(
-            d_in=d_in, d_sae=d_sae, dtype=dtype_to_str(exemplars.dtype), device=str(exemplars.device),
-            threshold=float(threshold), percentile=None if percentile is None else float(percentile), basis=basis, readout=readout, k=k,
-            metadata=SAEMetadata(**(metadata or {})), reshape_activations=reshape_activations,
+            d_in=d_in,
+            d_sae=d_sae,
+            dtype=dtype_to_str(exemplars.dtype),
+            device=str(exemplars.device),
+            threshold=float(threshold),
+            percentile=None if percentile is None else float(percentile),
+            basis=basis,
+            readout=readout,
+            k=k,
+            metadata=SAEMetadata(**(metadata or {})),
+            reshape_activations=reshape_activations,
         )
         dictionary = cls(config)
         state = {"W_dec": rows.detach(), "other_basis": other.detach(), "b_dec": center.detach()}
@@ -201,7 +211,9 @@ class ExemplarPartition(DecoderOnlySAE):
         """SAELens' own ``TopK`` where the readout is one, which is how other tools recognise it."""
         return TopK(self.cfg.k) if self.cfg.readout in ("top_k", "top_k_cosine") else nn.Identity()
 
-    def with_readout(self, readout: Readout | None = None, *, k: int | None = None, basis: Basis | None = None) -> "ExemplarPartition":
+    def with_readout(
+        self, readout: Readout | None = None, *, k: int | None = None, basis: Basis | None = None
+    ) -> "ExemplarPartition":
         """The same regions read out another way; the original is left as it is.
 
         Args:
@@ -218,7 +230,9 @@ class ExemplarPartition(DecoderOnlySAE):
         )
         rows, other = (self.exemplars, self.means) if config.basis == "exemplar" else (self.means, self.exemplars)
         dictionary = ExemplarPartition(config)
-        dictionary.load_state_dict({"W_dec": rows.detach(), "other_basis": other.detach(), "b_dec": self.center.detach()})
+        dictionary.load_state_dict(
+            {"W_dec": rows.detach(), "other_basis": other.detach(), "b_dec": self.center.detach()}
+        )
         return dictionary
 
     # --- what SAELens and its neighbours do to a SAE's weights ---
@@ -239,8 +253,9 @@ class ExemplarPartition(DecoderOnlySAE):
         """
         if self.cfg.readout not in ("top_k", "projection"):
             raise NotImplementedError(
-                f"An activation scale cannot be folded under readout={self.cfg.readout!r}, whose codes do not grow with the "
-                "activation, so that reconstructions would change. Use with_readout('top_k') or 'projection' first."
+                f"An activation scale cannot be folded under readout={self.cfg.readout!r}, whose codes do not grow "
+                "with the activation, so that reconstructions would change. Use with_readout('top_k') or 'projection' "
+                "first."
             )
         self.b_dec.data /= scaling_factor
         if self.cfg.metadata.typical_norm is not None:
@@ -258,4 +273,6 @@ class ExemplarPartition(DecoderOnlySAE):
             # bfloat16 keeps 8 bits of each entry, so a unit row comes back within about 2**-8 of unit norm.
             worst = float((state_dict[name].float().norm(dim=1) - 1).abs().max())
             if worst > 1e-2:
-                raise ValueError(f"Rows of {name} must be unit directions; one is off by {worst:.3g}. These are not exemplars.")
+                raise ValueError(
+                    f"Rows of {name} must be unit directions; one is off by {worst:.3g}. These are not exemplars."
+                )

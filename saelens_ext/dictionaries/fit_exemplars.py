@@ -40,7 +40,9 @@ def fit_exemplar_partition(
         ValueError: as for :func:`fit_exemplar_partitions`, and for a stream over several hooks.
     """
     if len(stream.hook_names) != 1:
-        raise ValueError(f"The stream has {len(stream.hook_names)} hooks; fit_exemplar_partitions fits several dictionaries.")
+        raise ValueError(
+            f"The stream has {len(stream.hook_names)} hooks; fit_exemplar_partitions fits several dictionaries."
+        )
     _checks.between(percentile, 0, 100, "percentile")
     if threshold is None:
         (result,) = _fit(stream, (percentile,), None, ExemplarFitConfig.of(options), on_metrics)
@@ -62,8 +64,8 @@ def fit_exemplar_partitions(
     Args:
         stream: activations of one or several hooks; its ``max_tokens`` is the budget.
         percentiles: resolutions, each in (0, 100); higher means fewer, wider regions.
-        on_metrics: called after each batch for each growing dictionary with ((hook, percentile), activations seen, figures).
-        **options: fields of :class:`ExemplarFitConfig`.
+        on_metrics: called after each batch for each growing dictionary with ((hook, percentile), activations seen,
+        figures). **options: fields of :class:`ExemplarFitConfig`.
 
     Returns:
         A FitResult per (hook name as given to the stream, percentile).

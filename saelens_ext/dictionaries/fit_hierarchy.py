@@ -39,7 +39,8 @@ def fit_hierarchical_snmf(
         source: a stream over one hook, or activations ``(n, d)``.
         ranks: features of each level, falling.
         start: features to begin with at the finest level, of ``ranks[0]``, such as those of a
-            :func:`~saelens_ext.dictionaries.fit_snmf.fit_snmf` on the same activations; by default they are fitted here.
+            :func:`~saelens_ext.dictionaries.fit_snmf.fit_snmf` on the same activations; by default they are fitted
+            here.
         hook_name: where a matrix was read; kept in the dictionaries' metadata.
         refine_iter: iterations of the joint refinement at most; 0 leaves the levels as they were built one on another.
         progress: show progress bars.
@@ -50,7 +51,8 @@ def fit_hierarchical_snmf(
         ValueError: ranks that do not fall, activations that exceed ``memory_limit``, and as for
             :func:`~saelens_ext.dictionaries.fit_snmf.fit_snmf`.
 
-    Source: arXiv 2506.10920, recursive SNMF; the refinement is this package's, see :mod:`saelens_ext.ops.deep_semi_nmf`.
+    Source: arXiv 2506.10920, recursive SNMF; the refinement is this package's, see
+    :mod:`saelens_ext.ops.deep_semi_nmf`.
     """
     ranks = _checked_ranks(ranks)
     config = SNMFFitConfig.of(options)
@@ -60,8 +62,8 @@ def fit_hierarchical_snmf(
     x = given.in_memory(config.memory_limit)
     if x is None:
         raise ValueError(
-            f"The activations take more than memory_limit={config.memory_limit} bytes; a hierarchy needs them in memory. Lower the "
-            "stream's max_tokens, or raise memory_limit (the fit needs about three times that)."
+            f"The activations take more than memory_limit={config.memory_limit} bytes; a hierarchy needs them in "
+            "memory. Lower the stream's max_tokens, or raise memory_limit (the fit needs about three times that)."
         )
     with torch.no_grad():
         factors = _recursive(x, ranks, _checked_start(start, ranks[0], x), config, progress)
@@ -69,13 +71,17 @@ def fit_hierarchical_snmf(
         count = support_size(config.sparsity, x.shape[1])
         history = []
         if refine_iter:
-            bar = tqdm(total=_checks.positive(refine_iter, "refine_iter"), desc="refining all levels", disable=not progress)
+            bar = tqdm(
+                total=_checks.positive(refine_iter, "refine_iter"), desc="refining all levels", disable=not progress
+            )
             factors, history = refine(
                 x, factors, count, float(config.damping), refine_iter, _REFINE_TOL, on_iteration=lambda _: bar.update()
             )
             bar.close()
     total = float(x.double().square().sum())
-    dictionaries = [_dictionary(given, features, level, ranks, config, x) for level, features in enumerate(factors.features)]
+    dictionaries = [
+        _dictionary(given, features, level, ranks, config, x) for level, features in enumerate(factors.features)
+    ]
     return HierarchicalSNMF(
         dictionaries=dictionaries,
         links=factors.links,
@@ -92,7 +98,9 @@ def _checked_ranks(ranks: Sequence[int]) -> tuple[int, ...]:
     """At least two, positive and falling."""
     ranks = tuple(_checks.positive(rank, "each of ranks") for rank in ranks)
     if len(ranks) < 2 or any(after >= before for before, after in zip(ranks, ranks[1:], strict=False)):
-        raise ValueError(f"ranks must be at least two numbers, each below the one before, such as (400, 200, 100, 50); got {ranks}.")
+        raise ValueError(
+            f"ranks must be at least two numbers, each below the one before, such as (400, 200, 100, 50); got {ranks}."
+        )
     return ranks
 
 
@@ -102,7 +110,8 @@ def _checked_start(start: SNMFDictionary | None, rank: int, x: Tensor) -> Tensor
         return None
     if (start.cfg.d_sae, start.cfg.d_in) != (rank, x.shape[1]):
         raise ValueError(
-            f"start has {start.cfg.d_sae} features over {start.cfg.d_in} neurons; the finest level needs {rank} over {x.shape[1]}."
+            f"start has {start.cfg.d_sae} features over {start.cfg.d_in} neurons; the finest level needs {rank} over "
+            f"{x.shape[1]}."
         )
     return normalised(start.features.detach().to(x))[0]
 
@@ -117,8 +126,15 @@ def _recursive(
         features, below, codes = [start], start, damped_codes(x, start, float(config.damping))
     for rank in ranks[len(features) :]:
         fit = semi_nmf(
-            below, rank, sparsity=config.sparsity, init=config.init, damping=config.damping, max_iter=config.max_iter, tol=config.tol,
-            generator=torch.Generator().manual_seed(config.seed), progress=progress,
+            below,
+            rank,
+            sparsity=config.sparsity,
+            init=config.init,
+            damping=config.damping,
+            max_iter=config.max_iter,
+            tol=config.tol,
+            generator=torch.Generator().manual_seed(config.seed),
+            progress=progress,
         )
         below, length = normalised(fit.features)
         features.append(below)
@@ -140,7 +156,13 @@ def _dictionary(
     given: ActivationSource, features: Tensor, level: int, ranks: tuple[int, ...], config: SNMFFitConfig, x: Tensor
 ) -> SNMFDictionary:
     metadata = given.metadata() | {
-        "n_seen": len(x), "damping": float(config.damping), "init": config.init, "level": level, "ranks": list(ranks),
+        "n_seen": len(x),
+        "damping": float(config.damping),
+        "init": config.init,
+        "level": level,
+        "ranks": list(ranks),
         "typical_norm": float(torch.linalg.vector_norm(x, dim=1).median()),
     }
-    return SNMFDictionary.from_features(features, sparsity=config.sparsity, metadata=metadata, reshape_activations=given.reshaping)
+    return SNMFDictionary.from_features(
+        features, sparsity=config.sparsity, metadata=metadata, reshape_activations=given.reshaping
+    )

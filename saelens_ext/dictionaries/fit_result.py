@@ -105,7 +105,10 @@ class FitResult:
         content = {"format_version": FORMAT_VERSION, "n_regions": self.n_regions, **scalars}
         _files.write_together(
             self.dictionary.files_to_save(path)
-            | {path / TENSORS_FILENAME: _files.tensors_writer(tensors), path / JSON_FILENAME: _files.json_writer(content)}
+            | {
+                path / TENSORS_FILENAME: _files.tensors_writer(tensors),
+                path / JSON_FILENAME: _files.json_writer(content),
+            }
         )
         return path
 
@@ -131,7 +134,10 @@ class FitResult:
         lengths = {len(tensor) for tensor in tensors.values()} | {content.pop("n_regions", None)}
         if lengths != {dictionary.cfg.d_sae}:
             found = ", ".join(map(str, lengths))
-            raise ValueError(f"The fit in {path} is of {found} regions, its dictionary of {dictionary.cfg.d_sae}: they do not belong together.")
+            raise ValueError(
+                f"The fit in {path} is of {found} regions, its dictionary of {dictionary.cfg.d_sae}: they do not "
+                "belong together."
+            )
         return cls(
             dictionary=dictionary,
             threshold=ThresholdEstimate(**content.pop("threshold")),
@@ -144,5 +150,12 @@ class FitResult:
 _PROVENANCE = tuple(field.name for field in fields(Provenance))
 _STATISTICS = ("counts", "coherence", "exemplar_indices")
 _SCALARS = (
-    "hook_name", "percentile", "stopped_because", "n_seen", "n_undirected", "unseen_mass", "unseen_mass_upper", "typical_norm",
+    "hook_name",
+    "percentile",
+    "stopped_because",
+    "n_seen",
+    "n_undirected",
+    "unseen_mass",
+    "unseen_mass_upper",
+    "typical_norm",
 )

@@ -38,19 +38,21 @@ def fit_sae(
 ) -> SAE[Any]:
     """Train a SAE on activations held in memory, which are gone through in random order as often as needed.
 
-    Activations are scaled to SAELens' expected norm while training, and the scale is folded into the weights at the end.
-    SAELens' trainer shows its progress bar.
+    Activations are scaled to SAELens' expected norm while training, and the scale is folded into the weights at the
+    end. SAELens' trainer shows its progress bar.
 
     Args:
-        source: a stream over one hook, or activations ``(n, d)``; as for :func:`~saelens_ext.dictionaries.fit_snmf.fit_snmf`.
+        source: a stream over one hook, or activations ``(n, d)``; as for
+            :func:`~saelens_ext.dictionaries.fit_snmf.fit_snmf`.
         d_sae: number of latents.
-        architecture: any that SAELens trains, such as "standard", "topk", "batchtopk" or "jumprelu". Some need options of
-            their own ("matryoshka_batchtopk" its widths).
+        architecture: any that SAELens trains, such as "standard", "topk", "batchtopk" or "jumprelu". Some need options
+            of their own ("matryoshka_batchtopk" its widths).
         hook_name: where a matrix was read; kept in the metadata.
         training_samples: activations to train on, repeats included.
         batch_size: activations per step.
         lr: Adam's learning rate.
-        held_out: share of the documents kept out, in [0, 0.5]; the same documents as a fit with the same share keeps out.
+        held_out: share of the documents kept out, in [0, 0.5]; the same documents as a fit with the same share keeps
+            out.
         memory_limit: bytes of activations (as float32) that may be held.
         seed: of the initial weights and the order.
         **sae_options: further fields of SAELens' training config of that architecture, such as ``k`` (32 by default) or
@@ -69,7 +71,11 @@ def fit_sae(
         raise ValueError(f"training_samples must be at least one batch of {batch_size}, got {training_samples}.")
     given = ActivationSource.of(source, hook_name, held_out)
     sae_class, config_class = SAE_TRAINING_CLASS_REGISTRY[architecture]
-    known = [name for name in config_class.__dataclass_fields__ if name not in ("d_in", "d_sae", "metadata", "device", "reshape_activations")]
+    known = [
+        name
+        for name in config_class.__dataclass_fields__
+        if name not in ("d_in", "d_sae", "metadata", "device", "reshape_activations")
+    ]
     _checks.known_keys(sae_options, known, f"SAELens' config of {architecture!r}")
     options = {"normalize_activations": "expected_average_only_in", "dtype": "float32", **sae_options}
     if "k" in known and not 1 <= options.setdefault("k", min(_DEFAULT_K, d_sae)) <= d_sae:
@@ -77,12 +83,15 @@ def fit_sae(
     x = given.in_memory(memory_limit)
     if x is None:
         raise ValueError(
-            f"The activations take more than memory_limit={memory_limit} bytes. Lower the stream's max_tokens, raise memory_limit, "
-            "or train with SAELens' own runner, which streams."
+            f"The activations take more than memory_limit={memory_limit} bytes. Lower the stream's max_tokens, raise "
+            "memory_limit, or train with SAELens' own runner, which streams."
         )
     config = config_class(
-        d_in=x.shape[1], d_sae=d_sae, device=str(x.device),
-        metadata=SAEMetadata(**given.metadata(), n_seen=len(x)), **options,
+        d_in=x.shape[1],
+        d_sae=d_sae,
+        device=str(x.device),
+        metadata=SAEMetadata(**given.metadata(), n_seen=len(x)),
+        **options,
     )
     # SAELens draws the initial weights from the global generator, which is the user's.
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.enable_grad():
@@ -90,8 +99,12 @@ def fit_sae(
         training_sae = sae_class(config)
         trainer = SAETrainer(
             cfg=SAETrainerConfig(
-                total_training_samples=training_samples, train_batch_size_samples=batch_size, lr=float(lr), lr_end=float(lr) / 10,
-                device=str(x.device), logger=LoggingConfig(log_to_wandb=False),
+                total_training_samples=training_samples,
+                train_batch_size_samples=batch_size,
+                lr=float(lr),
+                lr_end=float(lr) / 10,
+                device=str(x.device),
+                logger=LoggingConfig(log_to_wandb=False),
                 n_batches_for_norm_estimate=max(1, min(100, len(x) // batch_size)),
             ),
             sae=training_sae,
@@ -109,7 +122,9 @@ def fit_sae(
 
 
 def _shuffled(x: Tensor, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Batches in random order without end, each activation once per round (some twice where a round ends within a batch)."""
+    """Batches in random order without end, each activation once per round (some twice where a round ends within a
+    batch).
+    """
     left = torch.empty(0, dtype=torch.long)
     while True:
         while len(left) < batch_size:

@@ -36,7 +36,8 @@ class SNMFFitConfig:
     init: str = "svd"
     """"svd", "kmeans" or "random"."""
     damping: float | int = 0.2
-    """Charge for features that cancel each other, >= 0; see :mod:`saelens_ext.ops.semi_nmf`. 0 gives the lowest loss, but
+    """Charge for features that cancel each other, >= 0; see :mod:`saelens_ext.ops.semi_nmf`. 0 gives the lowest loss,
+    but
     then nearly all features are active on nearly all tokens."""
     max_iter: int = 100
     """Iterations of a fit in memory, or to the sample of a stream."""
@@ -90,8 +91,8 @@ def fit_snmf(
         The dictionary, of unit features ordered by their share of the activations' sum of squares, with its statistics.
 
     Raises:
-        ValueError: an option that is unknown or out of range, a stream over several hooks, no activation, activations that
-            are all zero or not finite, more features than ``init`` can give.
+        ValueError: an option that is unknown or out of range, a stream over several hooks, no activation, activations
+            that are all zero or not finite, more features than ``init`` can give.
 
     Source: arXiv 2506.10920, for features and codes; the fit and its damping are this package's.
     """
@@ -127,8 +128,12 @@ def fit_snmf_rows(
         ValueError: as :func:`fit_snmf`.
     """
     shared = {
-        "sparsity": config.sparsity, "init": config.init, "damping": config.damping, "max_iter": config.max_iter,
-        "generator": torch.Generator().manual_seed(config.seed), "on_metrics": on_metrics,
+        "sparsity": config.sparsity,
+        "init": config.init,
+        "damping": config.damping,
+        "max_iter": config.max_iter,
+        "generator": torch.Generator().manual_seed(config.seed),
+        "on_metrics": on_metrics,
     }
     if x is not None:
         fit = semi_nmf(x, n_components, tol=config.tol, progress=progress, **shared)
@@ -137,7 +142,9 @@ def fit_snmf_rows(
         typical_norm = float(torch.linalg.vector_norm(x, dim=1).median())
         n_seen, limit = len(x), "max_iter"
     else:
-        logger.info("More than %d bytes of activations: the fit makes several passes over the stream.", config.memory_limit)
+        logger.info(
+            "More than %d bytes of activations: the fit makes several passes over the stream.", config.memory_limit
+        )
         fit = semi_nmf_streaming(
             Restartable(given), n_components, max_passes=config.max_passes, tol=max(config.tol, 1e-3), **shared
         )
@@ -151,9 +158,19 @@ def fit_snmf_rows(
     if config.held_out and not n_held_out:
         logger.warning("No document was held out: there are too few for a share of %g.", config.held_out)
     return SNMFFitResult(
-        dictionary=dictionary, hook_name=given.hook_name, stopped_because="converged" if fit.converged else limit, n_seen=n_seen,
-        n_held_out=n_held_out, loss=fit.loss, held_out_loss=held_out_loss, history=list(fit.history), n_dead=fit.n_dead,
-        n_duplicate=fit.n_duplicate, n_revived=fit.n_revived, typical_norm=typical_norm, shares=shares,
+        dictionary=dictionary,
+        hook_name=given.hook_name,
+        stopped_because="converged" if fit.converged else limit,
+        n_seen=n_seen,
+        n_held_out=n_held_out,
+        loss=fit.loss,
+        held_out_loss=held_out_loss,
+        history=list(fit.history),
+        n_dead=fit.n_dead,
+        n_duplicate=fit.n_duplicate,
+        n_revived=fit.n_revived,
+        typical_norm=typical_norm,
+        shares=shares,
     )
 
 
@@ -168,7 +185,11 @@ def _dictionary(
     """The dictionary of unit features, the largest share first, and the shares in that order."""
     order = shares.argsort(descending=True, stable=True)
     metadata = given.metadata() | {
-        "n_seen": n_seen, "loss": fit.loss, "damping": float(config.damping), "init": config.init, "typical_norm": typical_norm,
+        "n_seen": n_seen,
+        "loss": fit.loss,
+        "damping": float(config.damping),
+        "init": config.init,
+        "typical_norm": typical_norm,
     }
     dictionary = SNMFDictionary.from_features(
         fit.features[order], sparsity=config.sparsity, metadata=metadata, reshape_activations=given.reshaping
@@ -178,7 +199,9 @@ def _dictionary(
 
 
 def sum_of_squares(x: Float[Tensor, "n d"]) -> float:
-    """Sum of squares of activations ``(n, d)`` in double precision, block by block: a whole copy would take twice their memory."""
+    """Sum of squares of activations ``(n, d)`` in double precision, block by block: a whole copy would take twice
+    their memory.
+    """
     return sum(float(rows.double().square().sum()) for rows in x.split(4096))
 
 

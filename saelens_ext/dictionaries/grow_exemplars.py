@@ -39,8 +39,8 @@ class ExemplarFitConfig:
     the paper's mean of within-batch percentiles, which moves with the batch size."""
     stop: str = "budget"
     """When a dictionary stops growing, other than at the end of the stream. "budget": only there. "unseen_mass": once
-    the upper 0.95 limit of the unseen mass, judged by the last half of the stream, is at most ``unseen_mass_tolerance``,
-    checked every 1,024 activations.
+    the upper 0.95 limit of the unseen mass, judged by the last half of the stream, is at most
+    ``unseen_mass_tolerance``, checked every 1,024 activations.
     "paper": after ``saturation_window`` batches in a row that founded no region."""
     unseen_mass_tolerance: float = 0.01
     """Share of further activations that may found a region, in (0, 1)."""
@@ -61,7 +61,10 @@ class ExemplarFitConfig:
         _checks.between(self.unseen_mass_tolerance, 0, 1, "unseen_mass_tolerance")
         _checks.positive(self.saturation_window, "saturation_window")
         _checks.positive(self.k, "k")
-        if self.calibration_activations is not None and _checks.positive(self.calibration_activations, "calibration_activations") < 2:
+        if (
+            self.calibration_activations is not None
+            and _checks.positive(self.calibration_activations, "calibration_activations") < 2
+        ):
             raise ValueError("calibration_activations must be at least 2, the fewest that have a distance.")
 
     @classmethod
@@ -93,7 +96,9 @@ class _Growth:
             self.clustering.partial_fit(x[start:stop])
             if self.clustering.n_regions > known:
                 founded = True
-                self.founders.append(Provenance.of(batch, self.clustering.exemplar_indices[known:].cpu() - seen + start))
+                self.founders.append(
+                    Provenance.of(batch, self.clustering.exemplar_indices[known:].cpu() - seen + start)
+                )
             at_check = self.clustering.n_seen % CHECK_EVERY == 0
             if config.stop == "unseen_mass" and at_check and self.unseen_mass.upper <= config.unseen_mass_tolerance:
                 self.stopped_because = "unseen_mass"
@@ -121,8 +126,12 @@ class _Growth:
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Everything needed to grow on: JSON-safe content, and tensors."""
         content = {
-            "hook_name": self.hook_name, "threshold": asdict(self.threshold), "typical_norm": self.calibration.typical_norm,
-            "n_activations": self.calibration.n_activations, "stopped_because": self.stopped_because, "quiet_batches": self.quiet_batches,
+            "hook_name": self.hook_name,
+            "threshold": asdict(self.threshold),
+            "typical_norm": self.calibration.typical_norm,
+            "n_activations": self.calibration.n_activations,
+            "stopped_because": self.stopped_because,
+            "quiet_batches": self.quiet_batches,
         }
         tensors = {f"clustering.{name}": tensor for name, tensor in self.clustering.state_dict().items()}
         if self.founders:
@@ -141,15 +150,21 @@ class _Growth:
             center=center, typical_norm=content["typical_norm"], thresholds=(), n_activations=content["n_activations"]
         )
         return cls(
-            hook_name=content["hook_name"], threshold=estimate, calibration=calibration, clustering=clustering,
-            stopped_because=content["stopped_because"], quiet_batches=content["quiet_batches"],
+            hook_name=content["hook_name"],
+            threshold=estimate,
+            calibration=calibration,
+            clustering=clustering,
+            stopped_because=content["stopped_because"],
+            quiet_batches=content["quiet_batches"],
             founders=[Provenance(**founders)] if founders else [],
         )
 
     def finish(self, stream: ActivationStream, config: ExemplarFitConfig) -> FitResult:
         """The dictionary, on the device of the activations, and its statistics, on the CPU."""
         if self.clustering.n_regions == 0:
-            raise ValueError("No activation has a direction: all of them equal the centre. Is this hook's output constant?")
+            raise ValueError(
+                "No activation has a direction: all of them equal the centre. Is this hook's output constant?"
+            )
         result = {
             "stopped_because": self.stopped_because or "end_of_stream",
             "n_seen": self.clustering.n_seen,
@@ -157,25 +172,41 @@ class _Growth:
             "unseen_mass_upper": self.unseen_mass.upper,
             "typical_norm": self.calibration.typical_norm,
         }
-        metadata = stream.describe() | result | {
-            "hook_name": dict(zip(stream.requested_hook_names, stream.hook_names))[self.hook_name],
-            "calibration": config.calibration,
-            "calibration_activations": self.calibration.n_activations,
-            "threshold_interval": [self.threshold.low, self.threshold.high],
-        }
+        metadata = (
+            stream.describe()
+            | result
+            | {
+                "hook_name": dict(zip(stream.requested_hook_names, stream.hook_names))[self.hook_name],
+                "calibration": config.calibration,
+                "calibration_activations": self.calibration.n_activations,
+                "threshold_interval": [self.threshold.low, self.threshold.high],
+            }
+        )
         # Only this host class keeps the heads of hook_z apart; a bridge gives them joined.
         has_heads = isinstance(stream.model, HookedTransformer) and metadata["hook_name"].endswith("hook_z")
         dictionary = ExemplarPartition.from_regions(
-            self.clustering.exemplars, self.clustering.member_means, self.calibration.center,
-            self.threshold.threshold, percentile=self.threshold.percentile,
-            basis=config.basis, readout=config.readout, k=min(config.k, self.clustering.n_regions), metadata=metadata,
+            self.clustering.exemplars,
+            self.clustering.member_means,
+            self.calibration.center,
+            self.threshold.threshold,
+            percentile=self.threshold.percentile,
+            basis=config.basis,
+            readout=config.readout,
+            k=min(config.k, self.clustering.n_regions),
+            metadata=metadata,
             reshape_activations="hook_z" if has_heads else "none",
         )
         return FitResult(
-            dictionary=dictionary, hook_name=self.hook_name, percentile=self.threshold.percentile, threshold=self.threshold,
-            n_undirected=self.clustering.n_undirected, counts=self.clustering.counts.cpu(),
-            coherence=self.clustering.coherence.cpu(), exemplar_indices=self.clustering.exemplar_indices.cpu(),
-            provenance=Provenance.join(self.founders), **result,
+            dictionary=dictionary,
+            hook_name=self.hook_name,
+            percentile=self.threshold.percentile,
+            threshold=self.threshold,
+            n_undirected=self.clustering.n_undirected,
+            counts=self.clustering.counts.cpu(),
+            coherence=self.clustering.coherence.cpu(),
+            exemplar_indices=self.clustering.exemplar_indices.cpu(),
+            provenance=Provenance.join(self.founders),
+            **result,
         )
 
 
@@ -199,7 +230,8 @@ class ExemplarBuild:
         percentiles: resolutions, each in (0, 100); empty with a ``threshold``.
         threshold: a cosine distance in (0, 2] to use instead.
         config: the options shared by all.
-        on_metrics: called after each batch for each growing dictionary with ((hook, percentile), activations seen, figures).
+        on_metrics: called after each batch for each growing dictionary with ((hook, percentile), activations seen,
+            figures).
     """
 
     def __init__(
@@ -258,18 +290,26 @@ class ExemplarBuild:
         tensors = {f"{number}.{name}": tensor for number, (_, own) in enumerate(states) for name, tensor in own.items()}
         return [content for content, _ in states], tensors
 
-    def load_state(self, content: Sequence[Mapping[str, Any]], tensors: Mapping[str, Tensor], device: torch.device) -> None:
+    def load_state(
+        self, content: Sequence[Mapping[str, Any]], tensors: Mapping[str, Tensor], device: torch.device
+    ) -> None:
         """Continue, on a device, where the build of the same arguments was that gave a state."""
-        self._growths = [_Growth.of_state(own, _under(f"{number}.", tensors), device) for number, own in enumerate(content)]
+        self._growths = [
+            _Growth.of_state(own, _under(f"{number}.", tensors), device) for number, own in enumerate(content)
+        ]
 
     def _calibrate(self) -> None:
         held, n, wanted = self._held, self._n_held, self._config.calibration_activations
         if n < (wanted or 2):
             raise ValueError(
-                f"The stream holds {n} activations, fewer than the {wanted or 2} that calibration takes. Give it more text, "
-                f"raise its max_tokens, or pass calibration_activations={max(n, 2)} or fewer."
+                f"The stream holds {n} activations, fewer than the {wanted or 2} that calibration takes. Give it more "
+                f"text, raise its max_tokens, or pass calibration_activations={max(n, 2)} or fewer."
             )
-        options = {"n_activations": min(n, wanted or DEFAULT_CALIBRATION), "mode": self._config.calibration, "seed": self._config.seed}
+        options = {
+            "n_activations": min(n, wanted or DEFAULT_CALIBRATION),
+            "mode": self._config.calibration,
+            "seed": self._config.seed,
+        }
         for hook_name in self._hook_names:
             calibration = calibrate(held, hook_name, self._percentiles, **options)
             for estimate in calibration.thresholds or (ThresholdEstimate.given(float(self._threshold)),):
@@ -288,7 +328,9 @@ class ExemplarBuild:
                 continue
             growth.take(batch, self._config)
             if self._on_metrics is not None:
-                self._on_metrics((growth.hook_name, growth.threshold.percentile), growth.clustering.n_seen, growth.metrics)
+                self._on_metrics(
+                    (growth.hook_name, growth.threshold.percentile), growth.clustering.n_seen, growth.metrics
+                )
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -44,12 +44,15 @@ class HierarchicalSNMF:
     dictionaries: list[SNMFDictionary]
     """One per level, the finest first; each can be used by itself."""
     links: list[Tensor]
-    """From each level to the next: ``(r_l, r_(l+1))`` >= 0, entry (i, j) how much feature i is in feature j, both of unit
+    """From each level to the next: ``(r_l, r_(l+1))`` >= 0, entry (i, j) how much feature i is in feature j, both of
+    unit
     length."""
     hook_name: str
     """The hook, as given to the stream."""
     losses: list[float]
-    """Of each level: squared error of the codes that reach it through the links, over the activations' sum of squares."""
+    """Of each level: squared error of the codes that reach it through the links, over the activations' sum of
+    squares.
+    """
     losses_before: list[float]
     """The same before the levels were refined together."""
     encode_losses: list[float]
@@ -64,9 +67,7 @@ class HierarchicalSNMF:
         """Features of each level."""
         return tuple(dictionary.cfg.d_sae for dictionary in self.dictionaries)
 
-    def trees(
-        self, level: int = -1, *, min_weight: float | int = 0.15, max_children: int = 4
-    ) -> list[ConceptNode]:
+    def trees(self, level: int = -1, *, min_weight: float | int = 0.15, max_children: int = 4) -> list[ConceptNode]:
         """The tree below each feature of a level.
 
         Args:
@@ -80,11 +81,15 @@ class HierarchicalSNMF:
         Source: arXiv 2506.10920, whose trees use these limits (but the links from before its refinement).
         """
         if not -len(self.dictionaries) <= level < len(self.dictionaries):
-            raise ValueError(f"level must be one of 0 to {len(self.dictionaries) - 1}, or negative from the coarsest, got {level!r}.")
+            raise ValueError(
+                f"level must be one of 0 to {len(self.dictionaries) - 1}, or negative from the coarsest, got {level!r}."
+            )
         _checks.between(min_weight, 0, 1, "min_weight", closed_high=True)
         _checks.positive(max_children, "max_children")
         level %= len(self.dictionaries)
-        return [self._node(level, feature, 1.0, float(min_weight), max_children) for feature in range(self.ranks[level])]
+        return [
+            self._node(level, feature, 1.0, float(min_weight), max_children) for feature in range(self.ranks[level])
+        ]
 
     def _node(self, level: int, feature: int, weight: float, min_weight: float, max_children: int) -> ConceptNode:
         children: tuple[ConceptNode, ...] = ()
@@ -93,7 +98,11 @@ class HierarchicalSNMF:
             largest = float(column.max())
             # A feature without links gathers nothing.
             values, below = column.sort(descending=True, stable=True)
-            kept = [(float(v) / largest, int(i)) for v, i in zip(values[:max_children], below) if largest > 0 and v >= min_weight * largest]
+            kept = [
+                (float(v) / largest, int(i))
+                for v, i in zip(values[:max_children], below)
+                if largest > 0 and v >= min_weight * largest
+            ]
             children = tuple(self._node(level - 1, i, share, min_weight, max_children) for share, i in kept)
         return ConceptNode(level, feature, weight, children)
 
@@ -104,8 +113,15 @@ class HierarchicalSNMF:
         for level, dictionary in enumerate(self.dictionaries):
             files |= dictionary.files_to_save(path / f"level_{level}")
         tensors = {f"links_{level}": links.contiguous() for level, links in enumerate(self.links)}
-        content = {"format_version": FORMAT_VERSION, "ranks": list(self.ranks), **{name: getattr(self, name) for name in _SCALARS}}
-        files |= {path / TENSORS_FILENAME: _files.tensors_writer(tensors), path / JSON_FILENAME: _files.json_writer(content)}
+        content = {
+            "format_version": FORMAT_VERSION,
+            "ranks": list(self.ranks),
+            **{name: getattr(self, name) for name in _SCALARS},
+        }
+        files |= {
+            path / TENSORS_FILENAME: _files.tensors_writer(tensors),
+            path / JSON_FILENAME: _files.json_writer(content),
+        }
         _files.write_together(files)
         return path
 
@@ -115,7 +131,8 @@ class HierarchicalSNMF:
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: a file is truncated, foreign, newer than this package, or levels and links do not fit each other.
+            ValueError: a file is truncated, foreign, newer than this package, or levels and links do not fit each
+                other.
         """
         path = Path(path)
         content = _files.read_json(path / JSON_FILENAME)
@@ -124,12 +141,16 @@ class HierarchicalSNMF:
         if missing:
             raise ValueError(f"The hierarchy in {path} lacks {', '.join(missing)}; it is not ours.")
         ranks = content["ranks"]
-        dictionaries = [SNMFDictionary.load_from_disk(path / f"level_{level}", device=device) for level in range(len(ranks))]
+        dictionaries = [
+            SNMFDictionary.load_from_disk(path / f"level_{level}", device=device) for level in range(len(ranks))
+        ]
         tensors = _files.read_tensors(path / TENSORS_FILENAME, device=device)
         found = {name: tuple(links.shape) for name, links in tensors.items()}
         expected = {f"links_{level}": pair for level, pair in enumerate(zip(ranks, ranks[1:], strict=False))}
         if found != expected or [dictionary.cfg.d_sae for dictionary in dictionaries] != ranks:
-            raise ValueError(f"The hierarchy in {path} has ranks {ranks} but links {found}: its files do not belong together.")
+            raise ValueError(
+                f"The hierarchy in {path} has ranks {ranks} but links {found}: its files do not belong together."
+            )
         links = [tensors[f"links_{level}"] for level in range(len(ranks) - 1)]
         return cls(dictionaries=dictionaries, links=links, **{name: content[name] for name in _SCALARS})
 

@@ -23,7 +23,9 @@ _ID = "save_id"
 _KIND = "kind"
 
 
-def write_pair(directory: Path, stem: str, kind: str, content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+def write_pair(
+    directory: Path, stem: str, kind: str, content: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> None:
     """Write ``<stem>.json`` and ``<stem>.safetensors`` into a directory.
 
     Args:

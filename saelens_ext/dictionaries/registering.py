@@ -41,8 +41,9 @@ def _full_name(cls: type) -> str:
 def _taken(name: str, other: type, own: type) -> str:
     package = other.__module__.split(".")[0]
     return (
-        f"The architecture {name!r} is registered with SAELens already, as {_full_name(other)}, registered by another package, {package!r}, so "
-        f"{_full_name(own)} cannot have that name: nothing was registered. SAELens holds one class per name and process. "
-        f"Use the two packages in separate processes; or, if SAEs of {package!r} are not to be loaded in this one, make room "
-        f"first with `from sae_lens.registry import SAE_CLASS_REGISTRY; del SAE_CLASS_REGISTRY[{name!r}]`."
+        f"The architecture {name!r} is registered with SAELens already, as {_full_name(other)}, registered by another "
+        f"package, {package!r}, so {_full_name(own)} cannot have that name: nothing was registered. SAELens holds one "
+        f"class per name and process. Use the two packages in separate processes; or, if SAEs of {package!r} are not "
+        "to be loaded in this one, make room first with `from sae_lens.registry import SAE_CLASS_REGISTRY; del "
+        f"SAE_CLASS_REGISTRY[{name!r}]`."
     )

@@ -64,8 +64,8 @@ class SNMFDictionaryConfig(DecoderOnlyConfig):
 class _TopKOfAll(TopK):
     """The ReLU of every code: SAELens' TopK where k is all of them.
 
-    By this type sae-dashboard knows an encoder whose codes depend on each other, and encodes before it takes a part. From
-    any other it first cuts the weights, and codes solved on a part of the features are other codes.
+    By this type sae-dashboard knows an encoder whose codes depend on each other, and encodes before it takes a part.
+    From any other it first cuts the weights, and codes solved on a part of the features are other codes.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -77,11 +77,11 @@ class SNMFDictionary(DecoderOnlySAE):
 
     ``encode`` is exact non-negative least squares of any activation on the features, held-out ones included: it is
     deterministic and differentiable, in the activation and in ``W_dec`` (first derivatives). ``decode`` is
-    ``code @ W_dec + b_dec``. At ``hook_sae_acts_pre`` is the solution itself, and what a hook makes of it passes a ReLU:
-    without a hook, that changes nothing.
+    ``code @ W_dec + b_dec``. At ``hook_sae_acts_pre`` is the solution itself, and what a hook makes of it passes a
+    ReLU: without a hook, that changes nothing.
 
-    The conditions of optimality hold to 2e-5 of the activation's largest product with a unit feature. The solver works in
-    float32, or for a dictionary in float64 in that, to 1e-10; one in half precision rounds features and codes only.
+    The conditions of optimality hold to 2e-5 of the activation's largest product with a unit feature. The solver works
+    in float32, or for a dictionary in float64 in that, to 1e-10; one in half precision rounds features and codes only.
 
     Source: arXiv 2506.10920, whose code has no encoder.
     """
@@ -117,21 +117,28 @@ class SNMFDictionary(DecoderOnlySAE):
         """
         if features.ndim != 2 or not features.is_floating_point() or not bool(features.any()):
             raise ValueError(
-                f"features must be a floating-point (k, d) matrix with at least one row that is not zero, got {features.dtype} "
-                f"of shape {tuple(features.shape)}, {int(features.count_nonzero())} entries not zero."
+                "features must be a floating-point (k, d) matrix with at least one row that is not zero, got "
+                f"{features.dtype} of shape {tuple(features.shape)}, {int(features.count_nonzero())} entries not zero."
             )
         d_sae, d_in = features.shape
         largest = int(_checks.finite(features, "features").count_nonzero(dim=1).max())
-        sparsity = largest / d_in if sparsity is None else float(_checks.between(sparsity, 0, 1, "sparsity", closed_high=True))
+        sparsity = (
+            largest / d_in if sparsity is None else float(_checks.between(sparsity, 0, 1, "sparsity", closed_high=True))
+        )
         allowed = support_size(sparsity, d_in)
         if largest > allowed:
             raise ValueError(
-                f"A feature uses {largest} of {d_in} neurons, more than the {allowed} that sparsity={sparsity:g} allows. "
-                "Leave sparsity out to have it measured."
+                f"A feature uses {largest} of {d_in} neurons, more than the {allowed} that sparsity={sparsity:g} "
+                "allows. Leave sparsity out to have it measured."
             )
         config = SNMFDictionaryConfig(
-            d_in=d_in, d_sae=d_sae, dtype=dtype_to_str(features.dtype), device=str(features.device), sparsity=sparsity,
-            metadata=SAEMetadata(**(metadata or {})), reshape_activations=reshape_activations,
+            d_in=d_in,
+            d_sae=d_sae,
+            dtype=dtype_to_str(features.dtype),
+            device=str(features.device),
+            sparsity=sparsity,
+            metadata=SAEMetadata(**(metadata or {})),
+            reshape_activations=reshape_activations,
         )
         dictionary = cls(config)
         dictionary.load_state_dict({"W_dec": features.detach(), "b_dec": features.new_zeros(d_in)})
@@ -171,7 +178,9 @@ class SNMFDictionary(DecoderOnlySAE):
         # Compared by value: what is written to W_dec.data leaves neither address nor version changed.
         if self._prepared is not None:
             kept, gram = self._prepared
-            if (kept.dtype, kept.device, kept.shape) == (rows.dtype, rows.device, rows.shape) and torch.equal(kept, rows):
+            if (kept.dtype, kept.device, kept.shape) == (rows.dtype, rows.device, rows.shape) and torch.equal(
+                kept, rows
+            ):
                 return gram
         self._prepared = (rows.clone(), FeatureGram.of(_checks.finite(rows, "W_dec").to(working)))
         return self._prepared[1]
@@ -216,10 +225,13 @@ class SNMFDictionary(DecoderOnlySAE):
         indices = row.abs().argsort(descending=True, stable=True)[:count]
         return Neurons(indices, row[indices])
 
-    def residual_directions(self, model: HostModel, *, hook_name: str | None = None, layer: int | None = None) -> Tensor:
+    def residual_directions(
+        self, model: HostModel, *, hook_name: str | None = None, layer: int | None = None
+    ) -> Tensor:
         """What each feature writes into the residual stream, ``(k, d_model)``.
 
-        See :func:`saelens_ext.host.mlp_output.residual_directions`, for the meaning on models with a norm behind the MLP too.
+        See :func:`saelens_ext.host.mlp_output.residual_directions`, for the meaning on models with a norm behind the
+        MLP too.
 
         Args:
             model: either host class.

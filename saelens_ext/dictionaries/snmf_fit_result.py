@@ -54,7 +54,11 @@ class SNMFFitResult:
     def save(self, path: str | Path) -> Path:
         """Write the dictionary and, beside it, its statistics (``fit.json``, ``fit.safetensors``) into a directory."""
         path = Path(path)
-        content = {"format_version": FORMAT_VERSION, "features": _digest(self.dictionary), **{name: getattr(self, name) for name in _SCALARS}}
+        content = {
+            "format_version": FORMAT_VERSION,
+            "features": _digest(self.dictionary),
+            **{name: getattr(self, name) for name in _SCALARS},
+        }
         _files.write_together(
             self.dictionary.files_to_save(path)
             | {
@@ -77,11 +81,15 @@ class SNMFFitResult:
         content = _files.read_json(path / JSON_FILENAME)
         _files.check_format_version(content.get("format_version"), FORMAT_VERSION, path / JSON_FILENAME)
         tensors = _files.read_tensors(path / TENSORS_FILENAME)
-        missing = [name for name in _SCALARS if name not in content] + [name for name in ("shares",) if name not in tensors]
+        missing = [name for name in _SCALARS if name not in content] + [
+            name for name in ("shares",) if name not in tensors
+        ]
         if missing:
             raise ValueError(f"The fit in {path} lacks {', '.join(missing)}; it is not one of an SNMFDictionary.")
         if content.get("features") != _digest(dictionary) or tensors["shares"].shape != (dictionary.cfg.d_sae,):
-            raise ValueError(f"The statistics and the dictionary in {path} are of different fits: they do not belong together.")
+            raise ValueError(
+                f"The statistics and the dictionary in {path} are of different fits: they do not belong together."
+            )
         return cls(dictionary=dictionary, shares=tensors["shares"], **{name: content[name] for name in _SCALARS})
 
 
@@ -92,6 +100,15 @@ def _digest(dictionary: SNMFDictionary) -> str:
 
 
 _SCALARS = (
-    "hook_name", "stopped_because", "n_seen", "n_held_out", "loss", "held_out_loss", "history", "n_dead", "n_duplicate",
-    "n_revived", "typical_norm",
+    "hook_name",
+    "stopped_because",
+    "n_seen",
+    "n_held_out",
+    "loss",
+    "held_out_loss",
+    "history",
+    "n_dead",
+    "n_duplicate",
+    "n_revived",
+    "typical_norm",
 )

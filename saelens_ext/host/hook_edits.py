@@ -61,8 +61,8 @@ def edit_point(model: HostModel, hook_name: str) -> str:
         is_transcoder = sae.cfg.metadata.hook_name_out not in (None, sae.cfg.metadata.hook_name)
         if is_transcoder and resolve_hook(model, read) == name:
             raise ValueError(
-                f"A transcoder attached to the model reads its input at {name}, before an intervention could change it. "
-                "Detach it with model.reset_saes(), or intervene before or behind this hook."
+                f"A transcoder attached to the model reads its input at {name}, before an intervention could change "
+                "it. Detach it with model.reset_saes(), or intervene before or behind this hook."
             )
     return name
 
@@ -124,7 +124,8 @@ class _PromptColumns:
         if not self._positions or self._positions[0] < 0:
             raise ValueError(
                 f"positions must be one or more columns of the prompt, counted from 0, got {list(positions)}. "
-                "For the last token of a prompt of n tokens pass n - 1: in a batch or while generating, -1 is no fixed place."
+                "For the last token of a prompt of n tokens pass n - 1: in a batch or while generating, -1 is no fixed "
+                "place."
             )
 
     def of(self, x: Tensor) -> list[int] | None:

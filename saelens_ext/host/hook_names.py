@@ -71,7 +71,8 @@ def resolve_hook(model: AnyHost, hook_name: str) -> str:
     Args:
         model: the model to hook.
         hook_name: a name in the spelling of `HookedTransformer` (``blocks.3.hook_resid_post``), of a bridge
-            (``blocks.3.hook_out``) or of the Hugging Face modules (``model.layers.3``, the residual stream after block 3).
+            (``blocks.3.hook_out``) or of the Hugging Face modules (``model.layers.3``, the residual stream after block
+            3).
 
     Returns:
         The name under which ``model`` fires for that place.
@@ -160,8 +161,8 @@ def hook_points(model: AnyHost) -> Mapping[str, Any]:
     """Hook points by name, aliases and the sub-hooks of attached SAEs included; each carries the name that fires."""
     hooks = model.hook_dict
     for name, hook in hooks.items():
-        # Detaching an SAE from a bridge leaves a hook point with a clipped name ("hook_out"), and a bridge looks hooks up
-        # by that name: from then on it would ignore, without a word, every hook put there.
+        # Detaching an SAE from a bridge leaves a hook point with a clipped name ("hook_out"), and a bridge looks hooks
+        # up by that name: from then on it would ignore, without a word, every hook put there.
         if hook.name not in hooks:
             hook.name = name
     return hooks

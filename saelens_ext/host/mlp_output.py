@@ -32,10 +32,11 @@ def residual_directions(
     Without a norm behind the MLP this is ``z @ W_out``: adding ``a z`` to the neurons adds exactly ``a`` times the
     result to the residual stream, whatever else the neurons do. The bias ``b_out`` is no part of a direction.
 
-    With a norm (RMS norm) behind the MLP it is ``w * v / rms(v)``: what the MLP would write if z alone were active, at any
-    strength; -z gives exactly the opposite. What adding z to other activations writes depends on them, since the
-    norm divides by the size of all of it: a small change v of an output m writes ``w * (v - m <m, v> / |m|^2) / rms(m)``,
-    the same direction but for the part of v along m. The lengths of the results say nothing about the features.
+    With a norm (RMS norm) behind the MLP it is ``w * v / rms(v)``: what the MLP would write if z alone were active, at
+    any strength; -z gives exactly the opposite. What adding z to other activations writes depends on them, since the
+    norm divides by the size of all of it: a small change v of an output m writes ``w * (v - m <m, v> / |m|^2) /
+    rms(m)``, the same direction but for the part of v along m. The lengths of the results say nothing about the
+    features.
 
     Args:
         model: either host class; a bridge in compatibility mode or not.
@@ -47,8 +48,8 @@ def residual_directions(
         ``(k, d_model)``, in float32 or wider, on the device of ``W_out``. A zero feature gives a zero row.
 
     Raises:
-        ValueError: a hook that is not one of MLP neurons, no hook or no such layer, an MLP without an output matrix (a mixture of
-            experts), features of another width or not finite.
+        ValueError: a hook that is not one of MLP neurons, no hook or no such layer, an MLP without an output matrix (a
+            mixture of experts), features of another width or not finite.
 
     Source: arXiv 2506.10920, f = W_out z; its code adds b_out before the norm of Gemma, where it is zero.
     """
@@ -57,7 +58,8 @@ def residual_directions(
     weights = _output_weights(model, layer)
     if rows.ndim != 2 or rows.shape[1] != len(weights):
         raise ValueError(
-            f"features must have shape (k, {len(weights)}), one column per neuron of the MLP of block {layer}, got {tuple(rows.shape)}."
+            f"features must have shape (k, {len(weights)}), one column per neuron of the MLP of block {layer}, got "
+            f"{tuple(rows.shape)}."
         )
     dtype = torch.promote_types(torch.promote_types(rows.dtype, weights.dtype), torch.float32)
     written = _checks.finite(rows, "features").to(weights.device, dtype) @ weights.to(dtype)
@@ -81,16 +83,21 @@ def _layer_of(model: HostModel, features: SAE[Any] | Tensor, hook_name: str | No
         hook_name = features.cfg.metadata.hook_name
     if hook_name is None:
         raise ValueError(
-            "Nothing says which neurons these are directions over: pass layer=, or hook_name= such as 'blocks.3.mlp.hook_post'."
+            "Nothing says which neurons these are directions over: pass layer=, or hook_name= such as "
+            "'blocks.3.mlp.hook_post'."
         )
     name, found = locate(model, hook_name)[0], hook_layer(model, hook_name)
     neurons = None if found is None else _neuron_hook(model, found)
     if found is None or name != neurons:
-        where = f"those of block {found} are at {neurons!r}" if neurons else "those of block L are at 'blocks.L.mlp.hook_post'"
+        where = (
+            f"those of block {found} are at {neurons!r}"
+            if neurons
+            else "those of block L are at 'blocks.L.mlp.hook_post'"
+        )
         raise ValueError(
-            f"The hook {hook_name!r} is not one of MLP neurons, which alone go through the MLP's output matrix; on this model "
-            f"{where}. A direction at any other hook of the residual stream's width is one already; for a dictionary over the "
-            "neurons of a block, pass layer=."
+            f"The hook {hook_name!r} is not one of MLP neurons, which alone go through the MLP's output matrix; on "
+            f"this model {where}. A direction at any other hook of the residual stream's width is one already; for a "
+            "dictionary over the neurons of a block, pass layer=."
         )
     return found
 
@@ -112,8 +119,9 @@ def _output_weights(model: HostModel, layer: int) -> Tensor:
         weights = None
     if not isinstance(weights, Tensor) or weights.ndim != 2 or weights.shape[1] != model.cfg.d_model:
         raise ValueError(
-            f"The MLP of block {layer} ({type(mlp).__name__}) has no single output matrix over its neurons, as a mixture of experts or "
-            "quantised weights have none, so its neurons have no direction in the residual stream."
+            f"The MLP of block {layer} ({type(mlp).__name__}) has no single output matrix over its neurons, as a "
+            "mixture of experts or quantised weights have none, so its neurons have no direction in the residual "
+            "stream."
         )
     return weights.detach()
 

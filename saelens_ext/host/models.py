@@ -71,8 +71,8 @@ def tokenizer_of(model: HostModel) -> PreTrainedTokenizerBase:
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
         raise ValueError(
-            f"This {type(model).__name__} ({model.cfg.model_name!r}) has no tokenizer, and text is needed to be tokenised. "
-            "Give it one when it is loaded (tokenizer=...), or set it: model.set_tokenizer(tokenizer) on a "
+            f"This {type(model).__name__} ({model.cfg.model_name!r}) has no tokenizer, and text is needed to be "
+            "tokenised. Give it one when it is loaded (tokenizer=...), or set it: model.set_tokenizer(tokenizer) on a "
             "HookedTransformer, model.tokenizer = tokenizer on a bridge."
         )
     return tokenizer
@@ -142,8 +142,8 @@ def retarget(sae: AnySAE, model: AnyHost) -> AnySAE:
     metadata = sae.cfg.metadata
     if not metadata.hook_name:
         raise ValueError(
-            "This SAE records no hook name, so there is nothing to translate: set sae.cfg.metadata.hook_name to the hook "
-            "it was built at."
+            "This SAE records no hook name, so there is nothing to translate: set sae.cfg.metadata.hook_name to the "
+            "hook it was built at."
         )
     hook_name, hook_name_out = (locate(model, n)[0] if n else n for n in (metadata.hook_name, metadata.hook_name_out))
     metadata.hook_name = hook_name
@@ -179,7 +179,9 @@ def _set_head_reshaping(sae: SAE, model: AnyHost) -> None:
 
 
 def _normalization_type(model: HostModel) -> str | None:
-    """The host's name for the norm. A bridge that has folded the norms' weights away does not say so: they are all 1."""
+    """The host's name for the norm. A bridge that has folded the norms' weights away does not say so: they are all
+    1.
+    """
     kind = model.cfg.normalization_type
     if kind not in ("LN", "RMS") or not getattr(model, "compatibility_mode", False):
         return kind
@@ -197,9 +199,10 @@ def _writing_weights_centered(model: HostModel) -> bool | None:
     return bool((rows.mean(dim=-1).abs() < 1e-3 * rows.std(dim=-1)).all())
 
 
-# Hooks, in either spelling, at which a change of the weights' processing cannot be seen, or can. Centring what is written
-# to the residual stream shows wherever that stream or a part of it is read. Folding a norm's weights shows between the
-# norm and the next matrix; it comes with folding value biases, which shows in values and what heads make of them.
+# Hooks, in either spelling, at which a change of the weights' processing cannot be seen, or can. Centring what is
+# written to the residual stream shows wherever that stream or a part of it is read. Folding a norm's weights shows
+# between the norm and the next matrix; it comes with folding value biases, which shows in values and what heads make of
+# them.
 _WITHIN_A_LAYER = re.compile(
     r"hook_(q|k|v|z|pre|pre_linear|post|normalized|scale|rot_q|rot_k)$|\.(q|k|v|qkv|gate|in)\.hook_(in|out)$"
     r"|\.(out|o)\.hook_in$|mlp\.hook_in$|attn\.hook_in$|ln\w*\.hook_out$|unembed"
@@ -296,9 +299,7 @@ def _hooked_from_hf(
         hf_config.n_ctx = getattr(hf_config, "max_position_embeddings", None)
     with tempfile.TemporaryDirectory() as directory:
         hf_config.save_pretrained(directory)
-        config = get_pretrained_model_config(
-            directory, hf_cfg=hf_config.to_dict(), device=str(device), dtype=dtype
-        )
+        config = get_pretrained_model_config(directory, hf_cfg=hf_config.to_dict(), device=str(device), dtype=dtype)
         weights = get_pretrained_state_dict(directory, config, hf_model, dtype=dtype)
     config.model_name = Path(name_or_path).name
     model = HookedSAETransformer(config, tokenizer, move_to_device=False)
@@ -315,7 +316,9 @@ def _with_bos(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     They want one that prepends BOS and read it again from where it came from when it does not, which fails with a
     bare KeyError for a tokenizer that came from nowhere. So it is written out and read back here.
     """
-    if tokenizer.bos_token is None or tokenizer.init_kwargs.get("add_bos_token", getattr(tokenizer, "add_bos_token", False)):
+    if tokenizer.bos_token is None or tokenizer.init_kwargs.get(
+        "add_bos_token", getattr(tokenizer, "add_bos_token", False)
+    ):
         tokenizer.init_kwargs.setdefault("name_or_path", tokenizer.name_or_path)
         return tokenizer
     with tempfile.TemporaryDirectory() as directory:

@@ -26,7 +26,9 @@ def prompt_ids(model: HostModel, prompt: str) -> Tensor:
     if bos is not None and ids[:1] != [bos]:
         ids = [bos, *ids]
     if not ids:
-        raise ValueError(f"The prompt {prompt!r} has no token, and this tokenizer no BOS to start from; give it a word.")
+        raise ValueError(
+            f"The prompt {prompt!r} has no token, and this tokenizer no BOS to start from; give it a word."
+        )
     return torch.tensor(ids, device=device_of(model))
 
 

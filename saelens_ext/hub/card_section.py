@@ -16,12 +16,14 @@ from saelens_ext.hub.model_card import Section, cell, facts, table
 
 _ABOUT = {
     "exemplar_partition": (
-        "Voronoi regions around observed activations ([arXiv 2605.14347](https://arxiv.org/abs/2605.14347)): each latent is "
-        "anchored by one activation that was observed, found in one streaming pass at a fixed cosine distance."
+        "Voronoi regions around observed activations ([arXiv 2605.14347](https://arxiv.org/abs/2605.14347)): each "
+        "latent is anchored by one activation that was observed, found in one streaming pass at a fixed cosine "
+        "distance."
     ),
     "snmf": (
-        "Sparse signed groups of MLP neurons with non-negative codes ([arXiv 2506.10920](https://arxiv.org/abs/2506.10920)), by "
-        "semi-nonnegative matrix factorisation of activations. `encode` is exact non-negative least squares."
+        "Sparse signed groups of MLP neurons with non-negative codes ([arXiv "
+        "2506.10920](https://arxiv.org/abs/2506.10920)), by semi-nonnegative matrix factorisation of activations. "
+        "`encode` is exact non-negative least squares."
     ),
 }
 _KINDS = {"exemplar_partition": "ExemplarPartition", "snmf": "SNMFDictionary"}
@@ -37,11 +39,18 @@ def describe(contents: Contents, repo_id: str, sae_id: str, metrics: Metrics | N
     sae = whole.dictionaries[0] if isinstance(whole, HierarchicalSNMF) else whole
     architecture = sae.cfg.architecture()
     widths = " → ".join(map(str, whole.ranks)) if isinstance(whole, HierarchicalSNMF) else str(sae.cfg.d_sae)
-    kind = "HierarchicalSNMF" if isinstance(whole, HierarchicalSNMF) else _KINDS.get(architecture, f"SAELens {architecture}")
+    kind = (
+        "HierarchicalSNMF"
+        if isinstance(whole, HierarchicalSNMF)
+        else _KINDS.get(architecture, f"SAELens {architecture}")
+    )
     place = ", ".join(f"`{cell(name)}`" for name in (sae.cfg.metadata.model_name, sae.cfg.metadata.hook_name) if name)
     about = _ABOUT.get(architecture, f"A SAELens SAE of architecture `{architecture}`.")
     if isinstance(whole, HierarchicalSNMF):
-        about += f" Levels of {widths} features, each gathering features of the one below; level `l` is by itself `{sae_id}/level_l`."
+        about += (
+            f" Levels of {widths} features, each gathering features of the one below; level `l` is by "
+            f"itself `{sae_id}/level_l`."
+        )
     figures = _figures(contents) | dict(metrics or {})
     parts = [
         f"## `{sae_id}`",
@@ -68,10 +77,19 @@ def snippet(contents: Contents, repo_id: str, sae_id: str, revision: str | None)
     if on_main:
         lines += ["import saelens_ext  # pip install saelens-ext"] if own else []
         lines += ["from sae_lens import SAE", ""]
-        lines += [f'sae = SAE.from_pretrained("{repo_id}", "{sae_id}/level_0")  # the finest level' if hierarchy else f"sae = SAE.from_pretrained({place})"]
+        lines += [
+            f'sae = SAE.from_pretrained("{repo_id}", "{sae_id}/level_0")  # the finest level'
+            if hierarchy
+            else f"sae = SAE.from_pretrained({place})"
+        ]
         lines += ["", "# Or with what lies beside it:"]
-    lines += ["from saelens_ext.hub import load_from_hub" + ("" if own and on_main else "  # pip install saelens-ext"), ""]
-    lines.append(f"found = load_from_hub({place})" if on_main else f'found = load_from_hub({place}, revision="{revision}")')
+    lines += [
+        "from saelens_ext.hub import load_from_hub" + ("" if own and on_main else "  # pip install saelens-ext"),
+        "",
+    ]
+    lines.append(
+        f"found = load_from_hub({place})" if on_main else f'found = load_from_hub({place}, revision="{revision}")'
+    )
     lines.append("found.dictionary, found.fit, found.profile")
     return "\n".join(lines)
 
@@ -109,7 +127,10 @@ def _figures(contents: Contents) -> dict[str, Any]:
             figures[f"the same on {fit.n_held_out} activations held out"] = fit.held_out_loss
         figures |= {"features never used": fit.n_dead, "stopped because": fit.stopped_because}
     elif isinstance(whole, HierarchicalSNMF):
-        figures |= {f"squared error / sum of squares, {rank} features": loss for rank, loss in zip(whole.ranks, whole.encode_losses)}
+        figures |= {
+            f"squared error / sum of squares, {rank} features": loss
+            for rank, loss in zip(whole.ranks, whole.encode_losses)
+        }
         figures["activations fitted"] = whole.n_seen
     return figures | (_of_profile(profile) if profile is not None else {})
 

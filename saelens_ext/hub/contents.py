@@ -1,4 +1,6 @@
-"""The files of one dictionary in a repository of the Hub: which there are, reading them, and telling whether they are whole."""
+"""The files of one dictionary in a repository of the Hub: which there are, reading them, and telling whether they are
+whole.
+"""
 
 import hashlib
 import json
@@ -69,7 +71,9 @@ def known_names(names: Iterable[str]) -> list[str]:
 def folders_with_dictionaries(paths: Iterable[str]) -> list[str]:
     """The folders of a repository that hold a dictionary; the levels of a hierarchy are part of it."""
     paths = set(paths)
-    hierarchies = {p.removesuffix(f"/{hierarchy.JSON_FILENAME}") for p in paths if p.endswith(f"/{hierarchy.JSON_FILENAME}")}
+    hierarchies = {
+        p.removesuffix(f"/{hierarchy.JSON_FILENAME}") for p in paths if p.endswith(f"/{hierarchy.JSON_FILENAME}")
+    }
     configs = {p.removesuffix(f"/{SAE_CFG_FILENAME}") for p in paths if p.endswith(f"/{SAE_CFG_FILENAME}")}
     whole = {folder for folder in configs if f"{folder}/{SAE_WEIGHTS_FILENAME}" in paths}
     return sorted(hierarchies | {folder for folder in whole if folder.rpartition("/")[0] not in hierarchies})
@@ -86,7 +90,8 @@ def read_folder(folder: Path, device: str = "cpu", dtype: str | None = None) -> 
 
     Raises:
         FileNotFoundError: it holds no dictionary.
-        ValueError: an architecture that is not known; files that are damaged, newer than this package or do not belong together.
+        ValueError: an architecture that is not known; files that are damaged, newer than this package or do not belong
+            together.
     """
     names = set(files_in(folder))
     if hierarchy.JSON_FILENAME in names:
@@ -97,7 +102,10 @@ def read_folder(folder: Path, device: str = "cpu", dtype: str | None = None) -> 
         return Contents(dictionary=dictionary, **_sidecars(folder, names, None))
     missing = [name for name in SAE_FILENAMES if name not in names]
     if missing:
-        raise FileNotFoundError(f"{folder} holds no SAELens dictionary: {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not there.")
+        raise FileNotFoundError(
+            f"{folder} holds no SAELens dictionary: {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not "
+            "there."
+        )
     sae = _load_sae(folder, device, dtype)
     fit = _load_fit(folder, sae) if names.issuperset(FIT_FILENAMES) else None
     return Contents(dictionary=sae, fit=fit, **_sidecars(folder, names, sae))
@@ -123,15 +131,17 @@ def _load_sae(folder: Path, device: str, dtype: str | None) -> SAE[Any]:
     if not isinstance(named, str) or named not in SAE_CLASS_REGISTRY:
         known = [name for name in SAE_CLASS_REGISTRY if plain_name(name) == name]
         raise ValueError(
-            f"{folder / SAE_CFG_FILENAME} is of architecture {named!r}, which is not registered with SAELens {sae_lens_version} here."
-            f"{_checks.near_matches(str(named), known)} Import the package that defines it and load again, or upgrade "
-            f"(`pip install -U saelens-ext sae-lens`). Registered are {', '.join(known)}."
+            f"{folder / SAE_CFG_FILENAME} is of architecture {named!r}, which is not registered with SAELens "
+            f"{sae_lens_version} here.{_checks.near_matches(str(named), known)} Import the package that defines it and "
+            f"load again, or upgrade (`pip install -U saelens-ext sae-lens`). Registered are {', '.join(known)}."
         )
     try:
         with safe_open(folder / SAE_WEIGHTS_FILENAME, framework="pt"):
             pass
     except SafetensorError as error:
-        raise ValueError(f"{folder / SAE_WEIGHTS_FILENAME} is not a whole safetensors file ({error}); it is truncated or not ours.") from error
+        raise ValueError(
+            f"{folder / SAE_WEIGHTS_FILENAME} is not a whole safetensors file ({error}); it is truncated or not ours."
+        ) from error
     return SAE_CLASS_REGISTRY[named][0].load_from_disk(folder, device=device, dtype=dtype)
 
 
@@ -169,4 +179,6 @@ def json_bytes(content: Mapping[str, Any]) -> bytes:
     try:
         return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
     except TypeError as error:
-        raise ValueError(f"runner_config cannot be written as JSON: {error}. Give strings, numbers, lists and dictionaries.") from error
+        raise ValueError(
+            f"runner_config cannot be written as JSON: {error}. Give strings, numbers, lists and dictionaries."
+        ) from error

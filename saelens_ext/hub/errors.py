@@ -82,12 +82,16 @@ def _translate(error: Exception, repo_id: str, what: str, lost: str) -> Exceptio
                 return found
     code = status(error)
     if code is not None:
-        return OSError(f"{constants.ENDPOINT} answered {code} when asked to {what} {repo_id!r}: {_last_line(error)} {lost}")
+        return OSError(
+            f"{constants.ENDPOINT} answered {code} when asked to {what} {repo_id!r}: {_last_line(error)} {lost}"
+        )
     if is_unreachable(error):
         reason = next((str(link) for link in reversed(chain) if str(link)), type(error).__name__)
         return ConnectionError(f"The connection to {constants.ENDPOINT} failed ({reason}). {lost}")
     if isinstance(error, LocalEntryNotFoundError):
-        return ConnectionError(f"{constants.ENDPOINT} was not reached, and {repo_id!r} is not in the cache ({_last_line(error)}). {lost}")
+        return ConnectionError(
+            f"{constants.ENDPOINT} was not reached, and {repo_id!r} is not in the cache ({_last_line(error)}). {lost}"
+        )
     return None
 
 
@@ -98,13 +102,13 @@ def _of_the_disk(error: BaseException, repo_id: str, what: str) -> Exception | N
         remedy = "HF_HUB_CACHE" if what == "read" else "TMPDIR"
         return OSError(
             errno.ENOSPC,
-            f"The disk is full ({place}): {repo_id!r} was not {'loaded' if what == 'read' else 'pushed'}. Free some space, or "
-            f"set {remedy} to a directory of another disk, and try again",
+            f"The disk is full ({place}): {repo_id!r} was not {'loaded' if what == 'read' else 'pushed'}. Free some "
+            f"space, or set {remedy} to a directory of another disk, and try again",
         )
     if isinstance(error, PermissionError) and error.filename is not None:
         return PermissionError(
-            f"{error.filename} may not be written: {error.strerror}. Change its permissions, or set HF_HUB_CACHE (downloads) "
-            "or TMPDIR (uploads) to a directory that you may write."
+            f"{error.filename} may not be written: {error.strerror}. Change its permissions, or set HF_HUB_CACHE "
+            "(downloads) or TMPDIR (uploads) to a directory that you may write."
         )
     return None
 
@@ -114,14 +118,18 @@ def _of_the_repository(error: BaseException, repo_id: str, what: str) -> Excepti
     if isinstance(error, GatedRepoError):
         return PermissionError(f"{repo_id!r} is gated: ask for access on {constants.ENDPOINT}/{repo_id}. {sign_in}")
     if isinstance(error, RepositoryNotFoundError):
-        return FileNotFoundError(f"There is no model repository {repo_id!r}, or it is private and this token may not see it. {sign_in}")
+        return FileNotFoundError(
+            f"There is no model repository {repo_id!r}, or it is private and this token may not see it. {sign_in}"
+        )
     if isinstance(error, RevisionNotFoundError):
         return FileNotFoundError(
-            f"{repo_id!r} has no such revision. Its branches and tags are those of huggingface_hub.list_repo_refs({repo_id!r}); "
-            "a commit hash must have all its 40 digits."
+            f"{repo_id!r} has no such revision. Its branches and tags are those of "
+            f"huggingface_hub.list_repo_refs({repo_id!r}); a commit hash must have all its 40 digits."
         )
     if isinstance(error, HFValidationError):
-        return ValueError(f"repo_id must be 'name' or 'owner/name' of letters, digits, '-', '_' and '.', got {repo_id!r}: {error}")
+        return ValueError(
+            f"repo_id must be 'name' or 'owner/name' of letters, digits, '-', '_' and '.', got {repo_id!r}: {error}"
+        )
     if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
         return FileNotFoundError(f"A file of {repo_id!r} is not there any more: {_last_line(error)} Try again.")
     code = status(error) if isinstance(error, HfHubHTTPError) else None
@@ -133,6 +141,8 @@ def _of_the_repository(error: BaseException, repo_id: str, what: str) -> Excepti
 def _last_line(error: BaseException) -> str:
     """What the Hub itself said, which the client puts behind its own words."""
     response = getattr(error, "response", None)
-    said = getattr(error, "server_message", None) or (response.headers.get("X-Error-Message") if response is not None else None)
+    said = getattr(error, "server_message", None) or (
+        response.headers.get("X-Error-Message") if response is not None else None
+    )
     said = said or (str(error).strip().splitlines() or [type(error).__name__])[-1]
     return said if said.endswith(".") else f"{said}."

@@ -52,7 +52,9 @@ def fetch(repo_id: str, sae_id: str, revision: str | None, token: str | bool | N
             cached = _from_cache(repo_id, sae_id, revision)
             if cached is None:
                 raise
-            logger.warning("The Hub does not answer (%s); using the files of %s in the cache, %s.", error, repo_id, cached[0])
+            logger.warning(
+                "The Hub does not answer (%s); using the files of %s in the cache, %s.", error, repo_id, cached[0]
+            )
             return cached
         names = hub_files.known_names(within(paths(info), sae_id))
         _check_there(info, sae_id, names, revision)
@@ -84,8 +86,9 @@ def _check_there(info: ModelInfo, sae_id: str, names: list[str], revision: str |
         raise FileNotFoundError(f"{at} holds no dictionary {sae_id!r}. It holds {', '.join(map(repr, others))}.")
     shown = ", ".join(there[:5]) + (f" and {len(there) - 5} more" if len(there) > 5 else "")
     raise FileNotFoundError(
-        f"{at} holds no dictionary in SAELens' format, which is a folder with cfg.json and sae_weights.safetensors; it holds "
-        f"{shown or 'no files'}. SAEs in other formats may be known to SAELens: SAE.from_pretrained(release, sae_id, converter=...)."
+        f"{at} holds no dictionary in SAELens' format, which is a folder with cfg.json and sae_weights.safetensors; it "
+        f"holds {shown or 'no files'}. SAEs in other formats may be known to SAELens: SAE.from_pretrained(release, "
+        "sae_id, converter=...)."
     )
 
 
@@ -104,7 +107,7 @@ def _verify(info: ModelInfo, snapshot: Path, sae_id: str, token: str | bool | No
         found = hub_files.digest(path, sibling.lfs is not None)
         if found != expected:
             raise ValueError(
-                f"{sibling.rfilename} of {info.id!r} has the checksum {found}, the Hub says {expected}: it was damaged on "
-                f"the way, or something between here and {constants.ENDPOINT} changes files. It is not used. Load again; "
-                f"delete {path} if that does not help."
+                f"{sibling.rfilename} of {info.id!r} has the checksum {found}, the Hub says {expected}: it was damaged "
+                f"on the way, or something between here and {constants.ENDPOINT} changes files. It is not used. Load "
+                f"again; delete {path} if that does not help."
             )

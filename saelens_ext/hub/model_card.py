@@ -1,4 +1,5 @@
-"""The model card of a repository of dictionaries: a README.md with a part that is written here, and the rest left alone.
+"""The model card of a repository of dictionaries: a README.md with a part that is written here, and the rest left
+alone.
 
 The written part lies between two comments. In it every dictionary has a section, between comments of its own that
 carry its row of the table, so that one push rewrites one section and keeps the others.
@@ -16,7 +17,9 @@ import yaml
 BEGIN = "<!-- saelens_ext: written by push_to_hub from here; text outside these comments is kept -->"
 END = "<!-- saelens_ext: end -->"
 _BLOCK = re.compile(r"<!-- saelens_ext: written by push_to_hub.*?<!-- saelens_ext: end -->", re.S)
-_SECTION = re.compile(r"<!-- saelens_ext: dictionary (\{.*?\}) -->\n(.*?)\n<!-- saelens_ext: end of dictionary -->", re.S)
+_SECTION = re.compile(
+    r"<!-- saelens_ext: dictionary (\{.*?\}) -->\n(.*?)\n<!-- saelens_ext: end of dictionary -->", re.S
+)
 _FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)(?:\n)?---\s*(?:\n|\Z)", re.S)
 _TAGS = ("saelens", "saelens-ext", "mechanistic-interpretability", "sparse-dictionary")
 
@@ -99,7 +102,10 @@ def _split(card: str) -> tuple[dict[str, Any], str]:
         data = error
     if not isinstance(data, dict):
         reason = " ".join(str(data).split())
-        raise ValueError(f"The front matter of the repository's README.md is not readable ({reason}). Correct it on the Hub and push again.")
+        raise ValueError(
+            f"The front matter of the repository's README.md is not readable ({reason}). Correct it on the Hub and "
+            "push again."
+        )
     return data, card[found.end() :]
 
 
@@ -176,4 +182,7 @@ def hub_model_name(name: Any) -> str | None:
 def facts(values: Mapping[str, Any]) -> str:
     """Facts as a table, those that are not known left out."""
     known = {name: value for name, value in values.items() if value is not None and value != {} and value != []}
-    return table(["setting", "value"], [[name, f"`{value}`" if isinstance(value, str) else value] for name, value in known.items()])
+    return table(
+        ["setting", "value"],
+        [[name, f"`{value}`" if isinstance(value, str) else value] for name, value in known.items()],
+    )

@@ -1,4 +1,5 @@
-"""Dictionaries on the Hugging Face Hub: a model repository with one folder per dictionary and a card that says what is there.
+"""Dictionaries on the Hugging Face Hub: a model repository with one folder per dictionary and a card that says what is
+there.
 
 A folder holds ``cfg.json`` and ``sae_weights.safetensors``, as SAELens wants them, and beside them what the fit and
 the profile saved. ``SAE.from_pretrained(repo_id, sae_id)`` loads it once ``saelens_ext`` is imported.
@@ -107,8 +108,8 @@ def push_to_hub(
         FileNotFoundError: a file to push is not there.
         PermissionError: the token may not write.
         ConnectionError: the Hub was not reached, or the connection broke; the repository is then as before.
-        ValueError: a name that is none, a profile of another dictionary, files that do not belong together, a card whose
-            front matter is not readable, or ``private`` for a repository that is public.
+        ValueError: a name that is none, a profile of another dictionary, files that do not belong together, a card
+            whose front matter is not readable, or ``private`` for a repository that is public.
         OSError: no disk space, or another refusal by the Hub.
     """
     check_names(repo_id, sae_id)
@@ -153,15 +154,19 @@ def load_from_hub(
         token: by default the one of ``hf auth login``.
 
     Raises:
-        FileNotFoundError: no such repository (or not for this token), revision or dictionary; the message lists what is there.
+        FileNotFoundError: no such repository (or not for this token), revision or dictionary; the message lists what is
+            there.
         PermissionError: the repository is gated, or the cache cannot be written.
-        ConnectionError: the Hub was not reached, or the connection broke; what had arrived is kept for the next attempt.
+        ConnectionError: the Hub was not reached, or the connection broke; what had arrived is kept for the next
+            attempt.
         ValueError: a file that is not the one the Hub holds, even after another download; an unknown architecture; a
             newer ``format_version``; files that are damaged or do not belong together.
         OSError: no disk space, or another refusal by the Hub.
     """
     folder, commit = fetch(repo_id, sae_id, revision, token)
-    contents = hub_files.read_folder(folder, str(device), dtype_to_str(dtype) if isinstance(dtype, torch.dtype) else dtype)
+    contents = hub_files.read_folder(
+        folder, str(device), dtype_to_str(dtype) if isinstance(dtype, torch.dtype) else dtype
+    )
     return HubDictionary(**vars(contents), repo_id=repo_id, sae_id=sae_id, commit=commit, path=folder)
 
 
@@ -191,7 +196,10 @@ def pull_from_hub(
     files, destination = hub_files.files_in(folder), Path(destination)
     strangers = sorted(set(hub_files.files_in(destination)) - set(files)) if destination.is_dir() else []
     if strangers:
-        raise FileExistsError(f"{destination} holds {', '.join(strangers)}, which would not belong to {sae_id!r}. Give an empty or a new directory.")
+        raise FileExistsError(
+            f"{destination} holds {', '.join(strangers)}, which would not belong to {sae_id!r}. Give an empty or a new "
+            "directory."
+        )
     hub_files.copy_together({destination / name: source for name, source in files.items()})
     return destination
 
@@ -211,18 +219,26 @@ def _stage(
     if isinstance(pushed, str | Path):
         folder = Path(pushed)
         if not folder.is_dir():
-            raise FileNotFoundError(f"There is no directory {pushed}; give the one a dictionary was saved into, or the dictionary itself.")
+            raise FileNotFoundError(
+                f"There is no directory {pushed}; give the one a dictionary was saved into, or the dictionary itself."
+            )
         contents = hub_files.read_folder(folder)
     elif isinstance(pushed, SAE):
         pushed.save_model(folder)
         contents = Contents(dictionary=pushed)
     else:
         pushed.save(folder)
-        contents = Contents(dictionary=pushed) if isinstance(pushed, HierarchicalSNMF) else Contents(dictionary=pushed.dictionary, fit=pushed)
+        contents = (
+            Contents(dictionary=pushed)
+            if isinstance(pushed, HierarchicalSNMF)
+            else Contents(dictionary=pushed.dictionary, fit=pushed)
+        )
     files: dict[str, Path | bytes] = dict(hub_files.files_in(folder))
     if profile is not None:
         if isinstance(contents.dictionary, HierarchicalSNMF):
-            raise ValueError("A profile is of one dictionary, and a hierarchy holds several: push the level it is of by itself.")
+            raise ValueError(
+                "A profile is of one dictionary, and a hierarchy holds several: push the level it is of by itself."
+            )
         profile.save(staging / "profile")
         DictionaryProfile.load(staging / "profile", contents.dictionary)
         files |= hub_files.files_in(staging / "profile")
@@ -233,10 +249,14 @@ def _stage(
         contents = replace(contents, runner_config=config)
     if report is not None:
         if not Path(report).is_file():
-            raise FileNotFoundError(f"There is no report {report}; give the HTML file that write_dictionary_report wrote.")
+            raise FileNotFoundError(
+                f"There is no report {report}; give the HTML file that write_dictionary_report wrote."
+            )
         files[hub_files.REPORT_FILENAME] = Path(report)
         contents = replace(contents, report=Path(report))
-    return contents, files | {name: _published(file) for name, file in files.items() if name.rpartition("/")[2] == SAE_CFG_FILENAME}
+    return contents, files | {
+        name: _published(file) for name, file in files.items() if name.rpartition("/")[2] == SAE_CFG_FILENAME
+    }
 
 
 def _published(config: Path | bytes) -> bytes:
@@ -286,7 +306,13 @@ def _read_card(api: HfApi, info: ModelInfo, staging: Path) -> str:
 
 
 def _commit(
-    api: HfApi, repo_id: str, sae_id: str, additions: list[CommitOperationAdd], card_for: Any, revision: str | None, message: str
+    api: HfApi,
+    repo_id: str,
+    sae_id: str,
+    additions: list[CommitOperationAdd],
+    card_for: Any,
+    revision: str | None,
+    message: str,
 ) -> CommitInfo:
     """One commit on top of the card that was read; when someone else was faster, again on top of theirs."""
     for attempt in range(_ATTEMPTS):
@@ -296,7 +322,9 @@ def _commit(
         card = CommitOperationAdd(_CARD, card_for(info).encode())
         operations = [*additions, card, *(CommitOperationDelete(path, is_folder=False) for path in sorted(old - new))]
         try:
-            return api.create_commit(repo_id, operations, commit_message=message, revision=revision, parent_commit=info.sha)
+            return api.create_commit(
+                repo_id, operations, commit_message=message, revision=revision, parent_commit=info.sha
+            )
         except HfHubHTTPError as error:
             # 412: the branch is not where it was when the card was read.
             if status(error) != 412 or attempt == _ATTEMPTS - 1:

@@ -8,7 +8,8 @@ Symbols:
 
 Two ways of choosing the pairs:
     "across_documents": all pairs of activations from different documents. Activations of one document resemble each
-        other, so pairs within documents fill the lowest percentiles in a share that depends on how documents were batched.
+        other, so pairs within documents fill the lowest percentiles in a share that depends on how documents were
+        batched.
     "within_batch", the paper's: all pairs within each batch; theta_p is the unweighted mean over batches. It moves with
         the batch size.
 
@@ -76,8 +77,8 @@ def pairwise_distance_percentiles(
     The interval comes from resampling documents (in "within_batch", batches). Resampling pairs would treat n(n-1)/2
     pairs as independent observations where there are D documents, and be far too narrow. It is widened for small D by
     Student's t, and is all of [0, 2] where the documents are too few to show how they vary (two; in "within_batch", one
-    batch). Simulated streams put the coverage of a 95% interval at 0.96 and more for the 10th percentile from 5 documents
-    on; for the 1st it was 0.91 with 30 documents and 0.75 with 8, since so few pairs of documents decide it.
+    batch). Simulated streams put the coverage of a 95% interval at 0.96 and more for the 10th percentile from 5
+    documents on; for the 1st it was 0.91 with 30 documents and 0.75 with 8, since so few pairs of documents decide it.
 
     Args:
         units: ``(n, d)`` unit rows about the centre, as ``unit_directions`` gives them; zero rows are left out.
@@ -92,12 +93,12 @@ def pairwise_distance_percentiles(
 
     Returns:
         One estimate per percentile, in the order given; linear between order statistics. "across_documents" is
-        independent of row batching and within 2**-17 of the exact percentile; "within_batch" is exact to float32, except
-        that distances below 2**-17 count as 0.
+        independent of row batching and within 2**-17 of the exact percentile; "within_batch" is exact to float32,
+        except that distances below 2**-17 count as 0.
 
     Raises:
-        ValueError: Fewer than two documents ("across_documents"), no batch with two directions ("within_batch"), lengths
-            that differ, or an argument out of range.
+        ValueError: Fewer than two documents ("across_documents"), no batch with two directions ("within_batch"),
+            lengths that differ, or an argument out of range.
 
     Source: arXiv 2605.14347, section on the threshold.
     """
@@ -188,8 +189,8 @@ def _across_groups(
     _, codes, sizes = groups.unique_consecutive(return_inverse=True, return_counts=True)
     if len(sizes) < 2:
         raise ValueError(
-            f"The activations come from {len(sizes)} document(s); distances across documents need at least two. Give the "
-            "stream more documents, or pass mode='within_batch' to measure within batches."
+            f"The activations come from {len(sizes)} document(s); distances across documents need at least two. Give "
+            "the stream more documents, or pass mode='within_batch' to measure within batches."
         )
     histogram = _histogram(units, sizes.cumsum(0)[codes])
     replicates, center = _replicates(units, codes, percentiles, n_bootstrap, generator)
@@ -234,7 +235,8 @@ def _histogram_percentile(histogram: Tensor, percentile: float | int) -> float:
 def _replicates(
     units: Tensor, codes: Tensor, percentiles: Sequence[float | int], n_bootstrap: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Percentiles ``(R, P)`` under resampled documents and ``(P,)`` under the documents as they are, from sampled pairs.
+    """Percentiles ``(R, P)`` under resampled documents and ``(P,)`` under the documents as they are, from sampled
+    pairs.
 
     A pair of documents a, b weighs w_a w_b; replicates that drew one document only have no pair and are dropped.
     """
@@ -280,7 +282,9 @@ def _draw(n_replicates: int, n_documents: int, generator: torch.Generator) -> Te
 def _interval(
     estimate: float, center: float, replicates: Tensor, n_documents: int, confidence: float, fewest: int
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval, its arms lengthened as Student's t with D - 1 degrees of freedom is against the normal."""
+    """Percentile bootstrap interval, its arms lengthened as Student's t with D - 1 degrees of freedom is against the
+    normal.
+    """
     if n_documents < fewest or len(replicates) == 0:
         return 0.0, 2.0
     tail = (1 + confidence) / 2

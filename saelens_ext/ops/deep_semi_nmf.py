@@ -1,14 +1,15 @@
 """Several layers of semi-nonnegative matrix factorisation, fitted together.
 
 Symbols:
-    X: ``(n, d)`` activations. G: ``(n, r_0)`` codes >= 0. H_l: ``(r_l, d)`` signed features of level l, sparse, unit rows.
+    X: ``(n, d)`` activations. G: ``(n, r_0)`` codes >= 0. H_l: ``(r_l, d)`` signed features of level l, sparse, unit
+    rows.
     W_l: ``(r_(l-1), r_l)`` links >= 0, for l >= 1. M_l = W_1 ... W_l, M_0 = 1: what level l makes of the codes.
     objective = sum over levels of |X - G M_l H_l|^2 + damping * sum_i |G M_l column i|^2 |H_l row i|^2.
     A = G'G, B = G'X. S_l = H_l H_l' + damping * diag(H_l H_l').
 
-Each level factorises the features of the one below, and all are then refined together by steps that keep the signs and the
-supports' size: codes by non-negative least squares, features as in :mod:`.semi_nmf_updates`, links by projected gradients.
-None can raise the objective.
+Each level factorises the features of the one below, and all are then refined together by steps that keep the signs and
+the supports' size: codes by non-negative least squares, features as in :mod:`.semi_nmf_updates`, links by projected
+gradients. None can raise the objective.
 
 Source: recursive factorisation as in Shafran et al., arXiv 2506.10920; deep semi-NMF, Trigeorgis et al. 2014. Their
 refinement by Adam fits the last level only and leaves the constraints; this one fits all levels and keeps them.
@@ -143,7 +144,10 @@ def _update_links(factors: DeepFactors, statistics: CodeStatistics, level: int, 
     p = below.T @ statistics.gram @ below
     size = len(factors.features[level])
     above = torch.eye(size, dtype=torch.float64, device=below.device)
-    s, reached = torch.zeros_like(above), torch.zeros(size, statistics.product.shape[1], dtype=torch.float64, device=below.device)
+    s, reached = (
+        torch.zeros_like(above),
+        torch.zeros(size, statistics.product.shape[1], dtype=torch.float64, device=below.device),
+    )
     for later in range(level, len(factors.features)):
         if later > level:
             above = above @ factors.links[later - 1].double()
@@ -155,7 +159,11 @@ def _update_links(factors: DeepFactors, statistics: CodeStatistics, level: int, 
 
 
 def nonnegative_quadratic(
-    w: Float64[Tensor, "a b"], p: Float64[Tensor, "a a"], c: Float64[Tensor, "a b"], s: Float64[Tensor, "b b"], steps: int
+    w: Float64[Tensor, "a b"],
+    p: Float64[Tensor, "a a"],
+    c: Float64[Tensor, "a b"],
+    s: Float64[Tensor, "b b"],
+    steps: int,
 ) -> Float64[Tensor, "a b"]:
     """Lower <P W S, W> - 2 <C, W> over W >= 0 by accelerated projected gradients, restarted whenever it would rise.
 

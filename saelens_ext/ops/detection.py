@@ -45,8 +45,8 @@ def log_ratio(
     Args:
         mean_activating: A, finite.
         mean_neutral: B, finite.
-        limit: L in nats, above 0. Finite, so that one latent silent on every neutral sentence does not decide an average over
-            latents.
+        limit: L in nats, above 0. Finite, so that one latent silent on every neutral sentence does not decide an
+            average over latents.
 
     Returns:
         S, in nats, float64.

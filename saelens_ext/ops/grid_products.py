@@ -55,15 +55,24 @@ def product_error(d: int) -> float:
     Any order of summation is covered (d roundings of 2**-24 each), and so are the reduced precisions that a user may
     have switched on for the whole process (TF32, bfloat16): they cost more settling, never a wrong answer.
     """
-    return 1.01 * d * 2.0**-24 + 2 * UNIT_TOLERANCE + max(_LOW_PRECISION.get(name, 0.0) for name in _precision_settings())
+    return (
+        1.01 * d * 2.0**-24 + 2 * UNIT_TOLERANCE + max(_LOW_PRECISION.get(name, 0.0) for name in _precision_settings())
+    )
 
 
 def _precision_settings() -> list[str]:
-    backends = (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn, getattr(torch.backends.mkldnn, "matmul", None))
+    backends = (
+        torch.backends,
+        torch.backends.cuda.matmul,
+        torch.backends.mkldnn,
+        getattr(torch.backends.mkldnn, "matmul", None),
+    )
     settings = [str(getattr(backend, "fp32_precision", "none")) for backend in backends]
     try:
         settings.append(torch.get_float32_matmul_precision())
-    except RuntimeError:  # torch refuses to answer once its old and new switches were mixed; the new ones were read above
+    except (
+        RuntimeError
+    ):  # torch refuses to answer once its old and new switches were mixed; the new ones were read above
         pass
     return settings
 
@@ -199,7 +208,9 @@ def best_cosine(
     return best.scatter_reduce_(0, i, exact_cosine(u, i, exemplars, j), "amax")
 
 
-def nearest_column(candidates: Candidates, u: Float[Tensor, "n d"], exemplars: Float[Tensor, "k d"]) -> Int64[Tensor, " n"]:
+def nearest_column(
+    candidates: Candidates, u: Float[Tensor, "n d"], exemplars: Float[Tensor, "k d"]
+) -> Int64[Tensor, " n"]:
     """The nearest column of each row by exact cosine, the lowest of equals; every row must have a candidate."""
     settled = _settled(candidates, u, exemplars)
     return torch.zeros(len(u), dtype=torch.int64, device=u.device).index_copy_(0, settled.rows, settled.columns)
@@ -213,9 +224,13 @@ def _settled(candidates: Candidates, u: Tensor, exemplars: Tensor) -> Candidates
         return candidates
     rows, columns, products = (part[disputed] for part in candidates[1:])
     cosine = exact_cosine(u, rows, exemplars, columns)
-    nearest = torch.full((len(u),), -torch.inf, dtype=torch.float64, device=u.device).scatter_reduce_(0, rows, cosine, "amax")
+    nearest = torch.full((len(u),), -torch.inf, dtype=torch.float64, device=u.device).scatter_reduce_(
+        0, rows, cosine, "amax"
+    )
     tied = cosine == nearest[rows]
-    lowest = torch.full((len(u),), len(exemplars), device=u.device).scatter_reduce_(0, rows[tied], columns[tied], "amin")
+    lowest = torch.full((len(u),), len(exemplars), device=u.device).scatter_reduce_(
+        0, rows[tied], columns[tied], "amin"
+    )
     winner = columns == lowest[rows]
     parts = zip(candidates[1:], (rows, columns, products))
     return Candidates(candidates.best, *(torch.cat((old[~disputed], new[winner])) for old, new in parts))

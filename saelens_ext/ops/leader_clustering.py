@@ -16,8 +16,8 @@ It is computed in blocks. Against the exemplars of earlier blocks the rows of a 
 those covers compete among themselves: the founders are the lexicographically first maximal independent set of the graph
 that links rows at most theta apart. Last, founders of this block are offered to every later row of it.
 
-The published code differs: there, rows never see exemplars founded by others of their own batch once an older exemplar is
-within theta, so that memberships depend on the batch size.
+The published code differs: there, rows never see exemplars founded by others of their own batch once an older exemplar
+is within theta, so that memberships depend on the batch size.
 
 Source: Rumbelow, Exemplar Partitioning (arXiv 2605.14347), section on construction.
 """
@@ -130,7 +130,8 @@ class LeaderClustering:
 
     @property
     def unseen_mass(self) -> float:
-        """Estimated probability that the next activation founds a region: the share of the last half of the stream that did.
+        """Estimated probability that the next activation founds a region: the share of the last half of the stream that
+        did.
 
         1 before the first activation; see ``statistics.unseen_mass``.
         """
@@ -159,8 +160,8 @@ class LeaderClustering:
         device, start = self._center.device, 0
         with torch.autocast(device.type, enabled=False):
             while start < len(x):
-                # With no more rows than regions, comparing the rows of a block with each other costs no more than comparing
-                # them with the exemplars.
+                # With no more rows than regions, comparing the rows of a block with each other costs no more than
+                # comparing them with the exemplars.
                 block = slice(start, start + max(512, min(self._n_regions, ROW_LIMIT)))
                 u, norm = directions(x[block].to(device), self._center)
                 labels[block] = self._add_block(u, norm).to(x.device)
@@ -236,27 +237,32 @@ class LeaderClustering:
             state: From ``state_dict`` of a clustering with the same centre and threshold.
 
         Raises:
-            ValueError: A key is missing, unknown or of another shape or dtype, or the state is of another centre or threshold.
+            ValueError: A key is missing, unknown or of another shape or dtype, or the state is of another centre or
+                threshold.
         """
         _check_state(state, self._center)
         device = self._center.device
         if float(state["threshold"]) != self._threshold or not torch.equal(state["center"].to(device), self._center):
             raise ValueError(
-                f"The state is of a clustering with threshold {float(state['threshold'])!r} and its own centre; this one has threshold "
-                f"{self._threshold!r}. Build it as LeaderClustering(state['center'], float(state['threshold'])) and load the state then."
+                f"The state is of a clustering with threshold {float(state['threshold'])!r} and its own centre; this "
+                f"one has threshold {self._threshold!r}. Build it as LeaderClustering(state['center'], "
+                "float(state['threshold'])) and load the state then."
             )
         self._n_regions = len(state["exemplars"])
         self._n_seen, self._n_undirected = int(state["n_seen"]), int(state["n_undirected"])
         self._exemplars, self._sums = state["exemplars"].to(device, copy=True), state["sums"].to(device, copy=True)
-        self._indices, self._counts = state["exemplar_indices"].to(device, copy=True), state["counts"].to(device, copy=True)
+        self._indices, self._counts = (
+            state["exemplar_indices"].to(device, copy=True),
+            state["counts"].to(device, copy=True),
+        )
 
 
 def _checked_threshold(threshold: float) -> float:
     if 0.0 < threshold <= 2.0:
         return threshold
     hint = (
-        " A calibrated threshold of 0 means that so many activations are identical that their distance at that percentile is "
-        "0: remove repeated texts or take a higher percentile."
+        " A calibrated threshold of 0 means that so many activations are identical that their distance at that "
+        "percentile is 0: remove repeated texts or take a higher percentile."
         if threshold == 0.0
         else ""
     )
@@ -310,5 +316,6 @@ def _check_state(state: Mapping[str, Tensor], center: Tensor) -> None:
     for name, (shape, dtype) in wanted.items():
         if tuple(state[name].shape) != shape or state[name].dtype != dtype:
             raise ValueError(
-                f"The state's {name} has shape {tuple(state[name].shape)} and {state[name].dtype}, expected {shape} and {dtype}."
+                f"The state's {name} has shape {tuple(state[name].shape)} and {state[name].dtype}, expected {shape} "
+                f"and {dtype}."
             )

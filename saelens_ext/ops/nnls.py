@@ -30,11 +30,14 @@ _SWEEPS_BETWEEN_CHECKS = 3
 _SWEEPS_BEFORE_EXCHANGE = 2
 _EXCHANGE_ROUNDS = 5
 _FEW_INACTIVE, _MANY_INACTIVE = 16, 48
-"""Mean numbers of zero codes: up to the first their exchange needs no sweeps to begin with, above the second it costs more
+"""Mean numbers of zero codes: up to the first their exchange needs no sweeps to begin with, above the second it costs
+more
 than sweeps."""
 _FEW_LEFT = 0.1
 _PIVOT_RIDGE = 1e-11
-"""The KKT residual that the ridge leaves is below sqrt(ridge) times the activation's norm, however dependent the features."""
+"""The KKT residual that the ridge leaves is below sqrt(ridge) times the activation's norm, however dependent the
+features.
+"""
 _PIVOT_ROUNDS = 50
 _GRADIENT_RIDGE = 1e-8
 _ROUNDING = {torch.float32: 1e-6, torch.float64: 1e-14}
@@ -74,7 +77,9 @@ def nnls(
     working = torch.float64 if torch.float64 in (x.dtype, features.dtype) else torch.float32
     tol = _DEFAULT_TOL[working] if tol is None else tol
     if not tol > 0:
-        raise ValueError(f"tol must be positive, got {tol!r}; it is the largest relative KKT residual, and 1e-4 is a usual value.")
+        raise ValueError(
+            f"tol must be positive, got {tol!r}; it is the largest relative KKT residual, and 1e-4 is a usual value."
+        )
     codes = _NonNegativeLeastSquares.apply(x.to(working), features.to(working), float(tol), int(max_sweeps))
     return codes.to(x.dtype)
 
@@ -91,7 +96,8 @@ class _NonNegativeLeastSquares(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        """With S the positive codes, g_S = (F_S F_S')^-1 F_S x. Let v_S = (F_S F_S')^-1 upstream_S; then the gradient is
+        """With S the positive codes, g_S = (F_S F_S')^-1 F_S x. Let v_S = (F_S F_S')^-1 upstream_S; then the gradient
+        is
         v F for x and, for F, the sum of v (x - g F)' - g (v F)' over activations."""
         x, features, codes = ctx.saved_tensors
         solved = _solve_for_gradient(features, upstream, codes > 0)
@@ -101,7 +107,9 @@ class _NonNegativeLeastSquares(torch.autograd.Function):
 
 
 def _solve_for_gradient(features: Tensor, upstream: Tensor, support: Tensor) -> Tensor:
-    """``(F_S F_S')^+ upstream`` per row; a smoothed pseudo-inverse, so that dependent features give no huge gradients."""
+    """``(F_S F_S')^+ upstream`` per row; a smoothed pseudo-inverse, so that dependent features give no huge
+    gradients.
+    """
     problem = FeatureGram.of(features.double())
     solver = SupportSolver(problem.exact, _GRADIENT_RIDGE, has_inverse=problem.inverse is not None)
     solved = torch.empty_like(upstream)
@@ -146,7 +154,10 @@ def _solve_chunk(x: Tensor, problem: FeatureGram, dual: bool, tol: float, max_sw
     """Codes ``(k, m)`` per unit feature: coordinate sweeps, dropping activations as they converge, then pivoting."""
     target = problem.unit @ x.T
     # An activation orthogonal to all features has only rounding for products: nothing there to be relative to.
-    scale = torch.maximum(target.abs().amax(dim=0), _ROUNDING[x.dtype] / tol * torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).to(x.dtype))
+    scale = torch.maximum(
+        target.abs().amax(dim=0),
+        _ROUNDING[x.dtype] / tol * torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).to(x.dtype),
+    )
     codes = torch.empty_like(target)
     left = torch.arange(len(x), device=x.device)
     iteration = DualIteration(problem, target) if dual else PrimalIteration(problem, target)
@@ -178,15 +189,17 @@ def _attempts(iteration: PrimalIteration | DualIteration, tolerance: Tensor, max
 def _finish(codes: Tensor, x: Tensor, problem: FeatureGram, tolerance: Tensor) -> Tensor:
     """Codes ``(k, m)`` by active-set methods in float64, from where coordinate descent stopped.
 
-    Pivoting settles rows together, but where features are dependent it may go round in circles: the rows that it has not
-    settled after some rounds are left to scipy's method, which takes one at a time and always ends.
+    Pivoting settles rows together, but where features are dependent it may go round in circles: the rows that it has
+    not settled after some rounds are left to scipy's method, which takes one at a time and always ends.
     """
     target = x.double() @ problem.exact_unit.T
     solver = SupportSolver(problem.exact, _PIVOT_RIDGE, has_inverse=problem.inverse is not None)
     passive = (codes > 0).T.contiguous()
     solved, optimal = pivot(passive, target, problem.exact, solver, tolerance.double(), _PIVOT_ROUNDS)
     if not bool(optimal.all()):
-        logger.info("Pivoting left %d of %d activations to scipy's non-negative least squares.", int((~optimal).sum()), len(x))
+        logger.info(
+            "Pivoting left %d of %d activations to scipy's non-negative least squares.", int((~optimal).sum()), len(x)
+        )
         solved[~optimal] = _one_by_one(x[~optimal], problem)
     return solved.T.to(codes.dtype)
 

@@ -4,8 +4,8 @@ Symbols:
     m: rows (activations); k: features. Q: ``(k, k)`` Gram of unit features; K: its inverse, where there is one.
     passive set P of a row: the codes that may be positive; N: the others.
 
-``Q_PP y_P = t_P`` is solved directly where P is the smaller set. Where N is, ``y = K (t + mu)`` with mu zero outside N and
-``K_NN mu_N = -(K t)_N``, which is the same with the smaller system.
+``Q_PP y_P = t_P`` is solved directly where P is the smaller set. Where N is, ``y = K (t + mu)`` with mu zero outside N
+and ``K_NN mu_N = -(K t)_N``, which is the same with the smaller system.
 
 Source: Kim and Park, Fast nonnegative matrix factorization: an active-set-like method (SIAM J. Sci. Comput. 2011).
 """
@@ -105,8 +105,8 @@ def exchange(
 ) -> Float[Tensor, "m k"]:
     """Codes by exchanging all infeasible variables at once, through the inverse Gram: for few inactive codes.
 
-    Each round solves for the multipliers of the inactive set. It may end before a row is solved, or, in theory, cycle: the
-    caller checks the rows.
+    Each round solves for the multipliers of the inactive set. It may end before a row is solved, or, in theory, cycle:
+    the caller checks the rows.
 
     Args:
         inactive: ``(m, k)`` guess of the codes that are zero; small sets.

@@ -66,7 +66,8 @@ class FeatureGram:
 
     @classmethod
     def from_gram(cls, maps: Float64[Tensor, "k d"], gram: Float64[Tensor, "k k"], dtype: torch.dtype) -> "FeatureGram":
-        """Prepare the problem of minimising <C, Q C - 2 T> with a given Gram Q, where T is ``maps`` times the activations.
+        """Prepare the problem of minimising <C, Q C - 2 T> with a given Gram Q, where T is ``maps`` times the
+        activations.
 
         Args:
             maps: ``(k, d)`` what takes activations to targets; zero where the diagonal of Q is.
@@ -101,7 +102,9 @@ def _safe_inverse(gram: Float64[Tensor, "k k"], largest_condition: float) -> Flo
     return inverse if float(condition) < largest_condition else None
 
 
-def sweep(codes: Float[Tensor, "k m"], target: Float[Tensor, "k m"], gram: Float[Tensor, "k k"], n_sweeps: int = 1) -> None:
+def sweep(
+    codes: Float[Tensor, "k m"], target: Float[Tensor, "k m"], gram: Float[Tensor, "k k"], n_sweeps: int = 1
+) -> None:
     """Minimise over each code in turn, features in order, ``n_sweeps`` times, in place; the error never rises.
 
     The gradient is refreshed by one matrix product per block of features, and within the block by rank-one updates:
@@ -120,7 +123,9 @@ def sweep(codes: Float[Tensor, "k m"], target: Float[Tensor, "k m"], gram: Float
         block.copy_(moved)
 
 
-def descent(codes: Float[Tensor, "k m"], target: Float[Tensor, "k m"], gram: Float[Tensor, "k k"]) -> Float[Tensor, "k m"]:
+def descent(
+    codes: Float[Tensor, "k m"], target: Float[Tensor, "k m"], gram: Float[Tensor, "k k"]
+) -> Float[Tensor, "k m"]:
     """T - Q C: where each code would be moved to, were it free."""
     return torch.addmm(target, gram, codes, alpha=-1)
 
@@ -133,7 +138,9 @@ def kkt_residual(codes: Float[Tensor, "k m"], direction: Float[Tensor, "k m"]) -
 class PrimalIteration:
     """Coordinate descent on the codes of some activations."""
 
-    def __init__(self, problem: FeatureGram, target: Float[Tensor, "k m"], codes: Float[Tensor, "k m"] | None = None) -> None:
+    def __init__(
+        self, problem: FeatureGram, target: Float[Tensor, "k m"], codes: Float[Tensor, "k m"] | None = None
+    ) -> None:
         self._gram, self._target = problem.gram, target
         self._codes = torch.zeros_like(target) if codes is None else codes
 
@@ -173,7 +180,9 @@ class DualIteration:
         codes = torch.addmm(self._free, self._inverse, self._multipliers / self._root)
         return codes.clamp_(min=0).mul_(self._multipliers <= 0)
 
-    def exchanged(self, inactive: Bool[Tensor, "k m"], scale: Float[Tensor, " m"], max_rounds: int) -> Float[Tensor, "k m"]:
+    def exchanged(
+        self, inactive: Bool[Tensor, "k m"], scale: Float[Tensor, " m"], max_rounds: int
+    ) -> Float[Tensor, "k m"]:
         """Codes by :func:`~saelens_ext.ops.nnls_active_set.exchange` from a guess of which are zero; to be checked."""
         return exchange(inactive.T, self._free.T, self._inverse, scale, max_rounds).T
 

@@ -10,7 +10,8 @@ Symbols
     b_e, b_a  price of a unit of distortion in each view, in nats
 
 A partition costs L = sum over clusters of (-p log p + b_e V_e + b_a V_a), in nats. The cost is a sum over clusters, and
-p, V_e and V_a of a set do not depend on the prices: they are worked out once for a set of members and serve every price.
+p, V_e and V_a of a set do not depend on the prices: they are worked out once for a set of members and serve every
+price.
 
 A coordinate-wise weighted median is zero wherever non-zero members hold less than half of the mass. Where most entries
 are zero only the other columns are sorted, and distances are corrected only where a centre is not zero. No array of
@@ -24,6 +25,8 @@ import numpy as np
 from jaxtyping import Float, Float64, Int
 from scipy.sparse import csr_array
 
+from saelens_ext.ops.weighted_median import Ranks, first_half, weighted_median
+
 Metric = Literal["l1", "l2"]
 CenterKind = Literal["mean", "unit"]
 
@@ -35,8 +38,6 @@ _SPARSE = 0.5
 _SAMPLED = 256
 # Members from which on sorting ranks beats sorting values.
 _RANKED = 128
-# Weights in a run that the search for a median skips.
-_RUN = 16
 # Room for remembered clusters.
 _MEMORY_BYTES = 2**28
 
@@ -44,7 +45,19 @@ _MEMORY_BYTES = 2**28
 class Cluster:
     """A set of items with its mass, distortions and centres; made by :meth:`PairedViews.cluster` and never changed."""
 
-    __slots__ = ("_distances", "_own_e", "center", "key", "mass", "members", "own_a", "rate", "semantic_sum", "v_a", "v_e")
+    __slots__ = (
+        "_distances",
+        "_own_e",
+        "center",
+        "key",
+        "mass",
+        "members",
+        "own_a",
+        "rate",
+        "semantic_sum",
+        "v_a",
+        "v_e",
+    )
 
     def __init__(self, members: np.ndarray, key: bytes, mass: float):
         self.members = members
@@ -83,8 +96,8 @@ class PairedViews:
         self.metric = metric
         self.semantic_center = semantic_center
         self.weights = weights.astype(np.float64) / np.sum(weights, dtype=np.float64)
-        # Distances between means do not depend on the origin, and rounding is least around the common mean. A renormalised
-        # mean does depend on it.
+        # Distances between means do not depend on the origin, and rounding is least around the common mean. A
+        # renormalised mean does depend on it.
         origin = self.weights @ semantic if semantic_center == "mean" else np.zeros(semantic.shape[1])
         self._semantic_origin = origin
         self.semantic = semantic.astype(np.float64) - origin
@@ -101,7 +114,7 @@ class PairedViews:
         sparse = metric == "l1" and share < _SPARSE
         self._filled = csr_array(self.sources) if sparse else None
         self._nonzero = csr_array((self.sources != 0).T) if sparse else None
-        self._ranks: _Ranks | None = None
+        self._ranks: Ranks | None = None
         self._known: dict[bytes, Cluster] = {}
         self._limit = max(1024, _MEMORY_BYTES // (16 * self.n + 16 * len(self.sources) + 8 * semantic.shape[1] + 512))
 
@@ -113,14 +126,17 @@ class PairedViews:
     def coarse(self) -> "PairedViews":
         """The same items on a sample of the sources, to estimate by; itself where sources are few or mostly zero.
 
-        Sources are taken at even steps, since their order means layers and positions, and are scaled so that one cluster
-        for all has the distortion that it has. Of sparse sources a sample would see too little, and they cost little.
+        Sources are taken at even steps, since their order means layers and positions, and are scaled so that one
+        cluster for all has the distortion that it has. Of sparse sources a sample would see too little, and they cost
+        little.
         """
         if self._nonzero is not None or len(self.sources) < 2 * _SAMPLED:
             return self
         rows = self.sources[np.linspace(0, len(self.sources) - 1, _SAMPLED).astype(int)].T
         everything = np.arange(self.n)
-        sampled = PairedViews(self.semantic, rows, self.weights, self.metric, self.semantic_center).cluster(everything).v_a
+        sampled = (
+            PairedViews(self.semantic, rows, self.weights, self.metric, self.semantic_center).cluster(everything).v_a
+        )
         if not sampled > 0:
             return self
         ratio = self.cluster(everything).v_a / sampled
@@ -218,10 +234,10 @@ class PairedViews:
     def _ranked_median(self, rows: slice, members: np.ndarray, weights: np.ndarray) -> np.ndarray:
         """The weighted median of some sources, from ranks among all items: sorting whole numbers takes a fraction."""
         if self._ranks is None:
-            self._ranks = _Ranks(self.sources, self.weights)
+            self._ranks = Ranks(self.sources, self.weights)
         ranks = np.sort(np.take(self._ranks.rank[rows], members, axis=1), axis=1)
         flat = ranks + (np.arange(rows.start, rows.start + len(ranks)) * self.n)[:, None]
-        at = _first_half(np.take(self._ranks.weight.ravel(), flat), weights.sum())
+        at = first_half(np.take(self._ranks.weight.ravel(), flat), weights.sum())
         here = np.arange(len(ranks))
         source = rows.start + here
         return self.sources[source, self._ranks.order[source, ranks[here, at]]]
@@ -232,7 +248,10 @@ class PairedViews:
         """Distances of all items from its two centres, as the two distortions count them; remembered."""
         if cluster._distances is None:
             everything = slice(None)
-            cluster._distances = self.semantic_distances(cluster, everything), self.attribution_distances(cluster, everything)
+            cluster._distances = (
+                self.semantic_distances(cluster, everything),
+                self.attribution_distances(cluster, everything),
+            )
         return cluster._distances
 
     def semantic_distances(self, cluster: Cluster, rows: np.ndarray | slice) -> Float64[np.ndarray, " m"]:
@@ -285,65 +304,6 @@ class PairedViews:
         return found
 
 
-def weighted_median(values: Float[np.ndarray, "d m"], weights: Float[np.ndarray, " m"]) -> Float[np.ndarray, " d"]:
-    """The lower weighted median of every row: the smallest value at or below which lies half of the mass.
-
-    It minimises the weighted sum of absolute differences.
-
-    Args:
-        values: rows of m values each.
-        weights: positive, one for each of the m.
-
-    Returns:
-        One of the values of every row.
-    """
-    order = np.argsort(values, axis=1)
-    rows = np.arange(len(values))
-    return values[rows, order[rows, _first_half(weights[order], weights.sum())]]
-
-
-class _Ranks:
-    """For every source, the items in the order of their values.
-
-    Attributes:
-        order: item of each rank, ``(d_a, n)``.
-        rank: rank of each item; ties take any order.
-        weight: weight of the item of each rank.
-    """
-
-    def __init__(self, sources: np.ndarray, weights: np.ndarray):
-        kind = np.int16 if sources.shape[1] < 2**15 else np.int32
-        self.order = np.empty(sources.shape, dtype=kind)
-        self.rank = np.empty(sources.shape, dtype=kind)
-        numbers = np.arange(sources.shape[1], dtype=kind)
-        step = max(1, 4 * _BLOCK // sources.shape[1])
-        for begin in range(0, len(sources), step):
-            order = np.argsort(sources[begin : begin + step], axis=1)
-            self.order[begin : begin + step] = order
-            self.rank[begin + np.arange(len(order))[:, None], order] = numbers
-        self.weight = weights[self.order]
-
-
-def _first_half(ordered: np.ndarray, total: float) -> np.ndarray:
-    """Where running sums of every row first reach half of the total; whole runs are skipped at a time."""
-    # Sums of one order of the weights can miss half by rounding where another meets it.
-    half = 0.5 * total * (1 - 1e-12)
-    m = ordered.shape[1]
-    if m < 4 * _RUN:
-        return np.argmax(np.cumsum(ordered, axis=1) >= half, axis=1)
-    n_runs = m // _RUN
-    runs = np.cumsum(ordered[:, : n_runs * _RUN].reshape(len(ordered), n_runs, _RUN).sum(axis=2), axis=1)
-    skipped = np.minimum((runs < half).sum(axis=1), (m - 1) // _RUN)
-    rows = np.arange(len(ordered))
-    before = np.where(skipped > 0, runs[rows, np.maximum(skipped, 1) - 1], 0.0)
-    places = skipped[:, None] * _RUN + np.arange(_RUN)
-    inside = np.where(places < m, ordered[rows[:, None], np.minimum(places, m - 1)], 0.0)
-    reached = before[:, None] + np.cumsum(inside, axis=1) >= half
-    # Where rounding keeps the last sum of a run from what the sum of the run has reached.
-    reached[:, -1] = True
-    return np.minimum(places[rows, np.argmax(reached, axis=1)], m - 1)
-
-
 def partition_cost(clusters: Sequence[Cluster], b_e: float, b_a: float) -> float:
     """L of a partition, in nats.
 
@@ -355,7 +315,8 @@ def partition_cost(clusters: Sequence[Cluster], b_e: float, b_a: float) -> float
 def assignment_costs(
     views: PairedViews, clusters: Sequence[Cluster], b_e: float, b_a: float, *, every: bool = False
 ) -> Float64[np.ndarray, "n k"]:
-    """What each item costs in each cluster at the centres and masses of now: -log p_k + b_e |e - mu_k|^2 + b_a |a - h_k|_1.
+    """What each item costs in each cluster at the centres and masses of now: -log p_k + b_e |e - mu_k|^2 + b_a |a -
+    h_k|_1.
 
     Moving every item to its cheapest cluster never raises L: codes made for the old masses cost at least the entropy of
     the new ones, and new centres are at least as good as the old. Clusters that no item would move to are left at

@@ -93,7 +93,8 @@ class Search:
         self.one = views.cluster(np.arange(views.n))
 
     def starts(self, b_e: float, b_a: float) -> list[Int[np.ndarray, " n"]]:
-        """Partitions worth descending from: one cluster, two found in the sketch; for few items single ones and random ones.
+        """Partitions worth descending from: one cluster, two found in the sketch; for few items single ones and random
+        ones.
 
         One of those from the sketch is made for doubled prices. It has more clusters than will stay, and merging them
         finds partitions to which no gaining split of one cluster leads.
@@ -107,11 +108,15 @@ class Search:
             found.append(np.arange(n))
             found += [self._random_labels(2 + turn % (n - 1)) for turn in range(_RANDOM_STARTS)]
             if self.min_members > 1:
-                found += [self._even_labels(2 + turn % max(1, n // self.min_members - 1)) for turn in range(_EVEN_STARTS)]
+                found += [
+                    self._even_labels(2 + turn % max(1, n // self.min_members - 1)) for turn in range(_EVEN_STARTS)
+                ]
         return found
 
     def allowed(self, labels: Int[np.ndarray, " n"], b_e: float, b_a: float) -> Int[np.ndarray, " n"]:
-        """The partition itself if its clusters have members enough; else members of small ones go to their cheapest large one."""
+        """The partition itself if its clusters have members enough; else members of small ones go to their cheapest
+        large one.
+        """
         large = np.flatnonzero(np.bincount(labels) >= self.min_members)
         if len(large) == labels.max() + 1:
             return labels
@@ -171,7 +176,9 @@ class Search:
         return Descent(walk.labels, walk.clusters, walk.history, rounds, converged)
 
     def splits(self, cluster: Cluster, b_e: float, b_a: float) -> list[tuple[Cluster, Cluster]]:
-        """Splits of a cluster known so far, as coarse clusters; new ones are looked for once per ratio of the prices."""
+        """Splits of a cluster known so far, as coarse clusters; new ones are looked for once per ratio of the
+        prices.
+        """
         known = self._splits.setdefault(cluster.key, [])
         asked = cluster.key, round(float(np.arctan2(b_a, b_e)), 9)
         if len(cluster.members) > 1 and asked not in self._explored:

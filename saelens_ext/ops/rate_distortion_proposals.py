@@ -54,7 +54,9 @@ class Sketch:
         return np.hstack([np.sqrt(b_e) * self._semantic, np.sqrt(b_a) * self._attribution])
 
 
-def _principal_scores(rows: np.ndarray, weights: np.ndarray, random_state: np.random.RandomState) -> tuple[np.ndarray, float]:
+def _principal_scores(
+    rows: np.ndarray, weights: np.ndarray, random_state: np.random.RandomState
+) -> tuple[np.ndarray, float]:
     """Coordinates in the leading weighted principal components, and the scatter of the full width."""
     centered = rows - weights @ rows
     weighted = np.sqrt(weights)[:, None] * centered
@@ -69,13 +71,16 @@ def _principal_scores(rows: np.ndarray, weights: np.ndarray, random_state: np.ra
 
 
 def split_proposals(
-    z: Float64[np.ndarray, "m r"], weights: Float64[np.ndarray, " m"], random_state: np.random.RandomState, n_seeds: int = 4
+    z: Float64[np.ndarray, "m r"],
+    weights: Float64[np.ndarray, " m"],
+    random_state: np.random.RandomState,
+    n_seeds: int = 4,
 ) -> list[Bool[np.ndarray, " m"]]:
     """Ways to cut a cluster in two, the most promising first.
 
-    Two kinds. Bisections start from the exact weighted principal direction of the sketch, cut at the weighted median and
-    at the best place. Peels start from single items far from the centre, against the rest: with sparse rows the median
-    of a mixture of many modes is nearly zero, so that halves of it gain nothing where one mode taken off gains.
+    Two kinds. Bisections start from the exact weighted principal direction of the sketch, cut at the weighted median
+    and at the best place. Peels start from single items far from the centre, against the rest: with sparse rows the
+    median of a mixture of many modes is nearly zero, so that halves of it gain nothing where one mode taken off gains.
 
     Args:
         z: sketches of the members.
@@ -116,7 +121,9 @@ def _principal_cuts(centered: np.ndarray, weights: np.ndarray) -> list[np.ndarra
     return cuts
 
 
-def _peels(centered: np.ndarray, weights: np.ndarray, random_state: np.random.RandomState, n_seeds: int) -> list[np.ndarray]:
+def _peels(
+    centered: np.ndarray, weights: np.ndarray, random_state: np.random.RandomState, n_seeds: int
+) -> list[np.ndarray]:
     squares = np.einsum("ij,ij->i", centered, centered)
     chances = weights * squares
     if not chances.sum() > 0:

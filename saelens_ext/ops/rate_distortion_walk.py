@@ -1,4 +1,5 @@
-"""Steps that lower the rate-distortion objective of a partition: reassignment, merges, splits, moves and swaps of items.
+"""Steps that lower the rate-distortion objective of a partition: reassignment, merges, splits, moves and swaps of
+items.
 
 Symbols
     L         objective, in nats; see ``rate_distortion``
@@ -184,7 +185,9 @@ class Walk:
         while len(leaving):
             labels = self.labels.copy()
             labels[leaving] = len(self.clusters) + np.arange(len(leaving))
-            parts = np.split(np.argsort(labels, kind="stable"), np.cumsum(np.unique(labels, return_counts=True)[1])[:-1])
+            parts = np.split(
+                np.argsort(labels, kind="stable"), np.cumsum(np.unique(labels, return_counts=True)[1])[:-1]
+            )
             if not self._promising(self.clusters, parts):
                 leaving = leaving[: len(leaving) // 2]
                 continue

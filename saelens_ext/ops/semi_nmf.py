@@ -8,10 +8,11 @@ Symbols:
 Why damping: the least loss alone is a poor guide. A semi-nonnegative factorisation of rank k can reach whatever an
 unconstrained one of rank k - 1 can (Gillis and Kumar, arXiv 1410.7220): some non-negative combination of the features
 nearly vanishes, every code is shifted along it until none is negative, and all features are active on every token and
-cancel each other. Damping charges for cancelling: its sum is |X|^2 where features do not overlap, and many times that where they cancel.
-It is invariant to the scale of features and codes, and all steps stay exact.
+cancel each other. Damping charges for cancelling: its sum is |X|^2 where features do not overlap, and many times that
+where they cancel. It is invariant to the scale of features and codes, and all steps stay exact.
 
-Source: Shafran, Geiger and Geva, arXiv 2506.10920; the default updates are this package's, see :mod:`.semi_nmf_updates`.
+Source: Shafran, Geiger and Geva, arXiv 2506.10920; the default updates are this package's, see
+:mod:`.semi_nmf_updates`.
 """
 
 import logging
@@ -53,7 +54,8 @@ class SemiNMFResult:
     loss: float
     """Squared error of these codes and features over the sum of squares of the activations (0 if that is 0)."""
     history: list[float]
-    """The objective after each iteration, which is the loss where ``damping`` is 0; never rises, and ``loss`` is not above
+    """The objective after each iteration, which is the loss where ``damping`` is 0; never rises, and ``loss`` is not
+    above
     its last. For ``method="paper"``, the best loss so far."""
     converged: bool
     """Whether the objective had stopped falling, as against the iterations having run out."""
@@ -62,7 +64,9 @@ class SemiNMFResult:
     n_dead: int
     """Features that are zero or whose codes all are, at the end."""
     n_duplicate: int
-    """Features whose cosine with an earlier one exceeds 0.99, at the end. Without damping they are merged during the fit."""
+    """Features whose cosine with an earlier one exceeds 0.99, at the end. Without damping they are merged during the
+    fit.
+    """
     n_revived: int
     """Dead or duplicate features replaced during the fit."""
 
@@ -121,7 +125,11 @@ def semi_nmf(
         # In units of their size, squares of activations neither overflow nor vanish; a power of two rounds nothing.
         unit = 2.0 ** math.floor(math.log2(float(x.abs().max()) or 1.0))
         x = x / unit
-        codes, features = initialise(x, n_components, init, generator) if start is None else _checked_start(start, x, n_components, unit)
+        codes, features = (
+            initialise(x, n_components, init, generator)
+            if start is None
+            else _checked_start(start, x, n_components, unit)
+        )
         fit = (
             PaperFit(x, codes, features, count)
             if method == "paper"
@@ -132,8 +140,10 @@ def semi_nmf(
         repeated = len(duplicates(fit.features))
         if repeated and damping:
             logger.warning(
-                "%d of %d features repeat another: there are fewer distinct ones at this sparsity. Damping does not merge them, since "
-                "it charges less for two halves than for a whole; ask for fewer features.", repeated, n_components,
+                "%d of %d features repeat another: there are fewer distinct ones at this sparsity. Damping does not "
+                "merge them, since it charges less for two halves than for a whole; ask for fewer features.",
+                repeated,
+                n_components,
             )
         return SemiNMFResult(
             codes=codes,
@@ -149,7 +159,9 @@ def semi_nmf(
 
 
 def _exact_codes(x: Tensor, fit: CoordinateFit) -> tuple[Tensor, CodeStatistics]:
-    """Non-negative least squares on the fitted features, and its statistics; the fit's own where rounding favours them."""
+    """Non-negative least squares on the fitted features, and its statistics; the fit's own where rounding favours
+    them.
+    """
     codes = solve_codes(x, FeatureGram.of(fit.features))
     statistics = CodeStatistics.of(x, codes.T)
     if statistics.error(fit.features) > fit.error:
@@ -160,15 +172,21 @@ def _exact_codes(x: Tensor, fit: CoordinateFit) -> tuple[Tensor, CodeStatistics]
 def check_damping(damping: float | int, method: str = "coordinate") -> None:
     """Refuse a damping that is negative, not finite, or of no meaning to the method."""
     if not 0 <= damping < math.inf:
-        raise ValueError(f"damping must be a finite number >= 0, got {damping!r}; 0.2 is a usual value, 0 the plain factorisation.")
+        raise ValueError(
+            f"damping must be a finite number >= 0, got {damping!r}; 0.2 is a usual value, 0 the plain factorisation."
+        )
     if damping and method == "paper":
-        raise ValueError(f"The published rule has no damping, got damping={damping!r}. Use damping=0, or method='coordinate'.")
+        raise ValueError(
+            f"The published rule has no damping, got damping={damping!r}. Use damping=0, or method='coordinate'."
+        )
 
 
 def check_options(x: Float[Tensor, "n d"], n_components: int, sparsity: float, init: str, tol: float) -> int:
     """Check what every fit shares; the number of neurons that a feature may use, ceil(sparsity * d)."""
     if x.ndim != 2 or not x.numel():
-        raise ValueError(f"x has shape {tuple(x.shape)}; it must be (n, d) with at least one activation and one neuron.")
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}; it must be (n, d) with at least one activation and one neuron."
+        )
     finite(x, "x")
     between(sparsity, 0, 1, "sparsity", closed_high=True)
     choice(init, INITS, "init")
@@ -182,7 +200,8 @@ def _checked_start(start: tuple[Tensor, Tensor], x: Tensor, k: int, unit: float)
     if codes.shape != (len(x), k) or features.shape != (k, x.shape[1]) or bool((codes < 0).any()):
         raise ValueError(
             f"start must be codes >= 0 of shape {(len(x), k)} and features of shape {(k, x.shape[1])}, "
-            f"got {tuple(codes.shape)} (smallest {float(codes.min()) if codes.numel() else 0:g}) and {tuple(features.shape)}."
+            f"got {tuple(codes.shape)} (smallest {float(codes.min()) if codes.numel() else 0:g}) and "
+            f"{tuple(features.shape)}."
         )
     return codes, features / unit
 
@@ -195,7 +214,9 @@ def _iterate(
     progress: bool,
     on_metrics: Callable[[dict[str, float]], None] | None,
 ) -> tuple[list[float], bool]:
-    """Step until the objective stalls for ``patience`` iterations and escapes fail too; the objectives, and whether it came to that."""
+    """Step until the objective stalls for ``patience`` iterations and escapes fail too; the objectives, and whether it
+    came to that.
+    """
     total = fit.statistics.total
     history: list[float] = []
     stalled = failed_escapes = 0
@@ -214,7 +235,12 @@ def _iterate(
         history += [fit.error / total] * iterations
         bar.update(iterations)
         if on_metrics is not None:
-            metrics = {"iteration": len(history), "objective": history[-1], "loss": fit.squared_error / total, "n_revived": fit.n_revived}
+            metrics = {
+                "iteration": len(history),
+                "objective": history[-1],
+                "loss": fit.squared_error / total,
+                "n_revived": fit.n_revived,
+            }
             on_metrics(metrics | {"n_dead": len(dead(fit.features, fit.statistics))})
     bar.close()
     return history or [0.0], stalled >= patience or not total > 0

@@ -11,8 +11,8 @@ Supports grow from a quarter of their size to all of it over the first iteration
 neurons at once take the strongest ones, and several of them the same; grown, they use more neurons and end at a lower
 error. Growing never raises the error: a small support is a member of the larger set.
 
-An escape, when iterations no longer help: the features that the others could replace at least cost become new directions,
-some iterations are made, and all of it is undone unless the error is lower at the end.
+An escape, when iterations no longer help: the features that the others could replace at least cost become new
+directions, some iterations are made, and all of it is undone unless the error is lower at the end.
 
 A new direction is a sparse rank-one fit to what is left of the activations, begun at one that is badly reconstructed.
 """
@@ -203,8 +203,9 @@ class CoordinateFit:
     def _with_new_directions(self, features: Tensor, places: list[int], codes: Tensor) -> Tensor:
         """Features with new directions at some places, whose codes are zero.
 
-        Each begins at what is left of one of the worst reconstructed activations (places beyond the number of activations
-        are left as they are), and is then fitted to what is left of all: codes given the direction, direction given them.
+        Each begins at what is left of one of the worst reconstructed activations (places beyond the number of
+        activations are left as they are), and is then fitted to what is left of all: codes given the direction,
+        direction given them.
         """
         if not places:
             return features

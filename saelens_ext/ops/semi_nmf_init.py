@@ -37,8 +37,8 @@ def initialise(
     n, d = x.shape
     if init == "svd" and k > min(n, d):
         raise ValueError(
-            f"n_components is {k}, but init='svd' gives at most min(n, d) = {min(n, d)} components for {n} activations of "
-            f"{d} neurons. Ask for fewer, or use init='kmeans' (up to {n}) or 'random'."
+            f"n_components is {k}, but init='svd' gives at most min(n, d) = {min(n, d)} components for {n} activations "
+            f"of {d} neurons. Ask for fewer, or use init='kmeans' (up to {n}) or 'random'."
         )
     if init == "kmeans" and k > n:
         raise ValueError(

@@ -4,8 +4,8 @@ Symbols:
     X: ``(n, d)`` activations. G: ``(n, k)`` codes > 0. H: ``(k, d)`` signed features. P = X H', Q = H H'.
     M+ and M-: positive and negative part of a matrix, both >= 0.
 
-One iteration: H by least squares; in each row of H the s largest magnitudes kept, without refitting; columns of G scaled
-to length one, H to match; ``G <- G sqrt((P+ + G Q-) / (P- + G Q+ + 1e-6))``; the error. It may rise, because of
+One iteration: H by least squares; in each row of H the s largest magnitudes kept, without refitting; columns of G
+scaled to length one, H to match; ``G <- G sqrt((P+ + G Q-) / (P- + G Q+ + 1e-6))``; the error. It may rise, because of
 the selection, so the best iterate is kept. Codes that are zero stay zero.
 
 Departures: exactly s entries are kept on ties; the linear system is solved, not inverted; the error comes from traces.
@@ -37,7 +37,9 @@ class PaperFit:
     n_revived = 0
     growing = False
 
-    def __init__(self, x: Float[Tensor, "n d"], codes: Float[Tensor, "n k"], features: Float[Tensor, "k d"], count: int) -> None:
+    def __init__(
+        self, x: Float[Tensor, "n d"], codes: Float[Tensor, "n k"], features: Float[Tensor, "k d"], count: int
+    ) -> None:
         self._x, self._count = x, count
         self._current = codes.clamp(min=_SMALLEST_CODE)
         self._of_current = CodeStatistics.of(x, self._current.T)

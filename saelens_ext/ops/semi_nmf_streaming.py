@@ -4,14 +4,15 @@ Symbols:
     X: ``(n, d)`` activations, seen in blocks, several times. G: codes >= 0, of one block at a time.
     H: ``(k, d)`` features. A = G'G, B = G'X: sums over blocks, all that is kept of a pass.
 
-A pass finds the exact codes of every activation for the current features, and so their objective; the features' step then
-uses A and B alone. The objective at the next pass cannot be higher: its codes are the best for features that were better
-already with the old codes. The first features come from a fit in memory to a uniform sample.
+A pass finds the exact codes of every activation for the current features, and so their objective; the features' step
+then uses A and B alone. The objective at the next pass cannot be higher: its codes are the best for features that were
+better already with the old codes. The first features come from a fit in memory to a uniform sample.
 
 Cost: memory is one block and its codes, 8 (k^2 + 4 k d) bytes of sums and features, and the sample. A pass is
-4 n k d floating-point operations in products plus the non-negative least squares, which is several times n k^2 more. For
-1,000,000 activations of 16,384 neurons and 400 features that is 0.3 GB plus a block (and 0.7 GB for a sample of 10,000) and
-3e13 operations a pass, minutes on a machine of 200 GFLOP/s; the 64 GB of activations (float32) are read once per pass.
+4 n k d floating-point operations in products plus the non-negative least squares, which is several times n k^2 more.
+For 1,000,000 activations of 16,384 neurons and 400 features that is 0.3 GB plus a block (and 0.7 GB for a sample of
+10,000) and 3e13 operations a pass, minutes on a machine of 200 GFLOP/s; the 64 GB of activations (float32) are read
+once per pass.
 """
 
 import logging
@@ -55,7 +56,9 @@ class StreamingSemiNMFResult:
     converged: bool
     """Whether the objective had stopped falling, as against the passes having run out."""
     n_passes: int
-    """Passes made to evaluate and improve the features. One more made the sample, and with damping one the final codes."""
+    """Passes made to evaluate and improve the features. One more made the sample, and with damping one the final
+    codes.
+    """
     n_samples: int
     """Activations in the stream."""
     code_gram: Float[Tensor, "k k"]
@@ -109,8 +112,9 @@ def semi_nmf_streaming(
     """
     if iter(batches) is batches:
         raise ValueError(
-            "batches is an iterator, which can be read only once, and several passes are needed. Give something that starts "
-            "again each time it is iterated: a list, an ActivationStream-like object, or an object with __iter__."
+            "batches is an iterator, which can be read only once, and several passes are needed. Give something that "
+            "starts again each time it is iterated: a list, an ActivationStream-like object, or an object with "
+            "__iter__."
         )
     positive(max_passes, "max_passes")
     check_damping(damping)
@@ -118,7 +122,9 @@ def semi_nmf_streaming(
     with torch.no_grad():
         sample, n_samples = _sample(batches, positive(sample_size, "sample_size"), generator)
         count = check_options(sample, n_components, sparsity, init, tol)
-        first = semi_nmf(sample, n_components, sparsity=sparsity, init=init, damping=damping, max_iter=max_iter, generator=generator)
+        first = semi_nmf(
+            sample, n_components, sparsity=sparsity, init=init, damping=damping, max_iter=max_iter, generator=generator
+        )
         typical_norm = float(torch.linalg.vector_norm(sample, dim=1).median())
         del sample
         fit = _StreamFit(batches, first.features, count, n_samples, first.n_revived, float(damping))
@@ -168,7 +174,9 @@ class _StreamFit:
             self.n_revived += len(unused)
 
     def evaluate(self, features: Tensor, damping: float = 0.0) -> tuple[CodeStatistics, Tensor]:
-        """A pass: statistics of the exact codes, and what they leave of the worst reconstructed activations, ``(k, d)``."""
+        """A pass: statistics of the exact codes, and what they leave of the worst reconstructed activations, ``(k,
+        d)``.
+        """
         problem = FeatureGram.of(features, damping)
         statistics = CodeStatistics.empty(*features.shape, features.device)
         worst, sizes = features[:0], features[:0, 0]
@@ -194,7 +202,9 @@ class _StreamFit:
 def _passes(
     fit: _StreamFit, max_passes: int, tol: float, on_metrics: Callable[[dict[str, float]], None] | None
 ) -> tuple[list[float], bool]:
-    """The loss after each pass, the first being the one that evaluates the sample's features; and whether it stalled."""
+    """The loss after each pass, the first being the one that evaluates the sample's features; and whether it
+    stalled.
+    """
     history: list[float] = []
     total = fit.statistics.total
     for number in range(1, max_passes + 1):

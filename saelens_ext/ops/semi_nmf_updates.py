@@ -79,7 +79,9 @@ class CodeStatistics:
         wide = features.double()
         error = self.total + float((wide * (self.gram @ wide - 2 * self.product)).sum())
         if not math.isfinite(error):
-            raise ValueError("The squared error is not finite: the activations are too large for their dtype. Scale them down.")
+            raise ValueError(
+                "The squared error is not finite: the activations are too large for their dtype. Scale them down."
+            )
         return max(0.0, error)
 
 
@@ -145,9 +147,7 @@ def _sweep_features(statistics: CodeStatistics, features: Tensor, count: int, n_
     return features
 
 
-def refit(
-    statistics: CodeStatistics, support: Tensor, features: Float[Tensor, "k d"]
-) -> Float[Tensor, "k d"]:
+def refit(statistics: CodeStatistics, support: Tensor, features: Float[Tensor, "k d"]) -> Float[Tensor, "k d"]:
     """Least squares on given supports, ``(k, d)`` booleans; rows whose codes are all zero keep their values."""
     live = _live(statistics)
     root = torch.where(live, statistics.gram.diagonal().sqrt(), 1.0)

@@ -93,7 +93,9 @@ class SphericalCenter:
             ValueError: No activation was seen.
         """
         if self._n_seen == 0:
-            raise ValueError("The centre of no activations is undefined; call update() with at least one activation first.")
+            raise ValueError(
+                "The centre of no activations is undefined; call update() with at least one activation first."
+            )
         total = self._total + _summed(self._pending) if len(self._pending) else self._total
         mean, direction = (total / self._n_seen).chunk(2)
         length = direction.norm()
@@ -121,7 +123,9 @@ def spherical_center(x: Float[Tensor, "n d"]) -> Float32[Tensor, " d"]:
 
 
 def _summed(x: Tensor) -> Tensor:
-    """Sums over rows of ``x`` and of its unit rows, ``(2 d,)``, added in an order that depends on the row count only."""
+    """Sums over rows of ``x`` and of its unit rows, ``(2 d,)``, added in an order that depends on the row count
+    only.
+    """
     inverse = _inverse_norms(x)
     units = x * torch.where(inverse.isfinite(), inverse, 0.0)[:, None]
     return _folded(torch.cat((x, units), dim=1), dim=0)[0]
@@ -149,19 +153,24 @@ def checked_activations(x: Tensor, d: int, name: str = "x") -> Tensor:
     """Return ``x`` detached; raise ValueError unless it is ``(n, d)``, of a float dtype and finite."""
     if x.ndim != 2 or not x.is_floating_point():
         raise ValueError(
-            f"{name} must be a matrix of activations (n, {d}) of a float dtype, got shape {tuple(x.shape)} and {x.dtype}; "
-            "flatten batch and position, and convert integers with .float()."
+            f"{name} must be a matrix of activations (n, {d}) of a float dtype, got shape {tuple(x.shape)} and "
+            f"{x.dtype}; flatten batch and position, and convert integers with .float()."
         )
     x = width(x.detach(), d, name)
     # The sum is not finite if an entry is not (or if it overflows), and many times cheaper than looking at each.
     if not bool(torch.isfinite(x.sum())):
         finite(x, name)
     if x.dtype == torch.float64 and x.numel() and float(x.abs().max()) > _LARGEST_ENTRY:
-        raise ValueError(f"{name} holds entries up to {float(x.abs().max()):g}; the largest allowed is {_LARGEST_ENTRY:g}. Rescale it.")
+        raise ValueError(
+            f"{name} holds entries up to {float(x.abs().max()):g}; the largest allowed is {_LARGEST_ENTRY:g}. Rescale "
+            "it."
+        )
     return x
 
 
-def directions(x: Float[Tensor, "n d"], center: Float[Tensor, " d"]) -> tuple[Float32[Tensor, "n d"], Float32[Tensor, " n"]]:
+def directions(
+    x: Float[Tensor, "n d"], center: Float[Tensor, " d"]
+) -> tuple[Float32[Tensor, "n d"], Float32[Tensor, " n"]]:
     """``unit_directions`` without its checks.
 
     Each row depends on that row alone, bit for bit: operations of one rounding each, in a fixed order.
@@ -207,8 +216,8 @@ def unit_directions(
 
     Returns:
         ``u`` ``(n, d)`` float32, unit rows with entries on the grid of multiples of 2**-30, zero where ``x`` equals the
-        centre (their distance is below the least normal float32); ``norm`` ``(n,)`` float32, |x - c| in the units of the
-        activations. A row of either depends on the same row of ``x`` alone, bit for bit.
+        centre (their distance is below the least normal float32); ``norm`` ``(n,)`` float32, |x - c| in the units of
+        the activations. A row of either depends on the same row of ``x`` alone, bit for bit.
 
     Raises:
         ValueError: Widths differ or an entry is not finite.
@@ -255,8 +264,8 @@ def assign_nearest(
         max_bytes: Work space, in bytes, at most (roughly; a minimum of a few rows is always used).
 
     Returns:
-        ``index`` ``(n,)`` int64 and ``cosine_distance`` ``(n,)`` float64, as ``nearest`` gives them. An activation equal
-        to the centre has no direction and gets index 0 and distance 1.
+        ``index`` ``(n,)`` int64 and ``cosine_distance`` ``(n,)`` float64, as ``nearest`` gives them. An activation
+        equal to the centre has no direction and gets index 0 and distance 1.
 
     Raises:
         ValueError: Widths differ, an entry is not finite, there is no exemplar or a zero one.
@@ -283,7 +292,9 @@ def _nearest(
             u = u if len(directed) == len(u) else u[directed]
             found = nearest_column(scan(no_candidates(u), u, exemplars, tile), u, exemplars)
             index[start + directed] = found
-            distances[start + directed] = distance(exact_cosine(u, torch.arange(len(u), device=x.device), exemplars, found))
+            distances[start + directed] = distance(
+                exact_cosine(u, torch.arange(len(u), device=x.device), exemplars, found)
+            )
     return index, distances
 
 
@@ -303,5 +314,7 @@ def _checked_exemplars(exemplars: Tensor, d: int) -> Tensor:
         raise ValueError("exemplars has no rows; at least one exemplar is needed to be nearest.")
     exemplars, norm = _unit_rows(exemplars)
     if not bool(has_direction(norm).all()):
-        raise ValueError(f"exemplars has {int((~has_direction(norm)).sum())} zero rows; every exemplar must have a direction.")
+        raise ValueError(
+            f"exemplars has {int((~has_direction(norm)).sum())} zero rows; every exemplar must have a direction."
+        )
     return exemplars

@@ -47,7 +47,8 @@ def unseen_mass(n_founders: int, n_recent: int, *, confidence: float = 0.95) -> 
 
 
 def holm(p_values: Float[np.ndarray, " m"]) -> Float[np.ndarray, " m"]:
-    """Adjust the p-values of a family of tests, so that the chance of one false rejection or more stays below the level.
+    """Adjust the p-values of a family of tests, so that the chance of one false rejection or more stays below the
+    level.
 
     Args:
         p_values: each in [0, 1]; NaN where a test could not be made, which does not count as one of the family.

@@ -1,15 +1,15 @@
 """Exemplar partitions that the method's author published as pickles, converted to this package's format.
 
-The published files (Hugging Face dataset ``J-RUM/exemplar-partitioning``) are Python pickles, which run what they say when
-they are opened the usual way. They are never opened that way here: :mod:`saelens_ext.published.inert_machine` reads them
-as data. What leaves this module is safetensors and JSON.
+The published files (Hugging Face dataset ``J-RUM/exemplar-partitioning``) are Python pickles, which run what they say
+when they are opened the usual way. They are never opened that way here: :mod:`saelens_ext.published.inert_machine`
+reads them as data. What leaves this module is safetensors and JSON.
 
 Both sides measure alike: directions are (x - c) / |x - c|, distances 1 - cosine, and an activation belongs to the
 nearest exemplar. Nothing is rescaled, so assignments are the same up to ties within rounding.
 
-Memory, beyond the result: the file is mapped, not read; its arrays are copied one by one, and reading makes some 100 bytes
-per object in it. The published files hold up to about 4 million objects. Reservoir vectors, up to 5.6 of 6 GB, stay where
-they are unless asked for.
+Memory, beyond the result: the file is mapped, not read; its arrays are copied one by one, and reading makes some 100
+bytes per object in it. The published files hold up to about 4 million objects. Reservoir vectors, up to 5.6 of 6 GB,
+stay where they are unless asked for.
 """
 
 import hashlib
@@ -83,11 +83,15 @@ def read_published_dictionary(
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file; give the .pkl file of a published dictionary.")
-    build = _read_metadata(metadata if metadata is not None else path.with_name(f"{path.stem}_metadata.json"), metadata is None)
+    build = _read_metadata(
+        metadata if metadata is not None else path.with_name(f"{path.stem}_metadata.json"), metadata is None
+    )
     try:
         with _mapped(path, _checks.positive(max_bytes, "max_bytes")) as data:
             digest = _checked_digest(data, sha256, path)
-            with tqdm(total=len(data), unit="B", unit_scale=True, desc=f"read {path.name}", disable=not progress) as bar:
+            with tqdm(
+                total=len(data), unit="B", unit_scale=True, desc=f"read {path.name}", disable=not progress
+            ) as bar:
                 machine = Machine(data, Limits.of_size(len(data)), lambda at: bar.update(at - bar.n))
                 regions = read_regions(machine.run(), data, machine.items, reservoir=reservoir)
             check_separation(regions.exemplars, regions.threshold)
@@ -177,7 +181,10 @@ def _checked_digest(data: mmap.mmap, wanted: str | None, path: Path) -> str:
     for start in range(0, len(data), _HASH_CHUNK):
         digest.update(data[start : start + _HASH_CHUNK])
     if wanted is not None and digest.hexdigest() != wanted.lower():
-        raise ValueError(f"{path} has SHA-256 {digest.hexdigest()}, not {wanted.lower()}: it is damaged or another file. Fetch it again.")
+        raise ValueError(
+            f"{path} has SHA-256 {digest.hexdigest()}, not {wanted.lower()}: it is damaged or another file. Fetch it "
+            "again."
+        )
     return digest.hexdigest()
 
 
@@ -198,7 +205,9 @@ def _read_metadata(metadata: Mapping[str, Any] | str | Path, optional: bool) -> 
         if optional and not path.exists():
             return {}
         if path.exists() and path.stat().st_size > _MAX_METADATA_BYTES:
-            raise ValueError(f"{path} has {path.stat().st_size} bytes; a metadata file has at most {_MAX_METADATA_BYTES}.")
+            raise ValueError(
+                f"{path} has {path.stat().st_size} bytes; a metadata file has at most {_MAX_METADATA_BYTES}."
+            )
         metadata = _parsed(path)
     build = {key: metadata[key] for key in ("discovery_config", "discovery") if isinstance(metadata.get(key), Mapping)}
     build |= {key: metadata[key] for key in ("n_forward_passes", "n_prompts", "n_tokens") if key in metadata}
@@ -209,9 +218,13 @@ def _parsed(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not a JSON file ({type(error).__name__}); fetch it again, or pass metadata={{}} to do without.") from None
+        raise ValueError(
+            f"{path} is not a JSON file ({type(error).__name__}); fetch it again, or pass metadata={{}} to do without."
+        ) from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__} where a JSON object is expected; it is no metadata file.")
+        raise ValueError(
+            f"{path} holds a {type(content).__name__} where a JSON object is expected; it is no metadata file."
+        )
     return content
 
 
@@ -229,14 +242,19 @@ def _settings(path: Path, config: Mapping[str, Any], given: Mapping[str, Any]) -
     kinds = {"hook_name": str, "model_name": str, "percentile": (int, float)}
     wrong = [key for key, value in recorded.items() if value is not None and not isinstance(value, kinds[key])]
     if wrong:
-        raise ValueError(f"The metadata of {path} hold something else than names and a number for {', '.join(wrong)}; pass metadata={{}}.")
+        raise ValueError(
+            f"The metadata of {path} hold something else than names and a number for {', '.join(wrong)}; pass "
+            f"metadata={{}}."
+        )
     settings = _named_by(path)
     for source in (recorded, given):
         settings |= {key: value for key, value in source.items() if value is not None}
     return settings
 
 
-def _published(regions: Regions, build: dict[str, Any], source: dict[str, Any], settings: dict[str, Any]) -> PublishedDictionary:
+def _published(
+    regions: Regions, build: dict[str, Any], source: dict[str, Any], settings: dict[str, Any]
+) -> PublishedDictionary:
     figures = build.get("discovery", {})
     disagreements = {
         key: {"metadata": figures[key], "file": value}
@@ -245,21 +263,41 @@ def _published(regions: Regions, build: dict[str, Any], source: dict[str, Any], 
     }
     if disagreements:
         logger.warning("%s and its metadata disagree, the file is followed: %s", source["file"], disagreements)
-    metadata = _sae_metadata(settings, build.get("discovery_config", {}), int(regions.counts.sum())) | {"published": dict(source)}
+    metadata = _sae_metadata(settings, build.get("discovery_config", {}), int(regions.counts.sum())) | {
+        "published": dict(source)
+    }
     dictionary = ExemplarPartition.from_regions(
-        regions.exemplars, regions.means, regions.center, regions.threshold,
-        percentile=float(settings["percentile"]) if "percentile" in settings else None, metadata=metadata,
-    )  # fmt: skip
+        regions.exemplars,
+        regions.means,
+        regions.center,
+        regions.threshold,
+        percentile=float(settings["percentile"]) if "percentile" in settings else None,
+        metadata=metadata,
+    )
     return PublishedDictionary(
-        dictionary=dictionary, source=source | {"disagreements": disagreements, "ignored": list(regions.ignored)}, build=build,
-        exemplar_indices=first_of_each(regions.members), **{name: getattr(regions, name) for name in _COPIED},
-    )  # fmt: skip
+        dictionary=dictionary,
+        source=source | {"disagreements": disagreements, "ignored": list(regions.ignored)},
+        build=build,
+        exemplar_indices=first_of_each(regions.members),
+        **{name: getattr(regions, name) for name in _COPIED},
+    )
 
 
 _COPIED = (
-    "counts", "coherence", "distance_sums", "squared_distance_sums", "nearest", "boundary", "prompts", "members", "iterations",
-    "reservoir", "labels", "merge_close", "last_founding_rate",
-)  # fmt: skip
+    "counts",
+    "coherence",
+    "distance_sums",
+    "squared_distance_sums",
+    "nearest",
+    "boundary",
+    "prompts",
+    "members",
+    "iterations",
+    "reservoir",
+    "labels",
+    "merge_close",
+    "last_founding_rate",
+)
 
 
 def _sae_metadata(settings: Mapping[str, Any], config: Mapping[str, Any], n_seen: int) -> dict[str, Any]:
@@ -271,10 +309,14 @@ def _sae_metadata(settings: Mapping[str, Any], config: Mapping[str, Any], n_seen
     if isinstance(config.get("seed"), int):
         metadata["seed"] = config["seed"]
     return metadata | {
-        "prepend_bos": True, "n_seen": n_seen, "dataset_path": "monology/pile-uncopyrighted",
+        "prepend_bos": True,
+        "n_seen": n_seen,
+        "dataset_path": "monology/pile-uncopyrighted",
         # The author builds with HookedTransformer.from_pretrained_no_processing in bfloat16.
-        "model_class_name": "HookedTransformer", "compatibility_mode": None, "writing_weights_centered": False,
-    }  # fmt: skip
+        "model_class_name": "HookedTransformer",
+        "compatibility_mode": None,
+        "writing_weights_centered": False,
+    }
 
 
 # --- the hub ---
@@ -288,7 +330,9 @@ def _download(
     from huggingface_hub.errors import EntryNotFoundError
 
     if not re.fullmatch(r"[0-9a-f]{40}", revision):
-        raise ValueError(f"revision must be a commit, 40 hexadecimal digits, got {revision!r}: branches and tags can change.")
+        raise ValueError(
+            f"revision must be a commit, 40 hexadecimal digits, got {revision!r}: branches and tags can change."
+        )
     match = _BUILD.fullmatch(source)
     if match is None:
         raise FileNotFoundError(f"{source} is neither a file nor a build of {repo_id} such as 'gemma-2-2b_L12_p10'.")
@@ -299,7 +343,12 @@ def _download(
     try:
         hf_hub_download(filename=f"{file.removesuffix('.pkl')}_metadata.json", **fetch)
     except EntryNotFoundError as error:
-        logger.warning("No metadata of %s could be had from %s (%s); the build's settings stay unknown.", file, repo_id, type(error).__name__)
+        logger.warning(
+            "No metadata of %s could be had from %s (%s); the build's settings stay unknown.",
+            file,
+            repo_id,
+            type(error).__name__,
+        )
     return Path(hf_hub_download(filename=file, **fetch)), sha256
 
 
@@ -308,10 +357,14 @@ def _stated_checksum(file: str, repo_id: str, revision: str, max_bytes: int) -> 
 
     found = HfApi().get_paths_info(repo_id, [file], revision=revision, repo_type="dataset")
     if not found:
-        raise FileNotFoundError(f"{repo_id} has no {file} at commit {revision}; see huggingface.co/datasets/{repo_id}/tree/{revision}.")
+        raise FileNotFoundError(
+            f"{repo_id} has no {file} at commit {revision}; see huggingface.co/datasets/{repo_id}/tree/{revision}."
+        )
     stored = getattr(found[0], "lfs", None)
     if stored is None:
         raise ValueError(f"The hub states no SHA-256 for {file} of {repo_id}; pass sha256= as its author gives it.")
     if stored.size > max_bytes:
-        raise ValueError(f"{file} has {stored.size} bytes, more than max_bytes={max_bytes}; raise it to download the file.")
+        raise ValueError(
+            f"{file} has {stored.size} bytes, more than max_bytes={max_bytes}; raise it to download the file."
+        )
     return stored.sha256

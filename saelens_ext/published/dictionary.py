@@ -1,4 +1,5 @@
-"""A published dictionary in this package's format: the partition and, beside it, all that the pickle said of its regions.
+"""A published dictionary in this package's format: the partition and, beside it, all that the pickle said of its
+regions.
 
 Symbols
     k  regions
@@ -27,8 +28,8 @@ STEM = "published"
 class PublishedDictionary:
     """An exemplar partition that its author published, with its statistics; tensors on the CPU.
 
-    Counts, coherence, distances and prompts describe the assignment at arrival under the author's batches, not the final
-    Voronoi cells; :func:`saelens_ext.profile_dictionary` gives those of any text.
+    Counts, coherence, distances and prompts describe the assignment at arrival under the author's batches, not the
+    final Voronoi cells; :func:`saelens_ext.profile_dictionary` gives those of any text.
     """
 
     dictionary: ExemplarPartition
@@ -76,11 +77,17 @@ class PublishedDictionary:
         """The main figures, JSON-safe."""
         config = self.dictionary.cfg
         return {
-            "n_regions": self.n_regions, "d_in": config.d_in, "threshold": config.threshold, "percentile": config.percentile,
-            "hook_name": config.metadata.hook_name, "model_name": config.metadata.model_name,
-            "n_activations": int(self.counts.sum()), "n_prompts": len(self.prompts), "reservoir": self.reservoir is not None,
+            "n_regions": self.n_regions,
+            "d_in": config.d_in,
+            "threshold": config.threshold,
+            "percentile": config.percentile,
+            "hook_name": config.metadata.hook_name,
+            "model_name": config.metadata.model_name,
+            "n_activations": int(self.counts.sum()),
+            "n_prompts": len(self.prompts),
+            "reservoir": self.reservoir is not None,
             "source": self.source,
-        }  # fmt: skip
+        }
 
     def to_dataframe(self) -> "pandas.DataFrame":
         """One row per region: count, coherence, mean distance, label, and the prompt nearest to the exemplar."""
@@ -104,7 +111,9 @@ class PublishedDictionary:
         for name, kind in _GROUPS.items():
             if getattr(self, name) is not None:
                 tensors |= {f"{name}.{field}": getattr(getattr(self, name), field) for field in kind._fields}
-        content = {"format_version": FORMAT_VERSION, "n_regions": self.n_regions} | {name: getattr(self, name) for name in _SCALARS}
+        content = {"format_version": FORMAT_VERSION, "n_regions": self.n_regions} | {
+            name: getattr(self, name) for name in _SCALARS
+        }
         _files.write_together(
             self.dictionary.files_to_save(path)
             | {
@@ -135,19 +144,26 @@ class PublishedDictionary:
         found = {content.get("n_regions"), len(content["labels"]), *(len(tensors[name]) for name in _TENSORS)}
         if found != {dictionary.cfg.d_sae}:
             raise ValueError(
-                f"The files in {path} do not belong together: {STEM}.json is of {content.get('n_regions')} regions, the dictionary of "
-                f"{dictionary.cfg.d_sae}."
+                f"The files in {path} do not belong together: {STEM}.json is of {content.get('n_regions')} regions, "
+                f"the dictionary of {dictionary.cfg.d_sae}."
             )
         parts = {name: kind(*(tensors[f"{name}.{field}"] for field in kind._fields)) for name, kind in groups.items()}
         scalars = {name: tuple(content[name]) if name in ("prompts", "labels") else content[name] for name in _SCALARS}
         return cls(
-            dictionary=dictionary, **{name: tensors[name] for name in _TENSORS}, **scalars, **({"reservoir": None} | parts)
+            dictionary=dictionary,
+            **{name: tensors[name] for name in _TENSORS},
+            **scalars,
+            **({"reservoir": None} | parts),
         )
 
 
 _TENSORS = ("counts", "coherence", "distance_sums", "squared_distance_sums", "exemplar_indices")
 _GROUPS: dict[str, Any] = {
-    "nearest": PublishedExamples, "boundary": PublishedExamples, "members": Ragged, "iterations": Ragged, "reservoir": Ragged,
+    "nearest": PublishedExamples,
+    "boundary": PublishedExamples,
+    "members": Ragged,
+    "iterations": Ragged,
+    "reservoir": Ragged,
 }
 _SCALARS = ("source", "build", "prompts", "labels", "merge_close", "last_founding_rate")
 

@@ -1,7 +1,8 @@
 """A reader of pickles that cannot run them: its own small machine for the opcodes that Python's pickler writes.
 
 Python's unpickler is not used, not even with a restricted ``find_class``: it allocates what a file tells it to (a memo
-of any index, bytes of any stated length, numpy arrays of any shape), and calls methods of what it has made. This machine
+of any index, bytes of any stated length, numpy arrays of any shape), and calls methods of what it has made. This
+machine
 keeps to these rules:
 
     names       only those of ``inert_values.NAMES``, and they give labels
@@ -9,8 +10,8 @@ keeps to these rules:
     memo        is filled in order, so that its size is the number of objects
     nesting     64 marks; tuples to a depth of 2; no list in a list; nothing is walked recursively
     amount      opcodes, objects, list items and stack are counted against :class:`Limits`
-    all else    is refused: persistent ids, extension codes, INST and OBJ, duplication, out-of-band buffers, frozen sets,
-                class calls with keywords, numbers above 64 bits, anything behind the end
+    all else    is refused: persistent ids, extension codes, INST and OBJ, duplication, out-of-band buffers, frozen
+                sets, class calls with keywords, numbers above 64 bits, anything behind the end
 
 Its memory is that of the objects it has made, at most some 200 bytes each, and 8 bytes per list item.
 """
@@ -50,7 +51,9 @@ class Limits:
     def of_size(cls, size: int) -> "Limits":
         """Limits for a file of ``size`` bytes: what it can honestly hold, and never more than 10 million objects."""
         return cls(
-            opcodes=min(size, 300_000_000), objects=min(10_000 + size // 8, 10_000_000), items=min(10_000 + size, 50_000_000)
+            opcodes=min(size, 300_000_000),
+            objects=min(10_000 + size // 8, 10_000_000),
+            items=min(10_000 + size, 50_000_000),
         )
 
 
@@ -129,8 +132,6 @@ class Machine:
         start, length = self._line(longest)
         return values.decoded(self.data[start : start + length], "ascii")
 
-    # --- the stack ---
-
     def _made(self, value: Any) -> None:
         self._objects += 1
         if self._objects > self.limits.objects:
@@ -157,7 +158,9 @@ class Machine:
     def proto(self) -> None:
         version = self.data[self._take(1)]
         if self._pos != 2 or version > 5:
-            raise UnsafePickleError(f"it says at byte {self._pos} that it is of pickle protocol {version}; 0 to 5 are read")
+            raise UnsafePickleError(
+                f"it says at byte {self._pos} that it is of pickle protocol {version}; 0 to 5 are read"
+            )
 
     def frame(self) -> None:
         length = self._number(_U8)
@@ -294,7 +297,9 @@ class Machine:
     def _name(self, module: Any, name: Any) -> None:
         found = values.NAMES.get((module, name)) if type(module) is type(name) is str else None
         if found is None:
-            raise UnsafePickleError(f"it names {values.short(module)} {values.short(name)}, which no published dictionary needs")
+            raise UnsafePickleError(
+                f"it names {values.short(module)} {values.short(name)}, which no published dictionary needs"
+            )
         self._stack.append(found)
 
     def named(self) -> None:
@@ -329,30 +334,56 @@ _U1, _U2, _U4, _U8, _I4, _FLOAT = (Struct(layout) for layout in ("<B", "<H", "<I
 _STOP = ord(".")
 _Step = Callable[[Machine], Any]
 _ALLOWED: dict[str, _Step] = {
-    "PROTO": Machine.proto, "FRAME": Machine.frame, "MARK": Machine.mark,
-    "NONE": lambda m: m.push(None), "NEWTRUE": lambda m: m.push(True), "NEWFALSE": lambda m: m.push(False),
-    "INT": Machine.line_int, "LONG": Machine.line_long, "LONG1": Machine.long, "FLOAT": Machine.line_float,
+    "PROTO": Machine.proto,
+    "FRAME": Machine.frame,
+    "MARK": Machine.mark,
+    "NONE": lambda m: m.push(None),
+    "NEWTRUE": lambda m: m.push(True),
+    "NEWFALSE": lambda m: m.push(False),
+    "INT": Machine.line_int,
+    "LONG": Machine.line_long,
+    "LONG1": Machine.long,
+    "FLOAT": Machine.line_float,
     "BINFLOAT": Machine.binary_float,
     "BININT": lambda m: m._stack.append(m._number(_I4)),
     "BININT1": lambda m: m._stack.append(m.data[m._take(1)]),
     "BININT2": lambda m: m._stack.append(m._number(_U2)),
-    "UNICODE": Machine.line_text, "SHORT_BINUNICODE": lambda m: m.sized_text(_U1),
-    "BINUNICODE": lambda m: m.sized_text(_U4), "BINUNICODE8": lambda m: m.sized_text(_U8),
-    "SHORT_BINBYTES": lambda m: m.sized_bytes(_U1), "BINBYTES": lambda m: m.sized_bytes(_U4),
-    "BINBYTES8": lambda m: m.sized_bytes(_U8), "BYTEARRAY8": lambda m: m.sized_bytes(_U8),
-    "MEMOIZE": Machine.memoize, "PUT": lambda m: m.memoize(m._whole(m._short_line())),
-    "BINPUT": lambda m: m.memoize(m.data[m._take(1)]), "LONG_BINPUT": lambda m: m.memoize(m._number(_U4)),
+    "UNICODE": Machine.line_text,
+    "SHORT_BINUNICODE": lambda m: m.sized_text(_U1),
+    "BINUNICODE": lambda m: m.sized_text(_U4),
+    "BINUNICODE8": lambda m: m.sized_text(_U8),
+    "SHORT_BINBYTES": lambda m: m.sized_bytes(_U1),
+    "BINBYTES": lambda m: m.sized_bytes(_U4),
+    "BINBYTES8": lambda m: m.sized_bytes(_U8),
+    "BYTEARRAY8": lambda m: m.sized_bytes(_U8),
+    "MEMOIZE": Machine.memoize,
+    "PUT": lambda m: m.memoize(m._whole(m._short_line())),
+    "BINPUT": lambda m: m.memoize(m.data[m._take(1)]),
+    "LONG_BINPUT": lambda m: m.memoize(m._number(_U4)),
     "GET": lambda m: m.get(m._whole(m._short_line())),
-    "BINGET": lambda m: m.get(m.data[m._take(1)]), "LONG_BINGET": lambda m: m.get(m._number(_U4)),
-    "EMPTY_TUPLE": lambda m: m.push(()), "TUPLE": lambda m: m.make_tuple(m._since_mark()),
-    "TUPLE1": lambda m: m.short_tuple(1), "TUPLE2": lambda m: m.short_tuple(2), "TUPLE3": lambda m: m.short_tuple(3),
-    "EMPTY_LIST": lambda m: m._made(Items()), "LIST": Machine.make_list, "APPEND": Machine.append,
+    "BINGET": lambda m: m.get(m.data[m._take(1)]),
+    "LONG_BINGET": lambda m: m.get(m._number(_U4)),
+    "EMPTY_TUPLE": lambda m: m.push(()),
+    "TUPLE": lambda m: m.make_tuple(m._since_mark()),
+    "TUPLE1": lambda m: m.short_tuple(1),
+    "TUPLE2": lambda m: m.short_tuple(2),
+    "TUPLE3": lambda m: m.short_tuple(3),
+    "EMPTY_LIST": lambda m: m._made(Items()),
+    "LIST": Machine.make_list,
+    "APPEND": Machine.append,
     "APPENDS": lambda m: m.add_items(Items),
-    "EMPTY_SET": lambda m: m._made(Numbers()), "ADDITEMS": lambda m: m.add_items(Numbers),
-    "EMPTY_DICT": lambda m: m._made({}), "DICT": Machine.make_dict, "SETITEM": Machine.set_item, "SETITEMS": Machine.set_items,
-    "GLOBAL": Machine.named, "STACK_GLOBAL": Machine.stack_named,
-    "REDUCE": Machine.reduce, "NEWOBJ": Machine.new_object, "BUILD": Machine.build,
-}  # fmt: skip
+    "EMPTY_SET": lambda m: m._made(Numbers()),
+    "ADDITEMS": lambda m: m.add_items(Numbers),
+    "EMPTY_DICT": lambda m: m._made({}),
+    "DICT": Machine.make_dict,
+    "SETITEM": Machine.set_item,
+    "SETITEMS": Machine.set_items,
+    "GLOBAL": Machine.named,
+    "STACK_GLOBAL": Machine.stack_named,
+    "REDUCE": Machine.reduce,
+    "NEWOBJ": Machine.new_object,
+    "BUILD": Machine.build,
+}
 
 
 def _steps() -> list[_Step]:

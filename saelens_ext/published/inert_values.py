@@ -19,9 +19,19 @@ MAX_DIMENSIONS = 4
 """Dimensions of an array."""
 
 _FORMATS = {
-    "b1": "?", "i1": "b", "u1": "B", "i2": "h", "u2": "H", "i4": "i", "u4": "I", "i8": "q", "u8": "Q",
-    "f2": "e", "f4": "f", "f8": "d",
-}  # fmt: skip
+    "b1": "?",
+    "i1": "b",
+    "u1": "B",
+    "i2": "h",
+    "u2": "H",
+    "i4": "i",
+    "u4": "I",
+    "i8": "q",
+    "u8": "Q",
+    "f2": "e",
+    "f4": "f",
+    "f8": "d",
+}
 
 
 class UnsafePickleError(ValueError):
@@ -36,15 +46,22 @@ class Name:
 
 
 def _names() -> dict[tuple[str, str], Name]:
-    """The whole whitelist, by module and name, of today's and earlier versions of Python, numpy and the author's code."""
+    """The whole whitelist, by module and name, of today's and earlier versions of Python, numpy and the author's
+    code.
+    """
     kinds = {"Dictionary": "dictionary", "ConceptLibrary": "dictionary", "Partition": "region", "Concept": "region"}
-    found = {(module, name): kind for module in ("ep.discovery.dictionary", "cas.discovery.dictionary") for name, kind in kinds.items()}
+    found = {
+        (module, name): kind
+        for module in ("ep.discovery.dictionary", "cas.discovery.dictionary")
+        for name, kind in kinds.items()
+    }
     found |= {("numpy", "ndarray"): "ndarray", ("numpy", "dtype"): "dtype", ("_codecs", "encode"): "encode"}
     for core in ("numpy.core", "numpy._core"):
         found |= {
-            (f"{core}.multiarray", "_reconstruct"): "_reconstruct", (f"{core}.multiarray", "scalar"): "scalar",
+            (f"{core}.multiarray", "_reconstruct"): "_reconstruct",
+            (f"{core}.multiarray", "scalar"): "scalar",
             (f"{core}.numeric", "_frombuffer"): "_frombuffer",
-        }  # fmt: skip
+        }
     for builtins in ("builtins", "__builtin__"):
         found |= {(builtins, "set"): "set", (builtins, "object"): "object"}
     # Protocols 0 and 1 make an instance by copyreg._reconstructor(class, object, None).
@@ -134,9 +151,14 @@ class Array:
         """Set shape, dtype and bytes, which must fit each other; nothing is allocated."""
         if self.shape is not None:
             raise UnsafePickleError("it fills an array twice")
-        if not isinstance(shape, tuple) or not 0 < len(shape) <= MAX_DIMENSIONS or any(type(n) is not int or n < 0 for n in shape):
+        if (
+            not isinstance(shape, tuple)
+            or not 0 < len(shape) <= MAX_DIMENSIONS
+            or any(type(n) is not int or n < 0 for n in shape)
+        ):
             raise UnsafePickleError(
-                f"it holds an array whose shape is not 1 to {MAX_DIMENSIONS} whole numbers of at least 0: {short(shape)}"
+                f"it holds an array whose shape is not 1 to {MAX_DIMENSIONS} whole numbers of at least 0: "
+                f"{short(shape)}"
             )
         if not isinstance(dtype, Dtype) or not dtype.order:
             raise UnsafePickleError("it holds an array without a whole dtype")
@@ -169,7 +191,10 @@ class Items:
         """Add values; a list directly within a list is refused, so that nothing nests."""
         kinds = set(map(type, items))
         if not kinds <= _IN_LISTS:
-            raise UnsafePickleError(f"it puts {' and '.join(sorted(_WHAT.get(kind, kind.__name__) for kind in kinds - _IN_LISTS))} into a list")
+            raise UnsafePickleError(
+                f"it puts {' and '.join(sorted(_WHAT.get(kind, kind.__name__) for kind in kinds - _IN_LISTS))} into a "
+                "list"
+            )
         numbers = kinds == {int}
         if not self.parts or isinstance(self.parts[-1], array) != numbers:
             self.parts.append(array("q") if numbers else [])
@@ -200,9 +225,17 @@ class Numbers(Items):
 
 
 _WHAT = {
-    Items: "a list", Numbers: "a set", Array: "an array", Blob: "bytes", Text: "a long text", Instance: "an object", Name: "a class or function",
-    Dtype: "a dtype", tuple: "a tuple", dict: "a dictionary of attributes",
-}  # fmt: skip
+    Items: "a list",
+    Numbers: "a set",
+    Array: "an array",
+    Blob: "bytes",
+    Text: "a long text",
+    Instance: "an object",
+    Name: "a class or function",
+    Dtype: "a dtype",
+    tuple: "a tuple",
+    dict: "a dictionary of attributes",
+}
 _IN_LISTS = {int, float, bool, type(None), str, Text, tuple, Array, Instance}
 
 
@@ -210,7 +243,11 @@ def short(value: Any) -> str:
     """A value for an error, never longer than a line."""
     plain = (str, int, float, type(None))
     entries = value if isinstance(value, tuple) and len(value) <= 8 else (value,)
-    text = repr(value) if all(isinstance(entry, plain) for entry in entries) else _WHAT.get(type(value), type(value).__name__)
+    text = (
+        repr(value)
+        if all(isinstance(entry, plain) for entry in entries)
+        else _WHAT.get(type(value), type(value).__name__)
+    )
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -225,7 +262,9 @@ def call(name: Any, args: Any) -> Any:
     """
     function = _CALLS.get(name.kind) if isinstance(name, Name) else None
     if function is None or not isinstance(args, tuple):
-        raise UnsafePickleError(f"it calls {name.kind if isinstance(name, Name) else short(name)}, which is never called in such a file")
+        raise UnsafePickleError(
+            f"it calls {name.kind if isinstance(name, Name) else short(name)}, which is never called in such a file"
+        )
     made = function(args)
     if made is None:
         raise UnsafePickleError(f"it calls {name.kind} with other arguments than numpy or Python write, {short(args)}")
@@ -235,7 +274,9 @@ def call(name: Any, args: Any) -> Any:
 def new_instance(cls: Any, args: Any) -> Instance:
     """What a pickle gets for an object of a class, made without arguments."""
     if not isinstance(cls, Name) or cls.kind not in CLASSES or args != ():
-        raise UnsafePickleError(f"it makes an object of {cls.kind if isinstance(cls, Name) else short(cls)} with {short(args)}")
+        raise UnsafePickleError(
+            f"it makes an object of {cls.kind if isinstance(cls, Name) else short(cls)} with {short(args)}"
+        )
     return Instance(cls.kind)
 
 
@@ -243,7 +284,9 @@ def build(made: Any, state: Any) -> None:
     """Give an object its state, once."""
     if isinstance(made, Instance):
         if made.state is not None or type(state) is not dict:
-            raise UnsafePickleError(f"it gives a {made.kind} a second state, or one that is not a dictionary of attributes")
+            raise UnsafePickleError(
+                f"it gives a {made.kind} a second state, or one that is not a dictionary of attributes"
+            )
         made.state = state
     elif isinstance(made, Array):
         if not isinstance(state, tuple) or len(state) != 5 or state[0] != 1 or type(state[3]) not in (bool, int):
@@ -259,8 +302,17 @@ def _order(dtype: Dtype, state: Any) -> None:
     """Version, byte order, sub-array, names, fields, size, alignment, flags: only the byte order may say anything."""
     wanted = "|" if dtype.itemsize == 1 else "<>"
     plain = isinstance(state, tuple) and len(state) == 8 and type(state[1]) is str
-    if dtype.order or not plain or state[0] != 3 or state[2:] != (None, None, None, -1, -1, 0) or state[1] not in tuple(wanted):
-        raise UnsafePickleError(f"it describes numbers {dtype.code!r} by {short(state)}: only plain numbers are read, no structures or objects")
+    if (
+        dtype.order
+        or not plain
+        or state[0] != 3
+        or state[2:] != (None, None, None, -1, -1, 0)
+        or state[1] not in tuple(wanted)
+    ):
+        raise UnsafePickleError(
+            f"it describes numbers {dtype.code!r} by {short(state)}: only plain numbers are read, no structures or "
+            "objects"
+        )
     dtype.order = state[1]
 
 
@@ -268,7 +320,9 @@ def _make_dtype(args: tuple[Any, ...]) -> Dtype | None:
     if len(args) != 3 or type(args[0]) is not str or args[1:] != (False, True):
         return None
     if args[0] not in _FORMATS:
-        raise UnsafePickleError(f"it holds an array of dtype {short(args[0])}: only plain numbers are read, no structures or objects")
+        raise UnsafePickleError(
+            f"it holds an array of dtype {short(args[0])}: only plain numbers are read, no structures or objects"
+        )
     return Dtype(args[0])
 
 
@@ -325,6 +379,11 @@ def _make_scalar(args: tuple[Any, ...]) -> Scalar | None:
 
 
 _CALLS = {
-    "_reconstruct": _make_array, "_frombuffer": _from_buffer, "dtype": _make_dtype, "scalar": _make_scalar,
-    "_reconstructor": _make_instance, "encode": _encode, "set": _make_set,
-}  # fmt: skip
+    "_reconstruct": _make_array,
+    "_frombuffer": _from_buffer,
+    "dtype": _make_dtype,
+    "scalar": _make_scalar,
+    "_reconstructor": _make_instance,
+    "encode": _encode,
+    "set": _make_set,
+}

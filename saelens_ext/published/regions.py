@@ -24,17 +24,33 @@ _UNIT_TOLERANCE = 1e-3
 _SEPARATION_TOLERANCE = 1e-4
 _BLOCK_BYTES = 2**26
 
-# Attributes under which the regions were kept, and what the classes are known to hold; others are reported and left out.
+# Attributes under which the regions were kept, and what the classes are known to hold; others are reported and left
+# out.
 _REGION_KEYS = ("partitions", "concepts")
 _DICTIONARY_STATE = {
-    "center", "threshold", "merge_close", *_REGION_KEYS, "_last_batch_new_partition_rate", "_last_batch_new_concept_rate",
-    "_exemplars", "_exemplars_capacity",
-}  # fmt: skip
+    "center",
+    "threshold",
+    "merge_close",
+    *_REGION_KEYS,
+    "_last_batch_new_partition_rate",
+    "_last_batch_new_concept_rate",
+    "_exemplars",
+    "_exemplars_capacity",
+}
 _REGION_STATE = {
-    "member_count", "exemplar_direction", "mean_member_direction", "member_coherence", "sum_dist_to_exemplar",
-    "sum_sq_dist_to_exemplar", "source_iterations", "constituent_sample_indices", "sample_prompts", "boundary_prompts",
-    "sample_members", "label",
-}  # fmt: skip
+    "member_count",
+    "exemplar_direction",
+    "mean_member_direction",
+    "member_coherence",
+    "sum_dist_to_exemplar",
+    "sum_sq_dist_to_exemplar",
+    "source_iterations",
+    "constituent_sample_indices",
+    "sample_prompts",
+    "boundary_prompts",
+    "sample_members",
+    "label",
+}
 
 
 class Ragged(NamedTuple):
@@ -104,9 +120,16 @@ class Contents:
         """A finite vector, ``(d,)`` float32."""
         if not isinstance(value, Array) or value.shape is None or value.dtype is None or value.blob is None:
             raise UnsafePickleError(f"{name} is {values.short(value)} instead of an array")
-        if len(value.shape) != 1 or value.dtype.code[0] != "f" or value.shape[0] == 0 or d not in (None, value.shape[0]):
+        if (
+            len(value.shape) != 1
+            or value.dtype.code[0] != "f"
+            or value.shape[0] == 0
+            or d not in (None, value.shape[0])
+        ):
             wanted = "a vector of floats" if d is None else f"a vector of {d} floats"
-            raise UnsafePickleError(f"{name} has shape {value.shape} and dtype {value.dtype.code!r}; it should be {wanted}")
+            raise UnsafePickleError(
+                f"{name} has shape {value.shape} and dtype {value.dtype.code!r}; it should be {wanted}"
+            )
         self.spend("array bytes", value.shape[0] * value.dtype.itemsize)
         raw = value.blob.read(self._data)
         value.check_length(len(raw))
@@ -174,8 +197,8 @@ def read_regions(root: Any, data: Any, n_items: int, *, reservoir: bool) -> Regi
         reservoir: keep the sampled members, which are most of the file.
 
     Raises:
-        UnsafePickleError: the value is no published dictionary, or breaks a rule of one: a finite centre, a threshold in
-            (0, 2], unit directions, coherence in [0, 1], counts of at least 1.
+        UnsafePickleError: the value is no published dictionary, or breaks a rule of one: a finite centre, a threshold
+            in (0, 2], unit directions, coherence in [0, 1], counts of at least 1.
     """
     state = _state(root, "dictionary", "the file's content")
     contents = Contents(data, n_items)
@@ -188,25 +211,40 @@ def read_regions(root: Any, data: Any, n_items: int, *, reservoir: bool) -> Regi
         raise UnsafePickleError(f"its regions are {values.short(items)} instead of a list of at least one region")
     d, k = len(center), items.count
     if 4 * d * k > len(data):
-        raise UnsafePickleError(f"it repeats its content: {k} regions of width {d} do not fit a file of {len(data)} bytes")
+        raise UnsafePickleError(
+            f"it repeats its content: {k} regions of width {d} do not fit a file of {len(data)} bytes"
+        )
     states = [_state(region, "region", f"region {i}") for i, region in enumerate(items)]
     rate = next((state[key] for key in sorted(state) if key.startswith("_last_batch_new_")), None)
     exemplars = _directions(contents, states, "exemplar_direction", d)
     means = _directions(contents, states, "mean_member_direction", d)
-    ignored = {f"{key}" for key in state.keys() - _DICTIONARY_STATE} | {key for region in states for key in region.keys() - _REGION_STATE}
+    ignored = {f"{key}" for key in state.keys() - _DICTIONARY_STATE} | {
+        key for region in states for key in region.keys() - _REGION_STATE
+    }
     return Regions(
-        center=torch.from_numpy(center), threshold=threshold, exemplars=exemplars, means=means,
-        counts=_counts(states), coherence=_coherence(states),
-        distance_sums=_column(states, "sum_dist_to_exemplar"), squared_distance_sums=_column(states, "sum_sq_dist_to_exemplar"),
-        nearest=_examples(contents, states, "sample_prompts", -1), boundary=_examples(contents, states, "boundary_prompts", 1),
+        center=torch.from_numpy(center),
+        threshold=threshold,
+        exemplars=exemplars,
+        means=means,
+        counts=_counts(states),
+        coherence=_coherence(states),
+        distance_sums=_column(states, "sum_dist_to_exemplar"),
+        squared_distance_sums=_column(states, "sum_sq_dist_to_exemplar"),
+        nearest=_examples(contents, states, "sample_prompts", -1),
+        boundary=_examples(contents, states, "boundary_prompts", 1),
         prompts=contents.prompts(),
-        members=_ragged(contents.numbers(s.get("constituent_sample_indices", Items()), Items, "a list of members") for s in states),
-        iterations=_ragged(contents.numbers(s.get("source_iterations", Numbers()), Numbers, "a set of batches") for s in states),
+        members=_ragged(
+            contents.numbers(s.get("constituent_sample_indices", Items()), Items, "a list of members") for s in states
+        ),
+        iterations=_ragged(
+            contents.numbers(s.get("source_iterations", Numbers()), Numbers, "a set of batches") for s in states
+        ),
         reservoir=_reservoir(contents, states, d) if reservoir else None,
         labels=tuple(contents.text(s.get("label")) for s in states),
         merge_close=bool(state["merge_close"]) if "merge_close" in state else None,
-        last_founding_rate=None if rate is None else number(rate, "the rate of new regions"), ignored=tuple(sorted(ignored)),
-    )  # fmt: skip
+        last_founding_rate=None if rate is None else number(rate, "the rate of new regions"),
+        ignored=tuple(sorted(ignored)),
+    )
 
 
 def _state(value: Any, kind: str, name: str) -> dict[str, Any]:
@@ -229,7 +267,9 @@ def _directions(contents: Contents, states: Sequence[dict[str, Any]], key: str, 
 def _counts(states: Sequence[dict[str, Any]]) -> Tensor:
     for i, state in enumerate(states):
         if type(state.get("member_count")) is not int or state["member_count"] < 1:
-            raise UnsafePickleError(f"member_count of region {i} is {values.short(state.get('member_count'))}; at least 1 is expected")
+            raise UnsafePickleError(
+                f"member_count of region {i} is {values.short(state.get('member_count'))}; at least 1 is expected"
+            )
     return torch.tensor([state["member_count"] for state in states], dtype=torch.int64)
 
 
@@ -242,7 +282,9 @@ def _coherence(states: Sequence[dict[str, Any]]) -> Tensor:
 
 
 def _column(states: Sequence[dict[str, Any]], key: str, default: float = 0.0) -> Tensor:
-    return torch.tensor([number(state.get(key, default), f"{key} of region {i}") for i, state in enumerate(states)], dtype=torch.float64)
+    return torch.tensor(
+        [number(state.get(key, default), f"{key} of region {i}") for i, state in enumerate(states)], dtype=torch.float64
+    )
 
 
 def _examples(contents: Contents, states: Sequence[dict[str, Any]], key: str, sign: int) -> PublishedExamples:
@@ -272,7 +314,9 @@ def _entries(contents: Contents, value: Any, sign: int) -> Iterable[tuple[float,
             raise UnsafePickleError(f"a prompt is {values.short(entry)} instead of (distance, text, position)")
         distance = sign * number(entry[0], "the distance of a prompt")
         if not -_SEPARATION_TOLERANCE <= distance <= 2 + _SEPARATION_TOLERANCE:
-            raise UnsafePickleError(f"a prompt is at distance {distance:g} from its exemplar; cosine distances lie in [0, 2]")
+            raise UnsafePickleError(
+                f"a prompt is at distance {distance:g} from its exemplar; cosine distances lie in [0, 2]"
+            )
         yield max(0.0, distance), entry[2], contents.prompt(entry[1])
 
 
@@ -314,6 +358,6 @@ def check_separation(exemplars: Tensor, threshold: float) -> None:
         if float(cosines.max()) >= limit:
             i, j = divmod(int(cosines.argmax()), cosines.shape[1])
             raise UnsafePickleError(
-                f"the exemplars of regions {start + i} and {start + j} are {1 - float(cosines.max()):.6g} apart, no more than the "
-                f"threshold {threshold:.6g}"
+                f"the exemplars of regions {start + i} and {start + j} are {1 - float(cosines.max()):.6g} apart, no "
+                f"more than the threshold {threshold:.6g}"
             )

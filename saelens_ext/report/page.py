@@ -28,20 +28,27 @@ def render_page(template: str, *, styles: Sequence[str], scripts: Sequence[str],
     runs in it and nothing is fetched, whatever text it shows.
 
     Args:
-        template: file in ``templates/``; gets ``style``, ``script``, ``policy`` and ``values``, all escaped unless Markup.
+        template: file in ``templates/``; gets ``style``, ``script``, ``policy`` and ``values``, all escaped unless
+            Markup.
         styles: CSS files in ``templates/``, inlined in this order.
         scripts: JavaScript files in ``templates/``, joined in this order into one module.
         **values: what the template shows.
     """
     environment = Environment(
-        loader=PackageLoader("saelens_ext.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("saelens_ext.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     style, script = (_join(environment, names) for names in (styles, scripts))
     policy = (
         f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
         "img-src data:; base-uri 'none'; form-action 'none'"
     )
-    return environment.get_template(template).render(style=Markup(style), script=Markup(script), policy=policy, **values)
+    return environment.get_template(template).render(
+        style=Markup(style), script=Markup(script), policy=policy, **values
+    )
 
 
 def _join(environment: Environment, names: Sequence[str]) -> str:

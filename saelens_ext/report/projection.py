@@ -51,7 +51,10 @@ def _project(directions: Float[np.ndarray, "k d"]) -> Projection:
     else:
         points, explained = _principal_components(directions)
         name = "first two principal components of the exemplars"
-        caution = f"They hold {explained:.1%} of the variance between exemplars; regions that differ in the rest can overlap here."
+        caution = (
+            f"They hold {explained:.1%} of the variance between exemplars; regions that differ in the "
+            "rest can overlap here."
+        )
     points = _lengthwise(points.astype(np.float64))
     points -= (points.max(axis=0) + points.min(axis=0)) / 2
     points /= max(float(np.abs(points).max()), np.finfo(np.float32).tiny)
@@ -72,6 +75,8 @@ def _principal_components(directions: Float[np.ndarray, "k d"]) -> tuple[Float[n
     n = min(2, len(directions) - 1, directions.shape[1])
     if n < 1:
         return points, 1.0
-    pca = PCA(n_components=n, svd_solver="covariance_eigh" if directions.shape[1] <= 4096 else "randomized", random_state=0)
+    pca = PCA(
+        n_components=n, svd_solver="covariance_eigh" if directions.shape[1] <= 4096 else "randomized", random_state=0
+    )
     points[:, :n] = pca.fit_transform(directions)
     return points, float(pca.explained_variance_ratio_.sum())

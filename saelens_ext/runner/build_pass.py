@@ -67,7 +67,9 @@ class _Gathered:
         if len(self.rows) > 1:
             self.rows[:] = [torch.cat(self.rows)]
         if not bool(self.rows[0].any()):
-            raise ValueError(f"All {len(self.rows[0])} activations are zero: there is nothing to fit. Is the hook the right one?")
+            raise ValueError(
+                f"All {len(self.rows[0])} activations are zero: there is nothing to fit. Is the hook the right one?"
+            )
         return self.rows[0]
 
 
@@ -109,27 +111,43 @@ class BuildPass:
             self._names += names
             if isinstance(build, ExemplarBuildConfig):
                 reporter = self._reporter(dict(zip(build.percentiles or (None,), names)))
-                growing = ExemplarBuild([hook_name], build.percentiles, build.threshold, build.fit_config(config.seed), reporter)
+                growing = ExemplarBuild(
+                    [hook_name], build.percentiles, build.threshold, build.fit_config(config.seed), reporter
+                )
                 self._builds.append((names, growing))
                 continue
             for name, (n_components, options) in zip(names, build.settings(config.seed)):
-                source = ActivationSource(stream=stream, matrix=None, hook_name=hook_name, held_out=float(options.held_out))
-                shared = gathered.setdefault((hook_name, float(options.held_out)), _Gathered(source, options.memory_limit))
+                source = ActivationSource(
+                    stream=stream, matrix=None, hook_name=hook_name, held_out=float(options.held_out)
+                )
+                shared = gathered.setdefault(
+                    (hook_name, float(options.held_out)), _Gathered(source, options.memory_limit)
+                )
                 shared.limit = max(shared.limit, options.memory_limit)
-                self._factorisations.append(_Factorisation(name=name, gathered=shared, n_components=n_components, config=options))
+                self._factorisations.append(
+                    _Factorisation(name=name, gathered=shared, n_components=n_components, config=options)
+                )
 
     def resume(self, checkpoint: Checkpoint | None) -> None:
-        """Take up what a checkpoint of this run holds, if it has made one, and the factorisations that were finished."""
+        """Take up what a checkpoint of this run holds, if it has made one, and the factorisations that were
+        finished.
+        """
         for one in self._factorisations if self._snmf_folder is not None else []:
             if (self._snmf_folder / one.name / "fit.json").exists():
-                self._finished[one.name] = SNMFFitResult.load(self._snmf_folder / one.name, device=str(device_of(self._stream)))
+                self._finished[one.name] = SNMFFitResult.load(
+                    self._snmf_folder / one.name, device=str(device_of(self._stream))
+                )
         if checkpoint is None:
             return
         for number, (_, build) in enumerate(self._builds):
             build.load_state(checkpoint.builds[number], checkpoint.tensors_of(number), device_of(self._stream))
         self._n_grown, self.last_document = checkpoint.n_windows, checkpoint.last_document
         if not self._gathering:
-            self.n_windows, self.n_activations, self.complete = checkpoint.n_windows, checkpoint.n_activations, checkpoint.complete
+            self.n_windows, self.n_activations, self.complete = (
+                checkpoint.n_windows,
+                checkpoint.n_activations,
+                checkpoint.complete,
+            )
 
     def batches(self) -> Iterator[ActivationBatch]:
         """Read the batches that are still needed, take each, and yield it when all have."""
@@ -146,7 +164,8 @@ class BuildPass:
             self.n_windows, self.n_activations = n_windows, self.n_activations + len(batch)
             self.last_document = max(self.last_document, int(batch.document_ids.max()))
             yield batch
-            # A factorisation takes the whole stream, and a resumed run must have read as much as the run it goes on with.
+            # A factorisation takes the whole stream, and a resumed run must have read as much as the run it goes on
+            # with.
             if not self._factorisations and self._builds and all(build.done for _, build in self._builds):
                 break
         self.complete = True
@@ -154,12 +173,19 @@ class BuildPass:
     @property
     def has_state(self) -> bool:
         """Whether there is something that a checkpoint could hold and the run's start could not give as cheaply."""
-        return bool(self._builds) and self._n_grown == self.n_windows and all(build.calibrated for _, build in self._builds)
+        return (
+            bool(self._builds)
+            and self._n_grown == self.n_windows
+            and all(build.calibrated for _, build in self._builds)
+        )
 
     def checkpoint(self) -> Checkpoint:
         """The state after the last batch."""
         return Checkpoint(
-            n_windows=self.n_windows, n_activations=self.n_activations, last_document=self.last_document, complete=self.complete,
+            n_windows=self.n_windows,
+            n_activations=self.n_activations,
+            last_document=self.last_document,
+            complete=self.complete,
             **prefixed([build.state() for _, build in self._builds]),
         )
 
@@ -198,7 +224,13 @@ class BuildPass:
         figures = _Figures(one.name, x, self._on_metrics)
         held_out = gathered.held_out if x is not None else None
         return fit_snmf_rows(
-            gathered.source, x, one.n_components, one.config, held_out=held_out, progress=self._config.progress, on_metrics=figures
+            gathered.source,
+            x,
+            one.n_components,
+            one.config,
+            held_out=held_out,
+            progress=self._config.progress,
+            on_metrics=figures,
         )
 
     def _finish(self, dictionary: Any) -> Any:
@@ -215,7 +247,9 @@ class BuildPass:
         except OSError as error:
             logger.warning("%s could not be kept for resuming (%s); the run goes on.", name, error)
 
-    def _reporter(self, names: dict[float | None, str]) -> Callable[[tuple[str, float | None], int, dict[str, float]], None]:
+    def _reporter(
+        self, names: dict[float | None, str]
+    ) -> Callable[[tuple[str, float | None], int, dict[str, float]], None]:
         return lambda key, step, figures: self._on_metrics(names[key[1]], step, figures)
 
 
@@ -230,7 +264,8 @@ class _Figures:
     def __call__(self, figures: Mapping[str, float | int]) -> None:
         self._step = int(figures.get("iteration", self._step + 1))
         found = {
-            "metrics/objective": figures["objective"], "metrics/n_revived": float(figures["n_revived"]),
+            "metrics/objective": figures["objective"],
+            "metrics/n_revived": float(figures["n_revived"]),
             "sparsity/dead_features": float(figures["n_dead"]),
         }
         if self._scale is not None:

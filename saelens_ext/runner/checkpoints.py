@@ -24,8 +24,16 @@ RUN_FILENAME = "run.json"
 SNMF_FOLDER = "snmf"
 # What may differ between a run and its continuation: where things go, and what is done with finished dictionaries.
 _FREE = {
-    "output_path", "checkpoint_path", "resume_from_checkpoint", "n_checkpoints", "logger", "progress", "profile", "n_eval_batches",
-    "eval_batch_size_prompts", "streaming",
+    "output_path",
+    "checkpoint_path",
+    "resume_from_checkpoint",
+    "n_checkpoints",
+    "logger",
+    "progress",
+    "profile",
+    "n_eval_batches",
+    "eval_batch_size_prompts",
+    "streaming",
 }
 _FINGERPRINT = "source.dataset_fingerprint"
 
@@ -43,7 +51,12 @@ class RunIdentity:
 
     def save(self, folder: Path) -> None:
         """Write ``run.json`` into the run's folder."""
-        content = {"format_version": FORMAT_VERSION, "run_id": self.run_id, "config": self.config, "source": self.source}
+        content = {
+            "format_version": FORMAT_VERSION,
+            "run_id": self.run_id,
+            "config": self.config,
+            "source": self.source,
+        }
         _files.write_json(folder / RUN_FILENAME, content)
 
     @classmethod
@@ -54,7 +67,9 @@ class RunIdentity:
         return cls(**{name: _held(content, name, folder / RUN_FILENAME) for name in ("run_id", "config", "source")})
 
     def check_same(self, config: Mapping[str, Any], source: Mapping[str, Any], where: Path) -> None:
-        """Raise ValueError, naming every field that differs, unless a run of this config on this source continues it."""
+        """Raise ValueError, naming every field that differs, unless a run of this config on this source continues
+        it.
+        """
         then, now = _flat(self.config) | _flat({"source": self.source}), _flat(config) | _flat({"source": source})
         names = [name for name in dict.fromkeys([*then, *now]) if name.split(".")[0] not in _FREE]
         differing = [name for name in names if then.get(name) != now.get(name)]
@@ -62,9 +77,15 @@ class RunIdentity:
         if then.get(_FINGERPRINT) is None or now.get(_FINGERPRINT) is None:
             differing = [name for name in differing if name != _FINGERPRINT]
         # The source repeats fields of the config, in the form that they took.
-        differing = [name for name in differing if name.removeprefix("source.") == name or name.removeprefix("source.") not in differing]
+        differing = [
+            name
+            for name in differing
+            if name.removeprefix("source.") == name or name.removeprefix("source.") not in differing
+        ]
         if differing:
-            changes = "; ".join(f"{name.removeprefix('source.')} was {then.get(name)!r} and is {now.get(name)!r}" for name in differing)
+            changes = "; ".join(
+                f"{name.removeprefix('source.')} was {then.get(name)!r} and is {now.get(name)!r}" for name in differing
+            )
             raise ValueError(
                 f"The checkpoint {where} is of another run: {changes}. Resume with the config it was made with "
                 f"({where / RUN_FILENAME}), or start a new run without resume_from_checkpoint."
@@ -129,7 +150,11 @@ def find_run(path: str | Path) -> tuple[Path, Path | None]:
         made = list_checkpoints(path)
         return path, made[-1] if made else None
     runs = sorted(str(folder.parent) for folder in path.glob(f"*/{RUN_FILENAME}"))
-    hint = f" It holds several runs; name one: {', '.join(runs)}." if runs else " Give the folder of a run, or of one of its checkpoints."
+    hint = (
+        f" It holds several runs; name one: {', '.join(runs)}."
+        if runs
+        else " Give the folder of a run, or of one of its checkpoints."
+    )
     raise FileNotFoundError(f"resume_from_checkpoint={str(path)!r} is not the folder of a run's checkpoints.{hint}")
 
 

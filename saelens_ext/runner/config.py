@@ -57,14 +57,18 @@ class DictionaryRunnerConfig:
     model_name: str = ""
     """Hugging Face name of the model, or the directory of a saved one."""
     model_class_name: str = "SAETransformerBridge"
-    """How to load it: "SAETransformerBridge", "HookedTransformer" or "AutoModelForCausalLM" (SAELens' HookedProxyLM)."""
+    """How to load it: "SAETransformerBridge", "HookedTransformer" or "AutoModelForCausalLM" (SAELens'
+    HookedProxyLM).
+    """
     model_from_pretrained_kwargs: dict[str, Any] | None = parsed(None, mapping_or_none, "JSON")
     """Passed to the model's loader, as JSON on the command line: {"dtype": "bfloat16"}."""
     hook_name: str | Sequence[str] = parsed("", one_or_several(str), "HOOK[,HOOK…]")
     """Hook or hooks to read, in any host's spelling; all are read in the same forward passes."""
 
     dataset_path: str = ""
-    """Hugging Face name of a dataset, a folder of data files, or a folder written by Dataset.save_to_disk; its train split is read."""
+    """Hugging Face name of a dataset, a folder of data files, or a folder written by Dataset.save_to_disk; its train
+    split is read.
+    """
     streaming: bool = True
     """Read a named dataset as it arrives instead of downloading it first."""
     text_column: str = "text"
@@ -124,7 +128,10 @@ class DictionaryRunnerConfig:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
         self.seqpos_slice = tuple(self.seqpos_slice)
         if self.model_from_pretrained_kwargs is not None:
-            named = {key: dtype_to_str(value) if isinstance(value, torch.dtype) else value for key, value in self.model_from_pretrained_kwargs.items()}
+            named = {
+                key: dtype_to_str(value) if isinstance(value, torch.dtype) else value
+                for key, value in self.model_from_pretrained_kwargs.items()
+            }
             self.model_from_pretrained_kwargs = named
         self._check_hooks()
         self._check_checkpoints()
@@ -132,7 +139,9 @@ class DictionaryRunnerConfig:
 
     def _check_hooks(self) -> None:
         if not self.hook_names or not all(self.hook_names):
-            raise ValueError('hook_name must name at least one hook of the model, "blocks.6.hook_resid_post" for instance.')
+            raise ValueError(
+                'hook_name must name at least one hook of the model, "blocks.6.hook_resid_post" for instance.'
+            )
         if len(set(self.hook_names)) != len(self.hook_names):
             raise ValueError(f"hook_name lists a hook twice: {', '.join(self.hook_names)}.")
         if not self.dictionaries:
@@ -140,19 +149,27 @@ class DictionaryRunnerConfig:
         for config in self.dictionaries:
             unknown = [name for name in several(config.hook_name) if name not in self.hook_names]
             if unknown:
-                raise ValueError(f"dictionary.hook_name {unknown[0]!r} is not among the run's hooks, {', '.join(self.hook_names)}: add it to hook_name.")
+                raise ValueError(
+                    f"dictionary.hook_name {unknown[0]!r} is not among the run's hooks, {', '.join(self.hook_names)}: "
+                    "add it to hook_name."
+                )
 
     def _check_checkpoints(self) -> None:
         if self.n_checkpoints and self.checkpoint_path is None:
             raise ValueError(f"n_checkpoints={self.n_checkpoints} needs a checkpoint_path, got None.")
         if self.n_checkpoints > self.training_tokens:
-            raise ValueError(f"n_checkpoints={self.n_checkpoints} is more than the {self.training_tokens} training_tokens.")
+            raise ValueError(
+                f"n_checkpoints={self.n_checkpoints} is more than the {self.training_tokens} training_tokens."
+            )
 
     def _check_logger(self) -> None:
         defaults = LoggingConfig()
         for name, reason in _UNUSED_LOGGING.items():
             if getattr(self.logger, name) != getattr(defaults, name):
-                raise ValueError(f"logger.{name} must stay at {getattr(defaults, name)!r}: {reason}. Got {getattr(self.logger, name)!r}.")
+                raise ValueError(
+                    f"logger.{name} must stay at {getattr(defaults, name)!r}: {reason}. Got "
+                    f"{getattr(self.logger, name)!r}."
+                )
         _checks.positive(self.logger.wandb_log_frequency, "logger.wandb_log_frequency")
 
     @property
@@ -201,7 +218,9 @@ class DictionaryRunnerConfig:
         _checks.known_keys(options, [own.name for own in fields(cls)], cls.__name__)
         if "dictionary" in options:
             given = options["dictionary"]
-            options["dictionary"] = build_from_dict(given) if isinstance(given, Mapping) else [build_from_dict(one) for one in given]
+            options["dictionary"] = (
+                build_from_dict(given) if isinstance(given, Mapping) else [build_from_dict(one) for one in given]
+            )
         if "logger" in options:
             _checks.known_keys(options["logger"], [own.name for own in fields(LoggingConfig)], "logger")
             options["logger"] = LoggingConfig(**options["logger"])

@@ -43,17 +43,25 @@ class ExemplarBuildConfig(ExemplarFitConfig):
 
     def fit_config(self, seed: int) -> ExemplarFitConfig:
         """The options shared by all dictionaries of this config."""
-        return ExemplarFitConfig(**_shared(self, ExemplarFitConfig) | {"seed": seed if self.seed is None else self.seed})
+        return ExemplarFitConfig(
+            **_shared(self, ExemplarFitConfig) | {"seed": seed if self.seed is None else self.seed}
+        )
 
     @property
     def setting_names(self) -> list[str]:
         """A short name for each setting, in the order they are built."""
-        return [f"exemplars_t{self.threshold:g}"] if self.threshold is not None else [f"exemplars_p{p:g}" for p in self.percentiles]
+        return (
+            [f"exemplars_t{self.threshold:g}"]
+            if self.threshold is not None
+            else [f"exemplars_p{p:g}" for p in self.percentiles]
+        )
 
 
 @dataclass(kw_only=True, frozen=True)
 class SNMFBuildConfig(SNMFFitConfig):
-    """SNMFDictionaries to build: one for every hook, number of components and sparsity, from the activations of one pass."""
+    """SNMFDictionaries to build: one for every hook, number of components and sparsity, from the activations of one
+    pass.
+    """
 
     n_components: int | Sequence[int] = parsed(100, one_or_several(whole_number), "K[,K…]")
     """Number or numbers of features."""
@@ -62,7 +70,8 @@ class SNMFBuildConfig(SNMFFitConfig):
     hook_name: str | Sequence[str] | None = parsed(None, one_or_several(text_or_none), "HOOK[,HOOK…]")
     """Those of the run's hooks to build at, meant to be MLP neurons; by default all."""
     memory_limit: int = SNMFFitConfig.memory_limit
-    """Bytes of activations to hold for each hook (and share held out); a fit needs about three times its hook's on top of
+    """Bytes of activations to hold for each hook (and share held out); a fit needs about three times its hook's on top
+    of
     those of the hooks that are still to be fitted. Activations of a hook are let go with its last fit."""
     seed: int | None = None
     """Of everything random in these fits; by default the run's."""
@@ -71,7 +80,10 @@ class SNMFBuildConfig(SNMFFitConfig):
         _different(several(self.n_components), "n_components")
         _different(several(self.sparsity), "sparsity")
         if not 0 <= self.held_out <= 0.5:
-            raise ValueError(f"held_out must lie in [0, 0.5], got {self.held_out!r}; it is the share of documents kept out of the fit.")
+            raise ValueError(
+                f"held_out must lie in [0, 0.5], got {self.held_out!r}; it is the share of documents kept out of the "
+                "fit."
+            )
         self.settings(seed=0)
 
     def settings(self, seed: int) -> list[tuple[int, SNMFFitConfig]]:
@@ -113,7 +125,9 @@ def build_from_dict(content: Mapping[str, Any]) -> BuildConfig:
     options = dict(content)
     architecture = options.pop("architecture", None)
     if architecture not in _ARCHITECTURES:
-        raise ValueError(f"dictionary.architecture must be one of {', '.join(map(repr, _ARCHITECTURES))}, got {architecture!r}.")
+        raise ValueError(
+            f"dictionary.architecture must be one of {', '.join(map(repr, _ARCHITECTURES))}, got {architecture!r}."
+        )
     kind = _ARCHITECTURES[architecture]
     _checks.known_keys(options, [field.name for field in fields(kind)], f"The {architecture} dictionary")
     return kind(**options)

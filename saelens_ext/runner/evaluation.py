@@ -55,8 +55,8 @@ def eval_windows(stream: RunStream, last_document: int, batch_size: int, n_batch
         n_batches: batches wanted; there may be fewer.
 
     Returns:
-        The windows; those of a cache are never called unseen, since it does not say where documents end. None where there
-        are none (a cache without token ids, or less than a window of text).
+        The windows; those of a cache are never called unseen, since it does not say where documents end. None where
+        there are none (a cache without token ids, or less than a window of text).
     """
     wanted = batch_size * n_batches
     tells_documents = not isinstance(stream, CachedStream)
@@ -65,7 +65,9 @@ def eval_windows(stream: RunStream, last_document: int, batch_size: int, n_batch
         windows = list(itertools.islice(_whole(pieces, stream.context_size), wanted))
         if len(windows) >= batch_size or (windows and not unseen):
             size = min(batch_size, len(windows))
-            return EvalWindows(windows=windows[: len(windows) // size * size], unseen=unseen and tells_documents, batch_size=size)
+            return EvalWindows(
+                windows=windows[: len(windows) // size * size], unseen=unseen and tells_documents, batch_size=size
+            )
     return None
 
 
@@ -78,21 +80,37 @@ def evaluate(dictionary: SAE[Any], stream: RunStream, given: EvalWindows) -> dic
         given: what to evaluate on.
 
     Returns:
-        The groups of figures that ``run_evals`` gives, None for what is not finite, and under "token_stats" whether the text
-        was unseen. ``run_evals`` knows no ``seqpos_slice``: where the stream leaves out positions, "token_stats" says under
-        "all_positions_of_windows" that the figures are over other activations than the dictionary was built from.
+        The groups of figures that ``run_evals`` gives, None for what is not finite, and under "token_stats" whether the
+        text was unseen. ``run_evals`` knows no ``seqpos_slice``: where the stream leaves out positions, "token_stats"
+        says under "all_positions_of_windows" that the figures are over other activations than the dictionary was built
+        from.
     """
     store = ActivationsStore(
-        stream.model, Dataset.from_dict({"tokens": given.windows}).to_iterable_dataset(), streaming=True, hook_name=dictionary.cfg.metadata.hook_name,
-        hook_head_index=None, context_size=stream.context_size, d_in=dictionary.cfg.d_in, n_batches_in_buffer=2,
-        total_training_tokens=len(given.windows), store_batch_size_prompts=given.batch_size,
-        train_batch_size_tokens=given.batch_size * stream.context_size, prepend_bos=stream.prepend_bos,
-        normalize_activations="none", device=device_of(stream), dtype=dtype_to_str(dictionary.dtype),
+        stream.model,
+        Dataset.from_dict({"tokens": given.windows}).to_iterable_dataset(),
+        streaming=True,
+        hook_name=dictionary.cfg.metadata.hook_name,
+        hook_head_index=None,
+        context_size=stream.context_size,
+        d_in=dictionary.cfg.d_in,
+        n_batches_in_buffer=2,
+        total_training_tokens=len(given.windows),
+        store_batch_size_prompts=given.batch_size,
+        train_batch_size_tokens=given.batch_size * stream.context_size,
+        prepend_bos=stream.prepend_bos,
+        normalize_activations="none",
+        device=device_of(stream),
+        dtype=dtype_to_str(dictionary.dtype),
     )
     config = EvalConfig(
-        batch_size_prompts=given.batch_size, n_eval_reconstruction_batches=given.n_batches,
-        n_eval_sparsity_variance_batches=given.n_batches, compute_kl=True, compute_ce_loss=True, compute_l2_norms=True,
-        compute_sparsity_metrics=True, compute_variance_metrics=True,
+        batch_size_prompts=given.batch_size,
+        n_eval_reconstruction_batches=given.n_batches,
+        n_eval_sparsity_variance_batches=given.n_batches,
+        compute_kl=True,
+        compute_ce_loss=True,
+        compute_l2_norms=True,
+        compute_sparsity_metrics=True,
+        compute_variance_metrics=True,
     )
     groups, _ = run_evals(
         dictionary, store, stream.model, ActivationScaler(), config, exclude_special_tokens=stream.excluded_ids or False
@@ -105,7 +123,9 @@ def evaluate(dictionary: SAE[Any], stream: RunStream, given: EvalWindows) -> dic
 
 
 def trainer_figures(evals: dict[str, Any]) -> dict[str, float]:
-    """The figures of an evaluation that SAELens' trainer logs too, under its keys; none where they are over other positions."""
+    """The figures of an evaluation that SAELens' trainer logs too, under its keys; none where they are over other
+    positions.
+    """
     if evals.get("token_stats", {}).get(ALL_POSITIONS):
         return {}
     found = {key: evals.get(group, {}).get(name) for (group, name), key in _TRAINER_KEYS.items()}

@@ -1,7 +1,7 @@
 """Fields of configs that take one value or several, on the command line too.
 
-A field made by one of these functions takes a string there: one value, several with commas between (``1,2,4``), or a JSON
-list (``[1, 2, 4]``), which is how ``wandb agent`` writes a list.
+A field made by one of these functions takes a string there: one value, several with commas between (``1,2,4``), or a
+JSON list (``[1, 2, 4]``), which is how ``wandb agent`` writes a list.
 """
 
 import json
@@ -87,5 +87,7 @@ def text_or_none(text: str) -> str | None:
 
 
 def parsed(default: Any, parse: Callable[[str], Any], metavar: str) -> Any:
-    """A dataclass field that ``parse`` reads on the command line, where ``metavar`` stands for its value in the help."""
+    """A dataclass field that ``parse`` reads on the command line, where ``metavar`` stands for its value in the
+    help.
+    """
     return simple_parsing.field(default=default, type=parse, metavar=metavar)

@@ -12,7 +12,10 @@ def resolved(config: DictionaryRunnerConfig, stream: RunStream) -> DictionaryRun
     changes = {"device": str(device_of(stream)), "prepend_bos": stream.prepend_bos}
     if stream.model is not None:
         found = describe_any(stream.model)
-        changes |= {"model_name": config.model_name or str(found["model_name"]), "model_class_name": _class_name(found["model_class_name"])}
+        changes |= {
+            "model_name": config.model_name or str(found["model_name"]),
+            "model_class_name": _class_name(found["model_class_name"]),
+        }
     if not config.dataset_path and config.cached_activations_path is None:
         changes["dataset_path"] = str(stream.describe().get("dataset_path") or "")
     return replace(config, **changes)

@@ -47,7 +47,9 @@ class BuiltDictionary:
         return self.fit.hook_name
 
     def save_fit(self, config: DictionaryRunnerConfig) -> None:
-        """Write the dictionary, its statistics and the config into its folder, and remove what belongs to an older one there."""
+        """Write the dictionary, its statistics and the config into its folder, and remove what belongs to an older one
+        there.
+        """
         for name in _SIDECARS:
             (self.path / name).unlink(missing_ok=True)
         self.fit.save(self.path)
@@ -66,7 +68,9 @@ class BuiltDictionary:
 
     @property
     def sparsity(self) -> torch.Tensor | None:
-        """Share of the activations on which each latent is not zero, float32 ``(k,)``; None where the profile does not tell."""
+        """Share of the activations on which each latent is not zero, float32 ``(k,)``; None where the profile does not
+        tell.
+        """
         profile = self.profile
         if profile is None or not profile.n_activations:
             return None
@@ -74,7 +78,9 @@ class BuiltDictionary:
             config = self.dictionary.cfg
             # Beyond a right angle the nearest exemplar's code is zero though the activation is a member of its region.
             beyond = bool((torch.nan_to_num(profile.max_distance) >= 1).any())
-            if config.readout not in _READOUTS_OF_THE_NEAREST or (config.readout != "one_hot" and (config.k != 1 or beyond)):
+            if config.readout not in _READOUTS_OF_THE_NEAREST or (
+                config.readout != "one_hot" and (config.k != 1 or beyond)
+            ):
                 return None
         return (profile.counts.double() / profile.n_activations).float()
 
@@ -88,8 +94,10 @@ class BuiltDictionary:
         found = trainer_figures(self.evals or {})
         if isinstance(self.fit, FitResult):
             found |= {
-                "metrics/n_regions": float(self.fit.n_regions), "metrics/threshold": self.fit.threshold.threshold,
-                "metrics/unseen_mass": self.fit.unseen_mass, "metrics/unseen_mass_upper": self.fit.unseen_mass_upper,
+                "metrics/n_regions": float(self.fit.n_regions),
+                "metrics/threshold": self.fit.threshold.threshold,
+                "metrics/unseen_mass": self.fit.unseen_mass,
+                "metrics/unseen_mass_upper": self.fit.unseen_mass_upper,
             }
         else:
             found["metrics/relative_squared_error"] = self.fit.loss
@@ -109,10 +117,16 @@ class BuiltDictionary:
     def to_dict(self) -> dict[str, Any]:
         """A JSON-safe summary."""
         return {
-            "name": self.name, "hook_name": self.hook_name, "architecture": self.dictionary.cfg.architecture(),
-            "d_in": self.dictionary.cfg.d_in, "d_sae": self.dictionary.cfg.d_sae, "n_seen": self.fit.n_seen,
-            "stopped_because": self.fit.stopped_because, "path": None if self.path is None else str(self.path),
-            "figures": self.figures(), "evals": self.evals,
+            "name": self.name,
+            "hook_name": self.hook_name,
+            "architecture": self.dictionary.cfg.architecture(),
+            "d_in": self.dictionary.cfg.d_in,
+            "d_sae": self.dictionary.cfg.d_sae,
+            "n_seen": self.fit.n_seen,
+            "stopped_because": self.fit.stopped_because,
+            "path": None if self.path is None else str(self.path),
+            "figures": self.figures(),
+            "evals": self.evals,
         }
 
     @property

@@ -40,7 +40,9 @@ class DictionaryRunner:
         result: what is finished so far; there after an interruption too.
     """
 
-    def __init__(self, config: DictionaryRunnerConfig, *, model: Any = None, dataset: Any = None, as_named: bool = False) -> None:
+    def __init__(
+        self, config: DictionaryRunnerConfig, *, model: Any = None, dataset: Any = None, as_named: bool = False
+    ) -> None:
         self._given, self._model, self._dataset, self._as_named = config, model, dataset, as_named
         self._tracker: WandbTracker | None = None
         self.result: RunResult | None = None
@@ -48,12 +50,13 @@ class DictionaryRunner:
     def run(self) -> RunResult:
         """Build, save, profile, evaluate and log every dictionary.
 
-        Ctrl-C or SIGTERM during the pass ends it after the batch at hand, with a checkpoint; a second one, or one after the
-        pass, ends the run at once. Whatever ends the run, dictionaries that were finished are in their folders and in
-        ``result``. An evaluation that fails costs neither the others nor what is logged of any.
+        Ctrl-C or SIGTERM during the pass ends it after the batch at hand, with a checkpoint; a second one, or one after
+        the pass, ends the run at once. Whatever ends the run, dictionaries that were finished are in their folders and
+        in ``result``. An evaluation that fails costs neither the others nor what is logged of any.
 
         Raises:
-            ValueError: an option out of range, nothing to read, or a checkpoint of another config, whose fields are named.
+            ValueError: an option out of range, nothing to read, or a checkpoint of another config, whose fields are
+                named.
             FileNotFoundError: nothing to resume from at ``resume_from_checkpoint``.
             OSError: a folder cannot be written, the disk is full.
             RuntimeError: wandb is not logged in; before anything is built.
@@ -101,15 +104,20 @@ class DictionaryRunner:
             identity.check_same(content, source, found[0])
             run_id = identity.run_id
             checkpoint = None if found[1] is None else Checkpoint.load(found[1])
-            logger.info("Resuming run %s from %s", run_id, "its start" if checkpoint is None else f"{checkpoint.n_activations} activations")
+            logger.info(
+                "Resuming run %s from %s",
+                run_id,
+                "its start" if checkpoint is None else f"{checkpoint.n_activations} activations",
+            )
         else:
             run_id, checkpoint = config.logger.wandb_id or uuid.uuid4().hex[:8], None
         if config.checkpoint_path is not None:
             folder = Path(config.checkpoint_path) / run_id
             if found is None and (list_checkpoints(folder) or (folder / SNMF_FOLDER).exists()):
                 raise ValueError(
-                    f"{folder} holds the checkpoints of an earlier run of the same id. Set resume_from_checkpoint={str(folder)!r} to go on "
-                    "with it, or change logger.wandb_id or checkpoint_path for a new run."
+                    f"{folder} holds the checkpoints of an earlier run of the same id. Set "
+                    f"resume_from_checkpoint={str(folder)!r} to go on with it, or change logger.wandb_id or "
+                    "checkpoint_path for a new run."
                 )
             if found is None or found[0].resolve() != folder.resolve():
                 RunIdentity(run_id=run_id, config=content, source=source).save(folder)
@@ -145,7 +153,12 @@ class DictionaryRunner:
         except OSError as error:
             kept = list_checkpoints(folder)
             last = f"the last whole one is {kept[-1]}" if kept else "there is none yet"
-            logger.error("The checkpoint after %d activations could not be written (%s). The build goes on; %s.", build.n_activations, error, last)
+            logger.error(
+                "The checkpoint after %d activations could not be written (%s). The build goes on; %s.",
+                build.n_activations,
+                error,
+                last,
+            )
 
     # --- what is finished ---
 
@@ -153,7 +166,9 @@ class DictionaryRunner:
         """Save every dictionary as soon as it is there, then profile and evaluate them."""
         config, result = self.result.config, self.result
         for name, fit in build.results():
-            built = BuiltDictionary(name=name, fit=fit, path=None if result.output_path is None else result.output_path / name)
+            built = BuiltDictionary(
+                name=name, fit=fit, path=None if result.output_path is None else result.output_path / name
+            )
             result.dictionaries[name] = built
             if built.path is not None:
                 with _saving(name, built.path, result):
@@ -185,7 +200,9 @@ class DictionaryRunner:
         size = config.eval_batch_size_prompts or config.store_batch_size_prompts
         windows = None if stream.model is None else eval_windows(stream, last_document, size, config.n_eval_batches)
         if windows is None:
-            logger.warning("Not evaluated: there is %s to evaluate on.", "no model" if stream.model is None else "no text")
+            logger.warning(
+                "Not evaluated: there is %s to evaluate on.", "no model" if stream.model is None else "no text"
+            )
             return
         errors: list[Exception] = []
         for built in built_all:
@@ -195,7 +212,12 @@ class DictionaryRunner:
                     with _saving(built.name, built.path, self.result):
                         built.save_evals()
             except Exception as error:
-                logger.error("The evaluation of %s failed (%s: %s); the run goes on with the others.", built.name, type(error).__name__, error)
+                logger.error(
+                    "The evaluation of %s failed (%s: %s); the run goes on with the others.",
+                    built.name,
+                    type(error).__name__,
+                    error,
+                )
                 errors.append(error)
         if errors:
             raise errors[0]
@@ -282,11 +304,17 @@ def _bar(config: DictionaryRunnerConfig, build: BuildPass) -> Any:
 
 def _how_to_resume(folder: Path | None) -> str:
     found = [] if folder is None else list_checkpoints(folder)
-    return f"Resume with resume_from_checkpoint={str(found[-1])!r}." if found else "There is no checkpoint to resume from."
+    return (
+        f"Resume with resume_from_checkpoint={str(found[-1])!r}." if found else "There is no checkpoint to resume from."
+    )
 
 
 def _what_is_left(result: RunResult) -> str:
-    saved = [built.name for built in result.dictionaries.values() if built.path is not None and (built.path / "fit.json").exists()]
+    saved = [
+        built.name
+        for built in result.dictionaries.values()
+        if built.path is not None and (built.path / "fit.json").exists()
+    ]
     done = f"Saved so far: {', '.join(saved)}. " if saved else ""
     return done + _how_to_resume(result.checkpoint_path)
 
@@ -309,4 +337,8 @@ def _check_writable(path: Path, name: str) -> None:
         _files.write_json(probe, {})
         probe.unlink()
     except OSError as error:
-        raise OSError(error.errno, f"{name}={str(path)!r} cannot be written ({error.strerror or error}): choose a folder of yours with space left.") from error
+        raise OSError(
+            error.errno,
+            f"{name}={str(path)!r} cannot be written ({error.strerror or error}): choose a folder of yours with space "
+            "left.",
+        ) from error

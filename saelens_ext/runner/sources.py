@@ -35,7 +35,10 @@ def open_model(config: DictionaryRunnerConfig) -> Any:
         ValueError: no name, a dtype that torch has not, or arguments that the way of loading does not take.
     """
     if not config.model_name:
-        raise ValueError("model_name is empty: name a model, give the directory of a saved one, or pass model= to the DictionaryRunner.")
+        raise ValueError(
+            "model_name is empty: name a model, give the directory of a saved one, or pass model= to the "
+            "DictionaryRunner."
+        )
     arguments = dict(config.model_from_pretrained_kwargs or {})
     for key in ("dtype", "torch_dtype"):
         if isinstance(arguments.get(key), str):
@@ -47,7 +50,9 @@ def open_model(config: DictionaryRunnerConfig) -> Any:
     if config.model_class_name == "SAETransformerBridge":
         return SAETransformerBridge.boot_transformers(config.model_name, device=config.device, **arguments).eval()
     if not Path(config.model_name).is_dir():
-        return HookedSAETransformer.from_pretrained_no_processing(config.model_name, device=config.device, **arguments).eval()
+        return HookedSAETransformer.from_pretrained_no_processing(
+            config.model_name, device=config.device, **arguments
+        ).eval()
     _checks.known_keys(arguments, ["dtype"], "A saved model loaded as HookedTransformer")
     return load_model(config.model_name, model_class="HookedSAETransformer", device=config.device, **arguments)
 
@@ -60,7 +65,10 @@ def open_dataset(config: DictionaryRunnerConfig) -> Any:
     """
     path = config.dataset_path
     if not path:
-        raise ValueError("dataset_path is empty: name a dataset, give a folder or file of data, or pass dataset= to the DictionaryRunner.")
+        raise ValueError(
+            "dataset_path is empty: name a dataset, give a folder or file of data, or pass dataset= to the "
+            "DictionaryRunner."
+        )
     if _saved_to_disk(path):
         found = datasets.load_from_disk(path)
         return found["train"] if isinstance(found, datasets.DatasetDict) else found
@@ -72,7 +80,9 @@ def open_dataset(config: DictionaryRunnerConfig) -> Any:
     return datasets.load_dataset(path, split="train", streaming=config.streaming)
 
 
-def open_stream(config: DictionaryRunnerConfig, model: Any = None, dataset: Any = None, *, as_named: bool = False) -> RunStream:
+def open_stream(
+    config: DictionaryRunnerConfig, model: Any = None, dataset: Any = None, *, as_named: bool = False
+) -> RunStream:
     """The activations that a config asks for.
 
     Args:
@@ -89,22 +99,33 @@ def open_stream(config: DictionaryRunnerConfig, model: Any = None, dataset: Any 
     if model is None and (config.model_name or config.cached_activations_path is None):
         model = open_model(config)
     options = {
-        "context_size": config.context_size, "batch_size": config.store_batch_size_prompts, "max_tokens": config.training_tokens,
-        "exclude_special_tokens": config.exclude_special_tokens, "seqpos_slice": config.seqpos_slice,
+        "context_size": config.context_size,
+        "batch_size": config.store_batch_size_prompts,
+        "max_tokens": config.training_tokens,
+        "exclude_special_tokens": config.exclude_special_tokens,
+        "seqpos_slice": config.seqpos_slice,
     }
     if config.cached_activations_path is not None:
         if dataset is not None or config.dataset_path:
-            raise ValueError("Cached activations are read instead of a dataset: give cached_activations_path or a dataset, not both.")
+            raise ValueError(
+                "Cached activations are read instead of a dataset: give cached_activations_path or a dataset, not both."
+            )
         device = config.device if model is None else next(model.parameters()).device
         stream = CachedStream(config.cached_activations_path, config.hook_names, model=model, device=device, **options)
         if config.prepend_bos not in (None, stream.prepend_bos):
-            raise ValueError(f"prepend_bos={config.prepend_bos}, and the cached windows say otherwise: leave it at none.")
+            raise ValueError(
+                f"prepend_bos={config.prepend_bos}, and the cached windows say otherwise: leave it at none."
+            )
         _say_what_windows_are(config)
         return stream
     kind = ProxyStream if isinstance(model, HookedProxyLM) else ActivationStream
     stream = kind(
-        model, open_dataset(config) if dataset is None else dataset, config.hook_names, prepend_bos=config.prepend_bos,
-        text_column=config.text_column, **options,
+        model,
+        open_dataset(config) if dataset is None else dataset,
+        config.hook_names,
+        prepend_bos=config.prepend_bos,
+        text_column=config.text_column,
+        **options,
     )
     if dataset is None or as_named:
         stream._windows.name = config.dataset_path
@@ -128,15 +149,15 @@ def _check_named(config: DictionaryRunnerConfig, model: Any) -> None:
     """Refuse or question what a config says of the model where an open one was handed over."""
     if config.model_from_pretrained_kwargs:
         raise ValueError(
-            f"model_from_pretrained_kwargs are for a model that is loaded by name, and an open {type(model).__name__} was handed over "
-            f"with {config.model_from_pretrained_kwargs!r}: leave them out."
+            f"model_from_pretrained_kwargs are for a model that is loaded by name, and an open {type(model).__name__} "
+            f"was handed over with {config.model_from_pretrained_kwargs!r}: leave them out."
         )
     own = str(describe_any(model)["model_name"])
     # The same model may be named with its owner or the folder that it lies in.
     if config.model_name and Path(config.model_name).name.lower() != Path(own).name.lower():
         warnings.warn(
-            f"model_name={config.model_name!r} is recorded, and the model that was handed over calls itself {own!r}: leave "
-            "model_name out to record that.",
+            f"model_name={config.model_name!r} is recorded, and the model that was handed over calls itself {own!r}: "
+            "leave model_name out to record that.",
             UserWarning,
             stacklevel=3,
         )
@@ -144,11 +165,15 @@ def _check_named(config: DictionaryRunnerConfig, model: Any) -> None:
 
 def _say_what_windows_are(config: DictionaryRunnerConfig) -> None:
     """Cached activations do not say where documents end: name the options that count on it."""
-    across = any(isinstance(one, ExemplarBuildConfig) and one.threshold is None and one.calibration == "across_documents" for one in config.dictionaries)
+    across = any(
+        isinstance(one, ExemplarBuildConfig) and one.threshold is None and one.calibration == "across_documents"
+        for one in config.dictionaries
+    )
     apart = any(isinstance(one, SNMFBuildConfig) and one.held_out for one in config.dictionaries)
     counting = [name for name, used in (('calibration="across_documents"', across), ("held_out", apart)) if used]
     if counting:
         logger.warning(
-            "The cache does not say where documents end, so every window counts as a document for %s: windows of one document "
-            "may be on both sides.", " and ".join(counting),
+            "The cache does not say where documents end, so every window counts as a document for %s: windows of one "
+            "document may be on both sides.",
+            " and ".join(counting),
         )

@@ -24,8 +24,8 @@ def check_login() -> None:
         return
     if not _logged_in():
         raise RuntimeError(
-            "wandb is not logged in, so nothing can be logged: run `wandb login`, set WANDB_API_KEY, set WANDB_MODE=offline "
-            "to log to files, or set logger.log_to_wandb=false."
+            "wandb is not logged in, so nothing can be logged: run `wandb login`, set WANDB_API_KEY, set "
+            "WANDB_MODE=offline to log to files, or set logger.log_to_wandb=false."
         )
 
 
@@ -39,8 +39,9 @@ def _logged_in() -> bool:
 class WandbTracker:
     """A wandb run for each dictionary of a build.
 
-    :meth:`on_metrics` can be given to ``fit_exemplar_partitions``, and :meth:`reporter` to ``fit_snmf``; a run is opened at
-    the first figures of its dictionary. Call :meth:`finish` at the end, or use the tracker as a context manager.
+    :meth:`on_metrics` can be given to ``fit_exemplar_partitions``, and :meth:`reporter` to ``fit_snmf``; a run is
+    opened at the first figures of its dictionary. Call :meth:`finish` at the end, or use the tracker as a context
+    manager.
 
     Args:
         logger: project, entity, name and frequency. ``run_name`` and ``wandb_id`` are those of a single run, and the
@@ -84,7 +85,9 @@ class WandbTracker:
             self._last_step[key] = step
 
     def reporter(self, name: str) -> Callable[[Mapping[str, float | int]], None]:
-        """An ``on_metrics`` for the fit of one dictionary, which reports its figures alone; those without a group go under ``metrics/``."""
+        """An ``on_metrics`` for the fit of one dictionary, which reports its figures alone; those without a group go
+        under ``metrics/``.
+        """
 
         def report(figures: Mapping[str, float | int]) -> None:
             grouped = {key if "/" in key else f"metrics/{key}": value for key, value in figures.items()}
@@ -109,7 +112,13 @@ class WandbTracker:
         run.log(found, step=max(self._last_step.get(key, 0) + 1, run.starting_step))
 
     def log_files(
-        self, key: Hashable, sae_name: str, weights: Path, config: Path, sparsity: Path | None, aliases: Sequence[str] = ("final_model",)
+        self,
+        key: Hashable,
+        sae_name: str,
+        weights: Path,
+        config: Path,
+        sparsity: Path | None,
+        aliases: Sequence[str] = ("final_model",),
     ) -> None:
         """Log the files of a dictionary as artifacts, named and typed as SAELens' trainer does.
 
@@ -128,7 +137,9 @@ class WandbTracker:
         model.add_file(str(config))
         run.log_artifact(model, aliases=list(aliases))
         if sparsity is not None:
-            frequencies = wandb.Artifact(f"{name}_log_feature_sparsity", type="log_feature_sparsity", metadata=self._config)
+            frequencies = wandb.Artifact(
+                f"{name}_log_feature_sparsity", type="log_feature_sparsity", metadata=self._config
+            )
             frequencies.add_file(str(sparsity))
             run.log_artifact(frequencies)
 
@@ -164,13 +175,22 @@ class WandbTracker:
         run_id = swept or own or uuid.uuid4().hex[:8]
         shown = name if logger.run_name is None else (logger.run_name if alone else f"{logger.run_name}-{name}")
         self._runs[key] = wandb.init(
-            project=logger.wandb_project, entity=logger.wandb_entity, name=shown, id=run_id,
-            config=self._config | {"dictionary_name": _name_of(key)}, group=None if alone else logger.wandb_id,
-            resume="allow" if self._resume else None, reinit="create_new",
+            project=logger.wandb_project,
+            entity=logger.wandb_entity,
+            name=shown,
+            id=run_id,
+            config=self._config | {"dictionary_name": _name_of(key)},
+            group=None if alone else logger.wandb_id,
+            resume="allow" if self._resume else None,
+            reinit="create_new",
         )
         return self._runs[key]
 
 
 def _name_of(key: Hashable) -> str:
     """A name for a dictionary known by its hook and percentile."""
-    return key if isinstance(key, str) else "_".join(f"p{part:g}" if isinstance(part, float | int) else str(part) for part in key)
+    return (
+        key
+        if isinstance(key, str)
+        else "_".join(f"p{part:g}" if isinstance(part, float | int) else str(part) for part in key)
+    )

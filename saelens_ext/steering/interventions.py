@@ -189,8 +189,8 @@ def steer_with(
     norm = typical_norm if typical_norm is not None else sae.cfg.metadata.typical_norm
     if norm is None:
         raise ValueError(
-            "This dictionary records no typical_norm of its activations. Pass typical_norm=, for example the median norm of "
-            "the activations at its hook, or 1.0 to give the strength in units of the activation."
+            "This dictionary records no typical_norm of its activations. Pass typical_norm=, for example the median "
+            "norm of the activations at its hook, or 1.0 to give the strength in units of the activation."
         )
     direction = _directions(sae, basis)[operator.index(latent)].detach()
     return add_direction(model, _hooks_of(sae)[1], direction, strength, typical_norm=norm, positions=positions)
@@ -250,7 +250,9 @@ def _hooks_of(sae: SAE[Any]) -> tuple[str, str]:
     if read is None:
         raise ValueError("This dictionary names no hook. Set sae.cfg.metadata.hook_name to where it was built.")
     if isinstance(sae, Transcoder) and sae.cfg.metadata.hook_name_out is None:
-        raise ValueError("This transcoder does not say where it writes. Set sae.cfg.metadata.hook_name_out to its output hook.")
+        raise ValueError(
+            "This transcoder does not say where it writes. Set sae.cfg.metadata.hook_name_out to its output hook."
+        )
     return read, sae.cfg.metadata.hook_name_out or read
 
 

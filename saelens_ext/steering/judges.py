@@ -27,7 +27,6 @@ from saelens_ext.steering.sampling import SamplingOptions, mean_log_likelihoods,
 MAX_RATING = 2.0
 
 
-
 @dataclass(frozen=True)
 class JudgeScore:
     """What a judge says of one continuation. NaN: the judge was asked and gave no usable answer.
@@ -154,7 +153,9 @@ class EmbeddingJudge:
         if not said:
             return [NOTHING_SAID] * len(continuations)
         anchors = self._anchors_of(prompt)
-        ratings = zip(self._concept_ratings(concept, anchors, said), self._fluency_ratings(prompt, anchors, said), strict=True)
+        ratings = zip(
+            self._concept_ratings(concept, anchors, said), self._fluency_ratings(prompt, anchors, said), strict=True
+        )
         scores = (JudgeScore(concept, fluency) for concept, fluency in ratings)
         return [next(scores) if text.strip() else NOTHING_SAID for text in continuations]
 
@@ -197,13 +198,11 @@ class EmbeddingJudge:
 
 
 def distinct_triples(ids: Sequence[int]) -> float:
-    """The share of a sequence's consecutive triples that are different ones, in (0, 1]; 1 for fewer than three tokens."""
+    """The share of a sequence's consecutive triples that are different ones, in (0, 1]; 1 for fewer than three
+    tokens.
+    """
     triples = list(zip(ids, ids[1:], ids[2:]))
     return len(set(triples)) / len(triples) if triples else 1.0
-
-
-
-
 
 
 def _rate(values: Tensor, low: float, high: float) -> list[float]:

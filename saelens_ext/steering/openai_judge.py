@@ -42,7 +42,10 @@ _FLUENCY_TASK = (
     "1: readable, but with faults that a careful writer would not make.\n"
     "2: reads as something a person could have written.\n" + _ANSWER_FORM
 )
-_REMINDER = "Your answer holds no rating in the form asked for. Reply with that one line: 'Rating: 0', 'Rating: 1' or 'Rating: 2'."
+_REMINDER = (
+    "Your answer holds no rating in the form asked for. Reply with that one line: 'Rating: 0', "
+    "'Rating: 1' or 'Rating: 2'."
+)
 
 
 class JudgeUnavailableError(RuntimeError):
@@ -94,7 +97,9 @@ class OpenAIJudge:
         self.max_attempts = _checks.positive(max_attempts, "max_attempts")
         self.max_concurrency = _checks.positive(max_concurrency, "max_concurrency")
         self.cache_directory = None if cache_directory is None else Path(cache_directory)
-        self.request_options = {"temperature": 0, "max_tokens": 200} if request_options is None else dict(request_options)
+        self.request_options = (
+            {"temperature": 0, "max_tokens": 200} if request_options is None else dict(request_options)
+        )
         self._openai = _openai()
         self._client = self._openai.OpenAI(
             base_url=base_url, api_key=_api_key(api_key), timeout=float(timeout), max_retries=max_retries
@@ -112,7 +117,8 @@ class OpenAIJudge:
             One score per continuation; a rating is NaN where every attempt gave an answer without one.
 
         Raises:
-            JudgeUnavailableError: the endpoint refused, failed or did not answer. Ratings given so far are in the cache.
+            JudgeUnavailableError: the endpoint refused, failed or did not answer. Ratings given so far are in the
+                cache.
             ValueError: a concept without text.
         """
         if not concept.strip():
@@ -143,7 +149,9 @@ class OpenAIJudge:
                 return rating
             # The same request would mostly give the same answer, so it is told what is missing.
             messages = [*messages, {"role": "assistant", "content": answer}, {"role": "user", "content": _REMINDER}]
-        logger.warning("The judge %s gave no rating in %d attempts; it counts as missing.", self.model, self.max_attempts)
+        logger.warning(
+            "The judge %s gave no rating in %d attempts; it counts as missing.", self.model, self.max_attempts
+        )
         return math.nan
 
     def _answer(self, request: dict[str, Any]) -> str:
@@ -174,8 +182,9 @@ class OpenAIJudge:
             if self.cache_directory is not None:
                 where = f"those are in {self.cache_directory}, and the same call goes on from there"
             raise JudgeUnavailableError(
-                f"The judge {self.model} at {self.base_url} gave no answer ({type(error).__name__}: {error}). Check the "
-                f"address, the key and the name of the model, or raise timeout and max_retries. Of the answers so far, {where}."
+                f"The judge {self.model} at {self.base_url} gave no answer ({type(error).__name__}: {error}). Check "
+                "the address, the key and the name of the model, or raise timeout and max_retries. Of the answers so "
+                f"far, {where}."
             ) from error
         choices = getattr(reply, "choices", None)
         return (choices[0].message.content or "") if choices else ""
@@ -214,7 +223,7 @@ def _api_key(given: str | None) -> str:
     key = given or os.environ.get("OPENAI_API_KEY")
     if not key:
         raise ValueError(
-            "The judge has no API key. Set the environment variable OPENAI_API_KEY or pass api_key=; for a server of your "
-            "own that asks for none, any text will do, api_key='none' for example."
+            "The judge has no API key. Set the environment variable OPENAI_API_KEY or pass api_key=; for a server of "
+            "your own that asks for none, any text will do, api_key='none' for example."
         )
     return key

@@ -242,7 +242,9 @@ def draw_continuations(
     return [Drawn(tokens[row, :n].tolist(), scores[row, :n], reason) for row, (reason, n) in enumerate(lengths)]
 
 
-def _end_of(model: HostModel, ids: Tensor, tokens: Tensor, eos: int | None, stop: Sequence[str]) -> tuple[str, int] | None:
+def _end_of(
+    model: HostModel, ids: Tensor, tokens: Tensor, eos: int | None, stop: Sequence[str]
+) -> tuple[str, int] | None:
     """Why a continuation ends with its last token, if it does, and how many of its tokens count."""
     if int(tokens[-1]) == eos:
         return "eos", len(tokens) - 1

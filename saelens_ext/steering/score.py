@@ -16,9 +16,10 @@ from torch import Tensor
 from saelens_ext import _checks
 from saelens_ext.host.models import HostModel
 from saelens_ext.host.prompt_passes import prompt_list
+from saelens_ext.steering.divergence_search import MatchedStrength
 from saelens_ext.steering.judges import Judge
 from saelens_ext.steering.sampling import SamplingOptions, sample_steered
-from saelens_ext.steering.strength import PAPER_TARGETS, MatchedStrength, StrengthSearch, match_strength
+from saelens_ext.steering.strength import PAPER_TARGETS, StrengthSearch, match_strength
 
 if TYPE_CHECKING:
     import pandas
@@ -61,7 +62,9 @@ class DirectionScore:
     target: float
     """The divergence chosen, in nats; NaN when no target was reached."""
     score: float
-    """Mean score over the reporting half, in [0, 2]; NaN when no target was reached or the judge gave no usable answer."""
+    """Mean score over the reporting half, in [0, 2]; NaN when no target was reached or the judge gave no usable
+    answer.
+    """
     choosing_score: float
     """Mean over the half that chose; optimistic, since it is a maximum. Not a result."""
     n_scored: int
@@ -86,7 +89,9 @@ class SteeringScores:
         return _frame(self.continuations, ScoredContinuation)
 
     def curve(self) -> "pandas.DataFrame":
-        """Mean ratings and score of each cell over all its continuations, missing ones left out; no target is chosen."""
+        """Mean ratings and score of each cell over all its continuations, missing ones left out; no target is
+        chosen.
+        """
         keys, ratings = ["direction", "sign", "target"], ["concept_rating", "fluency_rating", "score"]
         return self.to_dataframe().groupby(keys, sort=False)[ratings].mean().reset_index()
 
@@ -116,9 +121,14 @@ class SteeringScores:
         reported = [] if sign is None else [row.score for row in _of(rows, (sign, target), "report")]
         n_scored = sum(not math.isnan(score) for score in reported)
         return DirectionScore(
-            direction=direction, sign=sign, target=target, score=_mean(reported),
+            direction=direction,
+            sign=sign,
+            target=target,
+            score=_mean(reported),
             choosing_score=math.nan if sign is None else known[sign, target],
-            n_scored=n_scored, n_missing=len(reported) - n_scored, n_unreached=sum(not s.reached for s in strengths),
+            n_scored=n_scored,
+            n_missing=len(reported) - n_scored,
+            n_unreached=sum(not s.reached for s in strengths),
         )
 
 
@@ -147,7 +157,8 @@ def steering_score(
         directions: ``(m, d)`` or ``(d,)``; only their directions count.
         concepts: what each direction should bring about: one description for both signs, or a pair for + and -.
         judge: rates continuations; it is called outside the steering.
-        prompts: what is continued. With several, every other one chooses the target; with one, every other continuation.
+        prompts: what is continued. With several, every other one chooses the target; with one, every other
+            continuation.
         targets: divergences in nats, ascending.
         signs: +1, -1 or both.
         n: continuations per cell and prompt; at least 2 when there is one prompt.
@@ -173,8 +184,15 @@ def steering_score(
     searches, table = [], []
     for index, (row, concept) in enumerate(zip(rows, concepts, strict=True)):
         search = match_strength(
-            model, hook_name, row, targets, prompts=calibration, average_over=average_over, signs=signs,
-            tolerance=tolerance, max_strength=max_strength,
+            model,
+            hook_name,
+            row,
+            targets,
+            prompts=calibration,
+            average_over=average_over,
+            signs=signs,
+            tolerance=tolerance,
+            max_strength=max_strength,
         )
         searches.append(search)
         for strength in search.strengths:
@@ -187,20 +205,28 @@ def steering_score(
 def _check_halves(prompts: list[str], n: int, options: SamplingOptions) -> None:
     """Refuse what would put the same continuation on both sides of the split, or none on one."""
     if len(set(prompts)) != len(prompts):
-        raise ValueError("prompts holds one prompt twice; its continuations would be the same, on both sides of the split.")
+        raise ValueError(
+            "prompts holds one prompt twice; its continuations would be the same, on both sides of the split."
+        )
     if len(prompts) == 1 and n < 2:
         raise ValueError(
-            f"n must be at least 2 with a single prompt, got {n}: one continuation chooses the target, another is scored."
+            f"n must be at least 2 with a single prompt, got {n}: one continuation chooses the target, another is "
+            "scored."
         )
     if len(prompts) == 1 and options.temperature == 0:
         raise ValueError(
-            "temperature is 0 and there is a single prompt: its continuations are all the same, so none is held out from "
-            "choosing the target. Give several prompts or a temperature above 0."
+            "temperature is 0 and there is a single prompt: its continuations are all the same, so none is held out "
+            "from choosing the target. Give several prompts or a temperature above 0."
         )
 
 
 def _sample(
-    model: HostModel, hook_name: str, direction: Tensor, strength: MatchedStrength, prompts: list[str], n: int,
+    model: HostModel,
+    hook_name: str,
+    direction: Tensor,
+    strength: MatchedStrength,
+    prompts: list[str],
+    n: int,
     options: SamplingOptions,
 ) -> list[list[str]]:
     return sample_steered(model, prompts, hook_name, direction, strength.coefficient, n=n, **asdict(options))
@@ -214,14 +240,25 @@ def _judged(
     for number, (prompt, texts) in enumerate(zip(prompts, said, strict=True)):
         scores = judge(concept, prompt, texts)
         if len(scores) != len(texts):
-            raise ValueError(f"The judge gave {len(scores)} scores for {len(texts)} continuations; it must give one for each.")
+            raise ValueError(
+                f"The judge gave {len(scores)} scores for {len(texts)} continuations; it must give one for each."
+            )
         for place, (text, score) in enumerate(zip(texts, scores, strict=True)):
             half: Half = "choose" if (place if len(prompts) == 1 else number) % 2 == 0 else "report"
             rows.append(
                 ScoredContinuation(
-                    direction=direction, concept=concept, sign=strength.sign, target=strength.target, kl=strength.kl,
-                    coefficient=strength.coefficient, prompt=prompt, half=half, text=text,
-                    concept_rating=score.concept, fluency_rating=score.fluency, score=score.score,
+                    direction=direction,
+                    concept=concept,
+                    sign=strength.sign,
+                    target=strength.target,
+                    kl=strength.kl,
+                    coefficient=strength.coefficient,
+                    prompt=prompt,
+                    half=half,
+                    text=text,
+                    concept_rating=score.concept,
+                    fluency_rating=score.fluency,
+                    score=score.score,
                 )
             )
     return rows

@@ -2,8 +2,8 @@
 
 Equally far means by one divergence of the next token's prediction, see :mod:`saelens_ext.steering.strength`. All
 continuations, the unsteered one included, are sampled with the same random numbers, so that they differ by the
-steering alone. The strengths of all features are searched for together, many to a forward pass, which is what makes a whole
-dictionary affordable; for one direction with several targets or prompts there is
+steering alone. The strengths of all features are searched for together, many to a forward pass, which is what makes a
+whole dictionary affordable; for one direction with several targets or prompts there is
 :func:`~saelens_ext.steering.strength.match_strength`, which looks for the same first crossing.
 
 Symbols
@@ -30,8 +30,8 @@ from saelens_ext.host.hook_edits import edit_hook, edit_point, flat_rows, hooked
 from saelens_ext.host.models import HostModel, tokenizer_of
 from saelens_ext.host.prompt_passes import evaluating, logits_of, prompt_ids
 from saelens_ext.host.tokens import special_token_ids
+from saelens_ext.steering.divergence_search import MatchedStrength
 from saelens_ext.steering.sampling import SamplingOptions, draw_continuations, text_after
-from saelens_ext.steering.strength import MatchedStrength
 
 FORMAT_VERSION = 1
 
@@ -89,7 +89,8 @@ def steer_features(
     batch_size: int = 32,
     progress: bool = False,
 ) -> SteeredFeatures:
-    """Continue a prompt once for each feature, steered along it so far that the next token's prediction moves by ``target``.
+    """Continue a prompt once for each feature, steered along it so far that the next token's prediction moves by
+    ``target``.
 
     Args:
         model: either host class.
@@ -140,7 +141,10 @@ def steer_features(
     unsteered, *texts = _continue_each(model, hook_name, prompt, offsets, options, batch_size)
     text_of = {(index, strength.sign): text for (index, strength), text in zip(reached, texts, strict=True)}
     return SteeredFeatures(
-        hook_name=hook_name, prompt=prompt, target=float(target), unsteered=unsteered,
+        hook_name=hook_name,
+        prompt=prompt,
+        target=float(target),
+        unsteered=unsteered,
         texts=tuple(SteeredText(feature=i, strength=s, text=text_of.get((i, s.sign))) for i, s in found),
     )
 
@@ -233,8 +237,14 @@ def _strength(known: dict[float, float], sign: int, high: float, target: float, 
         status = "reached" if abs(kl / target - 1) <= tolerance else "unresolved"
     rises = all(after >= before * (1 - _ROUNDING) for (_, before), (_, after) in zip(points, points[1:], strict=False))
     return MatchedStrength(
-        sign=sign, target=target, coefficient=sign * a, kl=kl, status=status, monotone=rises, n_evaluations=len(known) - 1,
-    )  # fmt: skip
+        sign=sign,
+        target=target,
+        coefficient=sign * a,
+        kl=kl,
+        status=status,
+        monotone=rises,
+        n_evaluations=len(known) - 1,
+    )
 
 
 # --- the continuations ---

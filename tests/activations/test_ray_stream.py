@@ -142,7 +142,8 @@ def test_a_sweep_of_the_clusterer_spreads_over_ray(cluster):
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_a_sweep_of_the_clusterer_spreads_over_dask(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    # Threads of this process rather than processes of their own: the same scheduler, and no second import of everything.
+    # Threads of this process rather than processes of their own: the same scheduler, and no second import of
+    # everything.
     with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=False, dashboard_address=None) as local:
         with distributed.Client(local):
             check_sweep("dask")

@@ -83,7 +83,9 @@ def one_window_at_a_time(architecture, texts, layer, context_size):
 @pytest.mark.parametrize("model_class", MODEL_CLASSES)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_activations_are_those_of_each_window_alone(architecture, model_class, pad, tiny_texts):
-    """Windows of many lengths in a batch, padded with a token of its own, with BOS or with EOS: nothing shifts or leaks."""
+    """Windows of many lengths in a batch, padded with a token of its own, with BOS or with EOS: nothing shifts or
+    leaks.
+    """
     texts = [*tiny_texts[:5], "</s>" + tiny_texts[5]]
     tokens, expected = one_window_at_a_time(architecture, texts, layer=1, context_size=20)
     model = make_model(architecture, model_class, make_tokenizer(pad=pad))
@@ -99,7 +101,9 @@ def test_activations_are_those_of_each_window_alone(architecture, model_class, p
 def test_the_tokenizers_padding_side_does_not_matter(model_class, pad, tiny_texts):
     tokenizer = make_tokenizer(pad=pad)
     tokenizer.padding_side = "left"
-    found, _ = collect(ActivationStream(make_model("gpt2", model_class, tokenizer), tiny_texts[:5], HOOK, context_size=20))
+    found, _ = collect(
+        ActivationStream(make_model("gpt2", model_class, tokenizer), tiny_texts[:5], HOOK, context_size=20)
+    )
     close(found, one_window_at_a_time("gpt2", tiny_texts[:5], layer=1, context_size=20)[1])
 
 
@@ -138,7 +142,9 @@ def test_rows_know_where_they_come_from(llama, tiny_texts):
         context = batch.context(torch.arange(len(batch)))
         assert torch.equal(context[torch.arange(len(batch)), batch.positions], batch.token_ids)
         assert (context[:, 0] == BOS).all()
-        assert all(column.device.type == "cpu" and column.dtype == torch.int64 for column in (batch.windows, batch.positions))
+        assert all(
+            column.device.type == "cpu" and column.dtype == torch.int64 for column in (batch.windows, batch.positions)
+        )
     _, columns = collect(stream)
     assert columns["sequence_ids"].unique().tolist() == list(range(next_sequence))
     assert columns["document_ids"].unique().tolist() == list(range(len(tiny_texts)))
@@ -211,7 +217,10 @@ def test_the_pass_stops_at_the_last_hook(model, tiny_texts):
         list(ActivationStream(model, tiny_texts[:3], ["blocks.0.hook_mlp_out", "hook_embed"], context_size=16))
         assert fired == []
         list(ActivationStream(model, tiny_texts[:3], HOOK, context_size=16, batch_size=50))
-        assert set(fired) <= {names[0], names[1]}  # a block's output is the input of the next, which then runs no further
+        assert set(fired) <= {
+            names[0],
+            names[1],
+        }  # a block's output is the input of the next, which then runs no further
         fired.clear()
         list(ActivationStream(model, tiny_texts[:3], "blocks.2.hook_resid_post", context_size=16))
         assert resolve_hook(model, "unembed.hook_out") not in fired
@@ -323,7 +332,13 @@ def test_a_chat_has_one_bos(llama):
 
 @pytest.mark.parametrize(
     ("seqpos_slice", "positions"),
-    [((None,), range(1, 10)), ((4,), range(1, 4)), ((2, 5), [2, 3, 4]), ((1, None, 3), [1, 4, 7]), ((-2, None), [8, 9])],
+    [
+        ((None,), range(1, 10)),
+        ((4,), range(1, 4)),
+        ((2, 5), [2, 3, 4]),
+        ((1, None, 3), [1, 4, 7]),
+        ((-2, None), [8, 9]),
+    ],
 )
 def test_seqpos_slice(tiny_bridge, tiny_texts, seqpos_slice, positions):
     stream = ActivationStream(tiny_bridge, tiny_texts, HOOK, context_size=10, seqpos_slice=seqpos_slice)
@@ -369,7 +384,9 @@ def test_what_the_users_hooks_change_is_what_is_read(model, tiny_texts):
     plain = next(iter(stream))
     with model.hooks(fwd_hooks=[(name, lambda x, hook: x + 1)]):
         changed = next(iter(stream))
-    assert torch.equal(changed.activations["blocks.0.hook_resid_post"], plain.activations["blocks.0.hook_resid_post"] + 1)
+    assert torch.equal(
+        changed.activations["blocks.0.hook_resid_post"], plain.activations["blocks.0.hook_resid_post"] + 1
+    )
     assert not torch.allclose(changed.activations[HOOK], plain.activations[HOOK])
     assert torch.equal(next(iter(stream)).activations[HOOK], plain.activations[HOOK])
 
@@ -621,7 +638,9 @@ def test_a_model_without_a_tokenizer(model_class, tiny_texts):
     with pytest.raises(ValueError, match="no tokenizer"):
         list(ActivationStream(model, tiny_texts, HOOK, context_size=16, exclude_special_tokens=False))
     with pytest.raises(ValueError, match="no BOS token"):
-        ActivationStream(model, [{"tokens": [5, 6]}], HOOK, context_size=16, exclude_special_tokens=False, prepend_bos=True)
+        ActivationStream(
+            model, [{"tokens": [5, 6]}], HOOK, context_size=16, exclude_special_tokens=False, prepend_bos=True
+        )
     ids = [{"tokens": [5, 6, 7]}]
     found, columns = collect(ActivationStream(model, ids, HOOK, context_size=16, exclude_special_tokens=False))
     assert columns["token_ids"].tolist() == [5, 6, 7] and len(found) == 3

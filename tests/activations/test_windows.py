@@ -49,7 +49,12 @@ def test_text_that_holds_bos_gets_no_second():
 def test_a_chat_template_gives_one_bos():
     messages = [{"role": "user", "content": "So?"}, {"role": "assistant", "content": "Yes."}]
     chats = datasets.Dataset.from_dict({"messages": [messages, messages]})
-    for rows in (chats, chats.to_iterable_dataset(), [{"messages": messages}] * 2, chats.rename_column("messages", "chat")):
+    for rows in (
+        chats,
+        chats.to_iterable_dataset(),
+        [{"messages": messages}] * 2,
+        chats.rename_column("messages", "chat"),
+    ):
         name = "messages" if not isinstance(rows, datasets.Dataset) else rows.column_names[0]
         found = windows(rows, context_size=64, text_column=name)
         assert found == [(i, [BOS, *plain("[user] So?\n[assistant] Yes.\n")]) for i in range(2)]

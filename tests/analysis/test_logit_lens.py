@@ -61,7 +61,9 @@ def test_formula(name, kind, n, request, unlike_one, monkeypatch):
 @pytest.mark.parametrize("pair", [("tiny_hooked", "tiny_bridge"), ("tiny_gpt2_hooked", "tiny_gpt2_bridge")])
 def test_both_model_classes_give_the_same_figures(pair, request):
     hooked, bridged = (logit_lens(request.getfixturevalue(name), DIRECTIONS) for name in pair)
-    assert torch.equal(hooked.promoted_ids, bridged.promoted_ids) and torch.equal(hooked.suppressed_ids, bridged.suppressed_ids)
+    assert torch.equal(hooked.promoted_ids, bridged.promoted_ids) and torch.equal(
+        hooked.suppressed_ids, bridged.suppressed_ids
+    )
     assert torch.allclose(hooked.promoted_logits, bridged.promoted_logits, atol=1e-5)
     assert torch.allclose(hooked.suppressed_logits, bridged.suppressed_logits, atol=1e-5)
 
@@ -70,9 +72,13 @@ def test_both_model_classes_give_the_same_figures(pair, request):
 def test_it_is_what_the_model_says_of_a_residual_stream_that_is_the_direction(name, request):
     model = request.getfixturevalue(name)
     u = DIRECTIONS[3] / DIRECTIONS[3].norm()
-    point = next(hook for hook in ("blocks.2.hook_out", "blocks.2.hook_resid_post") if hook in dict(model.named_modules()))
+    point = next(
+        hook for hook in ("blocks.2.hook_out", "blocks.2.hook_resid_post") if hook in dict(model.named_modules())
+    )
     with torch.no_grad():
-        logits = model.run_with_hooks(torch.tensor([[5, 6]]), fwd_hooks=[(point, lambda x, hook: u.expand_as(x).clone())])[0, -1]
+        logits = model.run_with_hooks(
+            torch.tensor([[5, 6]]), fwd_hooks=[(point, lambda x, hook: u.expand_as(x).clone())]
+        )[0, -1]
     result = logit_lens(model, DIRECTIONS[3:4])
     assert torch.allclose(result.promoted_logits[0], logits.topk(10).values, atol=1e-5)
     assert torch.equal(result.promoted_ids[0], logits.topk(10).indices)
@@ -87,16 +93,23 @@ def test_folded_norms_keep_the_order(name, request, unlike_one):
     result = logit_lens(folded, DIRECTIONS)
     # The final norm ignores the mean under LN, and centring the unembedding shifts all logits of a direction alike.
     shift = (result.promoted_logits - plain.promoted_logits)[:, :1]
-    assert torch.equal(result.promoted_ids, plain.promoted_ids) and torch.equal(result.suppressed_ids, plain.suppressed_ids)
+    assert torch.equal(result.promoted_ids, plain.promoted_ids) and torch.equal(
+        result.suppressed_ids, plain.suppressed_ids
+    )
     assert torch.allclose(result.promoted_logits, plain.promoted_logits + shift, atol=1e-4)
     assert torch.allclose(result.suppressed_logits, plain.suppressed_logits + shift, atol=1e-4)
 
 
 def folded_copy(model):
-    copy = type(model)(model.cfg.__class__.from_dict(model.cfg.to_dict() | {"tokenizer_name": None}), tokenizer=model.tokenizer)
+    copy = type(model)(
+        model.cfg.__class__.from_dict(model.cfg.to_dict() | {"tokenizer_name": None}), tokenizer=model.tokenizer
+    )
     copy.load_and_process_state_dict(
-        {name: tensor.clone() for name, tensor in model.state_dict().items()}, fold_ln=True, center_writing_weights=False,
-        center_unembed=model.cfg.normalization_type == "LN", fold_value_biases=False,
+        {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        fold_ln=True,
+        center_writing_weights=False,
+        center_unembed=model.cfg.normalization_type == "LN",
+        fold_value_biases=False,
     )
     return copy.eval()
 
@@ -107,7 +120,9 @@ def test_a_bridge_in_compatibility_mode_keeps_the_order(architecture):
     plain = logit_lens(model, DIRECTIONS)
     model.enable_compatibility_mode()
     result = logit_lens(model, DIRECTIONS)
-    assert torch.equal(result.promoted_ids, plain.promoted_ids) and torch.equal(result.suppressed_ids, plain.suppressed_ids)
+    assert torch.equal(result.promoted_ids, plain.promoted_ids) and torch.equal(
+        result.suppressed_ids, plain.suppressed_ids
+    )
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
@@ -131,7 +146,9 @@ def test_hooks_neither_run_nor_are_lost(name, kind, request):
 
 
 def test_only_the_direction_counts(tiny_bridge):
-    assert torch.equal(logit_lens(tiny_bridge, DIRECTIONS).promoted_ids, logit_lens(tiny_bridge, 4 * DIRECTIONS).promoted_ids)
+    assert torch.equal(
+        logit_lens(tiny_bridge, DIRECTIONS).promoted_ids, logit_lens(tiny_bridge, 4 * DIRECTIONS).promoted_ids
+    )
 
 
 def test_of_no_direction(tiny_bridge):

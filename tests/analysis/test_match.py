@@ -9,7 +9,7 @@ import torch
 from sae_lens import StandardSAE, StandardSAEConfig
 
 from saelens_ext import ExemplarPartition
-from saelens_ext.analysis import match
+from saelens_ext.analysis import match, match_null
 from saelens_ext.analysis.match import match_dictionaries
 
 
@@ -17,9 +17,13 @@ def units(n: int, d: int, seed: int) -> torch.Tensor:
     return torch.nn.functional.normalize(torch.randn(n, d, generator=torch.Generator().manual_seed(seed)), dim=1)
 
 
-def partition(rows: torch.Tensor, center: torch.Tensor | None = None, typical_norm: float | None = None) -> ExemplarPartition:
+def partition(
+    rows: torch.Tensor, center: torch.Tensor | None = None, typical_norm: float | None = None
+) -> ExemplarPartition:
     metadata = {} if typical_norm is None else {"typical_norm": typical_norm}
-    return ExemplarPartition.from_regions(rows, rows, torch.zeros(rows.shape[1]) if center is None else center, 0.5, metadata=metadata)
+    return ExemplarPartition.from_regions(
+        rows, rows, torch.zeros(rows.shape[1]) if center is None else center, 0.5, metadata=metadata
+    )
 
 
 def standard(rows: torch.Tensor) -> StandardSAE:
@@ -63,7 +67,9 @@ def slow_twin(a: np.ndarray, b: np.ndarray):
     for j in range(len(b)):
         backward.append(max(range(len(a)), key=lambda i: cosine[i, j]))
     mutual = [backward[j] == i for i, j in enumerate(forward)]
-    best = max(sum(cosine[i, j] for i, j in enumerate(chosen)) for chosen in itertools.permutations(range(len(b)), len(a)))
+    best = max(
+        sum(cosine[i, j] for i, j in enumerate(chosen)) for chosen in itertools.permutations(range(len(b)), len(a))
+    )
     return cosine, forward, backward, mutual, best
 
 
@@ -85,7 +91,11 @@ def test_the_two_roles_are_alike(planted):
     first, second, _ = planted
     there, back = match_dictionaries(first, second, seed=3), match_dictionaries(second, first, seed=3)
     for one, other in ((there.first, back.second), (there.second, back.first)):
-        assert torch.equal(one.nearest, other.nearest) and torch.equal(one.mutual, other.mutual) and torch.equal(one.fan_in, other.fan_in)
+        assert (
+            torch.equal(one.nearest, other.nearest)
+            and torch.equal(one.mutual, other.mutual)
+            and torch.equal(one.fan_in, other.fan_in)
+        )
         torch.testing.assert_close(one.cosine, other.cosine)
         assert one.cutoff == pytest.approx(other.cutoff)
     assert {tuple(pair) for pair in there.pairs.tolist()} == {(b, a) for a, b in back.pairs.tolist()}
@@ -104,11 +114,15 @@ def test_order_of_latents_does_not_matter(planted):
 
 @pytest.mark.parametrize("null", ["directions", "rotation"])
 def test_chance_passes_the_cutoff_as_often_as_it_says(null):
-    """Unrelated dictionaries of unequal size in an anisotropic space; the cutoffs differ with the size that is searched."""
+    """Unrelated dictionaries of unequal size in an anisotropic space; the cutoffs differ with the size that is
+    searched.
+    """
     stretch = torch.ones(32) if null == "rotation" else torch.linspace(4, 0.2, 32)
     shares = []
     for seed in range(8):
-        first, second = (torch.nn.functional.normalize(units(n, 32, s) * stretch, dim=1) for n, s in ((300, seed), (40, seed + 100)))
+        first, second = (
+            torch.nn.functional.normalize(units(n, 32, s) * stretch, dim=1) for n, s in ((300, seed), (40, seed + 100))
+        )
         result = match_dictionaries(first, second, null=null, level=0.9, one_to_one=False, seed=seed)
         shares += [result.first.share, result.second.share]
         assert result.second.cutoff > result.first.cutoff
@@ -120,7 +134,9 @@ def test_a_rotation_null_is_fooled_by_what_all_directions_share_and_the_other_is
     stretch = torch.cat([torch.ones(4), torch.full((60,), 0.05)]) if shared == "subspace" else torch.ones(64)
     mean = torch.zeros(64) if shared == "subspace" else units(1, 64, 7)[0]
     first, second = (torch.nn.functional.normalize(mean + units(200, 64, s) * stretch, dim=1) for s in (0, 1))
-    lenient, strict = (match_dictionaries(first, second, null=null, one_to_one=False) for null in ("rotation", "directions"))
+    lenient, strict = (
+        match_dictionaries(first, second, null=null, one_to_one=False) for null in ("rotation", "directions")
+    )
     assert lenient.first.share > 0.9 and strict.first.share < 0.1
 
 
@@ -138,8 +154,8 @@ def test_the_null_is_seeded_and_larger_dictionaries_are_sampled(planted, monkeyp
     first, second, _ = planted
     again = [match_dictionaries(first, second, seed=5).first.cutoff for _ in range(2)]
     assert again[0] == again[1] != match_dictionaries(first, second, seed=6).first.cutoff
-    monkeypatch.setattr(match, "_NULL_ROWS", 10)
-    monkeypatch.setattr(match, "_BLOCK", 7)
+    monkeypatch.setattr(match_null, "_NULL_ROWS", 10)
+    monkeypatch.setattr(match_null, "_BLOCK", 7)
     assert match_dictionaries(first, second, seed=5).first.cutoff == pytest.approx(again[0], abs=0.06)
 
 
@@ -154,7 +170,9 @@ def test_a_shared_centre_brings_back_what_other_origins_hide():
     own = match_dictionaries(*(partition(*side) for side in sides))
     shared = match_dictionaries(*(partition(*side) for side in sides), center="shared")
     assert shared.first.cosine.median() > own.first.cosine.median() + 0.1
-    given = match_dictionaries(*(partition(*side[:2]) for side in sides), center=torch.zeros(16), radius=[side[2] for side in sides])
+    given = match_dictionaries(
+        *(partition(*side[:2]) for side in sides), center=torch.zeros(16), radius=[side[2] for side in sides]
+    )
     assert given.settings["center"] == "given" and (given.first.nearest == torch.arange(30)).double().mean() > 0.9
     with pytest.raises(ValueError, match="needs the radius of both"):
         match_dictionaries(*(partition(*side[:2]) for side in sides), center="shared")
@@ -184,7 +202,9 @@ def test_dead_latents_match_nothing(planted):
 def test_tables_hold_both_sides(planted):
     first, second, order = planted
     table = match_dictionaries(first, second).to_dataframe()
-    assert len(table) == 100 and table.loc[("second", 0), "nearest"] == order[0] == table.loc[("second", 0), "one_to_one"]
+    assert (
+        len(table) == 100 and table.loc[("second", 0), "nearest"] == order[0] == table.loc[("second", 0), "one_to_one"]
+    )
     assert (table.loc["second", "one_to_one"] == -1).sum() == 20
     pairs = match_dictionaries(first, second, one_to_one=False).pairs_dataframe()
     assert pairs["cosine"].is_monotonic_decreasing and pairs["above_both_cutoffs"].head(20).all()

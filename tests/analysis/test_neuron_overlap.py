@@ -158,11 +158,15 @@ def test_the_effect_is_that_of_a_hook_by_hand(request, name, mode, positions):
     assert expected.abs().max() > 0.01
     assert torch.allclose(found.by_prompt, expected.double(), atol=1e-4)
     assert torch.allclose(found.effect, expected.double().mean(0), atol=1e-4)
-    assert not any(handle for point in model.hook_dict.values() for handle in getattr(point, "fwd_hooks", ())), "a hook stayed"
+    assert not any(handle for point in model.hook_dict.values() for handle in getattr(point, "fwd_hooks", ())), (
+        "a hook stayed"
+    )
 
 
 def test_log_probabilities_change_as_those_of_the_logits(tiny_bridge):
-    found = neuron_group_effect(tiny_bridge, NEURONS, GROUP, WEIGHTS, [5], PROMPTS[0], measure="log_probability", n_random=1)
+    found = neuron_group_effect(
+        tiny_bridge, NEURONS, GROUP, WEIGHTS, [5], PROMPTS[0], measure="log_probability", n_random=1
+    )
     ids = torch.tensor([[0, *tiny_bridge.tokenizer(PROMPTS[0], add_special_tokens=False)["input_ids"]]])
     with torch.no_grad():
         before = tiny_bridge(ids)[0, -1]
@@ -176,14 +180,18 @@ def test_neurons_that_write_a_token_are_told_from_random_ones(model_class):
     group = torch.tensor([5, 21, 33, 60])
     with torch.no_grad():
         hf_model.model.layers[2].mlp.down_proj.weight[:, group] = hf_model.lm_head.weight[[123]].T
-    model = load_model("tiny", model_class=model_class, hf_model=hf_model, tokenizer=models_zoo.make_tokenizer(), device="cpu")
+    model = load_model(
+        "tiny", model_class=model_class, hf_model=hf_model, tokenizer=models_zoo.make_tokenizer(), device="cpu"
+    )
     found = neuron_group_effect(
         model, "blocks.2.mlp.hook_post", group, torch.full((4,), 3.0), [123, 50], PROMPTS, n_random=99, confidence=0.9
     )
     assert found.effect[0] > found.control_high[0] and found.p_value[0] == pytest.approx(0.02)
     assert found.p_value[1] > 0.02
     assert found.control.shape == (99, 2)
-    assert (found.control_low < found.control.median(0).values).all() and (found.control.median(0).values < found.control_high).all()
+    assert (found.control_low < found.control.median(0).values).all() and (
+        found.control.median(0).values < found.control_high
+    ).all()
     inside = ((found.control >= found.control_low) & (found.control <= found.control_high)).double().mean(0)
     assert torch.allclose(inside, torch.full((2,), 0.9, dtype=torch.float64), atol=0.02)
     table = found.to_dataframe()
@@ -194,7 +202,9 @@ def test_a_group_that_is_random_itself_is_not_remarkable(tiny_hooked):
     p_values = []
     for seed in range(10):
         group = torch.randperm(D_MLP, generator=generator(seed))[:6]
-        found = neuron_group_effect(tiny_hooked, NEURONS, group, torch.ones(6), list(range(3, 23)), "x y", n_random=19, seed=seed)
+        found = neuron_group_effect(
+            tiny_hooked, NEURONS, group, torch.ones(6), list(range(3, 23)), "x y", n_random=19, seed=seed
+        )
         p_values.append(found.p_value)
     p = torch.cat(p_values)
     # Tokens of one draw go together, so 200 p-values are worth far fewer.
@@ -219,7 +229,9 @@ def test_random_groups_change_the_activation_by_the_same_norm(is_set):
 def test_random_groups_come_from_the_pool_and_the_seed(tiny_bridge, monkeypatch):
     seen = []
     real = _Change.hook
-    monkeypatch.setattr(_Change, "hook", lambda self, ways, columns: (seen.append(self.indices), real(self, ways, columns))[1])
+    monkeypatch.setattr(
+        _Change, "hook", lambda self, ways, columns: (seen.append(self.indices), real(self, ways, columns))[1]
+    )
     options = {"control_pool": [3, 4, 5, 6, 7, 8, 9], "n_random": 20}
     one = neuron_group_effect(tiny_bridge, NEURONS, GROUP, WEIGHTS, [5], PROMPTS, seed=1, batch_size=4, **options)
     assert seen[0].shape == (21, 3) and seen[0][0].tolist() == GROUP
@@ -293,6 +305,13 @@ def test_features_that_make_no_sense_are_refused(make, message):
     ],
 )
 def test_an_experiment_that_makes_no_sense_is_refused(tiny_bridge, changed, message):
-    arguments = {"hook_name": NEURONS, "neurons": GROUP, "weights": WEIGHTS, "tokens_of_interest": [5], "prompts": PROMPTS, "n_random": 2}
+    arguments = {
+        "hook_name": NEURONS,
+        "neurons": GROUP,
+        "weights": WEIGHTS,
+        "tokens_of_interest": [5],
+        "prompts": PROMPTS,
+        "n_random": 2,
+    }
     with pytest.raises(ValueError, match=message):
         neuron_group_effect(tiny_bridge, **(arguments | changed))

@@ -44,7 +44,12 @@ class CutStream(ActivationStream):
         windows = torch.full((int(sequence_ids[-1]) + 1, window + 1), -1)
         windows[:, 0] = 1
         windows[sequence_ids, positions] = token_ids = 100 + torch.arange(n) * 7 % 50
-        self.columns = {"token_ids": token_ids, "sequence_ids": sequence_ids, "positions": positions, "document_ids": sequence_ids // 2}
+        self.columns = {
+            "token_ids": token_ids,
+            "sequence_ids": sequence_ids,
+            "positions": positions,
+            "document_ids": sequence_ids // 2,
+        }
         self.x, self.windows = x, windows
 
     def __iter__(self):
@@ -91,7 +96,9 @@ def partition(**extra) -> ExemplarPartition:
 
 DICTIONARIES = {
     "standard": lambda: filled(StandardSAE(StandardSAEConfig(**options()))),
-    "standard_normalised": lambda: filled(StandardSAE(StandardSAEConfig(**options(normalize_activations="layer_norm")))),
+    "standard_normalised": lambda: filled(
+        StandardSAE(StandardSAEConfig(**options(normalize_activations="layer_norm")))
+    ),
     "topk": lambda: filled(TopKSAE(TopKSAEConfig(**options(k=3)))),
     "jumprelu": lambda: filled(JumpReLUSAE(JumpReLUSAEConfig(**options()))),
     "transcoder": lambda: filled(Transcoder(TranscoderConfig(**options(d_out=5, apply_b_dec_to_input=False)))),
@@ -102,7 +109,10 @@ DICTIONARIES = {
 
 
 def expected_context(stream: CutStream, row: int, context: int) -> list[int]:
-    window, position = stream.windows[stream.columns["sequence_ids"][row]].tolist(), int(stream.columns["positions"][row])
+    window, position = (
+        stream.windows[stream.columns["sequence_ids"][row]].tolist(),
+        int(stream.columns["positions"][row]),
+    )
     return [window[j] if 0 <= j < len(window) else -1 for j in range(position - context, position + context + 1)]
 
 
@@ -136,13 +146,17 @@ def test_profile_is_that_of_a_double_loop(name, monkeypatch):
         assert math.isclose(profile.max_activation[j], max(values, default=0), abs_tol=1e-5)
     if regions is None:
         members = active
-        assert_examples(profile.top, stream, [sorted(rows, key=lambda pair: (-pair[0], pair[1])) for rows in active], 4, 3)
+        assert_examples(
+            profile.top, stream, [sorted(rows, key=lambda pair: (-pair[0], pair[1])) for rows in active], 4, 3
+        )
         assert profile.boundary is None and profile.coherence is None and profile.mean_distance is None
         assert profile.n_unassigned == 0 and profile.latent_names[1] == "latent 1"
     else:
         members = [[(float(distances[i]), i) for i in range(150) if regions[i] == j] for j in range(K)]
         assert_examples(profile.top, stream, [sorted(rows) for rows in members], 4, 3)
-        assert_examples(profile.boundary, stream, [sorted(rows, key=lambda pair: (-pair[0], pair[1])) for rows in members], 3, 3)
+        assert_examples(
+            profile.boundary, stream, [sorted(rows, key=lambda pair: (-pair[0], pair[1])) for rows in members], 3, 3
+        )
         for j, rows in enumerate(members):
             expected = (sum(v for v, _ in rows) / len(rows), max(rows)[0]) if rows else (math.nan, math.nan)
             found = torch.stack([profile.mean_distance[j], profile.max_distance[j]])
@@ -216,7 +230,9 @@ def test_a_hook_z_sae_takes_flat_rows_and_is_left_as_it_was():
     sae = filled(StandardSAE(cfg))
     plain = filled(StandardSAE(StandardSAEConfig(**options())))
     x = integers(30, D, seed=4)
-    assert torch.equal(profile_dictionary(sae, CutStream(x, hook_name=hook)).counts, profile_dictionary(plain, CutStream(x)).counts)
+    assert torch.equal(
+        profile_dictionary(sae, CutStream(x, hook_name=hook)).counts, profile_dictionary(plain, CutStream(x)).counts
+    )
     assert sae.hook_z_reshaping_mode
     assert torch.equal(sae(x.reshape(1, 30, 2, 3)).reshape(30, D), plain(x))
 
@@ -242,7 +258,9 @@ def test_the_dictionary_is_left_as_it_is():
 def test_on_a_model_with_the_dictionarys_own_name_for_the_hook(model_name, tiny_texts, request):
     model = request.getfixturevalue(model_name)
     sae = StandardSAE(StandardSAEConfig(d_in=32, d_sae=40, metadata=SAEMetadata(hook_name="blocks.1.hook_resid_post")))
-    stream = ActivationStream(model, tiny_texts, "blocks.1.hook_resid_post", context_size=16, batch_size=4, max_tokens=300)
+    stream = ActivationStream(
+        model, tiny_texts, "blocks.1.hook_resid_post", context_size=16, batch_size=4, max_tokens=300
+    )
     profile = profile_dictionary(sae, stream, n_examples=3, context=2)
     x = torch.cat([batch.activations["blocks.1.hook_resid_post"] for batch in stream])
     with torch.no_grad():
@@ -258,7 +276,9 @@ def test_on_a_model_with_the_dictionarys_own_name_for_the_hook(model_name, tiny_
 
 
 def test_a_stream_over_several_hooks_gives_the_dictionarys(tiny_bridge, tiny_texts):
-    stream = ActivationStream(tiny_bridge, tiny_texts, ["blocks.0.hook_out", "blocks.1.hook_out"], context_size=16, max_tokens=100)
+    stream = ActivationStream(
+        tiny_bridge, tiny_texts, ["blocks.0.hook_out", "blocks.1.hook_out"], context_size=16, max_tokens=100
+    )
     sae = StandardSAE(StandardSAEConfig(d_in=32, d_sae=40, metadata=SAEMetadata(hook_name="blocks.1.hook_resid_post")))
     assert profile_dictionary(sae, stream).hook_name == "blocks.1.hook_out"
     assert profile_dictionary(sae, stream, hook_name="blocks.0.hook_out").hook_name == "blocks.0.hook_out"
@@ -272,13 +292,17 @@ def test_a_stream_over_several_hooks_gives_the_dictionarys(tiny_bridge, tiny_tex
 
 
 def test_several_dictionaries_in_one_pass(tiny_bridge, tiny_texts, monkeypatch):
-    stream = ActivationStream(tiny_bridge, tiny_texts, ["blocks.0.hook_out", "blocks.1.hook_out"], context_size=16, max_tokens=200)
+    stream = ActivationStream(
+        tiny_bridge, tiny_texts, ["blocks.0.hook_out", "blocks.1.hook_out"], context_size=16, max_tokens=200
+    )
     saes = [
         StandardSAE(StandardSAEConfig(d_in=32, d_sae=k, metadata=SAEMetadata(hook_name=f"blocks.{layer}.hook_out")))
         for k, layer in ((8, 1), (40, 0), (24, 1))
     ]
     alone, passes = [profile_dictionary(sae, stream, n_examples=3) for sae in saes], []
-    monkeypatch.setattr(ActivationStream, "__iter__", lambda self, inner=ActivationStream.__iter__: passes.append(1) or inner(self))
+    monkeypatch.setattr(
+        ActivationStream, "__iter__", lambda self, inner=ActivationStream.__iter__: passes.append(1) or inner(self)
+    )
     for one, other in zip(profile_dictionaries(saes, stream, n_examples=3), alone, strict=True):
         assert_same(one, other)
     assert passes == [1]
@@ -336,7 +360,9 @@ def profiles():
 
 @pytest.mark.parametrize("name", ["standard", "partition", "regions"])
 def test_saved_and_loaded(name, tmp_path):
-    profile = profile_dictionary(DICTIONARIES[name](), CutStream(integers(60, D)), n_boundary=0 if name == "regions" else 5)
+    profile = profile_dictionary(
+        DICTIONARIES[name](), CutStream(integers(60, D)), n_boundary=0 if name == "regions" else 5
+    )
     profile = replace(profile, latent_names=tuple(f"name <{j}>" for j in range(K)))
     assert profile.save(tmp_path / "deep" / "down") == tmp_path / "deep" / "down"
     assert_same(DictionaryProfile.load(tmp_path / "deep" / "down"), profile)
@@ -405,7 +431,9 @@ def test_truncated_files(name, left, profiles, tmp_path):
 def test_foreign_and_newer_descriptions(change, message, profiles, tmp_path):
     profiles[0].save(tmp_path)
     content = json.loads((tmp_path / "profile.json").read_text()) | change
-    (tmp_path / "profile.json").write_text(json.dumps({key: value for key, value in content.items() if value is not ...}))
+    (tmp_path / "profile.json").write_text(
+        json.dumps({key: value for key, value in content.items() if value is not ...})
+    )
     with pytest.raises(ValueError, match=message):
         DictionaryProfile.load(tmp_path)
 
@@ -448,7 +476,9 @@ def test_the_profile_of_another_dictionary_is_refused(profiles, tmp_path):
     assert_same(DictionaryProfile.load(tmp_path, own), profiles[0])
     own.cfg.metadata.hook_name = "blocks.0.hook_resid_post"
     assert_same(DictionaryProfile.load(tmp_path, own), profiles[0])
-    smaller = ExemplarPartition.from_regions(own.exemplars[:5], own.means[:5], own.center, 0.9, metadata={"hook_name": HOOK})
+    smaller = ExemplarPartition.from_regions(
+        own.exemplars[:5], own.means[:5], own.center, 0.9, metadata={"hook_name": HOOK}
+    )
     elsewhere = partition()
     elsewhere.cfg.metadata.hook_name = "blocks.1.hook_out"
     for other, message in ((smaller, "5"), (elsewhere, "blocks.1.hook_out")):

@@ -9,7 +9,11 @@ from saelens_ext.dictionaries.fit_exemplars import fit_exemplar_partition
 from saelens_ext.dictionaries.fit_snmf import fit_snmf
 from tests.models_zoo import make_model
 
-TEXTS = ["the cat sat on the mat and looked at the dog", "a dog ran after the cat and the cat ran away", "the mat was red and the dog was old"]
+TEXTS = [
+    "the cat sat on the mat and looked at the dog",
+    "a dog ran after the cat and the cat ran away",
+    "the mat was red and the dog was old",
+]
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,9 @@ def normal(*shape, seed=0):
 
 
 def standard():
-    sae = StandardSAE(StandardSAEConfig(d_in=D, d_sae=5, metadata=SAEMetadata(hook_name=HOOK), apply_b_dec_to_input=False))
+    sae = StandardSAE(
+        StandardSAEConfig(d_in=D, d_sae=5, metadata=SAEMetadata(hook_name=HOOK), apply_b_dec_to_input=False)
+    )
     with torch.no_grad():
         sae.W_enc.copy_(normal(D, 5, seed=1))
     return sae
@@ -35,19 +37,30 @@ def test_they_are_examples_of_the_latent_with_their_values_and_no_two_alike(make
     profile = profile_dictionary(sae, CutStream(x), n_random=DRAWN, seed=1)
     codes = sae.encode(x) if make is standard else None
     columns = CutStream(x).columns
-    where = {(int(d), int(p), int(t)): i for i, (d, p, t) in enumerate(zip(columns["sequence_ids"], columns["positions"], columns["token_ids"]))}
+    where = {
+        (int(d), int(p), int(t)): i
+        for i, (d, p, t) in enumerate(zip(columns["sequence_ids"], columns["positions"], columns["token_ids"]))
+    }
     for latent in range(profile.d_sae):
         rows = set()
         assert int((profile.random.token_ids[latent] >= 0).sum()) == min(DRAWN, int(profile.counts[latent]))
         for number in range(min(DRAWN, int(profile.counts[latent]))):
             key = (int(profile.random.positions[latent, number]), int(profile.random.token_ids[latent, number]))
-            candidates = [i for (d, p, t), i in where.items() if (p, t) == key and d // 2 == int(profile.random.document_ids[latent, number])]
+            candidates = [
+                i
+                for (d, p, t), i in where.items()
+                if (p, t) == key and d // 2 == int(profile.random.document_ids[latent, number])
+            ]
             value = float(profile.random.values[latent, number])
             if make is standard:
                 found = [i for i in candidates if abs(float(codes[i, latent]) - value) < 1e-6 and value != 0]
             else:
                 regions, distances = sae.assign(x[candidates])
-                found = [i for i, r, d in zip(candidates, regions, distances) if int(r) == latent and abs(float(d) - value) < 1e-6]
+                found = [
+                    i
+                    for i, r, d in zip(candidates, regions, distances)
+                    if int(r) == latent and abs(float(d) - value) < 1e-6
+                ]
             assert found
             rows.add(found[0])
         assert len(rows) == min(DRAWN, int(profile.counts[latent]))
@@ -58,7 +71,8 @@ def test_they_are_examples_of_the_latent_with_their_values_and_no_two_alike(make
 def test_they_do_not_depend_on_the_batches_but_on_the_seed():
     sae, x = standard(), normal(N, D)
     first, again, other = (
-        profile_dictionary(sae, CutStream(x, rows), n_random=DRAWN, seed=seed).random for rows, seed in ((1000, 0), (7, 0), (1000, 1))
+        profile_dictionary(sae, CutStream(x, rows), n_random=DRAWN, seed=seed).random
+        for rows, seed in ((1000, 0), (7, 0), (1000, 1))
     )
     assert torch.equal(first.document_ids, again.document_ids) and torch.equal(first.values, again.values)
     assert not torch.equal(first.document_ids, other.document_ids)

@@ -16,8 +16,14 @@ from tests.models_zoo import make_model
 
 PREFIX = "The assert statement"
 OPTIONS = {
-    "n": 24, "max_new_tokens": 5, "betas": (1.0, 1.25), "gammas": (0.3, 0.7), "n_clusters": (1, 24), "min_cluster_size": 1,
-    "n_resamples": 2, "max_rows": 6,
+    "n": 24,
+    "max_new_tokens": 5,
+    "betas": (1.0, 1.25),
+    "gammas": (0.3, 0.7),
+    "n_clusters": (1, 24),
+    "min_cluster_size": 1,
+    "n_resamples": 2,
+    "max_rows": 6,
 }
 
 
@@ -58,8 +64,12 @@ def test_what_it_finds(kept):
 def test_the_most_stable_clustering_is_chosen(kept):
     _, audit = kept
     (prefix,) = audit.prefixes
-    chosen = prefix.path[(prefix.path["beta"] == prefix.clusterer.beta) & (prefix.path["gamma"] == prefix.clusterer.gamma)].iloc[0]
-    assert chosen["n_clusters"] == prefix.clusterer.n_clusters_ and chosen["objective"] == pytest.approx(prefix.clusterer.objective_)
+    chosen = prefix.path[
+        (prefix.path["beta"] == prefix.clusterer.beta) & (prefix.path["gamma"] == prefix.clusterer.gamma)
+    ].iloc[0]
+    assert chosen["n_clusters"] == prefix.clusterer.n_clusters_ and chosen["objective"] == pytest.approx(
+        prefix.clusterer.objective_
+    )
     best = prefix.path["stability"].max()
     assert chosen["stability"] >= best - prefix.path.loc[prefix.path["stability"].idxmax(), "stability_se"] - 1e-12
 
@@ -73,7 +83,9 @@ def test_a_second_call_repeats_no_stage(kept, setting, monkeypatch):
     same(audit, audit_continuations(setting[0], PREFIX, setting[1], folder=folder, **OPTIONS))
 
 
-@pytest.mark.parametrize("stage", ["embed_continuations", "attribute_continuations", "rate_distortion_path", "validate_clusters"])
+@pytest.mark.parametrize(
+    "stage", ["embed_continuations", "attribute_continuations", "rate_distortion_path", "validate_clusters"]
+)
 def test_an_interrupted_audit_goes_on(kept, setting, stage, monkeypatch, tmp_path):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
@@ -99,8 +111,17 @@ def test_an_audit_that_failed_at_once_gives_way_to_another(setting, tmp_path):
 
 def test_settings_are_checked_before_anything_is_computed(setting):
     wrong = {
-        "n": 0, "top": 0, "max_rows": 0, "n_resamples": 1, "min_cluster_size": 0, "n_clusters": (5, 2), "strengths": (1.0,), "betas": (), "gammas": (2.0,),
-        "backend": "magic", "embedding": "none",
+        "n": 0,
+        "top": 0,
+        "max_rows": 0,
+        "n_resamples": 1,
+        "min_cluster_size": 0,
+        "n_clusters": (5, 2),
+        "strengths": (1.0,),
+        "betas": (),
+        "gammas": (2.0,),
+        "backend": "magic",
+        "embedding": "none",
     }
     for name, value in wrong.items():
         with pytest.raises(ValueError, match=name.removesuffix("s")):
@@ -120,10 +141,14 @@ def test_an_audit_knows_other_weights_again(setting, kept):
 
 
 def test_too_many_modes_are_shown_and_said(setting):
-    audit = audit_continuations(*setting[:1], PREFIX, setting[1], **OPTIONS | {"n_clusters": (2, 2), "betas": (4.0,), "gammas": (0.5,)})
+    audit = audit_continuations(
+        *setting[:1], PREFIX, setting[1], **OPTIONS | {"n_clusters": (2, 2), "betas": (4.0,), "gammas": (0.5,)}
+    )
     (found,) = audit.prefixes
     assert found.clusterer.n_clusters_ > 2 and found.validation is None
-    assert found.not_validated.startswith(f"The nearest to the number of modes asked for, {found.clusterer.n_clusters_}, is shown. No cell has 2 to 2")
+    assert found.not_validated.startswith(
+        f"The nearest to the number of modes asked for, {found.clusterer.n_clusters_}, is shown. No cell has 2 to 2"
+    )
 
 
 def test_one_bad_prefix_does_not_cost_the_others(setting, monkeypatch, tmp_path):
@@ -134,7 +159,9 @@ def test_one_bad_prefix_does_not_cost_the_others(setting, monkeypatch, tmp_path)
         return found.select([0]) if prefix == "Bad" else found
 
     monkeypatch.setattr(audit_module, "sample_continuations", one_row)
-    with pytest.raises(ValueError, match=r"1 of 2 prefixes could not be audited; 'Bad': 'Bad' gave 1 continuation\(s\)"):
+    with pytest.raises(
+        ValueError, match=r"1 of 2 prefixes could not be audited; 'Bad': 'Bad' gave 1 continuation\(s\)"
+    ):
         audit_continuations(setting[0], ["Bad", PREFIX], setting[1], folder=tmp_path, **OPTIONS | {"validate": False})
     assert (tmp_path / "prefix_001" / "clustering.json").exists()
 
@@ -160,14 +187,25 @@ def planted():
     group = torch.arange(20) % 2
     signatures = 0.1 * torch.randn(20, 6, generator=g)
     signatures[:, 4] += 3.0 * group
-    embeddings = torch.nn.functional.normalize(torch.stack((1.0 - group, group + 0.0), dim=1) + 0.1 * torch.randn(20, 2, generator=g), dim=1)
+    embeddings = torch.nn.functional.normalize(
+        torch.stack((1.0 - group, group + 0.0), dim=1) + 0.1 * torch.randn(20, 2, generator=g), dim=1
+    )
     continuations = ContinuationSet(
-        prompt="p", prefix="p", prefix_ids=(1, 2), token_ids=torch.arange(20)[:, None], lengths=torch.ones(20, dtype=torch.long),
-        texts=tuple(f"text {i}" for i in range(20)), log_probs=-torch.ones(20, 1), weights=torch.full((20,), 0.05),
-        embeddings=embeddings, signatures=signatures,
+        prompt="p",
+        prefix="p",
+        prefix_ids=(1, 2),
+        token_ids=torch.arange(20)[:, None],
+        lengths=torch.ones(20, dtype=torch.long),
+        texts=tuple(f"text {i}" for i in range(20)),
+        log_probs=-torch.ones(20, 1),
+        weights=torch.full((20,), 0.05),
+        embeddings=embeddings,
+        signatures=signatures,
     )
     clusterer = JointClusterer(1.0, 0.5, random_state=0).fit(embeddings.numpy(), signatures.numpy())
-    return PrefixAudit(continuations=continuations, clusterer=clusterer, path=pd.DataFrame(), validation=None), group.numpy()
+    return PrefixAudit(
+        continuations=continuations, clusterer=clusterer, path=pd.DataFrame(), validation=None
+    ), group.numpy()
 
 
 def test_distinguishing_sources_of_planted_modes():
@@ -191,7 +229,13 @@ def test_what_is_refused(kept, setting, tmp_path):
     with pytest.raises(ValueError, match="another config .*top_p: 0.9 there, 0.8 now"):
         audit_continuations(model, PREFIX, dictionaries, folder=folder, **OPTIONS, top_p=0.8)
     with pytest.raises(ValueError, match="another about .*dictionaries"):
-        audit_continuations(model, PREFIX, [make("standard", "blocks.0.hook_out", model.cfg.d_model, d_sae=32)], folder=folder, **OPTIONS)
+        audit_continuations(
+            model,
+            PREFIX,
+            [make("standard", "blocks.0.hook_out", model.cfg.d_model, d_sae=32)],
+            folder=folder,
+            **OPTIONS,
+        )
     with pytest.raises(ValueError, match="'tempreature'.*temperature"):
         audit_continuations(model, PREFIX, dictionaries, tempreature=2)
     for prefixes in ([], [PREFIX, PREFIX]):

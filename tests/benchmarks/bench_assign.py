@@ -1,8 +1,8 @@
 """Peak memory and time of assigning many activations to many exemplars; prints one JSON line.
 
 Run as ``python tests/benchmarks/bench_assign.py`` for 1,000,000 x 576 to 20,000 exemplars (2.3 GB of input, minutes of
-time); ``--rows 20000 --exemplars 2000`` is a quick run. The measurement runs in a process of its own. ``extra_mib`` is by
-how much its resident memory rose at most above inputs and outputs; the bound is 1,024 MiB.
+time); ``--rows 20000 --exemplars 2000`` is a quick run. The measurement runs in a process of its own. ``extra_mib`` is
+by how much its resident memory rose at most above inputs and outputs; the bound is 1,024 MiB.
 """
 
 import argparse

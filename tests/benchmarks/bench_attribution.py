@@ -35,11 +35,18 @@ KINDS = ("latent", "error", "mlp", "embedding")
 def random_transcoder(layer: int, d_model: int) -> SAE:
     """A dictionary of random directions, about 1 % of them active."""
     generator = torch.Generator().manual_seed(layer)
-    sae = SAE.from_dict({
-        "architecture": "transcoder", "d_in": d_model, "d_out": d_model, "d_sae": 8 * d_model, "dtype": "float32", "device": "cpu",
-        "apply_b_dec_to_input": False,
-        "metadata": {"hook_name": f"blocks.{layer}.ln2.hook_out", "hook_name_out": f"blocks.{layer}.mlp.hook_out"},
-    })  # fmt: skip
+    sae = SAE.from_dict(
+        {
+            "architecture": "transcoder",
+            "d_in": d_model,
+            "d_out": d_model,
+            "d_sae": 8 * d_model,
+            "dtype": "float32",
+            "device": "cpu",
+            "apply_b_dec_to_input": False,
+            "metadata": {"hook_name": f"blocks.{layer}.ln2.hook_out", "hook_name_out": f"blocks.{layer}.mlp.hook_out"},
+        }
+    )
     with torch.no_grad():
         for weights in (sae.W_enc, sae.W_dec):
             weights.copy_(torch.randn(weights.shape, generator=generator) / d_model**0.5)
@@ -59,7 +66,9 @@ class PerToken:
         self.m = len(continuations.prefix_ids)
         self.target = Target(model, self.m, "mean")
         self.sources = [
-            sources_of(site, saes[site.dictionary] if site.has_dictionary else None, prefix, KINDS, range(self.m), 10**6)
+            sources_of(
+                site, saes[site.dictionary] if site.has_dictionary else None, prefix, KINDS, range(self.m), 10**6
+            )
             for site in self.sites
         ]
 
@@ -123,7 +132,14 @@ def main() -> None:
 
     def ours():
         return attribute_continuations(
-            model, saes, found, backend=args.backend, batch_size=args.batch_size, kinds=KINDS, special_positions=True, max_sources=10**6
+            model,
+            saes,
+            found,
+            backend=args.backend,
+            batch_size=args.batch_size,
+            kinds=KINDS,
+            special_positions=True,
+            max_sources=10**6,
         )
 
     attribute_continuations(model, saes, found.select([0, 1]))  # loads what torch loads on first use
@@ -133,24 +149,30 @@ def main() -> None:
     shared, shared_seconds = timed(lambda: baseline.with_shared_forward(rows, args.batch_size))
     scale = args.continuations / args.timed
     largest = signatures.signatures.abs().max()
-    print(json.dumps({
-        "benchmark": "attribute_continuations",
-        "backend": args.backend,
-        "continuations": args.continuations,
-        "tokens": args.tokens,
-        "prefix_tokens": len(found.prefix_ids),
-        "sources": signatures.signatures.shape[1],
-        "seconds": round(seconds, 2),
-        "per_token_seconds": round(separate_seconds * scale, 2),
-        "per_token_shared_forward_seconds": round(shared_seconds * scale, 2),
-        "timed_continuations": args.timed,
-        "ratio": round(separate_seconds * scale / seconds, 1),
-        "ratio_shared_forward": round(shared_seconds * scale / seconds, 1),
-        "bound": 10,
-        "largest_difference": float((signatures.signatures[rows] - separate).abs().max() / largest),
-        "largest_difference_shared_forward": float((signatures.signatures[rows] - shared).abs().max() / largest),
-        "threads": torch.get_num_threads(),
-    }))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "benchmark": "attribute_continuations",
+                "backend": args.backend,
+                "continuations": args.continuations,
+                "tokens": args.tokens,
+                "prefix_tokens": len(found.prefix_ids),
+                "sources": signatures.signatures.shape[1],
+                "seconds": round(seconds, 2),
+                "per_token_seconds": round(separate_seconds * scale, 2),
+                "per_token_shared_forward_seconds": round(shared_seconds * scale, 2),
+                "timed_continuations": args.timed,
+                "ratio": round(separate_seconds * scale / seconds, 1),
+                "ratio_shared_forward": round(shared_seconds * scale / seconds, 1),
+                "bound": 10,
+                "largest_difference": float((signatures.signatures[rows] - separate).abs().max() / largest),
+                "largest_difference_shared_forward": float(
+                    (signatures.signatures[rows] - shared).abs().max() / largest
+                ),
+                "threads": torch.get_num_threads(),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

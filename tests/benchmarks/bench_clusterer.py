@@ -1,10 +1,11 @@
 """Time the published 20-cell grid of the joint clusterer against one k-means; prints one JSON line.
 
-Run as ``python tests/benchmarks/bench_clusterer.py`` for 500 continuations with 4,096 sparse heavy-tailed sources in eight
-modes; ``--dense`` makes every source non-zero, ``--paper`` uses the published scaling, ``--rows`` and ``--sources`` change the
-size. ``ratio`` is the time of the grid over that of ``KMeans(n_clusters=16, n_init=10)`` on the concatenated views, the
-medians of ``--repeats`` taken in turn in one process with one thread; times are of the processor, so that other work on
-the machine does not count. ``above`` counts cells whose objective exceeds that of the planted partition or of one cluster.
+Run as ``python tests/benchmarks/bench_clusterer.py`` for 500 continuations with 4,096 sparse heavy-tailed sources in
+eight modes; ``--dense`` makes every source non-zero, ``--paper`` uses the published scaling, ``--rows`` and
+``--sources`` change the size. ``ratio`` is the time of the grid over that of ``KMeans(n_clusters=16, n_init=10)`` on
+the concatenated views, the medians of ``--repeats`` taken in turn in one process with one thread; times are of the
+processor, so that other work on the machine does not count. ``above`` counts cells whose objective exceeds that of the
+planted partition or of one cluster.
 """
 
 import argparse
@@ -75,10 +76,18 @@ def main() -> None:
             grid()
             peak = round(tracemalloc.get_traced_memory()[1] / 2**20)
     line = {
-        "benchmark": "rate_distortion_path", "rows": args.rows, "sources": args.sources, "dense": args.dense, "scaling": scaling,
-        "grid_seconds": round(median(path), 2), "k_means_seconds": round(median(k_means), 2),
-        "ratio": round(median(path) / median(k_means), 2), "bound": 3, "above": int(count_above(found, mode)),
-        "clusters": [point.n_clusters for point in found.points], "peak_mib": peak,
+        "benchmark": "rate_distortion_path",
+        "rows": args.rows,
+        "sources": args.sources,
+        "dense": args.dense,
+        "scaling": scaling,
+        "grid_seconds": round(median(path), 2),
+        "k_means_seconds": round(median(k_means), 2),
+        "ratio": round(median(path) / median(k_means), 2),
+        "bound": 3,
+        "above": int(count_above(found, mode)),
+        "clusters": [point.n_clusters for point in found.points],
+        "peak_mib": peak,
     }
     print(json.dumps(line))
 

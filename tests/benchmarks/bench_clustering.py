@@ -1,8 +1,9 @@
 """Time LeaderClustering against the bare matrix products it cannot do without; prints one JSON line.
 
 Run as ``python tests/benchmarks/bench_clustering.py``; ``--rows 10000`` is a quick run. ``ratio`` is the median over
-``--repeats`` of (clustering time) / (time of the bare products of all rows with all final exemplars, same process, taken
-right after it); the bare products run in cache-sized blocks into a buffer that is reused, their fastest form here.
+``--repeats`` of (clustering time) / (time of the bare products of all rows with all final exemplars, same process,
+taken right after it); the bare products run in cache-sized blocks into a buffer that is reused, their fastest form
+here.
 """
 
 import argparse

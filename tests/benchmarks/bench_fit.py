@@ -1,9 +1,9 @@
 """Time five percentiles in one pass against one, end to end on the demo model; prints one JSON line.
 
-Run as ``python tests/benchmarks/bench_fit.py``; ``--tokens 5000`` is a quick run. ``ratio`` is the median over ``--repeats``
-of (five percentiles) / (one percentile, run right before). ``stopped_ratio`` compares a pass over the stream, which ends at
-the hooked layer, with full forward passes over the same windows. ``saved_ratio`` is bytes of ``cfg.json`` and
-``sae_weights.safetensors`` over bytes of the exemplar matrix, at the finest percentile.
+Run as ``python tests/benchmarks/bench_fit.py``; ``--tokens 5000`` is a quick run. ``ratio`` is the median over
+``--repeats`` of (five percentiles) / (one percentile, run right before). ``stopped_ratio`` compares a pass over the
+stream, which ends at the hooked layer, with full forward passes over the same windows. ``saved_ratio`` is bytes of
+``cfg.json`` and ``sae_weights.safetensors`` over bytes of the exemplar matrix, at the finest percentile.
 """
 
 import argparse

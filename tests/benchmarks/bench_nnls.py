@@ -61,19 +61,23 @@ def main() -> None:
         seconds, codes = timed(lambda: nnls(x, features))
         solutions.append(seconds)
     ratios = [a / b for a, b in zip(solutions, products)]
-    print(json.dumps({
-        "benchmark": "nnls",
-        "rows": args.rows,
-        "features": args.features,
-        "positive_codes": round(float((codes > 0).float().mean()), 3),
-        "largest_relative_kkt": largest_kkt(x[:2000], features, codes[:2000] * features.norm(dim=1)),
-        "nnls_s": round(statistics.median(solutions), 3),
-        "product_s": round(statistics.median(products), 3),
-        "ratio": round(statistics.median(ratios), 2),
-        "ratio_range": [round(min(ratios), 2), round(max(ratios), 2)],
-        "bound": 10,
-        "threads": torch.get_num_threads(),
-    }))
+    print(
+        json.dumps(
+            {
+                "benchmark": "nnls",
+                "rows": args.rows,
+                "features": args.features,
+                "positive_codes": round(float((codes > 0).float().mean()), 3),
+                "largest_relative_kkt": largest_kkt(x[:2000], features, codes[:2000] * features.norm(dim=1)),
+                "nnls_s": round(statistics.median(solutions), 3),
+                "product_s": round(statistics.median(products), 3),
+                "ratio": round(statistics.median(ratios), 2),
+                "ratio_range": [round(min(ratios), 2), round(max(ratios), 2)],
+                "bound": 10,
+                "threads": torch.get_num_threads(),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Time semi-NMF to the best loss of the published rule, and of overcomplete's SemiNMF where installed; one JSON line.
 
-Run as ``python tests/benchmarks/bench_semi_nmf.py``; ``--rows 3000 --components 50`` is a quick run. At sparsity 0.01 both
-methods start from the same singular components; the published rule runs ``--paper-iterations`` iterations. At sparsity
-1.0 both our fit and the peer's start from the peer's own random codes and features; the peer runs ``--peer-iterations``.
-``speedup`` is (time at which the other reached its best loss) / (time at which ours was at or below it).
+Run as ``python tests/benchmarks/bench_semi_nmf.py``; ``--rows 3000 --components 50`` is a quick run. At sparsity 0.01
+both methods start from the same singular components; the published rule runs ``--paper-iterations`` iterations. At
+sparsity 1.0 both our fit and the peer's start from the peer's own random codes and features; the peer runs
+``--peer-iterations``. ``speedup`` is (time at which the other reached its best loss) / (time at which ours was at or
+below it).
 """
 
 import argparse
@@ -27,14 +28,20 @@ def trace(x: torch.Tensor, start: tuple, **options) -> list[tuple[float, float]]
     seen: list[tuple[float, float]] = []
     begin = time.perf_counter()
     semi_nmf(
-        x, start[1].shape[0], start=start, on_metrics=lambda m: seen.append((time.perf_counter() - begin, m["loss"])), **options
+        x,
+        start[1].shape[0],
+        start=start,
+        on_metrics=lambda m: seen.append((time.perf_counter() - begin, m["loss"])),
+        **options,
     )
     return seen
 
 
 @functools.cache
 def peer_update():
-    """The peer's update, without the rest of the peer: its package imports vision libraries that are not needed here."""
+    """The peer's update, without the rest of the peer: its package imports vision libraries that are not needed
+    here.
+    """
     spec = importlib.util.find_spec("overcomplete")
     if spec is None:
         raise ImportError("overcomplete")
@@ -104,7 +111,9 @@ def main() -> None:
             start = initialise(x, k, "svd", torch.Generator().manual_seed(0))
             paper = trace(x, start, method="paper", max_iter=args.paper_iterations)
             ours = trace(x, start, max_iter=args.max_iter)
-            cases.append({"rows": n, "components": k, "sparsity": 0.01, "other": "published rule"} | compared(ours, paper))
+            cases.append(
+                {"rows": n, "components": k, "sparsity": 0.01, "other": "published rule"} | compared(ours, paper)
+            )
             if args.peer_iterations:
                 cases.append(against_peer(x, k, args) | {"rows": n, "components": k})
     print(json.dumps({"benchmark": "semi_nmf", "bound": 5, "threads": torch.get_num_threads(), "cases": cases}))
@@ -117,7 +126,9 @@ def against_peer(x: torch.Tensor, k: int, args: argparse.Namespace) -> dict:
         peer = peer_trace(x, start, args.peer_iterations)
     except ImportError:
         return {"sparsity": 1.0, "other": "overcomplete is not installed"}
-    return {"sparsity": 1.0, "other": "overcomplete"} | compared(trace(x, start, sparsity=1.0, max_iter=args.max_iter), peer)
+    return {"sparsity": 1.0, "other": "overcomplete"} | compared(
+        trace(x, start, sparsity=1.0, max_iter=args.max_iter), peer
+    )
 
 
 if __name__ == "__main__":

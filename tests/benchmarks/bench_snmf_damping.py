@@ -1,9 +1,11 @@
 """What damping costs and what it buys, on real MLP activations; prints one JSON line.
 
-Run as ``python tests/benchmarks/bench_snmf_damping.py``. Two fits to disjoint halves of the activations, judged on a third
-part: ``held_out_loss``; ``active``, the share of codes above a twentieth of their feature's largest; ``cancelling``, the sum
-of squares of the features' own contributions over that of what they add up to; ``agreement``, the mean correlation of the
-codes of one half's features with those of the other's, matched one to one. ``published rule`` is ``method="paper"``.
+Run as ``python tests/benchmarks/bench_snmf_damping.py``. Two fits to disjoint halves of the activations, judged on a
+third
+part: ``held_out_loss``; ``active``, the share of codes above a twentieth of their feature's largest; ``cancelling``,
+the sum of squares of the features' own contributions over that of what they add up to; ``agreement``, the mean
+correlation of the codes of one half's features with those of the other's, matched one to one. ``published rule`` is
+``method="paper"``.
 """
 
 import argparse
@@ -50,11 +52,24 @@ def main() -> None:
 
     first, second, judged = mlp_activations(2 * args.rows + 4_000).split([args.rows, args.rows, 4_000])
     cases = []
-    for name, options in [("published rule", {"method": "paper"}), *((f"damping {d}", {"damping": d}) for d in (0, 0.1, 0.2, 0.5))]:
+    for name, options in [
+        ("published rule", {"method": "paper"}),
+        *((f"damping {d}", {"damping": d}) for d in (0, 0.1, 0.2, 0.5)),
+    ]:
         fits = [semi_nmf(x, args.components, init=args.init, **options).features for x in (first, second)]
         case = figures(judged, fits[0]) | {"agreement": agreement(judged, *fits)}
         cases.append({"fit": name} | {key: round(value, 3) for key, value in case.items()})
-    print(json.dumps({"benchmark": "snmf_damping", "rows": args.rows, "components": args.components, "init": args.init, "cases": cases}))
+    print(
+        json.dumps(
+            {
+                "benchmark": "snmf_damping",
+                "rows": args.rows,
+                "components": args.components,
+                "init": args.init,
+                "cases": cases,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -61,9 +61,13 @@ def place(tmp_path_factory):
 def reading(place) -> list[str]:
     """What a build reads."""
     return [
-        f"--model_name={place / 'model'}", f"--dataset_path={place / 'text.jsonl'}", "--context_size=16", "--training_tokens=600",
-        "--store_batch_size_prompts=4", "--checkpoint_path=none",
-    ]  # fmt: skip
+        f"--model_name={place / 'model'}",
+        f"--dataset_path={place / 'text.jsonl'}",
+        "--context_size=16",
+        "--training_tokens=600",
+        "--store_batch_size_prompts=4",
+        "--checkpoint_path=none",
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -73,7 +77,19 @@ def built(place, reading) -> dict[str, Path]:
     more = ["--n_eval_batches=1", f"--output_path={place / 'built'}", "--quiet"]
     partitions = ["--dictionary.percentile=5,20", "--dictionary.calibration_activations=200"]
     assert main(["exemplars", *reading, *more, f"--hook_name={HOOK}", *partitions]) == 0
-    assert main(["snmf", *reading, *more, f"--hook_name={NEURONS}", "--dictionary.n_components=4", "--dictionary.sparsity=0.2"]) == 0
+    assert (
+        main(
+            [
+                "snmf",
+                *reading,
+                *more,
+                f"--hook_name={NEURONS}",
+                "--dictionary.n_components=4",
+                "--dictionary.sparsity=0.2",
+            ]
+        )
+        == 0
+    )
     names = {"fine": f"{HOOK}_exemplars_p5", "coarse": f"{HOOK}_exemplars_p20", "snmf": f"{NEURONS}_snmf_k4_s0.2"}
     return {key: place / "built" / name for key, name in names.items()}
 
@@ -82,10 +98,22 @@ def built(place, reading) -> dict[str, Path]:
 def offline(tmp_path, monkeypatch):
     """wandb as a child of its agent finds it, but offline; its files are below the folder."""
     settings = {
-        "MODE": "offline", "DIR": tmp_path, "SILENT": "true", "SWEEP_ID": "swept", "RUN_ID": "point1", "PROJECT": "of_the_sweep",
-        "CONFIG_DIR": tmp_path / "config", "CACHE_DIR": tmp_path / "cache", "DATA_DIR": tmp_path / "data", "DISABLE_GIT": "true",
-        "DISABLE_CODE": "true", "CONSOLE": "off", "X_DISABLE_STATS": "true", "X_DISABLE_META": "true", "X_SAVE_REQUIREMENTS": "false",
-    }  # fmt: skip
+        "MODE": "offline",
+        "DIR": tmp_path,
+        "SILENT": "true",
+        "SWEEP_ID": "swept",
+        "RUN_ID": "point1",
+        "PROJECT": "of_the_sweep",
+        "CONFIG_DIR": tmp_path / "config",
+        "CACHE_DIR": tmp_path / "cache",
+        "DATA_DIR": tmp_path / "data",
+        "DISABLE_GIT": "true",
+        "DISABLE_CODE": "true",
+        "CONSOLE": "off",
+        "X_DISABLE_STATS": "true",
+        "X_DISABLE_META": "true",
+        "X_SAVE_REQUIREMENTS": "false",
+    }
     for name, value in settings.items():
         monkeypatch.setenv(f"WANDB_{name}", str(value))
     wandb.teardown()  # it keeps the settings of its first use

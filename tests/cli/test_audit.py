@@ -10,9 +10,16 @@ from saelens_ext.cli import audit as audit_command
 from tests.cli.conftest import logged_run
 
 SMALL = [
-    "--n=16", "--max_new_tokens=5", "--betas=1.0,1.25", "--gammas=[0.3, 0.7]", "--n_clusters=1,24", "--min_cluster_size=1", "--n_resamples=2",
-    "--max_rows=4", "--strengths=-1,1",
-]  # fmt: skip
+    "--n=16",
+    "--max_new_tokens=5",
+    "--betas=1.0,1.25",
+    "--gammas=[0.3, 0.7]",
+    "--n_clusters=1,24",
+    "--min_cluster_size=1",
+    "--n_resamples=2",
+    "--max_rows=4",
+    "--strengths=-1,1",
+]
 PREFIX = "The assert statement"
 
 
@@ -26,10 +33,16 @@ def test_an_audit(asked, command, tmp_path):
     found = command(*asked, f"--prefix={PREFIX}", f"--output_path={tmp_path}", "--json")
     assert found.status == 0, found.err
     (one,) = found.data["prefixes"]
-    assert one["prefix"] == PREFIX and one["n_continuations"] == 16 and sum(mode["n_members"] for mode in one["modes"]) == 16
+    assert (
+        one["prefix"] == PREFIX
+        and one["n_continuations"] == 16
+        and sum(mode["n_members"] for mode in one["modes"]) == 16
+    )
     assert found.data["claim"] or one["not_validated"]
     rows = pd.read_csv(tmp_path / "continuations.csv")
-    assert len(rows) == 16 and rows["cluster"].nunique() == len(pd.read_csv(tmp_path / "modes.csv")) == one["n_clusters"]
+    assert (
+        len(rows) == 16 and rows["cluster"].nunique() == len(pd.read_csv(tmp_path / "modes.csv")) == one["n_clusters"]
+    )
     page = (tmp_path / "report.html").read_text()
     assert page.startswith("<!") and PREFIX in page
     assert set(found.data["files"]) == {"continuations", "modes", "report"}
@@ -45,7 +58,10 @@ def test_ctrl_c_says_where_the_stages_are(asked, command, tmp_path, monkeypatch)
 
     monkeypatch.setattr("saelens_ext.audit.audit.attribute_continuations", interrupted)
     found = command(*asked, f"--prefix={PREFIX}", f"--output_path={tmp_path}")
-    assert found.status == 130 and f"Stages that were finished are in {tmp_path}; the same command goes on from there." in found.error
+    assert (
+        found.status == 130
+        and f"Stages that were finished are in {tmp_path}; the same command goes on from there." in found.error
+    )
     assert (tmp_path / "prefix_000" / "continuations").exists()
 
 

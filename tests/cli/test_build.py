@@ -23,7 +23,14 @@ def test_dictionaries_lie_in_folders_of_their_names(built):
 
 
 def test_results_go_to_stdout_and_all_else_to_stderr(reading, command):
-    arguments = ["exemplars", *reading, f"--hook_name={HOOK}", "--n_eval_batches=0", "--profile=false", "--output_path=none"]
+    arguments = [
+        "exemplars",
+        *reading,
+        f"--hook_name={HOOK}",
+        "--n_eval_batches=0",
+        "--profile=false",
+        "--output_path=none",
+    ]
     people = command(*arguments)
     assert people.status == 0 and "Loading" in people.err and "Loading" not in people.out
     head, row, *rest = people.out.splitlines()
@@ -44,13 +51,28 @@ def test_what_libraries_print_is_no_result(reading, command, monkeypatch):
         return open_model(config)
 
     monkeypatch.setattr(opening, "open_model", chatty)
-    found = command("exemplars", *reading, f"--hook_name={HOOK}", "--n_eval_batches=0", "--profile=false", "--output_path=none", "--json")
+    found = command(
+        "exemplars",
+        *reading,
+        f"--hook_name={HOOK}",
+        "--n_eval_batches=0",
+        "--profile=false",
+        "--output_path=none",
+        "--json",
+    )
     assert "a banner" in found.err and len(found.data["dictionaries"]) == 1
 
 
 def test_ctrl_c_says_how_to_go_on_and_going_on_gives_the_same(reading, command, tmp_path, monkeypatch):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    arguments = ["exemplars", *reading, f"--hook_name={HOOK}", "--n_eval_batches=0", "--profile=false", "--dictionary.calibration_activations=200"]
+    arguments = [
+        "exemplars",
+        *reading,
+        f"--hook_name={HOOK}",
+        "--n_eval_batches=0",
+        "--profile=false",
+        "--dictionary.calibration_activations=200",
+    ]
     assert command(*arguments, f"--output_path={whole}").status == 0
     save = checkpoints.Checkpoint.save
 
@@ -82,7 +104,14 @@ def test_ctrl_c_after_the_pass_names_what_is_finished(reading, command, tmp_path
 
 
 def test_another_checkpoint_is_refused_by_name(reading, command, tmp_path):
-    arguments = ["exemplars", *reading, f"--hook_name={HOOK}", "--n_eval_batches=0", "--profile=false", "--output_path=none"]
+    arguments = [
+        "exemplars",
+        *reading,
+        f"--hook_name={HOOK}",
+        "--n_eval_batches=0",
+        "--profile=false",
+        "--output_path=none",
+    ]
     kept = [f"--checkpoint_path={tmp_path}", "--n_checkpoints=1", "--logger.wandb_id=mine"]
     assert command(*arguments, *kept).status == 0
     found = command(*arguments, *kept, f"--resume_from_checkpoint={tmp_path / 'mine'}", "--dictionary.percentile=3")
@@ -114,8 +143,21 @@ def test_the_demo_model_has_a_name(reading, command, tmp_path, monkeypatch, tiny
 
 @pytest.mark.parametrize("kind", ["HookedTransformer", "AutoModelForCausalLM"])
 def test_other_ways_of_loading(kind, reading, command, built):
-    arguments = ["exemplars", *reading, f"--hook_name={HOOK}", "--n_eval_batches=1", "--profile=false", "--output_path=none", "--json"]
-    found = command(*arguments, f"--model_class_name={kind}", "--dictionary.percentile=5", "--dictionary.calibration_activations=200")
+    arguments = [
+        "exemplars",
+        *reading,
+        f"--hook_name={HOOK}",
+        "--n_eval_batches=1",
+        "--profile=false",
+        "--output_path=none",
+        "--json",
+    ]
+    found = command(
+        *arguments,
+        f"--model_class_name={kind}",
+        "--dictionary.percentile=5",
+        "--dictionary.calibration_activations=200",
+    )
     assert found.status == 0, found.err
     (one,) = found.data["dictionaries"]
     assert one["d_sae"] == FitResult.load(built["fine"]).n_regions  # the same activations
@@ -127,9 +169,17 @@ def test_main_leaves_the_process_as_it_was(command, built):
     import sys
     import warnings
 
-    before = (list(logging.getLogger().handlers), logging.getLogger("saelens_ext").level, warnings.showwarning, sys.stdout, torch.is_grad_enabled())
+    before = (
+        list(logging.getLogger().handlers),
+        logging.getLogger("saelens_ext").level,
+        warnings.showwarning,
+        sys.stdout,
+        torch.is_grad_enabled(),
+    )
     command("match", built["fine"], built["coarse"])
     command("match", "a", "b")
-    assert (list(logging.getLogger().handlers), logging.getLogger("saelens_ext").level, warnings.showwarning) == before[:3]
+    assert (list(logging.getLogger().handlers), logging.getLogger("saelens_ext").level, warnings.showwarning) == before[
+        :3
+    ]
     assert (sys.stdout, torch.is_grad_enabled()) == before[3:]
     assert main(["--help"]) == 0

@@ -22,15 +22,24 @@ USAGE = [
     (["match", "a", "b", "--csv"], "--csv needs a value: --csv=FILE"),
     (["match", "a", "b", "--csv", "--json"], "--csv needs a value"),
     (["exemplars"], "hook_name must name at least one hook"),
-    (["exemplars", "--hook_name=x", "--percentile=3"], "There is no option --percentile. Did you mean --dictionary.percentile"),
+    (
+        ["exemplars", "--hook_name=x", "--percentile=3"],
+        "There is no option --percentile. Did you mean --dictionary.percentile",
+    ),
     (["exemplars", "--hook_name=x", "--modle_name=3"], "There is no option --modle_name. Did you mean --model_name"),
     (["exemplars", "--hook_name=x", "--model=3"], "There is no option --model."),  # not taken for its beginning
     (["exemplars", "--hook_name=x", "--dictionary.percentile=a"], "--dictionary.percentile takes P.*got 'a'"),
     (["exemplars", "--hook_name=x", "--dictionary.percentile=101"], r"percentile must lie in \(0, 100\), got 101"),
-    (["exemplars", "--hook_name=x", "--model_from_pretrained_kwargs={"], "--model_from_pretrained_kwargs takes JSON, got '{'"),
+    (
+        ["exemplars", "--hook_name=x", "--model_from_pretrained_kwargs={"],
+        "--model_from_pretrained_kwargs takes JSON, got '{'",
+    ),
     (["exemplars", "--hook_name=x"], "No dataset was named"),
     (["snmf", "--hook_name=x", "--dictionary.sparsity=2"], "sparsity must lie in"),
-    (["snmf", "--hook_name=x", "--model_name=demo", "--dataset_path=demo", "--model_class_name=HookedTransformer"], "SAETransformerBridge only"),
+    (
+        ["snmf", "--hook_name=x", "--model_name=demo", "--dataset_path=demo", "--model_class_name=HookedTransformer"],
+        "SAETransformerBridge only",
+    ),
     (["audit"], "No prefix was given"),
     (["audit", "--prefix=x"], "No dictionary was named"),
     (["audit", "--prefix=x", "--dictionaries=x", "--n_clusters=3"], "n_clusters must be the fewest and the most"),
@@ -38,7 +47,7 @@ USAGE = [
     (["eval", "x", "--n_eval_batches=0"], "--n_eval_batches must be at least 1"),
     (["demo", "--max_tokens=0"], "--max_tokens must be at least 1"),
     (["pull", "a/b"], "required: SAE_ID, FOLDER"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("arguments", "message"), USAGE, ids=[" ".join(arguments) for arguments, _ in USAGE])
@@ -60,18 +69,44 @@ FAILURES = [
     (["push", "nowhere", "a/b", "x"], "There is no directory nowhere"),
     (["pull", "a/b", "../x", "{tmp}/o"], "sae_id must be the path of a folder"),
     (["audit", "--prefixes={tmp}/none"], "No such file or directory: '.*none'"),
-    (["audit", "--prefix=x", "--dictionaries={fine}", "--output_path=none", "--model_name={place}/text.jsonl"], "could not be read: .*not a valid JSON"),
-    (["audit", "--prefix=x", "--dictionaries={fine}", "--output_path=none", "--model_name={place}/model", "--temperature=-1"], "temperature must be"),
-    (["exemplars", "--hook_name=blocks.1.hok_out", "{reading}", "--output_path=none"], "has no hook 'blocks.1.hok_out'. Did you mean 'blocks.1.hook_out'"),
-    (["exemplars", "--hook_name=x", "{reading}", "--output_path={fine}/cfg.json"], "cfg.json is a file, and results go into a folder"),
-    (["exemplars", "--hook_name=x", "{reading}", "--dataset_path={fine}/fit.safetensors"], "fit.safetensors is a file of an unknown kind"),
+    (
+        ["audit", "--prefix=x", "--dictionaries={fine}", "--output_path=none", "--model_name={place}/text.jsonl"],
+        "could not be read: .*not a valid JSON",
+    ),
+    (
+        [
+            "audit",
+            "--prefix=x",
+            "--dictionaries={fine}",
+            "--output_path=none",
+            "--model_name={place}/model",
+            "--temperature=-1",
+        ],
+        "temperature must be",
+    ),
+    (
+        ["exemplars", "--hook_name=blocks.1.hok_out", "{reading}", "--output_path=none"],
+        "has no hook 'blocks.1.hok_out'. Did you mean 'blocks.1.hook_out'",
+    ),
+    (
+        ["exemplars", "--hook_name=x", "{reading}", "--output_path={fine}/cfg.json"],
+        "cfg.json is a file, and results go into a folder",
+    ),
+    (
+        ["exemplars", "--hook_name=x", "{reading}", "--dataset_path={fine}/fit.safetensors"],
+        "fit.safetensors is a file of an unknown kind",
+    ),
     (["exemplars", "--hook_name=x", "{reading}", "--resume_from_checkpoint={tmp}"], "."),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("arguments", "message"), FAILURES, ids=[" ".join(arguments[:3]) for arguments, _ in FAILURES])
 def test_failures(arguments, message, command, built, place, reading, tmp_path):
-    words = [word for one in arguments for word in (reading if one == "{reading}" else [one.format(tmp=tmp_path, place=place, **built)])]
+    words = [
+        word
+        for one in arguments
+        for word in (reading if one == "{reading}" else [one.format(tmp=tmp_path, place=place, **built)])
+    ]
     found = command(*words, "--json")
     assert found.status == 1, found.err
     assert found.error.startswith("saelens-ext: error: ") and re.search(message, found.error), found.error
@@ -113,7 +148,10 @@ def test_an_unexpected_error_names_its_kind(command, built, monkeypatch):
 
     monkeypatch.setattr(inspection, "match_dictionaries", broken)
     found = command("match", built["fine"], built["coarse"])
-    assert (found.status, found.error) == (1, "saelens-ext: error: AttributeError: 'X' object has no attribute 'y' (--debug shows where)")
+    assert (found.status, found.error) == (
+        1,
+        "saelens-ext: error: AttributeError: 'X' object has no attribute 'y' (--debug shows where)",
+    )
 
 
 @pytest.mark.parametrize(("name", "words"), [("match", "Nothing was written"), ("push", "all together or not at all")])

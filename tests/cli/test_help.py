@@ -1,6 +1,5 @@
 """What the command says of itself."""
 
-
 import pytest
 
 from saelens_ext.cli.commands import COMMANDS
@@ -37,7 +36,11 @@ def test_every_command_explains_every_option(name, command):
     ("name", "shown"),
     [
         ("exemplars", "--dictionary.percentile P[,P…] Percentile or percentiles of the pairwise distances"),
-        ("exemplars", "--streaming true|false Read a named dataset as it arrives instead of downloading it first. (default: true)"),
+        (
+            "exemplars",
+            "--streaming true|false Read a named dataset as it arrives instead of downloading it first. (default: "
+            "true)",
+        ),
         ("snmf", "--dictionary.n_components K[,K…] Number or numbers of features. (default: 100)"),
         ("audit", "--gammas X[,X…] Shares of the semantic view to try. (default: 0.1,0.3,0.5,0.7,0.9)"),
         ("audit", "--logger.wandb_project TEXT Project of the runs. (default: saelens_ext)"),
@@ -60,14 +63,34 @@ def test_the_examples_are_understood(name):
 
 def test_spellings_of_options():
     command = COMMANDS["audit"]
-    for given in (["--max-new-tokens=3", "--betas=1,2"], ["--max_new_tokens", "3", "--betas=[1.0, 2]"], ["--max_new_tokens=3", "--betas", "1,2"]):
+    for given in (
+        ["--max-new-tokens=3", "--betas=1,2"],
+        ["--max_new_tokens", "3", "--betas=[1.0, 2]"],
+        ["--max_new_tokens=3", "--betas", "1,2"],
+    ):
         (_, settings), _ = parse(command, given)
         assert settings.max_new_tokens == 3 and settings.betas == (1, 2)
     (inputs, settings), output = parse(
-        command, ["--prefix=a, b", "--prefix", "c", "--dictionaries=x,y:z", "--stop=,", "--n_clusters=2,5", "--strengths=-1,0.5", "--json", "--validate=False"]
+        command,
+        [
+            "--prefix=a, b",
+            "--prefix",
+            "c",
+            "--dictionaries=x,y:z",
+            "--stop=,",
+            "--n_clusters=2,5",
+            "--strengths=-1,0.5",
+            "--json",
+            "--validate=False",
+        ],
     )
     assert list(inputs.prefix) == ["a, b", "c"] and inputs.dictionaries == ["x", "y:z"] and output.json
-    assert (settings.stop, settings.n_clusters, settings.strengths, settings.validate) == ((",",), (2, 5), (-1, 0.5), False)
+    assert (settings.stop, settings.n_clusters, settings.strengths, settings.validate) == (
+        (",",),
+        (2, 5),
+        (-1, 0.5),
+        False,
+    )
     assert parse(command, ['--stop=["a,", "\\n"]'])[0][1].stop == ("a,", "\n")
 
 

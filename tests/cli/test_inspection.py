@@ -43,8 +43,12 @@ def test_a_profile_is_that_of_the_run(name, copied, command):
 
 
 def test_a_profile_of_other_text(copied, command, tmp_path):
-    (tmp_path / "other.txt").write_text("\n".join(f"Sentence number {i} is about nothing in particular." for i in range(20)))
-    found = command("profile", copied["fine"], f"--dataset_path={tmp_path / 'other.txt'}", "--training_tokens=100", "--json")
+    (tmp_path / "other.txt").write_text(
+        "\n".join(f"Sentence number {i} is about nothing in particular." for i in range(20))
+    )
+    found = command(
+        "profile", copied["fine"], f"--dataset_path={tmp_path / 'other.txt'}", "--training_tokens=100", "--json"
+    )
     assert found.status == 0, found.err
     assert DictionaryProfile.load(copied["fine"]).n_activations == 100
 
@@ -55,7 +59,14 @@ def test_a_foreign_sae_needs_to_be_told_what_to_read(foreign, command, place):
     found = command("profile", foreign, f"--dataset_path={place / 'text.jsonl'}", "--training_tokens=200", "--json")
     assert found.status == 0, found.err
     assert found.data["profiles"][0]["latents"] == 12 and DictionaryProfile.load(foreign).n_activations == 200
-    evaluated = command("eval", foreign, f"--dataset_path={place / 'text.jsonl'}", "--n_eval_batches=1", "--store_batch_size_prompts=4", "--json")
+    evaluated = command(
+        "eval",
+        foreign,
+        f"--dataset_path={place / 'text.jsonl'}",
+        "--n_eval_batches=1",
+        "--store_batch_size_prompts=4",
+        "--json",
+    )
     assert evaluated.status == 0, evaluated.err
     assert evaluated.data["token_stats"]["unseen_documents"] is None  # nobody knows what it was trained on
     refused = command("report", foreign)
@@ -74,13 +85,22 @@ def test_an_evaluation_is_that_of_the_run(copied, command):
 
 
 def test_an_evaluation_of_something_without_a_value_is_strict_json(copied, command, monkeypatch):
-    monkeypatch.setattr("saelens_ext.runner.evaluation.evaluate", lambda *args: {"token_stats": {"a": float("nan"), "b": torch.tensor(2.0)}})
+    monkeypatch.setattr(
+        "saelens_ext.runner.evaluation.evaluate",
+        lambda *args: {"token_stats": {"a": float("nan"), "b": torch.tensor(2.0)}},
+    )
     found = command("eval", copied["fine"], "--json", "--save=false")
     assert found.data["token_stats"] == {"a": None, "b": 2.0}
 
 
 @pytest.mark.parametrize(
-    ("name", "more"), [("fine", []), ("fine", ["--lens=false", "--compare={coarse}"]), ("snmf", []), ("snmf", ["--lens=false", "--title=Of neurons"])]
+    ("name", "more"),
+    [
+        ("fine", []),
+        ("fine", ["--lens=false", "--compare={coarse}"]),
+        ("snmf", []),
+        ("snmf", ["--lens=false", "--title=Of neurons"]),
+    ],
 )
 def test_reports(name, more, copied, command, tmp_path):
     found = command("report", copied[name], *(one.format(**copied) for one in more), "--json")
@@ -114,7 +134,9 @@ def test_a_hierarchy(command, place, tmp_path, tiny_bridge, tiny_texts):
     assert [row["latents"] for row in profiled.data["profiles"]] == [4, 2]
     reported = command("report", folder, *named)
     assert reported.status == 0, reported.err
-    assert command("eval", folder, *named).error.endswith(f"evaluate the dictionary of one level, {folder}/level_0 for instance.")
+    assert command("eval", folder, *named).error.endswith(
+        f"evaluate the dictionary of one level, {folder}/level_0 for instance."
+    )
     assert "is a hierarchy of 2 dictionaries" in command("match", folder, folder).error
     assert command("match", folder / "level_0", folder / "level_0").status == 0
 
@@ -126,7 +148,9 @@ def test_match(built, command, tmp_path):
     expected = match_dictionaries(first, second, seed=3)
     assert found.data["first"] == json.loads(json.dumps(expected.summary()["first"]))
     rows = pd.read_csv(tmp_path / "m.csv")
-    assert len(rows) == first.cfg.d_sae + second.cfg.d_sae and list(rows["nearest"]) == list(expected.to_dataframe()["nearest"])
+    assert len(rows) == first.cfg.d_sae + second.cfg.d_sae and list(rows["nearest"]) == list(
+        expected.to_dataframe()["nearest"]
+    )
     people = command("match", built["fine"], built["fine"], "--center=shared", "--null=rotation")
     assert people.status == 0 and "100.0%" in people.out and "By chance 1.0%" in people.out
 

@@ -25,7 +25,9 @@ def test_push_and_pull(pushed, hub, built, command, tmp_path):  # noqa: F811
     assert "license: mit" in hub.repos[REPO].files["README.md"].decode()
     found = command("pull", REPO, "blocks.1/p5", tmp_path / "here", "--json")
     assert found.status == 0, found.err
-    assert {"cfg.json", "sae_weights.safetensors", "fit.json", "profile.json", "runner_cfg.json"} <= set(found.data["files"])
+    assert {"cfg.json", "sae_weights.safetensors", "fit.json", "profile.json", "runner_cfg.json"} <= set(
+        found.data["files"]
+    )
     ours, theirs = SAE.load_from_disk(built["fine"]), SAE.load_from_disk(tmp_path / "here")
     assert ours.W_dec.equal(theirs.W_dec)
     people = command("pull", REPO, "blocks.1/p5", tmp_path / "there")
@@ -54,9 +56,15 @@ def test_without_a_connection(built, command, tmp_path, monkeypatch, hub):  # no
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
+    )
     found = command("push", built["fine"], REPO, "x")
-    assert found.status == 1 and "The connection to http://127.0.0.1:9 failed" in found.error and "Nothing was published" in found.error
+    assert (
+        found.status == 1
+        and "The connection to http://127.0.0.1:9 failed" in found.error
+        and "Nothing was published" in found.error
+    )
     assert "127.0.0.1:9 " in command("pull", REPO, "x", tmp_path / "o").error
 
 
@@ -66,10 +74,16 @@ def test_convert(command, tmp_path):
     path = foreign.write(source, foreign.pickled(*foreign.make_state()))
     found = command("convert", path, tmp_path / "mine", "--json")
     assert found.status == 0, found.err
-    assert (found.data["n_regions"], found.data["hook_name"], found.data["percentile"]) == (12, "blocks.12.hook_resid_post", 10)
+    assert (found.data["n_regions"], found.data["hook_name"], found.data["percentile"]) == (
+        12,
+        "blocks.12.hook_resid_post",
+        10,
+    )
     assert PublishedDictionary.load(tmp_path / "mine").n_regions == 12
     assert SAE.load_from_disk(tmp_path / "mine").cfg.d_sae == 12
-    people = command("convert", path, tmp_path / "other", "--hook_name=blocks.3.hook_out", "--model_name=mine", "--percentile=5")
+    people = command(
+        "convert", path, tmp_path / "other", "--hook_name=blocks.3.hook_out", "--model_name=mine", "--percentile=5"
+    )
     assert people.out.startswith("12 regions of blocks.3.hook_out of mine at threshold 0.3")
     refused = command("convert", path, tmp_path / "none", f"--sha256={'0' * 64}")
     assert refused.status == 1 and "has SHA-256" in refused.error and not (tmp_path / "none").exists()

@@ -1,4 +1,6 @@
-"""The sweeps of the repository: every point is a command line that the command understands, and one of each really runs."""
+"""The sweeps of the repository: every point is a command line that the command understands, and one of each really
+runs.
+"""
 
 import itertools
 from pathlib import Path
@@ -27,7 +29,11 @@ def points(sweep: dict) -> list[dict]:
 
 def command_line(sweep: dict, point: dict) -> list[str]:
     """What ``wandb agent`` would run at a point, by wandb's own functions."""
-    macros = create_sweep_command_args({"args": point}) | {"program": [sweep["program"]], "env": ["/usr/bin/env"], "interpreter": ["python"]}
+    macros = create_sweep_command_args({"args": point}) | {
+        "program": [sweep["program"]],
+        "env": ["/usr/bin/env"],
+        "interpreter": ["python"],
+    }
     words = []
     for chunk in create_sweep_command(list(sweep["command"])):
         words += macros[chunk[2:-1]] if chunk.startswith("${") else [chunk]
@@ -74,16 +80,30 @@ def test_a_point_runs(path, offline, command, place, reading, built):
     torch.set_num_threads(1)
     # The same line with a tiny model: of an option that is given twice the last holds.
     tiny = {
-        "exemplars": [*reading, f"--hook_name={HOOK}", "--n_eval_batches=1", "--dictionary.calibration_activations=200"],
+        "exemplars": [
+            *reading,
+            f"--hook_name={HOOK}",
+            "--n_eval_batches=1",
+            "--dictionary.calibration_activations=200",
+        ],
         "snmf": [
-            *reading, f"--hook_name={NEURONS}", "--n_eval_batches=1", "--dictionary.n_components=4", "--dictionary.sparsity=0.2",
+            *reading,
+            f"--hook_name={NEURONS}",
+            "--n_eval_batches=1",
+            "--dictionary.n_components=4",
+            "--dictionary.sparsity=0.2",
             "--dictionary.held_out=0.3",
         ],
         "audit": [
-            f"--model_name={place / 'model'}", f"--dictionaries={built['fine']}", "--n=16", "--max_new_tokens=4", "--n_clusters=1,24",
-            "--min_cluster_size=1", "--n_resamples=2",
+            f"--model_name={place / 'model'}",
+            f"--dictionaries={built['fine']}",
+            "--n=16",
+            "--max_new_tokens=4",
+            "--n_clusters=1,24",
+            "--min_cluster_size=1",
+            "--n_resamples=2",
         ],
-    }[name]  # fmt: skip
+    }[name]
     found = command(name, *arguments, *tiny, f"--output_path={offline / 'out'}", "--json")
     assert found.status == 0, found.err
     run = logged_run(offline)

@@ -16,19 +16,27 @@ DOWN = [f"def f(x): return x + {n}" for n in range(8)]
 
 
 def directions(k):
-    return Detector.from_directions(torch.randn(k, models_zoo.D_MODEL, generator=torch.Generator().manual_seed(0)), HOOK)
+    return Detector.from_directions(
+        torch.randn(k, models_zoo.D_MODEL, generator=torch.Generator().manual_seed(0)), HOOK
+    )
 
 
 def test_the_score_is_chosen_on_one_half_and_judged_on_the_other(tiny_bridge):
     detector = directions(12)
-    compared = compare_detection(tiny_bridge, {"random": detector}, UP, DOWN, concept="cats", diff_means_at=HOOK, seed=3)
+    compared = compare_detection(
+        tiny_bridge, {"random": detector}, UP, DOWN, concept="cats", diff_means_at=HOOK, seed=3
+    )
     row, means = compared.rows
     (first_up, other_up), (first_down, other_down) = (split_sentences(s, seed=3) for s in (UP, DOWN))
     chosen = concept_scores(tiny_bridge, detector, first_up, first_down)
     best = detector.names.index(row.chosen)
     assert chosen.auroc[best] == chosen.auroc.max() == row.chosen_auroc and row.n_scores == 12
     judged = concept_scores(tiny_bridge, detector, other_up, other_down)
-    assert row.auroc == judged.auroc[best] and row.log_ratio == judged.log_ratio[best] and row.d_prime == judged.d_prime[best]
+    assert (
+        row.auroc == judged.auroc[best]
+        and row.log_ratio == judged.log_ratio[best]
+        and row.d_prime == judged.d_prime[best]
+    )
     assert means.method == "difference of means" and means.n_scores == 1 and means.auroc == 1
     assert list(compared.to_dataframe()["method"]) == ["random", "difference of means"]
     assert json.loads(json.dumps(compared.to_dict(), allow_nan=False))["rows"][0]["chosen"] == row.chosen

@@ -84,7 +84,9 @@ def token_rows(model, sentence: str, hook: str = RESIDUAL, context: int = CONTEX
     rows, name = [], resolve_hook(model, hook)
     for start in range(0, len(ids), context - 1):
         window = [0, *ids[start : start + context - 1]]
-        with model.hooks(fwd_hooks=[(name, lambda x, hook: rows.append(x[0, [i for i, t in enumerate(window) if t > 2]].flatten(1)))]):
+        with model.hooks(
+            fwd_hooks=[(name, lambda x, hook: rows.append(x[0, [i for i, t in enumerate(window) if t > 2]].flatten(1)))]
+        ):
             model(torch.tensor([window]))
     return torch.cat(rows)
 
@@ -104,10 +106,14 @@ def cosines(row: torch.Tensor, directions, center=0.0) -> list[torch.Tensor]:
 # --- sentence scores ---
 
 
-@pytest.mark.parametrize("hook, d", [(RESIDUAL, D), (NEURONS, D_MLP), ("blocks.2.attn.hook_z", D), ("model.layers.0", D)])
+@pytest.mark.parametrize(
+    "hook, d", [(RESIDUAL, D), (NEURONS, D_MLP), ("blocks.2.attn.hook_z", D), ("model.layers.0", D)]
+)
 def test_directions_are_scored_as_a_loop_over_tokens_does(model, hook, d):
     directions = normal(5, d)
-    table = sentence_scores(model, Detector.from_directions(directions, hook), SENTENCES, context_size=CONTEXT, batch_size=3)
+    table = sentence_scores(
+        model, Detector.from_directions(directions, hook), SENTENCES, context_size=CONTEXT, batch_size=3
+    )
     assert torch.allclose(table, by_loop(model, SENTENCES, lambda row: cosines(row, directions), hook), atol=1e-5)
     assert table.abs().max() <= 1 + 1e-6
 
@@ -132,7 +138,9 @@ def test_every_dictionary_is_scored_by_code_and_by_cosine(model, name):
         return sae.run_time_activation_norm_fn_in(row[None])[0] if name == "layer_norm" else row
 
     found = sentence_scores(model, Detector.from_dictionary(sae), SENTENCES, context_size=CONTEXT)
-    assert torch.allclose(found, by_loop(model, SENTENCES, lambda row: cosines(inside(row), sae.W_dec, sae.b_dec)), atol=1e-5)
+    assert torch.allclose(
+        found, by_loop(model, SENTENCES, lambda row: cosines(inside(row), sae.W_dec, sae.b_dec)), atol=1e-5
+    )
     raw = sentence_scores(model, Detector.from_dictionary(sae, center=False), SENTENCES, context_size=CONTEXT)
     assert torch.allclose(raw, by_loop(model, SENTENCES, lambda row: cosines(inside(row), sae.W_dec)), atol=1e-5)
 
@@ -190,7 +198,9 @@ def test_special_tokens_have_no_score(model):
         seen.append(x)
         return x[:, :1]
 
-    sentence_scores(model, Detector(hook_name="hook_embed", names=("x",), score=score, row_cost=1), SENTENCES, context_size=CONTEXT)
+    sentence_scores(
+        model, Detector(hook_name="hook_embed", names=("x",), score=score, row_cost=1), SENTENCES, context_size=CONTEXT
+    )
     rows = torch.cat(seen)
     n = sum(i > 2 for s in SENTENCES for i in model.tokenizer(s, add_special_tokens=False)["input_ids"])
     assert len(rows) == n
@@ -230,12 +240,16 @@ def test_scores_are_the_statistics_of_the_sentence_scores(model):
     detector = Detector.from_directions(normal(7, D), RESIDUAL, names=list("abcdefg"))
     scores = concept_scores(model, detector, SENTENCES[:2], SENTENCES[2:], context_size=CONTEXT)
     expected = by_loop(model, SENTENCES, lambda row: cosines(row, normal(7, D)))
-    assert torch.allclose(scores.activating, expected[:2], atol=1e-5) and torch.allclose(scores.neutral, expected[2:], atol=1e-5)
+    assert torch.allclose(scores.activating, expected[:2], atol=1e-5) and torch.allclose(
+        scores.neutral, expected[2:], atol=1e-5
+    )
     a, b = scores.activating.double().mean(0), scores.neutral.double().mean(0)
     assert torch.equal(scores.log_ratio, log_ratio(a, b)) and torch.equal(scores.difference, a - b)
     wins = (scores.activating[:, None] > scores.neutral[None]).double().mean((0, 1))
     assert torch.allclose(scores.auroc, wins)
-    assert ((scores.auroc_low < scores.auroc) | (scores.auroc == 0)).all() and ((scores.auroc < scores.auroc_high) | (scores.auroc == 1)).all()
+    assert ((scores.auroc_low < scores.auroc) | (scores.auroc == 0)).all() and (
+        (scores.auroc < scores.auroc_high) | (scores.auroc == 1)
+    ).all()
 
 
 def test_swapping_the_sentences_turns_every_score_round(tiny_bridge):
@@ -269,9 +283,13 @@ def test_a_planted_feature_is_found_among_all_latents():
 
 def test_the_table_has_a_row_per_score(tiny_bridge):
     partition = dictionaries()["partition"]
-    table = concept_scores(tiny_bridge, Detector.from_dictionary(partition), SENTENCES[:2], SENTENCES[2:]).to_dataframe()
+    table = concept_scores(
+        tiny_bridge, Detector.from_dictionary(partition), SENTENCES[:2], SENTENCES[2:]
+    ).to_dataframe()
     assert table["name"].tolist() == [f"region {i}" for i in range(12)]
-    assert {"log_ratio", "has_positive_means", "difference", "d_prime", "auroc", "auroc_low", "auroc_high"} < set(table.columns)
+    assert {"log_ratio", "has_positive_means", "difference", "d_prime", "auroc", "auroc_low", "auroc_high"} < set(
+        table.columns
+    )
     assert table.notna().all(axis=None)
 
 
@@ -282,7 +300,14 @@ def test_the_table_has_a_row_per_score(tiny_bridge):
 @pytest.mark.parametrize("weighting", ["sentence", "token"])
 def test_a_difference_of_means_is_what_a_loop_gives(model, weighting, equal_norms):
     found = diff_means(
-        model, RESIDUAL, SENTENCES[:3], SENTENCES[3:], weighting=weighting, equal_norms=equal_norms, context_size=CONTEXT, batch_size=2
+        model,
+        RESIDUAL,
+        SENTENCES[:3],
+        SENTENCES[3:],
+        weighting=weighting,
+        equal_norms=equal_norms,
+        context_size=CONTEXT,
+        batch_size=2,
     )
     rows = [token_rows(model, s).double() for s in SENTENCES]
     if equal_norms:
@@ -302,14 +327,19 @@ def test_its_detector_is_that_direction(tiny_bridge, center):
     made = diff_means(tiny_bridge, NEURONS, SENTENCES[:3], SENTENCES[3:])
     origin = made.midpoint if center else torch.zeros(D_MLP)
     table = sentence_scores(tiny_bridge, made.detector(center=center), SENTENCES, context_size=CONTEXT)
-    assert torch.allclose(table, by_loop(tiny_bridge, SENTENCES, lambda row: cosines(row, [made.direction], origin), NEURONS), atol=1e-5)
+    assert torch.allclose(
+        table, by_loop(tiny_bridge, SENTENCES, lambda row: cosines(row, [made.direction], origin), NEURONS), atol=1e-5
+    )
 
 
 def words(n: int, seed: int) -> list[str]:
     """Different short sentences, none of them about 'the'."""
     generator = torch.Generator().manual_seed(seed)
     syllables = ["ka", "lo", "mi", "ru", "se", "no", "pa", "du"]
-    return [" ".join("".join(syllables[i] for i in torch.randint(8, (2,), generator=generator)) for _ in range(6)) for _ in range(n)]
+    return [
+        " ".join("".join(syllables[i] for i in torch.randint(8, (2,), generator=generator)) for _ in range(6))
+        for _ in range(n)
+    ]
 
 
 def planted_model(token: str, direction: torch.Tensor, scale: float):
@@ -327,7 +357,10 @@ def test_a_planted_direction_is_recovered_and_detects_sentences_that_did_not_mak
     result = held_out_diff_means(model, "hook_embed", positives, neutrals, equal_norms=False)
     assert float(result.diff_means.direction @ direction) > 0.95
     assert result.scores.auroc[0] == 1 and result.scores.log_ratio[0] > 0
-    made_by = [s for s in positives if s not in result.test_positives], [s for s in neutrals if s not in result.test_neutrals]
+    made_by = (
+        [s for s in positives if s not in result.test_positives],
+        [s for s in neutrals if s not in result.test_neutrals],
+    )
     assert len(made_by[0]) == len(made_by[1]) == 6
     again = diff_means(model, "hook_embed", *made_by, equal_norms=False)
     assert torch.equal(again.direction, result.diff_means.direction)
@@ -338,7 +371,9 @@ def test_one_enormous_token_does_not_decide_the_direction():
     concept, neutrals = [f"{s} and" for s in words(10, 0)], words(10, 1)
     spoiled = [*neutrals[:-1], f"{neutrals[-1]} the"]
     for equal_norms in (True, False):
-        clean, hit = (diff_means(model, "hook_embed", concept, n, equal_norms=equal_norms).direction for n in (neutrals, spoiled))
+        clean, hit = (
+            diff_means(model, "hook_embed", concept, n, equal_norms=equal_norms).direction for n in (neutrals, spoiled)
+        )
         assert (float(clean @ hit) > 0.95) == equal_norms
 
 
@@ -398,10 +433,13 @@ def test_the_wrong_hook_and_sets_that_do_not_differ_are_refused(tiny_bridge):
 
 # --- the real model ---
 
+
 def test_weekdays_are_told_from_other_sentences_by_a_direction_they_did_not_make(smol):
     # Measured: 1.0 at this hook on every split of seeds 0 to 3.
     result = held_out_diff_means(smol, "blocks.15.hook_resid_post", WEEKDAYS, NEUTRAL)
     assert result.scores.auroc[0] > 0.9
     # A direction that knows nothing of weekdays does not; and single neurons do, some of them.
-    neurons = concept_scores(smol, Detector.from_directions(torch.eye(1536), "blocks.15.mlp.hook_post"), WEEKDAYS, NEUTRAL)
+    neurons = concept_scores(
+        smol, Detector.from_directions(torch.eye(1536), "blocks.15.mlp.hook_post"), WEEKDAYS, NEUTRAL
+    )
     assert 0.35 < neurons.auroc.median() < 0.65 and neurons.auroc.max() > 0.95

@@ -57,8 +57,12 @@ def cases(architecture):
         "neurons": [make("standard", "blocks.1.mlp.hook_post", d_mlp)],
         "attention": [make("standard", "blocks.1.hook_attn_out")],
         "heads": [make("standard", "blocks.2.attn.hook_z")],
-        "transcoders": [make("transcoder", f"blocks.{i}.hook_resid_mid", write=mlp_out.format(i), seed=i) for i in (0, 2)],
-        "skip": [make("skip_transcoder", f"blocks.{i}.hook_resid_mid", write=mlp_out.format(i), seed=i) for i in (1, 2)],
+        "transcoders": [
+            make("transcoder", f"blocks.{i}.hook_resid_mid", write=mlp_out.format(i), seed=i) for i in (0, 2)
+        ],
+        "skip": [
+            make("skip_transcoder", f"blocks.{i}.hook_resid_mid", write=mlp_out.format(i), seed=i) for i in (1, 2)
+        ],
         "own": own(d_mlp),
         "several": [
             make("standard", "blocks.0.hook_resid_post"),

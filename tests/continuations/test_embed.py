@@ -32,24 +32,35 @@ def by_hand(embedder, text):
         states = embedder[0](dict(pieces))["token_embeddings"][0]
     chosen = [i for i, (first, last) in enumerate(offsets) if last > first and last > len(PROMPT)]
     mean = states[chosen].mean(dim=0)
-    return mean / mean.norm(), [embedder.tokenizer.convert_ids_to_tokens(int(pieces["input_ids"][0, i])) for i in chosen]
+    return mean / mean.norm(), [
+        embedder.tokenizer.convert_ids_to_tokens(int(pieces["input_ids"][0, i])) for i in chosen
+    ]
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_every_row_is_the_mean_over_its_own_tokens(embedder, found, batch_size):
     embedded = embed_continuations(found, embedder, batch_size=batch_size).embeddings
-    torch.testing.assert_close(embedded, torch.stack([by_hand(embedder, text)[0] for text in TEXTS]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        embedded, torch.stack([by_hand(embedder, text)[0] for text in TEXTS]), rtol=1e-5, atol=1e-5
+    )
     torch.testing.assert_close(embedded.norm(dim=1), torch.ones(len(TEXTS)))
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_padding_on_either_side_moves_nothing(embedder, side):
     encoded = embedder.tokenizer(
-        [PROMPT + text for text in TEXTS], padding=True, padding_side=side, return_offsets_mapping=True, return_tensors="pt"
+        [PROMPT + text for text in TEXTS],
+        padding=True,
+        padding_side=side,
+        return_offsets_mapping=True,
+        return_tensors="pt",
     )
     inside = continuation_tokens(encoded["offset_mapping"], encoded["attention_mask"], len(PROMPT))
     for row, text in enumerate(TEXTS):
-        assert embedder.tokenizer.convert_ids_to_tokens(encoded["input_ids"][row][inside[row]]) == by_hand(embedder, text)[1]
+        assert (
+            embedder.tokenizer.convert_ids_to_tokens(encoded["input_ids"][row][inside[row]])
+            == by_hand(embedder, text)[1]
+        )
 
 
 def test_the_tokens_are_those_of_the_continuation(embedder):

@@ -118,7 +118,12 @@ def test_given_texts(model):
 
 @pytest.mark.parametrize(
     ("continuations", "message"),
-    [([], "continuations is empty"), ([" a", ""], r"\[1\] are empty"), ([[5, 320]], "token id 320"), ([[5] * N_CTX], "context")],
+    [
+        ([], "continuations is empty"),
+        ([" a", ""], r"\[1\] are empty"),
+        ([[5, 320]], "token id 320"),
+        ([[5] * N_CTX], "context"),
+    ],
 )
 def test_given_continuations_that_cannot_be_used(model, continuations, message):
     with pytest.raises(ValueError, match=message):

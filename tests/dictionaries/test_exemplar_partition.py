@@ -92,7 +92,12 @@ def test_membership_ignores_magnitude(seed, scale):
     one = dictionary.assign(dictionary.center + offset)
     other = dictionary.assign(dictionary.center + scale * offset)
     assert torch.allclose(one.distances, other.distances, atol=2e-5 * max(1, 1 / scale))
-    gap = cosines(dictionary, dictionary.exemplars, dictionary.center + offset).topk(2, dim=1).values.diff(dim=1).abs()[:, 0]
+    gap = (
+        cosines(dictionary, dictionary.exemplars, dictionary.center + offset)
+        .topk(2, dim=1)
+        .values.diff(dim=1)
+        .abs()[:, 0]
+    )
     assert torch.equal(one.regions[gap > 1e-3], other.regions[gap > 1e-3])
 
 
@@ -205,8 +210,13 @@ def test_the_hosts_uploader_accepts_it(tmp_path, monkeypatch):
     uploaded = {}
     monkeypatch.setattr(host, "_repo_exists", lambda api, repo: True)
     monkeypatch.setattr(
-        host.HfApi, "upload_folder",
-        lambda self, folder_path, path_in_repo, **kwargs: uploaded.update({path_in_repo: SAE.load_from_disk(folder_path)}),
+        host.HfApi,
+        "upload_folder",
+        lambda self, folder_path, path_in_repo, **kwargs: uploaded.update(
+            {path_in_repo: SAE.load_from_disk(folder_path)}
+        ),
     )
-    host.upload_saes_to_huggingface({"layer_1": make()}, "someone/something", add_default_readme=False, show_progress=False)
+    host.upload_saes_to_huggingface(
+        {"layer_1": make()}, "someone/something", add_default_readme=False, show_progress=False
+    )
     assert isinstance(uploaded["layer_1"], ExemplarPartition)

@@ -4,7 +4,14 @@ import pytest
 import torch
 from sae_lens import SAE
 
-from saelens_ext import ActivationStream, ExemplarPartition, FitResult, fit_exemplar_partition, fit_exemplar_partitions, retarget
+from saelens_ext import (
+    ActivationStream,
+    ExemplarPartition,
+    FitResult,
+    fit_exemplar_partition,
+    fit_exemplar_partitions,
+    retarget,
+)
 
 HOOK = "blocks.1.hook_out"
 
@@ -49,11 +56,16 @@ def test_provenance_names_the_token_of_each_exemplar(stream):
 
 def test_the_result_does_not_depend_on_the_streams_batch_size(tiny_bridge, tiny_texts):
     def fit(batch_size, stop):
-        stream = ActivationStream(tiny_bridge, tiny_texts, HOOK, context_size=16, batch_size=batch_size, max_tokens=3000)
-        return fit_exemplar_partition(stream, percentile=20, calibration_activations=400, stop=stop, unseen_mass_tolerance=0.05)
+        stream = ActivationStream(
+            tiny_bridge, tiny_texts, HOOK, context_size=16, batch_size=batch_size, max_tokens=3000
+        )
+        return fit_exemplar_partition(
+            stream, percentile=20, calibration_activations=400, stop=stop, unseen_mass_tolerance=0.05
+        )
 
     for stop in ("budget", "unseen_mass"):
-        # Forward passes of another shape round differently, so a comparison that hangs on the last bit may fall otherwise.
+        # Forward passes of another shape round differently, so a comparison that hangs on the last bit may fall
+        # otherwise.
         small, large = fit(2, stop), fit(7, stop)
         assert small.n_seen == large.n_seen
         assert small.threshold.threshold == pytest.approx(large.threshold.threshold, abs=1e-4)
@@ -71,7 +83,8 @@ def test_many_dictionaries_from_one_pass_equal_each_alone(tiny_bridge, tiny_text
     assert list(together) == [(hook, percentile) for hook in hooks for percentile in (4, 10)]
     for (hook, percentile), result in together.items():
         alone = fit_exemplar_partition(
-            ActivationStream(tiny_bridge, tiny_texts, hook, context_size=16, batch_size=4, max_tokens=700), percentile=percentile
+            ActivationStream(tiny_bridge, tiny_texts, hook, context_size=16, batch_size=4, max_tokens=700),
+            percentile=percentile,
         )
         assert torch.equal(alone.exemplar_indices, result.exemplar_indices)
         assert torch.equal(alone.counts, result.counts)
@@ -125,7 +138,16 @@ def test_metadata_lets_the_host_rebuild_the_activations(stream, tmp_path):
 def test_save_and_load(stream, tmp_path):
     result = fit_exemplar_partition(stream)
     loaded = FitResult.load(result.save(tmp_path))
-    for name in ("hook_name", "percentile", "threshold", "stopped_because", "n_seen", "unseen_mass", "typical_norm", "n_undirected"):
+    for name in (
+        "hook_name",
+        "percentile",
+        "threshold",
+        "stopped_because",
+        "n_seen",
+        "unseen_mass",
+        "typical_norm",
+        "n_undirected",
+    ):
         assert getattr(loaded, name) == getattr(result, name), name
     for name in ("counts", "coherence", "exemplar_indices"):
         assert torch.equal(getattr(loaded, name), getattr(result, name)), name
@@ -161,7 +183,9 @@ def test_a_save_interrupted_at_any_file_leaves_the_previous_fit(stream, tmp_path
 
 
 @pytest.mark.parametrize("host", ["tiny_hooked", "tiny_bridge"])
-def test_a_dictionary_of_attention_heads_can_be_attached_to_either_class(host, tiny_hooked, tiny_bridge, tiny_texts, request):
+def test_a_dictionary_of_attention_heads_can_be_attached_to_either_class(
+    host, tiny_hooked, tiny_bridge, tiny_texts, request
+):
     built_on = request.getfixturevalue(host)
     stream = ActivationStream(built_on, tiny_texts, "blocks.1.attn.hook_z", context_size=16, max_tokens=300)
     dictionary = fit_exemplar_partition(stream, percentile=10).dictionary

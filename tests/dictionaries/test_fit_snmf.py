@@ -28,7 +28,9 @@ def rows_of(stream: ActivationStream, keep=lambda documents: documents >= 0) -> 
 
 
 def relative_error(x, features):
-    return float((x.double() - nnls(x, features).double() @ features.double()).square().sum() / x.double().square().sum())
+    return float(
+        (x.double() - nnls(x, features).double() @ features.double()).square().sum() / x.double().square().sum()
+    )
 
 
 def test_the_dictionary_is_the_factorisation(stream):
@@ -96,8 +98,19 @@ def test_save_and_load(stream, tmp_path):
     result = fit_snmf(stream, 4, held_out=0.25, **OPTIONS)
     path = result.save(tmp_path / "fit")
     again = SNMFFitResult.load(path)
-    assert torch.equal(again.dictionary.features, result.dictionary.features) and torch.equal(again.shares, result.shares)
-    for name in ("hook_name", "stopped_because", "loss", "held_out_loss", "history", "n_seen", "n_held_out", "typical_norm"):
+    assert torch.equal(again.dictionary.features, result.dictionary.features) and torch.equal(
+        again.shares, result.shares
+    )
+    for name in (
+        "hook_name",
+        "stopped_because",
+        "loss",
+        "held_out_loss",
+        "history",
+        "n_seen",
+        "n_held_out",
+        "typical_norm",
+    ):
         assert getattr(again, name) == getattr(result, name)
     assert type(SAE.load_from_disk(str(path))) is SNMFDictionary
 
@@ -120,7 +133,9 @@ def test_the_share_held_out_is_the_one_asked_for(tiny_bridge, share):
     texts = [f"The assert statement number {i} is here." for i in range(40)]
     documents = ActivationStream(tiny_bridge, texts, HOOK, context_size=16)
     out = {int(i) for i in rows_of_documents(documents, share)}
-    assert len(out) == round(share * 40) and max(b - a for a, b in itertools.pairwise(sorted(out))) <= round(1 / share) + 1
+    assert (
+        len(out) == round(share * 40) and max(b - a for a, b in itertools.pairwise(sorted(out))) <= round(1 / share) + 1
+    )
 
 
 def rows_of_documents(stream, share):

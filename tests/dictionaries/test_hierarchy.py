@@ -49,7 +49,9 @@ def test_the_refinement_lowers_the_objective_and_is_what_is_returned(hierarchy):
 
 def test_losses_are_those_of_the_dictionaries(hierarchy):
     x = planted().double()
-    for dictionary, loss, through_links in zip(hierarchy.dictionaries, hierarchy.encode_losses, hierarchy.losses, strict=True):
+    for dictionary, loss, through_links in zip(
+        hierarchy.dictionaries, hierarchy.encode_losses, hierarchy.losses, strict=True
+    ):
         left = x - dictionary(x.float()).detach().double()
         assert loss == pytest.approx(float(left.square().sum() / x.square().sum()), abs=1e-5)
         assert loss <= through_links + 1e-6
@@ -63,7 +65,9 @@ def test_trees(hierarchy):
             links = hierarchy.links[1][:, root.feature]
             assert child.level == 1 and child.weight == pytest.approx(float(links[child.feature] / links.max()))
             assert child.weight >= 0.15
-        assert len(root.children) <= 4 and [c.weight for c in root.children] == sorted((c.weight for c in root.children), reverse=True)
+        assert len(root.children) <= 4 and [c.weight for c in root.children] == sorted(
+            (c.weight for c in root.children), reverse=True
+        )
     assert len(hierarchy.trees(0)) == 12 and hierarchy.trees(0)[0] == ConceptNode(0, 0, 1.0, ())
     assert all(len(root.children) <= 1 for root in hierarchy.trees(max_children=1))
     strict = hierarchy.trees(min_weight=1)
@@ -142,13 +146,17 @@ def test_links_step_reaches_the_optimum():
 def test_objective_by_hand():
     g = torch.Generator().manual_seed(0)
     x, codes = torch.randn(20, 7, generator=g), torch.rand(20, 4, generator=g)
-    factors = DeepFactors(codes, [torch.randn(4, 7, generator=g), torch.randn(2, 7, generator=g)], [torch.rand(4, 2, generator=g)])
+    factors = DeepFactors(
+        codes, [torch.randn(4, 7, generator=g), torch.randn(2, 7, generator=g)], [torch.rand(4, 2, generator=g)]
+    )
     statistics = CodeStatistics.empty(4, 7, x.device)
     statistics.add(x, codes.T)
     expected = 0.0
     for reached, features in ((codes, factors.features[0]), (codes @ factors.links[0], factors.features[1])):
         expected += float((x - reached @ features).square().sum())
-        expected += 0.3 * sum(float(reached[:, i].square().sum() * features[i].square().sum()) for i in range(len(features)))
+        expected += 0.3 * sum(
+            float(reached[:, i].square().sum() * features[i].square().sum()) for i in range(len(features))
+        )
     assert objective(factors, statistics, 0.3) == pytest.approx(expected, rel=1e-5)
     gram = _charge(factors.features[1], 0.3)
     torch.testing.assert_close(gram.diagonal().float(), 1.3 * factors.features[1].square().sum(dim=1))
@@ -159,7 +167,9 @@ def test_no_step_raises_the_objective(damping):
     g = torch.Generator().manual_seed(1)
     x = planted(1)
     features = [torch.nn.functional.normalize(torch.randn(r, 39, generator=g), dim=1) for r in (8, 5, 2)]
-    factors = DeepFactors(torch.rand(600, 8, generator=g), features, [torch.rand(8, 5, generator=g), torch.rand(5, 2, generator=g)])
+    factors = DeepFactors(
+        torch.rand(600, 8, generator=g), features, [torch.rand(8, 5, generator=g), torch.rand(5, 2, generator=g)]
+    )
     refined, history = refine(x, factors, 39, damping, 25, 1e-9)
     assert len(history) > 10 and all(after <= before for before, after in zip(history, history[1:], strict=False))
     assert torch.equal(factors.features[0], features[0]), "what was given stays as it is"

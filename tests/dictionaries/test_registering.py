@@ -60,7 +60,9 @@ def test_a_class_that_a_notebook_reloaded_is_the_one_that_loads_give(registry, t
     partition().save_model(tmp_path)
     old = saelens_ext.ExemplarPartition
     importlib.reload(exemplar_partition)
-    assert type(SAE.load_from_disk(tmp_path)) is old  # until the package itself is reloaded, all of it holds the old class
+    assert (
+        type(SAE.load_from_disk(tmp_path)) is old
+    )  # until the package itself is reloaded, all of it holds the old class
     importlib.reload(saelens_ext)
     new = saelens_ext.ExemplarPartition
     assert new is exemplar_partition.ExemplarPartition and new is not old
@@ -94,7 +96,10 @@ def test_a_name_that_another_plugin_has_taken(registry, taken):
         importlib.reload(saelens_ext)
     message = str(caught.value)
     package = __name__.split(".")[0]
-    assert f"The architecture '{taken}' is registered with SAELens already, as {__name__}.OtherPartition, registered by another package, '{package}'" in message
+    assert (
+        f"The architecture '{taken}' is registered with SAELens already, as {__name__}.OtherPartition, registered by "
+        f"another package, '{package}'" in message
+    )
     assert "Use the two packages in separate processes" in message
     assert registry == before  # none of ours without the others
     # What the message says to do.
@@ -120,7 +125,11 @@ def test_the_name_in_the_file_is_no_name_elsewhere(tmp_path):
     assert sae.cfg.to_dict()["architecture"] == "exemplar_partition"
     for name in ("exemplar_partition", written["architecture"]):
         (tmp_path / "cfg.json").write_text(json.dumps(written | {"architecture": name}))
-        for loaded in (SAE.load_from_disk(tmp_path), ExemplarPartition.load_from_disk(tmp_path), SAE.from_dict(written | {"architecture": name})):
+        for loaded in (
+            SAE.load_from_disk(tmp_path),
+            ExemplarPartition.load_from_disk(tmp_path),
+            SAE.from_dict(written | {"architecture": name}),
+        ):
             assert type(loaded) is ExemplarPartition
             assert loaded.cfg.to_dict()["architecture"] == loaded.cfg.architecture() == "exemplar_partition"
         assert saelens_ext.ExemplarPartitionConfig.from_dict(written | {"architecture": name}).d_sae == 3
@@ -133,7 +142,9 @@ def test_registering_several_is_all_or_none(registry):
         pass
 
     before = dict(registry)
-    with pytest.raises(ValueError, match=r"The architecture 'standard' is registered with SAELens already, as sae_lens\."):
+    with pytest.raises(
+        ValueError, match=r"The architecture 'standard' is registered with SAELens already, as sae_lens\."
+    ):
         register({"free": (Free, StandardSAEConfig), "standard": (Free, StandardSAEConfig)})
     assert registry == before
     assert decoder_only.DecoderOnlySAE.__subclasses__()
@@ -141,4 +152,3 @@ def test_registering_several_is_all_or_none(registry):
 
 def test_types_are_shipped():
     assert (importlib.resources.files("saelens_ext") / "py.typed").is_file()
-

@@ -17,7 +17,14 @@ from saelens_ext import ExemplarPartition, SNMFDictionary, retarget
 from saelens_ext.dictionaries.decoder_only import DecoderOnlySAE
 
 D_IN, D_SAE = 32, 24
-HOOK_POINTS = ["hook_sae_input", "hook_sae_acts_pre", "hook_sae_acts_post", "hook_sae_recons", "hook_sae_output", "hook_sae_error"]
+HOOK_POINTS = [
+    "hook_sae_input",
+    "hook_sae_acts_pre",
+    "hook_sae_acts_post",
+    "hook_sae_recons",
+    "hook_sae_output",
+    "hook_sae_error",
+]
 
 
 def unit_rows(n: int, d: int, seed: int) -> torch.Tensor:
@@ -28,7 +35,13 @@ def partition(**options) -> Callable[..., ExemplarPartition]:
     def make(d_in: int = D_IN, **metadata) -> ExemplarPartition:
         center = torch.randn(d_in, generator=torch.Generator().manual_seed(2))
         return ExemplarPartition.from_regions(
-            unit_rows(D_SAE, d_in, 0), unit_rows(D_SAE, d_in, 1), center, 0.7, percentile=8.0, metadata=metadata, **options
+            unit_rows(D_SAE, d_in, 0),
+            unit_rows(D_SAE, d_in, 1),
+            center,
+            0.7,
+            percentile=8.0,
+            metadata=metadata,
+            **options,
         )
 
     return make
@@ -37,7 +50,9 @@ def partition(**options) -> Callable[..., ExemplarPartition]:
 def snmf(**options) -> Callable[..., SNMFDictionary]:
     def make(d_in: int = D_IN, **metadata) -> SNMFDictionary:
         generator = torch.Generator().manual_seed(5)
-        features = 3 * torch.randn(D_SAE, d_in, generator=generator) * (torch.rand(D_SAE, d_in, generator=generator) < 0.3)
+        features = (
+            3 * torch.randn(D_SAE, d_in, generator=generator) * (torch.rand(D_SAE, d_in, generator=generator) < 0.3)
+        )
         if options.get("dead"):
             features[7] = 0
         dictionary = SNMFDictionary.from_features(features, metadata=metadata)
@@ -124,7 +139,9 @@ def test_round_trip_through_the_host_loader(make, x, tmp_path, dtype):
     assert type(loaded) is type(sae)
     assert loaded.cfg.to_dict() == sae.cfg.to_dict()
     for name, tensor in sae.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], tensor) and loaded.state_dict()[name].dtype == getattr(torch, dtype)
+        assert torch.equal(loaded.state_dict()[name], tensor) and loaded.state_dict()[name].dtype == getattr(
+            torch, dtype
+        )
     assert torch.equal(loaded.encode(x), sae.encode(x))
 
 
@@ -163,7 +180,8 @@ def test_folding_decoder_norms_leaves_the_reconstruction(make, x):
     assert torch.equal(sae.W_dec[~alive], rows[~alive])
     assert torch.allclose(sae.W_dec * norms[:, None], rows, atol=1e-5)
     assert torch.allclose(sae(x), reconstruction, atol=1e-4)
-    # A code in units of its feature grows by the feature's norm; one that is no multiple of it has unit features anyway.
+    # A code in units of its feature grows by the feature's norm; one that is no multiple of it has unit features
+    # anyway.
     assert torch.allclose(sae.encode(x), codes * norms, atol=1e-4)
     sae.fold_W_dec_norm()
     assert torch.allclose(sae(x), reconstruction, atol=1e-4)
@@ -244,8 +262,15 @@ def test_codes_are_cached_inside_a_forward_pass(make, host, request):
 
 def evaluate(sae: SAE, model, texts: list[str]) -> dict:
     store = ActivationsStore.from_sae(
-        model, sae, Dataset.from_dict({"text": texts}), streaming=False, store_batch_size_prompts=4,
-        train_batch_size_tokens=16, n_batches_in_buffer=2, total_tokens=16, device="cpu",
+        model,
+        sae,
+        Dataset.from_dict({"text": texts}),
+        streaming=False,
+        store_batch_size_prompts=4,
+        train_batch_size_tokens=16,
+        n_batches_in_buffer=2,
+        total_tokens=16,
+        device="cpu",
     )
     config = get_eval_everything_config(batch_size_prompts=4, n_eval_reconstruction_batches=2)
     metrics, features = run_evals(sae, store, model, ActivationScaler(), config)
@@ -260,7 +285,8 @@ def test_the_hosts_own_evals_agree_on_both_model_classes(name, tiny_hooked, tiny
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         figures = [
-            evaluate(retarget(DICTIONARIES[name](**metadata), model), model, tiny_texts) for model in (tiny_hooked, tiny_bridge)
+            evaluate(retarget(DICTIONARIES[name](**metadata), model), model, tiny_texts)
+            for model in (tiny_hooked, tiny_bridge)
         ]
     assert figures[0].keys() == figures[1].keys()
     for key, value in figures[0].items():
@@ -341,11 +367,16 @@ def test_the_hosts_uploader_accepts_it(make, monkeypatch):
     uploaded = {}
     monkeypatch.setattr(uploader, "_repo_exists", lambda api, repo: True)
     monkeypatch.setattr(
-        uploader.HfApi, "upload_folder",
-        lambda self, folder_path, path_in_repo, **kwargs: uploaded.update({path_in_repo: SAE.load_from_disk(folder_path)}),
+        uploader.HfApi,
+        "upload_folder",
+        lambda self, folder_path, path_in_repo, **kwargs: uploaded.update(
+            {path_in_repo: SAE.load_from_disk(folder_path)}
+        ),
     )
     sae = make()
-    uploader.upload_saes_to_huggingface({"layer_1": sae}, "someone/something", add_default_readme=False, show_progress=False)
+    uploader.upload_saes_to_huggingface(
+        {"layer_1": sae}, "someone/something", add_default_readme=False, show_progress=False
+    )
     assert type(uploaded["layer_1"]) is type(sae) and torch.equal(uploaded["layer_1"].W_dec, sae.W_dec)
 
 

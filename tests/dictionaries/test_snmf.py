@@ -169,7 +169,8 @@ def test_memory_is_bounded():
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         codes = dictionary.encode(x)
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    # The input less the origin, codes before and after the ReLU, and a chunk's work; all at once would be twelve times the codes.
+    # The input less the origin, codes before and after the ReLU, and a chunk's work; all at once would be twelve times
+    # the codes.
     assert grown < (3 * codes.nbytes + 100 * 2**20) / 1024
     assert torch.allclose(codes, x.relu(), atol=1e-4)
 
@@ -183,7 +184,11 @@ def test_neurons_by_weight():
     dictionary = SNMFDictionary.from_features(features)
     assert dictionary.neurons(0).indices.tolist() == [2, 1, 4]
     assert dictionary.neurons(0).weights.tolist() == [-2.0, 0.5, 0.5]
-    assert dictionary.neurons(0, n=1).indices.tolist() == [2] and dictionary.neurons(0, 99).indices.tolist() == [2, 1, 4]
+    assert dictionary.neurons(0, n=1).indices.tolist() == [2] and dictionary.neurons(0, 99).indices.tolist() == [
+        2,
+        1,
+        4,
+    ]
     assert len(dictionary.neurons(1).indices) == 0
     assert torch.equal(dictionary.support, features != 0) and dictionary.features is dictionary.W_dec
     assert (dictionary.n_neurons_used, dictionary.n_dead, dictionary.cfg.sparsity) == (3, 1, 0.5)
@@ -223,7 +228,10 @@ def test_sparsity_is_the_one_given_or_measured():
         (lambda: make(sparsity=0.0), r"sparsity must lie in \(0, 1\]"),
         (lambda: make(sparsity=1.5), r"sparsity must lie in \(0, 1\]"),
         (lambda: SNMFDictionaryConfig(d_in=4, d_sae=2, sparsity=-1), r"sparsity must lie in \(0, 1\]"),
-        (lambda: SNMFDictionaryConfig(d_in=4, d_sae=2, apply_b_dec_to_input=False), "apply_b_dec_to_input must be True"),
+        (
+            lambda: SNMFDictionaryConfig(d_in=4, d_sae=2, apply_b_dec_to_input=False),
+            "apply_b_dec_to_input must be True",
+        ),
         (lambda: make().fold_activation_norm_scaling_factor(0.0), "scaling_factor must lie in"),
         (lambda: make().encode(torch.full((2, D), torch.inf)), "The activation has 96 non-finite"),
         (lambda: make().encode(torch.zeros(2, D + 1)), "last dimension must be 48"),

@@ -1,4 +1,6 @@
-"""What an SNMF dictionary of a real model's neurons is good for, beside an SAE, regions and DiffMeans at the same site."""
+"""What an SNMF dictionary of a real model's neurons is good for, beside an SAE, regions and DiffMeans at the same
+site.
+"""
 
 import math
 
@@ -64,7 +66,8 @@ def test_four_kinds_of_score_on_the_same_sentences(smol, stream, fit):
     assert list(found) == ["features", "latents", "regions", "difference of means"]
     assert compared.n_choosing == compared.n_judging == (12, 12)
     assert all(math.isfinite(row.log_ratio) for row in compared.rows), "defined whatever the signs of the means"
-    # Measured: the difference of means 1.0; the best of 60 features 0.82 on the sentences that chose it and 0.59 on the others.
+    # Measured: the difference of means 1.0; the best of 60 features 0.82 on the sentences that chose it and 0.59 on the
+    # others.
     assert found["difference of means"].auroc > 0.9
     assert all(row.chosen_auroc > 0.7 and row.chosen_auroc > row.auroc - 0.1 for row in compared.rows)
     # Where there is nothing to tell, the chosen score was chosen by chance, and the other half shows it.
@@ -74,7 +77,9 @@ def test_four_kinds_of_score_on_the_same_sentences(smol, stream, fit):
 
 @torch.no_grad()
 def test_steering_brings_about_what_the_lens_promises(smol, fit):
-    """Measured: 56 of the 60 features raise the tokens they promote over those they suppress, after a prompt of no relation."""
+    """Measured: 56 of the 60 features raise the tokens they promote over those they suppress, after a prompt of no
+    relation.
+    """
     lens = logit_lens(smol, residual_directions(smol, fit.dictionary), top_n=20)
     tokens = smol.to_tokens("I think that")
     steps = 0.5 * fit.typical_norm * fit.dictionary.features.detach()
@@ -90,5 +95,7 @@ def test_steering_at_matched_divergence(smol, fit):
     strength = match_strength(smol, HOOK, direction, (0.25,), signs=(1,)).at(1, 0.25)
     assert strength.reached and strength.kl == pytest.approx(0.25, rel=0.05)
     coefficients = (0, strength.coefficient)
-    plain, steered = (sample_steered(smol, "I think that", HOOK, direction, c, n=2, max_new_tokens=12, seed=1) for c in coefficients)
+    plain, steered = (
+        sample_steered(smol, "I think that", HOOK, direction, c, n=2, max_new_tokens=12, seed=1) for c in coefficients
+    )
     assert plain != steered

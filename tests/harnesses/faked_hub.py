@@ -10,7 +10,9 @@ REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 
 def use_only(home: Path) -> None:
-    """Make this process read ``home`` as its hub cache and nothing else; call it before a Hugging Face package is imported."""
+    """Make this process read ``home`` as its hub cache and nothing else; call it before a Hugging Face package is
+    imported.
+    """
     os.environ.update(HF_HOME=str(home), HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
 
 

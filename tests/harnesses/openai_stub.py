@@ -1,6 +1,7 @@
 """A loopback server that answers as OpenAI's chat completions do, for harnesses that ask a judge.
 
-It says the same to everyone, so scores mean nothing; it shows that a harness gets as far as asking, and counts how often.
+It says the same to everyone, so scores mean nothing; it shows that a harness gets as far as asking, and counts how
+often.
 """
 
 import json
@@ -17,7 +18,9 @@ class _Answer(BaseHTTPRequestHandler):
         asked_for_numbers = "comma-separated" in request["messages"][0]["content"]
         content = "1, 2" if asked_for_numbers else "[EXPLANATION]: This neuron activates on words about Python"
         choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content}}
-        body = json.dumps({"id": "0", "object": "chat.completion", "created": 0, "model": request["model"], "choices": [choice]})
+        body = json.dumps(
+            {"id": "0", "object": "chat.completion", "created": 0, "model": request["model"], "choices": [choice]}
+        )
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))

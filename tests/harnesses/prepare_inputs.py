@@ -39,8 +39,11 @@ def main(folder: Path) -> None:
     files = packaged.cache_directory() / "SmolLM2-135M-Instruct"
     shutil.copytree(files, snapshot_of(folder / "home", packaged.MODEL_NAME), dirs_exist_ok=True)
     model = load_model(
-        packaged.MODEL_NAME, model_class="HookedSAETransformer", device="cpu",
-        hf_model=AutoModelForCausalLM.from_pretrained(files), tokenizer=AutoTokenizer.from_pretrained(files),
+        packaged.MODEL_NAME,
+        model_class="HookedSAETransformer",
+        device="cpu",
+        hf_model=AutoModelForCausalLM.from_pretrained(files),
+        tokenizer=AutoTokenizer.from_pretrained(files),
     )
     corpus = packaged.load_demo_corpus()
     for name in CORPORA:
@@ -61,7 +64,9 @@ def main(folder: Path) -> None:
 
 
 def write_corpus(folder: Path, texts: Sequence[str]) -> None:
-    """A dataset of texts that ``datasets.load_dataset`` reads from a folder, in paragraphs long enough for every harness."""
+    """A dataset of texts that ``datasets.load_dataset`` reads from a folder, in paragraphs long enough for every
+    harness.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     paragraphs = [" ".join(text.split())[start : start + 1500] for text in texts for start in range(0, len(text), 1500)]
     rows = [json.dumps({"text": paragraph}) for paragraph in paragraphs if len(paragraph) > 200]

@@ -6,8 +6,8 @@
     tracer/bin/pip install --no-deps circuit-tracer==0.5.0
     tracer/bin/python tests/harnesses/run_circuit_tracer.py FOLDER
 
-(--no-deps: it asks for transformers 4 and nnsight; the TransformerLens backend runs without either.) A tiny random model
-is enough: what is checked is that both forms of the graph's file are read, and give the graph's own effects.
+(--no-deps: it asks for transformers 4 and nnsight; the TransformerLens backend runs without either.) A tiny random
+model is enough: what is checked is that both forms of the graph's file are read, and give the graph's own effects.
 """
 
 import json
@@ -48,12 +48,17 @@ def main(folder: Path) -> None:
     hosted = models_zoo.make_model("gpt2", "HookedSAETransformer")
     saes = []
     for _ in range(models_zoo.N_LAYERS):
-        sae = Transcoder(TranscoderConfig(d_in=models_zoo.D_MODEL, d_out=models_zoo.D_MODEL, d_sae=48, apply_b_dec_to_input=False))
+        sae = Transcoder(
+            TranscoderConfig(d_in=models_zoo.D_MODEL, d_out=models_zoo.D_MODEL, d_sae=48, apply_b_dec_to_input=False)
+        )
         for parameter in (sae.W_enc, sae.W_dec, sae.b_enc):
             torch.nn.init.normal_(parameter, std=0.2)
         saes.append(sae)
     transcoders = TranscoderSet(
-        {layer: transcoder_of(sae, layer) for layer, sae in enumerate(saes)}, "ln2.hook_normalized", "hook_mlp_out", scan="ours"
+        {layer: transcoder_of(sae, layer) for layer, sae in enumerate(saes)},
+        "ln2.hook_normalized",
+        "hook_mlp_out",
+        scan="ours",
     )
     model = TransformerLensReplacementModel(hosted.cfg, tokenizer=hosted.tokenizer)
     model.load_state_dict(hosted.state_dict())
@@ -67,11 +72,17 @@ def main(folder: Path) -> None:
     effects = graph.adjacency_matrix[-n_logits:, :-n_logits].cpu()
     found = score_continuations(hosted, "if the condition", [[token] for token in read.logit_tokens])
     signed = with_graph_signatures(found, read, tokenizer=hosted.tokenizer)
-    print(json.dumps({
-        "sources": len(read.keys), "latents": sum(kind == "latent" for kind, *_ in read.keys),
-        "tokens agree": read.token_ids == tuple(prompt.tolist()),
-        "effects differ by": float((read.effects - effects).abs().max()), "signatures": list(signed.signatures.shape),
-    }))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "sources": len(read.keys),
+                "latents": sum(kind == "latent" for kind, *_ in read.keys),
+                "tokens agree": read.token_ids == tuple(prompt.tolist()),
+                "effects differ by": float((read.effects - effects).abs().max()),
+                "signatures": list(signed.signatures.shape),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -49,15 +49,24 @@ def main(folder: Path) -> None:
         with torch.no_grad():
             codes = sae.encode(cache[hook])[:, REACH:-REACH]
         latents = codes.sum((0, 1)).topk(LATENTS).indices.tolist()
-        config = SaeVisConfig(hook_point=hook, features=latents, minibatch_size_tokens=16, device="cpu", dtype="float32")
+        config = SaeVisConfig(
+            hook_point=hook, features=latents, minibatch_size_tokens=16, device="cpu", dtype="float32"
+        )
         data = SaeVisRunner(config).run(encoder=sae, model=model, tokens=tokens)
         page = results / f"{name}.html"
         save_feature_centric_vis(sae_vis_data=data, filename=page)
-        print(json.dumps({"dictionary": name, "latents": latents, "kilobytes": page.stat().st_size // 1024} | agreement(data, codes)))
+        print(
+            json.dumps(
+                {"dictionary": name, "latents": latents, "kilobytes": page.stat().st_size // 1024}
+                | agreement(data, codes)
+            )
+        )
 
 
 def agreement(data, codes) -> dict[str, float]:
-    """How far, as a fraction, the dictionary's own largest activation of a latent is from the nearest that a page shows."""
+    """How far, as a fraction, the dictionary's own largest activation of a latent is from the nearest that a page
+    shows.
+    """
     worst = 0.0
     for latent, shown in data.feature_data_dict.items():
         sequences = [s for group in shown.sequence_data.seq_group_data for s in group.seq_data]

@@ -7,7 +7,8 @@
     python tests/harnesses/prepare_inputs.py FOLDER                      # in the development environment
     delphi/bin/python tests/harnesses/run_delphi.py FOLDER
 
-(--no-deps: it asks for vllm and bitsandbytes, which are for judges on a GPU; an empty module stands for the client that uses vllm here.)
+(--no-deps: it asks for vllm and bitsandbytes, which are for judges on a GPU; an empty module stands for the client that
+uses vllm here.)
 """
 
 import asyncio
@@ -46,7 +47,10 @@ def main(folder: Path) -> None:
     import saelens_ext  # noqa: F401 (registers the architectures)
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(MODEL), AutoTokenizer.from_pretrained(MODEL)
-    rows = [json.loads(line)["text"] for line in (folder / "data/Skylion007/openwebtext/train.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)["text"]
+        for line in (folder / "data/Skylion007/openwebtext/train.jsonl").read_text().splitlines()
+    ]
     ids = torch.tensor(tokenizer("\n".join(rows))["input_ids"])[: SEQUENCES * CONTEXT].reshape(SEQUENCES, CONTEXT)
     for name, (place, before) in PLACES.items():
         sae = SAE.from_pretrained(REPO, name)
@@ -54,22 +58,34 @@ def main(folder: Path) -> None:
         cache.run(ids.numel(), ids)
         raw = folder / "results" / "delphi" / name
         cache.save_splits(1, raw)
-        cache.save_config(raw, CacheConfig(cache_ctx_len=CONTEXT, batch_size=16, n_tokens=ids.numel(), n_splits=1), MODEL)
+        cache.save_config(
+            raw, CacheConfig(cache_ctx_len=CONTEXT, batch_size=16, n_tokens=ids.numel(), n_splits=1), MODEL
+        )
         chosen = cache.hookpoint_firing_counts[place].topk(LATENTS).indices.sort().values
         dataset = LatentDataset(
-            raw, SamplerConfig(n_examples_train=8, n_examples_test=4, n_quantiles=4, train_type="mix"),
-            ConstructorConfig(example_ctx_len=WINDOW, min_examples=12, n_non_activating=5), tokenizer, modules=[place],
+            raw,
+            SamplerConfig(n_examples_train=8, n_examples_test=4, n_quantiles=4, train_type="mix"),
+            ConstructorConfig(example_ctx_len=WINDOW, min_examples=12, n_non_activating=5),
+            tokenizer,
+            modules=[place],
             latents={place: chosen},
-        )  # fmt: skip
+        )
         records = list(dataset)
         with openai_stub() as (url, requests):
             explainer = DefaultExplainer(OpenRouter("a judge", base_url=f"{url}/chat/completions"))
             explanations = [asyncio.run(explainer(record)).explanation for record in records[:1]]
-        print(json.dumps({
-            "dictionary": name, "latents": len(chosen), "with enough examples": len(records),
-            "with non-activating windows": sum(bool(record.not_active) for record in records),
-            "asked": len(requests), "explanation": explanations,
-        }))  # fmt: skip
+        print(
+            json.dumps(
+                {
+                    "dictionary": name,
+                    "latents": len(chosen),
+                    "with enough examples": len(records),
+                    "with non-activating windows": sum(bool(record.not_active) for record in records),
+                    "asked": len(requests),
+                    "explanation": explanations,
+                }
+            )
+        )
 
 
 if __name__ == "__main__":

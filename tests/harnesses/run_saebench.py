@@ -2,8 +2,9 @@
 
     python -m venv bench
     bench/bin/pip install torch==2.13.0
-    bench/bin/pip install torch==2.13.0 'numpy<2' 'datasets>=3,<4' beartype==0.14.1 sae-lens==6.54.12 transformer-lens==3.9.0 \\
-        'pandas<3' 'pyarrow<26' collectibles matplotlib seaborn openai tabulate scikit-learn zstandard hf-transfer
+    bench/bin/pip install torch==2.13.0 'numpy<2' 'datasets>=3,<4' beartype==0.14.1 sae-lens==6.54.12
+        transformer-lens==3.9.0 \\ 'pandas<3' 'pyarrow<26' collectibles matplotlib seaborn openai tabulate scikit-learn
+        zstandard hf-transfer
     bench/bin/pip install --no-deps xgboost sae-probes==0.4.2 sae-bench==0.6.0 saelens-ext
     python tests/harnesses/prepare_inputs.py FOLDER                      # in the development environment
     bench/bin/python tests/harnesses/run_saebench.py FOLDER [EVALUATION ...]
@@ -62,14 +63,19 @@ def write_data(folder: Path) -> None:
     subjects = ["161_agnews_0", "162_agnews_1", "163_agnews_2", "140_news_class_Technology"]
     news = [{"text": text, "label": label} for label, name in enumerate(subjects) for text in positives(name)]
     write_split(folder / "fancyzhx" / "ag_news", news)
-    people = labelled("5_hist_fig_ismale").merge(labelled("7_hist_fig_ispolitician"), on="prompt", suffixes=("_male", "_office"))
+    people = labelled("5_hist_fig_ismale").merge(
+        labelled("7_hist_fig_ispolitician"), on="prompt", suffixes=("_male", "_office")
+    )
     rows = [
         {"hard_text": row.prompt, "profession": 21 if row.target_office else 13, "gender": 1 - int(row.target_male)}
         for row in people.itertuples()
     ]
     # TPP takes five classes balanced over the second attribute, which is void here.
     for profession, name in zip((0, 1, 2, 6, 9), [*subjects[:3], "159_code_Python", "158_code_C"], strict=True):
-        rows += [{"hard_text": text, "profession": profession, "gender": i // 3 % 2} for i, text in enumerate(positives(name))]
+        rows += [
+            {"hard_text": text, "profession": profession, "gender": i // 3 % 2}
+            for i, text in enumerate(positives(name))
+        ]
     write_split(folder / "LabHC" / "bias_in_bios", rows)
 
 
@@ -85,8 +91,17 @@ def core(results: Path) -> None:
     from sae_bench.evals.core.main import multiple_evals
 
     multiple_evals(
-        selected(), 2, 2, 4, compute_featurewise_density_statistics=True, compute_featurewise_weight_based_metrics=True,
-        exclude_special_tokens_from_reconstruction=True, context_size=64, output_folder=str(results), device="cpu", force_rerun=True,
+        selected(),
+        2,
+        2,
+        4,
+        compute_featurewise_density_statistics=True,
+        compute_featurewise_weight_based_metrics=True,
+        exclude_special_tokens_from_reconstruction=True,
+        context_size=64,
+        output_folder=str(results),
+        device="cpu",
+        force_rerun=True,
     )
 
 
@@ -94,9 +109,15 @@ def sparse_probing(results: Path) -> None:
     from sae_bench.evals.sparse_probing.main import SparseProbingEvalConfig, run_eval
 
     config = SparseProbingEvalConfig(
-        model_name=MODEL, dataset_names=["fancyzhx/ag_news"], probe_train_set_size=160, probe_test_set_size=80,
-        context_length=32, llm_batch_size=16, llm_dtype="float32", k_values=[1, 2],
-    )  # fmt: skip
+        model_name=MODEL,
+        dataset_names=["fancyzhx/ag_news"],
+        probe_train_set_size=160,
+        probe_test_set_size=80,
+        context_length=32,
+        llm_batch_size=16,
+        llm_dtype="float32",
+        k_values=[1, 2],
+    )
     run_eval(config, selected(), "cpu", str(results), force_rerun=True, artifacts_path=str(results / "artifacts"))
 
 
@@ -105,9 +126,17 @@ def scr_or_tpp(results: Path, scr: bool) -> None:
 
     name = "LabHC/bias_in_bios_class_set1"
     config = ScrAndTppEvalConfig(
-        model_name=MODEL, dataset_names=[name], perform_scr=scr, train_set_size=200, test_set_size=80, context_length=32,
-        llm_batch_size=16, llm_dtype="float32", n_values=[2, 10, 50], column1_vals_lookup={name: [("professor", "nurse")]},
-    )  # fmt: skip
+        model_name=MODEL,
+        dataset_names=[name],
+        perform_scr=scr,
+        train_set_size=200,
+        test_set_size=80,
+        context_length=32,
+        llm_batch_size=16,
+        llm_dtype="float32",
+        n_values=[2, 10, 50],
+        column1_vals_lookup={name: [("professor", "nurse")]},
+    )
     run_eval(config, selected(), "cpu", str(results), force_rerun=True, artifacts_path=str(results / "artifacts"))
 
 
@@ -126,9 +155,14 @@ def absorption(results: Path) -> None:
     for module in (common, feature_absorption):
         module.get_alpha_tokens = a_few_of_each_letter(module.get_alpha_tokens)
     config = AbsorptionEvalConfig(
-        model_name=MODEL, max_k_value=2, llm_batch_size=16, min_GT_probe_f1=0.0, min_feats_for_eval=3,
-        k_sparse_probe_num_epochs=20, precalc_k_sparse_probe_sae_acts=True,
-    )  # fmt: skip
+        model_name=MODEL,
+        max_k_value=2,
+        llm_batch_size=16,
+        min_GT_probe_f1=0.0,
+        min_feats_for_eval=3,
+        k_sparse_probe_num_epochs=20,
+        precalc_k_sparse_probe_sae_acts=True,
+    )
     # It reads blocks.N.hook_resid_post whatever the dictionary's own hook is, so neurons are out.
     chosen = [pair for pair in selected() if pair[1] != "snmf"]
     results.mkdir(parents=True, exist_ok=True)
@@ -136,7 +170,9 @@ def absorption(results: Path) -> None:
 
 
 def a_few_of_each_letter(every: Callable[..., list[str]], n: int = 20) -> Callable[..., list[str]]:
-    """The words that absorption asks about, fewer: all of the vocabulary takes hours on two cores, and no letter may be missing."""
+    """The words that absorption asks about, fewer: all of the vocabulary takes hours on two cores, and no letter may
+    be missing.
+    """
 
     def few(*args: Any, **options: Any) -> list[str]:
         words = [word for word in every(*args, **options) if len(word) > 3]
@@ -154,7 +190,15 @@ def autointerp(results: Path) -> None:
     )
     with openai_stub() as (url, requests):
         os.environ["OPENAI_BASE_URL"] = url
-        run_eval(config, selected(), "cpu", "no key", str(results), force_rerun=True, artifacts_path=str(results / "artifacts"))
+        run_eval(
+            config,
+            selected(),
+            "cpu",
+            "no key",
+            str(results),
+            force_rerun=True,
+            artifacts_path=str(results / "artifacts"),
+        )
     print(len(requests), "requests to the judge")
 
 
@@ -162,9 +206,12 @@ def sae_probes(results: Path) -> None:
     from sae_bench.evals.sparse_probing_sae_probes.main import SparseProbingSaeProbesEvalConfig, run_eval
 
     config = SparseProbingSaeProbesEvalConfig(
-        model_name=MODEL, dataset_names=["119_us_state_TX"], ks=[1, 4], results_path=str(results / "probes"),
+        model_name=MODEL,
+        dataset_names=["119_us_state_TX"],
+        ks=[1, 4],
+        results_path=str(results / "probes"),
         model_cache_path=str(results / "activations"),
-    )  # fmt: skip
+    )
     run_eval(config, selected(), "cpu", str(results), force_rerun=True)
 
 
@@ -187,16 +234,27 @@ def interventions(results: Path) -> None:
         changed.square().sum().backward()
         strongest = sae.encode(x).sum((0, 1)).topk(3).indices.tolist()
         clamped = anthropic_clamp_resid_SAE_features(x.clone(), None, sae, strongest, 20.0)
-        print(json.dumps({
-            "dictionary": name, "mask gradient": float(mask.binary_mask.grad.norm()),
-            "clamped by": float((clamped - x).norm() / x.norm()),
-        }))  # fmt: skip
+        print(
+            json.dumps(
+                {
+                    "dictionary": name,
+                    "mask gradient": float(mask.binary_mask.grad.norm()),
+                    "clamped by": float((clamped - x).norm() / x.norm()),
+                }
+            )
+        )
 
 
 EVALUATIONS: dict[str, Callable[[Path], None]] = {
-    "core": core, "sparse_probing": sparse_probing, "scr": scr, "tpp": tpp, "absorption": absorption,
-    "autointerp": autointerp, "sae_probes": sae_probes, "interventions": interventions,
-}  # fmt: skip
+    "core": core,
+    "sparse_probing": sparse_probing,
+    "scr": scr,
+    "tpp": tpp,
+    "absorption": absorption,
+    "autointerp": autointerp,
+    "sae_probes": sae_probes,
+    "interventions": interventions,
+}
 
 
 def figures(results: Path) -> None:

@@ -24,7 +24,9 @@ def metadata() -> dict:
 
 
 def partition(**options) -> ExemplarPartition:
-    return ExemplarPartition.from_regions(unit_rows(D_SAE), unit_rows(D_SAE, 1), torch.ones(D_IN), 0.7, metadata=metadata(), **options)
+    return ExemplarPartition.from_regions(
+        unit_rows(D_SAE), unit_rows(D_SAE, 1), torch.ones(D_IN), 0.7, metadata=metadata(), **options
+    )
 
 
 def neurons() -> SNMFDictionary:
@@ -74,7 +76,9 @@ def test_saebench_looks_for_weights_of_an_encoder_and_may_find_no_bias(sae):
 
 
 def test_codes_may_be_changed_in_place_and_decoded_again(sae, x):
-    """evals/scr_and_tpp/main.py, ablated_precomputed_activations; evals/unlearning/utils/intervention.py (negative values)."""
+    """evals/scr_and_tpp/main.py, ablated_precomputed_activations; evals/unlearning/utils/intervention.py (negative
+    values).
+    """
     with torch.no_grad():
         codes = sae.encode(x)
         error = x - sae.decode(codes)
@@ -97,7 +101,9 @@ def test_a_learnt_mask_over_codes_gets_its_gradient_through_decode(sae, x):
 
 
 def test_masked_positions_are_activations_of_zero(sae, x):
-    """sae_bench_utils/activation_collection.py, get_sae_meaned_activations: zeros are encoded, their codes thrown away."""
+    """sae_bench_utils/activation_collection.py, get_sae_meaned_activations: zeros are encoded, their codes thrown
+    away.
+    """
     masked = x.clone()
     masked[:, 4:] = 0
     assert torch.isfinite(sae.encode(masked)).all()
@@ -105,7 +111,9 @@ def test_masked_positions_are_activations_of_zero(sae, x):
 
 
 def test_absorption_compares_a_direction_of_the_residual_stream_with_decoder_rows(sae, x):
-    """evals/absorption/feature_absorption_calculator.py: cosine with W_dec, codes (n, d_sae) of (n, d_in), under inference mode."""
+    """evals/absorption/feature_absorption_calculator.py: cosine with W_dec, codes (n, d_sae) of (n, d_in), under
+    inference mode.
+    """
     with torch.inference_mode():
         cosines = torch.nn.functional.cosine_similarity(torch.ones(D_IN), sae.W_dec, dim=-1)
         assert (sae.encode(x[:, 0]) * cosines).shape == (5, D_SAE)
@@ -122,7 +130,9 @@ def test_autointerp_needs_codes_that_differ(x):
 
 @pytest.mark.parametrize("name", ["top_k", "snmf"])
 def test_sae_dashboard_knows_it_as_one_whose_codes_are_of_all_latents(name, x):
-    """feature_data_generator.py, get_feature_data: only isinstance(activation_fn, TopK) is encoded whole and then sliced."""
+    """feature_data_generator.py, get_feature_data: only isinstance(activation_fn, TopK) is encoded whole and then
+    sliced.
+    """
     sae = MAKERS[name]()
     assert isinstance(sae.activation_fn, TopK)
     pre = sae.hook_sae_acts_pre
@@ -134,7 +144,9 @@ def test_sae_dashboard_knows_it_as_one_whose_codes_are_of_all_latents(name, x):
 
 @pytest.mark.parametrize("readout", ["projection", "cosine", "one_hot"])
 def test_sae_dashboard_cannot_cut_the_weights_of_other_readouts(readout):
-    """feature_data_generator.py, FeatureMaskingContext assigns W_enc, which is a view here: an error, not wrong codes."""
+    """feature_data_generator.py, FeatureMaskingContext assigns W_enc, which is a view here: an error, not wrong
+    codes.
+    """
     sae = partition(readout=readout)
     assert not isinstance(sae.activation_fn, TopK)
     with pytest.raises((AttributeError, KeyError)):
@@ -171,7 +183,9 @@ def test_sae_probes_encodes_rows_under_inference_mode(sae, x):
 
 
 def test_delphi_caches_whatever_a_callable_makes_of_a_module_s_activations(sae, x):
-    """latents/cache.py, LatentCache.run and get_nonzeros: (b, t, d_sae), entries above 1e-5, saved in half precision."""
+    """latents/cache.py, LatentCache.run and get_nonzeros: (b, t, d_sae), entries above 1e-5, saved in half
+    precision.
+    """
     codes = sae.encode(x).detach()
     assert codes.ndim == 3 and codes.shape[2] == D_SAE
     kept = codes.abs() > 1e-5
@@ -180,6 +194,8 @@ def test_delphi_caches_whatever_a_callable_makes_of_a_module_s_activations(sae, 
 
 
 def test_delphi_wants_windows_without_the_latent(x):
-    """latents/constructors.py, random_non_activating_windows: a latent on in every window has none, as dense codes have."""
+    """latents/constructors.py, random_non_activating_windows: a latent on in every window has none, as dense codes
+    have.
+    """
     on = (partition(k=1).encode(x) != 0).any(dim=1)
     assert not on.all()

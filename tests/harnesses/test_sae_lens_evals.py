@@ -39,7 +39,9 @@ def dictionaries() -> dict[str, SAE]:
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch, tiny_texts):
-    """A hub cache with a tiny random model called gpt2 and our dictionaries, known to SAELens as a release; a corpus."""
+    """A hub cache with a tiny random model called gpt2 and our dictionaries, known to SAELens as a release; a
+    corpus.
+    """
     home = tmp_path / "home"
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(home / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -54,9 +56,10 @@ def hub(tmp_path, monkeypatch, tiny_texts):
         dictionary.save_model(snapshot_of(home, REPO) / name)
     same, zeros = {name: name for name in made}, dict.fromkeys(made, 0.0)
     monkeypatch.setitem(
-        get_pretrained_saes_directory(), RELEASE,
+        get_pretrained_saes_directory(),
+        RELEASE,
         PretrainedSAELookup(RELEASE, REPO, MODEL, None, same, zeros, zeros, dict.fromkeys(made), {}, None),
-    )  # fmt: skip
+    )
     Dataset.from_dict({"text": list(tiny_texts) * 8}).to_json(tmp_path / "corpus" / "train.jsonl")
     return tmp_path
 
@@ -69,9 +72,15 @@ def test_multiple_evals_finds_loads_and_evaluates_both(hub):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         results = evals.multiple_evals(
-            RELEASE, ".*", 1, 1, eval_batch_size_prompts=4, datasets=[str(hub / "corpus")], ctx_lens=[CONTEXT],
+            RELEASE,
+            ".*",
+            1,
+            1,
+            eval_batch_size_prompts=4,
+            datasets=[str(hub / "corpus")],
+            ctx_lens=[CONTEXT],
             output_dir=str(hub / "results"),
-        )  # fmt: skip
+        )
     written = evals.process_results(results, str(hub / "results"))
     assert [result["sae_cfg"]["architecture"] for result in results] == ["exemplar_partition", "snmf"]
     assert all(finite(result["metrics"]) for result in results)
@@ -84,9 +93,15 @@ def test_run_evals_on_the_object_gives_what_multiple_evals_gives_on_the_name(hub
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         (by_name,) = evals.multiple_evals(
-            RELEASE, "partition", 1, 1, eval_batch_size_prompts=4, datasets=[str(hub / "corpus")], ctx_lens=[CONTEXT],
+            RELEASE,
+            "partition",
+            1,
+            1,
+            eval_batch_size_prompts=4,
+            datasets=[str(hub / "corpus")],
+            ctx_lens=[CONTEXT],
             output_dir=str(hub / "results"),
-        )  # fmt: skip
+        )
         sae = dictionaries()["partition"]
         model = models_zoo.make_model("gpt2", "HookedSAETransformer")
         store = ActivationsStore.from_sae(model, sae, str(hub / "corpus"), context_size=CONTEXT, device="cpu")
@@ -109,5 +124,7 @@ def test_keyword_arguments_recorded_at_the_build_are_kept():
     given = {"center_writing_weights": False}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        sae = ExemplarPartition.from_regions(rows, rows, torch.zeros(8), 0.7, metadata={"model_from_pretrained_kwargs": given})
+        sae = ExemplarPartition.from_regions(
+            rows, rows, torch.zeros(8), 0.7, metadata={"model_from_pretrained_kwargs": given}
+        )
     assert sae.cfg.metadata.model_from_pretrained_kwargs == given

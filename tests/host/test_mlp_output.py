@@ -120,13 +120,17 @@ def test_of_dictionaries(kind):
     model, features = host("llama", kind), features_of("llama")
     snmf = SNMFDictionary.from_features(features, metadata={"hook_name": NEURONS})
     expected = residual_directions(model, features, layer=LAYER)
-    assert torch.equal(residual_directions(model, snmf), expected) and torch.equal(snmf.residual_directions(model), expected)
+    assert torch.equal(residual_directions(model, snmf), expected) and torch.equal(
+        snmf.residual_directions(model), expected
+    )
     assert torch.equal(snmf.residual_directions(model, layer=0), residual_directions(model, features, layer=0))
     standard = StandardSAE(StandardSAEConfig(d_in=D_MLP["llama"], d_sae=5))
     with pytest.raises(ValueError, match="Nothing says which neurons"):
         residual_directions(model, standard)
     standard.cfg.metadata.hook_name = NEURONS
-    assert torch.equal(residual_directions(model, standard), residual_directions(model, standard.W_dec.detach(), layer=LAYER))
+    assert torch.equal(
+        residual_directions(model, standard), residual_directions(model, standard.W_dec.detach(), layer=LAYER)
+    )
 
 
 @pytest.mark.parametrize("kind", HOSTS[:2])
@@ -147,14 +151,21 @@ def test_in_half_precision_the_product_is_not_rounded(kind):
     model = load_model("tiny", model_class=kind, hf_model=hf_model, tokenizer=models_zoo.make_tokenizer(), device="cpu")
     features = features_of("gpt2")
     directions = residual_directions(model, features, layer=LAYER)
-    assert directions.dtype == torch.float32 and torch.allclose(directions, features @ model.blocks[LAYER].mlp.W_out.float(), atol=1e-5)
+    assert directions.dtype == torch.float32 and torch.allclose(
+        directions, features @ model.blocks[LAYER].mlp.W_out.float(), atol=1e-5
+    )
     assert residual_directions(model, features.double(), layer=LAYER).dtype == torch.float64
 
 
 def test_a_model_with_norms_only_behind():
     options = {
-        "vocab_size": models_zoo.VOCABULARY, "hidden_size": D_MODEL, "intermediate_size": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "initializer_range": 0.3, "architectures": ["Olmo2ForCausalLM"],
+        "vocab_size": models_zoo.VOCABULARY,
+        "hidden_size": D_MODEL,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "initializer_range": 0.3,
+        "architectures": ["Olmo2ForCausalLM"],
     }
     hf_model = Olmo2ForCausalLM(Olmo2Config(**options, **models_zoo.SPECIAL_IDS)).eval()
     for layer in hf_model.model.layers:
@@ -199,10 +210,18 @@ def test_bad_input_is_a_clear_error(kind, features, options, message):
 @pytest.mark.parametrize("kind", HOSTS[:2])
 def test_a_mixture_of_experts_has_no_output_matrix(kind):
     options = {
-        "vocab_size": models_zoo.VOCABULARY, "hidden_size": D_MODEL, "intermediate_size": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 2, "architectures": ["MixtralForCausalLM"],
+        "vocab_size": models_zoo.VOCABULARY,
+        "hidden_size": D_MODEL,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_local_experts": 2,
+        "architectures": ["MixtralForCausalLM"],
     }
     hf_model = MixtralForCausalLM(MixtralConfig(**options, **models_zoo.SPECIAL_IDS)).eval()
-    model = load_model("tiny-moe", model_class=kind, hf_model=hf_model, tokenizer=models_zoo.make_tokenizer(), device="cpu")
+    model = load_model(
+        "tiny-moe", model_class=kind, hf_model=hf_model, tokenizer=models_zoo.make_tokenizer(), device="cpu"
+    )
     with pytest.raises(ValueError, match="no single output matrix"):
         residual_directions(model, torch.ones(2, 64), layer=1)

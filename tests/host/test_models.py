@@ -40,7 +40,9 @@ TOKENS = torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual
 
 
 def read_all(model, hook_names, tokens=TOKENS):
-    """What fires at names that are taken as they are, by way of the model's own `run_with_hooks`: name -> every firing."""
+    """What fires at names that are taken as they are, by way of the model's own `run_with_hooks`: name -> every
+    firing.
+    """
     fired = {name: [] for name in hook_names}
     hooks = [(name, lambda x, hook, fired=fired[name]: fired.append(x.clone())) for name in fired]
     with torch.no_grad():
@@ -431,7 +433,9 @@ def test_load_in_half_precision(model_class):
     )
     assert describe_model(model)["dtype"] == "bfloat16"
     assert read(model, resolve_hook(model, "blocks.1.hook_out")).dtype == torch.bfloat16
-    kept = load_model("tiny", model_class=model_class, hf_model=make_hf_model("llama").half(), tokenizer=make_tokenizer())
+    kept = load_model(
+        "tiny", model_class=model_class, hf_model=make_hf_model("llama").half(), tokenizer=make_tokenizer()
+    )
     assert describe_model(kept)["dtype"] == "float16"
 
 

@@ -38,11 +38,16 @@ class Blob:
 
     @property
     def pointer(self) -> bytes:
-        return b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize %d\n" % (self.sha256.encode(), len(self.data))
+        return b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize %d\n" % (
+            self.sha256.encode(),
+            len(self.data),
+        )
 
     def info(self) -> dict[str, Any]:
         found: dict[str, Any] = {"size": len(self.data), "oid": self.oid}
-        return found | ({"lfs": {"oid": self.sha256, "size": len(self.data), "pointerSize": len(self.pointer)}} if self.lfs else {})
+        return found | (
+            {"lfs": {"oid": self.sha256, "size": len(self.data), "pointerSize": len(self.pointer)}} if self.lfs else {}
+        )
 
 
 @dataclass
@@ -101,7 +106,14 @@ class Hub(ThreadingHTTPServer):
 
     def create(self, name: str, files: dict[str, bytes] | None = None, **options: Any) -> Repo:
         repo = self.repos[name] = Repo(**options)
-        repo.commit("main", {path: Blob(data, path.endswith(".safetensors")) for path, data in (files or {".gitattributes": b""}).items()}, "initial commit")
+        repo.commit(
+            "main",
+            {
+                path: Blob(data, path.endswith(".safetensors"))
+                for path, data in (files or {".gitattributes": b""}).items()
+            },
+            "initial commit",
+        )
         return repo
 
     def reset(self) -> None:
@@ -151,7 +163,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         parts = urlsplit(self.path)
-        self.query, self.token = parse_qs(parts.query), (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        self.query, self.token = (
+            parse_qs(parts.query),
+            (self.headers.get("Authorization") or "").removeprefix("Bearer "),
+        )
         self.server.requests.append((self.command, self.headers["Host"].split(":")[0], parts.path, bool(self.token)))
         try:
             for piece, status in self.server.faults.fail.items():
@@ -203,7 +218,11 @@ class Handler(BaseHTTPRequestHandler):
         if repo.gated and self.token not in (TOKEN,):
             raise Failure(403, "GatedRepo", f"Access to model {name} is restricted.")
         if write and self.token != TOKEN:
-            raise Failure(403 if self.token else 401, "", "You don't have the rights to write here" if self.token else "Invalid username or password.")
+            raise Failure(
+                403 if self.token else 401,
+                "",
+                "You don't have the rights to write here" if self.token else "Invalid username or password.",
+            )
         return repo
 
     def files_of(self, repo: str, rev: str, write: bool = False) -> tuple[str, dict[str, Blob]]:
@@ -218,7 +237,9 @@ class Handler(BaseHTTPRequestHandler):
     def create_repo(self) -> None:
         given = json.loads(self.body())
         if self.token != TOKEN or given.get("organization") not in (None, OWNER):
-            raise Failure(403 if self.token else 401, "", "You don't have the rights to create a model under this namespace")
+            raise Failure(
+                403 if self.token else 401, "", "You don't have the rights to create a model under this namespace"
+            )
         name = f"{given.get('organization') or OWNER}/{given['name']}"
         if name in self.server.repos:
             return self.reply({"error": "You already created this model repo", "url": f"{self.server.url}/{name}"}, 409)
@@ -229,7 +250,11 @@ class Handler(BaseHTTPRequestHandler):
         front = re.match(r"---\n(.*?)\n---\n", json.loads(self.body())["content"], re.S)
         data = yaml.safe_load(front.group(1)) if front else None
         bad = [] if isinstance(data, dict) else [{"message": "no metadata"}]
-        bad += [{"message": f"{key} must be a list of strings"} for key in ("tags", "base_model") if not _strings((data or {}).get(key, []))]
+        bad += [
+            {"message": f"{key} must be a list of strings"}
+            for key in ("tags", "base_model")
+            if not _strings((data or {}).get(key, []))
+        ]
         self.reply({"errors": bad, "warnings": []}, 400 if bad else 200)
 
     def info(self, repo: str, rev: str = "main") -> None:
@@ -241,12 +266,17 @@ class Handler(BaseHTTPRequestHandler):
                 sibling |= {"size": len(blob.data), "blobId": blob.oid}
                 if blob.lfs:
                     sibling["lfs"] = {"sha256": blob.sha256, "size": len(blob.data), "pointerSize": len(blob.pointer)}
-        self.reply({"id": repo, "sha": sha, "private": self.server.repos[repo].private, "siblings": siblings, "tags": []})
+        self.reply(
+            {"id": repo, "sha": sha, "private": self.server.repos[repo].private, "siblings": siblings, "tags": []}
+        )
 
     def refs(self, repo: str) -> None:
         found = self.repo_of(repo)
         lists = {"branches": ("heads", found.branches), "tags": ("tags", found.tags)}
-        named = {key: [{"name": n, "ref": f"refs/{kind}/{n}", "targetCommit": sha} for n, sha in refs.items()] for key, (kind, refs) in lists.items()}
+        named = {
+            key: [{"name": n, "ref": f"refs/{kind}/{n}", "targetCommit": sha} for n, sha in refs.items()]
+            for key, (kind, refs) in lists.items()
+        }
         self.reply(named | {"converts": []})
 
     def tree(self, repo: str, rev: str, path: str = "") -> None:
@@ -284,7 +314,10 @@ class Handler(BaseHTTPRequestHandler):
         self.repo_of(repo, write=True)
         objects = []
         for item in json.loads(self.body())["objects"]:
-            actions = {"upload": {"href": f"{self.server.cdn}/lfs/{item['oid']}"}, "verify": {"href": f"{self.server.url}/lfs-verify"}}
+            actions = {
+                "upload": {"href": f"{self.server.cdn}/lfs/{item['oid']}"},
+                "verify": {"href": f"{self.server.url}/lfs-verify"},
+            }
             objects.append(item | ({} if item["oid"] in self.server.large else {"actions": actions}))
         self.reply({"transfer": "basic", "objects": objects})
 
@@ -328,13 +361,21 @@ class Handler(BaseHTTPRequestHandler):
     def file(self, repo: str, rev: str, path: str) -> None:
         sha, files = self.files_of(repo, rev)
         if path not in files:
-            failure = {"X-Error-Code": "EntryNotFound", "X-Error-Message": f"{path} does not exist", "X-Repo-Commit": sha}
+            failure = {
+                "X-Error-Code": "EntryNotFound",
+                "X-Error-Message": f"{path} does not exist",
+                "X-Repo-Commit": sha,
+            }
             return self.reply({"error": "Entry not found"}, 404, failure)
         blob, commit = files[path], {"X-Repo-Commit": sha}
         if not blob.lfs:
             return self._send(blob.data, commit | {"ETag": f'"{blob.oid}"'})
         self.server.large[blob.sha256] = blob.data
-        linked = {"X-Linked-Etag": f'"{blob.sha256}"', "X-Linked-Size": str(len(blob.data)), "Location": f"{self.server.cdn}/lfs/{blob.sha256}"}
+        linked = {
+            "X-Linked-Etag": f'"{blob.sha256}"',
+            "X-Linked-Size": str(len(blob.data)),
+            "Location": f"{self.server.cdn}/lfs/{blob.sha256}",
+        }
         return self.reply(b"", 302, commit | linked)
 
     def lfs_get(self, oid: str) -> None:

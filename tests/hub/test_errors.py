@@ -1,4 +1,6 @@
-"""What a user reads when something is wrong with a repository, the token, the connection or the disk, and that nothing is lost."""
+"""What a user reads when something is wrong with a repository, the token, the connection or the disk, and that nothing
+is lost.
+"""
 
 import errno
 import json
@@ -35,7 +37,10 @@ def edit_config(hub, **changes) -> None:
 
 
 def test_no_such_repository_revision_or_dictionary(pushed):
-    with pytest.raises(FileNotFoundError, match=r"no model repository 'lab/other', or it is private and this token may not see it. Sign in with `hf"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"no model repository 'lab/other', or it is private and this token may not see it. Sign in with `hf",
+    ):
         load_from_hub("lab/other", "a/b")
     with pytest.raises(FileNotFoundError, match=r"'lab/dictionaries' has no such revision"):
         load_from_hub(REPO, "a/b", revision="v9")
@@ -45,7 +50,10 @@ def test_no_such_repository_revision_or_dictionary(pushed):
 
 def test_a_repository_without_our_files(hub):
     hub.create("lab/model", {"config.json": b"{}", "model.safetensors": b"x", "layer_3/params.npz": b"x"})
-    with pytest.raises(FileNotFoundError, match=r"no dictionary in SAELens' format, .* it holds config.json, layer_3/params.npz, model.safetensors"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"no dictionary in SAELens' format, .* it holds config.json, layer_3/params.npz, model.safetensors",
+    ):
         load_from_hub("lab/model", "layer_3")
     hub.create("lab/half", {"x/cfg.json": b"{}"})
     with pytest.raises(FileNotFoundError, match="no dictionary in SAELens' format"):
@@ -82,7 +90,10 @@ def test_a_gated_repository(hub):
 
 def test_no_right_to_write(pushed, made):
     before = dict(pushed.repos[REPO].files)
-    with pytest.raises(PermissionError, match=r"This token may not write 'lab/dictionaries': .*You don't have the rights to write here.* Sign in"):
+    with pytest.raises(
+        PermissionError,
+        match=r"This token may not write 'lab/dictionaries': .*You don't have the rights to write here.* Sign in",
+    ):
         push_to_hub(made.snmf, REPO, "c", token=READER)
     with pytest.raises(PermissionError, match="This token may not write 'others/new': .*under this namespace"):
         push_to_hub(made.snmf, "others/new", "c")
@@ -100,14 +111,19 @@ def test_private_is_no_promise_about_a_public_repository(pushed, made):
 
 def test_an_architecture_that_is_not_known(pushed):
     edit_config(pushed, architecture="exemplar_partitions")
-    with pytest.raises(ValueError, match=r"architecture 'exemplar_partitions', which is not registered .* Did you mean 'exemplar_partition'") as caught:
+    with pytest.raises(
+        ValueError,
+        match=r"architecture 'exemplar_partitions', which is not registered .* Did you mean 'exemplar_partition'",
+    ) as caught:
         load_from_hub(REPO, "a/b")
     assert "import saelens_ext)" not in str(caught.value)  # each architecture is named once
 
 
 def test_a_newer_format(pushed):
     edit_config(pushed, format_version=7)
-    with pytest.raises(ValueError, match=r"format_version 7, this saelens-ext reads up to 1: upgrade with `pip install -U saelens-ext`"):
+    with pytest.raises(
+        ValueError, match=r"format_version 7, this saelens-ext reads up to 1: upgrade with `pip install -U saelens-ext`"
+    ):
         load_from_hub(REPO, "a/b")
 
 
@@ -126,7 +142,9 @@ def test_a_file_damaged_on_the_way_is_fetched_again(pushed, made):
 
 def test_a_file_that_stays_damaged_is_refused_and_not_kept_as_good(pushed, tmp_path):
     pushed.faults.corrupt_downloads = 99
-    with pytest.raises(ValueError, match=r"has the checksum [0-9a-f]{64}, the Hub says [0-9a-f]{64}: it was damaged on the way"):
+    with pytest.raises(
+        ValueError, match=r"has the checksum [0-9a-f]{64}, the Hub says [0-9a-f]{64}: it was damaged on the way"
+    ):
         load_from_hub(REPO, "a/b")
     with pytest.raises(ValueError, match="has the checksum"):
         pull_from_hub(REPO, "a/b", tmp_path / "pulled")
@@ -152,9 +170,13 @@ def test_a_profile_of_another_dictionary_is_not_pushed(hub, made):
 
 
 def test_files_to_push_that_are_not_there_or_not_whole(hub, made, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"There is no directory .*nowhere; give the one a dictionary was saved into"):
+    with pytest.raises(
+        FileNotFoundError, match=r"There is no directory .*nowhere; give the one a dictionary was saved into"
+    ):
         push_to_hub(tmp_path / "nowhere", REPO, "x")
-    with pytest.raises(FileNotFoundError, match="holds no SAELens dictionary: cfg.json and sae_weights.safetensors are not there"):
+    with pytest.raises(
+        FileNotFoundError, match="holds no SAELens dictionary: cfg.json and sae_weights.safetensors are not there"
+    ):
         push_to_hub(tmp_path, REPO, "x")
     with pytest.raises(FileNotFoundError, match="There is no report"):
         push_to_hub(made.snmf, REPO, "x", report=tmp_path / "r.html")
@@ -170,7 +192,9 @@ def test_files_to_push_that_are_not_there_or_not_whole(hub, made, tmp_path):
 
 def test_a_card_that_cannot_be_read_is_left_alone(hub, made):
     hub.create(REPO, {"README.md": b"---\ntags: [a\n---\nwords"})
-    with pytest.raises(ValueError, match=r"front matter of the repository's README.md is not readable .* Correct it on the Hub"):
+    with pytest.raises(
+        ValueError, match=r"front matter of the repository's README.md is not readable .* Correct it on the Hub"
+    ):
         push_to_hub(made.snmf, REPO, "x")
     assert list(hub.repos[REPO].files) == ["README.md"]
 
@@ -197,7 +221,9 @@ def test_a_download_that_never_arrives_leaves_a_usable_cache(pushed, made):
 
 def test_the_hub_is_not_reached(hub, made, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(ConnectionError, match=r"The connection to http://127.0.0.1:9 failed .*Connection refused.* load again"):
+    with pytest.raises(
+        ConnectionError, match=r"The connection to http://127.0.0.1:9 failed .*Connection refused.* load again"
+    ):
         load_from_hub(REPO, "x")
     with pytest.raises(ConnectionError, match=r"The connection to .* failed .* Nothing was published"):
         push_to_hub(made.snmf, REPO, "x")
@@ -210,7 +236,9 @@ def test_a_push_cut_off_publishes_nothing_and_can_be_repeated(pushed, made, faul
         pushed.faults.cut_uploads = 99
     else:
         pushed.faults.before_commit.append(lambda: (_ for _ in ()).throw(ConnectionError("cut")))
-    with pytest.raises(ConnectionError, match=r"The connection to .* failed .* Nothing was published: the repository is as before"):
+    with pytest.raises(
+        ConnectionError, match=r"The connection to .* failed .* Nothing was published: the repository is as before"
+    ):
         push_to_hub(made.snmf, REPO, "c")
     assert pushed.repos[REPO].files == before
     pushed.faults.cut_uploads = 0
@@ -225,7 +253,10 @@ def test_an_upload_cut_off_once_is_repeated_by_the_client(pushed, made):
 
 def test_a_server_error_names_it(pushed, made):
     pushed.faults.fail = {"/preupload/": 500}
-    with pytest.raises(OSError, match=r"answered 500 when asked to write 'lab/dictionaries': The server says no\. Nothing was published"):
+    with pytest.raises(
+        OSError,
+        match=r"answered 500 when asked to write 'lab/dictionaries': The server says no\. Nothing was published",
+    ):
         push_to_hub(made.snmf, REPO, "c")
 
 
@@ -239,7 +270,9 @@ def full(*args, **kwargs):
 def test_no_disk_space(pushed, made, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("huggingface_hub.file_download.http_get", full)
-        with pytest.raises(OSError, match=r"The disk is full \(the cache, .*\): 'lab/dictionaries' was not loaded. .* set HF_HUB_CACHE") as caught:
+        with pytest.raises(
+            OSError, match=r"The disk is full \(the cache, .*\): 'lab/dictionaries' was not loaded. .* set HF_HUB_CACHE"
+        ) as caught:
             load_from_hub(REPO, "a/b")
         assert caught.value.errno == errno.ENOSPC
     with monkeypatch.context() as patch:
@@ -260,6 +293,9 @@ def test_a_cache_that_may_not_be_written(pushed, tmp_path, monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "cache"))
 
     monkeypatch.setattr("huggingface_hub.file_download.http_get", refuse)
-    with pytest.raises(PermissionError, match=r"cache may not be written: Permission denied. Change its permissions, or set HF_HUB_CACHE"):
+    with pytest.raises(
+        PermissionError,
+        match=r"cache may not be written: Permission denied. Change its permissions, or set HF_HUB_CACHE",
+    ):
         load_from_hub(REPO, "a/b")
     assert not list(tmp_path.glob("cache/**/*.safetensors"))

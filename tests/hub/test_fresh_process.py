@@ -39,9 +39,17 @@ def test_without_and_with_the_import(hub, made, tmp_path):
     repo = "lab/dictionaries"
     made.partition.save(tmp_path / "saved")
     push_to_hub(made.partition, repo, "x")
-    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_TOKEN": TOKEN,
+        "HF_HUB_DISABLE_XET": "1",
+    }
     environment.pop("HF_HUB_CACHE", None)
-    done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path / "saved"), repo], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(tmp_path / "saved"), repo], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stderr
     message = "'exemplar_partition (pip install saelens-ext, import saelens_ext)'"
     k, commit = made.partition.n_regions, hub.repos[repo].branches["main"]

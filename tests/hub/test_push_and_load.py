@@ -36,8 +36,15 @@ def test_a_fit_with_everything_beside_it_comes_back(hub, made, tmp_path):
     report = tmp_path / "r.html"
     report.write_text("<p>seen")
     commit = push_to_hub(
-        made.partition, REPO, "blocks.1/p20", profile=made.profile, runner_config={"seed": 3}, report=report, license="mit",
-        metrics={"explained_variance": 0.5}, base_model="lab/tiny",
+        made.partition,
+        REPO,
+        "blocks.1/p20",
+        profile=made.profile,
+        runner_config={"seed": 3},
+        report=report,
+        license="mit",
+        metrics={"explained_variance": 0.5},
+        base_model="lab/tiny",
     )
     assert commit == f"{hub.url}/{REPO}/commit/{commit.oid}"
     assert hub.repos[REPO].messages == ["initial commit", "Push blocks.1/p20"]  # one commit
@@ -72,7 +79,9 @@ def test_a_hierarchy_and_its_levels(hub, made):
     assert found.dictionaries[0].W_dec.dtype is torch.float64
     same(SAE.from_pretrained(REPO, "tree/level_1"), made.hierarchy.dictionaries[1])
     same(load_from_hub(REPO, "tree/level_1").dictionary, made.hierarchy.dictionaries[1])
-    assert [line.split("|")[1].strip() for line in card(hub)[1].splitlines() if line.startswith("| `tree")] == ["`tree`"]
+    assert [line.split("|")[1].strip() for line in card(hub)[1].splitlines() if line.startswith("| `tree")] == [
+        "`tree`"
+    ]
 
 
 def test_a_saved_directory_is_pushed_with_what_lies_in_it(hub, made, tmp_path):
@@ -81,8 +90,14 @@ def test_a_saved_directory_is_pushed_with_what_lies_in_it(hub, made, tmp_path):
     (tmp_path / "d" / "notes.txt").write_text("mine")
     push_to_hub(tmp_path / "d", REPO, "x")
     assert sorted(hub.repos[REPO].files) == [".gitattributes", "README.md"] + [
-        f"x/{name}" for name in (
-            "cfg.json", "fit.json", "fit.safetensors", "profile.json", "profile.safetensors", "sae_weights.safetensors",
+        f"x/{name}"
+        for name in (
+            "cfg.json",
+            "fit.json",
+            "fit.safetensors",
+            "profile.json",
+            "profile.safetensors",
+            "sae_weights.safetensors",
         )
     ]
     pulled = pull_from_hub(REPO, "x", tmp_path / "pulled" / "deep")
@@ -99,26 +114,50 @@ def test_pulling_over_other_files_is_refused(hub, made, tmp_path):
     push_to_hub(made.snmf.dictionary, REPO, "x")
     made.profile.save(tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.glob("profile*")}
-    with pytest.raises(FileExistsError, match=r"holds profile.json, profile.safetensors, which would not belong to 'x'"):
+    with pytest.raises(
+        FileExistsError, match=r"holds profile.json, profile.safetensors, which would not belong to 'x'"
+    ):
         pull_from_hub(REPO, "x", tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.glob("*.*")} == before
 
 
 def test_the_card_lists_all_and_keeps_what_others_wrote(hub, made):
-    hub.create(REPO, {"README.md": b"---\nlicense: apache-2.0\ntags:\n- mine\nmodel-index: [{name: m}]\n---\n\nMy words.\n", "old/cfg.json": b"{}",
-                      "old/sae_weights.safetensors": b"x"})
+    hub.create(
+        REPO,
+        {
+            "README.md": b"---\nlicense: apache-2.0\ntags:\n- mine\nmodel-index: [{name: m}]\n---\n\nMy words.\n",
+            "old/cfg.json": b"{}",
+            "old/sae_weights.safetensors": b"x",
+        },
+    )
     push_to_hub(made.partition, REPO, "a", base_model="lab/tiny")
     push_to_hub(made.snmf, REPO, "b", base_model="lab/other")
     hub.repos[REPO].commits[hub.repos[REPO].branches["main"]]["README.md"].data += b"\nMore words.\n"
     push_to_hub(made.standard, REPO, "a")
     front, body = card(hub)
     assert front == {
-        "library_name": "saelens", "license": "apache-2.0", "model-index": [{"name": "m"}], "base_model": ["lab/tiny", "lab/other"],
-        "tags": ["mine", "saelens", "saelens-ext", "mechanistic-interpretability", "sparse-dictionary", "exemplar-partition", "snmf",
-                 "sparse-autoencoder", "standard"],
+        "library_name": "saelens",
+        "license": "apache-2.0",
+        "model-index": [{"name": "m"}],
+        "base_model": ["lab/tiny", "lab/other"],
+        "tags": [
+            "mine",
+            "saelens",
+            "saelens-ext",
+            "mechanistic-interpretability",
+            "sparse-dictionary",
+            "exemplar-partition",
+            "snmf",
+            "sparse-autoencoder",
+            "standard",
+        ],
     }
     assert body.startswith("\nMy words.\n") and body.endswith("\nMore words.\n")
-    assert re.findall(r"^\| (`.*?`) \| (.*?) \|", body, re.M)[:3] == [("`a`", "SAELens standard"), ("`b`", "SNMFDictionary"), ("`old`", "SAELens SAE")]
+    assert re.findall(r"^\| (`.*?`) \| (.*?) \|", body, re.M)[:3] == [
+        ("`a`", "SAELens standard"),
+        ("`b`", "SNMFDictionary"),
+        ("`old`", "SAELens SAE"),
+    ]
     assert body.count("## `a`") == body.count("## `b`") == 1
     assert "Voronoi" not in body  # the section of the dictionary that was replaced
     assert {"a/cfg.json", "b/cfg.json", "old/cfg.json", "b/fit.json"} <= set(hub.repos[REPO].files)
@@ -129,8 +168,14 @@ def test_the_card_says_how_it_was_built_and_how_good_it_is(hub, made):
     push_to_hub(made.partition, REPO, "a", profile=made.profile, metrics={"explained_variance": 0.123456})
     push_to_hub(made.snmf, REPO, "b")
     _, body = card(hub)
-    for line in ("| explained_variance | 0.1235 |", f"| activations clustered | {made.partition.n_seen} |", "| hook_name | `blocks.1.hook_out` |",
-                 f"| squared error / sum of squares | {made.snmf.loss:.4g} |", "| percentile | 20 |", "| model_class_name | `SAETransformerBridge` |"):
+    for line in (
+        "| explained_variance | 0.1235 |",
+        f"| activations clustered | {made.partition.n_seen} |",
+        "| hook_name | `blocks.1.hook_out` |",
+        f"| squared error / sum of squares | {made.snmf.loss:.4g} |",
+        "| percentile | 20 |",
+        "| model_class_name | `SAETransformerBridge` |",
+    ):
         assert line in body, line
     assert "pip install saelens-ext" in body and "Without `import saelens_ext`" in body
 
@@ -154,8 +199,11 @@ def test_revisions(hub, made):
     hub.repos[REPO].tags["v1"] = first.oid
     assert hub.repos[REPO].messages[-1] == "Better"
     for revision, expected, commit in [
-        (None, made.snmf.dictionary, second.oid), ("main", made.snmf.dictionary, second.oid), ("v1", made.partition.dictionary, first.oid),
-        (first.oid, made.partition.dictionary, first.oid), ("trial", made.standard, hub.repos[REPO].branches["trial"]),
+        (None, made.snmf.dictionary, second.oid),
+        ("main", made.snmf.dictionary, second.oid),
+        ("v1", made.partition.dictionary, first.oid),
+        (first.oid, made.partition.dictionary, first.oid),
+        ("trial", made.standard, hub.repos[REPO].branches["trial"]),
     ]:
         found = load_from_hub(REPO, "x", revision=revision)
         same(found.dictionary, expected)

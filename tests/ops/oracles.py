@@ -8,7 +8,9 @@ GRID = 2**30
 
 
 def exact_cosine(a: np.ndarray, b: np.ndarray) -> float:
-    """Cosine of two float32 unit rows: integers on the grid of multiples of 2**-30, one rounding per operation after."""
+    """Cosine of two float32 unit rows: integers on the grid of multiples of 2**-30, one rounding per operation
+    after.
+    """
     a, b = ([round(float(v) * GRID) for v in row] for row in (a, b))
     dot, aa, bb = (sum(p * q for p, q in zip(x, y)) for x, y in ((a, b), (a, a), (b, b)))
     return _quotient(dot, aa, bb)
@@ -63,4 +65,6 @@ def pairwise_distances(units: np.ndarray, keep) -> np.ndarray:
     """Cosine distances of the pairs i < j with ``keep(i, j)``."""
     units = np.asarray(units, dtype=np.float64)
     units = units / np.linalg.norm(units, axis=1, keepdims=True)
-    return np.array([1 - units[i] @ units[j] for i in range(len(units)) for j in range(i + 1, len(units)) if keep(i, j)])
+    return np.array(
+        [1 - units[i] @ units[j] for i in range(len(units)) for j in range(i + 1, len(units)) if keep(i, j)]
+    )

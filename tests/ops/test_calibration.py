@@ -17,7 +17,9 @@ from tests.ops import oracles
 PERCENTILES = (1, 2, 4.5, 10, 50, 99)
 
 
-def documents(n_documents: int, rows: int, d: int = 8, seed: int = 0, spread: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+def documents(
+    n_documents: int, rows: int, d: int = 8, seed: int = 0, spread: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Directions whose documents differ, and the document of each; documents have ``rows`` to ``2 * rows`` rows."""
     generator = torch.Generator().manual_seed(seed)
     sizes = torch.randint(rows, 2 * rows + 1, (n_documents,), generator=generator)
@@ -34,7 +36,9 @@ def test_across_documents_equals_numpy() -> None:
     units, ids = documents(9, 20)
     distances = oracles.pairwise_distances(units.numpy(), lambda i, j: ids[i] != ids[j])
     estimates = pairwise_distance_percentiles(units, ids, PERCENTILES)
-    np.testing.assert_allclose(thresholds(estimates), np.percentile(distances, PERCENTILES), rtol=0, atol=0.51 * BIN_WIDTH)
+    np.testing.assert_allclose(
+        thresholds(estimates), np.percentile(distances, PERCENTILES), rtol=0, atol=0.51 * BIN_WIDTH
+    )
     assert [estimate.n_pairs for estimate in estimates] == [len(distances)] * len(PERCENTILES)
     assert [estimate.percentile for estimate in estimates] == list(PERCENTILES)
 
@@ -44,7 +48,9 @@ def test_many_rows_and_documents_longer_than_a_tile() -> None:
     mask = ids[:, None] < ids[None]
     cosine = units.double() @ units.double().T
     expected = np.percentile((1 - cosine[mask]).clamp(0, 2).numpy(), PERCENTILES)
-    np.testing.assert_allclose(thresholds(pairwise_distance_percentiles(units, ids, PERCENTILES)), expected, rtol=0, atol=BIN_WIDTH)
+    np.testing.assert_allclose(
+        thresholds(pairwise_distance_percentiles(units, ids, PERCENTILES)), expected, rtol=0, atol=BIN_WIDTH
+    )
 
 
 def test_the_order_of_rows_and_the_names_of_documents_do_not_matter() -> None:
@@ -60,7 +66,9 @@ def test_pairs_within_documents_are_left_out() -> None:
     units, ids = torch.eye(4)[[0] * 30 + [1] * 30], torch.arange(2).repeat_interleave(30)
     (across,) = pairwise_distance_percentiles(units, ids, [1])
     assert (across.threshold, across.n_pairs) == (1.0, 900)
-    (within,) = pairwise_distance_percentiles(units, ids, [1], mode="within_batch", batch_ids=torch.zeros(60, dtype=torch.long))
+    (within,) = pairwise_distance_percentiles(
+        units, ids, [1], mode="within_batch", batch_ids=torch.zeros(60, dtype=torch.long)
+    )
     assert within.threshold == 0
 
 
@@ -84,7 +92,9 @@ def test_within_batch_is_exact_for_batches_longer_than_a_tile() -> None:
     units, ids = documents(4, 500, d=3)
     i, j = torch.triu_indices(len(units), len(units), 1)
     expected = np.percentile(1 - (units.double() @ units.double().T)[i, j].numpy(), PERCENTILES)
-    estimates = pairwise_distance_percentiles(units, ids, PERCENTILES, mode="within_batch", batch_ids=torch.zeros_like(ids))
+    estimates = pairwise_distance_percentiles(
+        units, ids, PERCENTILES, mode="within_batch", batch_ids=torch.zeros_like(ids)
+    )
     np.testing.assert_allclose(thresholds(estimates), expected, rtol=0, atol=1e-6)
     assert estimates[0].n_pairs == len(i)
 
@@ -92,7 +102,8 @@ def test_within_batch_is_exact_for_batches_longer_than_a_tile() -> None:
 def test_the_paper_mode_moves_with_the_batch_size_and_ours_does_not() -> None:
     units, ids = documents(40, 10, spread=3.0)
     small, large = (
-        pairwise_distance_percentiles(units, ids, [2], mode="within_batch", batch_ids=ids // size)[0].threshold for size in (2, 40)
+        pairwise_distance_percentiles(units, ids, [2], mode="within_batch", batch_ids=ids // size)[0].threshold
+        for size in (2, 40)
     )
     assert small < 0.7 * large
     assert pairwise_distance_percentiles(units, ids, [2])[0].threshold > large
@@ -129,7 +140,9 @@ def test_where_variation_cannot_be_seen_the_interval_is_everything() -> None:
     assert (estimate.low, estimate.high) == (0.0, 2.0)
     (estimate,) = pairwise_distance_percentiles(units, ids, [10], mode="within_batch", batch_ids=torch.zeros_like(ids))
     assert (estimate.low, estimate.high) == (0.0, 2.0)
-    (estimate,) = pairwise_distance_percentiles(units, ids, [10], mode="within_batch", batch_ids=torch.arange(len(ids)) // 5)
+    (estimate,) = pairwise_distance_percentiles(
+        units, ids, [10], mode="within_batch", batch_ids=torch.arange(len(ids)) // 5
+    )
     assert 0 < estimate.low < estimate.threshold < estimate.high < 2
 
 
@@ -166,7 +179,9 @@ def test_rows_without_a_direction_are_left_out() -> None:
 
 def test_identical_activations_have_threshold_zero_which_no_clustering_takes() -> None:
     ids = torch.arange(5).repeat_interleave(10)
-    units = unit_directions(torch.randn(1, 8, generator=torch.Generator().manual_seed(0)).repeat(50, 1), torch.zeros(8))[0]
+    units = unit_directions(
+        torch.randn(1, 8, generator=torch.Generator().manual_seed(0)).repeat(50, 1), torch.zeros(8)
+    )[0]
     for options in ({}, {"mode": "within_batch", "batch_ids": ids // 2}):
         (estimate,) = pairwise_distance_percentiles(units, ids, [10], **options)
         assert (estimate.threshold, estimate.low, estimate.high) == (0.0, 0.0, 0.0)
@@ -181,7 +196,13 @@ def test_estimates_are_plain_numbers_and_no_percentile_gives_none() -> None:
     assert pairwise_distance_percentiles(units, ids, []) == []
     assert pairwise_distance_percentiles(units, ids, [], mode="within_batch", batch_ids=ids) == []
     given_one = ThresholdEstimate.given(0.4)
-    assert (given_one.percentile, given_one.low, given_one.threshold, given_one.high, given_one.n_pairs) == (None, 0.4, 0.4, 0.4, 0)
+    assert (given_one.percentile, given_one.low, given_one.threshold, given_one.high, given_one.n_pairs) == (
+        None,
+        0.4,
+        0.4,
+        0.4,
+        0,
+    )
 
 
 def test_errors() -> None:
@@ -207,7 +228,9 @@ def test_errors() -> None:
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.integers(2, 6), st.integers(1, 5), st.integers(0, 2**31), st.lists(st.floats(0.1, 99.9), min_size=1, max_size=4))
+@given(
+    st.integers(2, 6), st.integers(1, 5), st.integers(0, 2**31), st.lists(st.floats(0.1, 99.9), min_size=1, max_size=4)
+)
 def test_laws(n_documents: int, rows: int, seed: int, percentiles: list[float]) -> None:
     units, ids = documents(n_documents, rows, d=3, seed=seed)
     distances = oracles.pairwise_distances(units.numpy(), lambda i, j: ids[i] != ids[j])

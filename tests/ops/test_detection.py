@@ -94,7 +94,9 @@ def test_constant_scores_separate_nothing():
 
 def test_d_prime_by_hand_and_where_it_is_not_a_number():
     a, b = normal(8, 3), normal(5, 3, seed=1)
-    by_hand = [(x.mean() - y.mean()) / math.sqrt((x.var(ddof=1) + y.var(ddof=1)) / 2) for x, y in zip(a.numpy().T, b.numpy().T)]
+    by_hand = [
+        (x.mean() - y.mean()) / math.sqrt((x.var(ddof=1) + y.var(ddof=1)) / 2) for x, y in zip(a.numpy().T, b.numpy().T)
+    ]
     assert np.allclose(standardised_difference(a, b), by_hand)
     assert torch.allclose(standardised_difference(b, a), -standardised_difference(a, b))
     assert standardised_difference(torch.ones(3, 1), torch.zeros(3, 1)).tolist() == [math.inf]

@@ -27,7 +27,9 @@ def clustered(n: int, d: int, seed: int = 0, n_clusters: int = 20) -> torch.Tens
     return means[cluster] + torch.randn(n, d, generator=generator) + 3.0
 
 
-def fitted(x: torch.Tensor, center: torch.Tensor, threshold: float, batch: int | None) -> tuple[LeaderClustering, torch.Tensor]:
+def fitted(
+    x: torch.Tensor, center: torch.Tensor, threshold: float, batch: int | None
+) -> tuple[LeaderClustering, torch.Tensor]:
     clustering = LeaderClustering(center, threshold)
     labels = [clustering.partial_fit(rows) for rows in x.split(batch or max(1, len(x)))]
     return clustering, torch.cat(labels)
@@ -43,7 +45,10 @@ def check_against_oracle(x: torch.Tensor, center: torch.Tensor, threshold: float
         assert found.tolist() == labels, f"labels with batches of {batch}"
         assert clustering.exemplar_indices.tolist() == founders
         assert torch.equal(clustering.exemplars, units[founders])
-        assert clustering.counts.tolist() == np.bincount([label for label in labels if label >= 0], minlength=len(founders)).tolist()
+        assert (
+            clustering.counts.tolist()
+            == np.bincount([label for label in labels if label >= 0], minlength=len(founders)).tolist()
+        )
         first = first or clustering
         for name in STATISTICS:
             assert torch.equal(getattr(clustering, name), getattr(first, name)), f"{name} with batches of {batch}"
@@ -68,7 +73,9 @@ def test_statistics_are_those_of_the_members() -> None:
     for region in range(clustering.n_regions):
         total = units[labels == region].sum(dim=0)
         torch.testing.assert_close(clustering.member_means[region].double(), total / total.norm(), atol=1e-6, rtol=0)
-        assert float(clustering.coherence[region]) == pytest.approx(float(total.norm()) / int((labels == region).sum()), abs=1e-6)
+        assert float(clustering.coherence[region]) == pytest.approx(
+            float(total.norm()) / int((labels == region).sum()), abs=1e-6
+        )
     assert clustering.unseen_mass == int((clustering.exemplar_indices >= 450).sum()) / 450
     assert 0 < clustering.unseen_mass < 1
 
@@ -366,7 +373,9 @@ def test_laws(stream) -> None:
     clustering = LeaderClustering(center, threshold)
     labels = torch.cat([clustering.partial_fit(rows) for rows in x.split(sizes)])
     units = unit_directions(x, center)[0]
-    assert (labels.tolist(), clustering.exemplar_indices.tolist()) == oracles.leader_clustering(units.numpy(), threshold)
+    assert (labels.tolist(), clustering.exemplar_indices.tolist()) == oracles.leader_clustering(
+        units.numpy(), threshold
+    )
 
     directed = labels >= 0
     assert clustering.n_seen == len(x)

@@ -139,7 +139,9 @@ def test_half_precision_in_and_out():
     x, features = CASES["sparse features"]
     codes = nnls(x.bfloat16(), features.bfloat16())
     assert codes.dtype == torch.bfloat16
-    torch.testing.assert_close(codes.double(), nnls(x.bfloat16().double(), features.bfloat16().double()), rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(
+        codes.double(), nnls(x.bfloat16().double(), features.bfloat16().double()), rtol=1e-2, atol=1e-3
+    )
 
 
 def test_deterministic_and_rows_do_not_depend_on_each_other():

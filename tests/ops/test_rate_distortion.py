@@ -5,9 +5,10 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from saelens_ext.ops.rate_distortion import PairedViews, assignment_costs, partition_cost, weighted_median
+from saelens_ext.ops.rate_distortion import PairedViews, assignment_costs, partition_cost
 from saelens_ext.ops.rate_distortion_descent import Search
 from saelens_ext.ops.rate_distortion_proposals import Sketch, sketch_partition, split_proposals
+from saelens_ext.ops.weighted_median import weighted_median
 
 
 def random_views(seed: int, n: int, d_e: int = 3, d_a: int = 8, share: float = 0.5):
@@ -158,7 +159,9 @@ def test_dense_views_are_scouted_on_a_sample_and_judged_in_full():
     prices = 0.01, 6 / search.one.v_a
     found = search.best(search.starts(*prices), *prices)
     assert found.cost <= min(partition_cost(views.clusters(mode), *prices), search.one.cost(*prices)) + 1e-9
-    assert found.cost == pytest.approx(partition_cost(PairedViews(views.semantic, a, views.weights).clusters(found.labels), *prices))
+    assert found.cost == pytest.approx(
+        partition_cost(PairedViews(views.semantic, a, views.weights).clusters(found.labels), *prices)
+    )
 
 
 def test_memory_does_not_hold_items_by_clusters_by_sources():

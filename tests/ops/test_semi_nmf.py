@@ -64,7 +64,9 @@ def test_damping(init, sparsity):
     """The objective is what it says, and at its end neither codes nor features can be scaled to lower it."""
     x, _ = planted()
     seen = []
-    result = semi_nmf(x.double(), 6, sparsity=sparsity, init=init, damping=0.3, tol=1e-9, max_iter=200, on_metrics=seen.append)
+    result = semi_nmf(
+        x.double(), 6, sparsity=sparsity, init=init, damping=0.3, tol=1e-9, max_iter=200, on_metrics=seen.append
+    )
     assert never_rises(result.history) and seen[-1]["objective"] == result.history[-1]
     # The charge is what a neuron of its own for each feature would cost.
     own_neurons = 0.3**0.5 * result.features.norm(dim=1).diag()
@@ -277,7 +279,9 @@ def test_dtype(dtype):
 def test_metrics_of_each_iteration():
     seen = []
     result = semi_nmf(planted()[0], 4, sparsity=0.1, max_iter=7, tol=1e-9, on_metrics=seen.append)
-    assert [m["objective"] for m in seen] == result.history and [m["iteration"] for m in seen] == list(range(1, result.n_iter + 1))
+    assert [m["objective"] for m in seen] == result.history and [m["iteration"] for m in seen] == list(
+        range(1, result.n_iter + 1)
+    )
 
 
 def test_bad_input():

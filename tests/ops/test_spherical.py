@@ -164,7 +164,9 @@ def test_nearest_does_not_depend_on_the_batch_or_the_work_space() -> None:
 
 def test_the_lowest_of_equally_near_exemplars_wins() -> None:
     exemplars = torch.eye(4)[[2, 1, 2, 1, 0]]
-    index, distances = nearest(torch.tensor([[0.0, 1.0, 1.0, 0.0], [0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, -1.0]]), exemplars)
+    index, distances = nearest(
+        torch.tensor([[0.0, 1.0, 1.0, 0.0], [0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, -1.0]]), exemplars
+    )
     assert index.tolist() == [0, 1, 0]
     np.testing.assert_allclose(distances.numpy(), [1 - 2**-0.5, 0, 1], atol=1e-9)
 

@@ -62,7 +62,13 @@ def make_state(k: int = 12, d: int = 16, threshold: float = 0.3, seed: int = 0, 
 
 
 def pickled(
-    state, regions, protocol: int = 4, *, module="ep.discovery.dictionary", names=("Dictionary", "Partition"), numpy_core="numpy._core"
+    state,
+    regions,
+    protocol: int = 4,
+    *,
+    module="ep.discovery.dictionary",
+    names=("Dictionary", "Partition"),
+    numpy_core="numpy._core",
 ) -> bytes:
     """The bytes that the author's code would write."""
     home, dictionary_class, region_class = author_classes(module, names)

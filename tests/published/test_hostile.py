@@ -49,7 +49,9 @@ def corpus_results(tmp_path_factory):
     )
     folder = tmp_path_factory.mktemp("hostile")
     root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", script, str(folder)], cwd=root, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(folder)], cwd=root, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads((folder / "found.json").read_text())
 
@@ -68,18 +70,40 @@ def test_nothing_hostile_runs_or_is_accepted_or_takes_memory_or_time(corpus_resu
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("os.system-0", "names 'posix' 'system'"), ("label-5", "names 'posix' 'system'"), ("eval-4", "names 'builtins' 'eval'"),
-        ("name cas.os system", "names 'cas.os' 'system'"), ("INST", "opcode INST"), ("OBJ", "opcode OBJ"), ("EXT1", "opcode EXT1"),
-        ("BINPERSID", "opcode BINPERSID"), ("NEXT_BUFFER", "opcode NEXT_BUFFER"), ("DUP", "opcode DUP"), ("LONG4 bomb", "opcode LONG4"),
-        ("array of objects-4", "dtype 'O8'"), ("array of structure-5", "dtype 'V8'"), ("huge shape", "needs 4398046511104 bytes, with 4"),
-        ("huge frombuffer", "needs 4398046511104 bytes"), ("negative shape", r"\(-1,\)"), ("memo far", "number 4294967295 where 0 is next"),
-        ("huge BINBYTES8", "1099511627776 bytes are announced"), ("huge FRAME", "frame of 1099511627776 bytes"),
-        ("many values", "piles up"), ("many marks", "nests deeper than 64"), ("many lists", "more than"), ("deep tuples", "nests tuples"),
-        ("laughing tuples", "nests tuples"), ("laughing lists", "a list into a list"), ("hashed tuple", "set of something else"),
-        ("list of itself", "a list into a list"), ("repeated exemplars", "repeats its content"), ("repeated members", "repeats its content"),
-        ("repeated reservoir", "repeats its content"), ("repeated prompts", "repeats its content"), ("followed by 1 bytes-4", "1 bytes follow"),
+        ("os.system-0", "names 'posix' 'system'"),
+        ("label-5", "names 'posix' 'system'"),
+        ("eval-4", "names 'builtins' 'eval'"),
+        ("name cas.os system", "names 'cas.os' 'system'"),
+        ("INST", "opcode INST"),
+        ("OBJ", "opcode OBJ"),
+        ("EXT1", "opcode EXT1"),
+        ("BINPERSID", "opcode BINPERSID"),
+        ("NEXT_BUFFER", "opcode NEXT_BUFFER"),
+        ("DUP", "opcode DUP"),
+        ("LONG4 bomb", "opcode LONG4"),
+        ("array of objects-4", "dtype 'O8'"),
+        ("array of structure-5", "dtype 'V8'"),
+        ("huge shape", "needs 4398046511104 bytes, with 4"),
+        ("huge frombuffer", "needs 4398046511104 bytes"),
+        ("negative shape", r"\(-1,\)"),
+        ("memo far", "number 4294967295 where 0 is next"),
+        ("huge BINBYTES8", "1099511627776 bytes are announced"),
+        ("huge FRAME", "frame of 1099511627776 bytes"),
+        ("many values", "piles up"),
+        ("many marks", "nests deeper than 64"),
+        ("many lists", "more than"),
+        ("deep tuples", "nests tuples"),
+        ("laughing tuples", "nests tuples"),
+        ("laughing lists", "a list into a list"),
+        ("hashed tuple", "set of something else"),
+        ("list of itself", "a list into a list"),
+        ("repeated exemplars", "repeats its content"),
+        ("repeated members", "repeats its content"),
+        ("repeated reservoir", "repeats its content"),
+        ("repeated prompts", "repeats its content"),
+        ("followed by 1 bytes-4", "1 bytes follow"),
     ],
-)  # fmt: skip
+)
 def test_refusals_say_why(corpus_results, name, why):
     assert re.search(why, corpus_results[name][0]), corpus_results[name][0]
 
@@ -92,13 +116,19 @@ def test_changed_bytes_are_read_or_refused_but_never_break_out(tmp_path, protoco
     for _ in range(60):
         changed = bytearray(content)
         for _ in range(draw.choice([1, 1, 2, 5])):
-            changed[draw.randrange(len(changed))] = draw.choice([draw.randrange(256), ord(draw.choice("(.R)}]uebast\x93\x94q"))])
+            changed[draw.randrange(len(changed))] = draw.choice(
+                [draw.randrange(256), ord(draw.choice("(.R)}]uebast\x93\x94q"))]
+            )
         refused += refusal_of(tmp_path / "x.pkl", bytes(changed)) is not None
     assert 30 < refused < 60
 
 
 def test_the_whitelist_is_what_it_should_be():
-    author = {(m, n) for m in ("ep.discovery.dictionary", "cas.discovery.dictionary") for n in ("Dictionary", "Partition", "ConceptLibrary", "Concept")}
+    author = {
+        (m, n)
+        for m in ("ep.discovery.dictionary", "cas.discovery.dictionary")
+        for n in ("Dictionary", "Partition", "ConceptLibrary", "Concept")
+    }
     numpy = {("numpy", "ndarray"), ("numpy", "dtype")}
     numpy |= {(f"{m}.multiarray", n) for m in ("numpy.core", "numpy._core") for n in ("_reconstruct", "scalar")}
     numpy |= {(f"{m}.numeric", "_frombuffer") for m in ("numpy.core", "numpy._core")}

@@ -31,7 +31,14 @@ def folder(tmp_path):
 
 
 def metadata(k: int = 12, threshold: float = 0.3) -> dict:
-    config = {"model": "google/gemma-2-2b", "layer": 12, "hook_name": None, "context_length": 128, "percentile": 10.0, "seed": 0}
+    config = {
+        "model": "google/gemma-2-2b",
+        "layer": 12,
+        "hook_name": None,
+        "context_length": 128,
+        "percentile": 10.0,
+        "seed": 0,
+    }
     return {
         "config": {"wandb_project": "ep"},
         "discovery_config": config,
@@ -45,26 +52,41 @@ def assert_same(published: PublishedDictionary, state: dict, regions: list[dict]
     column = lambda key: np.stack([region[key] for region in regions])  # noqa: E731
     assert published.dictionary.cfg.threshold == state["threshold"]
     torch.testing.assert_close(published.dictionary.center.detach(), torch.tensor(state["center"]), rtol=0, atol=0)
-    for rows, key in ((published.dictionary.exemplars, "exemplar_direction"), (published.dictionary.means, "mean_member_direction")):
+    for rows, key in (
+        (published.dictionary.exemplars, "exemplar_direction"),
+        (published.dictionary.means, "mean_member_direction"),
+    ):
         torch.testing.assert_close(rows.detach(), torch.tensor(column(key)), rtol=0, atol=0)
     assert published.counts.tolist() == [region["member_count"] for region in regions]
     assert published.coherence.tolist() == pytest.approx([min(1.0, region["member_coherence"]) for region in regions])
     assert published.distance_sums.tolist() == [region["sum_dist_to_exemplar"] for region in regions]
     assert published.squared_distance_sums.tolist() == [region["sum_sq_dist_to_exemplar"] for region in regions]
     assert published.labels == tuple(region["label"] for region in regions)
-    assert (published.merge_close, published.last_founding_rate) == (state["merge_close"], state["_last_batch_new_partition_rate"])
+    assert (published.merge_close, published.last_founding_rate) == (
+        state["merge_close"],
+        state["_last_batch_new_partition_rate"],
+    )
     for i, region in enumerate(regions):
         assert published.members.row(i).tolist() == region["constituent_sample_indices"]
         assert published.exemplar_indices[i] == region["constituent_sample_indices"][0]
         assert published.iterations.row(i).tolist() == sorted(region["source_iterations"])
-        for examples, key, sign in ((published.nearest, "sample_prompts", -1), (published.boundary, "boundary_prompts", 1)):
+        for examples, key, sign in (
+            (published.nearest, "sample_prompts", -1),
+            (published.boundary, "boundary_prompts", 1),
+        ):
             n = len(region[key])
             found = [
-                (examples.distances[i, j].item(), published.prompts[examples.prompts[i, j]], examples.positions[i, j].item())
+                (
+                    examples.distances[i, j].item(),
+                    published.prompts[examples.prompts[i, j]],
+                    examples.positions[i, j].item(),
+                )
                 for j in range(n)
             ]
             assert {entry[1:] for entry in found} == {entry[1:] for entry in region[key]}
-            assert [entry[0] for entry in found] == pytest.approx(sorted((abs(e[0]) for e in region[key]), reverse=sign == 1), abs=1e-6)
+            assert [entry[0] for entry in found] == pytest.approx(
+                sorted((abs(e[0]) for e in region[key]), reverse=sign == 1), abs=1e-6
+            )
             assert examples.distances[i, n:].isnan().all() and (examples.prompts[i, n:] == -1).all()
         if published.reservoir is not None:
             assert np.array_equal(published.reservoir.row(i).numpy(), np.stack(region["sample_members"]))
@@ -89,7 +111,11 @@ def test_pythons_other_pickler_is_read_as_well(folder, protocol, monkeypatch):
 
     monkeypatch.setattr(pickle, "dumps", dumps)
     state, regions = foreign.make_state()
-    assert_same(read_published_dictionary(foreign.write(folder, foreign.pickled(state, regions, protocol)), reservoir=True), state, regions)
+    assert_same(
+        read_published_dictionary(foreign.write(folder, foreign.pickled(state, regions, protocol)), reservoir=True),
+        state,
+        regions,
+    )
 
 
 @pytest.mark.parametrize("dtype", [">f4", "<f8", "f2"])
@@ -135,7 +161,11 @@ def test_convert_writes_what_saelens_and_we_load(folder, tmp_path):
     sae = SAE.load_from_disk(str(tmp_path / "out"))
     assert sae.cfg.architecture() == "exemplar_partition" and sae.cfg.percentile == 10
     recorded = sae.cfg.metadata
-    assert (recorded.model_name, recorded.hook_name, recorded.context_size) == ("google/gemma-2-2b", "blocks.12.hook_resid_post", 129)
+    assert (recorded.model_name, recorded.hook_name, recorded.context_size) == (
+        "google/gemma-2-2b",
+        "blocks.12.hook_resid_post",
+        129,
+    )
     assert recorded.published["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest() == again.source["sha256"]
     assert again.build["discovery"]["elapsed_s"] == 12.5 and again.source["disagreements"] == {}
     assert again.to_dataframe().loc[1, "label"] == "about things"
@@ -147,11 +177,18 @@ def test_convert_writes_what_saelens_and_we_load(folder, tmp_path):
 def test_settings_come_from_the_caller_then_the_metadata_then_the_names(folder):
     path = foreign.write(folder, foreign.pickled(*foreign.make_state()))
     by_name = read_published_dictionary(path).dictionary.cfg
-    assert (by_name.metadata.model_name, by_name.metadata.hook_name, by_name.percentile) == ("gemma-2-2b", "blocks.12.hook_resid_post", 10)
+    assert (by_name.metadata.model_name, by_name.metadata.hook_name, by_name.percentile) == (
+        "gemma-2-2b",
+        "blocks.12.hook_resid_post",
+        10,
+    )
     other = metadata()
     other["discovery_config"] |= {"hook_name": "blocks.3.hook_resid_mid", "percentile": 4}
     by_metadata = read_published_dictionary(path, metadata=other).dictionary.cfg
-    assert (by_metadata.metadata.model_name, by_metadata.metadata.hook_name) == ("google/gemma-2-2b", "blocks.3.hook_resid_mid")
+    assert (by_metadata.metadata.model_name, by_metadata.metadata.hook_name) == (
+        "google/gemma-2-2b",
+        "blocks.3.hook_resid_mid",
+    )
     assert by_metadata.percentile == 4
     given = read_published_dictionary(path, metadata=other, hook_name="h", model_name="m", percentile=2).dictionary.cfg
     assert (given.metadata.model_name, given.metadata.hook_name, given.percentile) == ("m", "h", 2)
@@ -172,7 +209,9 @@ def test_what_disagrees_or_is_unknown_is_said_and_kept(folder, caplog):
 def test_a_legacy_attribute_holds_the_regions(folder):
     state, regions = foreign.make_state()
     content = foreign.pickled(state, regions).replace(b"\x8c\x0apartitions", b"\x8c\x08concepts")
-    published = read_published_dictionary(foreign.write(folder, foreign._without_frames(content, foreign.pickled(state, regions))))
+    published = read_published_dictionary(
+        foreign.write(folder, foreign._without_frames(content, foreign.pickled(state, regions)))
+    )
     assert_same(published, state, regions)
 
 
@@ -265,7 +304,9 @@ def test_a_damaged_save_is_recognised(folder, tmp_path):
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """The hub client's cache as a download leaves it, and what the hub states about the file."""
-    snapshot = tmp_path / "cache" / "datasets--J-RUM--exemplar-partitioning" / "snapshots" / convert.PUBLISHED_REVISION / BUILD
+    snapshot = (
+        tmp_path / "cache" / "datasets--J-RUM--exemplar-partitioning" / "snapshots" / convert.PUBLISHED_REVISION / BUILD
+    )
     snapshot.mkdir(parents=True)
     path = foreign.write(snapshot, foreign.pickled(*foreign.make_state()))
     (snapshot / "gemma-2-2b_layer12_metadata.json").write_text(json.dumps(metadata()))
@@ -290,7 +331,9 @@ def hub(tmp_path, monkeypatch):
 def test_a_download_is_pinned_and_held_to_the_stated_checksum(hub, tmp_path, source):
     path, stated, asked = hub
     published = convert_published_dictionary(source, tmp_path / "out", cache_dir=tmp_path / "cache")
-    assert asked == [(convert.PUBLISHED_REPO, [f"{BUILD}/gemma-2-2b_layer12.pkl"], convert.PUBLISHED_REVISION, "dataset")]
+    assert asked == [
+        (convert.PUBLISHED_REPO, [f"{BUILD}/gemma-2-2b_layer12.pkl"], convert.PUBLISHED_REVISION, "dataset")
+    ]
     assert published.source["revision"] == convert.PUBLISHED_REVISION
     assert SAE.load_from_disk(str(tmp_path / "out")).cfg.metadata.published["repo_id"] == convert.PUBLISHED_REPO
     stated.lfs.sha256 = "1" * 64

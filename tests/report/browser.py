@@ -11,8 +11,13 @@ from typing import Any
 import pytest
 
 ARGUMENTS = (
-    "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync",
-)  # fmt: skip
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 REGIONS = 120
@@ -34,9 +39,13 @@ def chromium() -> Iterator[Any]:
 
 
 class Visit:
-    """One page opened from disk. ``complaints`` must be empty: console messages, errors, dialogs, requests elsewhere."""
+    """One page opened from disk. ``complaints`` must be empty: console messages, errors, dialogs, requests
+    elsewhere.
+    """
 
-    def __init__(self, browser: Any, path: Path, address: str = "", size: dict[str, int] = WIDE, **options: Any) -> None:
+    def __init__(
+        self, browser: Any, path: Path, address: str = "", size: dict[str, int] = WIDE, **options: Any
+    ) -> None:
         self.context = browser.new_context(viewport=size, **options)
         self.page = self.context.new_page()
         self.complaints: list[str] = []
@@ -82,8 +91,8 @@ class Visit:
     def until(self, expression: str, arg: object = None, seconds: float = 30.0) -> None:
         """Wait until an expression, or a function of ``arg``, is true in the page.
 
-        Playwright's own wait evaluates a string within the page if it is not true at once, which the page's content security
-        policy forbids.
+        Playwright's own wait evaluates a string within the page if it is not true at once, which the page's content
+        security policy forbids.
         """
         end = time.monotonic() + seconds
         while not self.page.evaluate(expression, arg):

@@ -19,11 +19,33 @@ from saelens_ext.ops.calibration import ThresholdEstimate
 from saelens_ext.report.dictionary.regions import region_data
 
 HOSTILE = (
-    "<script>window.pwned=1</script>", "</script>", "<!--", "-->", "<![CDATA[", '<img src=x onerror="window.pwned=1">',
-    "\"';--", "\\u003cscript\\u003e\\", "\u202eright to left", "\u200f", "\u2028", "\u2029", "👩\u200d💻", "&lt;b&gt;",
-    "{{ 7*7 }}", "{% raw %}", "${window.pwned=1}", "javascript:window.pwned=1", "\x00", "\x1b[31m", "\t\t", "\n\n", "  ",
-    "unbroken" * 400, "שלום", "مرحبا",
-)  # fmt: skip
+    "<script>window.pwned=1</script>",
+    "</script>",
+    "<!--",
+    "-->",
+    "<![CDATA[",
+    '<img src=x onerror="window.pwned=1">',
+    "\"';--",
+    "\\u003cscript\\u003e\\",
+    "\u202eright to left",
+    "\u200f",
+    "\u2028",
+    "\u2029",
+    "👩\u200d💻",
+    "&lt;b&gt;",
+    "{{ 7*7 }}",
+    "{% raw %}",
+    "${window.pwned=1}",
+    "javascript:window.pwned=1",
+    "\x00",
+    "\x1b[31m",
+    "\t\t",
+    "\n\n",
+    "  ",
+    "unbroken" * 400,
+    "שלום",
+    "مرحبا",
+)
 WINDOW = 96
 CONTEXT = 8
 
@@ -34,7 +56,10 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=1500, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=1500,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(list(topics.values())[:25], trainer)
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in HOSTILE])
@@ -48,7 +73,9 @@ def _corpus(tokenizer: PreTrainedTokenizerFast) -> Tensor:
 
 
 def make_windows(tokenizer: PreTrainedTokenizerFast, n: int) -> Tensor:
-    """Windows of real text in order, every fourth salted with hostile tokens, some short; int64 (n, WINDOW), -1 padded."""
+    """Windows of real text in order, every fourth salted with hostile tokens, some short; int64 (n, WINDOW), -1
+    padded.
+    """
     ids = _corpus(tokenizer)
     starts = torch.arange(n) * (WINDOW - 1) % (len(ids) - WINDOW)
     windows = ids[starts[:, None] + torch.arange(WINDOW)]
@@ -78,15 +105,26 @@ def make_fit(
     positions = 1 + (torch.rand(k, generator=random) * (lengths - 1)).long()
     # Put the marked token of some salted windows on a hostile token, each in turn.
     positions[::4] = torch.minimum(5 + 3 * (2 * torch.arange(len(positions[::4])) % len(HOSTILE)), lengths[::4] - 1)
-    indices = torch.cat([torch.zeros(1, dtype=torch.int64), 1 + torch.randperm(n_seen - 1, generator=random)[: k - 1].sort().values])
+    indices = torch.cat(
+        [torch.zeros(1, dtype=torch.int64), 1 + torch.randperm(n_seen - 1, generator=random)[: k - 1].sort().values]
+    )
     counts = torch.randint(1, 30, (k,), generator=random)
     theta = 0.7 + percentile / 100 if percentile else 0.815
     given = ThresholdEstimate.given(theta)
-    estimate = ThresholdEstimate(percentile=percentile, threshold=theta, low=theta - 0.0123, high=theta + 0.0087, n_pairs=1_234_567)
+    estimate = ThresholdEstimate(
+        percentile=percentile, threshold=theta, low=theta - 0.0123, high=theta + 0.0087, n_pairs=1_234_567
+    )
     description = {
-        "model_name": "tiny-llama", "model_class_name": "SAETransformerBridge", "hook_name": "blocks.2.hook_out", "context_size": WINDOW,
-        "prepend_bos": True, "exclude_special_tokens": True, "n_layers": 3, "d_model": 24, "dtype": "torch.float32",
-    } | metadata  # fmt: skip
+        "model_name": "tiny-llama",
+        "model_class_name": "SAETransformerBridge",
+        "hook_name": "blocks.2.hook_out",
+        "context_size": WINDOW,
+        "prepend_bos": True,
+        "exclude_special_tokens": True,
+        "n_layers": 3,
+        "d_model": 24,
+        "dtype": "torch.float32",
+    } | metadata
     center = torch.zeros(24)
     return FitResult(
         dictionary=ExemplarPartition.from_regions(
@@ -137,7 +175,9 @@ def make_examples(fit: FitResult, n: int, *, descending: bool, full: bool, seed:
 
 
 def make_profile(fit: FitResult, *, n_examples: int = 10, seed: int = 1) -> DictionaryProfile:
-    """A profile of the fit's dictionary with heavy-tailed masses; with three regions or more, the last has no member."""
+    """A profile of the fit's dictionary with heavy-tailed masses; with three regions or more, the last has no
+    member.
+    """
     random = torch.Generator().manual_seed(seed)
     k = fit.n_regions
     counts = (40 * torch.rand(k, generator=random) ** -0.9).long().clamp(max=5000)
@@ -147,28 +187,45 @@ def make_profile(fit: FitResult, *, n_examples: int = 10, seed: int = 1) -> Dict
         counts[-1] = 0
         coherence[-1] = mean[-1] = farthest[-1] = torch.nan
     return DictionaryProfile(
-        hook_name=fit.hook_name, hook_aliases=(fit.hook_name,), n_activations=int(counts.sum()) + 5, n_unassigned=5, context=CONTEXT,
-        latent_names=tuple(f"region {i}" for i in range(k)), counts=counts,
-        mean_activation=torch.rand(k, generator=random), max_activation=torch.rand(k, generator=random),
+        hook_name=fit.hook_name,
+        hook_aliases=(fit.hook_name,),
+        n_activations=int(counts.sum()) + 5,
+        n_unassigned=5,
+        context=CONTEXT,
+        latent_names=tuple(f"region {i}" for i in range(k)),
+        counts=counts,
+        mean_activation=torch.rand(k, generator=random),
+        max_activation=torch.rand(k, generator=random),
         top=make_examples(fit, n_examples, descending=False, full=True, seed=2),
         boundary=make_examples(fit, 5, descending=True, full=False, seed=3),
-        coherence=coherence, mean_distance=mean, max_distance=farthest,
-    )  # fmt: skip
+        coherence=coherence,
+        mean_distance=mean,
+        max_distance=farthest,
+    )
 
 
 def make_lens(fit: FitResult, tokenizer: PreTrainedTokenizerFast, *, n: int = 10, seed: int = 4) -> LensResult:
     """A lens that promotes hostile tokens among others."""
     random = torch.Generator().manual_seed(seed)
     ids = torch.randint(2, len(tokenizer), (2, fit.n_regions, n), generator=random)
-    ids[0, :, 1] = torch.tensor(tokenizer.convert_tokens_to_ids(list(HOSTILE)))[torch.arange(fit.n_regions) % len(HOSTILE)]
+    ids[0, :, 1] = torch.tensor(tokenizer.convert_tokens_to_ids(list(HOSTILE)))[
+        torch.arange(fit.n_regions) % len(HOSTILE)
+    ]
     logits = (9 * torch.rand(2, fit.n_regions, n, generator=random)).sort(dim=2, descending=True).values
-    return LensResult(promoted_ids=ids[0], promoted_logits=logits[0], suppressed_ids=ids[1], suppressed_logits=-logits[1])
+    return LensResult(
+        promoted_ids=ids[0], promoted_logits=logits[0], suppressed_ids=ids[1], suppressed_logits=-logits[1]
+    )
 
 
 EVALS = {
     "model_behavior_preservation": {"kl_div_score": 0.61234, "kl_div_with_ablation": 8.25, "kl_div_with_sae": 3.198},
     "model_performance_preservation": {"ce_loss_score": 0.7, "ce_loss_without_sae": 3.1, "ce_loss_with_sae": 5.0},
-    "reconstruction_quality": {"explained_variance": float("nan"), "mse": 12345.678, "cossim": 0.8125, "an_unknown_figure": 0.000012},
+    "reconstruction_quality": {
+        "explained_variance": float("nan"),
+        "mse": 12345.678,
+        "cossim": 0.8125,
+        "an_unknown_figure": 0.000012,
+    },
     "sparsity": {"l0": 1.0, "l1": 6.125},
     "token_stats": {"total_tokens_eval_reconstruction": 8192, "total_tokens_eval_sparsity_variance": 4096},
 }
@@ -192,9 +249,15 @@ def make_inputs(k: int = 220) -> SimpleNamespace:
     coarser = make_fit(tokenizer, 30, percentile=10.0, n_seen=4096, seed=6)
     fits = [finer, chosen, coarser]
     return SimpleNamespace(
-        fits=fits, chosen=chosen, profile=make_profile(chosen), lens=make_lens(chosen, tokenizer), tokenizer=tokenizer,
-        evals=EVALS, generations=GENERATIONS, title="Regions of <b>tiny</b> & \"co\"",
-    )  # fmt: skip
+        fits=fits,
+        chosen=chosen,
+        profile=make_profile(chosen),
+        lens=make_lens(chosen, tokenizer),
+        tokenizer=tokenizer,
+        evals=EVALS,
+        generations=GENERATIONS,
+        title='Regions of <b>tiny</b> & "co"',
+    )
 
 
 def region_data_of(fit: FitResult, inputs: SimpleNamespace) -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""Audits made up for the report's tests: planted modes, tests by steering with known effects, and the worst of texts."""
+"""Audits made up for the report's tests: planted modes, tests by steering with known effects, and the worst of
+texts.
+"""
 
 from dataclasses import replace
 from functools import cache
@@ -26,10 +28,16 @@ ABOUT = {
     "embedder": "all-MiniLM-L6-v2",
 }
 CONFIG = {"n": 90, "temperature": 1.0, "weights": "uniform", "stop": [], "betas": [0.5, 1.0, 1.5], "seed": 0}
-HOSTILE = "</script><img src=x onerror=\"window.pwned=1\">"
+HOSTILE = '</script><img src=x onerror="window.pwned=1">'
 PROMPT = f"The bank & {HOSTILE} was"
 STRENGTHS = (-1.0, -0.5, 0.0, 0.5, 1.0)
-PHRASES = (" closed for the weekend", " steep and covered in reeds", " robbed by two masked men", " a blood bank", " a long row of seats")
+PHRASES = (
+    " closed for the weekend",
+    " steep and covered in reeds",
+    " robbed by two masked men",
+    " a blood bank",
+    " a long row of seats",
+)
 SLOPES = {"joint": 0.30, "attribution": 0.25, "semantic": 0.1, "single_member": 0.2}
 """Of the mean demeaned logit of a mode's members; other methods do nothing."""
 
@@ -40,7 +48,9 @@ def tokenizer():
     return synthetic.make_tokenizer()
 
 
-def make_set(n: int = 90, k: int = 3, *, prompt: str = PROMPT, template: tuple[str, str] = ("", ""), seed: int = 0) -> ContinuationSet:
+def make_set(
+    n: int = 90, k: int = 3, *, prompt: str = PROMPT, template: tuple[str, str] = ("", ""), seed: int = 0
+) -> ContinuationSet:
     """``n`` continuations in ``k`` modes that both views show; continuation i is in planted mode ``i % k``."""
     rng = np.random.default_rng(seed)
     mode = np.arange(n) % k
@@ -52,14 +62,27 @@ def make_set(n: int = 90, k: int = 3, *, prompt: str = PROMPT, template: tuple[s
     whole = template[0] + prompt + template[1]
     ids = [tokenizer().bos_token_id, *tokenizer()(whole, add_special_tokens=False).input_ids]
     lengths = torch.tensor([5 + i % 7 for i in range(n)])
-    log_probs = torch.where(torch.arange(12) < lengths[:, None], -torch.rand(n, 12, generator=torch.Generator().manual_seed(seed)), 0.0)
+    log_probs = torch.where(
+        torch.arange(12) < lengths[:, None], -torch.rand(n, 12, generator=torch.Generator().manual_seed(seed)), 0.0
+    )
     return ContinuationSet(
-        prompt=prompt, prefix=whole, prefix_ids=tuple(ids), token_ids=torch.where(log_probs < 0, 7, -1), lengths=lengths, texts=tuple(texts),
-        log_probs=log_probs, weights=torch.full((n,), 1 / n, dtype=torch.float64),
+        prompt=prompt,
+        prefix=whole,
+        prefix_ids=tuple(ids),
+        token_ids=torch.where(log_probs < 0, 7, -1),
+        lengths=lengths,
+        texts=tuple(texts),
+        log_probs=log_probs,
+        weights=torch.full((n,), 1 / n, dtype=torch.float64),
         embeddings=torch.tensor(embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)).float(),
-        signatures=torch.tensor(signatures).float(), sources=make_sources(ids), columns={"count": torch.arange(n) % 3 + 1},
-        metadata={"sampling": {"temperature": 1.0, "top_p": 0.9, "seed": 0, "n_draws": 2 * n}, "attribution": {"backend": "linear", "share_of_effect": 0.9876}},
-    )  # fmt: skip
+        signatures=torch.tensor(signatures).float(),
+        sources=make_sources(ids),
+        columns={"count": torch.arange(n) % 3 + 1},
+        metadata={
+            "sampling": {"temperature": 1.0, "top_p": 0.9, "seed": 0, "n_draws": 2 * n},
+            "attribution": {"backend": "linear", "share_of_effect": 0.9876},
+        },
+    )
 
 
 def make_sources(ids: list[int]) -> SourceTable:
@@ -67,15 +90,24 @@ def make_sources(ids: list[int]) -> SourceTable:
     kinds = ["latent"] * 24 + ["error", "mlp", "embedding", "bias"] * 4
     positions = tuple(i % len(ids) for i in range(40))
     return SourceTable(
-        kinds=tuple(kinds), hooks=tuple(HOOKS[i % 2] for i in range(40)), positions=positions,
-        latents=tuple(i // 2 if i < 24 else -1 for i in range(40)), activations=(1.0,) * 40,
+        kinds=tuple(kinds),
+        hooks=tuple(HOOKS[i % 2] for i in range(40)),
+        positions=positions,
+        latents=tuple(i // 2 if i < 24 else -1 for i in range(40)),
+        activations=(1.0,) * 40,
         tokens=tuple(tokenizer().convert_ids_to_tokens([ids[p] for p in positions])),
         dictionaries=tuple(i % 2 if i < 24 else -1 for i in range(40)),
-    )  # fmt: skip
+    )
 
 
 def make_audit(
-    n: int = 90, k: int = 3, *, validated: bool = True, prompt: str = PROMPT, slopes: dict[str, float] | None = None, **options: Any
+    n: int = 90,
+    k: int = 3,
+    *,
+    validated: bool = True,
+    prompt: str = PROMPT,
+    slopes: dict[str, float] | None = None,
+    **options: Any,
 ) -> PrefixAudit:
     """The audit of one prefix, clustered for real; its tests by steering are made up."""
     held = make_set(n, k, prompt=prompt, **options)
@@ -86,9 +118,12 @@ def make_audit(
     clusterer = JointClusterer(1.0, 0.3, init=np.arange(n) % k, random_state=0).fit(e, a)
     validation = make_validation(prompt, clusterer.labels_, SLOPES if slopes is None else slopes) if validated else None
     return PrefixAudit(
-        continuations=held, clusterer=clusterer, path=table, validation=validation,
+        continuations=held,
+        clusterer=clusterer,
+        path=table,
+        validation=validation,
         not_validated="" if validated else "Steering was not asked for, <b>by the way</b>.",
-    )  # fmt: skip
+    )
 
 
 def make_validation(prompt: str, labels: np.ndarray, slopes: dict[str, float], *, seed: int = 0) -> Validation:
@@ -104,26 +139,49 @@ def make_validation(prompt: str, labels: np.ndarray, slopes: dict[str, float], *
                 for measure, factor in zip(MEASURES, (1.0, 0.1, 1.3)):
                     change = 0.0 if strength == 0 else factor * (slope * strength + 0.01 * rng.normal())
                     found.append((prompt, method, int(row), cluster, int(labels[row]), strength, measure, change))
-    members = pd.DataFrame(found, columns=["prefix", "method", "row", "cluster", "joint_cluster", "strength", "measure", "change"])
+    members = pd.DataFrame(
+        found, columns=["prefix", "method", "row", "cluster", "joint_cluster", "strength", "measure", "change"]
+    )
     modes = sorted(set(labels.tolist()))
     cells = [
         (prompt, measure, i, j, (0.31 if i == j else -0.12 if j == i + 1 else 0.004) * (1 + i), 10)
-        for measure in MEASURES for i in modes for j in modes
-    ]  # fmt: skip
-    shares = [(prompt, method, mode, 1.0, 0.5 if method == "joint" else 0.25, 0.25, 16) for method in METHODS for mode in modes]
+        for measure in MEASURES
+        for i in modes
+        for j in modes
+    ]
+    shares = [
+        (prompt, method, mode, 1.0, 0.5 if method == "joint" else 0.25, 0.25, 16)
+        for method in METHODS
+        for mode in modes
+    ]
     return Validation(
         members=members,
         cells=pd.DataFrame(cells, columns=["prefix", "measure", "direction", "cluster", "change", "n_members"]),
         directions=pd.DataFrame(),
-        generations=pd.DataFrame(shares, columns=["prefix", "method", "cluster", "strength", "share", "unsteered", "n"]),
-        settings={"top": 10, "strengths": list(STRENGTHS), "specificity_strength": 1.0, "n_bootstrap": 100, "n_permutations": 500, "seed": 0},
-    )  # fmt: skip
+        generations=pd.DataFrame(
+            shares, columns=["prefix", "method", "cluster", "strength", "share", "unsteered", "n"]
+        ),
+        settings={
+            "top": 10,
+            "strengths": list(STRENGTHS),
+            "specificity_strength": 1.0,
+            "n_bootstrap": 100,
+            "n_permutations": 500,
+            "seed": 0,
+        },
+    )
 
 
 def make_profile(hook: str = HOOKS[0]) -> DictionaryProfile:
     """What the 12 latents of one dictionary respond to; the last one to nothing."""
     fit = synthetic.make_fit(tokenizer(), 12)
     return replace(
-        synthetic.make_profile(fit, n_examples=6), hook_name=hook, hook_aliases=(hook,), boundary=None, coherence=None,
-        mean_distance=None, max_distance=None, latent_names=tuple(f"latent {i}" for i in range(12)),
-    )  # fmt: skip
+        synthetic.make_profile(fit, n_examples=6),
+        hook_name=hook,
+        hook_aliases=(hook,),
+        boundary=None,
+        coherence=None,
+        mean_distance=None,
+        max_distance=None,
+        latent_names=tuple(f"latent {i}" for i in range(12)),
+    )

@@ -1,4 +1,6 @@
-"""The audit's file itself: that it holds what the audit found, that the model's text is inert in it, and what is refused."""
+"""The audit's file itself: that it holds what the audit found, that the model's text is inert in it, and what is
+refused.
+"""
 
 import json
 import re
@@ -14,8 +16,17 @@ from sklearn.decomposition import PCA
 from saelens_ext.report.audit.audit_report import write_audit_report
 from saelens_ext.report.audit.maps import MAX_POINTS, flat_map, maps_data, shown_rows
 from saelens_ext.report.audit.modes import ExampleFinder, mark_of
-from saelens_ext.report.audit.tests_section import _outcome, comparisons, dose_data, joint_verdict, specificity_cells, verdict, verdict_of
+from saelens_ext.report.audit.tests_section import (
+    _outcome,
+    comparisons,
+    dose_data,
+    joint_verdict,
+    specificity_cells,
+    verdict,
+    verdict_of,
+)
 from saelens_ext.report.audit.wording import fixed, interval_decimals, p_value, plain, quoted, signed
+from saelens_ext.report.page import _hash
 from tests.report import synthetic_audit as made
 
 INSIDE = re.compile(r'<script type="application/json" id="([a-z0-9-]+)">(.*?)</script>', re.DOTALL)
@@ -34,7 +45,12 @@ def write(folder, prefixes, **options):
 
 @pytest.fixture(scope="module")
 def page(audit, tmp_path_factory):
-    return write(tmp_path_factory.mktemp("audit") / "new", [audit], profiles={made.HOOKS[0]: made.make_profile()}, title="Audit of <b>")
+    return write(
+        tmp_path_factory.mktemp("audit") / "new",
+        [audit],
+        profiles={made.HOOKS[0]: made.make_profile()},
+        title="Audit of <b>",
+    )
 
 
 class Page(HTMLParser):
@@ -79,7 +95,7 @@ def test_the_policy_names_the_hashes_of_style_and_script(page):
     policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page).group(1).replace("&#39;", "'")
     style = re.search(r"<style>(.*?)</style>", page, re.DOTALL).group(1)
     script = re.search(r'<script type="module">(.*?)</script>', page, re.DOTALL).group(1)
-    assert f"style-src '{_page._hash(style)}'" in policy and f"script-src '{_page._hash(script)}'" in policy
+    assert f"style-src '{_hash(style)}'" in policy and f"script-src '{_hash(script)}'" in policy
     assert policy.startswith("default-src 'none';") and "unsafe" not in policy
 
 
@@ -110,7 +126,10 @@ def test_distinguishing_sources_are_those_of_the_audit(page, audit):
         table = table[table["kind"] == "latent"].head(6)
         card = text[text.index(f"Mode {mode} ", text.index("Each mode")) :]
         card = card[card.index("Latents that set it apart") :]
-        places = [card.index(f"latent {row.latent} · layer {row.hook.split('.')[1]} {fixed(row.difference, 2, plus=True)}") for row in table.itertuples()]
+        places = [
+            card.index(f"latent {row.latent} · layer {row.hook.split('.')[1]} {fixed(row.difference, 2, plus=True)}")
+            for row in table.itertuples()
+        ]
         assert places == sorted(places)
     assert "What this latent responds to" in text and "of 1,681 activations profiled" in text
 
@@ -118,11 +137,17 @@ def test_distinguishing_sources_are_those_of_the_audit(page, audit):
 def test_examples_come_from_the_profile_of_the_latents_own_dictionary():
     profile = made.make_profile()
     finder = ExampleFinder({made.HOOKS[0]: profile}, made.tokenizer(), list(made.HOOKS))
-    assert finder.of(made.HOOKS[1], 1, 3) is None and finder.of("elsewhere", 5, 3) is None and finder.of(made.HOOKS[0], 0, 12) is None
+    assert (
+        finder.of(made.HOOKS[1], 1, 3) is None
+        and finder.of("elsewhere", 5, 3) is None
+        and finder.of(made.HOOKS[0], 0, 12) is None
+    )
     # A transcoder writes elsewhere than it reads; its profile is of where it reads.
     for hook, dictionary in ((made.HOOKS[0], 0), ("blocks.1.hook_out", 0), (made.HOOKS[0], -1)):
         found = finder.of(hook, dictionary, 3)
-        assert [example.value for example in found.examples] == [f"{value:.3g}" for value in profile.top.values[3, :4].tolist()]
+        assert [example.value for example in found.examples] == [
+            f"{value:.3g}" for value in profile.top.values[3, :4].tolist()
+        ]
         assert found.examples[0].text.mark.strip() in made.tokenizer().decode([int(profile.top.token_ids[3, 0])])
 
 
@@ -145,7 +170,11 @@ def test_signatures_of_the_users_own_need_no_description(audit, tmp_path):
 @pytest.mark.parametrize(
     ("slopes", "state", "says"),
     [
-        (made.SLOPES, "supported", "Supported: steered along their own mode’s direction, 30 held-out continuations rose by 0.3"),
+        (
+            made.SLOPES,
+            "supported",
+            "Supported: steered along their own mode’s direction, 30 held-out continuations rose by 0.3",
+        ),
         ({}, "not_supported", "cannot be told from none"),
         ({"joint": -0.3}, "against", "wrong way"),
         ({"joint": 0.3, "random_features": 0.3}, "partly", "But this cannot be told from what random latents did"),
@@ -162,7 +191,16 @@ def test_the_verdict_is_that_of_the_table_either_way(audit, slopes, state, says)
 
 def test_only_corrected_p_values_count():
     row = {"n_units": 9, "p": 0.01, "p_holm": 0.08, "difference": 1.0}
-    outcomes = [_outcome(row | change) for change in ({}, {"p_holm": 0.04}, {"p_holm": 0.04, "difference": -1.0}, {"n_units": 0}, {"p_holm": float("nan")})]
+    outcomes = [
+        _outcome(row | change)
+        for change in (
+            {},
+            {"p_holm": 0.04},
+            {"p_holm": 0.04, "difference": -1.0},
+            {"n_units": 0},
+            {"p_holm": float("nan")},
+        )
+    ]
     assert outcomes == ["same", "above", "below", "untested", "same"]
 
 
@@ -203,7 +241,11 @@ def test_effects_by_strength_are_means_over_the_same_members(audit):
 def test_matrix_and_comparisons_are_those_of_the_validation(audit):
     columns, rows = specificity_cells(audit.validation)
     assert columns == [0, 1, 2] and [mode for mode, _ in rows] == [0, 1, 2]
-    assert rows[2][1][2] == ("+0.930", "heat-p5", True) and rows[0][1][1] == ("−0.120", "heat-n1", False) and rows[0][1][2].shade == ""
+    assert (
+        rows[2][1][2] == ("+0.930", "heat-p5", True)
+        and rows[0][1][1] == ("−0.120", "heat-n1", False)
+        and rows[0][1][2].shade == ""
+    )
     groups = comparisons(audit.validation)
     assert groups[0][1] == "demeaned_logit/slope" and len(groups) == 13
     table = audit.validation.summary()
@@ -253,7 +295,9 @@ def test_several_prefixes_are_judged_together(audit, tmp_path):
     assert re.findall(r'<option value="(p\d)">', page) == ["p0", "p1", "p2"]
     assert "the continuations of 2 prefixes" in text and text.count("Not tested") == 1
     assert joint_verdict([audit]) is None
-    other = replace(others[0], validation=replace(others[0].validation, settings={**others[0].validation.settings, "top": 3}))
+    other = replace(
+        others[0], validation=replace(others[0].validation, settings={**others[0].validation.settings, "top": 3})
+    )
     assert "cannot be judged together" in joint_verdict([audit, other]).sentence
     ids = [value for name, value in Page(page).attributes if name == "id"]
     assert len(ids) == len(set(ids))

@@ -22,7 +22,9 @@ def test_corpus_text_is_inert_and_nothing_is_requested(visit, path, inputs, size
     assert page.page.locator("img, iframe, object, embed, link[rel=stylesheet], base, form").count() == 0
     assert [url for url in page.requests if url != path.as_uri()] == []
     # What a script injected by some other way would meet.
-    page.page.evaluate("document.body.append(Object.assign(document.createElement('script'), {textContent: 'window.pwned = 2'}))")
+    page.page.evaluate(
+        "document.body.append(Object.assign(document.createElement('script'), {textContent: 'window.pwned = 2'}))"
+    )
     assert page.page.evaluate("window.pwned") is None
     assert any("Content Security Policy" in complaint for complaint in page.complaints)
     page.complaints.clear()
@@ -139,7 +141,8 @@ CONTRAST = """() => {
     if (!own || node.closest("svg, script, style, noscript, [aria-disabled=true]")) continue;
     const pair = [light(parse(getComputedStyle(node).color)), light(behind(node))].sort((a, b) => b - a);
     const ratio = (pair[0] + 0.05) / (pair[1] + 0.05);
-    if (ratio < 4.5) poor.push(`${node.tagName}.${node.className} ${ratio.toFixed(2)} ${node.textContent.slice(0, 30)}`);
+    if (ratio < 4.5)
+      poor.push(`${node.tagName}.${node.className} ${ratio.toFixed(2)} ${node.textContent.slice(0, 30)}`);
   }
   return poor;
 }"""
@@ -175,7 +178,9 @@ def other_page(tmp_path, inputs, k, n_examples=10):
     fit = synthetic.make_fit(inputs.tokenizer, k, percentile=None)
     profile = synthetic.make_profile(fit, n_examples=n_examples)
     path = tmp_path / "other.html"
-    return write_dictionary_report(path, fits=[fit], chosen=fit, profile=profile, tokenizer=inputs.tokenizer, title="other")
+    return write_dictionary_report(
+        path, fits=[fit], chosen=fit, profile=profile, tokenizer=inputs.tokenizer, title="other"
+    )
 
 
 @pytest.mark.parametrize("size", [WIDE, PHONE])

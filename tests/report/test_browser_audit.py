@@ -1,4 +1,6 @@
-"""The audit's page in a real browser: one continuation on two maps, one mode at a time, by hand and by key, wide and narrow."""
+"""The audit's page in a real browser: one continuation on two maps, one mode at a time, by hand and by key, wide and
+narrow.
+"""
 
 import pytest
 
@@ -24,9 +26,13 @@ def audits():
 def path(audits, browser, tmp_path_factory):
     """The audit's report, which ``visit`` opens."""
     return write_audit_report(
-        tmp_path_factory.mktemp("audit") / "audit.html", prefixes=audits, about=made.ABOUT, config=made.CONFIG,
-        profiles={made.HOOKS[0]: made.make_profile()}, tokenizer=made.tokenizer(),
-    )  # fmt: skip
+        tmp_path_factory.mktemp("audit") / "audit.html",
+        prefixes=audits,
+        about=made.ABOUT,
+        config=made.CONFIG,
+        profiles={made.HOOKS[0]: made.make_profile()},
+        tokenizer=made.tokenizer(),
+    )
 
 
 def centre(page, map_name, row, key="p0"):
@@ -59,7 +65,8 @@ def alone(page, map_name):
             const box = dot.getBoundingClientRect();
             return { row: Number(dot.dataset.row), x: box.x + box.width / 2, y: box.y + box.height / 2 };
           });
-          const room = (one) => Math.min(...dots.filter((dot) => dot !== one).map((dot) => Math.hypot(dot.x - one.x, dot.y - one.y)));
+          const distance = (a, b) => Math.hypot(a.x - b.x, a.y - b.y);
+          const room = (one) => Math.min(...dots.filter((dot) => dot !== one).map((dot) => distance(dot, one)));
           return dots.reduce((best, dot) => (room(dot) > room(best) ? dot : best)).row;
         }""",
         map_name,
@@ -112,7 +119,9 @@ def test_lists_and_maps_are_linked_both_ways(visit):
 def test_a_mode_filters_maps_cards_and_table(visit, audits):
     page = visit()
     page.page.click('.overview .mode-button[data-mode="1"]')
-    faded = page.page.eval_on_selector_all("#p0-map-mechanism .dot.faded", "(dots) => dots.map((dot) => Number(dot.dataset.row))")
+    faded = page.page.eval_on_selector_all(
+        "#p0-map-mechanism .dot.faded", "(dots) => dots.map((dot) => Number(dot.dataset.row))"
+    )
     assert sorted(faded) == [row for row in range(90) if audits[0].labels[row] != 1]
     assert page.page.locator("#p0 article.mode:visible").count() == 1 and page.page.is_visible("#p0-mode-1")
     assert page.page.get_attribute('.legend-modes [data-mode="1"]', "aria-pressed") == "true"
@@ -152,7 +161,10 @@ def test_the_page_can_be_used_by_keyboard(visit, audits):
 def test_plots_are_those_of_the_tests(visit, audits):
     page = visit()
     assert page.texts("#p0-dose-charts h3")[:2] == ["meaning-only clusters", "mechanism-only clusters"]
-    assert page.page.locator("#p0-dose-charts figure").count() == 7 and page.page.locator("#p0-dose-charts .whisker").count() == 7 * 2 * 5
+    assert (
+        page.page.locator("#p0-dose-charts figure").count() == 7
+        and page.page.locator("#p0-dose-charts .whisker").count() == 7 * 2 * 5
+    )
     members = audits[0].validation.members
     last = members[(members["strength"] == 1) & (members["method"] == "joint")]
     for choice, mode in (("0", None), ("2", 1)):
@@ -172,7 +184,9 @@ def test_prefixes_are_shown_one_at_a_time(visit):
     page.page.select_option("#prefix-choice", "p1")
     page.until("!document.querySelector('#p1').hidden && document.querySelector('#p0').hidden")
     assert page.page.locator("#p1-map-meaning .dot").count() == 60
-    marks = page.page.eval_on_selector_all("#p1-map-meaning .dot", "(dots) => dots.map((dot) => dot.getAttribute('class') + dot.getAttribute('d'))")
+    marks = page.page.eval_on_selector_all(
+        "#p1-map-meaning .dot", "(dots) => dots.map((dot) => dot.getAttribute('class') + dot.getAttribute('d'))"
+    )
     assert len(set(marks)) == 12
     page.page.click('#prefix-table a[href="#p2"]')
     page.until("!document.querySelector('#p2').hidden")
@@ -209,7 +223,9 @@ def test_text_has_enough_contrast(visit, scheme):
 
 def test_without_scripts_the_findings_still_read(visit):
     page = visit(java_script_enabled=False)
-    assert page.page.is_visible("#p1-verdict") and page.page.is_visible("#p0-mode-2") and page.page.is_visible("#p0-tests")
+    assert (
+        page.page.is_visible("#p1-verdict") and page.page.is_visible("#p0-mode-2") and page.page.is_visible("#p0-tests")
+    )
     assert not page.page.is_visible("#p0-maps") and not page.page.is_visible("#prefix-choice")
 
 

@@ -31,7 +31,9 @@ def features(visit, both):
 
 
 def shown(page):
-    return page.page.eval_on_selector_all(".part", "parts => parts.filter((part) => part.checkVisibility()).map((part) => part.id)")
+    return page.page.eval_on_selector_all(
+        ".part", "parts => parts.filter((part) => part.checkVisibility()).map((part) => part.id)"
+    )
 
 
 def rows(page):
@@ -70,7 +72,11 @@ def test_text_has_enough_contrast(features, scheme):
 
 def test_one_part_is_shown_and_the_address_chooses_it(features):
     page = features("")
-    assert shown(page) == ["part-regions"] and page.page.is_visible("a[href='#growth']") and not page.page.is_visible("a[href='#snmf-fit']")
+    assert (
+        shown(page) == ["part-regions"]
+        and page.page.is_visible("a[href='#growth']")
+        and not page.page.is_visible("a[href='#snmf-fit']")
+    )
     page.page.click(".tabs a[data-part=part-features]")
     assert shown(page) == ["part-features"] and page.page.is_visible("a[href='#snmf-fit']")
     assert page.page.get_attribute(".tabs a[data-part=part-features]", "aria-current") == "true"
@@ -201,7 +207,9 @@ def test_what_is_missing_is_said(features, visit, inputs, tmp_path):
     page = features(f"#feature-0.{UNREACHED}")
     assert "cannot be reached along it: 0.125 nats at most" in page.text(".steered")
     page = features("#feature-0.59")
-    assert "never active" in page.text("#feature-detail-title") and "active on no profiled token" in page.text("#feature-detail-body")
+    assert "never active" in page.text("#feature-detail-title") and "active on no profiled token" in page.text(
+        "#feature-detail-body"
+    )
     page = features("#feature-1.0")
     assert page.page.locator(".steered").count() == 0
     flat = synthetic_snmf.make_flat_section(inputs.tokenizer)

@@ -57,7 +57,9 @@ def test_summary_and_builds_are_those_of_the_fits(visit, inputs):
     assert page.text("#fact-regions b") == str(REGIONS)
     degrees = [math.degrees(math.acos(1 - x)) for x in (theta.threshold, theta.low, theta.high)]
     assert page.text("#fact-threshold b") == f"{theta.threshold:.3f} cosine distance, {degrees[0]:.1f}°"
-    assert f"{theta.low:.3f} to {theta.high:.3f}, {degrees[1]:.1f}° to {degrees[2]:.1f}°" in page.text("#fact-threshold")
+    assert f"{theta.low:.3f} to {theta.high:.3f}, {degrees[1]:.1f}° to {degrees[2]:.1f}°" in page.text(
+        "#fact-threshold"
+    )
     assert "1,234,567 pairs" in page.text("#fact-threshold")
     singletons = int((fit.counts == 1).sum())
     assert float(page.text("#fact-unseen b").rstrip("%")) == pytest.approx(100 * singletons / fit.n_seen, rel=0.05)
@@ -68,7 +70,11 @@ def test_summary_and_builds_are_those_of_the_fits(visit, inputs):
         words = row.split()
         assert words[0] == f"{build.percentile:g}%"
         assert ("this report" in row) == (build is fit)
-        assert f"{build.n_seen:,}" in words and f"{build.n_regions:,}" in words and f"{build.threshold.threshold:.3f}" in words
+        assert (
+            f"{build.n_seen:,}" in words
+            and f"{build.n_regions:,}" in words
+            and f"{build.threshold.threshold:.3f}" in words
+        )
 
 
 def test_growth_plot_reads_out_the_fits(visit, inputs):
@@ -150,8 +156,12 @@ def test_sorting_by_token(visit, inputs):
 def test_search_by_text_token_and_number(visit, inputs):
     page = visit()
     words = [
-        "".join(token_strings(inputs.tokenizer, [i for i in window[max(0, at - 64) : at + 65].tolist() if i >= 0])).lower()
-        for window, at in zip(inputs.chosen.provenance.windows, inputs.chosen.provenance.positions.tolist(), strict=True)
+        "".join(
+            token_strings(inputs.tokenizer, [i for i in window[max(0, at - 64) : at + 65].tolist() if i >= 0])
+        ).lower()
+        for window, at in zip(
+            inputs.chosen.provenance.windows, inputs.chosen.provenance.positions.tolist(), strict=True
+        )
     ]
     for query in ("function", "  Object ", "<script>window", "שלום", "zzzz"):
         page.page.fill("#search", query)
@@ -174,27 +184,44 @@ def test_detail_shows_the_region_named_in_the_address(visit, inputs, region):
     page = visit(f"#region-{region}")
     chosen, profile, lens = inputs.chosen, inputs.profile, inputs.lens
     place = chosen.provenance
-    assert page.text("#detail-title").startswith(f"Region {region}\n") or page.text("#detail-title").startswith(f"Region {region} ")
-    assert f"document {region // 3}, window {region}, position {int(place.positions[region])}." in page.text(".provenance")
+    assert page.text("#detail-title").startswith(f"Region {region}\n") or page.text("#detail-title").startswith(
+        f"Region {region} "
+    )
+    assert f"document {region // 3}, window {region}, position {int(place.positions[region])}." in page.text(
+        ".provenance"
+    )
     assert f"Founded by activation {int(chosen.exemplar_indices[region]):,} of 12,345." in page.text(".provenance")
     expected = figures(inputs, region)
     assert page.text("#measure-mass b") == share(inputs, region)
     assert f"{int(profile.counts[region]):,} of {profile.n_activations:,} activations" in page.text("#measure-mass")
     assert page.text("#measure-joined b") == str(int(chosen.counts[region]))
-    for name, key in (("coherence", "coherence"), ("mean", "mean"), ("farthest", "farthest"), ("separation", "nearest")):
+    for name, key in (
+        ("coherence", "coherence"),
+        ("mean", "mean"),
+        ("farthest", "farthest"),
+        ("separation", "nearest"),
+    ):
         assert page.text(f"#measure-{name} b") == shown_distance(expected[key])
     if not math.isnan(expected["farthest"]):
         side = "beyond" if expected["farthest"] > chosen.threshold.threshold else "within"
         assert f"{side} the threshold of {chosen.threshold.threshold:.3f}" in page.text("#measure-farthest")
-    for number, ids, logits in ((0, lens.promoted_ids, lens.promoted_logits), (1, lens.suppressed_ids, lens.suppressed_logits)):
+    for number, ids, logits in (
+        (0, lens.promoted_ids, lens.promoted_logits),
+        (1, lens.suppressed_ids, lens.suppressed_logits),
+    ):
         block = page.page.locator(".lens > div").nth(number)
         assert block.locator(".number").all_text_contents() == [f"{float(x):.2f}" for x in logits[region]]
         assert len(block.locator(".token").all()) == ids.shape[1]
     for number, examples in enumerate((profile.top, profile.boundary)):
         block = page.page.locator(".examples").nth(number)
         kept = (examples.positions[region] >= 0).nonzero().flatten().tolist()
-        assert block.locator(".number").all_text_contents() == [shown_distance(examples.values[region, i]) for i in kept]
-        places = [f"document {int(examples.document_ids[region, i])}, position {int(examples.positions[region, i])}" for i in kept]
+        assert block.locator(".number").all_text_contents() == [
+            shown_distance(examples.values[region, i]) for i in kept
+        ]
+        places = [
+            f"document {int(examples.document_ids[region, i])}, position {int(examples.positions[region, i])}"
+            for i in kept
+        ]
         assert block.locator("small").all_text_contents() == places
         assert block.locator("mark").count() == len(kept)
         if not kept:
@@ -207,7 +234,10 @@ def test_detail_shows_the_region_named_in_the_address(visit, inputs, region):
 def test_texts_of_a_region_are_those_of_its_tokens(visit, inputs):
     region = next(r for r in range(1, REGIONS) if r % 4 and token_of(inputs, r).strip().isalpha())
     page = visit(f"#region-{region}")
-    window, position = inputs.chosen.provenance.windows[region].tolist(), int(inputs.chosen.provenance.positions[region])
+    window, position = (
+        inputs.chosen.provenance.windows[region].tolist(),
+        int(inputs.chosen.provenance.positions[region]),
+    )
     tokens = token_strings(inputs.tokenizer, [i for i in window if i >= 0])
     shown = page.page.locator(".exemplar .context").text_content()
     before = "".join(tokens[max(0, position - 64) : position]).replace("\n", "↵")
@@ -215,14 +245,23 @@ def test_texts_of_a_region_are_those_of_its_tokens(visit, inputs):
     assert shown.removeprefix("… ").removesuffix(" …") == before + tokens[position] + after
     assert page.page.locator(".exemplar mark").text_content() == tokens[position]
     tops = inputs.profile.top.token_ids[region].tolist()
-    for mark, token in zip(page.texts(".examples >> nth=0 >> mark"), token_strings(inputs.tokenizer, tops), strict=True):
+    for mark, token in zip(
+        page.texts(".examples >> nth=0 >> mark"), token_strings(inputs.tokenizer, tops), strict=True
+    ):
         assert len(mark) > 0 and (mark == token or not token.isprintable() or token.isspace() or len(token) > 80)
-
 
 
 def test_invisible_tokens_get_a_sign(visit, inputs):
     page = visit()
-    signs = {"\n\n": "↵↵", "\t\t": "⇥⇥", "  ": "␣␣", "\x00": "␀", "\x1b[31m": "␛[31m", "\u200f": "⟨U+200F⟩", "\u2028": "⟨U+2028⟩"}
+    signs = {
+        "\n\n": "↵↵",
+        "\t\t": "⇥⇥",
+        "  ": "␣␣",
+        "\x00": "␀",
+        "\x1b[31m": "␛[31m",
+        "\u200f": "⟨U+200F⟩",
+        "\u2028": "⟨U+2028⟩",
+    }
     met = set()
     for region in range(0, REGIONS, 4):
         token = token_of(inputs, region)
@@ -239,7 +278,9 @@ def test_invisible_tokens_get_a_sign(visit, inputs):
 def test_map_discs_show_mass_and_select(visit, inputs):
     page = visit()
     assert "t-SNE" in page.text("#map-projection") and "indicative" in page.text("#map-projection")
-    discs = page.page.eval_on_selector_all(".disc", "all => all.map((d) => [Number(d.dataset.region), Number(d.getAttribute('r'))])")
+    discs = page.page.eval_on_selector_all(
+        ".disc", "all => all.map((d) => [Number(d.dataset.region), Number(d.getAttribute('r'))])"
+    )
     assert sorted(region for region, _ in discs) == list(range(REGIONS))
     counts = inputs.profile.counts
     top = dict(discs)[largest(inputs)]

@@ -158,7 +158,11 @@ def test_a_report_can_be_of_snmf_alone_of_regions_or_of_both(section, tokenizer,
     alone = write(tmp_path / "a.html", tokenizer, snmf=section)
     assert [name for name, _ in INSIDE.findall(alone)] == ["feature-data"] and 'class="tabs' not in alone
     both = write_dictionary_report(tmp_path / "b.html", **vars(inputs), snmf=section).read_text(encoding="utf-8")
-    assert [name for name, _ in INSIDE.findall(both)] == ["growth-data", "region-data", "feature-data"] and 'class="tabs' in both
+    assert [name for name, _ in INSIDE.findall(both)] == [
+        "growth-data",
+        "region-data",
+        "feature-data",
+    ] and 'class="tabs' in both
     flat = write(tmp_path / "c.html", tokenizer, snmf=synthetic_snmf.make_flat_section(tokenizer))
     assert "Through the tree" not in flat and "No continuation was steered" in flat
     ids = re.findall(r' id="([^"]*)"', both)

@@ -17,8 +17,15 @@ FACTORS = SNMFBuildConfig(n_components=[3, 4], sparsity=0.2, held_out=0.2, max_i
 def config(folder: Path, **changes: Any) -> DictionaryRunnerConfig:
     """Two partitions of one hook, nothing else done with them, everything below ``folder``."""
     options = {
-        "hook_name": HOOK, "dictionary": PARTITIONS, "context_size": 16, "training_tokens": 600, "store_batch_size_prompts": 4,
-        "n_eval_batches": 0, "profile": False, "checkpoint_path": str(folder / "checkpoints"), "output_path": str(folder / "output"),
+        "hook_name": HOOK,
+        "dictionary": PARTITIONS,
+        "context_size": 16,
+        "training_tokens": 600,
+        "store_batch_size_prompts": 4,
+        "n_eval_batches": 0,
+        "profile": False,
+        "checkpoint_path": str(folder / "checkpoints"),
+        "output_path": str(folder / "output"),
     }
     return DictionaryRunnerConfig(**options | changes)
 
@@ -32,5 +39,9 @@ def assert_same_partition(one: Any, other: Any) -> None:
     assert torch.equal(one.dictionary.center, other.dictionary.center)
     assert torch.equal(one.provenance.windows, other.provenance.windows)
     assert torch.equal(one.provenance.sequence_ids, other.provenance.sequence_ids)
-    assert (one.threshold, one.typical_norm, one.stopped_because) == (other.threshold, other.typical_norm, other.stopped_because)
+    assert (one.threshold, one.typical_norm, one.stopped_because) == (
+        other.threshold,
+        other.typical_norm,
+        other.stopped_because,
+    )
     assert (one.n_seen, one.unseen_mass_upper) == (other.n_seen, other.unseen_mass_upper)

@@ -16,16 +16,35 @@ from saelens_ext.runner import (
 )
 
 SAELENS_NAMES = (
-    "model_name", "model_class_name", "model_from_pretrained_kwargs", "hook_name", "dataset_path", "streaming", "context_size",
-    "prepend_bos", "training_tokens", "store_batch_size_prompts", "seqpos_slice", "exclude_special_tokens", "n_checkpoints",
-    "checkpoint_path", "resume_from_checkpoint", "output_path", "seed", "device", "dtype", "logger", "n_eval_batches",
+    "model_name",
+    "model_class_name",
+    "model_from_pretrained_kwargs",
+    "hook_name",
+    "dataset_path",
+    "streaming",
+    "context_size",
+    "prepend_bos",
+    "training_tokens",
+    "store_batch_size_prompts",
+    "seqpos_slice",
+    "exclude_special_tokens",
+    "n_checkpoints",
+    "checkpoint_path",
+    "resume_from_checkpoint",
+    "output_path",
+    "seed",
+    "device",
+    "dtype",
+    "logger",
+    "n_eval_batches",
     "eval_batch_size_prompts",
 )
 
 
 def parse(kind, *arguments):
     parser = simple_parsing.ArgumentParser(
-        nested_mode=simple_parsing.NestedMode.WITHOUT_ROOT, argument_generation_mode=simple_parsing.ArgumentGenerationMode.NESTED,
+        nested_mode=simple_parsing.NestedMode.WITHOUT_ROOT,
+        argument_generation_mode=simple_parsing.ArgumentGenerationMode.NESTED,
         add_config_path_arg=False,
     )
     parser.add_arguments(kind, dest="config")
@@ -48,15 +67,20 @@ def test_the_names_are_those_of_saelens():
 )
 def test_a_config_survives_json(dictionary, tmp_path):
     config = DictionaryRunnerConfig(
-        hook_name=("a", "b"), dictionary=dictionary, seqpos_slice=(2, -1), exclude_special_tokens=[0, 1],
-        model_from_pretrained_kwargs={"dtype": torch.bfloat16}, logger=LoggingConfig(log_to_wandb=False, run_name="x"),
+        hook_name=("a", "b"),
+        dictionary=dictionary,
+        seqpos_slice=(2, -1),
+        exclude_special_tokens=[0, 1],
+        model_from_pretrained_kwargs={"dtype": torch.bfloat16},
+        logger=LoggingConfig(log_to_wandb=False, run_name="x"),
     )
     again = DictionaryRunnerConfig.from_json(config.to_json(tmp_path / "config.json"))
     assert again.to_dict() == config.to_dict() == json.loads(json.dumps(config.to_dict()))
     assert again.seqpos_slice == (2, -1) and again.model_from_pretrained_kwargs == {"dtype": "bfloat16"}
     assert [type(one) for one in again.dictionaries] == [type(one) for one in config.dictionaries]
     assert again.dictionary_names() == [
-        (mine, hook, names) for mine, (_, hook, names) in zip([entry[0] for entry in again.dictionary_names()], config.dictionary_names())
+        (mine, hook, names)
+        for mine, (_, hook, names) in zip([entry[0] for entry in again.dictionary_names()], config.dictionary_names())
     ]
 
 
@@ -64,12 +88,17 @@ def test_dictionaries_are_named_by_hook_and_setting():
     config = DictionaryRunnerConfig(
         hook_name=["a", "b"],
         dictionary=[
-            ExemplarBuildConfig(percentile=[2, 0.5]), ExemplarBuildConfig(percentile=2, readout="one_hot", hook_name="a"),
-            ExemplarBuildConfig(threshold=0.25, hook_name="b"), SNMFBuildConfig(n_components=7, sparsity=[0.1, 0.2], hook_name=["b"]),
+            ExemplarBuildConfig(percentile=[2, 0.5]),
+            ExemplarBuildConfig(percentile=2, readout="one_hot", hook_name="a"),
+            ExemplarBuildConfig(threshold=0.25, hook_name="b"),
+            SNMFBuildConfig(n_components=7, sparsity=[0.1, 0.2], hook_name=["b"]),
         ],
     )
     assert [names for _, _, names in config.dictionary_names()] == [
-        ["a_exemplars_p2", "a_exemplars_p0.5"], ["b_exemplars_p2", "b_exemplars_p0.5"], ["a_exemplars_p2_2"], ["b_exemplars_t0.25"],
+        ["a_exemplars_p2", "a_exemplars_p0.5"],
+        ["b_exemplars_p2", "b_exemplars_p0.5"],
+        ["a_exemplars_p2_2"],
+        ["b_exemplars_t0.25"],
         ["b_snmf_k7_s0.1", "b_snmf_k7_s0.2"],
     ]
 
@@ -85,7 +114,10 @@ def test_dictionaries_are_named_by_hook_and_setting():
         ({"n_checkpoints": -1}, "n_checkpoints must be at least 0"),
         ({"n_checkpoints": 2, "checkpoint_path": None}, "needs a checkpoint_path"),
         ({"dictionary": []}, "dictionary is an empty list"),
-        ({"logger": LoggingConfig(log_optimizer_state_to_wandb=True)}, "logger.log_optimizer_state_to_wandb must stay at False: there is no optimizer"),
+        (
+            {"logger": LoggingConfig(log_optimizer_state_to_wandb=True)},
+            "logger.log_optimizer_state_to_wandb must stay at False: there is no optimizer",
+        ),
         ({"logger": LoggingConfig(eval_every_n_wandb_logs=7)}, "logger.eval_every_n_wandb_logs must stay at 100"),
     ],
 )
@@ -130,15 +162,30 @@ def test_unknown_keys_are_named():
 
 def test_the_command_line():
     config = parse(
-        ExemplarRunnerConfig, "--hook_name=x,y", "--dictionary.percentile=[1, 2.5]", "--dictionary.k=2", "--logger.log_to_wandb=True",
-        "--seqpos_slice=5,-5", "--exclude_special_tokens=false", "--prepend_bos=true", '--model_from_pretrained_kwargs={"dtype": "bfloat16"}',
-        "--checkpoint_path=none", "--streaming=false", "--dictionary.hook_name=y",
+        ExemplarRunnerConfig,
+        "--hook_name=x,y",
+        "--dictionary.percentile=[1, 2.5]",
+        "--dictionary.k=2",
+        "--logger.log_to_wandb=True",
+        "--seqpos_slice=5,-5",
+        "--exclude_special_tokens=false",
+        "--prepend_bos=true",
+        '--model_from_pretrained_kwargs={"dtype": "bfloat16"}',
+        "--checkpoint_path=none",
+        "--streaming=false",
+        "--dictionary.hook_name=y",
     )
     assert config.hook_names == ("x", "y") and config.dictionary.percentiles == (1.0, 2.5) and config.dictionary.k == 2
     assert config.logger.log_to_wandb and config.seqpos_slice == (5, -5) and config.exclude_special_tokens is False
     assert config.prepend_bos is True and config.model_from_pretrained_kwargs == {"dtype": "bfloat16"}
     assert config.checkpoint_path is None and config.streaming is False and config.dictionary.hook_name == "y"
-    snmf = parse(SNMFRunnerConfig, "--hook_name=x", "--dictionary.n_components=5,10", "--dictionary.sparsity=0.1", "--exclude_special_tokens=0,2")
+    snmf = parse(
+        SNMFRunnerConfig,
+        "--hook_name=x",
+        "--dictionary.n_components=5,10",
+        "--dictionary.sparsity=0.1",
+        "--exclude_special_tokens=0,2",
+    )
     assert snmf.dictionary.setting_names == ["snmf_k5_s0.1", "snmf_k10_s0.1"] and snmf.exclude_special_tokens == [0, 2]
 
 

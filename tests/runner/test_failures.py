@@ -1,4 +1,6 @@
-"""What goes wrong around a build: full disks, interruptions, failing evaluations, other data; and what a run claims of itself."""
+"""What goes wrong around a build: full disks, interruptions, failing evaluations, other data; and what a run claims of
+itself.
+"""
 
 import errno
 import json
@@ -50,8 +52,16 @@ def test_a_disk_that_is_really_full_gives_the_error_of_the_system(tmp_path):
 
 def test_a_resumed_run_has_read_what_the_whole_one_would_have(tiny_bridge, tmp_path, monkeypatch):
     """The partition is done long before the end, which the factorisations, finished before the stop, have read to."""
-    saturating = ExemplarBuildConfig(percentile=20, calibration_activations=50, stop="paper", saturation_window=1, hook_name=HOOK)
-    options = {"hook_name": [HOOK, NEURONS], "dictionary": [saturating, FACTORS], "training_tokens": 400, "n_eval_batches": 1, "eval_batch_size_prompts": 2}
+    saturating = ExemplarBuildConfig(
+        percentile=20, calibration_activations=50, stop="paper", saturation_window=1, hook_name=HOOK
+    )
+    options = {
+        "hook_name": [HOOK, NEURONS],
+        "dictionary": [saturating, FACTORS],
+        "training_tokens": 400,
+        "n_eval_batches": 1,
+        "eval_batch_size_prompts": 2,
+    }
     lasts = []
 
     def stop(stream, last, *_):
@@ -109,7 +119,9 @@ def test_interrupted_in_the_profile(number, tiny_bridge, tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "profile_dictionaries", lambda *_, **__: os.kill(os.getpid(), number))
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
-        with pytest.raises(KeyboardInterrupt, match=f"Saved so far: {HOOK}_exemplars_p5, .*Resume with resume_from_checkpoint="):
+        with pytest.raises(
+            KeyboardInterrupt, match=f"Saved so far: {HOOK}_exemplars_p5, .*Resume with resume_from_checkpoint="
+        ):
             DictionaryRunner(config(tmp_path, profile=True, n_checkpoints=1), model=tiny_bridge, dataset=TEXTS).run()
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
     finally:
@@ -118,9 +130,13 @@ def test_interrupted_in_the_profile(number, tiny_bridge, tmp_path, monkeypatch):
 
 def test_what_a_named_model_needs_is_refused_with_an_open_one(tiny_bridge, tmp_path):
     given = config(tmp_path, model_from_pretrained_kwargs={"dtype": "bfloat16"})
-    with pytest.raises(ValueError, match="model_from_pretrained_kwargs are for a model that is loaded by name, and an open"):
+    with pytest.raises(
+        ValueError, match="model_from_pretrained_kwargs are for a model that is loaded by name, and an open"
+    ):
         DictionaryRunner(given, model=tiny_bridge, dataset=TEXTS).run()
-    with pytest.warns(UserWarning, match="model_name='gpt2' is recorded, and the model that was handed over calls itself 'tiny-llama'"):
+    with pytest.warns(
+        UserWarning, match="model_name='gpt2' is recorded, and the model that was handed over calls itself 'tiny-llama'"
+    ):
         open_stream(config(tmp_path, model_name="gpt2"), tiny_bridge, TEXTS)
     open_stream(config(tmp_path, model_name="someone/Tiny-Llama"), tiny_bridge, TEXTS)
     proxy = HookedProxyLM(models_zoo.make_hf_model("llama"), models_zoo.make_tokenizer())
@@ -142,7 +158,12 @@ def test_gathered_activations_are_let_go_with_their_last_fit(tiny_bridge, tmp_pa
     given = config(tmp_path, hook_name=["blocks.0.mlp.out.hook_in", NEURONS], dictionary=factors, training_tokens=300)
     DictionaryRunner(given, model=tiny_bridge, dataset=TEXTS).run()
     # Two fits to each of two hooks, that share their rows.
-    assert [[bool(n) for n in row] for row in seen] == [[True] * 4, [False] * 2 + [True] * 2, [False] * 2 + [True] * 2, [False] * 4]
+    assert [[bool(n) for n in row] for row in seen] == [
+        [True] * 4,
+        [False] * 2 + [True] * 2,
+        [False] * 2 + [True] * 2,
+        [False] * 4,
+    ]
 
 
 def test_a_sum_of_squares_needs_no_whole_copy(monkeypatch):
@@ -167,7 +188,9 @@ def test_data_that_has_changed_is_noticed_however_it_is_read(tiny_bridge, tmp_pa
             DictionaryRunner(config(tmp_path, **options, **resume, streaming=streaming), model=tiny_bridge).run()
 
 
-def test_an_evaluation_that_fails_costs_neither_the_others_nor_what_is_logged(tiny_bridge, tmp_path, monkeypatch, caplog):
+def test_an_evaluation_that_fails_costs_neither_the_others_nor_what_is_logged(
+    tiny_bridge, tmp_path, monkeypatch, caplog
+):
     evaluate, tracked, calls = runner.evaluate, [], []
 
     def failing(*arguments):

@@ -58,7 +58,9 @@ def test_stopped_at_any_batch(batch, straight, tiny_bridge, tmp_path, monkeypatc
     forward = ActivationStream._forward
     monkeypatch.setattr(ActivationStream, "_forward", lambda self, *a: read.append(1) or forward(self, *a))
     made = sorted(int(path.name) for path in only_run(tmp_path).iterdir() if path.name.isdigit())
-    result = DictionaryRunner(config(tmp_path, resume_from_checkpoint=str(only_run(tmp_path))), model=tiny_bridge, dataset=TEXTS).run()
+    result = DictionaryRunner(
+        config(tmp_path, resume_from_checkpoint=str(only_run(tmp_path))), model=tiny_bridge, dataset=TEXTS
+    ).run()
     assert result.run_id == only_run(tmp_path).name
     for name, built in straight.dictionaries.items():
         assert_same_partition(result.dictionaries[name].fit, built.fit)
@@ -99,7 +101,9 @@ def test_from_a_checkpoint_by_name(number, straight, tiny_bridge, tmp_path):
     run = tmp_path / "checkpoints" / straight.run_id
     shutil.copytree(straight.checkpoint_path, run)
     chosen = sorted((path for path in run.iterdir() if path.name.isdigit()), key=lambda path: int(path.name))[number]
-    result = DictionaryRunner(config(tmp_path, resume_from_checkpoint=str(chosen)), model=tiny_bridge, dataset=TEXTS).run()
+    result = DictionaryRunner(
+        config(tmp_path, resume_from_checkpoint=str(chosen)), model=tiny_bridge, dataset=TEXTS
+    ).run()
     for name, built in straight.dictionaries.items():
         assert_same_partition(result.dictionaries[name].fit, built.fit)
 
@@ -119,7 +123,8 @@ def slow(self):
         print(self.n_activations, flush=True)
         time.sleep(0.1)
 build_pass.BuildPass.batches = slow
-DictionaryRunner(config(Path(sys.argv[1]), n_checkpoints=6), model=make_model("llama", "SAETransformerBridge"), dataset=TEXTS).run()
+model = make_model("llama", "SAETransformerBridge")
+DictionaryRunner(config(Path(sys.argv[1]), n_checkpoints=6), model=model, dataset=TEXTS).run()
 """
 
 
@@ -128,7 +133,12 @@ def _start(folder: Path, after: int) -> subprocess.Popen:
     root = Path(__file__).parents[2]
     environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-c", _SCRIPT, str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=root
+        [sys.executable, "-c", _SCRIPT, str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        cwd=root,
     )
     for line in process.stdout:
         if int(line) >= after:
@@ -143,7 +153,9 @@ def test_killed_and_resumed(straight, tiny_bridge, tmp_path):
     process.stdout.close()
     process.stderr.close()
     assert process.returncode == -signal.SIGKILL and not any((tmp_path / "output").iterdir())
-    result = DictionaryRunner(config(tmp_path, resume_from_checkpoint=str(only_run(tmp_path))), model=tiny_bridge, dataset=TEXTS).run()
+    result = DictionaryRunner(
+        config(tmp_path, resume_from_checkpoint=str(only_run(tmp_path))), model=tiny_bridge, dataset=TEXTS
+    ).run()
     for name, built in straight.dictionaries.items():
         assert_same_partition(result.dictionaries[name].fit, built.fit)
 
@@ -166,7 +178,9 @@ def test_interrupted_from_the_keyboard(straight, tiny_bridge, tmp_path, monkeypa
     assert signal.getsignal(signal.SIGINT) is before
     monkeypatch.undo()
     assert [path.name for path in only_run(tmp_path).iterdir() if path.name.isdigit()] != []
-    result = DictionaryRunner(config(tmp_path, resume_from_checkpoint=str(only_run(tmp_path))), model=tiny_bridge, dataset=TEXTS).run()
+    result = DictionaryRunner(
+        config(tmp_path, resume_from_checkpoint=str(only_run(tmp_path))), model=tiny_bridge, dataset=TEXTS
+    ).run()
     for name, built in straight.dictionaries.items():
         assert_same_partition(result.dictionaries[name].fit, built.fit)
 
@@ -191,7 +205,9 @@ def test_factorisations_that_were_finished_are_kept_and_the_others_are_the_same(
     monkeypatch.setattr(build_pass, "fit_snmf_rows", stop)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "stopped")
-    assert SNMFFitResult.load(tmp_path / "stopped" / "output" / f"{NEURONS}_snmf_k3_s0.2").loss > 0, "what was finished is usable"
+    assert SNMFFitResult.load(tmp_path / "stopped" / "output" / f"{NEURONS}_snmf_k3_s0.2").loss > 0, (
+        "what was finished is usable"
+    )
     given = config(tmp_path / "stopped", hook_name=[HOOK, NEURONS], dictionary=both)
     given.resume_from_checkpoint = str(only_run(tmp_path / "stopped"))
     result = DictionaryRunner(given, model=tiny_bridge, dataset=TEXTS).run()
@@ -210,20 +226,30 @@ def test_a_checkpoint_of_another_config_says_which_fields_differ(straight, tiny_
         options = {"resume_from_checkpoint": str(straight.checkpoint_path)} | changes
         return DictionaryRunner(config(tmp_path, **options), model=tiny_bridge, dataset=changes.get("dataset", TEXTS))
 
-    with pytest.raises(ValueError, match=r"of another run: dictionary.percentile was \[5, 20\] and is \[5, 10\]; context_size was 16 and is 12\. Resume with"):
+    with pytest.raises(
+        ValueError,
+        match=r"of another run: dictionary.percentile was \[5, 20\] and is \[5, 10\]; context_size was 16 and is 12\. "
+        "Resume with",
+    ):
         resume(context_size=12, dictionary=ExemplarBuildConfig(percentile=[5, 10], calibration_activations=200)).run()
     with pytest.raises(ValueError, match="seed was 42 and is 1"):
         resume(seed=1).run()
     with pytest.raises(ValueError, match="dictionary.architecture was 'exemplar_partition' and is 'snmf'"):
         resume(dictionary=SNMFBuildConfig()).run()
-    runner = DictionaryRunner(config(tmp_path, resume_from_checkpoint=str(straight.checkpoint_path)), model=tiny_bridge, dataset=TEXTS[::-1])
+    runner = DictionaryRunner(
+        config(tmp_path, resume_from_checkpoint=str(straight.checkpoint_path)), model=tiny_bridge, dataset=TEXTS[::-1]
+    )
     with pytest.raises(ValueError, match="of another run: dataset_fingerprint was"):
         runner.run()
 
 
 def test_a_checkpoint_of_another_model(straight, tiny_gpt2_bridge, tmp_path):
     with pytest.raises(ValueError, match="model_name was 'tiny-llama' and is 'tiny-gpt2'"):
-        DictionaryRunner(config(tmp_path, resume_from_checkpoint=str(straight.checkpoint_path)), model=tiny_gpt2_bridge, dataset=TEXTS).run()
+        DictionaryRunner(
+            config(tmp_path, resume_from_checkpoint=str(straight.checkpoint_path)),
+            model=tiny_gpt2_bridge,
+            dataset=TEXTS,
+        ).run()
 
 
 def test_nothing_to_resume_from(straight, tmp_path, tiny_bridge):
@@ -252,5 +278,7 @@ def test_a_new_run_does_not_mix_with_an_earlier_one_of_its_id(tiny_bridge, tmp_p
     given = config(tmp_path, n_checkpoints=2, dictionary=PARTITIONS)
     given.logger.wandb_id = "mine"
     DictionaryRunner(given, model=tiny_bridge, dataset=TEXTS).run()
-    with pytest.raises(ValueError, match="holds the checkpoints of an earlier run of the same id. Set resume_from_checkpoint="):
+    with pytest.raises(
+        ValueError, match="holds the checkpoints of an earlier run of the same id. Set resume_from_checkpoint="
+    ):
         DictionaryRunner(given, model=tiny_bridge, dataset=TEXTS).run()

@@ -1,4 +1,6 @@
-"""A run: what it builds is what the fits build, from one pass, saved whole, evaluated, and kept when something fails."""
+"""A run: what it builds is what the fits build, from one pass, saved whole, evaluated, and kept when something
+fails.
+"""
 
 import errno
 import json
@@ -9,9 +11,24 @@ import pytest
 import torch
 from sae_lens import SAE, run_evals
 
-from saelens_ext import ActivationStream, FitResult, SNMFFitResult, _files, fit_exemplar_partitions, fit_snmf, profile_dictionary
+from saelens_ext import (
+    ActivationStream,
+    FitResult,
+    SNMFFitResult,
+    _files,
+    fit_exemplar_partitions,
+    fit_snmf,
+    profile_dictionary,
+)
 from saelens_ext.analysis.profile import DictionaryProfile
-from saelens_ext.runner import DictionaryRunner, DictionaryRunnerConfig, ExemplarBuildConfig, SNMFBuildConfig, build_pass, evaluation
+from saelens_ext.runner import (
+    DictionaryRunner,
+    DictionaryRunnerConfig,
+    ExemplarBuildConfig,
+    SNMFBuildConfig,
+    build_pass,
+    evaluation,
+)
 from tests.runner.runs import FACTORS, HOOK, NEURONS, TEXTS, assert_same_partition, config
 
 
@@ -21,7 +38,11 @@ def whole(tiny_bridge, tmp_path_factory):
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("whole")
     given = config(
-        folder, hook_name=[HOOK, NEURONS], profile=True, n_eval_batches=2, n_checkpoints=3,
+        folder,
+        hook_name=[HOOK, NEURONS],
+        profile=True,
+        n_eval_batches=2,
+        n_checkpoints=3,
         dictionary=[ExemplarBuildConfig(percentile=[5, 20], calibration_activations=200, hook_name=HOOK), FACTORS],
     )
     passes = []
@@ -46,7 +67,12 @@ def test_a_run_builds_what_the_fits_build(whole, tiny_bridge):
 
 
 def test_every_dictionary_has_a_whole_folder(whole):
-    assert list(whole.dictionaries) == [f"{HOOK}_exemplars_p5", f"{HOOK}_exemplars_p20", f"{NEURONS}_snmf_k3_s0.2", f"{NEURONS}_snmf_k4_s0.2"]
+    assert list(whole.dictionaries) == [
+        f"{HOOK}_exemplars_p5",
+        f"{HOOK}_exemplars_p20",
+        f"{NEURONS}_snmf_k3_s0.2",
+        f"{NEURONS}_snmf_k4_s0.2",
+    ]
     for name, built in whole.dictionaries.items():
         assert built.path == whole.output_path / name
         loaded = SAE.load_from_disk(built.path)
@@ -66,7 +92,11 @@ def test_what_built_a_dictionary_is_recorded(whole):
     assert metadata.model_class_name == "SAETransformerBridge" and metadata.compatibility_mode is False
     assert metadata.hook_name == HOOK and metadata.context_size == 16 and metadata.prepend_bos is True
     resolved = whole.config
-    assert (resolved.model_name, resolved.model_class_name, resolved.device) == ("tiny-llama", "SAETransformerBridge", "cpu")
+    assert (resolved.model_name, resolved.model_class_name, resolved.device) == (
+        "tiny-llama",
+        "SAETransformerBridge",
+        "cpu",
+    )
     assert resolved.prepend_bos is True
 
 
@@ -74,7 +104,9 @@ def test_the_profile_is_that_of_a_pass_alone(whole, tiny_bridge):
     built = whole.dictionaries[f"{HOOK}_exemplars_p20"]
     stream = ActivationStream(tiny_bridge, TEXTS, HOOK, context_size=16, batch_size=4, max_tokens=600)
     again = profile_dictionary(built.dictionary, stream)
-    assert torch.equal(again.counts, built.profile.counts) and torch.equal(again.top.positions, built.profile.top.positions)
+    assert torch.equal(again.counts, built.profile.counts) and torch.equal(
+        again.top.positions, built.profile.top.positions
+    )
 
 
 def test_evaluation_is_saelens_own_on_unseen_documents(tiny_bridge, tmp_path, monkeypatch):
@@ -85,7 +117,13 @@ def test_evaluation_is_saelens_own_on_unseen_documents(tiny_bridge, tmp_path, mo
         return run_evals(sae, store, model, scaler, eval_config, **options)
 
     monkeypatch.setattr(evaluation, "run_evals", watched)
-    given = config(tmp_path, training_tokens=300, n_eval_batches=3, eval_batch_size_prompts=2, dictionary=ExemplarBuildConfig(percentile=20))
+    given = config(
+        tmp_path,
+        training_tokens=300,
+        n_eval_batches=3,
+        eval_batch_size_prompts=2,
+        dictionary=ExemplarBuildConfig(percentile=20),
+    )
     runner = DictionaryRunner(given, model=tiny_bridge, dataset=TEXTS)
     built = runner.run().dictionaries[f"{HOOK}_exemplars_p20"]
     ((tokens, eval_config, options),) = evaluated
@@ -116,7 +154,11 @@ def test_dictionaries_are_of_the_dtype_asked_for(tiny_bridge, tmp_path):
 
 
 def test_a_given_threshold_and_a_stop(tiny_bridge, tmp_path):
-    given = config(tmp_path, training_tokens=10**6, dictionary=ExemplarBuildConfig(threshold=0.95, stop="paper", calibration_activations=50))
+    given = config(
+        tmp_path,
+        training_tokens=10**6,
+        dictionary=ExemplarBuildConfig(threshold=0.95, stop="paper", calibration_activations=50),
+    )
     result = DictionaryRunner(given, model=tiny_bridge, dataset=TEXTS).run()
     (built,) = result.dictionaries.values()
     assert built.name == f"{HOOK}_exemplars_t0.95" and built.fit.stopped_because == "paper"
@@ -129,13 +171,17 @@ def test_factorisations_beyond_the_memory_limit_read_again(tiny_bridge, tmp_path
     (built,) = DictionaryRunner(given, model=tiny_bridge, dataset=TEXTS).run().dictionaries.values()
     stream = ActivationStream(tiny_bridge, TEXTS, HOOK, context_size=16, batch_size=4, max_tokens=600)
     assert built.fit.stopped_because in ("max_passes", "converged")
-    assert torch.equal(built.dictionary.W_dec, fit_snmf(stream, seed=42, memory_limit=5_000, **options).dictionary.W_dec)
+    assert torch.equal(
+        built.dictionary.W_dec, fit_snmf(stream, seed=42, memory_limit=5_000, **options).dictionary.W_dec
+    )
     assert built.fit.n_held_out > 0
 
 
 def test_nothing_is_written_where_nothing_is_wanted(tiny_bridge, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    result = DictionaryRunner(config(tmp_path, output_path=None, checkpoint_path=None, profile=True), model=tiny_bridge, dataset=TEXTS).run()
+    result = DictionaryRunner(
+        config(tmp_path, output_path=None, checkpoint_path=None, profile=True), model=tiny_bridge, dataset=TEXTS
+    ).run()
     assert list(tmp_path.iterdir()) == [] and all(built.path is None for built in result.dictionaries.values())
 
 
@@ -143,7 +189,13 @@ def test_a_second_run_leaves_nothing_of_the_first_in_a_folder(tiny_bridge, tmp_p
     DictionaryRunner(config(tmp_path, n_eval_batches=1, profile=True), model=tiny_bridge, dataset=TEXTS).run()
     result = DictionaryRunner(config(tmp_path, training_tokens=500), model=tiny_bridge, dataset=TEXTS).run()
     for built in result.dictionaries.values():
-        assert {path.name for path in built.path.iterdir()} == {"cfg.json", "sae_weights.safetensors", "fit.json", "fit.safetensors", "runner_cfg.json"}
+        assert {path.name for path in built.path.iterdir()} == {
+            "cfg.json",
+            "sae_weights.safetensors",
+            "fit.json",
+            "fit.safetensors",
+            "runner_cfg.json",
+        }
 
 
 def test_a_folder_that_cannot_be_written_is_found_out_before_the_build(tmp_path):
@@ -172,7 +224,10 @@ def test_no_space_for_a_dictionary_names_it_and_keeps_the_others(tiny_bridge, tm
 
     monkeypatch.setattr(_files, "write_together", full)
     runner = DictionaryRunner(config(tmp_path, n_checkpoints=2), model=tiny_bridge, dataset=TEXTS)
-    message = rf"{HOOK}_exemplars_p20 could not be written to .*No space left.*Saved so far: {HOOK}_exemplars_p5\. Resume with"
+    message = (
+        rf"{HOOK}_exemplars_p20 could not be written to .*No space left.*"
+        rf"Saved so far: {HOOK}_exemplars_p5\. Resume with"
+    )
     with pytest.raises(OSError, match=message) as raised:
         runner.run()
     assert raised.value.errno == errno.ENOSPC
@@ -181,7 +236,9 @@ def test_no_space_for_a_dictionary_names_it_and_keeps_the_others(tiny_bridge, tm
     monkeypatch.setattr(_files, "write_together", write)
     again = config(tmp_path, resume_from_checkpoint=str(runner.result.checkpoint_path))
     result = DictionaryRunner(again, model=tiny_bridge, dataset=TEXTS).run()
-    assert_same_partition(result.dictionaries[f"{HOOK}_exemplars_p20"].fit, runner.result.dictionaries[f"{HOOK}_exemplars_p20"].fit)
+    assert_same_partition(
+        result.dictionaries[f"{HOOK}_exemplars_p20"].fit, runner.result.dictionaries[f"{HOOK}_exemplars_p20"].fit
+    )
 
 
 def test_no_space_for_a_checkpoint_does_not_cost_the_build(tiny_bridge, tmp_path, monkeypatch, caplog):
@@ -195,7 +252,9 @@ def test_no_space_for_a_checkpoint_does_not_cost_the_build(tiny_bridge, tmp_path
     monkeypatch.setattr(_files, "write_together", full)
     with caplog.at_level(logging.ERROR):
         result = DictionaryRunner(config(tmp_path, n_checkpoints=2), model=tiny_bridge, dataset=TEXTS).run()
-    assert len(result.dictionaries) == 2 and "could not be written" in caplog.text and "there is none yet" in caplog.text
+    assert (
+        len(result.dictionaries) == 2 and "could not be written" in caplog.text and "there is none yet" in caplog.text
+    )
     assert not list(Path(result.checkpoint_path).rglob("checkpoint.json"))
 
 

@@ -1,4 +1,6 @@
-"""Where activations come from: models of every host class, named models and datasets, and SAELens' cache of activations."""
+"""Where activations come from: models of every host class, named models and datasets, and SAELens' cache of
+activations.
+"""
 
 import json
 import warnings
@@ -60,7 +62,11 @@ def test_a_proxy_gives_the_activations_of_a_bridge(hook, proxy, tiny_bridge):
         assert torch.equal(one.token_ids, other.token_ids) and torch.equal(one.positions, other.positions)
     assert mine.hook_names == ("model.layers.1",) and mine.prepend_bos == theirs.prepend_bos
     described = mine.describe()
-    assert (described["model_class_name"], described["n_layers"], described["d_model"]) == ("AutoModelForCausalLM", 3, 32)
+    assert (described["model_class_name"], described["n_layers"], described["d_model"]) == (
+        "AutoModelForCausalLM",
+        3,
+        32,
+    )
     assert not proxy.hook_dict["model.layers.1"].fwd_hooks, "nothing stays hooked"
 
 
@@ -82,12 +88,21 @@ def test_a_proxy_refuses_what_it_cannot_read(proxy):
         ("AutoModelForCausalLM", "model.layers.1", "AutoModelForCausalLM"),
     ],
 )
-def test_a_run_by_name_builds_the_same_with_every_class_and_records_it(name, hook, kind, saved_model, tiny_bridge, tmp_path):
+def test_a_run_by_name_builds_the_same_with_every_class_and_records_it(
+    name, hook, kind, saved_model, tiny_bridge, tmp_path
+):
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(json.dumps({"body": text}) for text in TEXTS))
     given = config(
-        tmp_path, model_name=str(saved_model), model_class_name=name, hook_name=hook, dataset_path=str(data), text_column="body",
-        dictionary=COARSE, profile=True, n_eval_batches=1,
+        tmp_path,
+        model_name=str(saved_model),
+        model_class_name=name,
+        hook_name=hook,
+        dataset_path=str(data),
+        text_column="body",
+        dictionary=COARSE,
+        profile=True,
+        n_eval_batches=1,
     )
     result = DictionaryRunner(given).run()
     (built,) = result.dictionaries.values()
@@ -141,9 +156,20 @@ def cache(saved_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache")
     rows = datasets.Dataset.from_dict({"text": TEXTS})
     options = CacheActivationsRunnerConfig(
-        dataset_path="", model_name=str(saved_model), model_class_name="AutoModelForCausalLM", model_batch_size=4, hook_name="model.layers.1",
-        d_in=32, training_tokens=40 * LENGTH, context_size=LENGTH, new_cached_activations_path=str(folder / "activations"), device="cpu",
-        buffer_size_gb=40 * LENGTH * 32 * 4 / 1e9, shuffle=False, streaming=False, dtype="float32",
+        dataset_path="",
+        model_name=str(saved_model),
+        model_class_name="AutoModelForCausalLM",
+        model_batch_size=4,
+        hook_name="model.layers.1",
+        d_in=32,
+        training_tokens=40 * LENGTH,
+        context_size=LENGTH,
+        new_cached_activations_path=str(folder / "activations"),
+        device="cpu",
+        buffer_size_gb=40 * LENGTH * 32 * 4 / 1e9,
+        shuffle=False,
+        streaming=False,
+        dtype="float32",
     )
     with warnings.catch_warnings():  # of fewer rows than tokens
         warnings.simplefilter("ignore", UserWarning)
@@ -152,13 +178,25 @@ def cache(saved_model, tmp_path_factory):
 
 
 def cached_config(folder, cache, **changes):
-    options = {"cached_activations_path": str(cache), "hook_name": "model.layers.1", "exclude_special_tokens": False, "dictionary": COARSE}
+    options = {
+        "cached_activations_path": str(cache),
+        "hook_name": "model.layers.1",
+        "exclude_special_tokens": False,
+        "dictionary": COARSE,
+    }
     return config(folder, **options | changes)
 
 
 def test_cached_activations_come_with_their_tokens(cache, proxy):
     rows = datasets.load_from_disk(str(cache)).with_format("torch")
-    stream = CachedStream(cache, "model.layers.1", context_size=LENGTH, batch_size=4, exclude_special_tokens=[0, 7], seqpos_slice=(2, None))
+    stream = CachedStream(
+        cache,
+        "model.layers.1",
+        context_size=LENGTH,
+        batch_size=4,
+        exclude_special_tokens=[0, 7],
+        seqpos_slice=(2, None),
+    )
     tokens, x = rows["token_ids"][:].long(), rows["model.layers.1"][:]
     keep = (tokens != 0) & (tokens != 7)
     keep[:, :2] = False
@@ -185,9 +223,14 @@ def test_a_run_on_cached_activations_with_and_without_the_model(cache, proxy, tm
 
 
 def test_a_factorisation_and_a_resume_on_cached_activations(cache, tmp_path):
-    options = {"dictionary": [COARSE, SNMFBuildConfig(n_components=3, sparsity=0.5, max_iter=3, held_out=0.2)], "n_checkpoints": 3}
+    options = {
+        "dictionary": [COARSE, SNMFBuildConfig(n_components=3, sparsity=0.5, max_iter=3, held_out=0.2)],
+        "n_checkpoints": 3,
+    }
     first = DictionaryRunner(cached_config(tmp_path, cache, **options)).run()
-    chosen = min((path for path in first.checkpoint_path.iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
+    chosen = min(
+        (path for path in first.checkpoint_path.iterdir() if path.name.isdigit()), key=lambda path: int(path.name)
+    )
     again = DictionaryRunner(cached_config(tmp_path, cache, **options, resume_from_checkpoint=str(chosen))).run()
     for name, built in first.dictionaries.items():
         assert torch.equal(again.dictionaries[name].dictionary.W_dec, built.dictionary.W_dec)
@@ -203,7 +246,9 @@ def test_special_tokens_of_a_cache_need_a_tokenizer(cache, proxy, tmp_path):
 
 def test_an_old_cache_without_tokens(cache, tmp_path):
     datasets.load_from_disk(str(cache)).remove_columns("token_ids").save_to_disk(tmp_path / "old")
-    with pytest.raises(ValueError, match="come without token ids, so none can be left out: set exclude_special_tokens=False"):
+    with pytest.raises(
+        ValueError, match="come without token ids, so none can be left out: set exclude_special_tokens=False"
+    ):
         open_stream(cached_config(tmp_path, tmp_path / "old", exclude_special_tokens=[3]))
     result = DictionaryRunner(cached_config(tmp_path, tmp_path / "old", profile=True)).run()
     (built,) = result.dictionaries.values()
@@ -222,7 +267,9 @@ def test_a_cache_that_does_not_fit_the_config(cache, tmp_path):
         open_stream(cached_config(tmp_path, cache, hook_name="model.layers.2"))
     with pytest.raises(ValueError, match="in windows of 16 tokens, got context_size=32"):
         open_stream(cached_config(tmp_path, cache, context_size=32))
-    with pytest.raises(FileNotFoundError, match="is not a folder: cached_activations_path is the new_cached_activations_path"):
+    with pytest.raises(
+        FileNotFoundError, match="is not a folder: cached_activations_path is the new_cached_activations_path"
+    ):
         open_stream(cached_config(tmp_path, tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="give cached_activations_path or a dataset, not both"):
         open_stream(cached_config(tmp_path, cache, dataset_path="x"))

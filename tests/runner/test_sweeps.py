@@ -19,7 +19,10 @@ def read(name: str) -> dict:
 def calls(parameters: dict):
     """The arguments of the first and the last run, as ``${args}`` gives them."""
     for index in (0, -1):
-        yield [f"--{name}={entry['values'][index] if 'values' in entry else entry['value']}" for name, entry in parameters.items()]
+        yield [
+            f"--{name}={entry['values'][index] if 'values' in entry else entry['value']}"
+            for name, entry in parameters.items()
+        ]
 
 
 def test_every_sweep_is_tested():

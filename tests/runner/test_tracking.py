@@ -19,12 +19,25 @@ FACTORS = SNMFBuildConfig(n_components=3, sparsity=0.2, held_out=0.2, max_iter=4
 
 # Keys that SAELens' trainer logs (sae_lens.training.sae_trainer); what it has under them means the same here.
 SAELENS_KEYS = {
-    "losses/overall_loss", "losses/mse_loss", "metrics/explained_variance", "metrics/explained_variance_legacy", "metrics/l0",
-    "metrics/mean_log10_feature_sparsity", "sparsity/dead_features", "sparsity/below_1e-5", "sparsity/below_1e-6",
-    "details/n_training_samples", "plots/feature_density_line_chart",
+    "losses/overall_loss",
+    "losses/mse_loss",
+    "metrics/explained_variance",
+    "metrics/explained_variance_legacy",
+    "metrics/l0",
+    "metrics/mean_log10_feature_sparsity",
+    "sparsity/dead_features",
+    "sparsity/below_1e-5",
+    "sparsity/below_1e-6",
+    "details/n_training_samples",
+    "plots/feature_density_line_chart",
 }
 EVAL_GROUPS = {
-    "model_behavior_preservation", "model_performance_preservation", "reconstruction_quality", "shrinkage", "sparsity", "token_stats",
+    "model_behavior_preservation",
+    "model_performance_preservation",
+    "reconstruction_quality",
+    "shrinkage",
+    "sparsity",
+    "token_stats",
 }
 
 
@@ -33,9 +46,19 @@ def wandb_folder(tmp_path_factory):
     """wandb, working offline on a folder of this file's."""
     folder = tmp_path_factory.mktemp("wandb")
     settings = {
-        "MODE": "offline", "DIR": folder, "CONFIG_DIR": folder / "config", "CACHE_DIR": folder / "cache", "DATA_DIR": folder / "data",
-        "SILENT": "true", "DISABLE_GIT": "true", "DISABLE_CODE": "true", "CONSOLE": "off", "X_DISABLE_STATS": "true", "X_DISABLE_META": "true",
-        "X_DISABLE_MACHINE_INFO": "true", "X_SAVE_REQUIREMENTS": "false",
+        "MODE": "offline",
+        "DIR": folder,
+        "CONFIG_DIR": folder / "config",
+        "CACHE_DIR": folder / "cache",
+        "DATA_DIR": folder / "data",
+        "SILENT": "true",
+        "DISABLE_GIT": "true",
+        "DISABLE_CODE": "true",
+        "CONSOLE": "off",
+        "X_DISABLE_STATS": "true",
+        "X_DISABLE_META": "true",
+        "X_DISABLE_MACHINE_INFO": "true",
+        "X_SAVE_REQUIREMENTS": "false",
     }
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings.items():
@@ -68,7 +91,11 @@ def logging_config(**options) -> LoggingConfig:
 
 def test_each_dictionary_of_a_run_has_its_own_wandb_run(written, tiny_bridge, tmp_path):
     given = config(
-        tmp_path, hook_name=[HOOK, NEURONS], n_eval_batches=1, profile=True, logger=logging_config(wandb_id="abc"),
+        tmp_path,
+        hook_name=[HOOK, NEURONS],
+        n_eval_batches=1,
+        profile=True,
+        logger=logging_config(wandb_id="abc"),
         dictionary=[ExemplarBuildConfig(percentile=20, calibration_activations=200, hook_name=HOOK), FACTORS],
     )
     result = DictionaryRunner(given, model=tiny_bridge, dataset=TEXTS).run()
@@ -79,14 +106,18 @@ def test_each_dictionary_of_a_run_has_its_own_wandb_run(written, tiny_bridge, tm
         assert (run.project, run.group, run.exit_code) == ("tests", "abc", 0)
         assert run.name == f"{name}-Tokens-6.000e+02"
         assert run.config["dictionary_name"] == name and run.config["training_tokens"] == 600
-        keys = {key.removesuffix("._type").split(".bins")[0].split(".values")[0].split(".packed")[0] for key in run.keys}
+        keys = {
+            key.removesuffix("._type").split(".bins")[0].split(".values")[0].split(".packed")[0] for key in run.keys
+        }
         for key in keys:
             group = key.split("/")[0].split(".")[0]
             assert key in SAELENS_KEYS or key.startswith(("metrics/", "_")) or group in EVAL_GROUPS, key
         assert SAELENS_KEYS - {"losses/overall_loss"} <= keys
         assert run.logged("details/n_training_samples")[-1] == built.fit.n_seen
         assert run.logged("metrics/l0")[-1] == pytest.approx(built.evals["sparsity"]["l0"])
-        assert run.logged("metrics/explained_variance")[-1] == pytest.approx(built.evals["reconstruction_quality"]["explained_variance"])
+        assert run.logged("metrics/explained_variance")[-1] == pytest.approx(
+            built.evals["reconstruction_quality"]["explained_variance"]
+        )
         assert run.logged("sparsity/dead_features")[-1] == int((built.profile.counts == 0).sum())
         steps = run.logged("_step")
         assert steps == sorted(set(steps))
@@ -121,7 +152,10 @@ def check_artifacts(run, built, files: set[str]) -> None:
 
 def test_progress_is_what_the_dictionary_was_and_goes_on_after_a_resume(written, tiny_bridge, tmp_path):
     given = config(
-        tmp_path, n_checkpoints=2, profile=True, logger=logging_config(wandb_log_frequency=2, log_weights_to_wandb=False),
+        tmp_path,
+        n_checkpoints=2,
+        profile=True,
+        logger=logging_config(wandb_log_frequency=2, log_weights_to_wandb=False),
         dictionary=[ExemplarBuildConfig(percentile=20, calibration_activations=200)],
     )
     result = DictionaryRunner(given, model=tiny_bridge, dataset=TEXTS).run()
@@ -140,10 +174,17 @@ def test_progress_is_what_the_dictionary_was_and_goes_on_after_a_resume(written,
     assert again.run_id == run.run_id and again.logged("details/n_training_samples")[0] > 300
 
 
-def test_a_failed_run_is_marked_and_a_sweep_sees_the_run_that_its_agent_started(written, tiny_bridge, tmp_path, monkeypatch):
+def test_a_failed_run_is_marked_and_a_sweep_sees_the_run_that_its_agent_started(
+    written, tiny_bridge, tmp_path, monkeypatch
+):
     monkeypatch.setenv("WANDB_SWEEP_ID", "sweep1")
     monkeypatch.setenv("WANDB_RUN_ID", "given0")
-    given = config(tmp_path, training_tokens=50, logger=logging_config(), dictionary=ExemplarBuildConfig(calibration_activations=200))
+    given = config(
+        tmp_path,
+        training_tokens=50,
+        logger=logging_config(),
+        dictionary=ExemplarBuildConfig(calibration_activations=200),
+    )
     with pytest.raises(ValueError, match="fewer than the 200"):
         DictionaryRunner(given, model=tiny_bridge, dataset=TEXTS).run()
     assert [(run.run_id, run.exit_code) for run in written()] == [("given0", 1)]
@@ -153,7 +194,9 @@ def test_not_logged_in_is_found_out_before_the_build(monkeypatch, tmp_path, wand
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    with pytest.raises(RuntimeError, match="wandb is not logged in.*run `wandb login`, set WANDB_API_KEY, set WANDB_MODE=offline"):
+    with pytest.raises(
+        RuntimeError, match="wandb is not logged in.*run `wandb login`, set WANDB_API_KEY, set WANDB_MODE=offline"
+    ):
         DictionaryRunner(config(tmp_path, logger=logging_config())).run()
     assert not (tmp_path / "output").exists()
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -42,7 +42,9 @@ def either(request):
 def without_hooks_afterwards(request):
     model = request.getfixturevalue(request.param)
     yield model
-    assert not any(handle for point in model.hook_dict.values() for handle in getattr(point, "fwd_hooks", ())), "a hook stayed"
+    assert not any(handle for point in model.hook_dict.values() for handle in getattr(point, "fwd_hooks", ())), (
+        "a hook stayed"
+    )
 
 
 @pytest.fixture
@@ -532,7 +534,10 @@ def test_a_hook_that_an_attached_transcoder_reads_is_refused(either):
         (lambda m: add_direction(m, RESIDUAL, torch.ones(32), 1.0, typical_norm=0), "typical_norm"),
         (lambda m: add_direction(m, RESIDUAL, torch.ones(32), 1.0, positions=[]), "positions"),
         (lambda m: add_direction(m, RESIDUAL, torch.ones(32), 1.0, positions=[-1]), "n - 1"),
-        (lambda m: ablate_directions(m, RESIDUAL, torch.stack([torch.ones(32), torch.zeros(32)])), "Direction 1 is zero"),
+        (
+            lambda m: ablate_directions(m, RESIDUAL, torch.stack([torch.ones(32), torch.zeros(32)])),
+            "Direction 1 is zero",
+        ),
         (lambda m: ablate_directions(m, RESIDUAL, torch.ones(0, 32)), "shape"),
         (lambda m: ablate_directions(m, RESIDUAL, torch.ones(32), center=torch.ones(31)), "center"),
         (lambda m: ablate_directions(m, RESIDUAL, torch.ones(32), center=torch.full((32,), torch.inf)), "non-finite"),
@@ -551,7 +556,13 @@ def test_bad_input(llama, attempt, message):
     run(llama)
 
 
-@pytest.mark.parametrize("attempt", [lambda m: add_direction(m, RESIDUAL, torch.ones(33), 1.0), lambda m: clamp_latent(m, saes(33)["standard"], 1, 1.0)])
+@pytest.mark.parametrize(
+    "attempt",
+    [
+        lambda m: add_direction(m, RESIDUAL, torch.ones(33), 1.0),
+        lambda m: clamp_latent(m, saes(33)["standard"], 1, 1.0),
+    ],
+)
 def test_another_width_is_an_error_of_the_forward_pass(either, attempt):
     with attempt(either), pytest.raises(ValueError, match="33"):
         run(either)

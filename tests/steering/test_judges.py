@@ -31,7 +31,9 @@ def one_thread():
 # --- scores ---
 
 
-@pytest.mark.parametrize("concept, fluency, score", [(2, 2, 2), (1, 2, 4 / 3), (0, 2, 0), (2, 0, 0), (0, 0, 0), (0.5, 0.5, 0.5)])
+@pytest.mark.parametrize(
+    "concept, fluency, score", [(2, 2, 2), (1, 2, 4 / 3), (0, 2, 0), (2, 0, 0), (0, 0, 0), (0.5, 0.5, 0.5)]
+)
 def test_the_score_is_the_harmonic_mean(concept, fluency, score):
     assert JudgeScore(concept, fluency).score == pytest.approx(score)
 
@@ -219,7 +221,9 @@ def test_both_ratings_are_asked_for_and_told_apart(endpoint):
     assert scores == [JudgeScore(2, 1), JudgeScore(0, 1), JudgeScore(0, 0), JudgeScore(2, 1)]
     # Two questions for each of two different texts, none for the empty one.
     assert len(server.bodies) == 4 and server.keys == {"Bearer k"}
-    assert {body["model"] for body in server.bodies} == {"m"} and all(body["temperature"] == 0 for body in server.bodies)
+    assert {body["model"] for body in server.bodies} == {"m"} and all(
+        body["temperature"] == 0 for body in server.bodies
+    )
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
@@ -252,7 +256,11 @@ def test_nonsense_is_asked_again_and_then_missing(endpoint, tmp_path):
     missing, rated = judge("water", "I", [" bread", " sea"])
     assert math.isnan(missing.concept) and missing.fluency == 1 and math.isnan(missing.score)
     assert rated == JudgeScore(2, 1)
-    asked = [body for body in server.bodies if "bread" in body["messages"][1]["content"] and "<concept>" in body["messages"][1]["content"]]
+    asked = [
+        body
+        for body in server.bodies
+        if "bread" in body["messages"][1]["content"] and "<concept>" in body["messages"][1]["content"]
+    ]
     assert len(asked) == 3 and len({json.dumps(body) for body in asked}) == 3
     # Nonsense is not kept; another run asks for it, and only for it, again.
     before = len(server.bodies)
@@ -310,9 +318,19 @@ def test_the_client_is_an_extra(monkeypatch):
 @pytest.mark.parametrize(
     "answer, rating",
     [
-        ("Rating: 2", 2), ("It is there.\nrating: 1\n", 1), ("**Rating: 0**", 0), ("Rating: 1\nRating: 1", 1),
-        ("", None), ("2", None), ("Rating: 3", None), ("Rating: 2 or 1", None), ("Rating: 2/2", None),
-        ("Rating: 1\nRating: 2", None), ("Rating: 1\nBut who knows", None), ("My rating: 1", None), ("Rating: 12", None),
+        ("Rating: 2", 2),
+        ("It is there.\nrating: 1\n", 1),
+        ("**Rating: 0**", 0),
+        ("Rating: 1\nRating: 1", 1),
+        ("", None),
+        ("2", None),
+        ("Rating: 3", None),
+        ("Rating: 2 or 1", None),
+        ("Rating: 2/2", None),
+        ("Rating: 1\nRating: 2", None),
+        ("Rating: 1\nBut who knows", None),
+        ("My rating: 1", None),
+        ("Rating: 12", None),
     ],
 )
 def test_only_a_plain_rating_counts(answer, rating):
@@ -331,8 +349,16 @@ def counting_judge(concept, prompt, continuations):
 def scores(tiny_hooked):
     directions = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
     return steering_score(
-        tiny_hooked, HOOK, directions, ["a", ("e", "o")], counting_judge, prompts=["I", "The", "So", "We"],
-        targets=(0.05, 0.5, 99.0), n=3, options=SamplingOptions(max_new_tokens=6), max_strength=50.0,
+        tiny_hooked,
+        HOOK,
+        directions,
+        ["a", ("e", "o")],
+        counting_judge,
+        prompts=["I", "The", "So", "We"],
+        targets=(0.05, 0.5, 99.0),
+        n=3,
+        options=SamplingOptions(max_new_tokens=6),
+        max_strength=50.0,
     )
 
 
@@ -341,9 +367,15 @@ def test_every_cell_that_can_be_reached_is_in_the_table(scores):
     assert len(table) == 2 * 2 * 2 * 4 * 3
     assert set(table["target"]) == {0.05, 0.5}
     assert {(row.direction, row.sign, row.concept) for row in scores.continuations} == {
-        (0, 1, "a"), (0, -1, "a"), (1, 1, "e"), (1, -1, "o"),
+        (0, 1, "a"),
+        (0, -1, "a"),
+        (1, 1, "e"),
+        (1, -1, "o"),
     }
-    assert table.groupby("half")["prompt"].unique().map(sorted).to_dict() == {"choose": ["I", "So"], "report": ["The", "We"]}
+    assert table.groupby("half")["prompt"].unique().map(sorted).to_dict() == {
+        "choose": ["I", "So"],
+        "report": ["The", "We"],
+    }
     assert all(score.n_unreached == 1 for score in scores.by_sign())
     assert len(scores.curve()) == 8 and isinstance(scores.summary(), pandas.DataFrame)
 
@@ -373,7 +405,15 @@ def test_the_scored_half_has_no_say_in_the_choice(tiny_hooked):
 
         seen.update(choose=0, report=0)
         (found,) = steering_score(
-            tiny_hooked, HOOK, direction, ["x"], judge, prompts=["A", "B"], targets=(0.05, 0.2, 0.4), signs=(1,), n=1,
+            tiny_hooked,
+            HOOK,
+            direction,
+            ["x"],
+            judge,
+            prompts=["A", "B"],
+            targets=(0.05, 0.2, 0.4),
+            signs=(1,),
+            n=1,
             options=SamplingOptions(max_new_tokens=3),
         ).by_sign()
         return found
@@ -388,7 +428,15 @@ def test_missing_ratings_are_left_out_and_counted(tiny_hooked):
         return [JudgeScore(2.0, math.nan) if i == 1 else JudgeScore(1.0, 1.0) for i in range(len(continuations))]
 
     (found,) = steering_score(
-        tiny_hooked, HOOK, torch.ones(1, 32) + torch.arange(32), ["x"], judge, prompts="I", targets=(0.1,), signs=(-1,), n=6,
+        tiny_hooked,
+        HOOK,
+        torch.ones(1, 32) + torch.arange(32),
+        ["x"],
+        judge,
+        prompts="I",
+        targets=(0.1,),
+        signs=(-1,),
+        n=6,
         options=SamplingOptions(max_new_tokens=3),
     ).by_sign()
     assert (found.score, found.n_scored, found.n_missing) == (1.0, 2, 1)
@@ -396,7 +444,15 @@ def test_missing_ratings_are_left_out_and_counted(tiny_hooked):
 
 def test_a_direction_that_reaches_nothing_has_no_score(tiny_hooked):
     (found,) = steering_score(
-        tiny_hooked, HOOK, torch.randn(1, 32), ["x"], counting_judge, prompts="I", targets=(500.0,), n=2, max_strength=1.0
+        tiny_hooked,
+        HOOK,
+        torch.randn(1, 32),
+        ["x"],
+        counting_judge,
+        prompts="I",
+        targets=(500.0,),
+        n=2,
+        max_strength=1.0,
     ).by_direction()
     assert math.isnan(found.score) and found.sign is None and found.n_unreached == 2
 
@@ -404,7 +460,9 @@ def test_a_direction_that_reaches_nothing_has_no_score(tiny_hooked):
 def test_a_cell_holds_what_its_strength_gives(tiny_hooked, scores):
     direction = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))[0]
     strength = scores.searches[0].at(-1, 0.5)
-    said = sample_steered(tiny_hooked, ["I", "The", "So", "We"], HOOK, direction, strength.coefficient, n=3, max_new_tokens=6)
+    said = sample_steered(
+        tiny_hooked, ["I", "The", "So", "We"], HOOK, direction, strength.coefficient, n=3, max_new_tokens=6
+    )
     cell = [row for row in scores.continuations if (row.direction, row.sign, row.target) == (0, -1, 0.5)]
     assert [row.text for row in cell] == [text for texts in said for text in texts]
     assert {row.coefficient for row in cell} == {strength.coefficient} and {row.kl for row in cell} == {strength.kl}

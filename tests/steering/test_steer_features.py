@@ -1,4 +1,6 @@
-"""One continuation per feature at one divergence: against the search for single directions, and against steering by hand."""
+"""One continuation per feature at one divergence: against the search for single directions, and against steering by
+hand.
+"""
 
 import json
 
@@ -28,8 +30,12 @@ def make_dictionary(model, k=5, **metadata):
 
 def test_strengths_are_those_of_single_searches(model):
     dictionary = make_dictionary(model)
-    steered = steer_features(model, dictionary, target=0.02, signs=(1, -1), tolerance=0.001, options=OPTIONS, batch_size=3)
-    assert [(text.feature, text.strength.sign) for text in steered.texts] == [(f, s) for f in (0, 1, 3, 4) for s in (1, -1)]
+    steered = steer_features(
+        model, dictionary, target=0.02, signs=(1, -1), tolerance=0.001, options=OPTIONS, batch_size=3
+    )
+    assert [(text.feature, text.strength.sign) for text in steered.texts] == [
+        (f, s) for f in (0, 1, 3, 4) for s in (1, -1)
+    ]
     for text in steered.texts:
         row = dictionary.W_dec[text.feature].detach()
         (alone,) = match_strength(model, HOOK, row, [0.02], signs=(text.strength.sign,), tolerance=0.001).strengths
@@ -50,7 +56,9 @@ def test_continuations_are_those_of_steering_one_by_one(model):
 
 
 def test_a_target_out_of_reach_has_no_text(model):
-    steered = steer_features(model, make_dictionary(model), target=0.5, features=[1, 3], max_strength=1e-4, options=OPTIONS)
+    steered = steer_features(
+        model, make_dictionary(model), target=0.5, features=[1, 3], max_strength=1e-4, options=OPTIONS
+    )
     assert [text.feature for text in steered.texts] == [1, 3]
     for text in steered.texts:
         assert text.text is None and text.strength.status == "saturated" and 0 <= text.strength.kl < 0.5
@@ -85,17 +93,26 @@ def test_the_first_crossing_counts():
 def test_saving_keeps_everything(tiny_bridge, tmp_path):
     steered = steer_features(tiny_bridge, make_dictionary(tiny_bridge), target=0.1, features=[0], options=OPTIONS)
     content = json.loads(steered.save(tmp_path / "s.json").read_text())
-    assert content["unsteered"] == steered.unsteered and content["texts"][0]["strength"]["kl"] == steered.texts[0].strength.kl
+    assert (
+        content["unsteered"] == steered.unsteered
+        and content["texts"][0]["strength"]["kl"] == steered.texts[0].strength.kl
+    )
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"features": [5]}, "0 to 4"), ({"features": []}, "one or several"), ({"signs": (2,)}, "1 and -1"), ({"signs": ()}, "1 and -1"),
-        ({"target": 0}, "target"), ({"tolerance": 1.5}, "tolerance"), ({"max_strength": 0}, "max_strength"),
-        ({"typical_norm": 0}, "typical_norm"), ({"batch_size": 0}, "batch_size"),
+        ({"features": [5]}, "0 to 4"),
+        ({"features": []}, "one or several"),
+        ({"signs": (2,)}, "1 and -1"),
+        ({"signs": ()}, "1 and -1"),
+        ({"target": 0}, "target"),
+        ({"tolerance": 1.5}, "tolerance"),
+        ({"max_strength": 0}, "max_strength"),
+        ({"typical_norm": 0}, "typical_norm"),
+        ({"batch_size": 0}, "batch_size"),
     ],
-)  # fmt: skip
+)
 def test_options_out_of_range_are_refused(tiny_bridge, options, message):
     with pytest.raises(ValueError, match=message):
         steer_features(tiny_bridge, make_dictionary(tiny_bridge), **options)
@@ -108,6 +125,8 @@ def test_a_dictionary_without_a_hook_is_refused(tiny_bridge):
 
 def test_the_grid_starts_low_enough(model):
     """A target met far below the first point of the grid is bracketed by zero."""
-    steered = steer_features(model, make_dictionary(model), target=1e-6, typical_norm=1000, features=[0], options=OPTIONS)
+    steered = steer_features(
+        model, make_dictionary(model), target=1e-6, typical_norm=1000, features=[0], options=OPTIONS
+    )
     strength = steered.texts[0].strength
     assert strength.reached and strength.coefficient < steered_features._GRID_START * 1000

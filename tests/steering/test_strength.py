@@ -7,6 +7,7 @@ import torch
 
 from saelens_ext.host.hook_edits import hooked
 from saelens_ext.steering import strength as steering_strength
+from saelens_ext.steering.divergence_search import Curve, SharedEvaluations, scan, solve
 from saelens_ext.steering.interventions import add_direction
 from saelens_ext.steering.sampling import (
     SamplingOptions,
@@ -16,7 +17,7 @@ from saelens_ext.steering.sampling import (
     sample_continuations,
     sample_steered,
 )
-from saelens_ext.steering.strength import _Curve, _scan, _SharedEvaluations, _solve, match_strength
+from saelens_ext.steering.strength import match_strength
 
 HOOK = "blocks.1.hook_resid_post"
 PROMPTS = ["I think that", "The value of an expression"]
@@ -65,10 +66,10 @@ def search(function, targets, *, limit=100.0, tolerance=0.01, batch_size=8, sign
         calls.extend(coefficients)
         return [function(a) for a in coefficients]
 
-    curves = {sign: _Curve(sign) for sign in signs}
-    known = _SharedEvaluations(evaluate, curves)
-    _scan(known, 1.0, limit, max(targets), batch_size)
-    _solve(known, targets, tolerance)
+    curves = {sign: Curve(sign) for sign in signs}
+    known = SharedEvaluations(evaluate, curves)
+    scan(known, 1.0, limit, max(targets), batch_size)
+    solve(known, targets, tolerance)
     return [curves[sign].strength(t, tolerance) for sign in signs for t in targets], calls
 
 
@@ -147,7 +148,8 @@ def test_targets_are_attained_on_both_sides(model, direction):
 def test_mlp_neurons_can_be_steered(tiny_bridge, tiny_hooked):
     neurons = torch.randn(64, generator=torch.Generator().manual_seed(1))
     found = [
-        match_strength(model, "blocks.1.mlp.hook_post", neurons, (0.05,)).strengths for model in (tiny_bridge, tiny_hooked)
+        match_strength(model, "blocks.1.mlp.hook_post", neurons, (0.05,)).strengths
+        for model in (tiny_bridge, tiny_hooked)
     ]
     for one, other in zip(*found):
         assert one.reached and one.coefficient == pytest.approx(other.coefficient, rel=1e-3)
@@ -194,9 +196,9 @@ def test_batching_changes_nothing(model, direction):
 
 def test_targets_share_evaluations(tiny_hooked, direction, monkeypatch):
     asked = []
-    original = steering_strength._DivergenceMeter.divergences
+    original = steering_strength.DivergenceMeter.divergences
     monkeypatch.setattr(
-        steering_strength._DivergenceMeter, "divergences", lambda self, a: asked.extend(a) or original(self, a)
+        steering_strength.DivergenceMeter, "divergences", lambda self, a: asked.extend(a) or original(self, a)
     )
     together = match_strength(tiny_hooked, HOOK, direction, steering_strength.PAPER_TARGETS)
     assert len(asked) == len(set(asked)) == sum(together.at(sign, 0.5).n_evaluations for sign in (1, -1))
@@ -349,7 +351,9 @@ def test_draws_follow_the_distribution():
     assert int(_choose(logits[None], torch.tensor([1.0], dtype=torch.float64), SamplingOptions(top_k=2))) == 2
 
 
-@pytest.mark.parametrize("options", [{"temperature": -1}, {"top_p": 0}, {"top_p": 1.5}, {"top_k": 0}, {"max_new_tokens": 0}])
+@pytest.mark.parametrize(
+    "options", [{"temperature": -1}, {"top_p": 0}, {"top_p": 1.5}, {"top_k": 0}, {"max_new_tokens": 0}]
+)
 def test_bad_sampling_options_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         SamplingOptions(**options)

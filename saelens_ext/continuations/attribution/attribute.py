@@ -102,7 +102,9 @@ def attribute_continuations(
     table = SourceTable.joined([part.table(run.tokens) for part in sources]).select(kept.tolist())
     total = float(effects.abs().sum())
     share = float(effects[:, kept].abs().sum()) / total if total else 1.0
-    logger.info("%d of %d sources kept, which hold %.1f %% of the absolute effect", len(kept), effects.shape[1], 100 * share)
+    logger.info(
+        "%d of %d sources kept, which hold %.1f %% of the absolute effect", len(kept), effects.shape[1], 100 * share
+    )
     described = {"backend": backend, "target": target, "n_sources": effects.shape[1], "share_of_effect": share}
     found = continuations.with_signatures(effects[:, kept], table).with_columns(columns)
     return _with_metadata(found, described | {"cut": [site.hook for site in run.sites if site.in_cut]})
@@ -151,15 +153,19 @@ class _Run:
     sites: list[Site]
 
     @classmethod
-    def of(cls, model: HostModel, saes: list[SAE[Any]], continuations: ContinuationSet, backend: str, target: str) -> "_Run":
+    def of(
+        cls, model: HostModel, saes: list[SAE[Any]], continuations: ContinuationSet, backend: str, target: str
+    ) -> "_Run":
         _check_fits(model, continuations)
         own, base = dictionary_sites(model, saes), base_sites(model, backend)
         ids = torch.tensor(continuations.prefix_ids, device=device_of(model))
-        prefix = read_prefix(model, ids, [name for site in [*own, *base] for name in (site.read or site.hook, site.hook)])
+        prefix = read_prefix(
+            model, ids, [name for site in [*own, *base] for name in (site.read or site.hook, site.hook)]
+        )
         if backend != "gradient" and prefix.n_patterns < int(model.cfg.n_layers):
             raise ValueError(
-                f"Of this model's {model.cfg.n_layers} blocks {prefix.n_patterns} show an attention pattern that could be frozen, "
-                f"and backend={backend!r} must freeze all. The backend 'gradient' remains."
+                f"Of this model's {model.cfg.n_layers} blocks {prefix.n_patterns} show an attention pattern that could "
+                f"be frozen, and backend={backend!r} must freeze all. The backend 'gradient' remains."
             )
         sites = plan_sites(model, own, base, prefix.order, backend)
         made = Target(model, len(continuations.prefix_ids), target)
@@ -171,9 +177,7 @@ class _Run:
 
     def completeness(self, rows: Sequence[int]) -> Completeness:
         ids = self._ids(rows)
-        return measure_completeness(
-            self.model, self.sites, self.saes, self.target, self.continuations.prefix_ids, ids
-        )
+        return measure_completeness(self.model, self.sites, self.saes, self.target, self.continuations.prefix_ids, ids)
 
     def sources(self, kinds: Sequence[str], special_positions: bool, max_bytes: int) -> list[SiteSources]:
         """The sources of every site that can be a column."""
@@ -189,8 +193,8 @@ class _Run:
             found.append(sources_of(site, sae, self.prefix, kinds, positions, limit))
         if not any(len(part.kinds) for part in found):
             raise ValueError(
-                f"The prefix has no source of the kinds {', '.join(map(repr, kinds))}: no latent is active there, or none of "
-                "these kinds occurs with these dictionaries. Give other dictionaries or kinds."
+                f"The prefix has no source of the kinds {', '.join(map(repr, kinds))}: no latent is active there, or "
+                "none of these kinds occurs with these dictionaries. Give other dictionaries or kinds."
             )
         return found
 
@@ -246,12 +250,14 @@ def _check_fits(model: HostModel, continuations: ContinuationSet) -> None:
     context, size = int(model.cfg.n_ctx), int(model.cfg.d_vocab)
     if length > context:
         raise ValueError(
-            f"Prefix and continuation have up to {length} tokens ({len(continuations.prefix_ids)} of them the prefix's), and "
-            f"this model's context is {context}."
+            f"Prefix and continuation have up to {length} tokens ({len(continuations.prefix_ids)} of them the "
+            f"prefix's), and this model's context is {context}."
         )
     largest = max(*continuations.prefix_ids, int(continuations.token_ids.max()), PADDING)
     if largest >= size:
-        raise ValueError(f"The set has token id {largest}, this model's vocabulary {size}: it was made with another model.")
+        raise ValueError(
+            f"The set has token id {largest}, this model's vocabulary {size}: it was made with another model."
+        )
 
 
 def _with_metadata(continuations: ContinuationSet, described: dict[str, Any]) -> ContinuationSet:

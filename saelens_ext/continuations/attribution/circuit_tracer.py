@@ -27,7 +27,14 @@ from saelens_ext.continuations.source_table import NO_LATENT, SourceTable
 from saelens_ext.host.tokens import token_strings
 
 _KINDS = {"cross layer transcoder": "latent", "mlp reconstruction error": "error", "embedding": "embedding"}
-_PT_KEYS = ("adjacency_matrix", "active_features", "selected_features", "activation_values", "input_tokens", "logit_probabilities")
+_PT_KEYS = (
+    "adjacency_matrix",
+    "active_features",
+    "selected_features",
+    "activation_values",
+    "input_tokens",
+    "logit_probabilities",
+)
 
 SourceKey = tuple[str, int, int, int]
 
@@ -77,13 +84,17 @@ def with_graph_signatures(
     single = isinstance(graphs, (str, Path, CircuitGraph))
     given = [graphs] if single else list(graphs)
     if len(given) not in ({1} if single else {len(continuations)}):
-        raise ValueError(f"graphs must be one graph of the prefix or {len(continuations)}, one per continuation, got {len(given)}.")
+        raise ValueError(
+            f"graphs must be one graph of the prefix or {len(continuations)}, one per continuation, got {len(given)}."
+        )
     read = [graph if isinstance(graph, CircuitGraph) else read_circuit_graph(graph) for graph in given]
     for graph in read:
         _check_prompt(graph, continuations)
-    rows = [(read[0], _first_token_row(read[0], continuations, i)) for i in range(len(continuations))] if single else [
-        (graph, _weighted_row(graph)) for graph in read
-    ]  # fmt: skip
+    rows = (
+        [(read[0], _first_token_row(read[0], continuations, i)) for i in range(len(continuations))]
+        if single
+        else [(graph, _weighted_row(graph)) for graph in read]
+    )
     activations = {key: a for graph in read for key, a in zip(graph.keys, graph.activations, strict=True)}
     keys = sorted(key for key in activations if key[2] < len(continuations.prefix_ids))
     if not keys:
@@ -110,7 +121,9 @@ def read_circuit_graph(path: str | Path) -> CircuitGraph:
     try:
         return _from_json(_files.read_json(path)) if suffix == ".json" else _from_tensors(_inert_load(path))
     except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise ValueError(f"{path} is no graph of circuit-tracer of a known form ({type(error).__name__}: {error}).") from error
+        raise ValueError(
+            f"{path} is no graph of circuit-tracer of a known form ({type(error).__name__}: {error})."
+        ) from error
 
 
 # --- JSON ---
@@ -126,7 +139,9 @@ def _from_json(content: Mapping[str, Any]) -> CircuitGraph:
     for link in content["links"]:
         if link["target"] in row and link["source"] in place:
             effects[row[link["target"]], place[link["source"]]] = link["weight"]
-    tokens = {int(n["ctx_idx"]): int(name.split("_")[1]) for name, n in nodes.items() if n["feature_type"] == "embedding"}
+    tokens = {
+        int(n["ctx_idx"]): int(name.split("_")[1]) for name, n in nodes.items() if n["feature_type"] == "embedding"
+    }
     return CircuitGraph(
         token_ids=tuple(tokens[p] for p in range(len(tokens))),
         keys=tuple(_json_key(name, nodes[name]) for name in sources),
@@ -174,8 +189,8 @@ def _inert_load(path: Path) -> Mapping[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError) as error:
         raise ValueError(
-            f"{path} cannot be read without executing what it holds ({error}). Export the graph as JSON with circuit-tracer's "
-            "create_graph_files and read that."
+            f"{path} cannot be read without executing what it holds ({error}). Export the graph as JSON with "
+            "circuit-tracer's create_graph_files and read that."
         ) from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a graph of circuit-tracer.")
@@ -215,8 +230,8 @@ def _check_prompt(graph: CircuitGraph, continuations: ContinuationSet) -> None:
     prefix = continuations.prefix_ids
     if graph.token_ids[: len(prefix)] != prefix:
         raise ValueError(
-            f"A graph's prompt starts with the tokens {list(graph.token_ids[: len(prefix)])}, the prefix is {list(prefix)}. "
-            "Make the graph with the same tokenizer and the same BOS."
+            f"A graph's prompt starts with the tokens {list(graph.token_ids[: len(prefix)])}, the prefix is "
+            f"{list(prefix)}. Make the graph with the same tokenizer and the same BOS."
         )
 
 
@@ -224,8 +239,8 @@ def _first_token_row(graph: CircuitGraph, continuations: ContinuationSet, row: i
     token = continuations.ids_of(row)[0]
     if token not in graph.logit_tokens:
         raise ValueError(
-            f"The graph has no logit of token {token}, the first of continuation {row} ({continuations.texts[row]!r}). Make the "
-            "graph with more logits, or leave the continuation out with .select()."
+            f"The graph has no logit of token {token}, the first of continuation {row} ({continuations.texts[row]!r}). "
+            "Make the graph with more logits, or leave the continuation out with .select()."
         )
     return graph.effects[graph.logit_tokens.index(token)]
 

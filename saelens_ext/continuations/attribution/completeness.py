@@ -72,7 +72,9 @@ def measure_completeness(
     cut = [site.hook for site in sites if site.in_cut]
     parts = torch.stack([(batch.gradients[hook] * batch.activations[hook]).sum(dim=-1) for hook in cut]).sum(dim=0)
     # A site that is not a leaf still carries the biases from below it; they are in its own part already.
-    carried = sum((batch.gradients[hook] * at_zero[hook].reshape_as(batch.gradients[hook])).sum(dim=(1, 2)) for hook in cut)
+    carried = sum(
+        (batch.gradients[hook] * at_zero[hook].reshape_as(batch.gradients[hook])).sum(dim=(1, 2)) for hook in cut
+    )
     n_prefix = len(prefix_ids)
     return Completeness(
         target=batch.targets.float().cpu(),
@@ -92,7 +94,7 @@ def check_linear(completeness: Completeness, dtype: torch.dtype) -> None:
     worst = float(completeness.relative_gap.max())
     if not worst <= tolerance:
         raise ValueError(
-            f"With attention patterns, norms and MLPs frozen, the sources of this model make up the target only to {worst:.1e} "
-            f"of its size, not to {tolerance:g}: it does not let one of them be frozen, or has a path around them. "
-            "The backends 'gradient' and 'relp' remain."
+            "With attention patterns, norms and MLPs frozen, the sources of this model make up the target only to "
+            f"{worst:.1e} of its size, not to {tolerance:g}: it does not let one of them be frozen, or has a path "
+            "around them. The backends 'gradient' and 'relp' remain."
         )

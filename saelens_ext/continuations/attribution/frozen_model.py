@@ -2,12 +2,13 @@
 
 The rules, by backend:
 
-``"linear"``    attention patterns and norm scales are constants and MLP outputs are given vectors, so that the logits are
-    linear in what is left: the local replacement model of arXiv 2503.20802 ("Circuit Tracing").
+``"linear"``    attention patterns and norm scales are constants and MLP outputs are given vectors, so that the logits
+    are linear in what is left: the local replacement model of arXiv 2503.20802 ("Circuit Tracing").
 ``"gradient"``  nothing is changed: the real model above the hook.
 ``"relp"``      attention patterns and norm scales are constants (arXiv 2202.07304); an activation function f(z) is
     z times the constant f(z) / z (identity rule); of a gated product f(z) u each factor gets half the gradient (half
-    rule, arXiv 2406.07592). Together these are the rules of arXiv 2508.21258 (RelP). Relevance is conserved up to biases.
+    rule, arXiv 2406.07592). Together these are the rules of arXiv 2508.21258 (RelP). Relevance is conserved up to
+    biases.
 
 Symbols
     b, L, d   batch, tokens, width
@@ -45,9 +46,7 @@ class Trace:
 
 
 @contextmanager
-def traced(
-    model: HostModel, sites: Sequence[Site], dictionaries: Sequence[SAE[Any]], backend: str
-) -> Iterator[Trace]:
+def traced(model: HostModel, sites: Sequence[Site], dictionaries: Sequence[SAE[Any]], backend: str) -> Iterator[Trace]:
     """Let forward passes inside the context build the graph of a backend.
 
     Parameters need no gradient inside, modules are in evaluation mode, and the logits of the first token alone are
@@ -176,8 +175,8 @@ def _linear_mlps(model: HostModel, trace: Trace) -> list[tuple[str, HookFunction
             pre, post = (resolve_hook(model, f"blocks.{layer}.mlp.{end}") for end in ("hook_pre", "hook_post"))
         except ValueError as error:
             raise ValueError(
-                f"The activation function of the MLP of block {layer} cannot be found ({error}), which backend='relp' needs. "
-                "The backends 'linear' and 'gradient' remain."
+                f"The activation function of the MLP of block {layer} cannot be found ({error}), which backend='relp' "
+                "needs. The backends 'linear' and 'gradient' remain."
             ) from error
         try:
             linear = resolve_hook(model, f"blocks.{layer}.mlp.hook_pre_linear")

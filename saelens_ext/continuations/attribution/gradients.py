@@ -101,7 +101,8 @@ def forward(model: HostModel, trace: Trace, target: Target, prefix_ids: Sequence
     logits_of(model, batch_ids(prefix_ids, token_ids, device_of(model)))
     if trace.final is None:
         raise ValueError(
-            f"This {type(model).__name__} does not run its unembedding as a module, so its logits cannot be taken apart."
+            f"This {type(model).__name__} does not run its unembedding as a module, so its logits cannot be taken "
+            "apart."
         )
     return target(trace.final, token_ids.to(trace.final.device))
 
@@ -121,8 +122,8 @@ def gradients_of(
     for site, gradient, x in zip(sites, found, captured, strict=True):
         if gradient is None and site.has_dictionary:
             raise ValueError(
-                f"From the dictionary at {site.hook} no path that this backend keeps leads to the logits: what it feeds is "
-                "frozen. Use backend='gradient', or a dictionary of what flows on from there (a transcoder)."
+                f"From the dictionary at {site.hook} no path that this backend keeps leads to the logits: what it "
+                "feeds is frozen. Use backend='gradient', or a dictionary of what flows on from there (a transcoder)."
             )
         gradients[site.hook] = _joined(torch.zeros_like(x) if gradient is None else gradient)
         activations[site.hook] = _joined(x.detach())

@@ -60,8 +60,8 @@ def dictionary_sites(model: HostModel, dictionaries: Sequence[SAE[Any]]) -> list
     """
     if getattr(model, "acts_to_saes", None):
         raise ValueError(
-            f"SAEs are attached to the model ({', '.join(model.acts_to_saes)}), which changes what it computes. Detach them "
-            "with model.reset_saes() and pass them as dictionaries."
+            f"SAEs are attached to the model ({', '.join(model.acts_to_saes)}), which changes what it computes. Detach "
+            "them with model.reset_saes() and pass them as dictionaries."
         )
     sites: list[Site] = []
     for index, sae in enumerate(dictionaries):
@@ -71,8 +71,8 @@ def dictionary_sites(model: HostModel, dictionaries: Sequence[SAE[Any]]) -> list
         for other in sites:
             if other.hook == site.hook:
                 raise ValueError(
-                    f"Dictionaries {other.dictionary} and {index} both write at {site.hook}: an activation can be taken apart in "
-                    "one way at a time. Attribute with one of them."
+                    f"Dictionaries {other.dictionary} and {index} both write at {site.hook}: an activation can be "
+                    "taken apart in one way at a time. Attribute with one of them."
                 )
         sites.append(site)
     return sites
@@ -165,8 +165,8 @@ def _described_by_parts(dictionaries: Sequence[Site], backend: str) -> set[str]:
     both = [site.hook for site in dictionaries if site.hook in parts]
     if both and backend == "linear":
         raise ValueError(
-            f"One dictionary writes at {both[0]} and another at the neurons of the same MLP: the linear backend can start "
-            "from one of them only. Leave one out, or use backend='gradient' or 'relp'."
+            f"One dictionary writes at {both[0]} and another at the neurons of the same MLP: the linear backend can "
+            "start from one of them only. Leave one out, or use backend='gradient' or 'relp'."
         )
     return parts
 

@@ -57,7 +57,9 @@ def read_prefix(model: HostModel, ids: Tensor, names: Sequence[str]) -> PrefixPa
         return run
 
     hooks = [(name, keep(name)) for name in dict.fromkeys(names)]
-    hooks += [(name, lambda x, hook=None, name=name: patterns.add(name)) for name in points_ending(model, "hook_pattern")]
+    hooks += [
+        (name, lambda x, hook=None, name=name: patterns.add(name)) for name in points_ending(model, "hook_pattern")
+    ]
     with evaluating(model), hooked(model, hooks):
         logits_of(model, ids[None])
     silent = [name for name in names if name not in activations]
@@ -65,7 +67,9 @@ def read_prefix(model: HostModel, ids: Tensor, names: Sequence[str]) -> PrefixPa
         raise ValueError(f"The model ran without its hook {silent[0]!r} firing, so nothing can be attributed to it.")
     for name, activation in activations.items():
         if not bool(torch.isfinite(activation).all()):
-            raise ValueError(f"The activation at {name} is not finite on this prefix; run the model in bfloat16 or float32.")
+            raise ValueError(
+                f"The activation at {name} is not finite on this prefix; run the model in bfloat16 or float32."
+            )
     return PrefixPass(activations, list(activations), len(patterns))
 
 
@@ -200,9 +204,11 @@ def _strongest(codes: Tensor, norms: Tensor, positions: Sequence[int], limit: in
     dropped = int(kept.sum()) - limit
     if dropped > 0:
         logger.warning(
-            "%d active latents exceed the memory set aside for sources; the %d weakest (by activation times decoder norm) "
-            "are left out. Raise max_bytes to keep them.", int(kept.sum()), dropped,
-        )  # fmt: skip
+            "%d active latents exceed the memory set aside for sources; the %d weakest (by activation times decoder "
+            "norm) are left out. Raise max_bytes to keep them.",
+            int(kept.sum()),
+            dropped,
+        )
         floor = strength.flatten().topk(limit).values[-1]
         kept &= strength >= floor
     return kept

@@ -46,14 +46,15 @@ def single_view_kmeans(
         view: either view, ``(n, d)``, finite.
         n_clusters: K to match, 1 to n.
         rate: R to match instead, in nats, >= 0: the K is taken whose rate comes nearest. K is bracketed by doubling and
-            halved in; the rate of k-means need not rise with K everywhere, so what is found is the nearest of those tried.
+            halved in; the rate of k-means need not rise with K everywhere, so what is found is the nearest of those
+            tried.
         sample_weight: ``(n,)``, above 0.
         n_init: starts of k-means for each K.
         random_state: seed.
 
     Raises:
-        ValueError: not exactly one of ``n_clusters`` and ``rate``, either out of range, or a view or weights that are not
-            finite.
+        ValueError: not exactly one of ``n_clusters`` and ``rate``, either out of range, or a view or weights that are
+            not finite.
     """
     rows = check_array(view, dtype=np.float64, ensure_min_samples=2, input_name="view")
     weights = checked_weights(sample_weight, len(rows))

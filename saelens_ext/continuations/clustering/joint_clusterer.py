@@ -52,16 +52,18 @@ class JointClusterer(ClusterMixin, BaseEstimator):
         gamma: share of the price that the semantic view gets, in [0, 1]. Under balanced scaling 0.5 is balance; under
             paper scaling the views keep their own magnitudes.
         attribution_metric: ``"l1"``: city-block distance, median centres; ``"l2"``: squared Euclidean, mean centres.
-        scaling: ``"balanced"``: s_e = D_e0 / (0.75 H_w) with D_e0 the distortion of one cluster for all and H_w the entropy
-            of the weights (log n where they are equal), s_a likewise. Then gamma means balance whatever the units, and
-            beta needs none: at 4/3, one cluster for all costs as much as one for each row. ``"paper"``: s_e = 1 and s_a the
-            root mean square norm of the centred signatures, as published.
-        semantic_center: ``"mean"``: the weighted mean, the exact minimiser. ``"unit"``: the mean renormalised, as published,
-            the exact minimiser among unit vectors. L never rises with either.
+        scaling: ``"balanced"``: s_e = D_e0 / (0.75 H_w) with D_e0 the distortion of one cluster for all and H_w the
+            entropy of the weights (log n where they are equal), s_a likewise. Then gamma means balance whatever the
+            units, and beta needs none: at 4/3, one cluster for all costs as much as one for each row. ``"paper"``: s_e
+            = 1 and s_a the root mean square norm of the centred signatures, as published.
+        semantic_center: ``"mean"``: the weighted mean, the exact minimiser. ``"unit"``: the mean renormalised, as
+            published, the exact minimiser among unit vectors. L never rises with either.
         min_cluster_size: fewest rows of a cluster, where there is more than one; at least 1. With 1, as published, L is
-            often lowest with most rows in clusters of their own: views of many columns hold much that no two rows share,
-            and a row is no distortion to itself. With more, L is descended among partitions whose clusters have so many.
-        init: labels ``(n,)`` to start from instead of the starts that are tried by default, a point of a path for example.
+            often lowest with most rows in clusters of their own: views of many columns hold much that no two rows
+            share, and a row is no distortion to itself. With more, L is descended among partitions whose clusters have
+            so many.
+        init: labels ``(n,)`` to start from instead of the starts that are tried by default, a point of a path for
+            example.
         max_iter: rounds of one descent, at least 1.
         tol: a step must lower L by more than this share of the L of one cluster; at least 0.
         random_state: seed of starts and split proposals.
@@ -69,8 +71,8 @@ class JointClusterer(ClusterMixin, BaseEstimator):
     Attributes:
         labels_: ``(n,)``, by descending cluster weight.
         n_clusters_: K.
-        medoid_indices_: ``(K,)``, the member with the least weighted mean distance to the members, in the priced distance
-            that the clusters were made with; among the 64 members nearest the centre.
+        medoid_indices_: ``(K,)``, the member with the least weighted mean distance to the members, in the priced
+            distance that the clusters were made with; among the 64 members nearest the centre.
         semantic_centers_, attribution_centers_: ``(K, d_e)`` and ``(K, d_a)``, in the coordinates of X and y.
         cluster_weights_: ``(K,)``, sum to 1.
         objective_: L, nats; it equals ``rate_ + beta * (gamma * semantic_distortion_ + (1 - gamma) *
@@ -116,8 +118,8 @@ class JointClusterer(ClusterMixin, BaseEstimator):
 
         Args:
             X: semantic view, ``(n, d_e)``, n >= 2, finite.
-            y: attribution view, ``(n, d_a)``, dense or scipy sparse; without it, X alone is clustered at the whole price.
-                One-dimensional y, as pipelines pass labels, is not used and warned of.
+            y: attribution view, ``(n, d_a)``, dense or scipy sparse; without it, X alone is clustered at the whole
+                price. One-dimensional y, as pipelines pass labels, is not used and warned of.
             sample_weight: ``(n,)``, above 0; equal by default.
 
         Raises:
@@ -126,7 +128,10 @@ class JointClusterer(ClusterMixin, BaseEstimator):
         """
         problem = self.problem(X, y, sample_weight=sample_weight)
         search = Search(
-            problem.views, check_random_state(self.random_state), max_iter=self.max_iter, tol=float(self.tol),
+            problem.views,
+            check_random_state(self.random_state),
+            max_iter=self.max_iter,
+            tol=float(self.tol),
             min_members=self.min_cluster_size,
         )
         prices = problem.prices(self.beta, self.gamma)
@@ -179,16 +184,26 @@ class JointClusterer(ClusterMixin, BaseEstimator):
         return problem.place(clusters, self.beta, self.gamma)
 
     def rate_distortion_path(
-        self, X, y=None, betas: Sequence[float | int] | None = None, gammas: Sequence[float | int] | None = None,
-        *, sample_weight=None, n_jobs: int | None = None,
+        self,
+        X,
+        y=None,
+        betas: Sequence[float | int] | None = None,
+        gammas: Sequence[float | int] | None = None,
+        *,
+        sample_weight=None,
+        n_jobs: int | None = None,
     ) -> "RateDistortionPath":
         """Clusterings over a grid of prices, with this estimator's other parameters; see ``clusterer_path``."""
         from saelens_ext.continuations.clustering.path import BETAS, GAMMAS, sweep
 
         return sweep(
             self.problem(X, y, sample_weight=sample_weight, reset=False),
-            BETAS if betas is None else betas, GAMMAS if gammas is None else gammas,
-            max_iter=self.max_iter, tol=float(self.tol), random_state=self.random_state, n_jobs=n_jobs,
+            BETAS if betas is None else betas,
+            GAMMAS if gammas is None else gammas,
+            max_iter=self.max_iter,
+            tol=float(self.tol),
+            random_state=self.random_state,
+            n_jobs=n_jobs,
         )
 
     def problem(self, X, y=None, *, sample_weight=None, reset: bool = True) -> Problem:
@@ -204,14 +219,20 @@ class JointClusterer(ClusterMixin, BaseEstimator):
         checks = {"dtype": np.float64, "ensure_min_samples": 2}
         X = validate_data(self, X, **checks) if reset else check_array(X, input_name="X", **checks)
         return make_problem(
-            X, checked_attribution(y, len(X)), checked_weights(sample_weight, len(X)),
-            metric=self.attribution_metric, scaling=self.scaling, semantic_center=self.semantic_center,
+            X,
+            checked_attribution(y, len(X)),
+            checked_weights(sample_weight, len(X)),
+            metric=self.attribution_metric,
+            scaling=self.scaling,
+            semantic_center=self.semantic_center,
             min_cluster_size=self.min_cluster_size,
         )
 
     def _record(self, problem: Problem, found: Descent) -> None:
         views = problem.views
-        order = sorted(range(len(found.clusters)), key=lambda k: (-found.clusters[k].mass, found.clusters[k].members[0]))
+        order = sorted(
+            range(len(found.clusters)), key=lambda k: (-found.clusters[k].mass, found.clusters[k].members[0])
+        )
         clusters = [found.clusters[k] for k in order]
         place = problem.place(clusters, self.beta, self.gamma)
         self.labels_ = np.argsort(order)[found.labels]
@@ -222,7 +243,10 @@ class JointClusterer(ClusterMixin, BaseEstimator):
         prices = problem.prices(self.beta, self.gamma)
         self.medoid_indices_ = np.array([_medoid(views, cluster, *prices) for cluster in clusters])
         self.objective_, self.rate_ = place.objective, place.rate
-        self.semantic_distortion_, self.attribution_distortion_ = place.semantic_distortion, place.attribution_distortion
+        self.semantic_distortion_, self.attribution_distortion_ = (
+            place.semantic_distortion,
+            place.attribution_distortion,
+        )
         self.semantic_scale_, self.attribution_scale_ = problem.semantic_scale, problem.attribution_scale
         self.n_sources_in_ = len(views.sources)
         self.history_ = np.array(found.history)

@@ -6,8 +6,8 @@ Symbols
 
 For each gamma, beta descends: at high prices there are many clusters, and merging them finds partitions of several
 modes to which no gaining split of one cluster leads, while the other way round nothing is lost, since one cluster is a
-start of every cell. The first cell of a gamma begins from starts of its own, each other from the end of the one before it
-(and where clusters must have a least size from starts of its own too). In the end every
+start of every cell. The first cell of a gamma begins from starts of its own, each other from the end of the one before
+it (and where clusters must have a least size from starts of its own too). In the end every
 cell is offered the partitions of all others: rate and distortions of a partition are the same in every cell, so this
 costs a sum, and a cell descends again from a partition that suits it better than its own.
 """
@@ -113,9 +113,10 @@ def rate_distortion_path(
         betas: prices, above 0, in any order.
         gammas: shares of the semantic view, in [0, 1].
         sample_weight: ``(n,)``, above 0.
-        attribution_metric, scaling, semantic_center, min_cluster_size, max_iter, tol, random_state: as of ``JointClusterer``.
-        n_jobs: gammas at a time, as joblib counts; a joblib backend set by ``joblib.parallel_config`` spreads them over a
-            cluster. The result does not depend on it.
+        attribution_metric, scaling, semantic_center, min_cluster_size, max_iter, tol, random_state: as of
+        ``JointClusterer``.
+        n_jobs: gammas at a time, as joblib counts; a joblib backend set by ``joblib.parallel_config`` spreads them over
+            a cluster. The result does not depend on it.
 
     Returns:
         A point per cell. ``JointClusterer(beta, gamma, init=point.labels).fit(X, y)`` makes an estimator of one.
@@ -125,15 +126,26 @@ def rate_distortion_path(
     """
     X = check_array(X, dtype=np.float64, ensure_min_samples=2, input_name="X")
     problem = make_problem(
-        X, checked_attribution(y, len(X)), checked_weights(sample_weight, len(X)),
-        metric=attribution_metric, scaling=scaling, semantic_center=semantic_center, min_cluster_size=min_cluster_size,
+        X,
+        checked_attribution(y, len(X)),
+        checked_weights(sample_weight, len(X)),
+        metric=attribution_metric,
+        scaling=scaling,
+        semantic_center=semantic_center,
+        min_cluster_size=min_cluster_size,
     )
     return sweep(problem, betas, gammas, max_iter=max_iter, tol=float(tol), random_state=random_state, n_jobs=n_jobs)
 
 
 def sweep(
-    problem: Problem, betas: Sequence[float | int], gammas: Sequence[float | int], *,
-    max_iter: int, tol: float, random_state, n_jobs: int | None,
+    problem: Problem,
+    betas: Sequence[float | int],
+    gammas: Sequence[float | int],
+    *,
+    max_iter: int,
+    tol: float,
+    random_state,
+    n_jobs: int | None,
 ) -> RateDistortionPath:
     """Cluster a checked problem at every pair of prices; see :func:`rate_distortion_path`."""
     if not len(betas) or not len(gammas):
@@ -150,13 +162,21 @@ def sweep(
     found = joblib.Parallel(n_jobs=n_jobs)(
         joblib.delayed(_descending)(problem, sketch, prices, seed, settings) for prices in columns
     )
-    ends = {prices: labels for column, ends in zip(columns, found, strict=True) for prices, labels in zip(column, ends, strict=True)}
+    ends = {
+        prices: labels
+        for column, ends in zip(columns, found, strict=True)
+        for prices, labels in zip(column, ends, strict=True)
+    }
     ends = _exchange(Search(problem.views, np.random.RandomState(seed), sketch=sketch, **settings), ends)
-    points = [_point(problem, ends[cells[gamma, beta]], float(beta), float(gamma)) for gamma in gammas for beta in betas]
+    points = [
+        _point(problem, ends[cells[gamma, beta]], float(beta), float(gamma)) for gamma in gammas for beta in betas
+    ]
     return RateDistortionPath(tuple(points), problem)
 
 
-def _descending(problem: Problem, sketch: Sketch, column: list[tuple[float, float]], seed: int, settings: dict) -> list[np.ndarray]:
+def _descending(
+    problem: Problem, sketch: Sketch, column: list[tuple[float, float]], seed: int, settings: dict
+) -> list[np.ndarray]:
     """Labels of the cells of one gamma, beta descending."""
     search = Search(problem.views, np.random.RandomState(seed), sketch=sketch, **settings)
     ends: list[np.ndarray] = []

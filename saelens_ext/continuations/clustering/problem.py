@@ -81,9 +81,9 @@ def make_problem(
 ) -> Problem:
     """Views and their scales, from checked arrays.
 
-    Balanced scaling: s_e = D_e0 / (0.75 H_w), s_a likewise. One cluster for all then has both scaled distortions equal to
-    0.75 H_w, whatever the units, so gamma alone decides the balance, and beta is the price at which rate is bought: at
-    beta = 4/3, one cluster for all and one for each row cost the same.
+    Balanced scaling: s_e = D_e0 / (0.75 H_w), s_a likewise. One cluster for all then has both scaled distortions equal
+    to 0.75 H_w, whatever the units, so gamma alone decides the balance, and beta is the price at which rate is bought:
+    at beta = 4/3, one cluster for all and one for each row cost the same.
 
     Paper scaling: s_e = 1; attributions are divided by the root mean square norm, over rows, of their differences from
     the centre of all (squared for metric "l2"). Subtracting that centre changes no distance, so it is left out.
@@ -149,8 +149,8 @@ def checked_weights(sample_weight, n: int) -> np.ndarray:
     if bad.any():
         first = int(np.argmax(bad))
         raise ValueError(
-            f"sample_weight must be finite and above 0 everywhere; row {first} has {weights[first]:g} ({int(bad.sum())} such rows). "
-            "Leave rows of zero weight out of both views."
+            f"sample_weight must be finite and above 0 everywhere; row {first} has {weights[first]:g} "
+            f"({int(bad.sum())} such rows). Leave rows of zero weight out of both views."
         )
     return weights
 
@@ -167,8 +167,10 @@ def checked_attribution(y, n: int) -> np.ndarray | None:
         return None
     if not issparse(y) and np.asarray(y).ndim == 1:
         warnings.warn(
-            "y has one dimension and is taken for labels, which clustering does not use; the attribution view must have shape "
-            "(n, sources).", UserWarning, stacklevel=3,
+            "y has one dimension and is taken for labels, which clustering does not use; the attribution view must "
+            "have shape (n, sources).",
+            UserWarning,
+            stacklevel=3,
         )
         return None
     y = check_array(y, accept_sparse=True, dtype=np.float64, input_name="y")
@@ -178,8 +180,9 @@ def checked_attribution(y, n: int) -> np.ndarray | None:
     zero = np.flatnonzero(~rows.any(axis=1))
     if len(zero):
         raise ValueError(
-            f"{len(zero)} attribution signatures are zero throughout, the first in row {zero[0]}: nothing in the prefix is said to have "
-            "caused these continuations. Attribute them again or leave their rows out of both views."
+            f"{len(zero)} attribution signatures are zero throughout, the first in row {zero[0]}: nothing in the "
+            "prefix is said to have caused these continuations. Attribute them again or leave their rows out of both "
+            "views."
         )
     return rows
 

@@ -70,8 +70,8 @@ def stability_score(
 ) -> Stability:
     """Cluster bootstrap resamples of the rows, extend each clustering to all rows, and compare.
 
-    A row drawn c times counts c times its weight. Prices stay those of the full set, so that a resample's fewer distinct
-    rows do not change what is asked of it. One cluster for all is perfectly stable and says nothing.
+    A row drawn c times counts c times its weight. Prices stay those of the full set, so that a resample's fewer
+    distinct rows do not change what is asked of it. One cluster for all is perfectly stable and says nothing.
 
     Args:
         problem: ``JointClusterer.problem(X, y)`` or ``RateDistortionPath.problem``.
@@ -103,7 +103,11 @@ def _agreement(problem: Problem, labels: np.ndarray, prices: tuple[float, float]
     counts = np.bincount(random_state.randint(views.n, size=views.n), minlength=views.n)
     drawn = np.flatnonzero(counts)
     part = PairedViews(
-        views.semantic[drawn], views.sources[:, drawn].T, views.weights[drawn] * counts[drawn], views.metric, views.semantic_center
+        views.semantic[drawn],
+        views.sources[:, drawn].T,
+        views.weights[drawn] * counts[drawn],
+        views.metric,
+        views.semantic_center,
     )
     # Of the members of a cluster a resample holds this share, the others being drawn never.
     fewest = max(1, round(len(drawn) / views.n * problem.min_cluster_size))
@@ -130,10 +134,11 @@ def choose_point(
 ) -> Choice:
     """The cell of a path to look at first.
 
-    Eligible are cells with a number of clusters within ``clusters``: one cluster is stable and empty, and very many leave
-    none enough members to test. (One cluster and its outliers is hardly more than one: make the path with a
+    Eligible are cells with a number of clusters within ``clusters``: one cluster is stable and empty, and very many
+    leave none enough members to test. (One cluster and its outliers is hardly more than one: make the path with a
     ``min_cluster_size``.) Among them the most stable wins, and among those within one standard error of the most
-    stable the one whose less explained view is explained most, so that a partition of one view alone does not win a tie.
+    stable the one whose less explained view is explained most, so that a partition of one view alone does not win a
+    tie.
 
     Args:
         path: what to choose from.
@@ -150,26 +155,38 @@ def choose_point(
     if not eligible:
         have = sorted({point.n_clusters for point in path.points})
         raise NoEligiblePoint(
-            f"No cell has {fewest} to {most} clusters; the path has {', '.join(map(str, have))}. Widen betas or clusters."
+            f"No cell has {fewest} to {most} clusters; the path has {', '.join(map(str, have))}. Widen betas or "
+            "clusters."
         )
     seed = int(check_random_state(random_state).randint(2**31 - 1))
     table = [
         (
             point,
             stability_score(
-                path.problem, point.labels, point.beta, point.gamma, n_resamples=n_resamples, random_state=seed, n_jobs=n_jobs
+                path.problem,
+                point.labels,
+                point.beta,
+                point.gamma,
+                n_resamples=n_resamples,
+                random_state=seed,
+                n_jobs=n_jobs,
             ),
         )
         for point in eligible
     ]
     best = max((stability for _, stability in table), key=lambda stability: stability.mean)
     level = best.mean - best.standard_error
-    point, stability = max((entry for entry in table if entry[1].mean >= level), key=lambda entry: explained(path.problem, entry[0]))
+    point, stability = max(
+        (entry for entry in table if entry[1].mean >= level), key=lambda entry: explained(path.problem, entry[0])
+    )
     return Choice(point, stability, tuple(table))
 
 
 def explained(problem: Problem, point: PathPoint) -> float:
     """The smaller of E_e and E_a; of the semantic view alone where it is the only one."""
     whole = problem.place([problem.views.cluster(np.arange(problem.views.n))], point.beta, point.gamma)
-    pairs = [(point.semantic_distortion, whole.semantic_distortion), (point.attribution_distortion, whole.attribution_distortion)]
+    pairs = [
+        (point.semantic_distortion, whole.semantic_distortion),
+        (point.attribution_distortion, whole.attribution_distortion),
+    ]
     return min(1 - part / one for part, one in pairs if one > 0)

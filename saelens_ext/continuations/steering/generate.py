@@ -76,7 +76,9 @@ def generate_steered(
     with evaluating(model):
         for first in tqdm(range(0, len(jobs), batch_size), desc="generating", unit="batch", disable=not progress):
             batch = jobs[first : first + batch_size]
-            hooks = turner.hooks([setting.direction for setting, _ in batch], [setting.strength for setting, _ in batch])
+            hooks = turner.hooks(
+                [setting.direction for setting, _ in batch], [setting.strength for setting, _ in batch]
+            )
             with hooked(model, hooks):
                 drawn += draw_continuations(model, ids, [number for _, number in batch], plan.options, stop=plan.stop)
     return [drawn[first : first + plan.n] for first in range(0, len(drawn), plan.n)]
@@ -93,7 +95,8 @@ def classify_generations(
     """The cluster of each generation, int64 ``(n,)``; `NOTHING` where there is no visible text.
 
     Raises:
-        ValueError: the classifier gives another number of labels than it got rows, or labels that are not whole numbers.
+        ValueError: the classifier gives another number of labels than it got rows, or labels that are not whole
+            numbers.
     """
     labels = torch.full((len(drawn),), NOTHING)
     seen = [i for i, text in enumerate(texts) if text.strip()]
@@ -102,7 +105,8 @@ def classify_generations(
     given = np.asarray(classify(generation_set(continuations, [drawn[i] for i in seen], [texts[i] for i in seen])))
     if given.shape != (len(seen),) or not np.issubdtype(given.dtype, np.integer):
         raise ValueError(
-            f"classify must give one whole number per generation, ({len(seen)},), got {given.dtype} of shape {given.shape}."
+            f"classify must give one whole number per generation, ({len(seen)},), got {given.dtype} of shape "
+            f"{given.shape}."
         )
     labels[seen] = torch.as_tensor(given.astype(np.int64))
     return labels
@@ -126,7 +130,11 @@ def generation_set(continuations: ContinuationSet, drawn: Sequence[Drawn], texts
 
 
 def nearest_cluster(
-    continuations: ContinuationSet, labels: Sequence[int] | np.ndarray, embedder: Any = None, *, mode: str = "contextual"
+    continuations: ContinuationSet,
+    labels: Sequence[int] | np.ndarray,
+    embedder: Any = None,
+    *,
+    mode: str = "contextual",
 ) -> Classifier:
     """A classifier by meaning alone: the cluster whose mean embedding is nearest.
 
@@ -138,7 +146,8 @@ def nearest_cluster(
         embedder: what made the embeddings, and ``mode`` likewise; see ``embed_continuations``.
 
     Raises:
-        ValueError: a set without embeddings, or labels of another length; when it is used, an embedder of another width.
+        ValueError: a set without embeddings, or labels of another length; when it is used, an embedder of another
+            width.
     """
     centers, names = cluster_means(continuations, labels)
 

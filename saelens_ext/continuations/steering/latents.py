@@ -45,7 +45,9 @@ class SteeringDirection:
     steered_share: float
     """Share of the direction's absolute weight, over all of its sources, that these latents hold."""
     steerable_share: float
-    """Share that all latents hold; the rest lies on error nodes, biases, MLPs and embeddings, which cannot be turned."""
+    """Share that all latents hold; the rest lies on error nodes, biases, MLPs and embeddings, which cannot be
+    turned.
+    """
 
     def __len__(self) -> int:
         return len(self.columns)
@@ -90,8 +92,8 @@ def choose_sources(
     given = torch.as_tensor(np.asarray(weights, dtype=np.float64)).flatten()
     if len(given) != len(sources):
         raise ValueError(
-            f"The direction has {len(given)} weights and the continuations {len(sources)} sources; give one weight per source, "
-            "for example a row of continuations.signatures."
+            f"The direction has {len(given)} weights and the continuations {len(sources)} sources; give one weight per "
+            "source, for example a row of continuations.signatures."
         )
     _checks.finite(given, "The direction")
     columns = turnable_columns(sources, given, top, sign)
@@ -135,8 +137,8 @@ def _nothing_to_turn(sources: SourceTable, weights: Tensor, sign: str) -> str:
         )
     kind = "" if sign == "all" else f"{sign} "
     return (
-        f"No latent has a {kind}weight in this direction. {held}, and {int((weights[is_latent] != 0).sum())} latents have a "
-        "weight other than 0. Give another direction or sign='all'."
+        f"No latent has a {kind}weight in this direction. {held}, and {int((weights[is_latent] != 0).sum())} latents "
+        "have a weight other than 0. Give another direction or sign='all'."
     )
 
 
@@ -165,18 +167,22 @@ class LatentTurner:
             return
         if not 0 <= index < len(self._sites):
             raise ValueError(
-                f"The sources come from a dictionary number {index}, and {len(self._sites)} dictionaries were given. Give those "
-                "that the continuations were attributed with, in the same order."
+                f"The sources come from a dictionary number {index}, and {len(self._sites)} dictionaries were given. "
+                "Give those that the continuations were attributed with, in the same order."
             )
         site, d_sae = self._sites[index], int(self._dictionaries[index].cfg.d_sae)
         if site.hook != sources.hooks[column] or not 0 <= sources.latents[column] < d_sae:
             raise ValueError(
-                f"Source {column} is latent {sources.latents[column]} at {sources.hooks[column]}, but dictionary {index} has "
-                f"{d_sae} latents and writes at {site.hook}. Give the dictionaries in the order of the attribution."
+                f"Source {column} is latent {sources.latents[column]} at {sources.hooks[column]}, but dictionary "
+                f"{index} has {d_sae} latents and writes at {site.hook}. Give the dictionaries in the order of the "
+                "attribution."
             )
 
-    def hooks(self, directions: Sequence[SteeringDirection], strengths: Sequence[float | int]) -> list[tuple[str, HookFunction]]:
-        """Hooks for passes over the prefix (and more tokens behind it), one direction and strength per row of the batch.
+    def hooks(
+        self, directions: Sequence[SteeringDirection], strengths: Sequence[float | int]
+    ) -> list[tuple[str, HookFunction]]:
+        """Hooks for passes over the prefix (and more tokens behind it), one direction and strength per row of the
+        batch.
 
         A later pass over one token each, a step of generation from a KV cache, is left alone. Rows of strength 0 are
         left exactly as they are.
@@ -197,8 +203,9 @@ def _check_editable(model: HostModel, hook: str) -> None:
     edit_point(model, hook)
     if hook.endswith("ln2.hook_in"):
         raise ValueError(
-            f"On this {type(model).__name__} the middle of a block can be read (at {hook}) but not changed: the stream runs past "
-            "that point. Steer with a dictionary of hook_resid_pre, hook_resid_post or of the MLP, or use a HookedTransformer."
+            f"On this {type(model).__name__} the middle of a block can be read (at {hook}) but not changed: the stream "
+            "runs past that point. Steer with a dictionary of hook_resid_pre, hook_resid_post or of the MLP, or use a "
+            "HookedTransformer."
         )
 
 
@@ -267,7 +274,9 @@ class _Edit:
     def _change(self, inputs: Tensor) -> Tensor:
         """What to add at each pair, ``(P, d)``, a bounded number of pairs at a time."""
         size = max(1, _CODES_BYTES // (16 * int(self._sae.cfg.d_sae)))
-        return torch.cat([self._part(inputs, first, min(first + size, len(inputs))) for first in range(0, len(inputs), size)])
+        return torch.cat(
+            [self._part(inputs, first, min(first + size, len(inputs))) for first in range(0, len(inputs), size)]
+        )
 
     def _part(self, inputs: Tensor, first: int, last: int) -> Tensor:
         t = self._turned

@@ -53,7 +53,9 @@ class SteeredPasses:
         # Final columns are cut to those that predict, as if the prefix were one token long.
         self._target = Target(model, 1, "mean")
 
-    def measure(self, settings: Sequence[Setting], jobs: Sequence[tuple[int, int]], *, progress: bool = False) -> Tensor:
+    def measure(
+        self, settings: Sequence[Setting], jobs: Sequence[tuple[int, int]], *, progress: bool = False
+    ) -> Tensor:
         """Measure continuations, each under one setting.
 
         Args:
@@ -90,7 +92,9 @@ class SteeredPasses:
             return False
         return not any(point.fwd_hooks for point in self._model.hook_dict.values())
 
-    def _groups(self, settings: Sequence[Setting], jobs: Sequence[tuple[int, int]]) -> list[tuple[list[int], list[int]]]:
+    def _groups(
+        self, settings: Sequence[Setting], jobs: Sequence[tuple[int, int]]
+    ) -> list[tuple[list[int], list[int]]]:
         """Settings that share a pass over the prefix, and the jobs under them."""
         of_setting: dict[int, list[int]] = {}
         for job, (setting, _) in enumerate(jobs):

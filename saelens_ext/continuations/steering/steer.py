@@ -58,13 +58,18 @@ class SteeringResult:
     def to_dataframe(self) -> pd.DataFrame:
         """One row per continuation, strength and measure, with its change and its value without steering."""
         parts = [
-            pd.DataFrame({
-                "row": list(self.rows), "strength": strength, "measure": measure,
-                "change": change.numpy(), "baseline": self.baseline[measure].numpy(),
-            })
+            pd.DataFrame(
+                {
+                    "row": list(self.rows),
+                    "strength": strength,
+                    "measure": measure,
+                    "change": change.numpy(),
+                    "baseline": self.baseline[measure].numpy(),
+                }
+            )
             for measure, changes in self.changes.items()
             for strength, change in zip(self.strengths, changes, strict=True)
-        ]  # fmt: skip
+        ]
         return pd.concat(parts, ignore_index=True)
 
     def generation_shares(self) -> pd.DataFrame:
@@ -74,7 +79,9 @@ class SteeringResult:
             ValueError: nothing was generated, or no classifier was given.
         """
         if not self.generation_labels:
-            raise ValueError("No generation was placed in a cluster; call steer_continuations with generate and classify.")
+            raise ValueError(
+                "No generation was placed in a cluster; call steer_continuations with generate and classify."
+            )
         labels = np.asarray(self.generation_labels)
         shares = [
             {"strength": strength, "cluster": int(name), "share": float((row == name).mean()), "n": len(row)}
@@ -164,8 +171,8 @@ def sources_of_set(continuations: ContinuationSet) -> SourceTable:
     """The table of sources; ValueError without one."""
     if continuations.sources is None:
         raise ValueError(
-            "The continuations have no table of sources, so nothing says what a direction's entries are. Make signatures with "
-            "attribute_continuations, or pass sources to with_signatures."
+            "The continuations have no table of sources, so nothing says what a direction's entries are. Make "
+            "signatures with attribute_continuations, or pass sources to with_signatures."
         )
     return continuations.sources
 
@@ -174,7 +181,9 @@ def checked_strengths(strengths: Sequence[float | int]) -> tuple[float, ...]:
     """Strengths as floats; ValueError for none, or one that is not finite or there twice."""
     given = tuple(float(s) for s in strengths)
     if not given or not np.isfinite(given).all() or len(set(given)) < len(given):
-        raise ValueError(f"strengths must be one or more different finite numbers, got {strengths!r}; the published are {STRENGTHS}.")
+        raise ValueError(
+            f"strengths must be one or more different finite numbers, got {strengths!r}; the published are {STRENGTHS}."
+        )
     return given
 
 
@@ -182,5 +191,7 @@ def checked_rows(rows: Sequence[SupportsIndex] | np.ndarray | Tensor, n: int) ->
     """Rows as a list; ValueError for none, or one beyond the set."""
     chosen = [operator.index(row) for row in rows]
     if not chosen or not all(0 <= row < n for row in chosen):
-        raise ValueError(f"rows must be one or more of 0 to {n - 1}, the continuations' indices, got {list(rows)[:10]}.")
+        raise ValueError(
+            f"rows must be one or more of 0 to {n - 1}, the continuations' indices, got {list(rows)[:10]}."
+        )
     return chosen

@@ -28,7 +28,7 @@ from saelens_ext.continuations.clustering.joint_clusterer import JointClusterer
 from saelens_ext.continuations.continuation_set import ContinuationSet
 from saelens_ext.continuations.source_table import SourceTable
 from saelens_ext.continuations.steering.latents import SteeringDirection, direction_of, turnable_columns
-from saelens_ext.ops.rate_distortion import weighted_median
+from saelens_ext.ops.weighted_median import weighted_median
 
 PARTITIONS = ("joint", "semantic", "attribution", "random_partition", "global")
 SUBSTITUTES = ("single_member", "wrong_cluster", "random_features")
@@ -73,8 +73,8 @@ def split_members(labels: np.ndarray, held_out: float | int, max_rows: int, gene
         choosing += rows[n_out:].tolist()
     if not any(waiting):
         raise NothingToTest(
-            f"None of the {len(waiting)} clusters has two members, one to choose a direction and one to measure on. Use fewer "
-            "clusters (a lower beta) or more continuations."
+            f"None of the {len(waiting)} clusters has two members, one to choose a direction and one to measure on. "
+            "Use fewer clusters (a lower beta) or more continuations."
         )
     turns = [row for turn in range(max(map(len, waiting))) for rows in waiting for row in rows[turn : turn + 1]]
     return Split(np.array(sorted(choosing)), np.array(sorted(turns[:max_rows])))
@@ -256,7 +256,9 @@ class _Chooser:
         self._hooks, self._positions = np.array(sources.hooks), np.array(sources.positions)
         self._activations = np.abs(np.array(sources.activations))
 
-    def planned(self, method: str, cluster: int, row: int, n_choosing: int, weights: np.ndarray) -> list[PlannedDirection]:
+    def planned(
+        self, method: str, cluster: int, row: int, n_choosing: int, weights: np.ndarray
+    ) -> list[PlannedDirection]:
         """The direction, if there is a latent to turn."""
         given = torch.as_tensor(weights, dtype=torch.float64)
         columns = turnable_columns(self._sources, given, self._top, self._sign)

@@ -44,7 +44,8 @@ def generation_shares(
 ) -> pd.DataFrame:
     """Share of generations whose nearest cluster, by meaning, is the one steered towards.
 
-    Nearest among the clusters of the method's own partition; the one global direction is tried on each cluster under test.
+    Nearest among the clusters of the method's own partition; the one global direction is tried on each cluster under
+    test.
 
     Returns:
         One row per method and cluster, with ``share`` at the strength and ``unsteered`` without steering, both of n
@@ -55,7 +56,10 @@ def generation_shares(
     """
     keys = [planned.direction.key for planned in plan.directions]
     unique = [i for i, key in enumerate(keys) if keys.index(key) == i]
-    settings = [Setting(plan.directions[0].direction, 0.0), *(Setting(plan.directions[i].direction, strength) for i in unique)]
+    settings = [
+        Setting(plan.directions[0].direction, 0.0),
+        *(Setting(plan.directions[i].direction, strength) for i in unique),
+    ]
     drawn = generate_steered(
         model, turner, continuations, settings, generation, batch_size=batch_size, progress=progress
     )
@@ -94,8 +98,8 @@ def _embedded(model: HostModel, continuations: ContinuationSet, drawn: Sequence[
     embedded = embed(generation_set(continuations, [drawn[i] for i in chosen], [texts[i] for i in chosen])).embeddings
     if embedded is None or embedded.shape[1] != vectors.shape[1]:
         raise ValueError(
-            f"embed must give embeddings of width {vectors.shape[1]}, as the continuations have; give the embedder and mode that "
-            "theirs were made with, for example embed=lambda s: embed_continuations(s, embedder, mode=...)."
+            f"embed must give embeddings of width {vectors.shape[1]}, as the continuations have; give the embedder and "
+            "mode that theirs were made with, for example embed=lambda s: embed_continuations(s, embedder, mode=...)."
         )
     of_text = dict(zip(first, embedded.double()))
     for i, text in enumerate(texts):

@@ -75,7 +75,8 @@ class Validation:
         return cluster_statistics(self.members)
 
     def specificity(self, measure: str = "demeaned_logit", prefix: str | None = None) -> pd.DataFrame:
-        """Mean effect of each cluster's direction (rows) on the members of each cluster (columns), at the largest strength.
+        """Mean effect of each cluster's direction (rows) on the members of each cluster (columns), at the largest
+        strength.
 
         Args:
             measure: one of the measures.
@@ -86,14 +87,18 @@ class Validation:
         """
         _checks.choice(measure, list(self.cells["measure"].unique()), "measure")
         if prefix is None and len(self.prefixes) > 1:
-            raise ValueError(f"There are {len(self.prefixes)} prefixes, each with a matrix of its own; name one of {self.prefixes}.")
+            raise ValueError(
+                f"There are {len(self.prefixes)} prefixes, each with a matrix of its own; name one of {self.prefixes}."
+            )
         _checks.choice(self.prefixes[0] if prefix is None else prefix, self.prefixes, "prefix")
         own = self.cells["prefix"] == (self.prefixes[0] if prefix is None else prefix)
         chosen = self.cells[own & (self.cells["measure"] == measure)]
         return chosen.pivot(index="direction", columns="cluster", values="change")
 
     def specificity_summary(self) -> pd.DataFrame:
-        """Effect on the own cluster and on others, and how often the own one is largest: one row per prefix and measure."""
+        """Effect on the own cluster and on others, and how often the own one is largest: one row per prefix and
+        measure.
+        """
         return specificity_summary(self.cells, sign=-1 if self.settings["specificity_strength"] < 0 else 1)
 
     @cached_property
@@ -134,7 +139,10 @@ class Validation:
         table = table[table["measure"] == _checks.choice(measure, list(table["measure"].unique()), "measure")]
         table = table[table["statistic"] == _checks.choice(statistic, list(table["statistic"].unique()), "statistic")]
         verdicts = {row.control: _verdict(row, level) for row in table.itertuples()}
-        lines = [self._setting_line(measure, statistic, table["unit"].iloc[0]), *(_line(row, verdicts[row.control]) for row in table.itertuples())]
+        lines = [
+            self._setting_line(measure, statistic, table["unit"].iloc[0]),
+            *(_line(row, verdicts[row.control]) for row in table.itertuples()),
+        ]
         needed = {control: verdicts.get(control, "untested") for control in (NOTHING, *OBJECTIVE_CONTROLS)}
         return "\n".join([*lines, *_power_line(table, level), _conclusion(needed)])
 
@@ -142,11 +150,13 @@ class Validation:
         members = self.members[["prefix", "row"]].drop_duplicates()
         clusters = self.members[["prefix", "joint_cluster"]].drop_duplicates()
         scope = (
-            f"over {len(self.prefixes)} prefixes" if self.unit == "prefix" else f"over {unit}s of one prefix, so for this prefix and these directions alone"
+            f"over {len(self.prefixes)} prefixes"
+            if self.unit == "prefix"
+            else f"over {unit}s of one prefix, so for this prefix and these directions alone"
         )
         return (
-            f"{statistic} of {measure} on {len(members)} held-out members of {len(clusters)} clusters; intervals (95 %) and "
-            f"p-values (Holm) {scope}."
+            f"{statistic} of {measure} on {len(members)} held-out members of {len(clusters)} clusters; intervals (95 "
+            f"%) and p-values (Holm) {scope}."
         )
 
     # --- out and in ---
@@ -184,17 +194,24 @@ def combine_validations(validations: Sequence[Validation]) -> Validation:
     prefixes = [prefix for one in validations for prefix in one.prefixes]
     twice = {prefix for prefix in prefixes if prefixes.count(prefix) > 1}
     if twice:
-        raise ValueError(f"The prefix {sorted(twice)[0]!r} is there more than once; prefixes are the units of the tests.")
+        raise ValueError(
+            f"The prefix {sorted(twice)[0]!r} is there more than once; prefixes are the units of the tests."
+        )
     for one in validations[1:]:
         for name, value in first.settings.items():
             if name != "seed" and one.settings.get(name) != value:
                 raise ValueError(
-                    f"Tests with different settings cannot be put together: {name} is {value!r} and {one.settings.get(name)!r}."
+                    f"Tests with different settings cannot be put together: {name} is {value!r} and "
+                    f"{one.settings.get(name)!r}."
                 )
         if set(one.members["method"]) != set(first.members["method"]):
-            raise ValueError("Tests with different methods cannot be put together; name the same partitions for every prefix.")
+            raise ValueError(
+                "Tests with different methods cannot be put together; name the same partitions for every prefix."
+            )
     if len({one.generations.empty for one in validations}) > 1:
-        raise ValueError("Tests with and without free generations cannot be put together; call all with the same generate.")
+        raise ValueError(
+            "Tests with and without free generations cannot be put together; call all with the same generate."
+        )
     tables = {name: pd.concat([getattr(one, name) for one in validations], ignore_index=True) for name in _TABLES}
     return Validation(settings=first.settings, **tables)
 
@@ -225,7 +242,10 @@ def _power_line(table: pd.DataFrame, level: float) -> list[str]:
     smallest = min(1.0, 2.0 ** (1 - n) * family)
     if smallest < level:
         return []
-    return [f"With {n} {table['unit'].iloc[0]} units no corrected p-value can fall below {smallest:.2g}: too few to tell anything apart."]
+    return [
+        f"With {n} {table['unit'].iloc[0]} units no corrected p-value can fall below {smallest:.2g}: too few to tell "
+        "anything apart."
+    ]
 
 
 def _conclusion(verdicts: Mapping[str, str]) -> str:

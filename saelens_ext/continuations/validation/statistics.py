@@ -10,8 +10,8 @@ Statistics of f over eps, ascending; each is NaN, never 0, where it has no meani
 ``"slope"``         least-squares slope, in units of the measure per unit of strength
 ``"pearson"``       correlation of f and eps; NaN where f is constant
 ``"spearman"``      the same of ranks, ties averaged
-``"monotonicity"``  sum of the steps of f over the sum of their magnitudes, in [-1, 1]: 1 where f never falls; NaN where f
-                    is constant
+``"monotonicity"``  sum of the steps of f over the sum of their magnitudes, in [-1, 1]: 1 where f never falls; NaN where
+                    f is constant
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,9 @@ NOTHING = "nothing"
 SHARE = "generation_share"
 
 _SAME_CLUSTERS = ("global", "single_member", "wrong_cluster", "random_features")
-"""Controls tried on the clusters under test; all others, partitions of the user's among them, have clusters of their own."""
+"""Controls tried on the clusters under test; all others, partitions of the user's among them, have clusters of their
+own.
+"""
 
 _MEMBER = ["prefix", "method", "row", "cluster", "joint_cluster", "measure"]
 
@@ -82,7 +84,9 @@ def member_statistics(members: pd.DataFrame) -> pd.DataFrame:
 
 
 def cluster_statistics(members: pd.DataFrame) -> pd.DataFrame:
-    """The same of cluster means: one row per prefix, method, cluster of that method and measure; NaN members left out."""
+    """The same of cluster means: one row per prefix, method, cluster of that method and measure; NaN members left
+    out.
+    """
     keys = ["prefix", "method", "cluster", "measure"]
     means = members.groupby([*keys, "strength"], dropna=False, sort=False)["change"].mean().reset_index()
     found = _statistics(means, keys)
@@ -110,14 +114,21 @@ def mean_effects(members: pd.DataFrame, n_bootstrap: int, seed: int) -> pd.DataF
 
 
 def compare_methods(
-    members: pd.DataFrame, reference: str, controls: Sequence[str], *, n_bootstrap: int, n_permutations: int, seed: int,
+    members: pd.DataFrame,
+    reference: str,
+    controls: Sequence[str],
+    *,
+    n_bootstrap: int,
+    n_permutations: int,
+    seed: int,
     confidence: float = 0.95,
 ) -> pd.DataFrame:
     """The reference method against each control (`NOTHING` among them, if named), by every measure and statistic.
 
     Units are paired: with one prefix, the members that both methods steered; with several, prefixes, each the mean over
     such members. Intervals are percentile bootstraps of the mean difference (members are resampled within their
-    clusters), p-values come from flipping signs, corrected by Holm's method over the controls of a measure and statistic.
+    clusters), p-values come from flipping signs, corrected by Holm's method over the controls of a measure and
+    statistic.
 
     Returns:
         One row per measure, statistic and control: ``reference``, ``control_value`` and ``difference`` (means over
@@ -142,7 +153,13 @@ def compare_methods(
 
 
 def compare_generations(
-    generations: pd.DataFrame, reference: str, controls: Sequence[str], *, n_bootstrap: int, n_permutations: int, seed: int,
+    generations: pd.DataFrame,
+    reference: str,
+    controls: Sequence[str],
+    *,
+    n_bootstrap: int,
+    n_permutations: int,
+    seed: int,
     confidence: float = 0.95,
 ) -> pd.DataFrame:
     """The same for the change in the share of generations in a cluster (measure `SHARE`, statistic ``"change"``).
@@ -163,7 +180,9 @@ def compare_generations(
     if unit == "prefix":
         # Clusters of different partitions do not belong together; their means over a prefix do.
         wide = wide.groupby(level="prefix").mean()
-        wide.index = pd.MultiIndex.from_tuples([(p, 0, 0) for p in wide.index], names=["prefix", "row", "joint_cluster"])
+        wide.index = pd.MultiIndex.from_tuples(
+            [(p, 0, 0) for p in wide.index], names=["prefix", "row", "joint_cluster"]
+        )
     generator = np.random.default_rng(seed)
     rows = [
         {"measure": SHARE, "statistic": "change", "control": control, "unit": unit}
@@ -174,8 +193,14 @@ def compare_generations(
 
 
 def _paired(
-    wide: pd.DataFrame, reference: str, control: str, unit: str, generator: np.random.Generator, n_bootstrap: int,
-    n_permutations: int, confidence: float,
+    wide: pd.DataFrame,
+    reference: str,
+    control: str,
+    unit: str,
+    generator: np.random.Generator,
+    n_bootstrap: int,
+    n_permutations: int,
+    confidence: float,
 ) -> dict[str, float | int]:
     own = wide.assign(**{NOTHING: 0.0}) if control == NOTHING else wide
     pairs = own[[reference, control]].dropna()
@@ -205,10 +230,10 @@ def specificity_summary(cells: pd.DataFrame, sign: int = 1) -> pd.DataFrame:
         sign: of the strength that the effects are of; against a direction the lowest effect is the largest.
 
     Returns:
-        One row per prefix and measure: ``own`` and ``others``, the mean effect on members of the direction's own cluster
-        and of each other; ``own_is_largest_of_cluster``: share of clusters that their own direction moves more than any
-        other does, and ``own_is_largest_of_direction``: share of directions that move their own cluster more than any other;
-        both NaN for one cluster.
+        One row per prefix and measure: ``own`` and ``others``, the mean effect on members of the direction's own
+        cluster and of each other; ``own_is_largest_of_cluster``: share of clusters that their own direction moves more
+        than any other does, and ``own_is_largest_of_direction``: share of directions that move their own cluster more
+        than any other; both NaN for one cluster.
     """
     found = []
     for (prefix, measure), part in cells.groupby(["prefix", "measure"], sort=False):
@@ -221,10 +246,15 @@ def specificity_summary(cells: pd.DataFrame, sign: int = 1) -> pd.DataFrame:
         rivals = np.where(diagonal, -np.inf, sign * square)
         least = sign * own - RESOLUTION
         several = len(square) > 1
-        found.append({
-            "prefix": prefix, "measure": measure, "n_clusters": len(square), "own": own.mean(),
-            "others": others.mean() if several else np.nan,
-            "own_is_largest_of_cluster": float((least > rivals.max(axis=0)).mean()) if several else np.nan,
-            "own_is_largest_of_direction": float((least > rivals.max(axis=1)).mean()) if several else np.nan,
-        })  # fmt: skip
+        found.append(
+            {
+                "prefix": prefix,
+                "measure": measure,
+                "n_clusters": len(square),
+                "own": own.mean(),
+                "others": others.mean() if several else np.nan,
+                "own_is_largest_of_cluster": float((least > rivals.max(axis=0)).mean()) if several else np.nan,
+                "own_is_largest_of_direction": float((least > rivals.max(axis=1)).mean()) if several else np.nan,
+            }
+        )
     return pd.DataFrame(found)

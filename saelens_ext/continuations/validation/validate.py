@@ -21,7 +21,14 @@ from saelens_ext.continuations.steering.generate import GenerationPlan
 from saelens_ext.continuations.steering.latents import SIGNS, LatentTurner
 from saelens_ext.continuations.steering.passes import MEASURES, Setting, SteeredPasses
 from saelens_ext.continuations.steering.steer import checked_strengths, sources_of_set
-from saelens_ext.continuations.validation.controls import METHODS, REPRESENTATIVES, NothingToTest, Plan, make_plan, split_members
+from saelens_ext.continuations.validation.controls import (
+    METHODS,
+    REPRESENTATIVES,
+    NothingToTest,
+    Plan,
+    make_plan,
+    split_members,
+)
 from saelens_ext.continuations.validation.generations import COLUMNS, Embed, generation_shares
 from saelens_ext.continuations.validation.results import Validation
 from saelens_ext.host.models import HostModel
@@ -113,8 +120,8 @@ def validate_clusters(
     )
     if not plan.of("joint"):
         raise NothingToTest(
-            f"No cluster's direction has a latent to turn with sign={sign!r} among its {len(sources)} sources. Attribute with "
-            "'latent' among the kinds, or use sign='all'."
+            f"No cluster's direction has a latent to turn with sign={sign!r} among its {len(sources)} sources. "
+            "Attribute with 'latent' among the kinds, or use sign='all'."
         )
     passes = SteeredPasses(model, turner, continuations, batch_size)
     effects = _Effects(passes, plan, (*given, 0.0) if 0.0 not in given else given, progress)
@@ -122,20 +129,33 @@ def validate_clusters(
     generations = None
     if generate:
         generations = generation_shares(
-            model, turner, continuations, plan, effects.strongest, GenerationPlan.like(continuations, generate), embed,
-            batch_size=batch_size, progress=progress,
-        )  # fmt: skip
+            model,
+            turner,
+            continuations,
+            plan,
+            effects.strongest,
+            GenerationPlan.like(continuations, generate),
+            embed,
+            batch_size=batch_size,
+            progress=progress,
+        )
     return Validation(
         generations=pd.DataFrame(columns=list(COLUMNS)) if generations is None else generations,
         members=effects.members(prefix),
         cells=effects.cells(prefix),
         directions=_directions(plan, prefix),
         settings={
-            "direction": direction, "top": top, "sign": sign, "strengths": list(effects.strengths), "held_out": float(held_out),
-            "specificity_strength": effects.strongest, "n_bootstrap": int(n_bootstrap),
-            "n_permutations": int(n_permutations), "seed": seed,
+            "direction": direction,
+            "top": top,
+            "sign": sign,
+            "strengths": list(effects.strengths),
+            "held_out": float(held_out),
+            "specificity_strength": effects.strongest,
+            "n_bootstrap": int(n_bootstrap),
+            "n_permutations": int(n_permutations),
+            "seed": seed,
         },
-    )  # fmt: skip
+    )
 
 
 class _Effects:
@@ -209,13 +229,19 @@ def _directions(plan: Plan, prefix: str) -> pd.DataFrame:
     """One row per method and cluster: whose signature, from how many members, and how much of it was turned."""
     found = [
         {
-            "prefix": prefix, "method": planned.method, "cluster": planned.cluster, "row": planned.row,
-            "n_choosing": planned.n_choosing, "n_latents": len(planned.direction),
-            "steered_share": planned.direction.steered_share, "steerable_share": planned.direction.steerable_share,
-            "columns": list(planned.direction.columns), "signs": list(planned.direction.signs),
+            "prefix": prefix,
+            "method": planned.method,
+            "cluster": planned.cluster,
+            "row": planned.row,
+            "n_choosing": planned.n_choosing,
+            "n_latents": len(planned.direction),
+            "steered_share": planned.direction.steered_share,
+            "steerable_share": planned.direction.steerable_share,
+            "columns": list(planned.direction.columns),
+            "signs": list(planned.direction.signs),
         }
         for planned in plan.directions
-    ]  # fmt: skip
+    ]
     return pd.DataFrame(found)
 
 
@@ -233,7 +259,9 @@ def _check_views(continuations: ContinuationSet) -> None:
 def _clusterer_and_labels(clusters: Any, n: int) -> tuple[JointClusterer, np.ndarray]:
     is_estimator = hasattr(clusters, "fit")
     if is_estimator and not hasattr(clusters, "labels_"):
-        raise ValueError(f"This {type(clusters).__name__} is not fitted; fit it to the continuations first, or pass labels.")
+        raise ValueError(
+            f"This {type(clusters).__name__} is not fitted; fit it to the continuations first, or pass labels."
+        )
     labels = _checked_labels(clusters.labels_ if is_estimator else clusters, n, "clusters")
     return (clusters if isinstance(clusters, JointClusterer) else JointClusterer()), labels
 
@@ -242,7 +270,8 @@ def _checked_labels(labels: Any, n: int, name: str) -> np.ndarray:
     given = np.asarray(labels)
     if given.shape != (n,) or not np.issubdtype(given.dtype, np.integer):
         raise ValueError(
-            f"{name} must give one whole number per continuation, shape ({n},), got {given.dtype} of shape {given.shape}."
+            f"{name} must give one whole number per continuation, shape ({n},), got {given.dtype} of shape "
+            f"{given.shape}."
         )
     return given.astype(np.int64)
 

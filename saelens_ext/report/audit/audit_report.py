@@ -21,8 +21,14 @@ from saelens_ext.report.page import embed_json, render_page
 
 STYLES = ("dictionary.css", "audit.css")
 SCRIPTS = (
-    "text.js", "growth.js", "audit_marks.js", "audit_maps.js", "audit_path.js", "audit_dose.js", "audit_page.js",
-)  # fmt: skip
+    "text.js",
+    "growth.js",
+    "audit_marks.js",
+    "audit_maps.js",
+    "audit_path.js",
+    "audit_dose.js",
+    "audit_page.js",
+)
 
 
 # What the sum of a mode's weights is, by how the continuations were weighed.
@@ -61,7 +67,8 @@ def write_audit_report(
         The path written.
 
     Raises:
-        ValueError: no prefix; profiles without a tokenizer; or a prefix whose continuations have no embeddings or signatures.
+        ValueError: no prefix; profiles without a tokenizer; or a prefix whose continuations have no embeddings or
+            signatures.
     """
     path = Path(path)
     _check(prefixes, profiles, tokenizer)
@@ -89,15 +96,19 @@ def _check(prefixes: Sequence[PrefixAudit], profiles: Mapping[str, Any] | None, 
         missing = [name for name, view in views.items() if view is None]
         if missing:
             raise ValueError(
-                f"The continuations of prefix {number}, {audit.prefix!r}, have no {' and no '.join(missing)}; make them with "
-                "embed_continuations and attribute_continuations."
+                f"The continuations of prefix {number}, {audit.prefix!r}, have no {' and no '.join(missing)}; make "
+                "them with embed_continuations and attribute_continuations."
             )
     if profiles and tokenizer is None:
         raise ValueError("profiles hold token ids, which need a tokenizer to be read; pass tokenizer= of the model.")
 
 
 def _prefix(
-    number: int, audit: PrefixAudit, finder: ExampleFinder, tokenizer: PreTrainedTokenizerBase | None, config: Mapping[str, Any]
+    number: int,
+    audit: PrefixAudit,
+    finder: ExampleFinder,
+    tokenizer: PreTrainedTokenizerBase | None,
+    config: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What the template shows of one prefix."""
     modes = modes_of(audit, finder, prefix_tokens(audit, tokenizer))
@@ -119,7 +130,10 @@ def _prefix(
         "facts": facts(audit, config),
         "modes": modes,
         "n": count(len(audit.continuations)),
-        "maps": {name: {"share": share(maps[name]["share"]), "metric": maps[name]["metric"]} for name in ("meaning", "mechanism")},
+        "maps": {
+            name: {"share": share(maps[name]["share"]), "metric": maps[name]["metric"]}
+            for name in ("meaning", "mechanism")
+        },
         "n_drawn": count(len(maps["rows"])),
         "all_drawn": len(maps["rows"]) == len(audit.continuations),
         "path": path_rows(audit),
@@ -162,7 +176,12 @@ def _prompt(audit: PrefixAudit) -> dict[str, Any]:
     before, found, after = whole.partition(prompt)
     if not found:
         before, prompt, after = "", whole, ""
-    return {"before": visible(before), "prompt": visible(prompt), "after": visible(after), "templated": audit.continuations.prompt != whole}
+    return {
+        "before": visible(before),
+        "prompt": visible(prompt),
+        "after": visible(after),
+        "templated": audit.continuations.prompt != whole,
+    }
 
 
 def _shortened(text: str, longest: int = 70) -> str:

@@ -5,8 +5,8 @@ Symbols
     w      their weights, summing to 1
     D      ``(n, n)`` what the clustering pays for one continuation standing for another in one view: squared Euclidean
            distance of embeddings; city-block (or squared Euclidean) distance of signatures
-    G      Gram matrix -1/2 C D C' with C = I - 1 w', which has no negative eigenvalue for either D: squared Euclidean and
-           city-block distances are both squares of Euclidean ones
+    G      Gram matrix -1/2 C D C' with C = I - 1 w', which has no negative eigenvalue for either D: squared Euclidean
+           and city-block distances are both squares of Euclidean ones
 """
 
 from typing import Any, NamedTuple
@@ -81,7 +81,12 @@ def maps_data(audit: PrefixAudit) -> dict[str, Any]:
         flat = flat_map(cdist(values, values, "cityblock" if metrics[name] == "l1" else "sqeuclidean"), weights)
         extent = float(np.abs(flat.points).max()) or 1.0
         places = flat.points / extent
-        found[name] = {"x": _short(places[:, 0]), "y": _short(places[:, 1]), "share": flat.share, "metric": metrics[name]}
+        found[name] = {
+            "x": _short(places[:, 0]),
+            "y": _short(places[:, 1]),
+            "share": flat.share,
+            "metric": metrics[name],
+        }
     return found
 
 

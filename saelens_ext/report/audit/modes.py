@@ -128,18 +128,27 @@ def modes_of(audit: PrefixAudit, finder: "ExampleFinder", tokens: Sequence[str])
         found.append(
             Mode(
                 drawn="" if counts is None else share(float(counts[audit.labels == cluster].sum() / counts.sum())),
-                number=cluster, mark=mark_of(cluster), n=count(int(row.n_members)), share=share(weight), percent=round(100 * weight, 2),
-                medoid=members[int(row.medoid)], exemplars=[members[i] for i in audit.exemplary_members(cluster, N_EXEMPLARS)],
-                members=[members[i] for i in _by_weight(audit, cluster)], latents=latents, others=others,
+                number=cluster,
+                mark=mark_of(cluster),
+                n=count(int(row.n_members)),
+                share=share(weight),
+                percent=round(100 * weight, 2),
+                medoid=members[int(row.medoid)],
+                exemplars=[members[i] for i in audit.exemplary_members(cluster, N_EXEMPLARS)],
+                members=[members[i] for i in _by_weight(audit, cluster)],
+                latents=latents,
+                others=others,
             )
-        )  # fmt: skip
+        )
     return found
 
 
 def weighs_draws(audit: PrefixAudit) -> bool:
     """Whether weights are shares of the texts drawn, so that their sum over a mode estimates its probability."""
     counts = audit.continuations.columns.get("count")
-    return counts is not None and torch.allclose(audit.continuations.weights.double(), counts.double() / counts.sum(), rtol=1e-6)
+    return counts is not None and torch.allclose(
+        audit.continuations.weights.double(), counts.double() / counts.sum(), rtol=1e-6
+    )
 
 
 def _by_weight(audit: PrefixAudit, cluster: int) -> list[int]:
@@ -153,11 +162,15 @@ def _members(audit: PrefixAudit) -> list[Member]:
     counts = held.columns.get("count")
     return [
         Member(
-            row=i, text=quoted(held.texts[i]), weight=share(float(held.weights[i])), log_prob=fixed(float(held.total_log_probs[i]), 1),
-            n_tokens=count(int(held.lengths[i])), seen="" if counts is None or int(counts[i]) < 2 else count(int(counts[i])),
+            row=i,
+            text=quoted(held.texts[i]),
+            weight=share(float(held.weights[i])),
+            log_prob=fixed(float(held.total_log_probs[i]), 1),
+            n_tokens=count(int(held.lengths[i])),
+            seen="" if counts is None or int(counts[i]) < 2 else count(int(counts[i])),
         )
         for i in range(len(held))
-    ]  # fmt: skip
+    ]
 
 
 # --- sources ---
@@ -188,7 +201,9 @@ def _sources(
     shown = [latents.head(n_latents), others.head(n_others)]
     largest = max((float(part["value"].abs().max()) for part in shown if len(part)), default=0.0) or 1.0
     decimals = decimals_of(*(x for part in shown for name in ("effect", "elsewhere") for x in part[name]))
-    first, second = ([_source_row(row._asdict(), largest, decimals, finder, tokens) for row in part.itertuples()] for part in shown)
+    first, second = (
+        [_source_row(row._asdict(), largest, decimals, finder, tokens) for row in part.itertuples()] for part in shown
+    )
     return first, second
 
 
@@ -199,12 +214,21 @@ def _source_row(
     hook, position = str(row.get("hook", "")), int(row.get("position", -1))
     layer = _LAYER.search(hook)
     return SourceRow(
-        name=_source_name(row), layer=layer.group(1) if layer else "", hook=hook, position=str(position) if position >= 0 else "",
-        context=_context(tokens, position), effect=fixed(row["effect"], decimals, plus=True),
-        elsewhere=fixed(row["elsewhere"], decimals, plus=True), difference=fixed(value, decimals, plus=True), is_positive=value > 0,
-        bar=round(100 * abs(value) / largest, 1), t=fixed(row["t"], 1, plus=True) if np.isfinite(row["t"]) else "",
-        responds=finder.of(hook, int(row.get("dictionary", -1)), int(row.get("latent", -1))) if row.get("kind") == "latent" else None,
-    )  # fmt: skip
+        name=_source_name(row),
+        layer=layer.group(1) if layer else "",
+        hook=hook,
+        position=str(position) if position >= 0 else "",
+        context=_context(tokens, position),
+        effect=fixed(row["effect"], decimals, plus=True),
+        elsewhere=fixed(row["elsewhere"], decimals, plus=True),
+        difference=fixed(value, decimals, plus=True),
+        is_positive=value > 0,
+        bar=round(100 * abs(value) / largest, 1),
+        t=fixed(row["t"], 1, plus=True) if np.isfinite(row["t"]) else "",
+        responds=finder.of(hook, int(row.get("dictionary", -1)), int(row.get("latent", -1)))
+        if row.get("kind") == "latent"
+        else None,
+    )
 
 
 def _source_name(row: Mapping[str, Any]) -> str:
@@ -244,7 +268,10 @@ class ExampleFinder:
     """
 
     def __init__(
-        self, profiles: Mapping[str, DictionaryProfile] | None, tokenizer: PreTrainedTokenizerBase | None, hooks: Sequence[str]
+        self,
+        profiles: Mapping[str, DictionaryProfile] | None,
+        tokenizer: PreTrainedTokenizerBase | None,
+        hooks: Sequence[str],
     ) -> None:
         self._profiles: dict[str, DictionaryProfile] = {}
         for key, profile in (profiles or {}).items():
@@ -261,14 +288,19 @@ class ExampleFinder:
         rate = int(profile.counts[latent]) / max(1, profile.n_activations)
         return Responds(
             f"{share(rate)} of {count(profile.n_activations)} activations profiled",
-            "Nearest tokens, each after its cosine distance" if profile.coherence is not None else "Strongest tokens, each after its activation",
+            "Nearest tokens, each after its cosine distance"
+            if profile.coherence is not None
+            else "Strongest tokens, each after its activation",
             self._examples(profile, latent),
         )
 
     def _examples(self, profile: DictionaryProfile, latent: int) -> list[Example]:
         kept = (profile.top.positions[latent] >= 0).nonzero().flatten()[:N_EXAMPLES].tolist()
         return [
-            Example(significant(float(f"{float(profile.top.values[latent, i]):.3g}")), self._text(profile.top.contexts[latent, i]))
+            Example(
+                significant(float(f"{float(profile.top.values[latent, i]):.3g}")),
+                self._text(profile.top.contexts[latent, i]),
+            )
             for i in kept
         ]
 

@@ -35,14 +35,18 @@ def path_data(audit: PrefixAudit) -> dict[str, Any] | None:
     whole_e, whole_a = one_cluster(audit)
     points = [
         {
-            "beta": float(row.beta), "gamma": float(row.gamma), "n": int(row.n_clusters), "rate": _figure(row.rate),
-            "meaning": _figure(row.semantic_distortion / whole_e), "mechanism": _figure(row.attribution_distortion / whole_a),
+            "beta": float(row.beta),
+            "gamma": float(row.gamma),
+            "n": int(row.n_clusters),
+            "rate": _figure(row.rate),
+            "meaning": _figure(row.semantic_distortion / whole_e),
+            "mechanism": _figure(row.attribution_distortion / whole_a),
             "stability": _figure(getattr(row, "stability", float("nan"))),
             "stability_se": _figure(getattr(row, "stability_se", float("nan"))),
             "chosen": _is_chosen(audit, row),
         }
         for row in table.sort_values(["gamma", "beta"]).itertuples()
-    ]  # fmt: skip
+    ]
     return {"points": points}
 
 
@@ -58,9 +62,15 @@ def _row(point: dict[str, Any]) -> PathRow:
         error = "" if point["stability_se"] is None else f" ± {fixed(point['stability_se'], 2)}"
         stability = f"{fixed(point['stability'], 2)}{error}"
     return PathRow(
-        f"{point['beta']:g}", f"{point['gamma']:g}", point["chosen"], count(point["n"]), fixed(point["rate"], 2),
-        share(point["meaning"]), share(point["mechanism"]), stability,
-    )  # fmt: skip
+        f"{point['beta']:g}",
+        f"{point['gamma']:g}",
+        point["chosen"],
+        count(point["n"]),
+        fixed(point["rate"], 2),
+        share(point["meaning"]),
+        share(point["mechanism"]),
+        stability,
+    )
 
 
 def _is_chosen(audit: PrefixAudit, row: Any) -> bool:
@@ -71,9 +81,11 @@ def one_cluster(audit: PrefixAudit) -> tuple[float, float]:
     """D_0 of both views; 1 for a view without any difference."""
     held = audit.continuations
     whole = audit.clusterer.partition_objective(
-        held.embeddings.double().numpy(), held.signatures.double().numpy(), np.zeros(len(held), dtype=np.int64),
+        held.embeddings.double().numpy(),
+        held.signatures.double().numpy(),
+        np.zeros(len(held), dtype=np.int64),
         sample_weight=held.weights.double().numpy(),
-    )  # fmt: skip
+    )
     return whole.semantic_distortion or 1.0, whole.attribution_distortion or 1.0
 
 

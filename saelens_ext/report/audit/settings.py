@@ -45,16 +45,27 @@ def dictionary_hooks(about: Mapping[str, Any]) -> list[str]:
 
 def facts(audit: PrefixAudit, config: Mapping[str, Any]) -> list[Fact]:
     """The figures of one prefix, in reading order."""
-    return [fact for fact in (_continuations(audit), _weights(audit, config), _modes(audit), _signatures(audit)) if fact is not None]
+    return [
+        fact
+        for fact in (_continuations(audit), _weights(audit, config), _modes(audit), _signatures(audit))
+        if fact is not None
+    ]
 
 
 def _continuations(audit: PrefixAudit) -> Fact:
     held = audit.continuations
     lengths, sampling = held.lengths.tolist(), held.metadata.get("sampling")
-    span = f"{min(lengths)} to {max(lengths)} tokens" if min(lengths) < max(lengths) else f"{lengths[0]} token{'s' if lengths[0] > 1 else ''}"
+    span = (
+        f"{min(lengths)} to {max(lengths)} tokens"
+        if min(lengths) < max(lengths)
+        else f"{lengths[0]} token{'s' if lengths[0] > 1 else ''}"
+    )
     meaning = f"{span} long"
     if isinstance(sampling, Mapping) and "temperature" in sampling:
-        meaning += f"; sampled at temperature {plain(sampling['temperature'])}, top-p {plain(sampling.get('top_p'))}, seed {plain(sampling.get('seed'))}"
+        meaning += (
+            f"; sampled at temperature {plain(sampling['temperature'])}, top-p "
+            f"{plain(sampling.get('top_p'))}, seed {plain(sampling.get('seed'))}"
+        )
         if "n_draws" in sampling:
             meaning += f", in {count(int(sampling['n_draws']))} draws"
     return Fact("continuations", "Distinct continuations", count(len(held)), meaning)
@@ -72,7 +83,10 @@ def _modes(audit: PrefixAudit) -> Fact:
     if "stability" in table:
         own = table[(table["beta"] == clusterer.beta) & (table["gamma"] == clusterer.gamma)]
         if len(own) and math.isfinite(own["stability"].iloc[0]):
-            meaning += f"; stability {fixed(float(own['stability'].iloc[0]), 2)} (1: the same modes from every resample, 0: chance)"
+            meaning += (
+                f"; stability {fixed(float(own['stability'].iloc[0]), 2)} (1: the same modes from every "
+                "resample, 0: chance)"
+            )
     return Fact("modes", "Modes", count(clusterer.n_clusters_), meaning)
 
 
@@ -82,7 +96,11 @@ def _signatures(audit: PrefixAudit) -> Fact:
     meaning = "of the prefix, behind each signature"
     if isinstance(described, Mapping):
         backend = str(described.get("backend"))
-        meaning += f"; backend {plain(backend)} ({_BACKENDS[backend]})" if backend in _BACKENDS else f"; backend {plain(backend)}"
+        meaning += (
+            f"; backend {plain(backend)} ({_BACKENDS[backend]})"
+            if backend in _BACKENDS
+            else f"; backend {plain(backend)}"
+        )
         if isinstance(described.get("share_of_effect"), float):
             meaning += f"; they hold {share(described['share_of_effect'])} of the prefix’s effect"
     return Fact("sources", "Sources", count(held.signatures.shape[1]), meaning)
@@ -92,7 +110,10 @@ def settings_rows(about: Mapping[str, Any], config: Mapping[str, Any]) -> list[S
     """Everything about how the audit was made, a line each."""
     by_default = {"min_cluster_size": "a sixteenth of the continuations, at least 2"}
     shown = {key: by_default[key] if value is None and key in by_default else value for key, value in config.items()}
-    return [*_about_rows(about), *(Setting(visible(str(key).replace("_", " ")), plain(value)) for key, value in shown.items())]
+    return [
+        *_about_rows(about),
+        *(Setting(visible(str(key).replace("_", " ")), plain(value)) for key, value in shown.items()),
+    ]
 
 
 def _about_rows(about: Mapping[str, Any]) -> list[Setting]:

@@ -1,4 +1,6 @@
-"""The tests by steering as the page shows them: the verdict in words, effects by strength, the matrix and the comparisons."""
+"""The tests by steering as the page shows them: the verdict in words, effects by strength, the matrix and the
+comparisons.
+"""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,7 +30,9 @@ class Verdict:
     """What the tests say, in words."""
 
     state: str
-    """"supported", "partly" (it works, but so do directions that should not), "not_supported", "against" or "untested"."""
+    """"supported", "partly" (it works, but so do directions that should not), "not_supported", "against" or
+    "untested".
+    """
     sentence: str
     """Was steering supported?"""
     objective: str = ""
@@ -64,12 +68,16 @@ class Cell(NamedTuple):
 def verdict_of(audit: PrefixAudit) -> Verdict:
     """What the tests of one prefix say."""
     if audit.validation is None:
-        return Verdict("untested", f"Steering was not tested. {words.quoted(audit.not_validated) or 'No reason was recorded.'}")
+        return Verdict(
+            "untested", f"Steering was not tested. {words.quoted(audit.not_validated) or 'No reason was recorded.'}"
+        )
     return verdict(audit.validation)
 
 
 def verdict(validation: Validation) -> Verdict:
-    """What some tests say: whether steering moves held-out members, whether by its own direction alone, and whether the objective is why."""
+    """What some tests say: whether steering moves held-out members, whether by its own direction alone, and whether
+    the objective is why.
+    """
     table = validation.summary()
     rows = table[(table["measure"] == MEASURE) & (table["statistic"] == STATISTIC)].set_index("control")
     claim = validation.claim(MEASURE, STATISTIC, level=LEVEL).splitlines()
@@ -77,18 +85,34 @@ def verdict(validation: Validation) -> Verdict:
     objective = _objective(outcomes)
     moved = outcomes[NOTHING]
     if moved == "untested":
-        return Verdict("untested", "Steering could not be judged: no held-out continuation has a direction.", objective, claim)
+        return Verdict(
+            "untested", "Steering could not be judged: no held-out continuation has a direction.", objective, claim
+        )
     change, figures, units = _figures(rows.loc[NOTHING])
     if moved == "same":
-        sentence = f"Not supported: steered along their own mode’s direction, {units} changed by {change} logits per unit of strength"
+        sentence = (
+            f"Not supported: steered along their own mode’s direction, {units} changed by {change} "
+            "logits per unit of strength"
+        )
         return Verdict("not_supported", f"{sentence}, which cannot be told from none ({figures}).", objective, claim)
     verb = "rose" if moved == "above" else "fell"
-    sentence = f"steered along their own mode’s direction, {units} {verb} by {change.lstrip('+' + words.MINUS)} logits per unit of strength ({figures})"
+    sentence = (
+        f"steered along their own mode’s direction, {units} {verb} by "
+        f"{change.lstrip('+' + words.MINUS)} logits per unit of strength ({figures})"
+    )
     if moved == "below":
         return Verdict("against", f"No, it went the wrong way: {sentence}.", objective, claim)
-    weak = {kind: [words.method_name(c) for c in SPECIFIC if outcomes.get(c, "untested") == kind] for kind in ("below", "same", "untested")}
+    weak = {
+        kind: [words.method_name(c) for c in SPECIFIC if outcomes.get(c, "untested") == kind]
+        for kind in ("below", "same", "untested")
+    }
     if not any(weak.values()):
-        return Verdict("supported", f"Supported: {sentence}, and more than along {_either(map(words.method_name, SPECIFIC))}.", objective, claim)
+        return Verdict(
+            "supported",
+            f"Supported: {sentence}, and more than along {_either(map(words.method_name, SPECIFIC))}.",
+            objective,
+            claim,
+        )
     return Verdict("partly", f"Supported in part: {sentence}. But {_reservations(weak)}.", objective, claim)
 
 
@@ -114,7 +138,11 @@ def _reservations(weak: Mapping[str, list[str]]) -> str:
     if weak["below"]:
         parts.append(f"it was less than along {_either(weak['below'])}")
     if weak["same"]:
-        parts.append(f"this cannot be told from what {_either(weak['same'])} did" if not parts else f"cannot be told from what {_either(weak['same'])} did")
+        parts.append(
+            f"this cannot be told from what {_either(weak['same'])} did"
+            if not parts
+            else f"cannot be told from what {_either(weak['same'])} did"
+        )
     if weak["untested"]:
         parts.append(f"{'it was' if not parts else 'was'} not compared with {_either(weak['untested'])}")
     return ", and ".join(parts)
@@ -123,12 +151,20 @@ def _reservations(weak: Mapping[str, list[str]]) -> str:
 def _objective(outcomes: Mapping[str, str]) -> str:
     """Whether the joint objective is what makes directions work; agrees with ``Validation.claim``."""
     needed = {control: outcomes.get(control, "untested") for control in (NOTHING, *OBJECTIVE_CONTROLS)}
-    failed = {kind: [words.method_name(c) for c, v in needed.items() if v == kind] for kind in ("same", "below", "untested")}
+    failed = {
+        kind: [words.method_name(c) for c, v in needed.items() if v == kind] for kind in ("same", "below", "untested")
+    }
     if not any(failed.values()):
-        return "Clustering meaning and mechanism together is what makes the directions work, as far as these controls can say: they exceed every one of them."
+        return (
+            "Clustering meaning and mechanism together is what makes the directions work, as far as "
+            "these controls can say: they exceed every one of them."
+        )
     names = {"same": "cannot be told from", "below": "fall short of", "untested": "were not compared with"}
     reasons = "; ".join(f"{names[kind]} {_either(which)}" for kind, which in failed.items() if which)
-    return f"That clustering meaning and mechanism together is what makes the directions work is not shown: their effects {reasons}."
+    return (
+        "That clustering meaning and mechanism together is what makes the directions work is not "
+        f"shown: their effects {reasons}."
+    )
 
 
 def _either(names: Iterable[str]) -> str:
@@ -163,17 +199,25 @@ def _units(unit: str, n: int) -> str:
 def dose_data(validation: Validation) -> dict[str, Any]:
     """Mean changes with intervals for the page's script, JSON-safe.
 
-    ``values[measure][mode][method]`` lists [change, low, high] by strength; mode 0 of these is all modes together. Every
-    method is measured on the same members: those of a mode under test, whichever cluster a control has them in.
+    ``values[measure][mode][method]`` lists [change, low, high] by strength; mode 0 of these is all modes together.
+    Every method is measured on the same members: those of a mode under test, whichever cluster a control has them in.
     """
     members = validation.members
     modes = sorted(int(mode) for mode in members["joint_cluster"].unique())
-    together = pd.concat([members.assign(cluster=ALL_MODES), members.assign(cluster=members["joint_cluster"])], ignore_index=True)
-    table = mean_effects(together.assign(prefix=""), int(validation.settings["n_bootstrap"]), int(validation.settings["seed"]))
+    together = pd.concat(
+        [members.assign(cluster=ALL_MODES), members.assign(cluster=members["joint_cluster"])], ignore_index=True
+    )
+    table = mean_effects(
+        together.assign(prefix=""), int(validation.settings["n_bootstrap"]), int(validation.settings["seed"])
+    )
     methods, measures = list(members["method"].unique()), list(members["measure"].unique())
     strengths = sorted(float(strength) for strength in members["strength"].unique())
     cells = {
-        (row.measure, int(row.cluster), row.method, float(row.strength)): [_figure(row.change), _figure(row.low), _figure(row.high)]
+        (row.measure, int(row.cluster), row.method, float(row.strength)): [
+            _figure(row.change),
+            _figure(row.low),
+            _figure(row.high),
+        ]
         for row in table.itertuples()
     }
     n = {(int(row.cluster), row.method): int(row.n_members) for row in table.itertuples()}
@@ -181,7 +225,9 @@ def dose_data(validation: Validation) -> dict[str, Any]:
     return {
         "strengths": strengths,
         "modes": groups,
-        "methods": [{"key": key, "name": words.method_name(key), "meaning": words.method_meaning(key)} for key in methods],
+        "methods": [
+            {"key": key, "name": words.method_name(key), "meaning": words.method_meaning(key)} for key in methods
+        ],
         "measures": [{"key": key, **words.measure_name(key)._asdict()} for key in measures],
         "values": [[[[cells[m, g, k, s] for s in strengths] for k in methods] for g in groups] for m in measures],
         "n": [[n[g, k] for k in methods] for g in groups],
@@ -203,7 +249,13 @@ def specificity_cells(validation: Validation) -> tuple[list[int], list[tuple[int
     largest, decimals = (float(finite.max()) if finite.size else 0.0) or 1.0, words.decimals_of(*finite.tolist())
     columns = [int(name) for name in matrix.columns]
     rows = [
-        (int(name), [Cell(words.fixed(x, decimals, plus=True), _shade(x, largest), int(name) == column) for x, column in zip(row, columns)])
+        (
+            int(name),
+            [
+                Cell(words.fixed(x, decimals, plus=True), _shade(x, largest), int(name) == column)
+                for x, column in zip(row, columns)
+            ],
+        )
         for name, row in zip(matrix.index, values, strict=True)
     ]
     return columns, rows
@@ -221,7 +273,9 @@ def specificity_sentence(validation: Validation) -> str:
     row = table[table["measure"] == MEASURE].iloc[0]
     if not math.isfinite(row["others"]):
         return "Held-out members of one mode only were measured, so nothing can be said of other modes."
-    own, others = (words.fixed(row[name], words.decimals_of(row["own"], row["others"]), plus=True) for name in ("own", "others"))
+    own, others = (
+        words.fixed(row[name], words.decimals_of(row["own"], row["others"]), plus=True) for name in ("own", "others")
+    )
     return (
         f"On average a direction changed its own mode by {own} logits and another by {others}; "
         f"{_of(row, 'own_is_largest_of_cluster')} modes are moved most by their own direction, and "
@@ -244,7 +298,13 @@ def comparisons(validation: Validation) -> list[tuple[str, str, list[Comparison]
         named = words.measure_name(measure)
         heading = f"{words.STATISTICS.get(statistic, statistic)} of {named.name}".capitalize()
         unit = _unit_of(statistic, named.unit)
-        found.append((f"{heading}{f', {unit}' if unit else ''}", f"{measure}/{statistic}", [_comparison(row) for row in rows.itertuples()]))
+        found.append(
+            (
+                f"{heading}{f', {unit}' if unit else ''}",
+                f"{measure}/{statistic}",
+                [_comparison(row) for row in rows.itertuples()],
+            )
+        )
     return sorted(found, key=lambda group: group[1] != f"{MEASURE}/{STATISTIC}")
 
 
@@ -254,7 +314,12 @@ def _unit_of(statistic: str, unit: str) -> str:
     return unit if statistic == "change" else ""
 
 
-_OUTCOMES = {"untested": "not tested", "same": "no difference told", "above": "own mode exceeds it", "below": "own mode falls short"}
+_OUTCOMES = {
+    "untested": "not tested",
+    "same": "no difference told",
+    "above": "own mode exceeds it",
+    "below": "own mode falls short",
+}
 
 
 def _comparison(row: Any) -> Comparison:
@@ -265,11 +330,17 @@ def _comparison(row: Any) -> Comparison:
         low = high = difference = "0"
         outcome = "no difference at all"
     return Comparison(
-        control=words.method_name(row.control), meaning=words.method_meaning(row.control),
-        reference=words.fixed(row.reference, decimals, plus=True), value=words.fixed(row.control_value, decimals, plus=True),
-        difference=difference, interval=f"{low} to {high}" if row.n_units else words.NOTHING,
-        p=words.p_value(row.p), p_holm=words.p_value(row.p_holm), n=count(int(row.n_units)), outcome=outcome,
-    )  # fmt: skip
+        control=words.method_name(row.control),
+        meaning=words.method_meaning(row.control),
+        reference=words.fixed(row.reference, decimals, plus=True),
+        value=words.fixed(row.control_value, decimals, plus=True),
+        difference=difference,
+        interval=f"{low} to {high}" if row.n_units else words.NOTHING,
+        p=words.p_value(row.p),
+        p_holm=words.p_value(row.p_holm),
+        n=count(int(row.n_units)),
+        outcome=outcome,
+    )
 
 
 class Generated(NamedTuple):
@@ -287,6 +358,12 @@ def generated_rows(validation: Validation) -> list[Generated]:
     own = validation.generations
     own = own[own["method"] == "joint"] if len(own) else own
     return [
-        Generated(words.method_name(row.method), str(int(row.cluster)), share(row.share), share(row.unsteered), count(int(row.n)))
+        Generated(
+            words.method_name(row.method),
+            str(int(row.cluster)),
+            share(row.share),
+            share(row.unsteered),
+            count(int(row.n)),
+        )
         for row in own.itertuples()
     ]

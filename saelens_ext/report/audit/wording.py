@@ -23,12 +23,20 @@ METHODS: Mapping[str, MethodName] = {
     "joint": MethodName("own mode", "the direction of the mode that the continuation is in"),
     "nothing": MethodName("no steering", "the model left alone, so that every change is 0"),
     "semantic": MethodName("meaning-only clusters", "directions of as many k-means clusters of the embeddings alone"),
-    "attribution": MethodName("mechanism-only clusters", "directions of as many k-means clusters of the signatures alone"),
-    "random_partition": MethodName("shuffled modes", "directions of groups of the modes’ sizes with members drawn at random"),
+    "attribution": MethodName(
+        "mechanism-only clusters", "directions of as many k-means clusters of the signatures alone"
+    ),
+    "random_partition": MethodName(
+        "shuffled modes", "directions of groups of the modes’ sizes with members drawn at random"
+    ),
     "global": MethodName("one direction for all", "the direction of all continuations taken as one cluster"),
-    "single_member": MethodName("one random member", "the signature of a random member of the mode instead of its medoid"),
+    "single_member": MethodName(
+        "one random member", "the signature of a random member of the mode instead of its medoid"
+    ),
     "wrong_cluster": MethodName("another mode", "the direction of a different mode"),
-    "random_features": MethodName("random latents", "as many random latents in the same places, about as active, turned the same ways"),
+    "random_features": MethodName(
+        "random latents", "as many random latents in the same places, about as active, turned the same ways"
+    ),
 }
 
 
@@ -42,15 +50,21 @@ class MeasureName(NamedTuple):
 
 MEASURES: Mapping[str, MeasureName] = {
     "demeaned_logit": MeasureName(
-        "mean demeaned logit", "logits",
-        "the logit of each token of the continuation minus the mean logit over the vocabulary, averaged over its tokens",
+        "mean demeaned logit",
+        "logits",
+        "the logit of each token of the continuation minus the mean logit over the vocabulary, averaged over its "
+        "tokens",
     ),
-    "mean_log_prob": MeasureName("log-probability per token", "nats per token", "mean log-probability of the continuation's tokens"),
+    "mean_log_prob": MeasureName(
+        "log-probability per token", "nats per token", "mean log-probability of the continuation's tokens"
+    ),
     "log_prob": MeasureName("log-probability", "nats", "log-probability of the whole continuation"),
     "generation_share": MeasureName(
-        "share of free generations", "share", "how much larger the share of fresh samples nearest, by meaning, to the mode became"
+        "share of free generations",
+        "share",
+        "how much larger the share of fresh samples nearest, by meaning, to the mode became",
     ),
-}  # fmt: skip
+}
 
 STATISTICS: Mapping[str, str] = {
     "slope": "slope over the strength",

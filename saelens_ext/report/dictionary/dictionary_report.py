@@ -21,9 +21,17 @@ from saelens_ext.report.page import embed_json, render_page
 
 STYLES = ("dictionary.css", "features.css")
 SCRIPTS = (
-    "text.js", "growth.js", "map.js", "table.js", "region_table.js", "region_detail.js", "feature_table.js", "feature_detail.js",
-    "explorer.js", "page.js",
-)  # fmt: skip
+    "text.js",
+    "growth.js",
+    "map.js",
+    "table.js",
+    "region_table.js",
+    "region_detail.js",
+    "feature_table.js",
+    "feature_detail.js",
+    "explorer.js",
+    "page.js",
+)
 
 
 def write_dictionary_report(
@@ -64,18 +72,24 @@ def write_dictionary_report(
         The path written.
 
     Raises:
-        ValueError: nothing to report on, or ``chosen`` without its profile; ``chosen`` is not among ``fits``, the profile or lens is
-            of another dictionary, or a generation lacks one of its texts.
+        ValueError: nothing to report on, or ``chosen`` without its profile; ``chosen`` is not among ``fits``, the
+            profile or lens is of another dictionary, or a generation lacks one of its texts.
     """
     path = Path(path)
     has_regions = chosen is not None or profile is not None or len(fits) > 0
     if has_regions and (chosen is None or profile is None):
         missing = "chosen" if chosen is None else "profile"
-        raise ValueError(f"A report on an exemplar partition needs fits, chosen and profile together; {missing} is missing.")
+        raise ValueError(
+            f"A report on an exemplar partition needs fits, chosen and profile together; {missing} is missing."
+        )
     if not has_regions and snmf is None:
-        raise ValueError("There is nothing to report on: pass fits, chosen and profile of an exemplar partition, or snmf=, or both.")
+        raise ValueError(
+            "There is nothing to report on: pass fits, chosen and profile of an exemplar partition, or snmf=, or both."
+        )
     if not has_regions and (lens is not None or evals is not None or generations):
-        raise ValueError("lens, evals and generations are those of an exemplar partition: they need fits, chosen and profile.")
+        raise ValueError(
+            "lens, evals and generations are those of an exemplar partition: they need fits, chosen and profile."
+        )
     page = render_page(
         "dictionary.html",
         styles=STYLES,
@@ -144,10 +158,14 @@ def _unreached_note(section: SNMFSection) -> str:
     return f"In {count(failed)} of {count(len(texts))} cases the target cannot be reached; the feature says so."
 
 
-def _check_same_dictionary(fits: Sequence[FitResult], chosen: FitResult, profile: DictionaryProfile, lens: LensResult | None) -> None:
+def _check_same_dictionary(
+    fits: Sequence[FitResult], chosen: FitResult, profile: DictionaryProfile, lens: LensResult | None
+) -> None:
     """Raise ValueError unless all parts are of one dictionary."""
     if not any(fit is chosen for fit in fits):
-        raise ValueError(f"chosen is not one of the {len(fits)} fits; pass one of those very objects, for example chosen=fits[0].")
+        raise ValueError(
+            f"chosen is not one of the {len(fits)} fits; pass one of those very objects, for example chosen=fits[0]."
+        )
     k = chosen.n_regions
     if len(profile.counts) != k:
         raise ValueError(
@@ -165,8 +183,9 @@ def _check_same_dictionary(fits: Sequence[FitResult], chosen: FitResult, profile
     if len(wrong):
         region = int(wrong[0])
         raise ValueError(
-            f"The window of region {region} holds token {int(at_position[region])} at position {int(provenance.positions[region])}, "
-            f"its provenance names token {int(provenance.token_ids[region])}: the two are not of the same stream."
+            f"The window of region {region} holds token {int(at_position[region])} at position "
+            f"{int(provenance.positions[region])}, its provenance names token {int(provenance.token_ids[region])}: the "
+            "two are not of the same stream."
         )
 
 
@@ -193,8 +212,8 @@ def _growth_note(fit: FitResult) -> str:
     if fit.percentile is None:
         return note
     return note + (
-        " A lower percentile means a smaller threshold: more and narrower regions. The regions of one percentile are not "
-        "nested in those of another."
+        " A lower percentile means a smaller threshold: more and narrower regions. The regions of one percentile are "
+        "not nested in those of another."
     )
 
 
@@ -202,7 +221,13 @@ def _evaluation_note(fit: FitResult) -> str:
     config = fit.dictionary.cfg
     graded = str(config.readout).startswith("top_k")
     kept = f", k = {config.k}" if graded else ""
-    note = f"SAELens' own evaluation, with this dictionary in the place of an SAE (readout {config.readout}{kept}; basis {config.basis})."
+    note = (
+        "SAELens' own evaluation, with this dictionary in the place of an SAE "
+        f"(readout {config.readout}{kept}; basis {config.basis})."
+    )
     if config.readout == "one_hot" or (graded and config.k == 1):
-        note += " With one active latent per token little of the activation is kept, so low reconstruction figures are expected."
+        note += (
+            " With one active latent per token little of the activation is kept, so low reconstruction "
+            "figures are expected."
+        )
     return note

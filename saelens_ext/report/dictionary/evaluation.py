@@ -14,24 +14,32 @@ _MEANINGS = {
     ),
     "kl_div_with_sae": (
         "KL divergence, reconstructed",
-        "Divergence of next-token predictions when the reconstruction stands in for the activation; nats per token, 0 is perfect.",
+        "Divergence of next-token predictions when the reconstruction stands in for the activation; nats per token, 0 "
+        "is perfect.",
     ),
     "kl_div_with_ablation": (
         "KL divergence, zeroed",
-        "Divergence of next-token predictions when the activation is set to zero, which the score compares with; nats per token.",
+        "Divergence of next-token predictions when the activation is set to zero, which the score compares with; nats "
+        "per token.",
     ),
     "ce_loss_score": (
         "Loss kept",
         "Share of the loss added by zeroing the activation that the reconstruction avoids: 1 if the model's loss is "
         "unchanged, 0 if it is as high as with zeros.",
     ),
-    "ce_loss_without_sae": ("Loss, model as it is", "Cross-entropy of the untouched model on this text; nats per token."),
-    "ce_loss_with_sae": ("Loss, reconstructed", "Cross-entropy when the reconstruction stands in for the activation; nats per token."),
+    "ce_loss_without_sae": (
+        "Loss, model as it is",
+        "Cross-entropy of the untouched model on this text; nats per token.",
+    ),
+    "ce_loss_with_sae": (
+        "Loss, reconstructed",
+        "Cross-entropy when the reconstruction stands in for the activation; nats per token.",
+    ),
     "ce_loss_with_ablation": ("Loss, zeroed", "Cross-entropy with the activation set to zero; nats per token."),
     "explained_variance": (
         "Variance explained",
-        "Share of the activations' variance about their mean that the reconstruction captures; 1 is perfect, below 0 is "
-        "worse than the mean.",
+        "Share of the activations' variance about their mean that the reconstruction captures; 1 is perfect, below 0 "
+        "is worse than the mean.",
     ),
     "explained_variance_legacy": (
         "Variance explained, legacy",
@@ -55,8 +63,14 @@ _MEANINGS = {
         "Mean squared norm of the reconstruction over its mean product with the activation: 1 is unbiased, below 1 "
         "shrinks, above 1 overshoots.",
     ),
-    "total_tokens_eval_reconstruction": ("Tokens, behaviour and loss", "Tokens behind the divergence and loss figures."),
-    "total_tokens_eval_sparsity_variance": ("Tokens, other figures", "Tokens behind the sparsity, norm and variance figures."),
+    "total_tokens_eval_reconstruction": (
+        "Tokens, behaviour and loss",
+        "Tokens behind the divergence and loss figures.",
+    ),
+    "total_tokens_eval_sparsity_variance": (
+        "Tokens, other figures",
+        "Tokens behind the sparsity, norm and variance figures.",
+    ),
 }
 
 
@@ -72,7 +86,8 @@ class EvaluationRow(NamedTuple):
 def evaluation_rows(evals: Mapping[str, Any]) -> list[EvaluationRow]:
     """The figures of ``sae_lens.evals.run_evals``, nested by group as it returns them or flat, in the order given.
 
-    Figures that this version does not know are shown under SAELens' own name; anything that is not a number is left out.
+    Figures that this version does not know are shown under SAELens' own name; anything that is not a number is left
+    out.
     """
     rows = []
     for key, value in _numbers(evals):

@@ -1,4 +1,5 @@
-"""What the page's script works on: every SNMF feature of every level as plain JSON, texts as indices into one vocabulary.
+"""What the page's script works on: every SNMF feature of every level as plain JSON, texts as indices into one
+vocabulary.
 
 Symbols
     f   number of a feature over all levels, the finest level first: rows of every list
@@ -79,7 +80,9 @@ def _level_columns(level: SNMFLevel, start: int, vocabulary: Vocabulary) -> dict
 
 
 def activity_shares(level: SNMFLevel) -> Tensor:
-    """Each feature's share of all that the features write: the sum of its codes times its length, over that of all; ``(k,)``."""
+    """Each feature's share of all that the features write: the sum of its codes times its length, over that of all;
+    ``(k,)``.
+    """
     profile = level.profile
     lengths = torch.linalg.vector_norm(level.dictionary.W_dec.detach().double().cpu(), dim=1)
     written = profile.counts.double() * profile.mean_activation.double() * lengths
@@ -92,7 +95,9 @@ def _neurons(dictionary: SNMFDictionary) -> dict[str, list[Any]]:
     found = [dictionary.neurons(feature, MAX_NEURONS).indices for feature in range(len(units))]
     return {
         "neurons": [indices.tolist() for indices in found],
-        "weights": [[round(value, 4) for value in row[indices].tolist()] for row, indices in zip(units, found, strict=True)],
+        "weights": [
+            [round(value, 4) for value in row[indices].tolist()] for row, indices in zip(units, found, strict=True)
+        ],
     }
 
 
@@ -163,6 +168,9 @@ def _steered(steered: SteeredFeatures | None, n: int) -> dict[str, Any] | None:
             }
         )
     return {
-        "prompt": visible(steered.prompt), "target": steered.target, "hook": steered.hook_name,
-        "unsteered": visible(steered.unsteered), "texts": texts,
-    }  # fmt: skip
+        "prompt": visible(steered.prompt),
+        "target": steered.target,
+        "hook": steered.hook_name,
+        "unsteered": visible(steered.unsteered),
+        "texts": texts,
+    }

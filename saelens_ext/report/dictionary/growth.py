@@ -19,7 +19,9 @@ def growth_data(fits: Sequence[FitResult], chosen: FitResult) -> list[dict[str, 
     """
     longest = max(fit.n_seen for fit in fits)
     # Regions come fast at first: even steps alone would draw the start as one straight line.
-    grid = np.unique(np.concatenate([np.linspace(0, longest, N_POINTS), np.geomspace(1, longest, N_POINTS // 4)]).astype(np.int64))
+    grid = np.unique(
+        np.concatenate([np.linspace(0, longest, N_POINTS), np.geomspace(1, longest, N_POINTS // 4)]).astype(np.int64)
+    )
     several_hooks = len({fit.hook_name for fit in fits}) > 1
     curves = []
     for fit in sorted(fits, key=lambda fit: fit.threshold.threshold):

@@ -151,7 +151,10 @@ def example_columns(examples: Examples, vocabulary: Vocabulary) -> list[dict[str
         "tokens": vocabulary.indices(examples.contexts),
     }
     kept = [[i for i, position in enumerate(row) if position >= 0] for row in columns["position"]]
-    return [{name: [column[region][i] for i in places] for name, column in columns.items()} for region, places in enumerate(kept)]
+    return [
+        {name: [column[region][i] for i in places] for name, column in columns.items()}
+        for region, places in enumerate(kept)
+    ]
 
 
 def lens_columns(lens: LensResult, vocabulary: Vocabulary) -> dict[str, list[Any]]:

@@ -54,7 +54,9 @@ class SNMFSection:
         else:
             raise ValueError("An SNMFSection needs a fit or a hierarchy, which say how its dictionaries were made.")
         if len(own) != len(expected) or any(a is not b for a, b in zip(own, expected, strict=True)):
-            raise ValueError(f"levels must be of the dictionaries of {source}, {len(expected)} in this order; got {len(own)} others.")
+            raise ValueError(
+                f"levels must be of the dictionaries of {source}, {len(expected)} in this order; got {len(own)} others."
+            )
         for number, level in enumerate(self.levels):
             self._check_level(number, level)
         self._check_steered(self.levels[0].dictionary.cfg.d_sae)
@@ -64,16 +66,22 @@ class SNMFSection:
         k = level.dictionary.cfg.d_sae
         if level.profile.d_sae != k:
             raise ValueError(
-                f"The profile of level {number} is of {level.profile.d_sae} latents, its dictionary of {k}; make it with "
-                "profile_dictionaries(hierarchy.dictionaries, stream)."
+                f"The profile of level {number} is of {level.profile.d_sae} latents, its dictionary of {k}; make it "
+                "with profile_dictionaries(hierarchy.dictionaries, stream)."
             )
         if level.lens is not None and len(level.lens.promoted_ids) != k:
             raise ValueError(
-                f"The lens of level {number} is of {len(level.lens.promoted_ids)} directions, its dictionary of {k}; make it with "
-                "logit_lens(model, dictionary.residual_directions(model))."
+                f"The lens of level {number} is of {len(level.lens.promoted_ids)} directions, its dictionary of {k}; "
+                "make it with logit_lens(model, dictionary.residual_directions(model))."
             )
 
     def _check_steered(self, k: int) -> None:
-        wrong = [text.feature for text in self.steered.texts if not 0 <= text.feature < k] if self.steered is not None else []
+        wrong = (
+            [text.feature for text in self.steered.texts if not 0 <= text.feature < k]
+            if self.steered is not None
+            else []
+        )
         if wrong:
-            raise ValueError(f"The continuations are of features such as {wrong[0]}, the first level has features 0 to {k - 1}.")
+            raise ValueError(
+                f"The continuations are of features such as {wrong[0]}, the first level has features 0 to {k - 1}."
+            )

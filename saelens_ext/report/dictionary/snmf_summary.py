@@ -51,16 +51,16 @@ def snmf_lead(section: SNMFSection) -> str:
     dictionary = section.levels[0].dictionary
     text = (
         f"This dictionary writes each activation of {count(dictionary.cfg.d_in)} neurons as a weighted sum of its "
-        f"{count(dictionary.cfg.d_sae)} features. A feature is a signed group of at most {count(_most_neurons(dictionary))} neurons, "
-        "and the code that weighs it is never negative. The features were found by factorising observed activations "
-        "(semi-nonnegative matrix factorisation); no gradient was followed."
+        f"{count(dictionary.cfg.d_sae)} features. A feature is a signed group of at most "
+        f"{count(_most_neurons(dictionary))} neurons, and the code that weighs it is never negative. The features were "
+        "found by factorising observed activations (semi-nonnegative matrix factorisation); no gradient was followed."
     )
     if section.hierarchy is None:
         return text
     sizes = " and ".join(count(level.dictionary.cfg.d_sae) for level in section.levels[1:])
     return (
-        f"{text} Coarser dictionaries of {sizes} features gather those of the one before, which gives every feature its place in "
-        "concept trees. Feature 0.17 is feature 17 of level 0, the finest."
+        f"{text} Coarser dictionaries of {sizes} features gather those of the one before, which gives every feature "
+        "its place in concept trees. Feature 0.17 is feature 17 of level 0, the finest."
     )
 
 
@@ -90,8 +90,8 @@ def _most_neurons(dictionary: SNMFDictionary) -> int:
 def _features(level: SNMFLevel) -> Fact:
     dictionary = level.dictionary
     meaning = (
-        f"of at most {count(_most_neurons(dictionary))} neurons each (sparsity {dictionary.cfg.sparsity:g}); together they use "
-        f"{count(dictionary.n_neurons_used)} of {count(dictionary.cfg.d_in)} neurons"
+        f"of at most {count(_most_neurons(dictionary))} neurons each (sparsity {dictionary.cfg.sparsity:g}); together "
+        f"they use {count(dictionary.n_neurons_used)} of {count(dictionary.cfg.d_in)} neurons"
     )
     return Fact("features", "Features", count(dictionary.cfg.d_sae), meaning)
 
@@ -123,7 +123,12 @@ def _active(level: SNMFLevel) -> Fact:
     profile = level.profile
     silent = int((profile.counts == 0).sum())
     never = "every feature is active somewhere" if silent == 0 else f"{count(silent)} are active nowhere"
-    return Fact("active", "Features active", _per_token(level), f"on a token, of {count(profile.n_activations)} profiled; {never}")
+    return Fact(
+        "active",
+        "Features active",
+        _per_token(level),
+        f"on a token, of {count(profile.n_activations)} profiled; {never}",
+    )
 
 
 def _per_token(level: SNMFLevel) -> str:
@@ -146,10 +151,19 @@ def level_rows(section: SNMFSection) -> list[LevelRow]:
         return rows
     fit = section.fit
     flat = LevelRow(
-        label="Without a tree", note="fitted on its own, to compare", chosen=False, features=count(fit.n_components),
-        loss=f"{fit.loss:.3f}", held_out=_optional(fit.held_out_loss), through_links="", before="", active="",
-        dead=count(fit.n_dead), duplicate=count(fit.n_duplicate), revived=count(fit.n_revived),
-    )  # fmt: skip
+        label="Without a tree",
+        note="fitted on its own, to compare",
+        chosen=False,
+        features=count(fit.n_components),
+        loss=f"{fit.loss:.3f}",
+        held_out=_optional(fit.held_out_loss),
+        through_links="",
+        before="",
+        active="",
+        dead=count(fit.n_dead),
+        duplicate=count(fit.n_duplicate),
+        revived=count(fit.n_revived),
+    )
     return [*rows, flat]
 
 
@@ -212,17 +226,22 @@ def concept_table(comparison: ConceptComparison | None) -> ConceptTable | None:
         return None
     (up, down), (other_up, other_down) = comparison.n_choosing, comparison.n_judging
     lead = (
-        f"Each method chose the one of its scores that best told {count(up)} sentences with the concept from {count(down)} without. "
-        f"What counts is how that score did on {count(other_up)} and {count(other_down)} other sentences: the best of many looks better "
-        "than it is on those that chose it."
+        f"Each method chose the one of its scores that best told {count(up)} sentences with the concept from "
+        f"{count(down)} without. What counts is how that score did on {count(other_up)} and {count(other_down)} other "
+        "sentences: the best of many looks better than it is on those that chose it."
     )
     rows = [
         DetectionLine(
-            row.method, count(row.n_scores), row.chosen, f"{row.chosen_auroc:.2f}", f"{row.auroc:.2f}",
-            f"[{row.auroc_low:.2f}, {row.auroc_high:.2f}]", f"{row.log_ratio:.2f}",
+            row.method,
+            count(row.n_scores),
+            row.chosen,
+            f"{row.chosen_auroc:.2f}",
+            f"{row.auroc:.2f}",
+            f"[{row.auroc_low:.2f}, {row.auroc_high:.2f}]",
+            f"{row.log_ratio:.2f}",
         )
         for row in comparison.rows
-    ]  # fmt: skip
+    ]
     return ConceptTable(comparison.concept, lead, rows)
 
 
@@ -236,7 +255,9 @@ def loss_plots(section: SNMFSection) -> list[LossPlot]:
         name = "Fit" if section.hierarchy is None else "Fit without a tree"
         plots.append(_plot(f"{name}: objective after each step", section.fit.history))
     if section.hierarchy is not None:
-        plots.append(_plot("Refinement of all levels together: objective after each iteration", section.hierarchy.history))
+        plots.append(
+            _plot("Refinement of all levels together: objective after each iteration", section.hierarchy.history)
+        )
     return [plot for plot in plots if plot is not None]
 
 

@@ -9,7 +9,10 @@ from saelens_ext.report.dictionary.growth import fit_label
 from saelens_ext.report.format import angle, count, distance, share
 
 _STOPPED = {
-    "end_of_stream": ("End of the stream", "the token budget or the text ran out; the number of regions need not have levelled off"),
+    "end_of_stream": (
+        "End of the stream",
+        "the token budget or the text ran out; the number of regions need not have levelled off",
+    ),
     "unseen_mass": ("Unseen mass", "the upper limit of the unseen mass fell below the tolerance"),
     "paper": ("Quiet batches", "the paper's rule: batches in a row founded no region"),
 }
@@ -106,7 +109,11 @@ def excluded(metadata: dict[str, Any], n_undirected: int = 0) -> tuple[str, str]
     if left_out is None:
         value, meaning = "Not recorded", ""
     elif isinstance(left_out, bool):
-        value, meaning = ("Special tokens", "BOS, EOS, padding and the like") if left_out else ("Nothing", "special tokens were kept")
+        value, meaning = (
+            ("Special tokens", "BOS, EOS, padding and the like")
+            if left_out
+            else ("Nothing", "special tokens were kept")
+        )
     else:
         ids = list(left_out)
         value = f"{count(len(ids))} chosen tokens"
@@ -114,7 +121,10 @@ def excluded(metadata: dict[str, Any], n_undirected: int = 0) -> tuple[str, str]
     read = slice(*(metadata.get("seqpos_slice") or [None]))
     if read != slice(None):
         limits = [read.start, read.stop] + ([read.step] if read.step is not None else [])
-        meaning += f"; of each window only positions [{':'.join('' if limit is None else str(limit) for limit in limits)}] were read"
+        meaning += (
+            "; of each window only positions "
+            f"[{':'.join('' if limit is None else str(limit) for limit in limits)}] were read"
+        )
     if n_undirected:
         meaning += f"; {count(n_undirected)} activations equal the centre and belong to no region"
     return value, meaning.removeprefix("; ")
@@ -125,7 +135,11 @@ def _threshold(fit: FitResult, metadata: dict[str, Any]) -> Fact:
     value = f"{distance(theta.threshold)} cosine distance, {angle(theta.threshold)}"
     if theta.percentile is None:
         return Fact("threshold", "Threshold", value, "given, not estimated")
-    kind = "activations of the same batch" if metadata.get("calibration") == "within_batch" else "activations of different documents"
+    kind = (
+        "activations of the same batch"
+        if metadata.get("calibration") == "within_batch"
+        else "activations of different documents"
+    )
     sampled = f"percentile {theta.percentile:g} of the distances between {kind}, {count(theta.n_pairs)} pairs"
     if theta.low <= 0 and theta.high >= 2:
         return Fact("threshold", "Threshold", value, f"too few documents to give an interval; {sampled}")
@@ -148,14 +162,17 @@ def _concentration(profile: DictionaryProfile) -> str:
 
 def _unseen(fit: FitResult) -> Fact:
     meaning = (
-        f"at most {share(fit.unseen_mass_upper)} with 95% confidence: the share of further activations of the same kind "
-        "that would found a new region, judged by the last half of the stream"
+        f"at most {share(fit.unseen_mass_upper)} with 95% confidence: the share of further activations of the same "
+        "kind that would found a new region, judged by the last half of the stream"
     )
     return Fact("unseen", "Unseen mass", share(fit.unseen_mass), meaning)
 
 
 def _profiled(profile: DictionaryProfile) -> Fact:
-    meaning = "masses, distances and examples below are those of these activations, each in the region of its nearest exemplar"
+    meaning = (
+        "masses, distances and examples below are those of these activations, each in the region "
+        "of its nearest exemplar"
+    )
     if profile.n_unassigned:
         meaning += f"; {count(profile.n_unassigned)} of them belong to no region"
     return Fact("profiled", "Activations profiled", count(profile.n_activations), meaning)

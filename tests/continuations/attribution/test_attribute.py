@@ -38,7 +38,9 @@ def mean_demeaned_logits(model, found, shift=0):
         columns = range(len(found.prefix_ids), len(ids))
         cap = float(getattr(model.cfg, "output_logits_soft_cap", 0) or 0)
         logits = cap * torch.atanh(logits / cap) if cap > 0 else logits
-        targets.append(sum(logits[t - 1 + shift, ids[t]] - logits[t - 1 + shift].mean() for t in columns) / len(columns))
+        targets.append(
+            sum(logits[t - 1 + shift, ids[t]] - logits[t - 1 + shift].mean() for t in columns) / len(columns)
+        )
     return torch.stack(targets)
 
 
@@ -54,7 +56,9 @@ def test_all_sources_together_are_the_target(host, name):
     columns = attributed.signatures[:, cut].sum(dim=1)
     torch.testing.assert_close(columns, parts.prefix, rtol=1e-4, atol=3e-6)
     own = mean_demeaned_logits(model, found, shift=1)
-    assert ((columns + parts.continuation + parts.bias - own).abs() > 1e-2).all(), "the token's own position must not fit"
+    assert ((columns + parts.continuation + parts.bias - own).abs() > 1e-2).all(), (
+        "the token's own position must not fit"
+    )
     if architecture == "llama":
         assert parts.bias.abs().max() < 1e-6 or name == "skip"
     if architecture == "gpt2":
@@ -80,7 +84,9 @@ def test_signatures_do_not_depend_on_batches_padding_or_order(llama, backend):
     dictionaries = cases("llama")["several"]
 
     def signatures(given, batch_size):
-        return attribute_continuations(model, dictionaries, given, backend=backend, batch_size=batch_size, **ALL).signatures
+        return attribute_continuations(
+            model, dictionaries, given, backend=backend, batch_size=batch_size, **ALL
+        ).signatures
 
     whole = signatures(found, 4)
     for row in range(len(found)):
@@ -97,7 +103,9 @@ def test_one_token_of_prefix_and_one_of_continuation(llama):
     attributed = attribute_continuations(model, [make("standard", "blocks.1.hook_mlp_out")], found)
     assert set(attributed.sources.positions) == {0}
     # Nothing but the prefix is there to explain a single token, and this model has no bias.
-    torch.testing.assert_close(attributed.columns["prefix_effect"], mean_demeaned_logits(model, found), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        attributed.columns["prefix_effect"], mean_demeaned_logits(model, found), rtol=1e-4, atol=1e-6
+    )
     assert attributed.columns["continuation_effect"].abs().max() < 1e-6
 
 
@@ -119,7 +127,9 @@ def test_targets(llama):
     by_target = {t: attribute_continuations(model, [], found, target=t, **ALL) for t in ("mean", "sum", "first")}
     torch.testing.assert_close(by_target["sum"].signatures, by_target["mean"].signatures * found.lengths[:, None])
     firsts = score_continuations(model, "The assert statement", [[found.ids_of(row)[0]] for row in range(len(found))])
-    torch.testing.assert_close(by_target["first"].signatures, attribute_continuations(model, [], firsts, **ALL).signatures)
+    torch.testing.assert_close(
+        by_target["first"].signatures, attribute_continuations(model, [], firsts, **ALL).signatures
+    )
 
 
 def test_columns_are_the_sources_with_the_largest_effect_over_the_whole_set(llama):

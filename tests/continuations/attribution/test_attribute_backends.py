@@ -46,7 +46,9 @@ def test_gradient_is_the_finite_difference_with_respect_to_a_latent(llama, name)
         hook = resolve_hook(model, table.hooks[column])
         for row in range(len(found)):
             up, down = (target_with(model, found, row, hook, table.positions[column], s * change) for s in (1, -1))
-            assert (up - down) / (2 * step) == pytest.approx(float(attributed.signatures[row, column]), abs=0.01 * largest)
+            assert (up - down) / (2 * step) == pytest.approx(
+                float(attributed.signatures[row, column]), abs=0.01 * largest
+            )
 
 
 def test_gradient_of_latents_that_lie_behind_one_another_is_the_whole_effect_of_each(llama):
@@ -83,7 +85,9 @@ def test_relevance_of_a_plain_mlp_goes_by_the_ratio_of_output_to_input():
     at_end = model.ln_final.w * direction / cache["ln_final.hook_scale"][0, last]
     at_end = at_end - at_end.mean()
     ratio = cache["blocks.2.mlp.hook_post"][0, last] / cache["blocks.2.mlp.hook_pre"][0, last]
-    through = block.mlp.W_in @ (ratio * (block.mlp.W_out @ at_end)) * block.ln2.w / cache["blocks.2.ln2.hook_scale"][0, last]
+    through = (
+        block.mlp.W_in @ (ratio * (block.mlp.W_out @ at_end)) * block.ln2.w / cache["blocks.2.ln2.hook_scale"][0, last]
+    )
     gradient = at_end + through - through.mean()
     x = cache["blocks.2.hook_resid_mid"][0, last]
     expected = float((gradient @ (x - sae.decode(sae.encode(x)))).detach())

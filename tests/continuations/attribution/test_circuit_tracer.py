@@ -38,7 +38,9 @@ def json_graph(found, tmp_path):
     links = []
     for row, (token, probability) in enumerate(zip(TOKENS, PROBABILITIES)):
         name = f"2_{token}_1"
-        links += [{"source": nodes[i]["node_id"], "target": name, "weight": float(w)} for i, w in enumerate(EFFECTS[row])]
+        links += [
+            {"source": nodes[i]["node_id"], "target": name, "weight": float(w)} for i, w in enumerate(EFFECTS[row])
+        ]
         nodes.append(node(name, 2, 1, "logit", token_prob=probability) | {"feature": token})
     links.append({"source": "E_0_0", "target": "0_7_0", "weight": 9.0})
     path = tmp_path / "graph.json"
@@ -62,12 +64,18 @@ def pt_content(found, foreign):
     config = foreign.Config()
     config.n_layers, config.dtype = 1, torch.float32
     return {
-        "input_string": "T", "adjacency_matrix": adjacency, "cfg": config, "scan_name": None, "vocab_size": 320,
-        "active_features": torch.tensor([[0, 0, 3], *LATENTS]), "selected_features": torch.tensor([1, 2]),
-        "activation_values": torch.tensor([9.0, 2.5, 2.5]), "input_tokens": torch.tensor(found.prefix_ids),
+        "input_string": "T",
+        "adjacency_matrix": adjacency,
+        "cfg": config,
+        "scan_name": None,
+        "vocab_size": 320,
+        "active_features": torch.tensor([[0, 0, 3], *LATENTS]),
+        "selected_features": torch.tensor([1, 2]),
+        "activation_values": torch.tensor([9.0, 2.5, 2.5]),
+        "input_tokens": torch.tensor(found.prefix_ids),
         "logit_targets": [foreign.LogitTarget("x", token) for token in TOKENS],
         "logit_probabilities": torch.tensor(PROBABILITIES),
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture
@@ -82,7 +90,14 @@ def test_one_graph_explains_first_tokens(found, form, request):
     made = with_graph_signatures(found, request.getfixturevalue(form), tokenizer=make_tokenizer())
     table = made.sources
     column = {(k, p, j): i for i, (k, p, j) in enumerate(zip(table.kinds, table.positions, table.latents))}
-    order = [("latent", 0, 7), ("latent", 1, 9), ("error", 0, -1), ("error", 1, -1), ("embedding", 0, -1), ("embedding", 1, -1)]
+    order = [
+        ("latent", 0, 7),
+        ("latent", 1, 9),
+        ("error", 0, -1),
+        ("error", 1, -1),
+        ("embedding", 0, -1),
+        ("embedding", 1, -1),
+    ]
     assert sorted(column) == sorted(order)
     torch.testing.assert_close(made.signatures[:, [column[key] for key in order]], EFFECTS[[1, 0]])
     assert table.activations[column["latent", 0, 7]] == 2.5 and table.tokens[column["latent", 1, 9]] == "T"

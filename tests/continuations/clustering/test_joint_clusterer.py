@@ -44,7 +44,8 @@ def planted(n, d, seed, noise):
 def test_scikit_learn_checks_pass_but_for_zero_weights():
     results = check_estimator(JointClusterer(random_state=0), on_fail=None)
     failed = {result["check_name"] for result in results if result["status"] == "failed"}
-    # The check gives rows a weight of zero, which is refused here: a continuation of no probability is not in the sample.
+    # The check gives rows a weight of zero, which is refused here: a continuation of no probability is not in the
+    # sample.
     assert failed <= {"check_sample_weight_equivalence_on_dense_data"}
 
 
@@ -152,7 +153,9 @@ def test_never_above_the_planted_partition_or_one_cluster(scaling, n, d, noise):
     assert {(point.beta, point.gamma) for point in path.points} == {(beta, gamma) for beta in BETAS for gamma in GAMMAS}
     for point in path.points:
         for labels in (mode, np.zeros(n, dtype=int)):
-            assert point.objective <= path.problem.place(views.clusters(labels), point.beta, point.gamma).objective + 1e-9
+            assert (
+                point.objective <= path.problem.place(views.clusters(labels), point.beta, point.gamma).objective + 1e-9
+            )
 
 
 def test_a_fit_of_its_own_is_as_good_as_planted():
@@ -166,12 +169,23 @@ def test_a_fit_of_its_own_is_as_good_as_planted():
 # --- bad input ---
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"beta": 0.0}, "beta"), ({"beta": -1}, "beta"), ({"beta": np.nan}, "beta"), ({"beta": np.inf}, "beta"),
-    ({"gamma": 1.5}, "gamma"), ({"gamma": np.nan}, "gamma"), ({"attribution_metric": "l3"}, "attribution_metric"),
-    ({"scaling": "balance"}, "Did you mean 'balanced'"), ({"semantic_center": "x"}, "semantic_center"),
-    ({"max_iter": 0}, "max_iter"), ({"tol": -1.0}, "tol"), ({"init": np.zeros(3)}, "labels must have shape"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"beta": 0.0}, "beta"),
+        ({"beta": -1}, "beta"),
+        ({"beta": np.nan}, "beta"),
+        ({"beta": np.inf}, "beta"),
+        ({"gamma": 1.5}, "gamma"),
+        ({"gamma": np.nan}, "gamma"),
+        ({"attribution_metric": "l3"}, "attribution_metric"),
+        ({"scaling": "balance"}, "Did you mean 'balanced'"),
+        ({"semantic_center": "x"}, "semantic_center"),
+        ({"max_iter": 0}, "max_iter"),
+        ({"tol": -1.0}, "tol"),
+        ({"init": np.zeros(3)}, "labels must have shape"),
+    ],
+)
 def test_parameters_out_of_range(change, message):
     X, y, _, _ = joint_modes(30)
     with pytest.raises(ValueError, match=message):
@@ -185,8 +199,12 @@ def test_bad_views_and_weights():
     silent[4] = 0
     holed[3, 2] = np.nan
     for arguments, message in [
-        ((X[:1], y[:1]), "minimum of 2"), ((X, y[:-1]), "30 rows and y has 29"), ((X, silent), "zero throughout, the first in row 4"),
-        ((X, holed), "NaN"), ((np.full_like(X, np.inf), y), "infinity"), ((np.ones((4, 2)), np.ones((4, 3))), "identical"),
+        ((X[:1], y[:1]), "minimum of 2"),
+        ((X, y[:-1]), "30 rows and y has 29"),
+        ((X, silent), "zero throughout, the first in row 4"),
+        ((X, holed), "NaN"),
+        ((np.full_like(X, np.inf), y), "infinity"),
+        ((np.ones((4, 2)), np.ones((4, 3))), "identical"),
     ]:
         with pytest.raises(ValueError, match=message):
             fit(*arguments)

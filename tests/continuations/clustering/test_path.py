@@ -122,13 +122,17 @@ def test_clusters_have_the_members_asked_for():
 
 
 def test_constrained_descent_meets_brute_force():
-    partitions = np.array([[0] * 8, *([int(i in part) for i in range(8)] for size in (3, 4) for part in combinations(range(8), size))])
+    partitions = np.array(
+        [[0] * 8, *([int(i in part) for i in range(8)] for size in (3, 4) for part in combinations(range(8), size))]
+    )
     ratios = []
     for seed in range(20):
         rng = np.random.default_rng(seed)
         X, y = rng.normal(size=(8, 2)), rng.normal(size=(8, 3))
         model = JointClusterer(3.0, 0.5, min_cluster_size=3, random_state=0).fit(X, y)
-        ratios.append(model.objective_ / min(model.partition_objective(X, y, labels).objective for labels in partitions))
+        ratios.append(
+            model.objective_ / min(model.partition_objective(X, y, labels).objective for labels in partitions)
+        )
     assert min(ratios) > 1 - 1e-9 and max(ratios) < 1.05 and sum(ratio < 1 + 1e-9 for ratio in ratios) >= 17
 
 
@@ -140,6 +144,11 @@ def test_baselines_match_clusters_or_rate(data):
     matched = single_view_kmeans(y, rate=rate, sample_weight=w, random_state=0)
     assert matched.rate == pytest.approx(rate, abs=0.3)
     assert single_view_kmeans(y, rate=0, random_state=0).n_clusters == 1
-    for arguments, message in [({}, "Give one"), ({"n_clusters": 3, "rate": 1.0}, "Give one"), ({"n_clusters": 91}, "n_clusters"), ({"rate": -1}, "rate")]:
+    for arguments, message in [
+        ({}, "Give one"),
+        ({"n_clusters": 3, "rate": 1.0}, "Give one"),
+        ({"n_clusters": 91}, "n_clusters"),
+        ({"rate": -1}, "rate"),
+    ]:
         with pytest.raises(ValueError, match=message):
             single_view_kmeans(X, **arguments)

@@ -41,7 +41,15 @@ def test_generations_are_those_of_a_model_edited_by_hand(model_class):
     model = make_model("llama", model_class)
     sae, found = prepared(model)
     steered = steer_continuations(
-        model, sae, found, found.signatures[0], top=3, strengths=(0, 2), generate=5, classify=by_first_letter, batch_size=4
+        model,
+        sae,
+        found,
+        found.signatures[0],
+        top=3,
+        strengths=(0, 2),
+        generate=5,
+        classify=by_first_letter,
+        batch_size=4,
     )
     direction, table = steered.direction, steered.direction.sources
 

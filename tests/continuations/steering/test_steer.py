@@ -13,7 +13,12 @@ from tests.continuations._dictionaries import cases, make
 from tests.models_zoo import MODEL_CLASSES, make_model
 
 TEXTS = [" is a test of it", " x", " of one", " assertions are the most"]
-HOSTS = [("llama", MODEL_CLASSES[0]), ("llama", MODEL_CLASSES[1]), ("gpt2", MODEL_CLASSES[1]), ("gemma2", MODEL_CLASSES[1])]
+HOSTS = [
+    ("llama", MODEL_CLASSES[0]),
+    ("llama", MODEL_CLASSES[1]),
+    ("gpt2", MODEL_CLASSES[1]),
+    ("gemma2", MODEL_CLASSES[1]),
+]
 OPTIONS = {"backend": "gradient", "max_sources": 10**6}
 
 
@@ -50,7 +55,9 @@ def brute_force(model, found, row, hooks):
 
 
 def by_hand(dictionaries, direction, strength, hooks):
-    """Hooks that turn plain SAEs' latents one by one, each read off the stream as it is before any of its hook is turned."""
+    """Hooks that turn plain SAEs' latents one by one, each read off the stream as it is before any of its hook is
+    turned.
+    """
     found = []
     for index, sae in enumerate(dictionaries):
         mine = [j for j, d in enumerate(direction.sources.dictionaries) if d == index]
@@ -103,7 +110,9 @@ def test_small_strengths_do_what_the_gradient_says(host, name):
     changes = steered.changes["demeaned_logit"]
     signed = attributed.signatures[:, list(steered.direction.columns)] * torch.tensor(steered.direction.signs)
     expected = signed.sum(dim=1)[[2, 0, 3]].double()
-    torch.testing.assert_close((changes[1] - changes[0]) / (2 * step), expected, rtol=0.02, atol=0.01 * float(expected.abs().max()))
+    torch.testing.assert_close(
+        (changes[1] - changes[0]) / (2 * step), expected, rtol=0.02, atol=0.01 * float(expected.abs().max())
+    )
 
 
 def test_strength_zero_changes_nothing_at_all(llama):
@@ -132,7 +141,10 @@ def test_results_do_not_depend_on_batches_rows_or_the_cache(llama, monkeypatch):
 
     options = {"top": 5, "strengths": (-1, 1)}
     same(steer_continuations(model, dictionaries, found, found.signatures[0], batch_size=1, **options))
-    same(steer_continuations(model, dictionaries, found, found.signatures[0], batch_size=3, rows=[3, 1], **options), (3, 1))
+    same(
+        steer_continuations(model, dictionaries, found, found.signatures[0], batch_size=3, rows=[3, 1], **options),
+        (3, 1),
+    )
     same(steer_continuations(model, dictionaries, found, whole.direction, strengths=(-1, 1)))
     monkeypatch.setattr("saelens_ext.continuations.steering.passes.SteeredPasses._cached", False)
     same(steer_continuations(model, dictionaries, found, found.signatures[0], batch_size=3, **options))

@@ -19,7 +19,9 @@ COUNTS = {"n_bootstrap": 500, "n_permutations": 2000, "seed": 0}
 
 
 def table(effects, *, prefix="p", joint=None):
-    """A table of members from effects by method, each ``(S, n)`` over `STRENGTHS`; even and odd members are clusters."""
+    """A table of members from effects by method, each ``(S, n)`` over `STRENGTHS`; even and odd members are
+    clusters.
+    """
     found = []
     for method, values in effects.items():
         for row in range(values.shape[1]):
@@ -61,7 +63,9 @@ def test_statistics_by_member_and_by_cluster():
         expected = dose_response(STRENGTHS, effects[:, [row]])
         assert by_member.loc[row, "spearman"] == pytest.approx(expected["spearman"][0], nan_ok=True)
     by_cluster = cluster_statistics(members).set_index("cluster")
-    expected = dose_response(STRENGTHS, np.stack([effects[:, [0, 2]].mean(axis=1), effects[:, 1::2].mean(axis=1)], axis=1))
+    expected = dose_response(
+        STRENGTHS, np.stack([effects[:, [0, 2]].mean(axis=1), effects[:, 1::2].mean(axis=1)], axis=1)
+    )
     np.testing.assert_allclose(by_cluster["pearson"], expected["pearson"])
     assert by_cluster["n_members"].tolist() == [2, 3]
 
@@ -73,7 +77,9 @@ def test_mean_effects_and_their_intervals():
     assert len(found) == 2 * 5
     one = found[(found["cluster"] == 1) & (found["strength"] == -1.0)].iloc[0]
     assert one["change"] == pytest.approx(effects[1, [1, 3]].mean()) and one["n_members"] == 2
-    assert one["low"] == pytest.approx(effects[1, [1, 3]].min()) and one["high"] == pytest.approx(effects[1, [1, 3]].max())
+    assert one["low"] == pytest.approx(effects[1, [1, 3]].min()) and one["high"] == pytest.approx(
+        effects[1, [1, 3]].max()
+    )
 
 
 def test_one_prefix_is_compared_member_by_member():
@@ -91,7 +97,9 @@ def test_one_prefix_is_compared_member_by_member():
     assert slope.loc["same", "p"] > 0.05 and slope.loc["same", "low"] < 0 < slope.loc["same", "high"]
     assert slope.loc["missing", ["n_units", "n_undefined"]].tolist() == [9, 3]
     assert slope.loc["nothing", "difference"] == pytest.approx((slopes + 0.2).mean())
-    assert (slope["p_holm"] >= slope["p"]).all() and slope.loc["other", "p_holm"] == pytest.approx(4 * slope.loc["other", "p"])
+    assert (slope["p_holm"] >= slope["p"]).all() and slope.loc["other", "p_holm"] == pytest.approx(
+        4 * slope.loc["other", "p"]
+    )
 
 
 def test_several_prefixes_are_compared_prefix_by_prefix():
@@ -106,7 +114,10 @@ def test_several_prefixes_are_compared_prefix_by_prefix():
     assert slope["unit"] == "prefix" and slope["n_units"] == 5
     assert slope["difference"] == pytest.approx(np.mean(differences))
     flips = stats.permutation_test(
-        (np.array(differences), np.zeros(5)), lambda x, y: np.mean(x - y), permutation_type="samples", n_resamples=np.inf
+        (np.array(differences), np.zeros(5)),
+        lambda x, y: np.mean(x - y),
+        permutation_type="samples",
+        n_resamples=np.inf,
     )
     assert slope["p"] == pytest.approx(flips.pvalue)
     assert slope["low"] < np.mean(differences) < slope["high"]
@@ -129,7 +140,9 @@ def test_specificity_of_a_matrix_made_by_hand():
     assert found["own_is_largest_of_cluster"] == pytest.approx(2 / 3)
     assert found["own_is_largest_of_direction"] == pytest.approx(2 / 3)
     alone = specificity_summary(frame[(frame["direction"] == 0) & (frame["cluster"] == 0)]).iloc[0]
-    assert specificity_summary(frame.assign(change=-frame["change"]), sign=-1).iloc[0]["own_is_largest_of_cluster"] == pytest.approx(2 / 3)
+    assert specificity_summary(frame.assign(change=-frame["change"]), sign=-1).iloc[0][
+        "own_is_largest_of_cluster"
+    ] == pytest.approx(2 / 3)
     # Directions that do the same are specific to nothing.
     same = specificity_summary(frame.assign(change=frame["cluster"] + 0.5)).iloc[0]
     assert same["own_is_largest_of_cluster"] == 0 and same["own_is_largest_of_direction"] == pytest.approx(1 / 3)

@@ -95,9 +95,11 @@ def test_directions_come_from_members_that_are_not_measured(model, dictionaries,
     for cluster, row in own["row"].items():
         assert labels[row] == cluster
         weights = found.signatures[row].abs()
-        assert set(own.loc[cluster, "columns"]) == set(weights.where(
-            torch.tensor([kind == "latent" for kind in found.sources.kinds]), torch.tensor(0.0)
-        ).topk(6).indices.tolist())  # fmt: skip
+        assert set(own.loc[cluster, "columns"]) == set(
+            weights.where(torch.tensor([kind == "latent" for kind in found.sources.kinds]), torch.tensor(0.0))
+            .topk(6)
+            .indices.tolist()
+        )
     # Whatever held-out members are replaced by, the clusters' directions stay.
     signatures, embeddings = found.signatures.clone(), found.embeddings.clone()
     generator = torch.Generator().manual_seed(9)
@@ -131,8 +133,12 @@ def test_every_method_is_what_it_says(tested):
         for mine, other in zip(own.loc[cluster, "columns"], random.loc[cluster, "columns"]):
             assert table.kinds[other] == "latent" and table.hooks[mine] == table.hooks[other]
             assert table.positions[mine] == table.positions[other]
-            place = [j for j in range(len(table)) if (table.kinds[j], table.hooks[j], table.positions[j]) == (
-                "latent", table.hooks[mine], table.positions[mine])]  # fmt: skip
+            place = [
+                j
+                for j in range(len(table))
+                if (table.kinds[j], table.hooks[j], table.positions[j])
+                == ("latent", table.hooks[mine], table.positions[mine])
+            ]
             free = [j for j in place if j not in taken]
             free.sort(key=lambda j: abs(np.log(table.activations[j] / table.activations[mine])))
             assert other in free[:5], "of nearly the same activation"
@@ -181,9 +187,7 @@ def test_clusterers_and_further_partitions(model, dictionaries):
     found, labels = planted(model, dictionaries)
     clusterer = JointClusterer(gamma=0.1, random_state=0).fit(found.embeddings.numpy(), found.signatures.numpy())
     meanings = KMeans(3, n_init=1, random_state=0).fit(found.embeddings.numpy())
-    validation = validate_clusters(
-        model, dictionaries, found, clusterer, partitions={"mine": labels}, **SMALL, **FAST
-    )
+    validation = validate_clusters(model, dictionaries, found, clusterer, partitions={"mine": labels}, **SMALL, **FAST)
     assert "mine" in set(validation.summary()["control"])
     other = validate_clusters(model, dictionaries, found, meanings, **SMALL, **FAST)
     joint = other.members[other.members["method"] == "joint"]
