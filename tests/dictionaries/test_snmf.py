@@ -9,7 +9,7 @@ from scipy.optimize import nnls as scipy_nnls
 
 from saelens_ext import ActivationStream, SNMFDictionary, SNMFDictionaryConfig, profile_dictionary
 from saelens_ext.analysis.logit_lens import logit_lens
-from saelens_ext.host.models import resolve_hook, retarget
+from saelens_ext.host.models import load_model, resolve_hook, retarget
 from saelens_ext.steering.interventions import clamp_latent, scale_latent, steer_with
 from tests import models_zoo
 
@@ -298,7 +298,7 @@ def test_residual_directions_can_be_read_through_the_lens(model):
 
 def test_attached_to_a_model_in_half_precision(tmp_path):
     hf_model = models_zoo.make_hf_model("llama").bfloat16()
-    model = models_zoo.load_model("tiny", hf_model=hf_model, tokenizer=models_zoo.make_tokenizer(), device="cpu")
+    model = load_model("tiny", hf_model=hf_model, tokenizer=models_zoo.make_tokenizer(), device="cpu")
     dictionary = retarget(neuron_dictionary().to(torch.bfloat16), model)
     dictionary.save_model(tmp_path)
     loaded, tokens = SAE.load_from_disk(tmp_path), torch.tensor([[0, 5, 6, 9]])
