@@ -5,8 +5,7 @@
     python tutorials/run.py 1_*.ipynb       some of them
 
 A notebook runs in a folder of its own that is deleted afterwards, so what it writes there is gone. Progress bars,
-warnings and
-times are left out of what is saved: they differ from run to run and say nothing about the result.
+warnings and times are left out of what is saved: they differ from run to run and say nothing about the result.
 """
 
 import argparse

@@ -91,8 +91,7 @@ class DictionaryMatch:
     """What the second's directions find in the first."""
     pairs: Tensor | None
     """Optimal one-to-one pairs (latent of the first, latent of the second), by falling cosine: int64 ``(p, 2)``; None
-    if
-    not computed."""
+    if not computed."""
     pair_cosines: Tensor | None
     """Their cosines: float64 ``(p,)``."""
     settings: dict[str, Any]

@@ -1,8 +1,7 @@
 """The audit of a model's continuations as one call: sample, embed, attribute, cluster, test by steering.
 
 Each stage leaves its result in a folder, if one is given, and is not repeated when the same audit is called again with
-that
-folder: an audit that was interrupted goes on where it was.
+that folder: an audit that was interrupted goes on where it was.
 """
 
 import logging

@@ -25,8 +25,7 @@ class PrefixAudit:
     """Fitted at the prices that were chosen: a cluster is a mode."""
     path: pd.DataFrame
     """One row per pair of prices tried, with its rate, distortions and number of clusters; ``stability`` and its
-    standard
-    error, NaN where they were not needed."""
+    standard error, NaN where they were not needed."""
     validation: Validation | None
     """What steering along the modes did; None where it was not asked for, or ``not_validated`` says why it cannot
     be.
@@ -91,8 +90,7 @@ class PrefixAudit:
 
         ``effect`` and ``elsewhere`` are weighted means of the signatures, in logits; ``difference`` is the first less
         the second, and rows stand by its size. ``t`` is that difference over its standard error (Welch), which ranks
-        sources and is no
-        test: the modes were made from these very signatures.
+        sources and is no test: the modes were made from these very signatures.
 
         Args:
             cluster: the mode.

@@ -37,8 +37,7 @@ class SNMFFitConfig:
     """"svd", "kmeans" or "random"."""
     damping: float | int = 0.2
     """Charge for features that cancel each other, >= 0; see :mod:`saelens_ext.ops.semi_nmf`. 0 gives the lowest loss,
-    but
-    then nearly all features are active on nearly all tokens."""
+    but then nearly all features are active on nearly all tokens."""
     max_iter: int = 100
     """Iterations of a fit in memory, or to the sample of a stream."""
     max_passes: int = 5

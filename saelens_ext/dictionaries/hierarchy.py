@@ -45,8 +45,7 @@ class HierarchicalSNMF:
     """One per level, the finest first; each can be used by itself."""
     links: list[Tensor]
     """From each level to the next: ``(r_l, r_(l+1))`` >= 0, entry (i, j) how much feature i is in feature j, both of
-    unit
-    length."""
+    unit length."""
     hook_name: str
     """The hook, as given to the stream."""
     losses: list[float]

@@ -31,8 +31,7 @@ _SWEEPS_BEFORE_EXCHANGE = 2
 _EXCHANGE_ROUNDS = 5
 _FEW_INACTIVE, _MANY_INACTIVE = 16, 48
 """Mean numbers of zero codes: up to the first their exchange needs no sweeps to begin with, above the second it costs
-more
-than sweeps."""
+more than sweeps."""
 _FEW_LEFT = 0.1
 _PIVOT_RIDGE = 1e-11
 """The KKT residual that the ridge leaves is below sqrt(ridge) times the activation's norm, however dependent the
@@ -97,8 +96,7 @@ class _NonNegativeLeastSquares(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         """With S the positive codes, g_S = (F_S F_S')^-1 F_S x. Let v_S = (F_S F_S')^-1 upstream_S; then the gradient
-        is
-        v F for x and, for F, the sum of v (x - g F)' - g (v F)' over activations."""
+        is v F for x and, for F, the sum of v (x - g F)' - g (v F)' over activations."""
         x, features, codes = ctx.saved_tensors
         solved = _solve_for_gradient(features, upstream, codes > 0)
         moved = solved @ features

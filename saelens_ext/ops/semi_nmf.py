@@ -55,8 +55,7 @@ class SemiNMFResult:
     """Squared error of these codes and features over the sum of squares of the activations (0 if that is 0)."""
     history: list[float]
     """The objective after each iteration, which is the loss where ``damping`` is 0; never rises, and ``loss`` is not
-    above
-    its last. For ``method="paper"``, the best loss so far."""
+    above its last. For ``method="paper"``, the best loss so far."""
     converged: bool
     """Whether the objective had stopped falling, as against the iterations having run out."""
     n_iter: int

@@ -71,8 +71,7 @@ class SNMFBuildConfig(SNMFFitConfig):
     """Those of the run's hooks to build at, meant to be MLP neurons; by default all."""
     memory_limit: int = SNMFFitConfig.memory_limit
     """Bytes of activations to hold for each hook (and share held out); a fit needs about three times its hook's on top
-    of
-    those of the hooks that are still to be fitted. Activations of a hook are let go with its last fit."""
+    of those of the hooks that are still to be fitted. Activations of a hook are let go with its last fit."""
     seed: int | None = None
     """Of everything random in these fits; by default the run's."""
 

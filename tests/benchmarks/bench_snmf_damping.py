@@ -1,11 +1,10 @@
 """What damping costs and what it buys, on real MLP activations; prints one JSON line.
 
 Run as ``python tests/benchmarks/bench_snmf_damping.py``. Two fits to disjoint halves of the activations, judged on a
-third
-part: ``held_out_loss``; ``active``, the share of codes above a twentieth of their feature's largest; ``cancelling``,
-the sum of squares of the features' own contributions over that of what they add up to; ``agreement``, the mean
-correlation of the codes of one half's features with those of the other's, matched one to one. ``published rule`` is
-``method="paper"``.
+third part: ``held_out_loss``; ``active``, the share of codes above a twentieth of their feature's largest;
+``cancelling``, the sum of squares of the features' own contributions over that of what they add up to; ``agreement``,
+the mean correlation of the codes of one half's features with those of the other's, matched one to one. ``published
+rule`` is ``method="paper"``.
 """
 
 import argparse
