@@ -94,8 +94,9 @@ class ActivationStream:
 
     Args:
         model: a `HookedSAETransformer` or `SAETransformerBridge` (or the TransformerLens class beneath).
-        dataset: a `datasets.Dataset` or `IterableDataset`, a list of strings, or the name of a dataset, whose train
-            split is streamed. Rows hold text, token ids (``input_ids``, ``tokens``) or chat ``messages``.
+        dataset: a `datasets.Dataset` or `IterableDataset`, a list of strings, a table (pandas, polars, pyarrow, a dict
+            of columns), or the name of a dataset, whose train split is streamed. Rows hold text, token ids
+            (``input_ids``, ``tokens``) or chat ``messages`` (``conversations``).
         hook_name: the hook to read, or several; any spelling that `resolve_hook` knows.
         context_size: tokens in a window, BOS included; 2 to the model's own limit.
         batch_size: windows in a forward pass.

@@ -6,13 +6,14 @@ document; windows never mix documents.
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
-import datasets
 from transformers import PreTrainedTokenizerBase
 
+from saelens_ext.activations.documents import as_messages, is_missing, open_dataset
 from saelens_ext.activations.fingerprint import hash_texts
 
 logger = logging.getLogger(__name__)
@@ -22,7 +23,7 @@ MIN_CONTENT = 2
 
 # Where documents are looked for when the dataset has no column of the asked name and none was asked for by name.
 _DEFAULT_COLUMN = "text"
-_OTHER_COLUMNS = ("input_ids", "tokens", "messages")
+_OTHER_COLUMNS = ("input_ids", "tokens", "messages", "conversations")
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,11 @@ class WindowSource:
     """The windows of a dataset, in its order; each pass starts over.
 
     Args:
-        dataset: a `datasets.Dataset` or `IterableDataset`, a sequence of strings or of rows, or the name of a dataset
-            (its train split is streamed). A row's document is text, token ids (``input_ids`` or ``tokens``, read with
-            the row's ``attention_mask`` when it has one), or chat ``messages``.
+        dataset: a `datasets.Dataset` or `IterableDataset`, a sequence of strings or of rows, a table or column of
+            pandas, polars, pyarrow or numpy, a dict of columns, or the name of a dataset (its train split is streamed).
+            A row's document is text, token ids (``input_ids`` or ``tokens``, read with the row's ``attention_mask``
+            when it has one), or chat ``messages`` (``conversations``) with role and content, or ShareGPT's from and
+            value. A document that the tokenizer or the chat template refuses is skipped, counted and logged.
         tokenizer: what turns text into tokens; None when the rows hold token ids.
         context_size: tokens in a whole window, BOS included.
         bos_id: the token that starts every window, or None. A document that starts with it already gets no second.
@@ -62,7 +65,7 @@ class WindowSource:
     ):
         self.name = dataset if isinstance(dataset, str) else None
         self.fingerprint: str | None = None  # of the dataset, where whoever opened it knows better than its rows
-        self.rows = _open(dataset)
+        self.rows = open_dataset(dataset)
         self.tokenizer = tokenizer
         self.context_size = context_size
         self.bos_id = bos_id
@@ -74,23 +77,34 @@ class WindowSource:
 
     def __iter__(self) -> Iterator[Window]:
         """Yield every window. Raises ValueError when there is none."""
-        n_documents = n_skipped = 0
-        for document_id, row in enumerate(self.rows):
-            n_documents += 1
-            content = self._content(row, document_id)
-            if len(content) < MIN_CONTENT:
-                n_skipped += 1
-                continue
-            for piece in self._cut(content):
-                yield Window(piece, document_id)
+        n_documents = n_short = n_refused = 0
+        first = ""
+        try:
+            for document_id, row in enumerate(self.rows):
+                n_documents += 1
+                try:
+                    content = self._content(row, document_id)
+                except _Refused as error:
+                    n_refused, first = n_refused + 1, first or f" The first: {error}"
+                    continue
+                if len(content) < MIN_CONTENT:
+                    n_short += 1
+                    continue
+                for piece in self._cut(content):
+                    yield Window(piece, document_id)
+        finally:  # also where no more windows are wanted
+            if n_short:
+                logger.info("%d of %d documents skipped: fewer than %d tokens.", n_short, n_documents, MIN_CONTENT)
+            if n_refused:
+                logger.warning("%d of %d documents skipped: not to be tokenised.%s", n_refused, n_documents, first)
         if n_documents == 0:
             raise ValueError("The dataset is empty: it has no row to read a document from.")
-        if n_skipped:
-            logger.info("%d of %d documents skipped: fewer than %d tokens.", n_skipped, n_documents, MIN_CONTENT)
-        if n_skipped == n_documents:
+        if n_short + n_refused == n_documents:
+            short = f"{n_short} of {n_documents}" if n_refused else f"all {n_documents}"
             raise ValueError(
-                f"No usable document: all {n_documents} have fewer than {MIN_CONTENT} tokens of content. "
-                "Is text_column the column that holds the text?"
+                f"No usable document: {short} have fewer than {MIN_CONTENT} tokens of content"
+                f"{f', and {n_refused} cannot be tokenised' if n_refused else ''}. "
+                f"Is text_column the column that holds the text?{first}"
             )
 
     def describe(self) -> dict[str, Any]:
@@ -115,27 +129,30 @@ class WindowSource:
         return ids[1:] if self.bos_id is not None and ids[:1] == [self.bos_id] else ids
 
     def _token_ids(self, row: Any, document_id: int) -> list[int]:
-        document = row if isinstance(row, str) else row[self._column(list(_fields(row)))]
-        if document is None:
+        document = row if isinstance(row, str) or is_missing(row) else row[self._column(list(_fields(row)))]
+        if is_missing(document):
             return []
         if isinstance(document, str):
-            return self._tokenise(document)
+            return self._tokenise(document, document_id)
         if isinstance(document, Sequence) and document and isinstance(document[0], Mapping):
-            return self._tokenise(self._apply_chat_template(document))
+            return self._tokenise(self._apply_chat_template(document, document_id), document_id)
         return self._checked(_unpadded(document, row, document_id), document_id)
 
-    def _tokenise(self, text: str) -> list[int]:
-        # verbose=False: documents longer than the model's context are expected, they are cut into windows.
-        return self._needed_tokenizer()(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-    def _apply_chat_template(self, messages: Any) -> str:
+    def _tokenise(self, text: str, document_id: int) -> list[int]:
         tokenizer = self._needed_tokenizer()
+        # verbose=False: documents longer than the model's context are expected, they are cut into windows.
+        with _refusing(document_id, "the tokenizer"):
+            return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def _apply_chat_template(self, conversation: Any, document_id: int) -> str:
+        tokenizer, messages = self._needed_tokenizer(), as_messages(conversation, document_id)
         if not tokenizer.chat_template:
             raise ValueError(
                 "The dataset holds chat messages, and the tokenizer has no chat template: set tokenizer.chat_template, "
                 "or give text."
             )
-        return tokenizer.apply_chat_template(messages, tokenize=False)
+        with _refusing(document_id, "the chat template"):
+            return tokenizer.apply_chat_template(messages, tokenize=False)
 
     def _needed_tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is None:
@@ -167,23 +184,18 @@ class WindowSource:
         return others[0]
 
 
-def _open(dataset: Any) -> Any:
-    """An object whose iteration starts over each time."""
-    if isinstance(dataset, str):
-        return datasets.load_dataset(dataset, split="train", streaming=True)
-    if isinstance(dataset, Mapping):
-        raise ValueError(
-            f"dataset must be one table of documents, got a {type(dataset).__name__} with the keys "
-            f"{', '.join(map(repr, dataset))}: pick a split, dataset['train'] for instance."
-        )
-    if isinstance(dataset, Iterator) or not hasattr(dataset, "__iter__"):
-        raise ValueError(
-            f"dataset must be something that can be read more than once, got a {type(dataset).__name__}. Give a "
-            "datasets.Dataset or IterableDataset, a list of strings, or the name of a dataset."
-        )
-    if hasattr(dataset, "__len__") and len(dataset) == 0:
-        raise ValueError("The dataset is empty: it has no row to read a document from.")
-    return dataset
+class _Refused(Exception):
+    """A document that cannot be made into tokens, and why; one such must not end a pass of hours."""
+
+
+@contextmanager
+def _refusing(document_id: int, who: str) -> Iterator[None]:
+    try:
+        yield
+    # Each library has errors of its own here: TypeError for a lone surrogate, TemplateError for roles out of turn.
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).strip():.200}"
+        raise _Refused(f"Document {document_id} is refused by {who} ({reason}).") from error
 
 
 def _fields(row: Any) -> Mapping[str, Any]:

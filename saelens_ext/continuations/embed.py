@@ -77,7 +77,8 @@ def _contextual(model: Any, start: str, texts: list[str], batch_size: int, progr
     if not getattr(model.tokenizer, "is_fast", False):
         raise ValueError(
             f"The tokenizer of this embedding model ({type(model.tokenizer).__name__}) knows no character offsets, so "
-            "a continuation cannot be found in its context. Use mode='sentence', or a model with a fast tokenizer."
+            "a continuation cannot be found in its context. Use mode='sentence' (in an audit embedding='sentence'), or "
+            "a model with a fast tokenizer."
         )
     modes = [(module, module.training) for module in model.modules()]
     parts = []
@@ -138,8 +139,8 @@ def _check_length(model: Any, length: int) -> None:
     if limit is not None and length > limit:
         raise ValueError(
             f"Prompt and continuation have up to {length} tokens, and this embedding model reads {limit}: the end "
-            "would be cut off unseen. Use a shorter prompt, mode='sentence', a model with a longer context, or set "
-            "model.max_seq_length if it can read more."
+            "would be cut off unseen. Use a shorter prompt, mode='sentence' (in an audit embedding='sentence'), a "
+            "model with a longer context, or set model.max_seq_length if it can read more."
         )
 
 

@@ -77,17 +77,30 @@ class ActivationSource:
         return self.stream.describe() | {"hook_name": names[self.hook_name]}
 
     def blocks(self, *, held_out: bool = False) -> Iterator[Float[Tensor, "m d"]]:
-        """Activations to fit, or those kept out, in stream order; float32 unless they are float64."""
+        """Activations to fit, or those kept out, in stream order; float32 unless they are float64.
+
+        Raises:
+            ValueError: at the end of a pass that was to keep documents out and met none of them.
+        """
         if self.stream is None:
             if not held_out:
                 yield _wide(self.matrix)
             return
         if held_out and not self.held_out:
             return
+        n_documents = n_out = 0
         for batch in self.stream:
             rows = self.rows_of(batch, held_out=held_out)
+            n_documents = max(n_documents, int(batch.document_ids.max()) + 1)
+            n_out += len(rows) if held_out else len(batch) - len(rows)
             if len(rows):
                 yield rows
+        if self.held_out and n_out == 0:
+            raise ValueError(
+                f"held_out={self.held_out:g} keeps one document in {1 / self.held_out:g} out of the fit, and of the "
+                f"{n_documents} that the stream read none was due. Give it more documents, raise held_out (0.5 needs "
+                "two documents), or set it to 0."
+            )
 
     def rows_of(self, batch: ActivationBatch, *, held_out: bool = False) -> Float[Tensor, "m d"]:
         """A batch's activations to fit, or those kept out; float32 unless they are float64."""

@@ -34,7 +34,7 @@ def calibrate(
     percentiles: Sequence[float],
     *,
     n_activations: int,
-    mode: CalibrationMode = "across_documents",
+    calibration: CalibrationMode = "across_documents",
     seed: int = 0,
 ) -> Calibration:
     """Calibrate one hook on the first ``n_activations`` of some batches.
@@ -44,7 +44,7 @@ def calibrate(
         hook_name: key of ``batch.activations``.
         percentiles: each in (0, 100).
         n_activations: how many to use.
-        mode: pairs "across_documents", or the paper's "within_batch".
+        calibration: pairs "across_documents", or the paper's "within_batch".
         seed: of the sampling of rows and of the bootstrap.
 
     Raises:
@@ -58,11 +58,8 @@ def calibrate(
     center = SphericalCenter(x.shape[1]).update(x).center
     units, norms = unit_directions(x, center)
     batch_ids = torch.searchsorted(ends, torch.arange(len(x)), right=True)
-    thresholds = (
-        pairwise_distance_percentiles(units, documents, percentiles, mode=mode, batch_ids=batch_ids, seed=seed)
-        if percentiles
-        else []
-    )
+    options = {"calibration": calibration, "batch_ids": batch_ids, "seed": seed}
+    thresholds = pairwise_distance_percentiles(units, documents, percentiles, **options) if percentiles else []
     return Calibration(
         center=center, typical_norm=float(norms.median()), thresholds=tuple(thresholds), n_activations=len(x)
     )

@@ -91,7 +91,7 @@ def fit_snmf(
 
     Raises:
         ValueError: an option that is unknown or out of range, a stream over several hooks, no activation, activations
-            that are all zero or not finite, more features than ``init`` can give.
+            that are all zero or not finite, more features than ``init`` can give, too few documents to hold any out.
 
     Source: arXiv 2506.10920, for features and codes; the fit and its damping are this package's.
     """
@@ -155,7 +155,9 @@ def fit_snmf_rows(
         dictionary, Restartable(given, held_out=True) if held_out is None else held_out
     )
     if config.held_out and not n_held_out:
-        logger.warning("No document was held out: there are too few for a share of %g.", config.held_out)
+        logger.warning(
+            "held_out=%g kept no document out, as too few were read: the fit has no held_out_loss.", config.held_out
+        )
     return SNMFFitResult(
         dictionary=dictionary,
         hook_name=given.hook_name,

@@ -307,7 +307,7 @@ class ExemplarBuild:
             )
         options = {
             "n_activations": min(n, wanted or DEFAULT_CALIBRATION),
-            "mode": self._config.calibration,
+            "calibration": self._config.calibration,
             "seed": self._config.seed,
         }
         for hook_name in self._hook_names:

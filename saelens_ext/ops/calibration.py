@@ -65,7 +65,7 @@ def pairwise_distance_percentiles(
     document_ids: Int[Tensor, " n_documents"],
     percentiles: Sequence[float | int],
     *,
-    mode: Literal["across_documents", "within_batch"] = "across_documents",
+    calibration: Literal["across_documents", "within_batch"] = "across_documents",
     batch_ids: Int[Tensor, " n_batches"] | None = None,
     n_bootstrap: int = 200,
     confidence: float = 0.95,
@@ -84,7 +84,7 @@ def pairwise_distance_percentiles(
         units: ``(n, d)`` unit rows about the centre, as ``unit_directions`` gives them; zero rows are left out.
         document_ids: ``(n,)``, which document each row is from.
         percentiles: each in (0, 100).
-        mode: Which pairs, see the module's docstring.
+        calibration: Which pairs, see the module's docstring.
         batch_ids: ``(n,)``, which batch each row is from; needed in "within_batch" only.
         n_bootstrap: Bootstrap replicates.
         confidence: Of the interval, in (0, 1).
@@ -102,16 +102,16 @@ def pairwise_distance_percentiles(
 
     Source: arXiv 2605.14347, section on the threshold.
     """
-    choice(mode, ("across_documents", "within_batch"), "mode")
+    choice(calibration, ("across_documents", "within_batch"), "calibration")
     between(confidence, 0, 1, "confidence")
     positive(n_bootstrap, "n_bootstrap")
     positive(max_rows, "max_rows")
     for percentile in percentiles:
         between(percentile, 0, 100, "percentile")
     groups = document_ids
-    if mode == "within_batch":
+    if calibration == "within_batch":
         if batch_ids is None:
-            raise ValueError("mode 'within_batch' needs batch_ids, the batch of each row.")
+            raise ValueError("calibration='within_batch' needs batch_ids, the batch of each row.")
         groups = batch_ids
     if len(groups) != len(units):
         raise ValueError(f"units has {len(units)} rows but {len(groups)} ids were given; one id per row is needed.")
@@ -119,7 +119,7 @@ def pairwise_distance_percentiles(
     directed = units.any(dim=1)
     units, groups = units[directed].float(), groups.to(units.device)[directed]
     generator = torch.Generator().manual_seed(seed)
-    if mode == "within_batch":
+    if calibration == "within_batch":
         return _within_groups(units, groups, percentiles, n_bootstrap, confidence, generator)
     return _across_groups(units, groups, percentiles, n_bootstrap, confidence, generator, max_rows)
 
@@ -141,7 +141,7 @@ def _within_groups(
     if not values:
         raise ValueError(
             f"No batch holds two activations with a direction (there are {len(units)} of them), so there is no pair to "
-            "measure; use larger batches, or mode='across_documents'."
+            "measure; use larger batches, or calibration='across_documents'."
         )
     per_group = torch.tensor(np.stack(values), dtype=torch.float64).reshape(len(values), len(percentiles))
     drawn = _draw(n_bootstrap, len(values), generator).double()
@@ -190,7 +190,7 @@ def _across_groups(
     if len(sizes) < 2:
         raise ValueError(
             f"The activations come from {len(sizes)} document(s); distances across documents need at least two. Give "
-            "the stream more documents, or pass mode='within_batch' to measure within batches."
+            "the stream more documents, or pass calibration='within_batch' to measure within batches."
         )
     histogram = _histogram(units, sizes.cumsum(0)[codes])
     replicates, center = _replicates(units, codes, percentiles, n_bootstrap, generator)

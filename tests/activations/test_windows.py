@@ -3,6 +3,9 @@
 import logging
 
 import datasets
+import numpy as np
+import pandas
+import pyarrow
 import pytest
 import torch
 
@@ -128,6 +131,84 @@ def test_missing_documents_count_as_empty():
     assert {d for d, _ in windows([{"text": None}, {"text": "one two"}, {"text": []}])} == {1}
 
 
+def test_a_document_that_the_tokenizer_refuses_is_skipped_and_counted(caplog):
+    found = windows(["one two", "a \ud800 b", "four", "\udfff", "a"])
+    assert found == [(0, [BOS, *plain("one two")]), (2, [BOS, *plain("four")])]
+    (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert "2 of 5 documents skipped" in record.message and "Document 1 is refused by the tokenizer" in record.message
+    with pytest.raises(ValueError, match="No usable document: 1 of 2 .* 1 cannot be tokenised.*Document 0 is refused"):
+        windows(["\ud800", "a"])
+
+
+def test_refused_documents_are_counted_where_a_pass_ends_early(caplog):
+    found = iter(source(["\ud800", "one two", "three four"]))
+    assert next(found).document_id == 1
+    found.close()
+    assert "1 of 2 documents skipped" in caplog.text
+
+
+def test_a_chat_that_the_template_or_the_tokenizer_refuses_is_skipped(caplog):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "{{ m['content'] }}{% endfor %}"
+    )
+    talks = [[{"role": role, "content": text}] for role, text in
+             [("user", "one two"), ("system", "one two"), ("user", "\udc80 two")]]  # fmt: skip
+    assert [d for d, _ in windows([{"messages": talk} for talk in talks], tokenizer)] == [0]
+    assert "2 of 3 documents skipped" in caplog.text and "no system role" in caplog.text
+
+
+def test_what_is_wrong_with_the_data_itself_still_ends_the_pass():
+    with pytest.raises(ValueError, match="Document 1 holds the token id 400"):
+        windows([{"tokens": [5, 6]}, {"tokens": [5, 400]}], vocabulary_size=320)
+
+
+TALK = [("user", "So?"), ("assistant", "Yes.")]
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"from": "human", "value": "So?"}, {"from": "gpt", "value": "Yes."}],
+        [{"from": "user", "value": "So?"}, {"from": "assistant", "value": "Yes."}],
+        [{"role": "user", "value": "So?"}, {"from": "gpt", "content": "Yes."}],
+        [{"from": "human", "value": "So?", "weight": 0}, {"role": "assistant", "content": "Yes."}],
+    ],
+)
+def test_conversations_of_either_spelling_are_one(messages):
+    expected = windows([{"messages": [{"role": role, "content": text} for role, text in TALK]}], context_size=64)
+    for rows in ([{"conversations": messages}], datasets.Dataset.from_list([{"conversations": messages}])):
+        assert windows(rows, context_size=64) == windows(rows, context_size=64, text_column="conversations") == expected
+
+
+def test_other_roles_keep_their_names():
+    messages = [{"from": "system", "value": "Be."}, {"from": "tool", "value": "3"}]
+    assert windows([{"messages": messages}], context_size=64) == [(0, [BOS, *plain("[system] Be.\n[tool] 3\n")])]
+
+
+@pytest.mark.parametrize(
+    ("message", "keys"),
+    [
+        ({"role": "user", "text": "So?"}, "'role', 'text'"),
+        ({"speaker": "A", "content": "So?"}, "'speaker', 'content'"),
+        ({"from": "human", "value": None}, "'from'"),
+        ({}, "nothing"),
+    ],
+)
+def test_a_message_without_role_or_content_is_an_error(message, keys):
+    good = [{"role": "user", "content": "So?"}]
+    with pytest.raises(ValueError, match=f"Document 1 holds a chat message with {keys}; .*'from' and 'value'"):
+        windows([{"messages": good}, {"messages": [*good, message]}])
+
+
+def test_a_call_of_a_tool_needs_no_content():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] or m['tool_calls'][0] }} {% endfor %}"
+    talk = [{"role": "user", "content": "So?"}, {"role": "assistant", "tool_calls": ["look up"]}]
+    assert windows([{"messages": talk}], tokenizer, context_size=64) == [(0, [BOS, *plain("So? look up ")])]
+
+
 def test_long_documents_do_not_make_the_tokenizer_warn(caplog):
     tokenizer = make_tokenizer()
     tokenizer.model_max_length = 4
@@ -169,6 +250,89 @@ def test_an_unknown_column_lists_the_columns(tiny_texts):
     # A column asked for by name is not silently replaced by another that happens to be there.
     with pytest.raises(ValueError, match="no column 'body'"):
         source(table.rename_column("url", "tokens"), text_column="body")
+
+
+class _Polars:
+    """What polars gives: its frame iterates over columns, and has to_dicts."""
+
+    def __init__(self, columns):
+        self.columns = columns
+
+    def __iter__(self):
+        return iter(self.columns.values())
+
+    def to_dicts(self):
+        return [dict(zip(self.columns, row)) for row in zip(*self.columns.values())]
+
+
+def test_a_table_is_read_row_by_row(tiny_texts):
+    columns = {"source": ["web"] * len(tiny_texts), "text": tiny_texts}
+    frame, expected = pandas.DataFrame(columns), windows(tiny_texts)
+    tables = [
+        frame,
+        frame.set_index("source"),
+        frame.astype("string"),
+        frame.to_dict("list"),
+        {"text": np.array(tiny_texts)},
+        {"text": frame["text"]},
+        pyarrow.table(columns),
+        _Polars(columns),
+    ]
+    for table in tables:
+        assert windows(table) == expected
+        assert windows(table, text_column="text") == expected
+    assert windows(frame.rename(columns={"text": "body"}), text_column="body") == expected
+    with pytest.raises(ValueError, match="no column 'body'; its columns are 'source', 'text'"):
+        windows(frame, text_column="body")
+    ids = [[5, 6, 7], [8, 9]]
+    rows = [{"input_ids": ids[0]}, {"input_ids": ids[1]}]
+    assert windows(pandas.DataFrame({"input_ids": ids})) == windows({"input_ids": ids}) == windows(rows)
+
+
+def test_a_column_of_texts_is_a_dataset(tiny_texts):
+    for column in (
+        pandas.Series(tiny_texts),
+        pandas.Series(tiny_texts, index=range(7, 7 + len(tiny_texts))),
+        pandas.Series(tiny_texts, dtype="string"),
+        np.array(tiny_texts),
+        np.array(tiny_texts, dtype=object),
+        pyarrow.array(tiny_texts),
+        pyarrow.chunked_array([tiny_texts]),
+    ):
+        assert windows(column) == windows(tiny_texts)
+
+
+def test_empty_cells_are_skipped(caplog):
+    texts = ["one two", None, float("nan"), pandas.NA, "four"]
+    for dataset in (texts, pandas.Series(texts), pandas.DataFrame({"text": texts}), {"text": texts}):
+        assert [d for d, _ in windows(dataset)] == [0, 4]
+    assert [d for d, _ in windows(pandas.DataFrame({"text": ["one two", np.nan]}))] == [0]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "received"),
+    [
+        ({"one two", "three"}, "got a set"),
+        (b"one two", "got a bytes"),
+        (np.array("one two"), "got a numpy.ndarray"),
+        ({"text": "one two"}, r"got a dict with 'text' \(a str\)"),
+        ({"train": pandas.DataFrame({"text": ["one"]})}, r"'train' \(a pandas.DataFrame\).*pick a split"),
+        ({"train": datasets.Dataset.from_dict({"text": ["one"]})}, r"'train' \(a datasets.Dataset\)"),
+        ({"text": ["one", "two"], "n": [1]}, "of lengths {'text': 2, 'n': 1}"),
+        ({}, "got a dict with no key"),
+        (pandas.DataFrame({"text": []}), "dataset is empty"),
+        (pandas.Series([], dtype=object), "dataset is empty"),
+    ],
+)
+def test_what_holds_no_documents_is_refused_by_what_it_is(dataset, received):
+    with pytest.raises(ValueError, match=f"(?i){received}"):
+        source(dataset)
+
+
+def test_numbers_are_no_documents():
+    for dataset in (np.ones((3, 4)), torch.ones(3, 4), pandas.Series([1, 2]), pandas.DataFrame({"text": [1, 2]})):
+        with pytest.raises(ValueError, match="(must be a string, or a row|Document 0 holds 1, which is not text)"):
+            windows(dataset)
 
 
 def test_what_is_no_dataset_is_an_error(tiny_texts):

@@ -1,5 +1,7 @@
 """Fitting: one pass, batch-independent, and the reasons to stop."""
 
+import re
+
 import pytest
 import torch
 from sae_lens import SAE
@@ -231,9 +233,23 @@ def test_several_hooks_need_the_plural(tiny_bridge, tiny_texts):
 
 def test_one_document_cannot_be_calibrated_across_documents(tiny_bridge, tiny_texts):
     stream = ActivationStream(tiny_bridge, [" ".join(tiny_texts)[:500]], HOOK, context_size=16)
-    with pytest.raises(ValueError, match="document"):
+    with pytest.raises(ValueError, match="document") as error:
         fit_exemplar_partition(stream)
     assert fit_exemplar_partition(stream, threshold=0.5).n_regions > 1
+    assert fit_exemplar_partition(stream, **_advised(error)).n_regions > 1
+
+
+def test_batches_of_one_activation_cannot_be_calibrated_within_batches(tiny_bridge, tiny_texts):
+    options = {"context_size": 16, "batch_size": 1, "seqpos_slice": (3, 4)}
+    stream = ActivationStream(tiny_bridge, tiny_texts, HOOK, **options)
+    with pytest.raises(ValueError, match="No batch holds two activations") as error:
+        fit_exemplar_partition(stream, calibration="within_batch")
+    assert fit_exemplar_partition(stream, **_advised(error)).n_regions > 1
+
+
+def _advised(error):
+    """The option that an error names as the remedy."""
+    return dict([re.search(r"(\w+)='(\w+)'", str(error.value)).groups()])
 
 
 def test_one_region_is_a_dictionary(stream, tmp_path):

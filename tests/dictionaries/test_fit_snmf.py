@@ -71,6 +71,24 @@ def test_held_out_documents(stream):
     assert fit_snmf(stream, 5, **OPTIONS).held_out_loss is None
 
 
+@pytest.mark.parametrize("options", [{}, {"memory_limit": 10_000}])
+@pytest.mark.parametrize(("n_documents", "share"), [(9, 0.1), (2, 0.4), (1, 0.5)])
+def test_too_few_documents_to_hold_any_out_are_an_error(tiny_bridge, tiny_texts, n_documents, share, options):
+    texts = [*tiny_texts[: n_documents - 1], " ".join(tiny_texts)]
+    stream = ActivationStream(tiny_bridge, texts, HOOK, context_size=16)
+    with pytest.raises(ValueError, match=f"held_out={share:g} .* of the {n_documents} that the stream read none"):
+        fit_snmf(stream, 4, held_out=share, sparsity=0.2, max_iter=4, **options)
+    if n_documents > 1:  # the fewest that the error asks for
+        more = fit_snmf(stream, 4, held_out=0.5, sparsity=0.2, max_iter=4, max_passes=2, **options)
+        assert more.n_held_out > 0 and more.held_out_loss > 0
+
+
+def test_a_trained_sae_has_documents_held_out_or_an_error(tiny_bridge, tiny_texts):
+    stream = ActivationStream(tiny_bridge, tiny_texts[:5], HOOK, context_size=16)
+    with pytest.raises(ValueError, match=r"held_out=0\.1 .* of the 5 that the stream read none"):
+        fit_sae(stream, 8, held_out=0.1, training_samples=64, batch_size=16)
+
+
 def test_more_than_fits_in_memory_takes_several_passes(stream):
     whole = fit_snmf(stream, 5, held_out=0.25, sparsity=0.2)
     passes = fit_snmf(stream, 5, held_out=0.25, sparsity=0.2, memory_limit=10_000)

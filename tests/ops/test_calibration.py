@@ -67,7 +67,7 @@ def test_pairs_within_documents_are_left_out() -> None:
     (across,) = pairwise_distance_percentiles(units, ids, [1])
     assert (across.threshold, across.n_pairs) == (1.0, 900)
     (within,) = pairwise_distance_percentiles(
-        units, ids, [1], mode="within_batch", batch_ids=torch.zeros(60, dtype=torch.long)
+        units, ids, [1], calibration="within_batch", batch_ids=torch.zeros(60, dtype=torch.long)
     )
     assert within.threshold == 0
 
@@ -79,12 +79,12 @@ def test_within_batch_is_the_mean_of_the_batches_percentiles(percentiles: tuple[
     by_batch = [units[batches == batch].numpy() for batch in (0, 2, 5)]
     distances = [oracles.pairwise_distances(rows, lambda i, j: True) for rows in by_batch]
     expected = np.mean([np.percentile(part, percentiles) for part in distances], axis=0)
-    estimates = pairwise_distance_percentiles(units, ids, percentiles, mode="within_batch", batch_ids=batches)
+    estimates = pairwise_distance_percentiles(units, ids, percentiles, calibration="within_batch", batch_ids=batches)
     np.testing.assert_allclose(thresholds(estimates), expected, rtol=0, atol=1e-6)
     assert estimates[0].n_pairs == sum(map(len, distances))
     # A batch of one row has no pair and does not count.
     lonely = torch.cat((batches[:-1], torch.tensor([9])))
-    again = pairwise_distance_percentiles(units, ids, percentiles, mode="within_batch", batch_ids=lonely)
+    again = pairwise_distance_percentiles(units, ids, percentiles, calibration="within_batch", batch_ids=lonely)
     assert all(np.isfinite(thresholds(again)))
 
 
@@ -93,7 +93,7 @@ def test_within_batch_is_exact_for_batches_longer_than_a_tile() -> None:
     i, j = torch.triu_indices(len(units), len(units), 1)
     expected = np.percentile(1 - (units.double() @ units.double().T)[i, j].numpy(), PERCENTILES)
     estimates = pairwise_distance_percentiles(
-        units, ids, PERCENTILES, mode="within_batch", batch_ids=torch.zeros_like(ids)
+        units, ids, PERCENTILES, calibration="within_batch", batch_ids=torch.zeros_like(ids)
     )
     np.testing.assert_allclose(thresholds(estimates), expected, rtol=0, atol=1e-6)
     assert estimates[0].n_pairs == len(i)
@@ -102,7 +102,7 @@ def test_within_batch_is_exact_for_batches_longer_than_a_tile() -> None:
 def test_the_paper_mode_moves_with_the_batch_size_and_ours_does_not() -> None:
     units, ids = documents(40, 10, spread=3.0)
     small, large = (
-        pairwise_distance_percentiles(units, ids, [2], mode="within_batch", batch_ids=ids // size)[0].threshold
+        pairwise_distance_percentiles(units, ids, [2], calibration="within_batch", batch_ids=ids // size)[0].threshold
         for size in (2, 40)
     )
     assert small < 0.7 * large
@@ -138,10 +138,12 @@ def test_where_variation_cannot_be_seen_the_interval_is_everything() -> None:
     units, ids = documents(2, 20)
     (estimate,) = pairwise_distance_percentiles(units, ids, [10])
     assert (estimate.low, estimate.high) == (0.0, 2.0)
-    (estimate,) = pairwise_distance_percentiles(units, ids, [10], mode="within_batch", batch_ids=torch.zeros_like(ids))
+    (estimate,) = pairwise_distance_percentiles(
+        units, ids, [10], calibration="within_batch", batch_ids=torch.zeros_like(ids)
+    )
     assert (estimate.low, estimate.high) == (0.0, 2.0)
     (estimate,) = pairwise_distance_percentiles(
-        units, ids, [10], mode="within_batch", batch_ids=torch.arange(len(ids)) // 5
+        units, ids, [10], calibration="within_batch", batch_ids=torch.arange(len(ids)) // 5
     )
     assert 0 < estimate.low < estimate.threshold < estimate.high < 2
 
@@ -182,7 +184,7 @@ def test_identical_activations_have_threshold_zero_which_no_clustering_takes() -
     units = unit_directions(
         torch.randn(1, 8, generator=torch.Generator().manual_seed(0)).repeat(50, 1), torch.zeros(8)
     )[0]
-    for options in ({}, {"mode": "within_batch", "batch_ids": ids // 2}):
+    for options in ({}, {"calibration": "within_batch", "batch_ids": ids // 2}):
         (estimate,) = pairwise_distance_percentiles(units, ids, [10], **options)
         assert (estimate.threshold, estimate.low, estimate.high) == (0.0, 0.0, 0.0)
         with pytest.raises(ValueError, match="identical"):
@@ -194,7 +196,7 @@ def test_estimates_are_plain_numbers_and_no_percentile_gives_none() -> None:
     estimates = pairwise_distance_percentiles(units, ids, [1, 10])
     assert ThresholdEstimate(**json.loads(json.dumps(asdict(estimates[0]), allow_nan=False))) == estimates[0]
     assert pairwise_distance_percentiles(units, ids, []) == []
-    assert pairwise_distance_percentiles(units, ids, [], mode="within_batch", batch_ids=ids) == []
+    assert pairwise_distance_percentiles(units, ids, [], calibration="within_batch", batch_ids=ids) == []
     given_one = ThresholdEstimate.given(0.4)
     assert (given_one.percentile, given_one.low, given_one.threshold, given_one.high, given_one.n_pairs) == (
         None,
@@ -215,9 +217,9 @@ def test_errors() -> None:
         with pytest.raises(ValueError, match="percentile"):
             pairwise_distance_percentiles(units, ids, [10, percentile])
     with pytest.raises(ValueError, match="needs batch_ids"):
-        pairwise_distance_percentiles(units, ids, [10], mode="within_batch")
+        pairwise_distance_percentiles(units, ids, [10], calibration="within_batch")
     with pytest.raises(ValueError, match="No batch holds two"):
-        pairwise_distance_percentiles(units, ids, [10], mode="within_batch", batch_ids=torch.arange(len(ids)))
+        pairwise_distance_percentiles(units, ids, [10], calibration="within_batch", batch_ids=torch.arange(len(ids)))
     with pytest.raises(ValueError, match="one id per row"):
         pairwise_distance_percentiles(units, ids[:-1], [10])
     with pytest.raises(ValueError, match="units has 1 non-finite"):
