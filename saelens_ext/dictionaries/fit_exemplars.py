@@ -65,7 +65,8 @@ def fit_exemplar_partitions(
         stream: activations of one or several hooks; its ``max_tokens`` is the budget.
         percentiles: resolutions, each in (0, 100); higher means fewer, wider regions.
         on_metrics: called after each batch for each growing dictionary with ((hook, percentile), activations seen,
-        figures). **options: fields of :class:`ExemplarFitConfig`.
+            figures).
+        **options: fields of :class:`ExemplarFitConfig`.
 
     Returns:
         A FitResult per (hook name as given to the stream, percentile).

@@ -27,8 +27,6 @@ def load_sentence_model(given: Any = None) -> Any:
     """The sentence-transformers model given, named, or (None) carried by a package."""
     if hasattr(given, "encode"):
         return given
-    if importlib.util.find_spec("sentence_transformers") is None:
-        raise ImportError("Sentence embeddings need sentence-transformers: pip install 'saelens-ext[embeddings]'")
-    from sentence_transformers import SentenceTransformer
+    from sentence_transformers import SentenceTransformer  # imports for seconds, so only where it is needed
 
     return SentenceTransformer(str(packaged_sentence_model() if given is None else given))

@@ -2,7 +2,7 @@
 
     python -m venv delphi
     delphi/bin/pip install torch==2.13.0
-    delphi/bin/pip install torch==2.13.0 'saelens-ext[embeddings]' faiss-cpu orjson blobfile aiofiles asyncer
+    delphi/bin/pip install torch==2.13.0 saelens-ext faiss-cpu orjson blobfile aiofiles asyncer
     delphi/bin/pip install --no-deps eai-delphi==0.1.3 eai-sparsify
     python tests/harnesses/prepare_inputs.py FOLDER                      # in the development environment
     delphi/bin/python tests/harnesses/run_delphi.py FOLDER

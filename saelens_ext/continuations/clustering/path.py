@@ -113,8 +113,13 @@ def rate_distortion_path(
         betas: prices, above 0, in any order.
         gammas: shares of the semantic view, in [0, 1].
         sample_weight: ``(n,)``, above 0.
-        attribution_metric, scaling, semantic_center, min_cluster_size, max_iter, tol, random_state: as of
-        ``JointClusterer``.
+        attribution_metric: this and the next six as for ``JointClusterer``.
+        scaling: see there.
+        semantic_center: see there.
+        min_cluster_size: see there.
+        max_iter: see there.
+        tol: see there.
+        random_state: see there.
         n_jobs: gammas at a time, as joblib counts; a joblib backend set by ``joblib.parallel_config`` spreads them over
             a cluster. The result does not depend on it.
 
