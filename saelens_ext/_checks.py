@@ -4,9 +4,18 @@ Each names what it received, what it allows and what to do about it.
 """
 
 import difflib
-from collections.abc import Collection, Iterable, Sequence
+import math
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from functools import cache
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints, no_type_check
 
 import torch
+
+T = TypeVar("T")
 
 
 def finite(x: torch.Tensor, name: str) -> torch.Tensor:
@@ -70,3 +79,152 @@ def near_matches(name: str, names: Iterable[str], n: int = 5) -> str:
     """A sentence `` Did you mean …?`` with the nearest of ``names``; empty when nothing is near."""
     matches = difflib.get_close_matches(str(name), list(names), n=n, cutoff=0.5)
     return f" Did you mean {', '.join(map(repr, matches))}?" if matches else ""
+
+
+# --- fields of configs ---
+
+_NONE_WORDS = ("none", "null")
+_IN_WORDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text", NoneType: "None"}
+
+
+def is_none(value: Any) -> bool:
+    """Whether a value is None, or the text that a sweep agent or a shell writes for it."""
+    return value is None or (isinstance(value, str) and value.strip().lower() in _NONE_WORDS)
+
+
+def normalising(kind: type[T]) -> type[T]:
+    """Mark a dataclass that normalises its fields: run-time type checkers leave what it is given to it."""
+    no_type_check(kind.__init__)
+    return kind
+
+
+def normalise_fields(config: Any, prefix: str = "") -> None:
+    """Put the fields of a dataclass, in place, into the form that their annotations name and JSON can hold.
+
+    Numbers and arrays of numpy and torch become Python's, paths and devices texts, dtypes their names, and the texts
+    "None" and "null" None in a field that may be None, or the empty text where that is the default.
+
+    Args:
+        config: an object of a dataclass, frozen or not.
+        prefix: of the fields' names in errors.
+
+    Raises:
+        ValueError: a field cannot hold its value; it is named.
+    """
+    hints = _hints(type(config))
+    for field in fields(config):
+        value = getattr(config, field.name)
+        empty = field.default == "" and is_none(value)
+        name = f"{prefix}{field.name}"
+        object.__setattr__(config, field.name, "" if empty else _fitting(value, hints[field.name], name))
+
+
+def plain(value: Any, name: str) -> Any:
+    """A value in the form that JSON can hold.
+
+    Raises:
+        ValueError: it has none; ``name`` and where in it the trouble lies are named.
+    """
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, (os.PathLike, torch.device)):
+        return str(value)
+    if hasattr(value, "tolist"):  # a number or an array of numpy, torch or pandas
+        return plain(value.tolist(), name)
+    if isinstance(value, Enum):
+        return plain(value.value, name)
+    if isinstance(value, Mapping):
+        return {_key(key, name): plain(entry, f"{name}[{key!r}]") for key, entry in value.items()}
+    if isinstance(value, (list, tuple, range)):
+        entries = [plain(entry, f"{name}[{number}]") for number, entry in enumerate(value)]
+        return tuple(entries) if isinstance(value, tuple) else entries
+    if isinstance(value, (set, frozenset)):
+        return sorted(plain(entry, name) for entry in value)
+    if value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    shown = repr(value) if isinstance(value, float) else f"{_short(value)} of type {type(value).__name__}"
+    raise ValueError(
+        f"{name} is {shown}, which cannot be written into a JSON file: give texts, finite numbers, true, false, None, "
+        "or lists and dictionaries of them."
+    )
+
+
+def _key(key: Any, name: str) -> str:
+    if not isinstance(key, str):
+        raise ValueError(f"{name} has the key {key!r}; keys must be texts, since JSON knows no others.")
+    return key
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _fitting(value: Any, hint: Any, name: str) -> Any:
+    """The value as one of the kinds that a hint names."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    if NoneType in kinds and is_none(value):
+        return None
+    given = value if is_dataclass(value) or type(value) in kinds else _plain_but_dataclasses(value, name)
+    # A kind that the value is of already goes before those that it could be turned into.
+    for kind in sorted(kinds, key=lambda kind: type(given) is not kind):
+        try:
+            return _as(given, kind, name)
+        except TypeError:
+            continue
+    allowed = " or ".join(dict.fromkeys(_described(kind) for kind in kinds))
+    raise ValueError(f"{name} must be {allowed}, got {_short(value)}.")
+
+
+def _plain_but_dataclasses(value: Any, name: str) -> Any:
+    """As :func:`plain`; a list of configs stays one."""
+    listed = isinstance(value, (list, tuple)) and any(map(is_dataclass, value))
+    return value if listed else plain(value, name)
+
+
+def _as(value: Any, kind: Any, name: str) -> Any:
+    """The value as a kind; TypeError if it is none."""
+    origin = get_origin(kind) or kind
+    if origin is Any:
+        return value
+    if origin is Literal:
+        origin = type(get_args(kind)[0])
+    if origin is float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise TypeError
+        return value
+    if origin is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if origin in (Sequence, list, tuple) and isinstance(value, (list, tuple)):
+        return _entries(value, origin, get_args(kind), name)
+    if origin in (dict, Mapping) and isinstance(value, Mapping):
+        return plain(value, name)
+    if isinstance(value, origin) and not (origin is int and isinstance(value, bool)) and origin is not Sequence:
+        return value
+    raise TypeError
+
+
+def _entries(value: Sequence[Any], origin: Any, inner: tuple[Any, ...], name: str) -> Any:
+    fixed = origin is tuple and inner and inner[-1] is not Ellipsis
+    if fixed and len(inner) != len(value):
+        raise TypeError
+    hints = inner if fixed else (inner[:1] or (Any,)) * len(value)
+    found = [_fitting(entry, hint, f"{name}[{number}]") for number, (entry, hint) in enumerate(zip(value, hints))]
+    return tuple(found) if origin is tuple or isinstance(value, tuple) else found
+
+
+def _described(kind: Any) -> str:
+    origin = get_origin(kind) or kind
+    if origin in (Sequence, list, tuple):
+        inner = get_args(kind)
+        return f"a list of {len(inner)}" if origin is tuple and inner and inner[-1] is not Ellipsis else "a list"
+    if origin in (dict, Mapping):
+        return "a dictionary"
+    if origin is Literal:
+        return "a text"
+    return _IN_WORDS.get(origin, getattr(origin, "__name__", str(origin)))
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}…"

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests import models_zoo
+from tests.stand_ins import CheckedMonkeyPatch
 
 # Side by side, workers share the cores.
 ALL_THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else torch.get_num_threads()
@@ -18,6 +19,14 @@ def _threads(request):
     real one.
     """
     torch.set_num_threads(ALL_THREADS if "smol" in request.fixturenames else 1)
+
+
+@pytest.fixture
+def monkeypatch():
+    """pytest's, which lets no stub have another shape than the function that it replaces."""
+    patch = CheckedMonkeyPatch()
+    yield patch
+    patch.undo()
 
 
 @pytest.fixture(scope="session")

@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-import numpy as np
-
 from saelens_ext import _checks
 from saelens_ext.continuations.attribution.sites import BACKENDS
 from saelens_ext.continuations.clustering.path import GAMMAS
@@ -15,6 +13,7 @@ from saelens_ext.continuations.steering.steer import checked_strengths
 from saelens_ext.continuations.validation.validate import STRENGTHS
 
 
+@_checks.normalising
 @dataclass(kw_only=True, frozen=True)
 class AuditConfig:
     """Settings of an audit; those of each stage are those of the function that it calls."""
@@ -61,6 +60,7 @@ class AuditConfig:
     """Of everything random."""
 
     def __post_init__(self) -> None:
+        _checks.normalise_fields(self)
         for name in ("n", "max_new_tokens", "max_sources", "top", "max_rows"):
             _checks.positive(getattr(self, name), name)
         _checks.choice(self.embedding, MODES, "embedding")
@@ -85,8 +85,4 @@ class AuditConfig:
     def of(cls, options: Mapping[str, Any]) -> "AuditConfig":
         """The config from keyword options; an option it does not know is a ValueError with near matches."""
         _checks.known_keys(options, [field.name for field in fields(cls)], "The audit")
-        plain = {
-            name: value.tolist() if isinstance(value, np.ndarray | np.generic) else value
-            for name, value in options.items()
-        }
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()})
+        return cls(**options)

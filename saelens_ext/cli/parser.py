@@ -2,14 +2,17 @@
 
 import argparse
 import dataclasses
+import functools
 import re
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType, NoneType
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import simple_parsing
 from simple_parsing import ArgumentGenerationMode, NestedMode
 from simple_parsing.wrappers.field_metavar import get_metavar
 
+from saelens_ext import _checks
 from saelens_ext.cli.commands import COMMANDS, Command
 from saelens_ext.cli.errors import UsageError, near
 from saelens_ext.cli.options import OutputOptions
@@ -27,6 +30,7 @@ _OF_THE_LOGGER = {
     "wandb_id": "Id of the run; with several runs, the beginning of their ids.",
     "wandb_log_frequency": "Log every so many times that there are new figures.",
 }
+_MISSING = object()
 _NO_DEFAULT = (None, argparse.SUPPRESS, "", (), [], (None,))
 
 
@@ -57,6 +61,7 @@ def parser_of(command: Command) -> "CommandParser":
     )
     for number, kind in enumerate(command.option_classes()):
         parser.add_arguments(kind, dest=f"part_{number}")
+        parser.empty_values = {**parser.empty_values, **_empty_values(kind)}
     parser.add_arguments(OutputOptions, dest="output")
     return parser
 
@@ -99,10 +104,15 @@ def overview() -> str:
 class CommandParser(simple_parsing.ArgumentParser):
     """A parser that raises UsageError with one sentence."""
 
+    empty_values: Mapping[str, Any] = MappingProxyType({})
+    """What ``none`` and ``null``, as a sweep agent writes them, mean for the options that may be left empty."""
+
     def _preprocessing(self, args: Sequence[str] = (), namespace: Any = None) -> None:
         """The parser's own, after which an option that may be left out still needs a value where it is given."""
         super()._preprocessing(args, namespace)
         for action in self._actions:
+            if action.type is not None and (empty := self.empty_values.get(_option(action), _MISSING)) is not _MISSING:
+                action.metavar, action.type = _metavar(action), _or_empty(action.type, empty)
             if action.nargs == argparse.OPTIONAL and action.option_strings and _metavar(action) != _METAVARS["bool"]:
                 action.nargs = None
 
@@ -217,6 +227,30 @@ def _spelled_out(arguments: Sequence[str], kinds: Sequence[type]) -> list[str]:
         given = separator or following.lower() in ("true", "false", "yes", "no")
         found.append(f"{name}=true" if name in switches and not given else f"{name}{separator}{value}")
     return found
+
+
+def _empty_values(kind: type, prefix: str = "--") -> dict[str, Any]:
+    """By option, None where the field may be None, and the empty text where that is the default."""
+    hints, found = get_type_hints(kind), {}
+    for field in dataclasses.fields(kind):
+        name, hint = f"{prefix}{field.name}", hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            found |= _empty_values(hint, f"{name}.")
+        elif NoneType in get_args(hint):
+            found[name] = None
+        elif field.default == "":
+            found[name] = ""
+    return found
+
+
+def _or_empty(convert: Callable[[str], Any], empty: Any) -> Callable[[str], Any]:
+    """A conversion that also takes the words for None."""
+
+    @functools.wraps(convert, updated=())
+    def converted(text: str) -> Any:
+        return empty if _checks.is_none(text) else convert(text)
+
+    return converted
 
 
 def _sentence(text: str) -> str:

@@ -92,7 +92,7 @@ def _host(options: ReportOptions, contents: Contents) -> tuple[Any, Any, str]:
         kind = "SAETransformerBridge"  # the lens needs a model that shows its last norm and unembedding
     arguments = recorded.get("model_from_pretrained_kwargs") if options.model_name is None else None
     config = DictionaryRunnerConfig(
-        hook_name="none",
+        hook_name="unread",
         model_name=name,
         model_class_name=kind,
         model_from_pretrained_kwargs=arguments,

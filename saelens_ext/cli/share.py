@@ -73,7 +73,7 @@ def demo(options: DemoOptions, context: Context) -> Result:
     if options.max_tokens < 1:
         raise UsageError(f"--max_tokens must be at least 1, got {options.max_tokens}.")
     opening.check_writable(options.output_path, "output_path")
-    report = run_demo(Path(options.output_path), options.max_tokens, logger.info)
-    return Result(
-        data={"report": report.resolve(), "output_path": options.output_path}, text=f"The report: {report.resolve()}"
-    )
+    about_dictionaries, about_audit = run_demo(Path(options.output_path), options.max_tokens, logger.info)
+    found = {"report": about_dictionaries.resolve(), "audit_report": about_audit.resolve()}
+    text = f"The report on the dictionaries: {found['report']}\nThe report on the audit: {found['audit_report']}"
+    return Result(data=found | {"output_path": options.output_path}, text=text)

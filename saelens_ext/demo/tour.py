@@ -334,7 +334,9 @@ def run_demo(output: Path, max_tokens: int = 40_000, say: Callable[[str], Any] =
 
 def main(arguments: list[str] | None = None) -> int:
     """``python -m saelens_ext.demo``."""
-    parser = argparse.ArgumentParser(prog="python -m saelens_ext.demo", description=run_demo.__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m saelens_ext.demo", description=run_demo.__doc__.splitlines()[0], allow_abbrev=False
+    )
     parser.add_argument(
         "--output", type=Path, default=Path("demo_output"), help="where to write (default: %(default)s)"
     )

@@ -26,6 +26,7 @@ T = TypeVar("T", bound="DecoderOnlySAE")
 C = TypeVar("C", bound="DecoderOnlyConfig")
 
 
+@_checks.normalising
 @dataclass(kw_only=True)
 class DecoderOnlyConfig(SAEConfig):
     """Config fields and checks that the dictionaries of this package share."""
@@ -52,9 +53,12 @@ class DecoderOnlyConfig(SAEConfig):
         return cls(**given)
 
     def __post_init__(self) -> None:
+        _checks.normalise_fields(self)
         super().__post_init__()
         if not isinstance(self.metadata, SAEMetadata):
             self.metadata = SAEMetadata(**self.metadata)
+        for name, value in self.metadata.to_dict().items():
+            self.metadata[name] = _checks.plain(value, f"metadata.{name}")
         _checks.positive(self.d_in, "d_in")
         _checks.positive(self.d_sae, "d_sae")
         if not self.apply_b_dec_to_input:
@@ -64,6 +68,10 @@ class DecoderOnlyConfig(SAEConfig):
                 f"normalize_activations={self.normalize_activations!r} has no meaning here: the dictionary was made "
                 "from raw activations. Use 'none', or 'expected_average_only_in' for one built from scaled activations."
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        """SAELens' own, JSON-safe whatever the metadata was given since."""
+        return _checks.plain(super().to_dict(), type(self).__name__)
 
     def _fill_defaults(self, current_version: int, **defaults: Any) -> None:
         """Put ``defaults`` where a hand-made config says None; refuse a saved one with a gap."""

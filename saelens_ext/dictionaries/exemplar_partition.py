@@ -40,6 +40,7 @@ class Assignment(NamedTuple):
     """Cosine distance to that exemplar, in [0, 2], float32: the novelty score of the activation."""
 
 
+@_checks.normalising
 @dataclass(kw_only=True)
 class ExemplarPartitionConfig(DecoderOnlyConfig):
     """Config of an ExemplarPartition."""

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 OnMetrics = Callable[[dict[str, float]], None]
 
 
+@_checks.normalising
 @dataclass(kw_only=True, frozen=True)
 class SNMFFitConfig:
     """Options of a fit."""
@@ -52,6 +53,7 @@ class SNMFFitConfig:
     """Of everything random in the fit."""
 
     def __post_init__(self) -> None:
+        _checks.normalise_fields(self)
         _checks.between(self.sparsity, 0, 1, "sparsity", closed_high=True)
         _checks.choice(self.init, INITS, "init")
         _checks.between(self.tol, 0, 1, "tol")

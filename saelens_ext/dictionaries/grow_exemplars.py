@@ -28,6 +28,7 @@ DEFAULT_CALIBRATION = 20_000
 CHECK_EVERY = 1024
 
 
+@_checks.normalising
 @dataclass(kw_only=True, frozen=True)
 class ExemplarFitConfig:
     """Options of a fit."""
@@ -56,6 +57,7 @@ class ExemplarFitConfig:
     """Of the sampling of calibration pairs and of the bootstrap of the threshold's interval."""
 
     def __post_init__(self) -> None:
+        _checks.normalise_fields(self)
         for name, allowed in (("calibration", CalibrationMode), ("stop", Stop), ("basis", Basis), ("readout", Readout)):
             _checks.choice(getattr(self, name), get_args(allowed), name)
         _checks.between(self.unseen_mass_tolerance, 0, 1, "unseen_mass_tolerance")

@@ -42,6 +42,7 @@ class Neurons(NamedTuple):
     """Their entries in the feature, ``(m,)``, on the CPU."""
 
 
+@_checks.normalising
 @dataclass(kw_only=True)
 class SNMFDictionaryConfig(DecoderOnlyConfig):
     """Config of an SNMFDictionary."""

@@ -2,14 +2,13 @@
 # ruff: noqa: RUF009  `parsed` makes a field.
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar, Union
 
-import torch
 from sae_lens import LoggingConfig
 from sae_lens.constants import DTYPE_MAP
-from sae_lens.util import dtype_to_str
 
 from saelens_ext import _checks, _files
 from saelens_ext.runner.dictionary_configs import (
@@ -47,6 +46,7 @@ def _quiet_logger() -> LoggingConfig:
     return LoggingConfig(log_to_wandb=False, wandb_project="saelens_ext")
 
 
+@_checks.normalising
 @dataclass(kw_only=True)
 class DictionaryRunnerConfig:
     """A run: which model, which data, which dictionaries, and what to do with them."""
@@ -117,6 +117,9 @@ class DictionaryRunnerConfig:
     """Show progress bars."""
 
     def __post_init__(self) -> None:
+        self.logger = copy(self.logger)
+        _checks.normalise_fields(self)
+        _checks.normalise_fields(self.logger, "logger.")
         _checks.choice(self.model_class_name, MODEL_CLASSES, "model_class_name")
         _checks.choice(self.dtype.removeprefix("torch."), DTYPES, "dtype")
         for name in ("context_size", "training_tokens", "store_batch_size_prompts"):
@@ -127,12 +130,6 @@ class DictionaryRunnerConfig:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
         self.seqpos_slice = tuple(self.seqpos_slice)
-        if self.model_from_pretrained_kwargs is not None:
-            named = {
-                key: dtype_to_str(value) if isinstance(value, torch.dtype) else value
-                for key, value in self.model_from_pretrained_kwargs.items()
-            }
-            self.model_from_pretrained_kwargs = named
         self._check_hooks()
         self._check_checkpoints()
         self._check_logger()
@@ -236,6 +233,7 @@ class DictionaryRunnerConfig:
         return cls.from_dict(_files.read_json(path))
 
 
+@_checks.normalising
 @dataclass(kw_only=True)
 class ExemplarRunnerConfig(DictionaryRunnerConfig):
     """Build ExemplarPartitions: every hook and percentile from the same forward passes."""
@@ -244,6 +242,7 @@ class ExemplarRunnerConfig(DictionaryRunnerConfig):
     """What to build."""
 
 
+@_checks.normalising
 @dataclass(kw_only=True)
 class SNMFRunnerConfig(DictionaryRunnerConfig):
     """Build SNMFDictionaries: every hook, number of components and sparsity from the same forward passes."""

@@ -14,6 +14,7 @@ from saelens_ext.runner.parsing import number, one_or_several, parsed, text_or_n
 Number = Union[float, int]
 
 
+@_checks.normalising
 @dataclass(kw_only=True, frozen=True)
 class ExemplarBuildConfig(ExemplarFitConfig):
     """ExemplarPartitions to build: one for every hook and percentile, all grown in the same pass over the model."""
@@ -57,6 +58,7 @@ class ExemplarBuildConfig(ExemplarFitConfig):
         )
 
 
+@_checks.normalising
 @dataclass(kw_only=True, frozen=True)
 class SNMFBuildConfig(SNMFFitConfig):
     """SNMFDictionaries to build: one for every hook, number of components and sparsity, from the activations of one
@@ -76,6 +78,7 @@ class SNMFBuildConfig(SNMFFitConfig):
     """Of everything random in these fits; by default the run's."""
 
     def __post_init__(self) -> None:
+        _checks.normalise_fields(self)
         _different(several(self.n_components), "n_components")
         _different(several(self.sparsity), "sparsity")
         if not 0 <= self.held_out <= 0.5:

@@ -10,7 +10,7 @@ from typing import Any
 
 import simple_parsing
 
-_NONE = ("none", "null")
+from saelens_ext._checks import is_none
 
 
 def items(text: str) -> list[Any]:
@@ -50,7 +50,7 @@ def whole_number(item: Any) -> int:
 
 def positions(text: str) -> tuple[int | None, ...]:
     """The parts of a slice: ``5,-5`` or ``(None, 8, 2)``."""
-    return tuple(None if item is None or str(item).lower() in _NONE else whole_number(item) for item in items(text))
+    return tuple(None if is_none(item) else whole_number(item) for item in items(text))
 
 
 def switch_or_ids(text: str) -> bool | list[int]:
@@ -63,9 +63,9 @@ def switch_or_ids(text: str) -> bool | list[int]:
 
 def switch_or_none(text: str) -> bool | None:
     """``true``, ``false`` or ``none``."""
-    word = text.strip().lower()
-    if word in _NONE:
+    if is_none(text):
         return None
+    word = text.strip().lower()
     if word not in ("true", "yes", "1", "false", "no", "0"):
         raise ValueError(f"expected true, false or none, got {text!r}")
     return word in ("true", "yes", "1")
@@ -73,7 +73,7 @@ def switch_or_none(text: str) -> bool | None:
 
 def mapping_or_none(text: str) -> dict[str, Any] | None:
     """A JSON object, or ``none``."""
-    if text.strip().lower() in _NONE:
+    if is_none(text):
         return None
     found = json.loads(text)
     if not isinstance(found, dict):
@@ -83,7 +83,7 @@ def mapping_or_none(text: str) -> dict[str, Any] | None:
 
 def text_or_none(text: str) -> str | None:
     """Text; ``none`` is None."""
-    return None if text.strip().lower() in _NONE else text
+    return None if is_none(text) else text
 
 
 def parsed(default: Any, parse: Callable[[str], Any], metavar: str) -> Any:

@@ -47,13 +47,27 @@ class BuiltDictionary:
         return self.fit.hook_name
 
     def save_fit(self, config: DictionaryRunnerConfig) -> None:
-        """Write the dictionary, its statistics and the config into its folder, and remove what belongs to an older one
+        """Write the dictionary, its statistics and the config into its folder, and remove what belongs to another one
         there.
         """
-        for name in _SIDECARS:
-            (self.path / name).unlink(missing_ok=True)
+        # The profile and evaluation of the very same dictionary stay until there are new ones.
+        if not self._is_saved:
+            for name in _SIDECARS:
+                (self.path / name).unlink(missing_ok=True)
         self.fit.save(self.path)
         config.to_json(self.path / RUNNER_CFG_FILENAME)
+
+    @property
+    def _is_saved(self) -> bool:
+        """Whether the folder holds a dictionary of the same weights."""
+        try:
+            held = _files.read_tensors(self.path / SAE_WEIGHTS_FILENAME)
+        except (FileNotFoundError, ValueError):
+            return False
+        own = self.dictionary.state_dict()
+        return held.keys() == own.keys() and all(
+            held[name].dtype == tensor.dtype and torch.equal(held[name], tensor.cpu()) for name, tensor in own.items()
+        )
 
     def save_profile(self) -> None:
         """Write the profile, and the log frequencies of firing as SAELens does."""

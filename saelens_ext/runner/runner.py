@@ -45,6 +45,7 @@ class DictionaryRunner:
     ) -> None:
         self._given, self._model, self._dataset, self._as_named = config, model, dataset, as_named
         self._tracker: WandbTracker | None = None
+        self._errors: list[tuple[str, BuiltDictionary, Exception]] = []
         self.result: RunResult | None = None
 
     def run(self) -> RunResult:
@@ -52,7 +53,7 @@ class DictionaryRunner:
 
         Ctrl-C or SIGTERM during the pass ends it after the batch at hand, with a checkpoint; a second one, or one after
         the pass, ends the run at once. Whatever ends the run, dictionaries that were finished are in their folders and
-        in ``result``. An evaluation that fails costs neither the others nor what is logged of any.
+        in ``result``. What cannot be saved, evaluated or logged of one dictionary costs none of the others.
 
         Raises:
             ValueError: an option out of range, nothing to read, or a checkpoint of another config, whose fields are
@@ -61,7 +62,7 @@ class DictionaryRunner:
             OSError: a folder cannot be written, the disk is full.
             RuntimeError: wandb is not logged in; before anything is built.
             KeyboardInterrupt: after Ctrl-C or SIGTERM; it says what is saved and how to resume.
-            Exception: what the first evaluation that failed raised, once everything else is done.
+            Exception: the first error in saving, evaluating or logging one dictionary, once everything else is done.
         """
         given = self._given
         if given.logger.log_to_wandb:
@@ -163,15 +164,15 @@ class DictionaryRunner:
     # --- what is finished ---
 
     def _finish(self, build: BuildPass, stream: RunStream) -> None:
-        """Save every dictionary as soon as it is there, then profile and evaluate them."""
+        """Save every dictionary as soon as it is there, then profile and evaluate them; the first error in what is done
+        with one is raised after the others.
+        """
         config, result = self.result.config, self.result
         for name, fit in build.results():
-            built = BuiltDictionary(
-                name=name, fit=fit, path=None if result.output_path is None else result.output_path / name
-            )
-            result.dictionaries[name] = built
-            if built.path is not None:
-                with _saving(name, built.path, result):
+            path = None if result.output_path is None else result.output_path / name
+            built = result.dictionaries[name] = BuiltDictionary(name=name, fit=fit, path=path)
+            if path is not None:
+                with self._going_on("The saving", built):
                     built.save_fit(config)
         result.dictionaries = {name: result.dictionaries[name] for name in build.names}
         built_all = list(result.dictionaries.values())
@@ -180,20 +181,39 @@ class DictionaryRunner:
             self._evaluate(built_all, stream, build.last_document)
         finally:
             for built in built_all:
-                self._track(built)
+                with self._going_on("The tracking", built):
+                    self._track(built)
+        for what, built, error in self._errors:
+            writing = what.startswith("The saving") and isinstance(error, OSError)
+            raise _not_written(built, error, result) if writing else error
+
+    @contextmanager
+    def _going_on(self, what: str, built: BuiltDictionary) -> Iterator[None]:
+        """Note an error in what is done with one dictionary, which must not cost the others."""
+        try:
+            yield
+        except Exception as error:
+            logger.error(
+                "%s of %s failed (%s: %s); the run goes on with the others.",
+                what,
+                built.name,
+                type(error).__name__,
+                error,
+            )
+            self._errors.append((what, built, error))
 
     def _profile(self, built_all: list[BuiltDictionary], stream: RunStream) -> None:
-        config, result = self.result.config, self.result
+        config = self.result.config
         if config.profile:
             profiles = profile_dictionaries([built.dictionary for built in built_all], stream, progress=config.progress)
             for built, profile in zip(built_all, profiles):
                 built.profile = profile
                 if built.path is not None:
-                    with _saving(built.name, built.path, result):
+                    with self._going_on("The saving of the profile", built):
                         built.save_profile()
 
     def _evaluate(self, built_all: list[BuiltDictionary], stream: RunStream, last_document: int) -> None:
-        """Evaluate every dictionary; what the first that cannot be raises is raised after the others."""
+        """Evaluate every dictionary."""
         config = self.result.config
         if not config.n_eval_batches:
             return
@@ -204,23 +224,12 @@ class DictionaryRunner:
                 "Not evaluated: there is %s to evaluate on.", "no model" if stream.model is None else "no text"
             )
             return
-        errors: list[Exception] = []
         for built in built_all:
-            try:
+            with self._going_on("The evaluation", built):
                 built.evals = evaluate(built.dictionary, stream, windows)
-                if built.path is not None:
-                    with _saving(built.name, built.path, self.result):
-                        built.save_evals()
-            except Exception as error:
-                logger.error(
-                    "The evaluation of %s failed (%s: %s); the run goes on with the others.",
-                    built.name,
-                    type(error).__name__,
-                    error,
-                )
-                errors.append(error)
-        if errors:
-            raise errors[0]
+            if built.path is not None and built.evals is not None:
+                with self._going_on("The saving of the evaluation", built):
+                    built.save_evals()
 
     # --- tracking ---
 
@@ -319,15 +328,12 @@ def _what_is_left(result: RunResult) -> str:
     return done + _how_to_resume(result.checkpoint_path)
 
 
-@contextmanager
-def _saving(name: str, path: Path, result: RunResult) -> Iterator[None]:
-    """Say of an error in writing what was being written, and what is left."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(
-            error.errno, f"{name} could not be written to {path} ({error.strerror or error}). {_what_is_left(result)}"
-        ) from error
+def _not_written(built: BuiltDictionary, error: OSError, result: RunResult) -> OSError:
+    """An error in writing that says what was being written, and what is left."""
+    message = f"{built.name} could not be written to {built.path} ({error.strerror or error}). {_what_is_left(result)}"
+    found = OSError(error.errno, message)
+    found.__cause__ = error
+    return found
 
 
 def _check_writable(path: Path, name: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from saelens_ext.audit import audit as audit_module
-from saelens_ext.audit.audit import audit_continuations
+from saelens_ext.audit.audit import AuditConfig, audit_continuations
 from saelens_ext.continuations.prefix_audit import PrefixAudit
 from tests.continuations._dictionaries import make
 from tests.models_zoo import make_model
@@ -126,6 +126,17 @@ def test_settings_are_checked_before_anything_is_computed(setting):
     for name, value in wrong.items():
         with pytest.raises(ValueError, match=name.removesuffix("s")):
             audit_continuations(setting[0], PREFIX, setting[1], **{name: value})
+    for name, value in {"n": None, "betas": 1.0, "n_clusters": [2, 3, 4], "seed": "x", "temperature": True}.items():
+        with pytest.raises(ValueError, match=f"^{name} must be"):
+            AuditConfig(**{name: value})
+
+
+def test_settings_of_numpy_and_of_a_sweep_are_pythons():
+    found = AuditConfig(
+        n=np.int64(5), betas=np.array([1, 2.0]), n_clusters=[2, 3], min_cluster_size="None", stop=["a"], seed=3.0
+    )
+    assert found == AuditConfig(n=5, betas=(1.0, 2.0), n_clusters=(2, 3), stop=("a",), seed=3)
+    assert type(found.n) is int and type(found.seed) is int
 
 
 def test_an_audit_knows_other_weights_again(setting, kept):

@@ -6,7 +6,9 @@ import re
 import pytest
 
 from saelens_ext.cli import inspection
+from saelens_ext.cli.commands import COMMANDS
 from saelens_ext.cli.errors import one_line
+from saelens_ext.demo import tour
 
 USAGE = [
     ([], "No command was given; there are exemplars, snmf"),
@@ -56,6 +58,24 @@ def test_command_lines_that_are_not_understood(arguments, message, command):
     assert found.status == 2 and found.err.count("\n") == 1
     assert found.error.startswith("saelens-ext: error: ")
     assert re.search(message, found.error), found.error
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_no_option_is_taken_for_its_beginning(name, command):
+    places = {"match": ["a", "b"], "convert": ["a", "b"], "push": ["a", "b", "c"], "pull": ["a", "b", "c"]}
+    words = {"audit": "--model_nam=", "demo": "--output_pat=", "match": "--cente=own", "convert": "--hook_nam=x"}
+    word = words.get(name, "--revisio=x" if name in ("push", "pull") else "--model_nam=gpt2")
+    given = places.get(name, [] if name in ("exemplars", "snmf", "audit", "demo") else ["a"])
+    found = (
+        command(name, *given, word, "--hook_name=a") if name in ("exemplars", "snmf") else command(name, *given, word)
+    )
+    assert found.status == 2 and f"There is no option {word.partition('=')[0]}." in found.error
+
+
+def test_the_module_of_the_demo_takes_no_beginning_of_an_option_either(capsys):
+    with pytest.raises(SystemExit):
+        tour.main(["--max-tok=3"])
+    assert "unrecognized arguments: --max-tok=3" in capsys.readouterr().err
 
 
 FAILURES = [

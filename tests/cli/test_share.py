@@ -93,9 +93,15 @@ def test_the_demo(command, tmp_path, monkeypatch):
     def run_demo(output, max_tokens, say):
         say("Building")
         print("a banner")
-        return output / f"{max_tokens}.html"
+        return output / f"{max_tokens}.html", output / "audit.html"
 
     monkeypatch.setattr("saelens_ext.cli.share.run_demo", run_demo)
     found = command("demo", f"--output_path={tmp_path}", "--max-tokens=7", "--json")
     assert found.data["report"] == str(tmp_path / "7.html")
+    assert found.data["audit_report"] == str(tmp_path / "audit.html")
     assert "saelens-ext: Building" in found.err and "a banner" in found.err
+    people = command("demo", f"--output_path={tmp_path}", "--max-tokens=7", "--quiet")
+    assert people.status == 0 and [line.rpartition(": ")[2] for line in people.out.splitlines()] == [
+        str(tmp_path / "7.html"),
+        str(tmp_path / "audit.html"),
+    ]

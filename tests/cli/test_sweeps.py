@@ -12,6 +12,7 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_com
 
 from saelens_ext.audit.audit import AuditConfig
 from saelens_ext.cli.commands import COMMANDS
+from saelens_ext.cli.errors import UsageError
 from saelens_ext.cli.parser import parse
 from saelens_ext.runner import ExemplarRunnerConfig, SNMFRunnerConfig
 from tests.cli.conftest import logged_run
@@ -116,6 +117,37 @@ def test_a_point_runs(path, offline, command, place, reading, built):
     else:
         (one,) = found.data["dictionaries"]
         assert run.logged(sweep["metric"]["name"])[-1] == pytest.approx(one["figures"][sweep["metric"]["name"]])
+
+
+@pytest.mark.parametrize(
+    ("command", "name", "read"),
+    [
+        ("exemplars", "eval_batch_size_prompts", lambda config: config.eval_batch_size_prompts),
+        ("exemplars", "dictionary.threshold", lambda config: config.dictionary.threshold),
+        ("exemplars", "dictionary.calibration_activations", lambda config: config.dictionary.calibration_activations),
+        ("exemplars", "logger.wandb_entity", lambda config: config.logger.wandb_entity),
+        ("snmf", "dictionary.seed", lambda config: config.dictionary.seed),
+        ("snmf", "checkpoint_path", lambda config: config.checkpoint_path),
+        ("audit", "min_cluster_size", None),
+        ("audit", "embedder", lambda inputs: inputs.embedder),
+        ("match", "n_null", lambda options: options.n_null),
+        ("report", "title", lambda options: options.title),
+    ],
+)
+@pytest.mark.parametrize("word", ["None", "null", "none"])
+def test_what_an_agent_writes_for_none(command, name, read, word):
+    places = {"match": ["a", "b"], "report": ["a"], "audit": []}.get(command, ["--hook_name=a"])
+    options, _ = parse(COMMANDS[command], [*places, f"--{name}={word}"])
+    assert (options[1].min_cluster_size if read is None else read(options[0])) is None
+
+
+def test_a_text_that_is_missing_is_no_name():
+    options, _ = parse(COMMANDS["exemplars"], ["--hook_name=a", "--model_name=None", "--dataset_path=null"])
+    assert options[0].model_name == options[0].dataset_path == ""
+    with pytest.raises(ValueError, match="hook_name must name at least one hook"):
+        parse(COMMANDS["snmf"], ["--hook_name=null"])
+    with pytest.raises(UsageError, match="--training_tokens takes a whole number, got 'None'"):
+        parse(COMMANDS["exemplars"], ["--hook_name=a", "--training_tokens=None"])
 
 
 def test_the_configs_are_those_of_the_package():

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from huggingface_hub import CommitInfo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sae_lens import SAE
@@ -208,14 +209,13 @@ def test_the_hosts_uploader_accepts_it(tmp_path, monkeypatch):
     from sae_lens.training import upload_saes_to_huggingface as host
 
     uploaded = {}
+
+    def upload_folder(self, folder_path, path_in_repo, **options):
+        uploaded[path_in_repo] = SAE.load_from_disk(folder_path)
+        return CommitInfo("https://huggingface.co/someone/something/commit/0", "", "", "0")
+
     monkeypatch.setattr(host, "_repo_exists", lambda api, repo: True)
-    monkeypatch.setattr(
-        host.HfApi,
-        "upload_folder",
-        lambda self, folder_path, path_in_repo, **kwargs: uploaded.update(
-            {path_in_repo: SAE.load_from_disk(folder_path)}
-        ),
-    )
+    monkeypatch.setattr(host.HfApi, "upload_folder", upload_folder)
     host.upload_saes_to_huggingface(
         {"layer_1": make()}, "someone/something", add_default_readme=False, show_progress=False
     )

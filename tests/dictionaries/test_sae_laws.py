@@ -4,9 +4,11 @@ import json
 import warnings
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from huggingface_hub import CommitInfo
 from sae_lens import SAE, ActivationsStore, run_evals
 from sae_lens.evals import get_eval_everything_config
 from sae_lens.saes.sae import SAEMetadata
@@ -316,9 +318,29 @@ def test_a_config_that_cannot_be_written_changes_no_file(make, x, tmp_path):
     other = make()
     other.W_dec.data = other.W_dec.data.flip(0)
     other.cfg.metadata.note = object()
-    with pytest.raises(TypeError, match="not JSON serializable"):
+    with pytest.raises(ValueError, match=r"\['metadata'\]\['note'\] is <object .* cannot be written into a JSON file"):
         other.save_model(tmp_path)
     assert torch.equal(SAE.load_from_disk(tmp_path).encode(x), expected)
+
+
+def test_a_config_takes_the_numbers_paths_and_dtypes_of_libraries(make, tmp_path):
+    sae = make()
+    given = sae.cfg.to_dict() | {
+        "d_in": np.int64(sae.cfg.d_in),
+        "dtype": torch.float32,
+        "device": torch.device("cpu"),
+        "metadata": {"dataset_path": tmp_path, "share": np.float32(0.5), "ids": torch.tensor([1, 2])},
+    }
+    config = type(sae.cfg).from_dict(given)
+    assert (config.dtype, config.device) == ("float32", "cpu") and type(config.d_in) is int
+    assert config.metadata.dataset_path == str(tmp_path) and config.metadata.ids == [1, 2]
+    sae.cfg.metadata.model_dtype, sae.cfg.metadata.note = torch.bfloat16, tmp_path  # set later
+    sae.save_model(tmp_path)
+    saved = SAE.load_from_disk(tmp_path).cfg.metadata
+    assert (saved.model_dtype, saved.note) == ("bfloat16", str(tmp_path))
+    for name, value in {"d_in": "wide", "dtype": None, "metadata": {"x": {1, object()}}}.items():
+        with pytest.raises(ValueError, match=name):
+            type(sae.cfg).from_dict(given | {name: value})
 
 
 def test_truncated_and_foreign_files(make, tmp_path):
@@ -365,14 +387,13 @@ def test_weights_of_another_shape_are_an_error(make, tmp_path):
 
 def test_the_hosts_uploader_accepts_it(make, monkeypatch):
     uploaded = {}
+
+    def upload_folder(self, folder_path, path_in_repo, **options):
+        uploaded[path_in_repo] = SAE.load_from_disk(folder_path)
+        return CommitInfo("https://huggingface.co/someone/something/commit/0", "", "", "0")
+
     monkeypatch.setattr(uploader, "_repo_exists", lambda api, repo: True)
-    monkeypatch.setattr(
-        uploader.HfApi,
-        "upload_folder",
-        lambda self, folder_path, path_in_repo, **kwargs: uploaded.update(
-            {path_in_repo: SAE.load_from_disk(folder_path)}
-        ),
-    )
+    monkeypatch.setattr(uploader.HfApi, "upload_folder", upload_folder)
     sae = make()
     uploader.upload_saes_to_huggingface(
         {"layer_1": sae}, "someone/something", add_default_readme=False, show_progress=False

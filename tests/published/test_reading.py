@@ -9,6 +9,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.hf_api import RepoFile
 from sae_lens import SAE
 
 from saelens_ext.published import convert
@@ -311,20 +312,17 @@ def hub(tmp_path, monkeypatch):
     path = foreign.write(snapshot, foreign.pickled(*foreign.make_state()))
     (snapshot / "gemma-2-2b_layer12_metadata.json").write_text(json.dumps(metadata()))
 
-    class Lfs:
-        size, sha256 = path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()
-
-    class Stated:
-        lfs = Lfs()
-
+    size, checksum = path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()
+    lfs = {"size": size, "oid": checksum, "pointerSize": 134}
+    stated = RepoFile(path=f"{BUILD}/{path.name}", size=size, oid="0" * 40, lfs=lfs)
     asked = []
 
     def get_paths_info(self, repo_id, paths, *, revision, repo_type):
         asked.append((repo_id, paths, revision, repo_type))
-        return [Stated()]
+        return [stated]
 
     monkeypatch.setattr("huggingface_hub.HfApi.get_paths_info", get_paths_info)
-    return path, Stated, asked
+    return path, stated, asked
 
 
 @pytest.mark.parametrize("source", [BUILD, f"{BUILD}/gemma-2-2b_layer12.pkl"])

@@ -1,7 +1,9 @@
 """The config of a run: strict, whole through JSON, and readable on a command line."""
 
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 import simple_parsing
 import torch
@@ -203,3 +205,67 @@ def test_seeds_of_the_run_reach_the_fits():
     assert ExemplarBuildConfig().fit_config(7).seed == 7 and ExemplarBuildConfig(seed=3).fit_config(7).seed == 3
     assert [config.seed for _, config in SNMFBuildConfig(n_components=[2, 3]).settings(7)] == [7, 7]
     assert SNMFBuildConfig(seed=3).settings(7)[0][1].seed == 3
+
+
+def test_a_config_takes_what_sweeps_and_notebooks_hold(tmp_path):
+    given = DictionaryRunnerConfig(
+        hook_name=np.array(["a", "b"]),
+        dictionary=[
+            ExemplarBuildConfig(percentile=np.array([5.0, 20.0]), threshold="null", seed="None", k=np.int64(2)),
+            SNMFBuildConfig(n_components=torch.tensor([3, 4]), sparsity=np.float64(0.25), seed=7.0, hook_name="none"),
+        ],
+        model_name=tmp_path / "model",
+        model_from_pretrained_kwargs={"dtype": torch.float16, "cache_dir": Path("q"), "max": [np.float32(0.5)]},
+        training_tokens=np.int64(5000),
+        eval_batch_size_prompts="None",
+        device=torch.device("cpu"),
+        dtype=torch.bfloat16,
+        output_path=tmp_path,
+        resume_from_checkpoint="null",
+        exclude_special_tokens=torch.tensor([1, 2]),
+        seqpos_slice=[None, np.int32(8)],
+        logger=LoggingConfig(log_to_wandb=False, run_name="None", wandb_entity=Path("me")),
+    )
+    assert given.hook_names == ("a", "b") and given.model_name == str(tmp_path / "model")
+    assert (given.device, given.dtype, given.torch_dtype) == ("cpu", "bfloat16", torch.bfloat16)
+    assert given.eval_batch_size_prompts is None and given.resume_from_checkpoint is None
+    assert given.exclude_special_tokens == [1, 2] and given.seqpos_slice == (None, 8)
+    assert given.model_from_pretrained_kwargs == {"dtype": "float16", "cache_dir": "q", "max": [0.5]}
+    assert given.logger.run_name is None and given.logger.wandb_entity == "me"
+    partitions, factors = given.dictionaries
+    assert partitions.percentiles == (5.0, 20.0) and partitions.seed is None and type(partitions.k) is int
+    assert factors.setting_names == ["snmf_k3_s0.25", "snmf_k4_s0.25"] and factors.hook_name is None
+    assert json.loads(given.to_json(tmp_path / "config.json").read_text()) == given.to_dict()
+    assert DictionaryRunnerConfig.from_json(tmp_path / "config.json").to_dict() == given.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (DictionaryRunnerConfig, {"training_tokens": None}, "training_tokens must be a whole number, got None"),
+        (DictionaryRunnerConfig, {"training_tokens": "many"}, "training_tokens must be a whole number, got 'many'"),
+        (DictionaryRunnerConfig, {"context_size": True}, "context_size must be a whole number, got True"),
+        (DictionaryRunnerConfig, {"profile": "yes"}, "profile must be true or false, got 'yes'"),
+        (DictionaryRunnerConfig, {"logger": {}}, "logger must be LoggingConfig"),
+        (DictionaryRunnerConfig, {"logger": LoggingConfig(run_name=3)}, "logger.run_name must be a text or None"),
+        (DictionaryRunnerConfig, {"dictionary": {"k": 3}}, "dictionary must be ExemplarBuildConfig or"),
+        (
+            DictionaryRunnerConfig,
+            {"model_from_pretrained_kwargs": {"quantization_config": {"x": object()}}},
+            r"model_from_pretrained_kwargs\['quantization_config'\]\['x'\] is <object .* cannot be written into a JSON",
+        ),
+        (DictionaryRunnerConfig, {"model_from_pretrained_kwargs": {"max_memory": {0: "1GB"}}}, "has the key 0; keys"),
+        (ExemplarBuildConfig, {"percentile": [2, "x"]}, r"percentile\[1\] must be a finite number or a whole number"),
+        (ExemplarBuildConfig, {"k": None}, "k must be a whole number, got None"),
+        (SNMFBuildConfig, {"tol": float("nan")}, "tol must be a finite number, got nan"),
+        (SNMFBuildConfig, {"n_components": 2.5}, "n_components must be a whole number or a list, got 2.5"),
+    ],
+)
+def test_a_config_refuses_what_it_cannot_hold_and_names_the_field(kind, options, message):
+    with pytest.raises(ValueError, match=message):
+        kind(**({"hook_name": "a"} if kind is DictionaryRunnerConfig else {}) | options)
+
+
+def test_the_logger_that_was_given_stays_as_it_is():
+    logger = LoggingConfig(log_to_wandb=False, run_name="None")
+    assert DictionaryRunnerConfig(hook_name="a", logger=logger).logger.run_name is None and logger.run_name == "None"

@@ -13,13 +13,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from sae_lens import SAE
 from sae_lens.load_model import HookedProxyLM
 
+from saelens_ext import DictionaryProfile
 from saelens_ext.activations.cached_stream import CachedStream
 from saelens_ext.dictionaries.fit_snmf import sum_of_squares
-from saelens_ext.runner import DictionaryRunner, ExemplarBuildConfig, SNMFBuildConfig, build_pass, runner
+from saelens_ext.runner import (
+    DictionaryRunner,
+    DictionaryRunnerConfig,
+    ExemplarBuildConfig,
+    SNMFBuildConfig,
+    build_pass,
+    runner,
+)
 from saelens_ext.runner.checkpoints import Checkpoint
 from saelens_ext.runner.evaluation import eval_windows
+from saelens_ext.runner.results import BuiltDictionary
 from saelens_ext.runner.sources import open_stream
 from tests import models_zoo
 from tests.runner.runs import FACTORS, HOOK, NEURONS, TEXTS, config
@@ -207,3 +217,53 @@ def test_an_evaluation_that_fails_costs_neither_the_others_nor_what_is_logged(
     assert tracked == list(one.result.dictionaries) and len(tracked) == 2
     assert [built.evals is None for built in one.result.dictionaries.values()] == [True, False]
     assert f"The evaluation of {HOOK}_exemplars_p5 failed (RuntimeError: out of memory)" in caplog.text
+
+
+@pytest.mark.parametrize("step", ["save_fit", "save_profile", "save_evals"])
+def test_an_error_in_saving_costs_only_what_is_saved(step, tiny_bridge, tmp_path, monkeypatch, caplog):
+    save = getattr(BuiltDictionary, step)
+
+    def failing(self, *arguments):
+        if self.name.endswith("_p5"):
+            raise TypeError("not JSON serializable")
+        return save(self, *arguments)
+
+    monkeypatch.setattr(BuiltDictionary, step, failing)
+    one = DictionaryRunner(config(tmp_path, n_eval_batches=1, profile=True), model=tiny_bridge, dataset=TEXTS)
+    with caplog.at_level(logging.ERROR), pytest.raises(TypeError, match="not JSON serializable"):
+        one.run()
+    assert f"{HOOK}_exemplars_p5 failed (TypeError: not JSON serializable)" in caplog.text
+    names = {path.name for path in (tmp_path / "output" / f"{HOOK}_exemplars_p20").iterdir()}
+    assert {"fit.json", "profile.json", "evals.json", "runner_cfg.json"} <= names
+    assert all(built.evals is not None and built.profile is not None for built in one.result.dictionaries.values())
+
+
+def test_paths_and_devices_of_a_config_cost_no_pass(tiny_bridge, tmp_path):
+    given = config(tmp_path, output_path=tmp_path / "output", device=torch.device("cpu"), n_checkpoints=1)
+    given.checkpoint_path = tmp_path / "checkpoints"  # even where it is set later
+    result = DictionaryRunner(given, model=tiny_bridge, dataset=TEXTS).run()
+    for built in result.dictionaries.values():
+        saved = DictionaryRunnerConfig.from_json(built.path / "runner_cfg.json")
+        assert saved.output_path == str(tmp_path / "output") and saved.device == "cpu"
+
+
+def test_a_finished_run_that_is_run_again_and_killed_keeps_its_profiles(tiny_bridge, tmp_path, monkeypatch):
+    def run(**changes):
+        given = config(tmp_path, n_eval_batches=1, profile=True, **changes)
+        DictionaryRunner(given, model=tiny_bridge, dataset=TEXTS).run()
+
+    run()
+    folder = tmp_path / "output" / f"{HOOK}_exemplars_p5"
+    kept = {name: (folder / name).read_bytes() for name in ("profile.json", "evals.json", "sparsity.safetensors")}
+
+    def killed(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "profile_dictionaries", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert {name: (folder / name).read_bytes() for name in kept} == kept
+    DictionaryProfile.load(folder, SAE.load_from_disk(folder))
+    with pytest.raises(KeyboardInterrupt):
+        run(training_tokens=500)
+    assert not any((folder / name).exists() for name in kept), "they are of another dictionary"
