@@ -111,7 +111,8 @@ def damped_codes(x: Float[Tensor, "n d"], features: Float[Tensor, "k d"], dampin
 
 def _of_level(statistics: CodeStatistics, m: Tensor, damping: float = 0.0) -> CodeStatistics:
     """The statistics of the codes G M."""
-    level = CodeStatistics(m.T @ statistics.gram @ m, m.T @ statistics.product, statistics.total)
+    gram, product = m.T @ statistics.gram @ m, m.T @ statistics.product
+    level = CodeStatistics(gram, product, statistics.squares, statistics.rounding)
     level.damp(damping)
     return level
 

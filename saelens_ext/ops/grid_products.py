@@ -49,15 +49,22 @@ class Candidates(NamedTuple):
     products: Float[Tensor, " m"]
 
 
+def summation_error(terms: int, dtype: torch.dtype = torch.float32) -> float:
+    """Bound on the error of a sum of products, as a fraction of the product of the two vectors' norms.
+
+    Any order of summation is covered (one rounding per term), and so are the reduced precisions of float32 that a user
+    may have switched on for the whole process (TF32, bfloat16).
+    """
+    lowered = max(_LOW_PRECISION.get(name, 0.0) for name in _precision_settings()) if dtype == torch.float32 else 0.0
+    return 1.01 * terms * torch.finfo(dtype).eps / 2 + lowered
+
+
 def product_error(d: int) -> float:
     """Bound on the error of a float32 product as the cosine of two unit rows of width ``d``.
 
-    Any order of summation is covered (d roundings of 2**-24 each), and so are the reduced precisions that a user may
-    have switched on for the whole process (TF32, bfloat16): they cost more settling, never a wrong answer.
+    Reduced precisions cost more settling, never a wrong answer.
     """
-    return (
-        1.01 * d * 2.0**-24 + 2 * UNIT_TOLERANCE + max(_LOW_PRECISION.get(name, 0.0) for name in _precision_settings())
-    )
+    return summation_error(d) + 2 * UNIT_TOLERANCE
 
 
 def _precision_settings() -> list[str]:

@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from saelens_ext.ops.grid_products import summation_error
 from saelens_ext.ops.nnls import dual_is_faster
 from saelens_ext.ops.nnls_kernels import FeatureGram
 from saelens_ext.ops.semi_nmf_updates import (
@@ -212,10 +213,13 @@ class CoordinateFit:
         worst = self._state.errors.sort(descending=True, stable=True).indices[: len(places)]
         new = self._x[worst] - codes[:, worst].T @ features
         new = normalised(keep_largest(new, self._count))[0]
+        neuron_norms = self._state.statistics.squares.sqrt().to(new)
+        rounding = 2 * summation_error(len(self._x), new.dtype)  # of what is there, and of what the others take off
         for _ in range(_POWER_ITERATIONS):
             mine = (new @ self._x.T - (new @ features.T) @ codes).clamp_(min=0)
             fitted = mine @ self._x - (mine @ codes.T) @ features
-            new = normalised(keep_largest(fitted, self._count))[0]
+            error = rounding * torch.linalg.vector_norm(mine, dim=1)[:, None] * neuron_norms
+            new = normalised(keep_largest(fitted, self._count, error))[0]
         features = features.clone()
         features[places[: len(new)]] = new
         return features

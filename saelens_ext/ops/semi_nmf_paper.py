@@ -8,7 +8,8 @@ One iteration: H by least squares; in each row of H the s largest magnitudes kep
 scaled to length one, H to match; ``G <- G sqrt((P+ + G Q-) / (P- + G Q+ + 1e-6))``; the error. It may rise, because of
 the selection, so the best iterate is kept. Codes that are zero stay zero.
 
-Departures: exactly s entries are kept on ties; the linear system is solved, not inverted; the error comes from traces.
+Departures: exactly s entries are kept on ties (values within the rounding of G'X), the lower index first; the linear
+system is solved, not inverted; the error comes from traces.
 
 Source: Shafran et al. (arXiv 2506.10920); Ding, Li and Jordan (2010) for the rule.
 """
@@ -57,7 +58,8 @@ class PaperFit:
         gram = self._of_current.gram
         dense = torch.linalg.solve(gram + self._ridge, self._of_current.product).to(self._x.dtype)
         length = gram.diagonal().sqrt().clamp(min=_SHORTEST).to(self._x.dtype)
-        features = keep_largest(dense, self._count) * length[:, None]
+        error = self._of_current.rounding * self._of_current.squares.sqrt().to(dense) / length[:, None]
+        features = keep_largest(dense, self._count, error) * length[:, None]
         self._current = _multiplied(self._x @ features.T, features @ features.T, self._current / length)
         self._of_current = CodeStatistics.of(self._x, self._current.T)
         error = self._of_current.error(features)

@@ -10,6 +10,10 @@ The features' step takes the rows of H in turn. Given the others, the error is `
 all rows with s non-zeros, support included. This is why hard sparsity need not make the error rise. Then all rows are
 refitted together on the supports: one least squares per neuron.
 
+B is a float32 product, whose last bits depend on the kernel, on the number of threads and on the column: two equal
+neurons need not get equal entries. Entries of v that are no further apart than the rounding of B allows count as tied;
+neurons that the feature uses already stay, which keeps the error from rising, and then the lower index goes first.
+
 Codes are held transposed, ``(k, n)``, as the solvers of non-negative least squares want them.
 
 Source: hierarchical alternating least squares (Cichocki and Phan 2009) with the sparsity of Shafran et al.
@@ -20,9 +24,10 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from saelens_ext.ops.grid_products import summation_error
 from saelens_ext.ops.nnls_active_set import SupportSolver
 from saelens_ext.ops.nnls_kernels import DualIteration, FeatureGram, PrimalIteration, descent
 
@@ -42,14 +47,21 @@ class CodeStatistics:
     """A, float64."""
     product: Float[Tensor, "k d"]
     """B, float64."""
-    total: float
-    """|X|^2."""
+    squares: Float[Tensor, " d"]
+    """Sum of squares of each neuron, float64."""
+    rounding: float = 0.0
+    """Bound on the error of an entry of B, as a fraction of the norm of the codes times the norm of the neuron."""
 
     @classmethod
     def empty(cls, k: int, d: int, device: torch.device) -> "CodeStatistics":
         """Of no activations."""
         options = {"dtype": torch.float64, "device": device}
-        return cls(torch.zeros(k, k, **options), torch.zeros(k, d, **options), 0.0)
+        return cls(torch.zeros(k, k, **options), torch.zeros(k, d, **options), torch.zeros(d, **options))
+
+    @property
+    def total(self) -> float:
+        """|X|^2."""
+        return float(self.squares.sum())
 
     @classmethod
     def of(cls, x: Float[Tensor, "n d"], codes: Float[Tensor, "k n"]) -> "CodeStatistics":
@@ -68,7 +80,9 @@ class CodeStatistics:
             wide = columns.double()
             self.gram += wide @ wide.T
             self.product += columns @ rows
-            self.total += squared_norm(rows)
+            # In float64, since the float32 reductions of torch on the CPU understate by up to 1%.
+            self.squares += rows.double().square().sum(dim=0)
+            self.rounding = max(self.rounding, summation_error(len(rows), rows.dtype))
 
     def damp(self, damping: float) -> None:
         """Add to the error ``damping`` times the sum over features of |g_i|^2 |h_i|^2, by a heavier diagonal of A."""
@@ -91,27 +105,40 @@ def support_size(sparsity: float | int, d: int) -> int:
     return max(1, math.ceil(round(sparsity * d, 9)))
 
 
-def squared_norm(x: Tensor) -> float:
-    """Sum of squares in float64: the float32 reductions of torch on the CPU understate by up to 1%."""
-    return float(x.double().square().sum())
+def largest_entries(
+    x: Float[Tensor, " d"],
+    count: int,
+    error: Float[Tensor, " d"] | None = None,
+    preferred: Bool[Tensor, " d"] | None = None,
+) -> Tensor:
+    """Indices of the ``count`` entries of largest magnitude.
 
-
-def largest_entries(x: Float[Tensor, " d"], count: int) -> Tensor:
-    """Indices of the ``count`` entries of largest magnitude, the lower index first among equals."""
+    Args:
+        x: ``(d,)`` values.
+        count: how many, at most d.
+        error: by how much each value may be off; values that may be equal to the smallest of the largest are tied.
+            By default only equal values are.
+        preferred: which of the tied entries go first; otherwise and among them, those of lower index do.
+    """
     size = x.abs()
-    values, indices = size.topk(count)
-    if int((size >= values[-1]).sum()) == count:
-        return indices
-    return size.sort(descending=True, stable=True).indices[:count]
+    cut, position = (part[-1] for part in size.topk(count))
+    reach = torch.zeros_like(size) if error is None else error + error[position]
+    sure = (size > cut + reach).nonzero()[:, 0]
+    tied = ((size - cut).abs() <= reach).nonzero()[:, 0]
+    if preferred is not None:
+        tied = torch.cat((tied[preferred[tied]], tied[~preferred[tied]]))
+    return torch.cat((sure, tied[: count - len(sure)]))
 
 
-def keep_largest(features: Float[Tensor, "k d"], count: int) -> Float[Tensor, "k d"]:
-    """A copy with only the ``count`` entries of largest magnitude in each row."""
+def keep_largest(
+    features: Float[Tensor, "k d"], count: int, error: Float[Tensor, "k d"] | None = None
+) -> Float[Tensor, "k d"]:
+    """A copy with only the ``count`` entries of largest magnitude in each row; ``error`` as of ``largest_entries``."""
     if count >= features.shape[1]:
         return features.clone()
     kept = torch.zeros_like(features)
-    for row, target in zip(features, kept, strict=True):
-        indices = largest_entries(row, count)
+    for i, (row, target) in enumerate(zip(features, kept, strict=True)):
+        indices = largest_entries(row, count, None if error is None else error[i])
         target[indices] = row[indices]
     return kept
 
@@ -136,9 +163,10 @@ def _sweep_features(statistics: CodeStatistics, features: Tensor, count: int, n_
     features = features.clone()
     residual = statistics.product - statistics.gram @ features
     weights = statistics.gram.diagonal().tolist()
+    error = statistics.rounding * statistics.squares.sqrt()
     for i in _live(statistics).nonzero()[:, 0].tolist() * n_sweeps:
         best = features[i] + residual[i] / weights[i]
-        kept = largest_entries(best, count)
+        kept = largest_entries(best, count, error / math.sqrt(weights[i]), features[i] != 0)
         change = -features[i]
         change[kept] += best[kept]
         moved = change.nonzero()[:, 0]

@@ -150,11 +150,55 @@ def test_features_step_never_raises_the_error(count):
             features = new
 
 
-def test_ties_go_to_the_lowest_index():
+@pytest.mark.parametrize("method", ["coordinate", "paper"])
+@pytest.mark.parametrize("init", INITS)
+def test_ties_go_to_the_lowest_index(init, method):
     assert sorted(largest_entries(torch.tensor([1.0, -2.0, 2.0, 1.0, -1.0]), 3).tolist()) == [0, 1, 2]
     assert sorted(largest_entries(torch.ones(100), 7).tolist()) == list(range(7))
+    options = {"sparsity": 0.25, "init": init, "method": method}
     x = torch.ones(10, 20)
-    assert semi_nmf(x, 1, sparsity=0.25, max_iter=3).features[0].nonzero()[:, 0].tolist() == [0, 1, 2, 3, 4]
+    assert semi_nmf(x, 1, max_iter=3, **options).features[0].nonzero()[:, 0].tolist() == [0, 1, 2, 3, 4]
+    # Sums whose rounding depends on their order, over more than one block of them.
+    x = torch.rand(1500, 1, generator=generator()).repeat(1, 37)
+    assert semi_nmf(x, 1, max_iter=3, **options).features[0].nonzero()[:, 0].tolist() == list(range(10))
+
+
+@pytest.mark.parametrize("method", ["coordinate", "paper"])
+@pytest.mark.parametrize("init", INITS)
+def test_of_equal_neurons_the_first_is_used_first(init, method):
+    """Neurons j and j + 41 are equal, so that the seventh of a feature is one of two."""
+    x, _ = planted(d=41)
+    feature = semi_nmf(x.repeat(1, 2), 1, sparsity=0.085, init=init, method=method, max_iter=20).features[0]
+    first, second = (feature != 0).chunk(2)
+    assert (int(first.sum()), int(second.sum())) == (4, 3) and not bool((second & ~first).any())
+
+
+def test_values_that_may_be_equal_are_tied():
+    error = torch.full((5,), 0.01)
+    values = torch.tensor([1.005, -2.0, 1.015, -1.0, 1.04])
+    # The third largest is 1.015: 1.04 is above it for sure, 1.005 and 1.0 may be equal to it.
+    assert sorted(largest_entries(values, 3, error).tolist()) == [0, 1, 4]
+    assert sorted(largest_entries(values, 3).tolist()) == [1, 2, 4]
+    preferred = torch.tensor([False, False, True, True, False])
+    assert sorted(largest_entries(values, 3, error, preferred).tolist()) == [1, 2, 4]
+    assert sorted(largest_entries(values, 2, error, preferred).tolist()) == [1, 4]
+    # Off by 0.02 in the first alone, it reaches the cut from below.
+    assert sorted(largest_entries(values, 3, torch.tensor([0.02, 0, 0, 0, 0])).tolist()) == [0, 1, 4]
+
+
+def test_supports_do_not_depend_on_the_rounding_of_the_product():
+    x, codes = planted(n=1000, d=30, noise=0.5)[0].repeat(1, 2), torch.rand(5, 1000, generator=generator())
+    statistics = CodeStatistics.of(x, codes)
+    expected = update_features(statistics, torch.zeros(5, 60), 7) != 0
+    exact = CodeStatistics.of(x.double(), codes.double())
+    off = (statistics.product - exact.product).abs()
+    bound = statistics.rounding * exact.gram.diagonal().sqrt()[:, None] * exact.squares.sqrt()
+    assert bool((off <= bound).all())
+    for seed in range(10):
+        # As other kernels may round it; 30 times worse than this one did.
+        noise = 30 * float(off.max()) * (2 * torch.rand(5, 60, generator=generator(seed)).double() - 1)
+        statistics.product = exact.product + noise.clamp(-bound, bound)
+        assert torch.equal(update_features(statistics, torch.zeros(5, 60), 7) != 0, expected)
 
 
 def test_sparsity_counts_are_rounded_up_but_not_by_rounding_errors():
