@@ -11,14 +11,19 @@ from tests.stand_ins import CheckedMonkeyPatch
 
 # Side by side, workers share the cores.
 ALL_THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else torch.get_num_threads()
+THREADS = int(os.environ.get("OMP_NUM_THREADS", "1"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_threads():
+    """One thread for tiny models, which are slower with more (several times so where cores are shared)."""
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(autouse=True)
 def _threads(request):
-    """One thread for tiny models, which are slower with more (several times so where cores are shared), all for the
-    real one.
-    """
-    torch.set_num_threads(ALL_THREADS if "smol" in request.fixturenames else 1)
+    """All threads for the real model."""
+    torch.set_num_threads(ALL_THREADS if "smol" in request.fixturenames else THREADS)
 
 
 @pytest.fixture

@@ -223,7 +223,8 @@ def profile_dictionary(
 
     Works on any SAELens SAE or transcoder through its ``encode`` (a transcoder is profiled at its input hook). Where
     the dictionary has regions, that is an ``assign`` method, counts and examples are those of the exact Voronoi cells.
-    The result does not depend on how the stream is batched; of equal examples the first in the stream are kept.
+    The result does not depend on how the activations are batched; of equal examples the first in the stream are kept.
+    (Another ``batch_size`` of the stream also changes the last bits of the activations themselves.)
 
     Memory: the examples, a few numbers per latent, a block of codes of tens of megabytes, and for a dictionary with
     regions one float64 copy of its exemplars.

@@ -24,10 +24,11 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from saelens_ext.ops.grid_products import summation_error
+from saelens_ext.ops.largest_entries import largest_entries
 from saelens_ext.ops.nnls_active_set import SupportSolver
 from saelens_ext.ops.nnls_kernels import DualIteration, FeatureGram, PrimalIteration, descent
 
@@ -103,31 +104,6 @@ def support_size(sparsity: float | int, d: int) -> int:
     """How many of d neurons a feature may use: ceil(sparsity * d), at least 1."""
     # 0.07 * 100 is 7.000000000000001: rounding must not add a neuron.
     return max(1, math.ceil(round(sparsity * d, 9)))
-
-
-def largest_entries(
-    x: Float[Tensor, " d"],
-    count: int,
-    error: Float[Tensor, " d"] | None = None,
-    preferred: Bool[Tensor, " d"] | None = None,
-) -> Tensor:
-    """Indices of the ``count`` entries of largest magnitude.
-
-    Args:
-        x: ``(d,)`` values.
-        count: how many, at most d.
-        error: by how much each value may be off; values that may be equal to the smallest of the largest are tied.
-            By default only equal values are.
-        preferred: which of the tied entries go first; otherwise and among them, those of lower index do.
-    """
-    size = x.abs()
-    cut, position = (part[-1] for part in size.topk(count))
-    reach = torch.zeros_like(size) if error is None else error + error[position]
-    sure = (size > cut + reach).nonzero()[:, 0]
-    tied = ((size - cut).abs() <= reach).nonzero()[:, 0]
-    if preferred is not None:
-        tied = torch.cat((tied[preferred[tied]], tied[~preferred[tied]]))
-    return torch.cat((sure, tied[: count - len(sure)]))
 
 
 def keep_largest(

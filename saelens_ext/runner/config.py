@@ -110,7 +110,9 @@ class DictionaryRunnerConfig:
     checkpoint_path: str | None = parsed("checkpoints", text_or_none, "PATH")
     """Where checkpoints go, in a folder named by the run's id; none disables them."""
     resume_from_checkpoint: str | None = parsed(None, text_or_none, "PATH")
-    """A checkpoint, or the folder of a run's checkpoints, of which the last is taken."""
+    """A checkpoint, or the folder of a run's checkpoints, of which the last is taken. On the same kind of device and
+    with the same number of threads the result is that of a run that was never interrupted, to the last bit; elsewhere
+    activations are rounded otherwise, and an activation at a threshold may fall on the other side of it."""
     output_path: str | None = parsed("output", text_or_none, "PATH")
     """Where dictionaries go, each in a folder of its own; none keeps them in memory."""
     progress: bool = False

@@ -276,7 +276,7 @@ def _choose_among(
         total: logarithm of the mass of all tokens, ``(b, 1)``; None: only the likeliest count.
     """
     best, ids = logits.float().topk(width, dim=-1)
-    # On the CPU in float64, so that equal draws give equal tokens on every device.
+    # On the CPU in float64, so that equal draws and equal logits give equal tokens on every device.
     scaled = best.cpu().double() / options.temperature
     mass = scaled.softmax(dim=-1) if total is None else (scaled - total).exp()
     inside = mass.cumsum(dim=-1) - mass < options.top_p

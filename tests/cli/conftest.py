@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 import wandb
 
 from saelens_ext.cli.main import main
@@ -73,7 +72,6 @@ def reading(place) -> list[str]:
 @pytest.fixture(scope="session")
 def built(place, reading) -> dict[str, Path]:
     """Folders of two partitions and of a factorisation."""
-    torch.set_num_threads(1)
     more = ["--n_eval_batches=1", f"--output_path={place / 'built'}", "--quiet"]
     partitions = ["--dictionary.percentile=5,20", "--dictionary.calibration_activations=200"]
     assert main(["exemplars", *reading, *more, f"--hook_name={HOOK}", *partitions]) == 0

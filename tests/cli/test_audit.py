@@ -4,7 +4,6 @@ import json
 
 import pandas as pd
 import pytest
-import torch
 
 from saelens_ext.cli import audit as audit_command
 from tests.cli.conftest import logged_run
@@ -25,7 +24,6 @@ PREFIX = "The assert statement"
 
 @pytest.fixture(scope="module")
 def asked(built, place) -> list[str]:
-    torch.set_num_threads(1)
     return ["audit", f"--model_name={place / 'model'}", f"--dictionaries={built['fine']}", *SMALL]
 
 

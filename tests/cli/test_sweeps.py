@@ -6,7 +6,6 @@ import itertools
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
@@ -78,7 +77,6 @@ def test_a_point_runs(path, offline, command, place, reading, built):
     sweep = yaml.safe_load(path.read_text())
     point = points(sweep)[-1]
     name, *arguments = command_line(sweep, point)
-    torch.set_num_threads(1)
     # The same line with a tiny model: of an option that is given twice the last holds.
     tiny = {
         "exemplars": [

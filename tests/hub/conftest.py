@@ -37,7 +37,6 @@ def hub(running_hub, tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def made(tiny_bridge, tiny_texts):
     """A fit of each kind, a profile, and a SAE of SAELens' own."""
-    torch.set_num_threads(1)
     residual = ActivationStream(tiny_bridge, tiny_texts, "blocks.1.hook_out", context_size=32, max_tokens=400)
     neurons = ActivationStream(tiny_bridge, tiny_texts, "blocks.1.mlp.out.hook_in", context_size=32, max_tokens=300)
     partition = fit_exemplar_partition(residual, percentile=20)

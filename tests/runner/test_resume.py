@@ -26,7 +26,6 @@ def only_run(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def straight(tiny_bridge, tmp_path_factory):
-    torch.set_num_threads(1)
     given = config(tmp_path_factory.mktemp("straight"), n_checkpoints=6)
     return DictionaryRunner(given, model=tiny_bridge, dataset=TEXTS).run()
 
@@ -111,11 +110,9 @@ def test_from_a_checkpoint_by_name(number, straight, tiny_bridge, tmp_path):
 _SCRIPT = """
 import sys, time
 from pathlib import Path
-import torch
 from saelens_ext.runner import DictionaryRunner, build_pass
 from tests.models_zoo import make_model
 from tests.runner.runs import TEXTS, config
-torch.set_num_threads(1)
 original = build_pass.BuildPass.batches
 def slow(self):
     for batch in original(self):
@@ -131,7 +128,7 @@ DictionaryRunner(config(Path(sys.argv[1]), n_checkpoints=6), model=model, datase
 def _start(folder: Path, after: int) -> subprocess.Popen:
     """A run in a process of its own, once it has read so many activations."""
     root = Path(__file__).parents[2]
-    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = subprocess.Popen(
         [sys.executable, "-c", _SCRIPT, str(folder)],
         stdout=subprocess.PIPE,

@@ -35,7 +35,6 @@ from tests.runner.runs import FACTORS, HOOK, NEURONS, TEXTS, assert_same_partiti
 @pytest.fixture(scope="module")
 def whole(tiny_bridge, tmp_path_factory):
     """One run with everything: two kinds of dictionaries, two hooks, profiles, evaluation."""
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("whole")
     given = config(
         folder,

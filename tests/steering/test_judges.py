@@ -19,15 +19,6 @@ from saelens_ext.steering.score import steering_score
 HOOK = "blocks.1.hook_resid_post"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny tensors gain nothing from a second thread, and lose much where other work keeps the cores busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # --- scores ---
 
 

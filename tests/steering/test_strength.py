@@ -23,15 +23,6 @@ HOOK = "blocks.1.hook_resid_post"
 PROMPTS = ["I think that", "The value of an expression"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny tensors gain nothing from a second thread, and lose much where other work keeps the cores busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(params=["tiny_bridge", "tiny_hooked", "tiny_gpt2_bridge", "tiny_gpt2_hooked"])
 def model(request):
     return request.getfixturevalue(request.param)

@@ -27,6 +27,7 @@ from saelens_ext.continuations.source_table import KINDS, SourceTable
 from saelens_ext.host.models import HostModel, tokenizer_of
 from saelens_ext.host.prompt_passes import device_of
 from saelens_ext.host.tokens import special_token_ids, token_strings
+from saelens_ext.ops.largest_entries import largest_entries
 
 logger = logging.getLogger(__name__)
 
@@ -242,7 +243,7 @@ class _Run:
 def _largest(effects: Tensor, max_sources: int) -> Tensor:
     """The columns with the largest mean absolute effect over the set, in their own order."""
     strength = effects.abs().mean(dim=0)
-    return strength.topk(min(max_sources, len(strength))).indices.sort().values
+    return largest_entries(strength, min(max_sources, len(strength))).sort().values
 
 
 def _check_fits(model: HostModel, continuations: ContinuationSet) -> None:

@@ -24,6 +24,7 @@ from saelens_ext.host.flat_sae import encode_flat, flat_activations
 from saelens_ext.host.hook_edits import HookFunction, hooked
 from saelens_ext.host.models import HostModel
 from saelens_ext.host.prompt_passes import evaluating, logits_of
+from saelens_ext.ops.largest_entries import largest_entries
 
 logger = logging.getLogger(__name__)
 
@@ -209,8 +210,9 @@ def _strongest(codes: Tensor, norms: Tensor, positions: Sequence[int], limit: in
             int(kept.sum()),
             dropped,
         )
-        floor = strength.flatten().topk(limit).values[-1]
-        kept &= strength >= floor
+        # Norms of unit rows are 1 up to rounding, which must not choose among one-hot codes.
+        chosen = largest_entries(strength.flatten(), limit, strength.flatten() * 2.0**-20)
+        kept = torch.zeros_like(kept).flatten().index_fill_(0, chosen, True).view_as(kept)
     return kept
 
 

@@ -121,7 +121,8 @@ def rate_distortion_path(
         tol: see there.
         random_state: see there.
         n_jobs: gammas at a time, as joblib counts; a joblib backend set by ``joblib.parallel_config`` spreads them over
-            a cluster. The result does not depend on it.
+            a cluster. The result does not depend on it beyond rounding, which differs where workers run on other
+            processors or with another number of threads.
 
     Returns:
         A point per cell. ``JointClusterer(beta, gamma, init=point.labels).fit(X, y)`` makes an estimator of one.

@@ -81,7 +81,7 @@ def stability_score(
         n_resamples: B, at least 2.
         max_iter: rounds of one descent.
         random_state: seed.
-        n_jobs: resamples at a time, as joblib counts. The result does not depend on it.
+        n_jobs: resamples at a time, as joblib counts. The result does not depend on it beyond rounding.
 
     Raises:
         ValueError: fewer than two resamples, or labels of another length.
