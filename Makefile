@@ -3,13 +3,29 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test tutorials lint docs bench clean
+.PHONY: demo test test-slow test-kernels tutorials lint docs bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m saelens_ext.demo
 
+# A worker takes one core, also in numpy's products. Idle workers take over tests that others have not begun.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
+
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(PYTEST) -m "not slow"
+
+# What takes long: the real model, clusters of processes, fresh interpreters, whole pages in a browser.
+test-slow: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(PYTEST) -m slow
+
+# The numeric tests as another processor would run them, with the kernels that are slowest and round otherwise: nothing
+# that is promised may hang on the last bits of a product.
+NUMERIC := tests/activations tests/analysis tests/concepts tests/continuations tests/dictionaries tests/host tests/ops \
+	tests/runner/test_resume.py tests/steering
+KERNELS := ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41 OPENBLAS_CORETYPE=Prescott
+
+test-kernels: $(VENV)/installed
+	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(KERNELS) $(PYTEST) -m "not slow" $(NUMERIC)
 
 tutorials: $(VENV)/installed
 	$(BIN)/python tutorials/run.py --check

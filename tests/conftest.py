@@ -14,6 +14,12 @@ ALL_THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else torch.get_num_thread
 THREADS = int(os.environ.get("OMP_NUM_THREADS", "1"))
 
 
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "smol" in item.fixturenames:
+            item.add_marker("slow")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _few_threads():
     """One thread for tiny models, which are slower with more (several times so where cores are shared)."""
