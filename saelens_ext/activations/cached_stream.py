@@ -15,11 +15,13 @@ from saelens_ext._checks import near_matches, positive
 from saelens_ext.activations.proxy_stream import ProxyStream, describe_any
 from saelens_ext.activations.settings import checked_names, excluded_ids, positions_read
 from saelens_ext.activations.stream import NO_TOKEN, ActivationBatch, ActivationStream
+from saelens_ext.host.bos import begins_with_bos
 from saelens_ext.host.hook_names import spellings_of
 from saelens_ext.host.models import HostModel, resolve_hook
 
 TOKEN_IDS = "token_ids"
 """The column of token ids in SAELens' cache of activations."""
+_FIRST_WINDOWS = 16
 
 
 class CachedStream(ActivationStream):
@@ -98,9 +100,9 @@ class CachedStream(ActivationStream):
         self.seqpos_slice = tuple(seqpos_slice)
         self._read_positions = positions_read(self.seqpos_slice, self.context_size)
         self.device, self.path, self.progress = torch.device(device), Path(path), False
-        first = self._rows[0][TOKEN_IDS][0] if self.has_tokens else None
-        bos_id = getattr(self.tokenizer, "bos_token_id", None)
-        self.prepend_bos = first is not None and bos_id is not None and int(first) == bos_id
+        # Several windows, since one may start with BOS by chance, where it separates the texts in it.
+        first = rows.with_format(columns=[TOKEN_IDS])[:_FIRST_WINDOWS][TOKEN_IDS] if self.has_tokens else []
+        self.prepend_bos = len(first) > 0 and all(begins_with_bos(self.tokenizer, window) for window in first)
         self.is_of_model = None if model is None or not self.has_tokens else self._comes_from(model)
         if self.is_of_model is False:
             warnings.warn(

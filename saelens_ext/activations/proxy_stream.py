@@ -10,7 +10,6 @@ from torch import Tensor
 
 from saelens_ext._checks import positive
 from saelens_ext.activations.settings import (
-    bos_to_prepend,
     checked_context_size,
     checked_names,
     excluded_ids,
@@ -18,6 +17,7 @@ from saelens_ext.activations.settings import (
 )
 from saelens_ext.activations.stream import ActivationStream, kept_rows
 from saelens_ext.activations.windows import WindowSource
+from saelens_ext.host.bos import text_start
 from saelens_ext.host.models import HostModel, describe_model, resolve_hook
 
 
@@ -32,7 +32,7 @@ class ProxyStream(ActivationStream):
         batch_size: windows in a forward pass.
         max_tokens: activations per hook after which a pass ends.
         exclude_special_tokens: leave out special tokens, the listed token ids, or none.
-        prepend_bos: whether every window starts with BOS; None: if the tokenizer has one.
+        prepend_bos: whether every window starts with BOS; None: if it does on a bridge of the same architecture.
         text_column: the column of the documents.
         seqpos_slice: positions of a window that are read.
         progress: show a progress bar.
@@ -62,9 +62,8 @@ class ProxyStream(ActivationStream):
         self.batch_size = positive(batch_size, "batch_size")
         self.max_tokens = None if max_tokens is None else positive(max_tokens, "max_tokens")
         self.exclude_special_tokens = exclude_special_tokens
-        self._excluded = excluded_ids(self.tokenizer, exclude_special_tokens)
-        bos_id = bos_to_prepend(self.tokenizer, prepend_bos)
-        self.prepend_bos = bos_id is not None
+        start = text_start(model, prepend_bos)
+        self._excluded = excluded_ids(self.tokenizer, exclude_special_tokens, start)
         self.seqpos_slice = tuple(seqpos_slice)
         self._read_positions = positions_read(self.seqpos_slice, self.context_size)
         self.progress = progress
@@ -73,10 +72,13 @@ class ProxyStream(ActivationStream):
             dataset,
             self.tokenizer,
             context_size=self.context_size,
-            bos_id=bos_id,
+            start=start,
             text_column=text_column,
             vocabulary_size=model.model.config.vocab_size,
         )
+        if prepend_bos is None:
+            self._windows.leave_start_to_template()
+        self.prepend_bos = self._windows.start.prepends_bos
 
     def _describe_model(self) -> dict[str, Any]:
         return describe_any(self.model)

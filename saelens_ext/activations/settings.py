@@ -8,6 +8,7 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from saelens_ext._checks import positive
+from saelens_ext.host.bos import TextStart
 from saelens_ext.host.tokens import special_token_ids
 
 
@@ -32,23 +33,11 @@ def checked_context_size(context_size: int, limit: int | None) -> int:
     return size
 
 
-def excluded_ids(tokenizer: Any, exclude: bool | Sequence[int]) -> Int64[Tensor, " k"]:
-    """Token ids to leave out: the special ones, those listed, or none."""
+def excluded_ids(tokenizer: Any, exclude: bool | Sequence[int], start: TextStart = TextStart()) -> Int64[Tensor, " k"]:
+    """Token ids to leave out: the special ones, with those that every text starts with; those listed; or none."""
     if isinstance(exclude, bool):
-        exclude = special_token_ids(tokenizer) if exclude else []
+        exclude = sorted({*special_token_ids(tokenizer), *start.ids}) if exclude else []
     return torch.tensor([int(i) for i in exclude], dtype=torch.int64)
-
-
-def bos_to_prepend(tokenizer: Any, prepend_bos: bool | None, by_default: bool = True) -> int | None:
-    """The id of the BOS that every window starts with; None where there is none."""
-    bos_id = getattr(tokenizer, "bos_token_id", None)
-    if prepend_bos is None:
-        prepend_bos = bos_id is not None and by_default
-    if prepend_bos and bos_id is None:
-        raise ValueError(
-            "prepend_bos=True, and the tokenizer has no BOS token: leave prepend_bos at None or set it to False."
-        )
-    return bos_id if prepend_bos else None
 
 
 def positions_read(seqpos_slice: tuple[int | None, ...], context_size: int) -> Bool[Tensor, " L"]:

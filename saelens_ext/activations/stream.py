@@ -21,13 +21,13 @@ from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
 from saelens_ext._checks import positive
 from saelens_ext.activations.settings import (
-    bos_to_prepend,
     checked_context_size,
     checked_names,
     excluded_ids,
     positions_read,
 )
 from saelens_ext.activations.windows import Window, WindowSource
+from saelens_ext.host.bos import text_start
 from saelens_ext.host.models import HostModel, describe_model, resolve_hook, stop_layer, tokenizer_of
 
 logger = logging.getLogger(__name__)
@@ -103,8 +103,8 @@ class ActivationStream:
         max_tokens: activations per hook after which a pass ends, exactly; None reads the whole dataset.
         exclude_special_tokens: leave out activations at BOS, EOS, padding and separator tokens (True), at the listed
             token ids, or at none (False).
-        prepend_bos: whether every window starts with BOS; None: if the model's tokenizer has one and the model is not
-            configured otherwise. A document that starts with BOS gets no second.
+        prepend_bos: whether every window starts with BOS; None: as texts do in ``model.to_tokens``, and
+            conversations in their chat template. A document that starts with BOS gets no second.
         text_column: the column of the documents.
         seqpos_slice: ``(stop,)``, ``(start, stop)`` or ``(start, stop, step)`` over the positions of a whole window, as
             in SAELens: positions outside it are not read.
@@ -149,13 +149,10 @@ class ActivationStream:
         self.max_tokens = None if max_tokens is None else positive(max_tokens, "max_tokens")
         self.exclude_special_tokens = exclude_special_tokens
         self.tokenizer = getattr(model, "tokenizer", None)
+        start = text_start(model, prepend_bos)
         self._excluded = excluded_ids(
-            tokenizer_of(model) if exclude_special_tokens is True else None, exclude_special_tokens
+            tokenizer_of(model) if exclude_special_tokens is True else None, exclude_special_tokens, start
         )
-        bos_id = bos_to_prepend(
-            self.tokenizer, prepend_bos, getattr(model.cfg, "default_prepend_bos", True) is not False
-        )
-        self.prepend_bos = bos_id is not None
         self.seqpos_slice = tuple(seqpos_slice)
         self._read_positions = positions_read(self.seqpos_slice, self.context_size)
         self.progress = progress
@@ -164,10 +161,13 @@ class ActivationStream:
             dataset,
             self.tokenizer,
             context_size=self.context_size,
-            bos_id=bos_id,
+            start=start,
             text_column=text_column,
             vocabulary_size=getattr(model.cfg, "d_vocab", None),
         )
+        if prepend_bos is None:
+            self._windows.leave_start_to_template()
+        self.prepend_bos = self._windows.start.prepends_bos
 
     def __iter__(self) -> Iterator[ActivationBatch]:
         """Start a pass from the first document."""

@@ -15,6 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from saelens_ext.activations.documents import as_messages, is_missing, open_dataset
 from saelens_ext.activations.fingerprint import hash_texts
+from saelens_ext.host.bos import TextStart
+from saelens_ext.host.chat_template import starts_with
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +47,7 @@ class WindowSource:
             value. A document that the tokenizer or the chat template refuses is skipped, counted and logged.
         tokenizer: what turns text into tokens; None when the rows hold token ids.
         context_size: tokens in a whole window, BOS included.
-        bos_id: the token that starts every window, or None. A document that starts with it already gets no second.
+        start: what stands in front of every window. A document that begins with it already gets no second.
         text_column: the column that holds the documents.
         vocabulary_size: token ids at or above it are refused; None checks nothing.
 
@@ -59,7 +61,7 @@ class WindowSource:
         tokenizer: PreTrainedTokenizerBase | None,
         *,
         context_size: int,
-        bos_id: int | None,
+        start: TextStart = TextStart(),
         text_column: str = _DEFAULT_COLUMN,
         vocabulary_size: int | None = None,
     ):
@@ -68,7 +70,7 @@ class WindowSource:
         self.rows = open_dataset(dataset)
         self.tokenizer = tokenizer
         self.context_size = context_size
-        self.bos_id = bos_id
+        self.start = start
         self.text_column = text_column
         self.vocabulary_size = vocabulary_size
         columns = getattr(self.rows, "column_names", None)
@@ -118,31 +120,41 @@ class WindowSource:
         }
 
     def _cut(self, content: list[int]) -> Iterator[list[int]]:
-        start = [] if self.bos_id is None else [self.bos_id]
+        start = list(self.start.ids)
         step = self.context_size - len(start)
         for begin in range(0, len(content), step):
             yield start + content[begin : begin + step]
 
     def _content(self, row: Any, document_id: int) -> list[int]:
-        """The document's tokens without the BOS that its windows will get."""
-        ids = self._token_ids(row, document_id)
-        return ids[1:] if self.bos_id is not None and ids[:1] == [self.bos_id] else ids
-
-    def _token_ids(self, row: Any, document_id: int) -> list[int]:
-        document = row if isinstance(row, str) or is_missing(row) else row[self._column(list(_fields(row)))]
+        """The document's tokens without the start that its windows will get."""
+        document = self._document(row)
         if is_missing(document):
             return []
         if isinstance(document, str):
             return self._tokenise(document, document_id)
-        if isinstance(document, Sequence) and document and isinstance(document[0], Mapping):
+        if _is_conversation(document):
             return self._tokenise(self._apply_chat_template(document, document_id), document_id)
-        return self._checked(_unpadded(document, row, document_id), document_id)
+        ids, start = self._checked(_unpadded(document, row, document_id), document_id), list(self.start.ids)
+        return ids[len(start) :] if start and ids[: len(start)] == start else ids
+
+    def _document(self, row: Any) -> Any:
+        return row if isinstance(row, str) or is_missing(row) else row[self._column(list(_fields(row)))]
+
+    def leave_start_to_template(self) -> None:
+        """Put nothing in front of conversations that their chat template begins with something else."""
+        if not self.start.ids or not getattr(self.tokenizer, "chat_template", None):
+            return
+        # The first row is looked at only where it matters: a stream may have to fetch it.
+        if not starts_with(self.tokenizer, self.start.ids) and self._holds_conversations():
+            self.start = TextStart()
+
+    def _holds_conversations(self) -> bool:
+        return _is_conversation(self._document(next(iter(self.rows), "")))
 
     def _tokenise(self, text: str, document_id: int) -> list[int]:
         tokenizer = self._needed_tokenizer()
-        # verbose=False: documents longer than the model's context are expected, they are cut into windows.
         with _refusing(document_id, "the tokenizer"):
-            return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            return self.start.after(tokenizer, text)
 
     def _apply_chat_template(self, conversation: Any, document_id: int) -> str:
         tokenizer, messages = self._needed_tokenizer(), as_messages(conversation, document_id)
@@ -196,6 +208,10 @@ def _refusing(document_id: int, who: str) -> Iterator[None]:
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).strip():.200}"
         raise _Refused(f"Document {document_id} is refused by {who} ({reason}).") from error
+
+
+def _is_conversation(document: Any) -> bool:
+    return isinstance(document, Sequence) and len(document) > 0 and isinstance(document[0], Mapping)
 
 
 def _fields(row: Any) -> Mapping[str, Any]:

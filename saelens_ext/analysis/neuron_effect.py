@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from saelens_ext import _checks
+from saelens_ext.host.continued_text import ids_after
 from saelens_ext.host.hook_edits import edit_point, flat_rows, hooked
 from saelens_ext.host.models import HostModel, tokenizer_of
-from saelens_ext.host.prompt_passes import evaluating, logits_of, prompt_ids, prompt_list, text_ids
+from saelens_ext.host.prompt_passes import evaluating, logits_of, prompt_ids, prompt_list
 from saelens_ext.host.tokens import special_token_ids, token_strings
 
 if TYPE_CHECKING:
@@ -92,7 +93,8 @@ def neuron_group_effect(
         hook_name: where the neurons are: ``blocks.L.mlp.hook_post``, or any other hook.
         neurons: indices, at least 1, no two alike.
         weights: one per neuron, in units of the activation: what is added, or what it is set to.
-        tokens_of_interest: ids, or strings that are single tokens; with the leading space where there is one.
+        tokens_of_interest: ids, or strings that are single tokens behind a prompt; with the leading space where there
+            is one.
         prompts: one or several.
         mode: "add" weights to the activations, or "set" activations to weights.
         positions: change the "last" token of the prompt, or "all" that are not special.
@@ -117,8 +119,8 @@ def neuron_group_effect(
     _checks.positive(n_random, "n_random")
     _checks.positive(batch_size, "batch_size")
     group, values = _checked_group(neurons, weights)
-    ids = torch.tensor([_token_id(model, token) for token in _listed(tokens_of_interest)])
     texts, point = prompt_list(prompts), edit_point(model, hook_name)
+    ids = torch.tensor([_token_id(model, token, texts[0]) for token in _listed(tokens_of_interest)])
     with evaluating(model):
         d = _width(model, point, prompt_ids(model, texts[0]))
         indices, amounts = _with_random_groups(group, values, _pool(group, d, control_pool), n_random, seed)
@@ -165,13 +167,13 @@ def _listed(tokens: Sequence[str | int]) -> list[str | int]:
     return list(tokens)
 
 
-def _token_id(model: HostModel, token: str | int) -> int:
+def _token_id(model: HostModel, token: str | int, prompt: str) -> int:
     size = model.cfg.d_vocab
     if not isinstance(token, str):
         if not 0 <= token < size:
             raise ValueError(f"A token id of interest must lie from 0 to {size - 1}, got {token}.")
         return int(token)
-    ids = text_ids(model, token)
+    (ids,) = ids_after(model, prompt, [token])
     if len(ids) != 1:
         pieces = token_strings(tokenizer_of(model), ids)
         raise ValueError(

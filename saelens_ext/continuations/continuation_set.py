@@ -45,7 +45,8 @@ class ContinuationSet:
     prompt: str
     """What the user gave: the prefix before a chat template was put around it."""
     prefix: str
-    """The text that every continuation goes on from, without BOS where BOS was added."""
+    """The text that every continuation goes on from, without BOS where BOS was added; with a chat template what the
+    template made of the prompt."""
     prefix_ids: tuple[int, ...]
     """The tokens that every stage puts before a continuation, BOS included where there is one."""
     token_ids: Tensor
@@ -53,7 +54,8 @@ class ContinuationSet:
     lengths: Tensor
     """``(n,)`` int64, tokens per continuation, at least 1."""
     texts: tuple[str, ...]
-    """Untrimmed: a leading space and a stop text are kept, as they are in the tokens."""
+    """Untrimmed: a leading space and a stop text are kept, as they are in the tokens. Rows may have equal texts and
+    other tokens."""
     log_probs: Tensor
     """p_t, float32 ``(n, T)``, 0 beyond a continuation's end."""
     weights: Tensor
@@ -67,7 +69,7 @@ class ContinuationSet:
     columns: Mapping[str, Tensor] = field(default_factory=dict)
     """Further numbers, one per row, by name (``"count"``: how often it was sampled; totals of an attribution)."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    """JSON-safe: how the set was made."""
+    """JSON-safe: how the set was made; ``"prepend_bos"`` says whether the prefix starts with BOS."""
 
     def __post_init__(self) -> None:
         rows = len(self.texts)

@@ -1,8 +1,8 @@
 """Continuations of a prefix, sampled from the model or brought along, with the probability of every token.
 
 Each draw has random numbers of its own, made from the seed, the prefix and the draw's number; so the set does not
-depend on the batch size (up to rounding, as `sampling` says). One rule decides about BOS here and in every later
-stage: the prefix starts with it where the tokenizer has one, and only once.
+depend on the batch size (up to rounding, as `sampling` says). Here and in every later stage the prefix starts with BOS
+where the model's texts do (`saelens_ext.host.bos`), and where a chat template writes it, as the template has it.
 """
 
 import logging
@@ -15,9 +15,11 @@ from tqdm.auto import tqdm
 
 from saelens_ext import _checks
 from saelens_ext.continuations.continuation_set import PADDING, WEIGHTINGS, ContinuationSet, pad_rows
+from saelens_ext.host.bos import begins_with_bos
+from saelens_ext.host.continued_text import ids_after, text_after
 from saelens_ext.host.models import HostModel, describe_model, tokenizer_of
-from saelens_ext.host.prompt_passes import evaluating, prompt_ids, text_ids
-from saelens_ext.steering.sampling import Drawn, SamplingOptions, continuation_log_probs, draw_continuations, text_after
+from saelens_ext.host.prompt_passes import evaluating, prompt_ids
+from saelens_ext.steering.sampling import Drawn, SamplingOptions, continuation_log_probs, draw_continuations
 
 logger = logging.getLogger(__name__)
 
@@ -46,14 +48,15 @@ def sample_continuations(
 
     Args:
         model: either host class, with a tokenizer.
-        prefix: the text to go on from; BOS is added where the tokenizer has one.
+        prefix: the text to go on from; BOS is added where ``model.to_tokens`` adds it, and none to a chat template's.
         n: rows wanted, at least 1.
         temperature: what logits are divided by; 0 takes the likeliest token, so that all draws are one.
         top_p: only the likeliest tokens that together hold this much mass are drawn, in (0, 1].
         max_new_tokens: tokens after which a continuation ends, at least 1.
         stop: texts that end a continuation; the token that completes one is kept, in the text too.
         seed: of the draws.
-        deduplicate: let every text make one row; its column ``count`` says how often it was drawn.
+        deduplicate: let every sequence of tokens make one row; its column ``count`` says how often it was drawn. Rows
+            may have equal texts: a text can be cut into tokens in several ways, and parts of characters read alike.
         weights: ``"uniform"``, ``"frequency"``, ``"path"`` or ``"length_normalised"``, see
             :meth:`ContinuationSet.with_weights`; the effective sample size is logged.
         chat_template: make the prefix a user's message in the tokenizer's chat template, and continue the answer.
@@ -80,7 +83,7 @@ def sample_continuations(
     limit = 10 * n if max_draws is None else _checks.positive(max_draws, "max_draws")
     stops = _stop_texts(stop)
     text = _templated(model, prefix, chat_template_options or {}) if chat_template else prefix
-    ids = _fitting_prefix(model, text, max_new_tokens)
+    ids = _fitting_prefix(model, text, max_new_tokens, chat_template)
     collected = _Collected(model, ids, n, deduplicate)
     with evaluating(model), tqdm(total=n, desc="sampling", unit="continuation", disable=not progress) as bar:
         while not collected.full and collected.n_draws < limit:
@@ -96,6 +99,7 @@ def sample_continuations(
     }
     metadata = {"sampling": settings | {"n": n, "deduplicate": deduplicate} | collected.describe()}
     counts = {"count": torch.tensor(collected.counts)}
+    metadata["chat_template"] = chat_template
     return _as_set(model, prefix, text, ids, collected.texts, collected.rows, weights, metadata, counts)
 
 
@@ -114,7 +118,8 @@ def score_continuations(
     Args:
         model: either host class, with a tokenizer.
         prefix: as for :func:`sample_continuations`, and likewise the chat template.
-        continuations: texts (with their leading space where there is one; each starts a token of its own) or token ids.
+        continuations: texts, with their leading space where there is one, which get the tokens that they have behind
+            the prefix (see :func:`ids_after`); or token ids, which alone say how a sampled text was cut.
         weights: the name of a rule or one positive number per continuation.
         batch_size: continuations per forward pass.
 
@@ -126,10 +131,13 @@ def score_continuations(
             longer than the model's context, or weights that are not positive.
     """
     _checks.positive(batch_size, "batch_size")
-    rows = [text_ids(model, one) if isinstance(one, str) else [int(i) for i in one] for one in continuations]
-    _check_given(model, rows)
     text = _templated(model, prefix, chat_template_options or {}) if chat_template else prefix
-    ids = _fitting_prefix(model, text, max(map(len, rows)))
+    rows = [
+        ids_after(model, text, [one], templated=chat_template)[0] if isinstance(one, str) else [int(i) for i in one]
+        for one in continuations
+    ]
+    _check_given(model, rows)
+    ids = _fitting_prefix(model, text, max(map(len, rows)), chat_template)
     with evaluating(model):
         scores = continuation_log_probs(model, ids, rows, batch_size=batch_size)
     texts = [
@@ -137,7 +145,9 @@ def score_continuations(
         for one, row in zip(continuations, rows, strict=True)
     ]
     drawn = [Drawn(row, score, "given") for row, score in zip(rows, scores, strict=True)]
-    return _as_set(model, prefix, text, ids, texts, drawn, weights, {"given": len(rows)})
+    return _as_set(
+        model, prefix, text, ids, texts, drawn, weights, {"given": len(rows), "chat_template": chat_template}
+    )
 
 
 class _Collected:
@@ -145,7 +155,7 @@ class _Collected:
 
     def __init__(self, model: HostModel, ids: Tensor, n: int, deduplicate: bool):
         self._model, self._prefix, self._n, self._deduplicate = model, ids.tolist(), n, deduplicate
-        self._row_of: dict[str, int] = {}
+        self._row_of: dict[tuple[int, ...], int] = {}
         self.rows: list[Drawn] = []
         self.texts: list[str] = []
         self.counts: list[int] = []
@@ -161,13 +171,15 @@ class _Collected:
             if self.full:
                 return
             self.n_draws += 1
-            text = text_after(self._model, self._prefix, one.token_ids)
+            key = tuple(one.token_ids)
+            if self._deduplicate and key in self._row_of:
+                self.counts[self._row_of[key]] += 1
+                continue
+            text = text_after(self._model, self._prefix, key)
             if not text.strip():
                 self.n_empty += 1
-            elif self._deduplicate and text in self._row_of:
-                self.counts[self._row_of[text]] += 1
             else:
-                self._row_of[text] = len(self.rows)
+                self._row_of[key] = len(self.rows)
                 self.rows.append(one)
                 self.texts.append(text)
                 self.counts.append(1)
@@ -221,7 +233,11 @@ def _as_set(
         log_probs=pad_rows([row.log_probs for row in rows], 0.0, torch.float32),
         weights=torch.full((len(rows),), 1 / len(rows), dtype=torch.float64),
         columns=dict(columns or {}),
-        metadata={**metadata, "model": describe_model(model), "chat_template": prompt != prefix},
+        metadata={
+            **metadata,
+            "model": describe_model(model),
+            "prepend_bos": begins_with_bos(tokenizer_of(model), ids.tolist()),
+        },
     ).with_weights(weights)
     logger.info("%d continuations, worth %.1f equally weighted ones", len(made), made.effective_sample_size)
     return made
@@ -244,8 +260,8 @@ def _templated(model: HostModel, prompt: str, options: Mapping[str, Any]) -> str
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options))
 
 
-def _fitting_prefix(model: HostModel, text: str, room: int) -> Tensor:
-    ids = prompt_ids(model, text)
+def _fitting_prefix(model: HostModel, text: str, room: int, templated: bool) -> Tensor:
+    ids = prompt_ids(model, text, templated=templated)
     context = int(model.cfg.n_ctx)
     if len(ids) + room > context:
         raise ValueError(

@@ -307,6 +307,8 @@ def _hooked_from_hf(
         weights, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False
     )
     model.move_model_modules_to_device()
+    # The host keeps no trace of it, and it names the tokens that end a turn.
+    model.generation_config = getattr(hf_model, "generation_config", None)
     return model
 
 

@@ -9,31 +9,36 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
+from saelens_ext.host.bos import TextStart, text_start
 from saelens_ext.host.models import HostModel, tokenizer_of
 
 
-def prompt_ids(model: HostModel, prompt: str) -> Tensor:
-    """Token ids ``(length,)`` int64 of a prompt on the model's device.
+def prompt_ids(model: HostModel, prompt: str, *, templated: bool = False) -> Tensor:
+    """Token ids ``(length,)`` int64 of a prompt on the model's device, as ``model.to_tokens`` gives them.
 
-    BOS comes first where the tokenizer has one, and only once: a chat template may have written it already.
+    BOS comes first where it does for this model, and only once. An EOS that a tokenizer puts behind every text does
+    not come, since the prompt is to be continued.
+
+    Args:
+        model: either host class, with a tokenizer.
+        prompt: the text.
+        templated: it was written by a chat template, which decides about BOS itself.
 
     Raises:
         ValueError: no tokenizer, or a prompt without a token.
     """
     tokenizer = tokenizer_of(model)
-    ids = text_ids(model, prompt)
-    bos = tokenizer.bos_token_id
-    if bos is not None and ids[:1] != [bos]:
-        ids = [bos, *ids]
+    start = TextStart() if templated else text_start(model)
+    ids = [*start.ids, *start.after(tokenizer, prompt)]
     if not ids:
         raise ValueError(
-            f"The prompt {prompt!r} has no token, and this tokenizer no BOS to start from; give it a word."
+            f"The prompt {prompt!r} has no token, and this model's texts start with none (no BOS); give it a word."
         )
     return torch.tensor(ids, device=device_of(model))
 
 
 def text_ids(model: HostModel, text: str) -> list[int]:
-    """Token ids of a text that goes on from another, without special tokens of its own."""
+    """Token ids of a text that stands alone, without special tokens around it."""
     return tokenizer_of(model)(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 

@@ -78,7 +78,7 @@ class DictionaryRunnerConfig:
     context_size: int = 128
     """Tokens in a window, BOS included. With cached activations, that of the cache."""
     prepend_bos: bool | None = parsed(None, switch_or_none, "true|false|none")
-    """Whether every window starts with BOS; by default where the tokenizer has one."""
+    """Whether every window starts with BOS; by default as the model's texts do."""
     training_tokens: int = 2_000_000
     """Activations to build from, exactly."""
     store_batch_size_prompts: int = 32

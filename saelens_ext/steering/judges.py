@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from saelens_ext import _checks
+from saelens_ext.host.continued_text import ids_after
 from saelens_ext.host.models import HostModel, tokenizer_of
-from saelens_ext.host.prompt_passes import text_ids
 from saelens_ext.host.sentence_model import load_sentence_model
 from saelens_ext.steering.sampling import SamplingOptions, mean_log_likelihoods, sample_continuations
 
@@ -167,7 +167,8 @@ class EmbeddingJudge:
 
     def _fluency_ratings(self, prompt: str, anchors: _Anchors, texts: list[str]) -> list[float]:
         likely = _rate(mean_log_likelihoods(self.model, prompt, texts), anchors.zero, anchors.full)
-        varied = _rate(torch.tensor([distinct_triples(text_ids(self.model, text)) for text in texts]), 0.5, 0.9)
+        triples = [distinct_triples(ids) for ids in ids_after(self.model, prompt, texts)]
+        varied = _rate(torch.tensor(triples), 0.5, 0.9)
         return [min(pair) for pair in zip(likely, varied, strict=True)]
 
     def _similarities(self, concept: str, texts: list[str]) -> Tensor:

@@ -7,15 +7,17 @@ takes the neighbouring token). The global random state is neither read nor chang
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from saelens_ext import _checks
-from saelens_ext.host.models import HostModel, tokenizer_of
-from saelens_ext.host.prompt_passes import CachedPasses, evaluating, logits_of, prompt_ids, prompt_list, text_ids
+from saelens_ext.host.continued_text import ids_after, text_after
+from saelens_ext.host.models import HostModel
+from saelens_ext.host.prompt_passes import CachedPasses, evaluating, logits_of, prompt_ids, prompt_list
+from saelens_ext.host.turn_ends import end_ids
 from saelens_ext.steering.interventions import add_direction
 
 _SHORTLIST = 1024
@@ -31,7 +33,7 @@ class SamplingOptions:
     """
 
     max_new_tokens: int = 50
-    """Tokens after which a continuation ends, unless EOS ended it before; at least 1."""
+    """Tokens after which a continuation ends, unless EOS or the end of the turn ended it before; at least 1."""
     temperature: float | int = 1.0
     """What logits are divided by; 0 takes the likeliest token."""
     top_k: int | None = 30
@@ -54,12 +56,12 @@ class Drawn:
     """One sampled continuation."""
 
     token_ids: list[int]
-    """Its tokens, without the EOS that ended it."""
+    """Its tokens, without the EOS or the end of the turn that ended it."""
     log_probs: Tensor
     """Their log-probabilities in nats at temperature 1 under the whole distribution, whatever was sampled from;
     float32 on the CPU."""
     ended_by: str
-    """"eos", "stop" (a stop text, which it holds) or "length"."""
+    """"eos" (or another of :func:`end_ids`), "stop" (a stop text, which it holds) or "length"."""
 
 
 def sample_steered(
@@ -84,7 +86,7 @@ def sample_steered(
 
     Args:
         model: either host class.
-        prompts: one prompt or several; BOS is added where the tokenizer has one.
+        prompts: one prompt or several; BOS is added where ``model.to_tokens`` adds it.
         hook_name: any alias of the hook.
         direction: ``(d,)``; only its direction counts.
         coefficient: in units of the activation, any sign, as :func:`match_strength` finds it; 0 leaves the model alone.
@@ -93,7 +95,8 @@ def sample_steered(
         batch_size: continuations per forward pass.
 
     Returns:
-        For each prompt, n continuations without the prompt, without BOS, and without the EOS that ended them.
+        For each prompt, n continuations without the prompt, without BOS, and without the EOS or end of turn that ended
+        them.
 
     Raises:
         ValueError: unknown hook, a direction that is zero, not finite or of another width than the hook, an option out
@@ -146,7 +149,7 @@ def sample_continuations(
 def mean_log_likelihoods(model: HostModel, prompt: str, texts: Sequence[str], *, batch_size: int = 16) -> Tensor:
     """How likely the model, as it is, finds texts after a prompt.
 
-    The text is tokenised on its own, so that it starts a token where the prompt ends one.
+    The text has the tokens that it has behind the prompt, see :func:`ids_after`.
 
     Args:
         model: either host class.
@@ -163,7 +166,7 @@ def mean_log_likelihoods(model: HostModel, prompt: str, texts: Sequence[str], *,
     _checks.positive(batch_size, "batch_size")
     start = prompt_ids(model, prompt)
     with evaluating(model):
-        scores = continuation_log_probs(model, start, [text_ids(model, text) for text in texts], batch_size=batch_size)
+        scores = continuation_log_probs(model, start, ids_after(model, prompt, texts), batch_size=batch_size)
     return torch.tensor([float(row.mean()) if len(row) else float("nan") for row in scores], dtype=torch.float64)
 
 
@@ -222,7 +225,7 @@ def draw_continuations(
         options: how to sample.
         stop: texts that end a continuation as soon as one of them is in it.
     """
-    eos = tokenizer_of(model).eos_token_id
+    ends_turn = end_ids(model)
     draws = torch.stack([_draws(options, ids, number) for number in numbers])
     passes = CachedPasses(model, ids.expand(len(draws), -1))
     tokens, scores = torch.empty(len(draws), 0, dtype=torch.int64), torch.empty(len(draws), 0)
@@ -234,7 +237,7 @@ def draw_continuations(
         likely = logits.float().log_softmax(dim=-1).gather(-1, chosen.to(logits.device)[:, None])
         scores = torch.cat([scores, likely.cpu()], dim=1)
         for row in (row for row, end in enumerate(ends) if end is None):
-            ends[row] = _end_of(model, ids, tokens[row], eos, stop)
+            ends[row] = _end_of(model, ids, tokens[row], ends_turn, stop)
         if None not in ends:
             break
         passes.append(chosen)
@@ -243,10 +246,10 @@ def draw_continuations(
 
 
 def _end_of(
-    model: HostModel, ids: Tensor, tokens: Tensor, eos: int | None, stop: Sequence[str]
+    model: HostModel, ids: Tensor, tokens: Tensor, ends_turn: Collection[int], stop: Sequence[str]
 ) -> tuple[str, int] | None:
     """Why a continuation ends with its last token, if it does, and how many of its tokens count."""
-    if int(tokens[-1]) == eos:
+    if int(tokens[-1]) in ends_turn:
         return "eos", len(tokens) - 1
     if stop and any(text in text_after(model, ids.tolist(), tokens.tolist()) for text in stop):
         return "stop", len(tokens)
@@ -289,21 +292,3 @@ def _choose_among(
     # A draw that rounds up to the whole mass would fall behind the last token that has any.
     last = (nucleus > 0).sum(dim=-1, keepdim=True) - 1
     return ids.cpu().gather(-1, place.minimum(last))[:, 0], known & (place <= last)[:, 0]
-
-
-def text_after(model: HostModel, prompt: Sequence[int], tokens: Sequence[int]) -> str:
-    """The text of tokens as it reads behind the prompt."""
-    return _text(model, list(prompt), list(tokens), None)
-
-
-def _text(model: HostModel, prompt: list[int], tokens: list[int], eos: int | None) -> str:
-    """The text of tokens up to EOS, as it reads behind the prompt."""
-    if eos in tokens:
-        tokens = tokens[: tokens.index(eos)]
-    tokenizer = tokenizer_of(model)
-    before = tokenizer.decode(prompt, skip_special_tokens=True)
-    whole = tokenizer.decode([*prompt, *tokens], skip_special_tokens=True)
-    # Some tokenizers drop the space that a text starts with, so it is read with what stands before it.
-    if whole.startswith(before):
-        return whole[len(before) :]
-    return tokenizer.decode(tokens, skip_special_tokens=True)

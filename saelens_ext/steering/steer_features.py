@@ -26,12 +26,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from saelens_ext import _checks, _files
+from saelens_ext.host.continued_text import text_after
 from saelens_ext.host.hook_edits import edit_hook, edit_point, flat_rows, hooked
 from saelens_ext.host.models import HostModel, tokenizer_of
 from saelens_ext.host.prompt_passes import evaluating, logits_of, prompt_ids
 from saelens_ext.host.tokens import special_token_ids
 from saelens_ext.steering.divergence_search import MatchedStrength
-from saelens_ext.steering.sampling import SamplingOptions, draw_continuations, text_after
+from saelens_ext.steering.sampling import SamplingOptions, draw_continuations
 
 FORMAT_VERSION = 1
 

@@ -10,13 +10,15 @@ import pytest
 import torch
 
 from saelens_ext.activations.windows import WindowSource
+from saelens_ext.host.bos import TextStart
 from tests.models_zoo import make_tokenizer
 
 BOS, EOS, PAD = 0, 1, 2
 
 
 def source(dataset, tokenizer=None, *, context_size=8, bos_id=BOS, **options):
-    return WindowSource(dataset, tokenizer or make_tokenizer(), context_size=context_size, bos_id=bos_id, **options)
+    start = TextStart() if bos_id is None else TextStart((bos_id,), prepends_bos=True)
+    return WindowSource(dataset, tokenizer or make_tokenizer(), context_size=context_size, start=start, **options)
 
 
 def windows(*args, **options):
@@ -351,8 +353,8 @@ def test_what_is_no_dataset_is_an_error(tiny_texts):
 
 def test_text_without_a_tokenizer_is_an_error():
     with pytest.raises(ValueError, match="no tokenizer, and the dataset holds text"):
-        list(WindowSource(["one two"], None, context_size=8, bos_id=None))
-    assert [w.token_ids for w in WindowSource([{"tokens": [5, 6]}], None, context_size=8, bos_id=None)] == [[5, 6]]
+        list(WindowSource(["one two"], None, context_size=8))
+    assert [w.token_ids for w in WindowSource([{"tokens": [5, 6]}], None, context_size=8)] == [[5, 6]]
 
 
 def test_description_tells_datasets_apart(tiny_texts):

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from saelens_ext.host.continued_text import text_after
 from saelens_ext.host.hook_edits import hooked
 from saelens_ext.steering import strength as steering_strength
 from saelens_ext.steering.divergence_search import Curve, SharedEvaluations, scan, solve
@@ -12,7 +13,6 @@ from saelens_ext.steering.interventions import add_direction
 from saelens_ext.steering.sampling import (
     SamplingOptions,
     _choose,
-    _text,
     mean_log_likelihoods,
     sample_continuations,
     sample_steered,
@@ -269,7 +269,7 @@ def test_cached_sampling_is_that_of_whole_passes(model, direction, hook):
         for _ in range(6):
             ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
     ((text,),) = sample_steered(model, "I think that", hook, direction, 9.0, n=1, max_new_tokens=6, temperature=0)
-    assert text == _text(model, ids[:n_prompt], ids[n_prompt:], 1)
+    assert text == text_after(model, ids[:n_prompt], ids[n_prompt:])
     ((plain,),) = sample_steered(model, "I think that", hook, direction, 0.0, n=1, max_new_tokens=6, temperature=0)
     assert plain != text
 
@@ -306,9 +306,9 @@ def test_steering_by_zero_is_no_steering(tiny_hooked, direction):
 def test_texts_hold_neither_prompt_nor_special_tokens(tiny_bridge):
     content = ids_of(tiny_bridge, " and more")[1:]
     prompt = ids_of(tiny_bridge, "I think")
-    assert _text(tiny_bridge, prompt, [*content, 1, 7, 7], 1) == " and more"
-    assert _text(tiny_bridge, prompt, [0, *content], 1) == " and more"
-    assert _text(tiny_bridge, prompt, [1, *content], 1) == ""
+    assert text_after(tiny_bridge, prompt, [*content, 1]) == " and more"
+    assert text_after(tiny_bridge, prompt, [0, *content]) == " and more"
+    assert text_after(tiny_bridge, prompt, [1]) == ""
 
 
 def test_generation_ends_at_the_end_token(tiny_hooked):

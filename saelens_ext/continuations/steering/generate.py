@@ -18,10 +18,11 @@ from saelens_ext.continuations.continuation_set import PADDING, ContinuationSet,
 from saelens_ext.continuations.embed import embed_continuations
 from saelens_ext.continuations.steering.latents import LatentTurner
 from saelens_ext.continuations.steering.passes import Setting
+from saelens_ext.host.continued_text import text_after
 from saelens_ext.host.hook_edits import hooked
 from saelens_ext.host.models import HostModel
 from saelens_ext.host.prompt_passes import device_of, evaluating
-from saelens_ext.steering.sampling import Drawn, SamplingOptions, draw_continuations, text_after
+from saelens_ext.steering.sampling import Drawn, SamplingOptions, draw_continuations
 
 Classifier = Callable[[ContinuationSet], Any]
 """From a set of generations to one whole number per row, the cluster that it falls into."""
