@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from saelens_ext.continuations.sample import sample_continuations, score_continuations
+from saelens_ext.host.hook_edits import hooked
 from saelens_ext.steering.sampling import SamplingOptions, _choose, _choose_among
 from tests.models_zoo import MODEL_CLASSES, N_CTX, make_model
 
@@ -58,6 +59,43 @@ def test_duplicates_make_one_row_and_are_counted(model):
     assert list(single.texts) == list(dict.fromkeys(every.texts))
     assert single.columns["count"].tolist() == [every.texts.count(text) for text in single.texts]
     assert single.weights.tolist() == pytest.approx([every.texts.count(text) / 30 for text in single.texts])
+
+
+class Favours:
+    """A hook that makes a few tokens equally likely and all others impossible."""
+
+    def __init__(self, tokens):
+        self.tokens = tokens
+
+    def __call__(self, x, hook):
+        return torch.full_like(x, -1e4).index_fill(-1, torch.tensor(self.tokens), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "texts"),
+    [
+        # Parts of characters, which all read as the replacement character.
+        (["\u00c3", "\u00e2", "\u00f0"], {"\ufffd" * 3}),
+        # One text, cut in two ways among others.
+        (["h", "e", "he"], None),
+        # Special tokens have no text.
+        (["x", "<pad>"], {"xxx", "xx", "x"}),
+    ],
+)
+def test_other_tokens_are_another_row_though_the_text_is_the_same(model, pieces, texts):
+    allowed = model.tokenizer.convert_tokens_to_ids(pieces)
+    assert None not in allowed
+    draws = {"max_new_tokens": 3, "top_p": 1.0}
+    with hooked(model, [("unembed.hook_out", Favours(allowed))]):
+        every = sample_continuations(model, PREFIX, 200, deduplicate=False, **draws)
+        found = sample_continuations(model, PREFIX, 200, max_draws=every.metadata["sampling"]["n_draws"], **draws)
+    drawn = [tuple(every.ids_of(row)) for row in range(len(every))]
+    assert [tuple(found.ids_of(row)) for row in range(len(found))] == list(dict.fromkeys(drawn))
+    assert len(set(found.texts)) < len(found) and (texts is None or set(found.texts) == texts)
+    assert found.columns["count"].tolist() == [drawn.count(ids) for ids in dict.fromkeys(drawn)]
+    for row in range(len(found)):
+        own = drawn.index(tuple(found.ids_of(row)))
+        assert torch.equal(found.log_probs[row, : found.lengths[row]], every.log_probs[own, : every.lengths[own]])
 
 
 def test_too_few_different_ones_is_said(model, caplog):

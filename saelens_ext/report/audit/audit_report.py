@@ -32,7 +32,7 @@ SCRIPTS = (
 
 
 # What the sum of a mode's weights is, by how the continuations were weighed.
-_MASSES = {"uniform": "Share of different texts", "path": "Relative probability"}
+_MASSES = {"uniform": "Share of different continuations", "path": "Relative probability"}
 
 
 def write_audit_report(
