@@ -7,15 +7,13 @@ Symbols
     logits  norm(u) W + b, ``(d_vocab,)``
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformer_lens.hook_points import HookPoint
 
 from saelens_ext import _checks
+from saelens_ext.host.hook_edits import without_hooks
 from saelens_ext.host.models import HostModel
 
 # Logits held at once: 64 MB in float32.
@@ -88,7 +86,7 @@ def _logits(model: HostModel, units: Tensor) -> Tensor:
                 "This model keeps its final normalisation elsewhere than in model.ln_final, so it has no logit lens."
             )
         norm = nn.Identity()
-    with _without_hooks(norm), _without_hooks(model.unembed):
+    with without_hooks(norm), without_hooks(model.unembed):
         return model.unembed(norm(units[None]))[0].float()
 
 
@@ -99,17 +97,3 @@ def _ends(logits: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _no_ends(n: int) -> list[Tensor]:
     return [torch.zeros(0, n), torch.zeros(0, n, dtype=torch.int64)] * 2
-
-
-@contextmanager
-def _without_hooks(module: nn.Module) -> Iterator[None]:
-    """Keep the hooks of a module's hook points from running inside the context."""
-    points = [part for part in module.modules() if isinstance(part, HookPoint)]
-    kept = [point._forward_hooks for point in points]
-    try:
-        for point in points:
-            point._forward_hooks = type(point._forward_hooks)()
-        yield
-    finally:
-        for point, hooks in zip(points, kept, strict=True):
-            point._forward_hooks = hooks

@@ -1,5 +1,6 @@
 """``report``: the HTML page about a saved dictionary."""
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from saelens_ext.report.dictionary.dictionary_report import write_dictionary_rep
 from saelens_ext.report.dictionary.snmf_section import SNMFLevel, SNMFSection
 from saelens_ext.runner.config import DictionaryRunnerConfig
 from saelens_ext.runner.results import EVALS_FILENAME
+
+logger = logging.getLogger(__name__)
 
 
 def report(options: ReportOptions, context: Context) -> Result:
@@ -130,4 +133,9 @@ def _section(contents: Contents, profiles: list[DictionaryProfile], model: Any) 
 
 
 def _neuron_lens(model: Any, dictionary: Any) -> LensResult | None:
-    return None if model is None else logit_lens(model, dictionary.residual_directions(model))
+    """What features of neurons promote; None for a dictionary of other activations."""
+    try:
+        return None if model is None else logit_lens(model, dictionary.residual_directions(model))
+    except ValueError as error:
+        logger.warning("The report has no logit lens: %s", error)
+        return None

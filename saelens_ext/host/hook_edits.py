@@ -4,10 +4,11 @@ import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
 
 from saelens_ext.host.models import HostModel, resolve_hook
 
@@ -20,7 +21,9 @@ _levels = itertools.count(-1, -1)
 
 
 @contextmanager
-def hooked(model: HostModel, hooks: Sequence[tuple[str, HookFunction]]) -> Iterator[HostModel]:
+def hooked(
+    model: HostModel, hooks: Sequence[tuple[str, HookFunction]], direction: Literal["fwd", "bwd"] = "fwd"
+) -> Iterator[HostModel]:
     """Run functions at hook points inside the context, behind the hooks that are there already.
 
     Goes to the hook points themselves: ``TransformerBridge.hooks`` runs a function once per name of a point in
@@ -29,16 +32,17 @@ def hooked(model: HostModel, hooks: Sequence[tuple[str, HookFunction]]) -> Itera
     Args:
         model: either host class.
         hooks: names that fire on this model, as :func:`edit_point` gives them, and functions in the hosts' form.
+        direction: ``"bwd"`` runs them on gradients instead.
     """
     level = next(_levels)
     points = [(name, model.hook_dict[name]) for name, _ in hooks]
     try:
         for (_, point), (_, function) in zip(points, hooks, strict=True):
-            point.add_hook(function, level=level)
+            point.add_hook(function, dir=direction, level=level)
         yield model
     finally:
         for _, point in points:
-            point.remove_hooks("fwd", level=level)
+            point.remove_hooks(direction, level=level)
         lost = [name for name, point in points if model.hook_dict.get(name) is not point]
         if lost:
             warnings.warn(
@@ -47,6 +51,20 @@ def hooked(model: HostModel, hooks: Sequence[tuple[str, HookFunction]]) -> Itera
                 "it from then on. Attach the SAE first, then enter the context.",
                 stacklevel=3,
             )
+
+
+@contextmanager
+def without_hooks(module: nn.Module) -> Iterator[None]:
+    """Keep the hooks of a module's hook points from running inside the context."""
+    points = [part for part in module.modules() if isinstance(part, HookPoint)]
+    kept = [point._forward_hooks for point in points]
+    try:
+        for point in points:
+            point._forward_hooks = type(point._forward_hooks)()
+        yield
+    finally:
+        for point, hooks in zip(points, kept, strict=True):
+            point._forward_hooks = hooks
 
 
 def edit_point(model: HostModel, hook_name: str) -> str:

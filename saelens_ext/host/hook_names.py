@@ -55,6 +55,9 @@ _HF_MODULES = (
     (r"(?:^|\.)(?:layers|h)\.(\d+)\.(?:self_attn|attn|attention|self_attention)$", "blocks.{}.attn.hook_out"),
     (r"(?:^|\.)(?:layers|h)\.(\d+)\.mlp$", "blocks.{}.mlp.hook_out"),
 )
+# Where neurons are, and what a bridge gives under these names for an MLP that has no neurons in one place.
+_OF_NEURONS = re.compile(r"mlp\.hook_(pre|pre_linear|post)$")
+_AROUND_AN_MLP = re.compile(r"(mlp\.hook_|hook_mlp_)(in|out)$")
 _OTHER_TOWERS = re.compile(r"vision|visual|audio|encoder")
 # Hook points that exist but fire only when a switch of the model is on.
 _GATES = (
@@ -123,9 +126,21 @@ def locate(model: AnyHost, hook_name: str) -> tuple[str, bool]:
     """The name of a place on ``model``, and whether an attached SAE has replaced the hook point there.
 
     Raises:
-        ValueError: when the model has no such place, or its hook point is switched off.
+        ValueError: when the model has no such place, or its hook point is switched off; a name of neurons where the
+            MLP has none in one place.
     """
     hooks = hook_points(model)
+    name, attached = _locate(model, hook_name, hooks)
+    if _OF_NEURONS.search(hook_name) and _AROUND_AN_MLP.search(name):
+        raise ValueError(
+            f"{hook_name!r} names neurons, the activations in front of an MLP's output matrix, and the MLP there has "
+            "no single output matrix: it is a mixture of experts, or hides its parts. On this model the name stands "
+            f"for the MLP's input or output, {name!r}; give that name to read it."
+        )
+    return name, attached
+
+
+def _locate(model: AnyHost, hook_name: str, hooks: Mapping[str, Any]) -> tuple[str, bool]:
     if _is_plain(hook_name, model, hooks):
         _check_gate(model, hook_name)
         return hook_name, False

@@ -4,11 +4,13 @@ Symbols
     z      a direction over neurons, ``(d_mlp,)``: what is added to the activations that enter the output matrix
     W_out  the MLP's output matrix, ``(d_mlp, d_model)``;  b_out its bias
     v      z W_out, the change of the MLP's output that adding z makes
+    s      what some models multiply the MLP's output with before they add it (Granite's residual multiplier), else 1
     w      gains of the norm that some models apply to the MLP's output (Gemma 2 and 3, OLMo 2), ``(d_model,)``
     rms    root of the mean square over d_model
 """
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from sae_lens import SAE
@@ -16,11 +18,14 @@ from torch import Tensor, nn
 from transformer_lens import HookedTransformer
 
 from saelens_ext import _checks
+from saelens_ext.host.hook_edits import hooked, without_hooks
 from saelens_ext.host.hook_names import hook_layer, locate
-from saelens_ext.host.models import HostModel
+from saelens_ext.host.models import HostModel, resolve_hook
+from saelens_ext.host.prompt_passes import device_of, evaluating, logits_of
 
 # HookedTransformer keeps the name of the second norm of these models, whose norms all come behind.
 _NORM_ONLY_BEHIND = ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
+_SCALES: WeakKeyDictionary[nn.Module, dict[tuple[int, bool], float]] = WeakKeyDictionary()
 
 
 @torch.no_grad()
@@ -29,11 +34,11 @@ def residual_directions(
 ) -> Tensor:
     """Map directions over an MLP's neurons to what they write into the residual stream.
 
-    Without a norm behind the MLP this is ``z @ W_out``: adding ``a z`` to the neurons adds exactly ``a`` times the
+    Without a norm behind the MLP this is ``s * z @ W_out``: adding ``a z`` to the neurons adds exactly ``a`` times the
     result to the residual stream, whatever else the neurons do. The bias ``b_out`` is no part of a direction.
 
-    With a norm (RMS norm) behind the MLP it is ``w * v / rms(v)``: what the MLP would write if z alone were active, at
-    any strength; -z gives exactly the opposite. What adding z to other activations writes depends on them, since the
+    With a norm (RMS norm) behind the MLP it is ``s * w * v / rms(v)``: what the MLP would write if z alone were active,
+    at any strength; -z gives exactly the opposite. What adding z to other activations writes depends on them, since the
     norm divides by the size of all of it: a small change v of an output m writes ``w * (v - m <m, v> / |m|^2) /
     rms(m)``, the same direction but for the part of v along m. The lengths of the results say nothing about the
     features.
@@ -49,7 +54,7 @@ def residual_directions(
 
     Raises:
         ValueError: a hook that is not one of MLP neurons, no hook or no such layer, an MLP without an output matrix (a
-            mixture of experts), features of another width or not finite.
+            mixture of experts) or with more behind it than a norm and a scale, features of another width or not finite.
 
     Source: arXiv 2506.10920, f = W_out z; its code adds b_out before the norm of Gemma, where it is zero.
     """
@@ -64,7 +69,7 @@ def residual_directions(
     dtype = torch.promote_types(torch.promote_types(rows.dtype, weights.dtype), torch.float32)
     written = _checks.finite(rows, "features").to(weights.device, dtype) @ weights.to(dtype)
     norm = _norm_behind(model, layer)
-    return written if norm is None else _normalised(norm, written)
+    return _scale_behind(model, layer, weights, norm) * (written if norm is None else _normalised(norm, written))
 
 
 # --- where the neurons are ---
@@ -149,3 +154,55 @@ def _normalised(norm: nn.Module, written: Tensor) -> Tensor:
         # The Hugging Face module knows how its gains are stored, as 1 + w in some models; and no hook runs.
         return norm.original_component(units).to(written.dtype)
     return units * norm.w.detach().to(written)
+
+
+# --- the scale behind both ---
+
+
+def _scale_behind(model: HostModel, layer: int, weights: Tensor, norm: nn.Module | None) -> float:
+    """s, found by trying it out on the model, once for each block."""
+    declared = float(getattr(model.blocks[layer], "residual_contribution_scale", 1.0))
+    known = _SCALES.setdefault(model, {})
+    key = (layer, bool(getattr(model, "compatibility_mode", False)))
+    if key not in known:
+        if getattr(model, "acts_to_saes", None):
+            return declared  # the answer would be that of the attached SAEs
+        known[key] = _measured_scale(model, layer, None if norm is not None else weights, declared)
+    return known[key]
+
+
+def _measured_scale(model: HostModel, layer: int, weights: Tensor | None, declared: float) -> float:
+    """How many times what the output matrix (or, with none given, the norm behind it) writes reaches the stream."""
+    start = resolve_hook(model, f"blocks.{layer}." + ("hook_mlp_out" if weights is None else "mlp.hook_post"))
+    end = resolve_hook(model, f"blocks.{layer}.hook_resid_post")
+    seen: dict[str, Tensor] = {}
+
+    def begin(x: Tensor, hook: Any = None) -> Tensor:
+        seen["start"] = x.detach().requires_grad_()
+        return seen["start"]
+
+    hooks = [(start, begin), (end, lambda x, hook=None: seen.update(end=x))]
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=device_of(model))
+    with (
+        torch.inference_mode(False),
+        evaluating(model),
+        without_hooks(model),
+        hooked(model, hooks),
+        torch.enable_grad(),
+    ):
+        logits_of(model, ids)
+        generator = torch.Generator().manual_seed(0)
+        probe = torch.randn(seen["end"].shape, generator=generator).to(seen["end"])
+        (found,) = torch.autograd.grad(seen["end"], seen["start"], probe)
+    expected = (probe if weights is None else probe.to(weights) @ weights.T).double().flatten()
+    scale = float(found.double().flatten() @ expected / expected.square().sum())
+    exact = found.dtype in (torch.float32, torch.float64)
+    rounding = 1e-3 if exact else 5e-2
+    if float((found.double().flatten() - scale * expected).norm()) > rounding * float(found.double().norm()):
+        if weights is None:
+            return declared
+        raise ValueError(
+            f"Behind the output matrix of the MLP of block {layer} lies more than a norm and a scale, so what its "
+            "neurons write into the residual stream is no fixed direction."
+        )
+    return declared if abs(scale - declared) <= (1e-5 if exact else rounding) * abs(declared) else scale

@@ -3,7 +3,14 @@
 import pytest
 import torch
 from sae_lens import StandardSAE, StandardSAEConfig
-from transformers import MixtralConfig, MixtralForCausalLM, Olmo2Config, Olmo2ForCausalLM
+from transformers import (
+    FalconH1Config,
+    FalconH1ForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+)
 
 from saelens_ext import SNMFDictionary
 from saelens_ext.host.mlp_output import residual_directions
@@ -225,3 +232,99 @@ def test_a_mixture_of_experts_has_no_output_matrix(kind):
     )
     with pytest.raises(ValueError, match="no single output matrix"):
         residual_directions(model, torch.ones(2, 64), layer=1)
+
+
+# --- what scales an MLP's output behind its output matrix ---
+
+DENSE = [(name, kind) for name, kind in models_zoo.HOSTED if not models_zoo.ZOO[name].experts]
+PLAIN = [(name, kind) for name, kind in DENSE if not models_zoo.ZOO[name].post_norm]
+
+
+def assert_a_feature_adds_its_direction(model, features, alpha):
+    directions = residual_directions(model, features, layer=LAYER)
+    plain = written(model, lambda x: x, "hook_resid_post")
+    for feature, direction in zip(features, directions, strict=True):
+        changed = written(model, lambda x: x + alpha * feature, "hook_resid_post")
+        torch.testing.assert_close(changed - plain, (alpha * direction).expand_as(plain), rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize(("architecture", "kind"), PLAIN)
+def test_what_a_feature_adds_to_the_stream_on_every_architecture(architecture, kind):
+    assert_a_feature_adds_its_direction(host(architecture, kind), features_of(architecture, 2), -3.0)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind"), [(name, kind) for name, kind in DENSE if models_zoo.ZOO[name].post_norm]
+)
+def test_behind_a_norm_on_every_architecture(architecture, kind):
+    model, features = host(architecture, kind), features_of(architecture, 2)
+    for feature, direction in zip(features, residual_directions(model, features, layer=LAYER), strict=True):
+        alone = written(model, lambda x: (3 * feature).expand_as(x).clone())
+        torch.testing.assert_close(alone, direction.expand_as(alone), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_a_residual_multiplier_in_compatibility_mode_and_with_what_is_attached(attached):
+    model, features = host("granite", HOSTS[2]), features_of("granite", 2)
+    expected = 0.5 * features @ model.blocks[LAYER].mlp.W_out.detach()
+    place = resolve_hook(model, f"blocks.{LAYER}.hook_resid_post")
+    behind = SNMFDictionary.from_features(features[:, :D_MODEL], metadata={"hook_name": place})
+    with model.hooks(fwd_hooks=[(place, lambda x, hook: 3 * x)]):
+        if attached:
+            fresh = models_zoo.make_model("granite", HOSTS[1])
+            with fresh.saes([retarget(behind, fresh)]):
+                torch.testing.assert_close(residual_directions(fresh, features, layer=LAYER), expected)
+        torch.testing.assert_close(residual_directions(model, features, layer=LAYER), expected)
+
+
+def other_bridge(made, config, **options):
+    common = {
+        "vocab_size": models_zoo.VOCABULARY,
+        "hidden_size": D_MODEL,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.3,
+        "architectures": [made.__name__],
+    }
+    hf_model = made(config(**common | options, **models_zoo.SPECIAL_IDS)).eval()
+    return load_model("tiny", hf_model=hf_model, tokenizer=models_zoo.make_tokenizer(), device="cpu")
+
+
+def test_a_scale_that_no_attribute_of_the_host_tells():
+    sizes = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8}
+    model = other_bridge(FalconH1ForCausalLM, FalconH1Config, mlp_multipliers=[0.7, 0.6], **sizes)
+    features = features_of("llama", 2)
+    assert_a_feature_adds_its_direction(model, features, 2.0)
+    torch.testing.assert_close(
+        residual_directions(model, features, layer=0), 0.6 * features @ model.blocks[0].mlp.W_out.detach()
+    )
+
+
+def test_a_scale_of_half_precision_is_the_hosts_own():
+    hf_model = models_zoo.make_hf_model("granite").bfloat16()
+    model = load_model("tiny", hf_model=hf_model, tokenizer=models_zoo.make_tokenizer(), device="cpu")
+    features = features_of("granite", 2)
+    expected = 0.5 * features @ model.blocks[LAYER].mlp.W_out.detach().float()
+    torch.testing.assert_close(residual_directions(model, features, layer=LAYER), expected)
+
+
+def test_a_scale_is_tried_once_for_a_model(monkeypatch):
+    from saelens_ext.host import mlp_output
+
+    calls, measured = [], mlp_output._measured_scale
+    monkeypatch.setattr(mlp_output, "_measured_scale", lambda *args: calls.append(args[1]) or measured(*args))
+    model = models_zoo.make_model("granite", HOSTS[1])
+    for layer in (0, 1, 0, 1):
+        residual_directions(model, features_of("granite"), layer=layer)
+    assert calls == [0, 1]
+
+
+def test_what_is_no_scale_is_refused():
+    model = models_zoo.make_model("llama", HOSTS[1])
+    block = model.blocks[LAYER]
+    block.mlp.register_forward_hook(lambda module, args, output: output.tanh())
+    with pytest.raises(ValueError, match="more than a norm and a scale"):
+        residual_directions(model, features_of("llama"), layer=LAYER)
+    residual_directions(model, features_of("llama"), layer=0)
