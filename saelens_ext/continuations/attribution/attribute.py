@@ -7,7 +7,8 @@ continuations gives every entry for all of its tokens at once.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +21,15 @@ from saelens_ext import _checks
 from saelens_ext.continuations.attribution.completeness import Completeness, check_linear, measure_completeness
 from saelens_ext.continuations.attribution.frozen_model import traced
 from saelens_ext.continuations.attribution.gradients import TARGETS, BatchGradients, Target, gradients_of
-from saelens_ext.continuations.attribution.sites import BACKENDS, Site, base_sites, dictionary_sites, plan_sites
+from saelens_ext.continuations.attribution.shown import check_backend
+from saelens_ext.continuations.attribution.sites import (
+    BACKENDS,
+    Refusal,
+    Site,
+    base_sites,
+    dictionary_sites,
+    plan_sites,
+)
 from saelens_ext.continuations.attribution.sources import PrefixPass, SiteSources, read_prefix, sources_of
 from saelens_ext.continuations.continuation_set import PADDING, ContinuationSet
 from saelens_ext.continuations.source_table import KINDS, SourceTable
@@ -71,7 +80,8 @@ def attribute_continuations(
             other token.
         batch_size: continuations per forward and backward pass.
         max_bytes: memory for sources and signatures; a dictionary with more active latents than fit loses the weakest.
-        verify: on the first two continuations, check that the linear backend's sources add up to the target.
+        verify: on the first two continuations, check that the sources add up to the target, for the backends where
+            they must (``"linear"``, ``"relp"``).
         progress: show a bar.
 
     Returns:
@@ -82,8 +92,9 @@ def attribute_continuations(
 
     Raises:
         ValueError: an unknown option; a dictionary at a hook that the model lacks or of another width; two
-            dictionaries at one hook; a prefix that does not fit the context; a model whose attention patterns cannot be
-            frozen, naming the backends that remain; no source of the kinds wanted.
+            dictionaries at one hook; a prefix that does not fit the context; a model on which what the backend freezes
+            does not stay frozen, or dictionaries that its paths do not lead on from, naming the backends that were
+            found to work here; no source of the kinds wanted.
 
     Source: arXiv 2606.08236, attribution signatures, with targets read at the position that predicts each token.
     """
@@ -94,11 +105,12 @@ def attribute_continuations(
     for value, name in ((max_sources, "max_sources"), (batch_size, "batch_size"), (max_bytes, "max_bytes")):
         _checks.positive(value, name)
     saes = [dictionaries] if isinstance(dictionaries, SAE) else list(dictionaries)
-    run = _Run.of(model, saes, continuations, backend, target)
-    if verify and backend == "linear":
-        check_linear(run.completeness(range(min(2, len(continuations)))), next(iter(model.parameters())).dtype)
-    sources = run.sources(kinds, special_positions, max_bytes)
-    effects, columns = run.effects(sources, batch_size, progress)
+    with _naming_what_remains(model, saes, continuations, backend, target):
+        run = _Run.of(model, saes, continuations, backend, target)
+        if verify:
+            run.check(range(min(2, len(continuations))))
+        sources = run.sources(kinds, special_positions, max_bytes)
+        effects, columns = run.effects(sources, batch_size, progress)
     kept = _largest(effects, max_sources)
     table = SourceTable.joined([part.table(run.tokens) for part in sources]).select(kept.tolist())
     total = float(effects.abs().sum())
@@ -158,16 +170,12 @@ class _Run:
         cls, model: HostModel, saes: list[SAE[Any]], continuations: ContinuationSet, backend: str, target: str
     ) -> "_Run":
         _check_fits(model, continuations)
+        check_backend(model, backend)
         own, base = dictionary_sites(model, saes), base_sites(model, backend)
         ids = torch.tensor(continuations.prefix_ids, device=device_of(model))
         prefix = read_prefix(
             model, ids, [name for site in [*own, *base] for name in (site.read or site.hook, site.hook)]
         )
-        if backend != "gradient" and prefix.n_patterns < int(model.cfg.n_layers):
-            raise ValueError(
-                f"Of this model's {model.cfg.n_layers} blocks {prefix.n_patterns} show an attention pattern that could "
-                f"be frozen, and backend={backend!r} must freeze all. The backend 'gradient' remains."
-            )
         sites = plan_sites(model, own, base, prefix.order, backend)
         made = Target(model, len(continuations.prefix_ids), target)
         return cls(model, saes, continuations, backend, made, prefix, sites)
@@ -177,8 +185,17 @@ class _Run:
         return token_strings(tokenizer_of(self.model), self.continuations.prefix_ids)
 
     def completeness(self, rows: Sequence[int]) -> Completeness:
-        ids = self._ids(rows)
-        return measure_completeness(self.model, self.sites, self.saes, self.target, self.continuations.prefix_ids, ids)
+        prefix_ids = self.continuations.prefix_ids
+        return measure_completeness(
+            self.model, self.sites, self.saes, self.target, prefix_ids, self._ids(rows), self.backend
+        )
+
+    def check(self, rows: Sequence[int]) -> None:
+        """Refuse dictionaries that no path leads on from, or sources that do not make up the target, on some rows."""
+        if self.backend != "gradient":
+            return check_linear(self.completeness(rows), next(iter(self.model.parameters())).dtype)
+        with traced(self.model, self.sites, self.saes, self.backend) as trace:
+            gradients_of(self.model, trace, self.sites, self.target, self.continuations.prefix_ids, self._ids(rows))
 
     def sources(self, kinds: Sequence[str], special_positions: bool, max_bytes: int) -> list[SiteSources]:
         """The sources of every site that can be a column."""
@@ -238,6 +255,26 @@ class _Run:
             "prefix_effect": parts[:, :n_prefix].sum(dim=1).cpu(),
             "continuation_effect": parts[:, n_prefix:].sum(dim=1).cpu(),
         }
+
+
+@contextmanager
+def _naming_what_remains(
+    model: HostModel, saes: list[SAE[Any]], continuations: ContinuationSet, backend: str, target: str
+) -> Iterator[None]:
+    """Let a refusal name the other backends that work on this model with these dictionaries, each of them tried."""
+    try:
+        yield
+    except Refusal as refusal:
+        works = []
+        for other in BACKENDS:
+            try:
+                if other != backend:
+                    _Run.of(model, saes, continuations, other, target).check([0])
+                    works.append(repr(other))
+            except ValueError:
+                continue
+        remain = f"backend={' and '.join(works)} remain{'s' if len(works) == 1 else ''}." if works else "No other does."
+        raise ValueError(f"backend={backend!r} does not work here. {refusal} {remain}") from refusal
 
 
 def _largest(effects: Tensor, max_sources: int) -> Tensor:

@@ -1,9 +1,9 @@
 """Whether a model's frozen twin is really linear: do all sources together make up the target?
 
-For the linear backend the target is  sum over the cut's sites <gradient, activation> + what the biases alone give.
-The second part is not what is left over: it is measured, by running the frozen model with every source at zero. So
-the sum fails when a pattern or a norm is not frozen after all, when a path bypasses the cut, and when the target is
-read at another position than the one that predicts the token.
+For the linear backend, and for relevance rules, the target is  sum over the cut's sites <gradient, activation> + what
+the biases alone give. The second part is not what is left over: it is measured, by running the frozen model with every
+source at zero. So the sum fails when a pattern or a norm is not frozen after all, when a path bypasses the cut, and
+when the target is read at another position than the one that predicts the token.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from saelens_ext.continuations.attribution.frozen_model import traced
 from saelens_ext.continuations.attribution.gradients import Target, forward, gradients_of
-from saelens_ext.continuations.attribution.sites import Site
+from saelens_ext.continuations.attribution.sites import Refusal, Site
 from saelens_ext.host.models import HostModel
 
 
@@ -51,8 +51,9 @@ def measure_completeness(
     target: Target,
     prefix_ids: Sequence[int],
     token_ids: Tensor,
+    backend: str = "linear",
 ) -> Completeness:
-    """Take the targets of a few continuations apart with the linear backend.
+    """Take the targets of a few continuations apart.
 
     Args:
         model: either host class.
@@ -61,8 +62,9 @@ def measure_completeness(
         target: of the continuations.
         prefix_ids: M tokens.
         token_ids: ``(b, T)``, -1 beyond a continuation's end.
+        backend: ``"linear"`` or ``"relp"``.
     """
-    with traced(model, sites, dictionaries, "linear") as trace:
+    with traced(model, sites, dictionaries, backend) as trace:
         trace.recording = True
         batch = gradients_of(model, trace, sites, target, prefix_ids, token_ids)
         trace.recording, trace.at_zero = False, True
@@ -85,16 +87,21 @@ def measure_completeness(
 
 
 def check_linear(completeness: Completeness, dtype: torch.dtype) -> None:
-    """Refuse a model on which the linear backend's sources do not make up the target.
+    """Refuse a model on which a backend's sources do not make up the target.
 
     Raises:
-        ValueError: the gap exceeds what rounding in ``dtype`` explains.
+        Refusal: the gap exceeds what rounding in ``dtype`` explains.
     """
-    tolerance = 1e-3 if dtype in (torch.float32, torch.float64) else 5e-2
+    tolerance = rounding(dtype)
     worst = float(completeness.relative_gap.max())
     if not worst <= tolerance:
-        raise ValueError(
-            "With attention patterns, norms and MLPs frozen, the sources of this model make up the target only to "
-            f"{worst:.1e} of its size, not to {tolerance:g}: it does not let one of them be frozen, or has a path "
-            "around them. The backends 'gradient' and 'relp' remain."
+        raise Refusal(
+            "With all frozen that this backend freezes, the sources of this model make up the target only to "
+            f"{worst:.1e} of its size, not to {tolerance:g}: something else in it is not linear, or a path leads "
+            "around the sources."
         )
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """What rounding may make of a sum, as a fraction of its largest part."""
+    return 1e-3 if dtype in (torch.float32, torch.float64) else 5e-2

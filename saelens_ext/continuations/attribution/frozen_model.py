@@ -14,6 +14,7 @@ Symbols
     b, L, d   batch, tokens, width
 """
 
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,10 +23,13 @@ from typing import Any
 import torch
 from sae_lens import SAE
 from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
 
-from saelens_ext.continuations.attribution.sites import Site, points_ending
+from saelens_ext.continuations.attribution.sites import Refusal, Site, points_ending
 from saelens_ext.host.hook_edits import HookFunction, hooked
 from saelens_ext.host.models import HostModel, resolve_hook
+
+_ON_THE_BLOCK = re.compile(r"blocks\.\d+\.hook_(attn|mlp)_out$")
 
 
 class Trace:
@@ -38,7 +42,7 @@ class Trace:
         """What the unembedding received, ``(b, L, d)``."""
         self.live: dict[str, Tensor] = {}
         """Inputs of skip transcoders and pre-activations of MLPs."""
-        self.frozen: dict[str, Tensor] = {}
+        self.frozen: dict[str, Any] = {}
         """Frozen values, kept when ``recording`` and used again when ``at_zero``."""
         self.recording = False
         self.at_zero = False
@@ -53,7 +57,7 @@ def traced(model: HostModel, sites: Sequence[Site], dictionaries: Sequence[SAE[A
     computed; afterwards the model is as before.
 
     Raises:
-        ValueError: an MLP whose activation function cannot be found, for ``"relp"``.
+        Refusal: an MLP whose activation function cannot be found, for ``"relp"``.
     """
     trace = Trace()
     hooks: list[tuple[str, HookFunction]] = []
@@ -68,11 +72,26 @@ def traced(model: HostModel, sites: Sequence[Site], dictionaries: Sequence[SAE[A
         # A bridge says whenever a norm's scale is set that its rounding may change; here that is the point.
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message="A forward hook edited hook_scale")
+        warnings.filterwarnings("ignore", message="Full backward hook is firing")
         stack.enter_context(_still(model))
         stack.enter_context(hooked(model, hooks))
+        stack.enter_context(_routed(model, sites))
         handle = model.unembed.register_forward_pre_hook(_keep_final(trace))
         stack.callback(handle.remove)
         yield trace
+
+
+@contextmanager
+def _routed(model: HostModel, sites: Sequence[Site]) -> Iterator[None]:
+    """Let gradients run through hook points that the host leaves out of the graph while their values stay the same.
+
+    A bridge's block that scales what a sublayer writes (Granite) puts the hooked activation in the place of its own
+    only where it was changed, or where a backward hook is to see its gradient.
+    """
+    is_bridge = isinstance(model, TransformerBridge)
+    names = [site.hook for site in sites if is_bridge and _ON_THE_BLOCK.match(site.hook)]
+    with hooked(model, [(name, lambda gradient, hook=None: None) for name in names], "bwd"):
+        yield
 
 
 @contextmanager
@@ -174,31 +193,37 @@ def _linear_mlps(model: HostModel, trace: Trace) -> list[tuple[str, HookFunction
         try:
             pre, post = (resolve_hook(model, f"blocks.{layer}.mlp.{end}") for end in ("hook_pre", "hook_post"))
         except ValueError as error:
-            raise ValueError(
-                f"The activation function of the MLP of block {layer} cannot be found ({error}), which backend='relp' "
-                "needs. The backends 'linear' and 'gradient' remain."
+            raise Refusal(
+                f"Relevance rules need the neurons of every MLP before and after its activation function, and those "
+                f"of block {layer} cannot be found: {error}"
             ) from error
         try:
             linear = resolve_hook(model, f"blocks.{layer}.mlp.hook_pre_linear")
         except ValueError:
             linear = pre
         hooks += [(name, _keep_live(trace, name)) for name in dict.fromkeys((pre, linear))]
-        hooks.append((post, _linear_in(trace, list(dict.fromkeys((pre, linear))))))
+        hooks.append((post, _linear_in(trace, post, list(dict.fromkeys((pre, linear))))))
     return hooks
 
 
-def _linear_in(trace: Trace, factors: list[str]) -> HookFunction:
+def _linear_in(trace: Trace, post: str, factors: list[str]) -> HookFunction:
     """The same neurons, as a linear function of each factor in turn, with equal shares."""
 
     def run(x: Tensor, hook: Any = None) -> Tensor:
-        value, parts = x.detach(), []
-        for name in factors:
-            factor = trace.live[name]
-            fixed = factor.detach()
-            ratio = torch.where(fixed == 0, 0, value / torch.where(fixed == 0, 1, fixed))
-            parts.append(factor * ratio)
-        linear = torch.stack(parts).mean(dim=0)
-        # The values stay exactly those of the model.
-        return linear + (value - linear).detach()
+        live = [trace.live[name] for name in factors]
+        if not trace.at_zero:
+            value, fixed = x.detach(), [factor.detach() for factor in live]
+            ratios = [torch.where(f == 0, 0, value / torch.where(f == 0, 1, f)) for f in fixed]
+            # The values stay exactly those of the model.
+            constant = value - _mean_product(fixed, ratios)
+            if trace.recording:
+                trace.frozen[post] = (ratios, constant)
+        else:
+            ratios, constant = trace.frozen[post]
+        return _mean_product(live, ratios) + constant
 
     return run
+
+
+def _mean_product(factors: list[Tensor], ratios: list[Tensor]) -> Tensor:
+    return torch.stack([factor * ratio for factor, ratio in zip(factors, ratios, strict=True)]).mean(dim=0)

@@ -4,23 +4,26 @@ Symbols
     M, T      tokens of the prefix; of the longest continuation of the batch
     y_t       token t of a continuation, t = 1 … T, at column M + t - 1
     c_t       its demeaned logit: logit of y_t minus the mean logit over the vocabulary, read at column M + t - 2, the
-              column before its own, whose logits predict it; before a final soft cap, if the model has one
+              column before its own, whose logits predict it; before a final soft cap, if the model has one, and behind
+              a scale of the logits, if it has that (Granite, Cohere)
     v_t       weights over t: 1 / length (mean), 1 (sum), or 1 for the first token alone
     target    sum_t v_t c_t
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from saelens_ext.continuations.attribution.frozen_model import Trace
-from saelens_ext.continuations.attribution.sites import Site
+from saelens_ext.continuations.attribution.frozen_model import Trace, traced
+from saelens_ext.continuations.attribution.sites import Refusal, Site
 from saelens_ext.host.models import HostModel
 from saelens_ext.host.prompt_passes import device_of, logits_of
 
 TARGETS = ("mean", "sum", "first")
+_SCALES: WeakKeyDictionary[HostModel, float] = WeakKeyDictionary()
 
 
 class Target:
@@ -39,6 +42,7 @@ class Target:
         total = torch.stack([part.float().sum(dim=0) for part in self._rows.split(8192)]).sum(dim=0)
         self._mean = total / len(self._rows)
         self._bias_mean = self._bias.mean()
+        self._scale = logit_scale(model)
         self._n_prefix, self._reduction = n_prefix, reduction
 
     def demeaned_logits(self, final: Tensor, token_ids: Tensor) -> Tensor:
@@ -51,7 +55,7 @@ class Target:
         directions = self._rows[tokens].float() - self._mean
         first = self._n_prefix - 1
         predicting = final[:, first : first + tokens.shape[1]].float()
-        return (predicting * directions).sum(dim=-1) + (self._bias[tokens] - self._bias_mean)
+        return self._scale * ((predicting * directions).sum(dim=-1) + (self._bias[tokens] - self._bias_mean))
 
     def token_weights(self, token_ids: Tensor) -> Tensor:
         """v_t, ``(b, T)``, 0 beyond a continuation's end."""
@@ -67,6 +71,22 @@ class Target:
         weights = self.token_weights(token_ids)
         logits = self.demeaned_logits(final, token_ids)
         return torch.where(weights > 0, logits * weights, 0).sum(dim=1)
+
+
+@torch.no_grad()
+def logit_scale(model: HostModel) -> float:
+    """What a model multiplies the logits of its unembedding with; 1 for most, and for those that cap them instead."""
+    if model not in _SCALES:
+        ids = torch.linspace(0, int(model.cfg.d_vocab) - 1, 8, device=device_of(model)).long()[:, None]
+        with traced(model, [], [], "gradient") as trace, torch.no_grad():
+            given = logits_of(model, ids)[:, 0].double().flatten()
+        assert trace.final is not None
+        plain = (trace.final[:, 0] @ model.W_U + model.b_U).double().flatten()
+        scale = float(given @ plain / plain.square().sum().clamp_min(1e-30))
+        # Neither rounding nor a cap is a scale: what it leaves over is as large as what it explains.
+        is_scale = float((given - scale * plain).norm()) < 0.1 * abs(scale - 1) * float(given.norm())
+        _SCALES[model] = scale if is_scale else 1.0
+    return _SCALES[model]
 
 
 @dataclass(frozen=True)
@@ -113,7 +133,7 @@ def gradients_of(
     """The gradient of each continuation's target at every site; rows of a batch do not touch one another.
 
     Raises:
-        ValueError: a dictionary from which no path leads to the logits.
+        Refusal: a dictionary from which no path leads to the logits.
     """
     targets = forward(model, trace, target, prefix_ids, token_ids)
     captured = [trace.captured[site.hook] for site in sites]
@@ -121,9 +141,9 @@ def gradients_of(
     gradients, activations = {}, {}
     for site, gradient, x in zip(sites, found, captured, strict=True):
         if gradient is None and site.has_dictionary:
-            raise ValueError(
+            raise Refusal(
                 f"From the dictionary at {site.hook} no path that this backend keeps leads to the logits: what it "
-                "feeds is frozen. Use backend='gradient', or a dictionary of what flows on from there (a transcoder)."
+                "feeds is frozen, or the hook only shows what is computed elsewhere."
             )
         gradients[site.hook] = _joined(torch.zeros_like(x) if gradient is None else gradient)
         activations[site.hook] = _joined(x.detach())

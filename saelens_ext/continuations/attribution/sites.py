@@ -25,9 +25,12 @@ from saelens_ext.host.models import HostModel, resolve_hook
 BACKENDS = ("linear", "gradient", "relp")
 
 _RESIDUAL = re.compile(r"blocks\.\d+\.(hook_in|hook_out|hook_resid_pre|hook_resid_post)$")
-_BETWEEN = re.compile(r"blocks\.\d+\.(hook_resid_mid|ln2\.hook_in)$")
-_NEURONS = re.compile(r"(blocks\.\d+)\.mlp\.(hook_post|out\.hook_in)$")
+_BLOCK = re.compile(r"blocks\.\d+(?=\.)")
 _EMBEDDING = re.compile(r"(hook_embed|embed\.hook_out)$")
+
+
+class Refusal(ValueError):
+    """A backend cannot be used on this model, or with these dictionaries; says why, and not what else can be."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,33 +122,34 @@ def plan_sites(
         backend: one of `BACKENDS`.
 
     Raises:
-        ValueError: two dictionaries of which one lies inside the other's MLP, for the linear backend.
+        Refusal: two dictionaries of which one lies inside the other's MLP, for the linear backend.
     """
-    taken = {site.hook for site in dictionaries} | _described_by_parts(dictionaries, backend)
+    taken = {site.hook for site in dictionaries} | _described_by_parts(model, dictionaries, order, backend)
     sites = [*dictionaries, *(site for site in base if site.hook not in taken)]
     if any(_is_input(site) for site in dictionaries):
         sites = [site for site in sites if site.kind != "embedding"]
     sites.sort(key=lambda site: order.index(site.hook))
     stream = [i for i, site in enumerate(sites) if site.has_dictionary and _is_stream(model, site.hook)]
     nearest = stream[-1] if stream else None
-    return _linear_plan(sites, nearest) if backend == "linear" else _live_plan(sites, nearest)
+    plan = _linear_plan if backend == "linear" else _live_plan
+    return plan(model, sites, nearest)
 
 
-def _linear_plan(sites: list[Site], nearest: int | None) -> list[Site]:
+def _linear_plan(model: HostModel, sites: list[Site], nearest: int | None) -> list[Site]:
     if nearest is None:
         return sites
     # Before the residual dictionary, only other dictionaries are worth a pass; and where no edit can reach the stream
     # itself (a bridge reads its middle off the norm's input) the graph must run on below.
-    runs_on = any(site.has_dictionary for site in sites[:nearest]) or _BETWEEN.match(sites[nearest].hook) is not None
+    runs_on = any(site.has_dictionary for site in sites[:nearest]) or _is_between(model, sites[nearest].hook)
     before = [replace(site, in_cut=False) for site in sites[:nearest]] if runs_on else []
     return [*before, replace(sites[nearest], leaf=not runs_on), *sites[nearest + 1 :]]
 
 
-def _live_plan(sites: list[Site], nearest: int | None) -> list[Site]:
+def _live_plan(model: HostModel, sites: list[Site], nearest: int | None) -> list[Site]:
     """Nothing is cut off: the first site starts the graph, and all later ones see everything that comes after."""
     kept = [site for site in sites if site.has_dictionary or nearest is None]
     whole = sites[nearest].hook if nearest is not None else next(site.hook for site in sites if _is_input(site))
-    if _BETWEEN.match(kept[0].hook):
+    if _is_between(model, kept[0].hook):
         # A bridge reads the middle of a block off its norm's input, behind the point where the stream runs past it.
         kept = [site for site in sites if site.kind == "embedding"] + kept
     return [replace(site, leaf=i == 0, in_cut=site.hook == whole) for i, site in enumerate(kept)]
@@ -155,26 +159,56 @@ def _is_input(site: Site) -> bool:
     return site.kind == "embedding" or _EMBEDDING.search(site.hook) is not None
 
 
-def _described_by_parts(dictionaries: Sequence[Site], backend: str) -> set[str]:
-    """MLP outputs that are linear in a dictionary of their neurons, in both spellings."""
-    parts = set()
+def _described_by_parts(model: HostModel, dictionaries: Sequence[Site], order: Sequence[str], backend: str) -> set[str]:
+    """MLP outputs that a dictionary from which they follow, by an output matrix and a norm, takes the place of."""
+    if backend != "linear":
+        return set()
+    parts: set[str] = set()
+    taken = {site.hook for site in dictionaries}
     for site in dictionaries:
-        block = _NEURONS.match(site.hook)
-        if block:
-            parts |= {f"{block[1]}.hook_mlp_out", f"{block[1]}.mlp.hook_out", f"{block[1]}.ln2_post.hook_out"}
-    both = [site.hook for site in dictionaries if site.hook in parts]
-    if both and backend == "linear":
-        raise ValueError(
-            f"One dictionary writes at {both[0]} and another at the neurons of the same MLP: the linear backend can "
-            "start from one of them only. Leave one out, or use backend='gradient' or 'relp'."
-        )
+        written = _written_from(model, site.hook, order)
+        both = [hook for hook in written if hook in taken and hook != site.hook]
+        if both:
+            raise Refusal(
+                f"One dictionary writes at {both[0]} and another at {site.hook}, inside the same MLP: the linear "
+                "backend can start from one of them only. Leave one out, or use another backend."
+            )
+        parts |= written
     return parts
+
+
+def _written_from(model: HostModel, hook: str, order: Sequence[str]) -> set[str]:
+    """What follows linearly from the neurons or the output of an MLP in the same block, itself included."""
+    block = _BLOCK.match(hook)
+    if block is None:
+        return set()
+    names = (f"{block[0]}.mlp.{end}" for end in ("hook_post", "out.hook_out", "hook_out"))
+    chain = [name for name in (_resolved(model, name) for name in names) if name is not None]
+    if hook not in chain:
+        return set()
+    end = _resolved(model, f"{block[0]}.hook_mlp_out")
+    behind = {*chain, end} & set(order)
+    return {name for name in behind if order.index(hook) <= order.index(name) <= order.index(end)} if end else set()
+
+
+def _resolved(model: HostModel, name: str) -> str | None:
+    try:
+        return resolve_hook(model, name)
+    except ValueError:
+        return None
 
 
 def _is_stream(model: HostModel, hook: str) -> bool:
     """Whether every path to the logits runs through this hook."""
-    parallel = bool(getattr(model.cfg, "parallel_attn_mlp", False))
-    return _RESIDUAL.match(hook) is not None or (not parallel and _BETWEEN.match(hook) is not None)
+    return _RESIDUAL.match(hook) is not None or _is_between(model, hook)
+
+
+def _is_between(model: HostModel, hook: str) -> bool:
+    """Whether a hook is read off the middle of a block whose MLP follows its attention."""
+    block = _BLOCK.match(hook)
+    if block is None or getattr(model.cfg, "parallel_attn_mlp", False):
+        return False
+    return hook == _resolved(model, f"{block[0]}.hook_resid_mid")
 
 
 def points_ending(model: HostModel, ending: str) -> list[str]:

@@ -18,7 +18,7 @@ import torch
 from sae_lens import SAE
 from torch import Tensor
 
-from saelens_ext.continuations.attribution.sites import Site, points_ending
+from saelens_ext.continuations.attribution.sites import Site
 from saelens_ext.continuations.source_table import NO_LATENT, SourceTable
 from saelens_ext.host.flat_sae import encode_flat, flat_activations
 from saelens_ext.host.hook_edits import HookFunction, hooked
@@ -37,30 +37,28 @@ class PrefixPass:
     """At each hook asked for, ``(M, d)``, heads joined, float32."""
     order: list[str]
     """The hooks in the order in which they fired."""
-    n_patterns: int
-    """How many attention patterns fired."""
 
 
 def read_prefix(model: HostModel, ids: Tensor, names: Sequence[str]) -> PrefixPass:
     """Run the model over a prefix ``(M,)`` and keep the activations at some hooks.
 
     Raises:
-        ValueError: a hook that did not fire, or activations that are not finite.
+        ValueError: a hook that did not fire, or activations that are not one per token or not finite.
     """
     activations: dict[str, Tensor] = {}
-    patterns: set[str] = set()
 
     def keep(name: str) -> HookFunction:
         def run(x: Tensor, hook: Any = None) -> None:
-            row = x[0].flatten(1) if x.ndim > 3 else x[0]
-            activations[name] = row.float()
+            if x.shape[:2] != (1, len(ids)):
+                raise ValueError(
+                    f"The hook {name!r} gives a tensor of shape {tuple(x.shape)} for a prefix of {len(ids)} tokens: it "
+                    "does not hold one activation per token, so nothing can be attributed to it."
+                )
+            activations[name] = x[0].flatten(1).float()
 
         return run
 
     hooks = [(name, keep(name)) for name in dict.fromkeys(names)]
-    hooks += [
-        (name, lambda x, hook=None, name=name: patterns.add(name)) for name in points_ending(model, "hook_pattern")
-    ]
     with evaluating(model), hooked(model, hooks):
         logits_of(model, ids[None])
     silent = [name for name in names if name not in activations]
@@ -71,7 +69,7 @@ def read_prefix(model: HostModel, ids: Tensor, names: Sequence[str]) -> PrefixPa
             raise ValueError(
                 f"The activation at {name} is not finite on this prefix; run the model in bfloat16 or float32."
             )
-    return PrefixPass(activations, list(activations), len(patterns))
+    return PrefixPass(activations, list(activations))
 
 
 @dataclass(frozen=True)

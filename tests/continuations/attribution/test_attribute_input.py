@@ -104,9 +104,12 @@ def test_what_shows_but_does_not_let_itself_be_frozen_is_found_out(llama, place)
     if place == "ln2.hook_scale":
         # Only the MLP reads this norm, and its output is given: nothing is lost.
         attribute_continuations(model, [], found)
+        with pytest.raises(ValueError, match=f"blocks.1.{place} has no effect.*'linear' and 'gradient' remain"):
+            attribute_continuations(model, [], found, backend="relp")
     else:
-        with pytest.raises(ValueError, match="'gradient' and 'relp' remain"):
-            attribute_continuations(model, [], found)
+        for backend in ("linear", "relp"):
+            with pytest.raises(ValueError, match=f"blocks.1.{place}.*'gradient' remains"):
+                attribute_continuations(model, [], found, backend=backend)
 
 
 @pytest.mark.parametrize("backend", ["linear", "gradient", "relp"])

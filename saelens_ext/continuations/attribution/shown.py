@@ -1,0 +1,139 @@
+"""Whether a model lets itself be frozen as a backend needs it: tried out on the model, before anything relies on it.
+
+A hook may only show what is computed elsewhere, so that an edit there changes nothing; and a host may compute a norm
+anew, and differently, when its scale is set. So every hook that is to be frozen is edited by a variable of value zero,
+and must hand its gradient on; and a short prompt is taken apart whole, whose frozen target must be the model's own and
+the sum of its sources.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import zip_longest
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from saelens_ext.continuations.attribution.completeness import check_linear, measure_completeness, rounding
+from saelens_ext.continuations.attribution.frozen_model import traced
+from saelens_ext.continuations.attribution.gradients import Target, forward, gradients_of
+from saelens_ext.continuations.attribution.sites import Refusal, base_sites, points_ending
+from saelens_ext.host.hook_edits import HookFunction, hooked
+from saelens_ext.host.models import HostModel
+
+_PREFIX, _CONTINUATION, _ROWS = 4, 3, 3
+# By model, then by backend and by what else changes the answer: why the backend is refused, or None.
+_FAULTS: WeakKeyDictionary[HostModel, dict[tuple[Any, ...], str | None]] = WeakKeyDictionary()
+
+
+def check_backend(model: HostModel, backend: str) -> None:
+    """Refuse a backend whose freezes do not hold on this model; tried once for each model.
+
+    Raises:
+        Refusal: says what could not be frozen.
+    """
+    hooks = sum(len(point.fwd_hooks) for point in model.hook_dict.values() if hasattr(point, "fwd_hooks"))
+    mode = bool(getattr(model, "compatibility_mode", False))
+    key = (backend, mode, next(iter(model.parameters())).dtype, hooks)
+    known = _FAULTS.setdefault(model, {})
+    if key not in known:
+        known[key] = _fault(model, backend)
+    if known[key] is not None:
+        raise Refusal(known[key])
+
+
+def _fault(model: HostModel, backend: str) -> str | None:
+    try:
+        silent = [] if backend == "gradient" else _without_effect(model)
+        patterns = [name for name in silent if name.endswith("hook_pattern")]
+        if patterns:
+            return (
+                f"It must freeze every attention pattern, and on this model {_named(patterns)} cannot be frozen: the "
+                "block has no pattern there, or the hook only shows it."
+            )
+        with _naming(silent):
+            _take_apart(model, backend)
+    except Refusal as refusal:
+        return str(refusal)
+    return None
+
+
+@contextmanager
+def _naming(silent: list[str]) -> Iterator[None]:
+    """Let a refusal say which norms could not be frozen, where some could not."""
+    try:
+        yield
+    except Refusal as refusal:
+        raise Refusal(f"{refusal} Editing {_named(silent)} has no effect." if silent else str(refusal)) from refusal
+
+
+def _without_effect(model: HostModel) -> list[str]:
+    """Hooks to be frozen at which an edit changes nothing, and patterns that do not show."""
+    zeros: dict[str, Tensor] = {}
+
+    def add(name: str) -> HookFunction:
+        def run(x: Tensor, hook: Any = None) -> Tensor:
+            zeros[name] = torch.zeros_like(x).requires_grad_()
+            return x + zeros[name]
+
+        return run
+
+    patterns = points_ending(model, "hook_pattern")
+    hooks = [(name, add(name)) for name in [*points_ending(model, "hook_scale"), *patterns]]
+    target, prefix, ids = _prompt(model)
+    with _host_errors("attention patterns and norm scales are edited"), traced(model, [], [], "gradient") as trace:
+        with hooked(model, hooks):
+            reached = forward(model, trace, target, prefix, ids).sum()
+    gradients = torch.autograd.grad(reached, list(zeros.values()), allow_unused=True) if reached.requires_grad else ()
+    dead = [name for name, gradient in zip_longest(zeros, gradients) if gradient is None]
+    shown = {name.split(".attn")[0] for name in zeros if name in patterns}
+    blocks = [f"blocks.{layer}" for layer in range(int(model.cfg.n_layers))]
+    return dead + [f"{block}.attn.hook_pattern" for block in blocks if block not in shown]
+
+
+def _take_apart(model: HostModel, backend: str) -> None:
+    """A short prompt's targets under the backend: the model's own, and the sum of their sources."""
+    sites = base_sites(model, backend)
+    target, prefix, ids = _prompt(model)
+    with traced(model, [], [], "gradient") as trace, torch.no_grad():
+        own = forward(model, trace, target, prefix, ids).float().cpu()
+    with _host_errors("what this backend freezes is set"):
+        if backend == "gradient":
+            with traced(model, sites, [], backend) as trace:
+                batch = gradients_of(model, trace, sites, target, prefix, ids)
+            live = sites[0].hook
+            if not bool(batch.gradients[live].any()):
+                raise Refusal(
+                    f"An edit at {live} does not change what this model predicts, so it has no gradient there."
+                )
+            return
+        parts = measure_completeness(model, sites, [], target, prefix, ids, backend)
+    dtype = next(iter(model.parameters())).dtype
+    largest = torch.stack([own, parts.prefix, parts.continuation, parts.bias]).abs().amax(dim=0)
+    moved = float(((parts.target - own).abs() / largest.clamp_min(1e-30)).max())
+    if not moved <= rounding(dtype):
+        raise Refusal(
+            f"Setting attention patterns and norm scales to the values that they have changes what this model "
+            f"predicts, by {moved:.1e} of its size: the host computes a norm differently where its scale is set."
+        )
+    check_linear(parts, dtype)
+
+
+def _prompt(model: HostModel) -> tuple[Target, list[int], Tensor]:
+    """Tokens from all over the vocabulary."""
+    ids = torch.linspace(0, int(model.cfg.d_vocab) - 1, _PREFIX + _ROWS * _CONTINUATION).long()
+    return Target(model, _PREFIX, "sum"), ids[:_PREFIX].tolist(), ids[_PREFIX:].reshape(_ROWS, _CONTINUATION)
+
+
+@contextmanager
+def _host_errors(when: str) -> Iterator[None]:
+    """A host that fails when a hook is edited does not let it be frozen."""
+    try:
+        yield
+    except (AttributeError, TypeError, RuntimeError, NotImplementedError) as error:
+        raise Refusal(f"The host fails when {when}: {type(error).__name__}: {error}.") from error
+
+
+def _named(hooks: list[str]) -> str:
+    return ", ".join(hooks[:3]) + (f" and {len(hooks) - 3} more" if len(hooks) > 3 else "")
