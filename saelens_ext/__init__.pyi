@@ -1,5 +1,6 @@
 """The public names and where they are defined; the root package imports each when it is first used."""
 
+from .activations.kept_stream import KeptStream as KeptStream
 from .activations.ray_stream import RayActivationStream as RayActivationStream
 from .activations.stream import ActivationBatch as ActivationBatch
 from .activations.stream import ActivationStream as ActivationStream
