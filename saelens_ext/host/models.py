@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from saelens_ext._checks import choice
 from saelens_ext.host.hook_names import AnyHost, hook_layer, locate, resolve_hook, stop_layer
+from saelens_ext.host.scaled_contributions import run_replaced_points
 
 HostModel = Union[HookedTransformer, TransformerBridge]
 """The models that activations are read from: `HookedSAETransformer` and `SAETransformerBridge` are subclasses."""
@@ -114,6 +115,7 @@ def load_model(
         model = SAETransformerBridge.boot_transformers(
             str(name_or_path), device=device, dtype=dtype, hf_model=hf_model, tokenizer=tokenizer
         )
+        run_replaced_points(model)
     elif hf_model is not None or Path(name_or_path).is_dir():
         model = _hooked_from_hf(name_or_path, hf_model, tokenizer, device, dtype)
     else:
@@ -149,6 +151,7 @@ def retarget(sae: AnySAE, model: AnyHost) -> AnySAE:
     metadata.hook_name = hook_name
     if hook_name_out:
         metadata.hook_name_out = hook_name_out
+    run_replaced_points(model)
     _set_head_reshaping(sae, model)
     if isinstance(model, (HookedTransformer, TransformerBridge)):
         differences = _activation_differences(metadata, describe_model(model))

@@ -5,7 +5,6 @@ import torch
 
 from saelens_ext.host.models import resolve_hook
 from tests.models_zoo import (
-    HOSTED,
     MODEL_CLASSES,
     N_LAYERS,
     TOKENIZERS,
@@ -19,18 +18,8 @@ from tests.models_zoo import (
 TOKENS = torch.randint(3, VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture(scope="module", params=HOSTED, ids=lambda pair: f"{pair[0]}-{pair[1][:6]}")
-def host(request):
-    """(row of the zoo, architecture, model)."""
-    architecture, model_class = request.param
-    return ZOO[architecture], architecture, make_model(architecture, model_class)
-
-
-# --- the zoo itself --------------------------------------------------------------------------------------------------
-
-
 def test_a_host_is_the_hugging_face_model(host):
-    row, architecture, model = host
+    architecture, row, model = host
     with torch.no_grad():
         expected = make_hf_model(architecture)(TOKENS, output_hidden_states=True)
         seen = {}
@@ -47,7 +36,7 @@ def test_a_host_is_the_hugging_face_model(host):
 
 
 def test_the_table_says_what_the_host_says(host):
-    row, _, model = host
+    _, row, model = host
     assert bool(getattr(model.cfg, "parallel_attn_mlp", False)) == row.parallel
     assert bool(model.cfg.default_prepend_bos) == row.prepends_bos
     assert bool(getattr(model.cfg, "num_experts", 0)) == row.experts
