@@ -1,15 +1,15 @@
 """Exemplar partitions that the method's author published as pickles, converted to this package's format.
 
 The published files (Hugging Face dataset ``J-RUM/exemplar-partitioning``) are Python pickles, which run what they say
-when they are opened the usual way. They are never opened that way here: :mod:`saelens_ext.published.inert_machine`
+when they are opened the usual way. They are never opened that way here: :mod:`saelens_ext.published.restricted_pickle`
 reads them as data. What leaves this module is safetensors and JSON.
 
 Both sides measure alike: directions are (x - c) / |x - c|, distances 1 - cosine, and an activation belongs to the
 nearest exemplar. Nothing is rescaled, so assignments are the same up to ties within rounding.
 
-Memory, beyond the result: the file is mapped, not read; its arrays are copied one by one, and reading makes some 100
-bytes per object in it. The published files hold up to about 4 million objects. Reservoir vectors, up to 5.6 of 6 GB,
-stay where they are unless asked for.
+Memory, beyond the result: reading takes about as much as the file is large, since all its arrays are held as bytes
+until the wanted ones are copied. Most of the published bytes are reservoir vectors: up to 5.6 of 6 GB, needed while
+reading even where they are not asked for.
 """
 
 import hashlib
@@ -19,6 +19,7 @@ import mmap
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,9 @@ from tqdm.auto import tqdm
 from saelens_ext import _checks
 from saelens_ext.dictionaries.exemplar_partition import ExemplarPartition
 from saelens_ext.published.dictionary import PublishedDictionary, first_of_each
-from saelens_ext.published.inert_machine import Limits, Machine
-from saelens_ext.published.inert_values import UnsafePickleError
-from saelens_ext.published.regions import Regions, check_separation, read_regions
+from saelens_ext.published.regions import Regions, RegionStatistics, check_separation, read_regions
+from saelens_ext.published.restricted_pickle import Limits, load
+from saelens_ext.published.stand_ins import UnsafePickleError
 
 logger = logging.getLogger(__name__)
 
@@ -92,8 +93,8 @@ def read_published_dictionary(
             with tqdm(
                 total=len(data), unit="B", unit_scale=True, desc=f"read {path.name}", disable=not progress
             ) as bar:
-                machine = Machine(data, Limits.of_size(len(data)), lambda at: bar.update(at - bar.n))
-                regions = read_regions(machine.run(), data, machine.items, reservoir=reservoir)
+                root, n_items = load(data, Limits.of_size(len(data)), lambda at: bar.update(at - bar.n))
+            regions = read_regions(root, len(data), n_items, reservoir=reservoir)
             check_separation(regions.exemplars, regions.threshold)
             source = {"file": path.name, "bytes": len(data), "sha256": digest}
     except UnsafePickleError as error:
@@ -279,25 +280,8 @@ def _published(
         source=source | {"disagreements": disagreements, "ignored": list(regions.ignored)},
         build=build,
         exemplar_indices=first_of_each(regions.members),
-        **{name: getattr(regions, name) for name in _COPIED},
+        **{field.name: getattr(regions, field.name) for field in fields(RegionStatistics)},
     )
-
-
-_COPIED = (
-    "counts",
-    "coherence",
-    "distance_sums",
-    "squared_distance_sums",
-    "nearest",
-    "boundary",
-    "prompts",
-    "members",
-    "iterations",
-    "reservoir",
-    "labels",
-    "merge_close",
-    "last_founding_rate",
-)
 
 
 def _sae_metadata(settings: Mapping[str, Any], config: Mapping[str, Any], n_seen: int) -> dict[str, Any]:

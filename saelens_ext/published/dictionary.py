@@ -15,7 +15,7 @@ from torch import Tensor
 
 from saelens_ext import _files
 from saelens_ext.dictionaries.exemplar_partition import ExemplarPartition
-from saelens_ext.published.regions import PublishedExamples, Ragged
+from saelens_ext.published.regions import PublishedExamples, Ragged, RegionStatistics
 
 if TYPE_CHECKING:
     import pandas
@@ -25,12 +25,8 @@ STEM = "published"
 
 
 @dataclass(kw_only=True, frozen=True, eq=False)
-class PublishedDictionary:
-    """An exemplar partition that its author published, with its statistics; tensors on the CPU.
-
-    Counts, coherence, distances and prompts describe the assignment at arrival under the author's batches, not the
-    final Voronoi cells; :func:`saelens_ext.profile_dictionary` gives those of any text.
-    """
+class PublishedDictionary(RegionStatistics):
+    """An exemplar partition that its author published, with its statistics; tensors on the CPU."""
 
     dictionary: ExemplarPartition
     """The dictionary: the same centre, threshold, exemplars and means, bit for bit."""
@@ -39,34 +35,8 @@ class PublishedDictionary:
     ``disagreements`` between the pickle and its metadata file; ``ignored`` attributes of the pickle."""
     build: dict[str, Any]
     """The author's settings and figures of the build, from the metadata file; empty without one."""
-    counts: Tensor
-    """Members of each region: int64 ``(k,)``."""
-    coherence: Tensor
-    """|sum of the members' unit directions| / members, in [0, 1]: float32 ``(k,)``."""
-    distance_sums: Tensor
-    """Sum of the members' cosine distances to the exemplar: float64 ``(k,)``."""
-    squared_distance_sums: Tensor
-    """Sum of their squares: float64 ``(k,)``."""
     exemplar_indices: Tensor
     """Stream position of each exemplar, the first member's: int64 ``(k,)``, -1 where the file does not say."""
-    nearest: PublishedExamples
-    """Up to ten prompts nearest to each exemplar, nearest first; the exemplar's own is at distance 0."""
-    boundary: PublishedExamples
-    """Up to ten prompts farthest from each exemplar, farthest first."""
-    prompts: tuple[str, ...]
-    """The prompts that the examples index."""
-    members: Ragged
-    """Stream positions of the members of each region, in the author's order: int64."""
-    iterations: Ragged
-    """Batches in which each region gained members, rising: int64."""
-    reservoir: Ragged | None
-    """Unit directions of up to 30 random members of each region, ``(m, d)`` float32; None if they were left out."""
-    labels: tuple[str | None, ...]
-    """The author's label of each region, if any."""
-    merge_close: bool | None
-    """Whether near regions were merged while it was built."""
-    last_founding_rate: float | None
-    """Share of the activations of the last batch that founded a region."""
 
     @property
     def n_regions(self) -> int:

@@ -15,11 +15,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saelens_ext.published import inert_values as values
-from saelens_ext.published.inert_values import Array, Instance, Items, Numbers, Text, UnsafePickleError
+from saelens_ext.published.stand_ins import (
+    Array,
+    Dictionary,
+    Instance,
+    Numbers,
+    Region,
+    UnsafePickleError,
+    bytes_of,
+    short,
+)
 
-_MAX_PROMPT = 2**20  # bytes of a prompt; the published ones are of 128 tokens
-_MAX_PROMPTS = 2**30  # bytes of all prompts
+_MAX_TEXT = 2**20  # characters of a prompt or label; the published prompts are of 128 tokens
 _UNIT_TOLERANCE = 1e-3
 _SEPARATION_TOLERANCE = 1e-4
 _BLOCK_BYTES = 2**26
@@ -78,37 +85,59 @@ class PublishedExamples(NamedTuple):
 
 
 @dataclass(kw_only=True, frozen=True, eq=False)
-class Regions:
+class RegionStatistics:
+    """What a published pickle says of its regions, beside their exemplars and means; tensors on the CPU.
+
+    Counts, coherence, distances and prompts describe the assignment at arrival under the author's batches, not the
+    final Voronoi cells; :func:`saelens_ext.profile_dictionary` gives those of any text.
+    """
+
+    counts: Tensor
+    """Members of each region: int64 ``(k,)``."""
+    coherence: Tensor
+    """|sum of the members' unit directions| / members, in [0, 1]: float32 ``(k,)``."""
+    distance_sums: Tensor
+    """Sum of the members' cosine distances to the exemplar: float64 ``(k,)``."""
+    squared_distance_sums: Tensor
+    """Sum of their squares: float64 ``(k,)``."""
+    nearest: PublishedExamples
+    """Up to ten prompts nearest to each exemplar, nearest first; the exemplar's own is at distance 0."""
+    boundary: PublishedExamples
+    """Up to ten prompts farthest from each exemplar, farthest first."""
+    prompts: tuple[str, ...]
+    """The prompts that the examples index."""
+    members: Ragged
+    """Stream positions of the members of each region, in the author's order: int64."""
+    iterations: Ragged
+    """Batches in which each region gained members, rising: int64."""
+    reservoir: Ragged | None
+    """Unit directions of up to 30 random members of each region, ``(m, d)`` float32; None if they were left out."""
+    labels: tuple[str | None, ...]
+    """The author's label of each region, if any."""
+    merge_close: bool | None
+    """Whether near regions were merged while it was built."""
+    last_founding_rate: float | None
+    """Share of the activations of the last batch that founded a region."""
+
+
+@dataclass(kw_only=True, frozen=True, eq=False)
+class Regions(RegionStatistics):
     """Everything that a published pickle says."""
 
     center: Tensor
     threshold: float
     exemplars: Tensor
     means: Tensor
-    counts: Tensor
-    coherence: Tensor
-    distance_sums: Tensor
-    squared_distance_sums: Tensor
-    nearest: PublishedExamples
-    boundary: PublishedExamples
-    prompts: tuple[str, ...]
-    members: Ragged
-    iterations: Ragged
-    reservoir: Ragged | None
-    labels: tuple[str | None, ...]
-    merge_close: bool | None
-    last_founding_rate: float | None
     ignored: tuple[str, ...]
 
 
 class Contents:
-    """Reads checked values out of a pickle's file; what is shared by many objects is counted each time it is read."""
+    """Reads checked values; what is shared by many objects is counted each time it is read."""
 
-    def __init__(self, data: Any, n_items: int):
-        self._data, self.size = data, len(data)
-        self._left = {"array bytes": len(data), "list items": n_items, "prompt bytes": _MAX_PROMPTS}
-        self._prompts: dict[int, int] = {}
-        self._known: dict[str, int] = {}
+    def __init__(self, size: int, n_items: int):
+        self.size = size
+        self.prompts: dict[str, int] = {}
+        self._left = {"array bytes": size, "list items": n_items}
 
     def spend(self, what: str, amount: int) -> None:
         """Count something against what the file can hold."""
@@ -118,138 +147,105 @@ class Contents:
 
     def vector(self, value: Any, name: str, d: int | None = None) -> np.ndarray:
         """A finite vector, ``(d,)`` float32."""
-        if not isinstance(value, Array) or value.shape is None or value.dtype is None or value.blob is None:
-            raise UnsafePickleError(f"{name} is {values.short(value)} instead of an array")
-        if (
-            len(value.shape) != 1
-            or value.dtype.code[0] != "f"
-            or value.shape[0] == 0
-            or d not in (None, value.shape[0])
-        ):
+        if type(value) is not Array or not hasattr(value, "shape"):
+            raise UnsafePickleError(f"{name} is {short(value)} instead of an array")
+        n, code = value.shape[0], value.dtype.code
+        if len(value.shape) != 1 or code[0] != "f" or n == 0 or d not in (None, n):
             wanted = "a vector of floats" if d is None else f"a vector of {d} floats"
-            raise UnsafePickleError(
-                f"{name} has shape {value.shape} and dtype {value.dtype.code!r}; it should be {wanted}"
-            )
-        self.spend("array bytes", value.shape[0] * value.dtype.itemsize)
-        raw = value.blob.read(self._data)
-        value.check_length(len(raw))
-        vector = np.frombuffer(raw, dtype=value.dtype.order + value.dtype.code).astype(np.float32)
+            raise UnsafePickleError(f"{name} has shape {value.shape} and dtype {code!r}; it should be {wanted}")
+        self.spend("array bytes", n * value.dtype.itemsize)
+        vector = np.frombuffer(bytes_of(value.content), dtype=value.dtype.order + code).astype(np.float32)
         if not np.isfinite(vector).all():
             raise UnsafePickleError(f"{name} holds NaN or infinity")
         return vector
 
     def prompt(self, value: Any) -> int:
         """Index of a prompt among all of them; equal ones are kept once."""
-        if isinstance(value, Text):
-            if id(value) not in self._prompts:
-                if value.length > _MAX_PROMPT:
-                    raise UnsafePickleError(f"it holds a prompt of {value.length} bytes; up to {_MAX_PROMPT} are read")
-                self.spend("prompt bytes", value.length)
-                self._prompts[id(value)] = self._index(value.read(self._data))
-            return self._prompts[id(value)]
-        if type(value) is not str:
-            raise UnsafePickleError(f"it holds {values.short(value)} where a prompt is expected")
-        return self._index(value)
-
-    def _index(self, text: str) -> int:
-        return self._known.setdefault(text, len(self._known))
-
-    def prompts(self) -> tuple[str, ...]:
-        """All prompts met."""
-        return tuple(self._known)
-
-    def text(self, value: Any) -> str | None:
-        """A short text or None."""
-        if isinstance(value, Text) and value.length <= _MAX_PROMPT:
-            self.spend("prompt bytes", value.length)
-            return value.read(self._data)
-        if value is None or type(value) is str:
-            return value
-        raise UnsafePickleError(f"a label is {values.short(value)} instead of a text")
+        return self.prompts.setdefault(text(value, "it holds {} where a prompt is expected"), len(self.prompts))
 
     def numbers(self, value: Any, kind: type, name: str) -> np.ndarray:
-        """Whole numbers of at least 0, int64."""
-        found = value.numbers() if type(value) is kind else None
-        if found is None:
-            raise UnsafePickleError(f"{name} is {values.short(value)} of something else than whole numbers")
+        """Whole numbers of at least 0, int64; those of a set rising."""
+        found = value.items if kind is set and type(value) is Numbers else value
+        if type(found) not in (kind, list) or (found is value and type(value) is not kind):
+            raise UnsafePickleError(f"{name} is {short(value)}")
         self.spend("list items", len(found))
-        # Not a view: an array cannot be resized while one exists.
-        numbers = np.array(found, dtype=np.int64)
+        if set(map(type, found)) - {int}:
+            raise UnsafePickleError(f"{name} holds something else than whole numbers")
+        numbers = np.fromiter(found, dtype=np.int64, count=len(found))
         if len(numbers) and numbers.min() < 0:
             raise UnsafePickleError(f"{name} holds the negative number {numbers.min()}")
-        return np.sort(numbers) if kind is Numbers else numbers
+        return np.sort(numbers) if kind is set else numbers
+
+
+def text(value: Any, complaint: str) -> str:
+    """A text that is not too long; ``complaint`` has a place for what it is otherwise."""
+    if type(value) is not str or len(value) > _MAX_TEXT:
+        raise UnsafePickleError(f"{complaint.format(short(value))}: a text of at most {_MAX_TEXT} characters")
+    return value
 
 
 def number(value: Any, name: str) -> float:
     """A finite number."""
     if type(value) not in (int, float) or not np.isfinite(value):
-        raise UnsafePickleError(f"{name} is {values.short(value)} instead of a finite number")
+        raise UnsafePickleError(f"{name} is {short(value)} instead of a finite number")
     return float(value)
 
 
-def read_regions(root: Any, data: Any, n_items: int, *, reservoir: bool) -> Regions:
-    """Make tensors of what a :class:`~saelens_ext.published.inert_machine.Machine` has read.
+def read_regions(root: Any, size: int, n_items: int, *, reservoir: bool) -> Regions:
+    """Make tensors of what :func:`~saelens_ext.published.restricted_pickle.load` has read.
 
     Args:
         root: its value.
-        data: the file.
-        n_items: list items it has met.
+        size: bytes of the file.
+        n_items: list items in it.
         reservoir: keep the sampled members, which are most of the file.
 
     Raises:
         UnsafePickleError: the value is no published dictionary, or breaks a rule of one: a finite centre, a threshold
             in (0, 2], unit directions, coherence in [0, 1], counts of at least 1.
     """
-    state = _state(root, "dictionary", "the file's content")
-    contents = Contents(data, n_items)
+    state = _state(root, Dictionary, "the file's content")
+    contents = Contents(size, n_items)
     center = contents.vector(state.get("center"), "the centre")
     threshold = number(state.get("threshold"), "the threshold")
     if not 0 < threshold <= 2:
         raise UnsafePickleError(f"the threshold is {threshold:g}; a cosine distance in (0, 2] is expected")
     items = next((state[key] for key in _REGION_KEYS if key in state), None)
-    if type(items) is not Items or items.count == 0:
-        raise UnsafePickleError(f"its regions are {values.short(items)} instead of a list of at least one region")
-    d, k = len(center), items.count
-    if 4 * d * k > len(data):
-        raise UnsafePickleError(
-            f"it repeats its content: {k} regions of width {d} do not fit a file of {len(data)} bytes"
-        )
-    states = [_state(region, "region", f"region {i}") for i, region in enumerate(items)]
+    if type(items) is not list or not items:
+        raise UnsafePickleError(f"its regions are {short(items)} instead of a list of at least one region")
+    d, k = len(center), len(items)
+    if 4 * d * k > size:
+        raise UnsafePickleError(f"it repeats its content: {k} regions of width {d} do not fit a file of {size} bytes")
+    states = [_state(region, Region, f"region {i}") for i, region in enumerate(items)]
     rate = next((state[key] for key in sorted(state) if key.startswith("_last_batch_new_")), None)
-    exemplars = _directions(contents, states, "exemplar_direction", d)
-    means = _directions(contents, states, "mean_member_direction", d)
-    ignored = {f"{key}" for key in state.keys() - _DICTIONARY_STATE} | {
-        key for region in states for key in region.keys() - _REGION_STATE
-    }
+    ignored = state.keys() - _DICTIONARY_STATE | {key for s in states for key in s.keys() - _REGION_STATE}
+    members = [s.get("constituent_sample_indices", []) for s in states]
+    iterations = [s.get("source_iterations", set()) for s in states]
     return Regions(
         center=torch.from_numpy(center),
         threshold=threshold,
-        exemplars=exemplars,
-        means=means,
+        exemplars=_directions(contents, states, "exemplar_direction", d),
+        means=_directions(contents, states, "mean_member_direction", d),
         counts=_counts(states),
         coherence=_coherence(states),
         distance_sums=_column(states, "sum_dist_to_exemplar"),
         squared_distance_sums=_column(states, "sum_sq_dist_to_exemplar"),
         nearest=_examples(contents, states, "sample_prompts", -1),
         boundary=_examples(contents, states, "boundary_prompts", 1),
-        prompts=contents.prompts(),
-        members=_ragged(
-            contents.numbers(s.get("constituent_sample_indices", Items()), Items, "a list of members") for s in states
-        ),
-        iterations=_ragged(
-            contents.numbers(s.get("source_iterations", Numbers()), Numbers, "a set of batches") for s in states
-        ),
+        prompts=tuple(contents.prompts),
+        members=_ragged(contents.numbers(value, list, "a list of members") for value in members),
+        iterations=_ragged(contents.numbers(value, set, "a set of batches") for value in iterations),
         reservoir=_reservoir(contents, states, d) if reservoir else None,
-        labels=tuple(contents.text(s.get("label")) for s in states),
+        labels=tuple(None if s.get("label") is None else text(s["label"], "a label is {}") for s in states),
         merge_close=bool(state["merge_close"]) if "merge_close" in state else None,
         last_founding_rate=None if rate is None else number(rate, "the rate of new regions"),
-        ignored=tuple(sorted(ignored)),
+        ignored=tuple(sorted(key[:60] for key in ignored)),
     )
 
 
-def _state(value: Any, kind: str, name: str) -> dict[str, Any]:
-    if not isinstance(value, Instance) or value.kind != kind or value.state is None:
-        raise UnsafePickleError(f"{name} is {values.short(value)} instead of a whole {kind}")
+def _state(value: Any, kind: type[Instance], name: str) -> dict[str, Any]:
+    if type(value) is not kind or not hasattr(value, "state"):
+        raise UnsafePickleError(f"{name} is {short(value)} instead of a whole {kind.__name__.lower()}")
     return value.state
 
 
@@ -268,7 +264,7 @@ def _counts(states: Sequence[dict[str, Any]]) -> Tensor:
     for i, state in enumerate(states):
         if type(state.get("member_count")) is not int or state["member_count"] < 1:
             raise UnsafePickleError(
-                f"member_count of region {i} is {values.short(state.get('member_count'))}; at least 1 is expected"
+                f"member_count of region {i} is {short(state.get('member_count'))}; at least 1 is expected"
             )
     return torch.tensor([state["member_count"] for state in states], dtype=torch.int64)
 
@@ -306,12 +302,12 @@ def _examples(contents: Contents, states: Sequence[dict[str, Any]], key: str, si
 def _entries(contents: Contents, value: Any, sign: int) -> Iterable[tuple[float, int, int]]:
     if value is None:
         return
-    if type(value) is not Items:
-        raise UnsafePickleError(f"a list of prompts is {values.short(value)}")
-    contents.spend("list items", value.count)
+    if type(value) is not list:
+        raise UnsafePickleError(f"a list of prompts is {short(value)}")
+    contents.spend("list items", len(value))
     for entry in value:
         if type(entry) is not tuple or len(entry) != 3 or type(entry[2]) is not int:
-            raise UnsafePickleError(f"a prompt is {values.short(entry)} instead of (distance, text, position)")
+            raise UnsafePickleError(f"a prompt is {short(entry)} instead of (distance, text, position)")
         distance = sign * number(entry[0], "the distance of a prompt")
         if not -_SEPARATION_TOLERANCE <= distance <= 2 + _SEPARATION_TOLERANCE:
             raise UnsafePickleError(
@@ -327,10 +323,10 @@ def _ragged(rows: Iterable[np.ndarray]) -> Ragged:
 
 
 def _reservoir(contents: Contents, states: Sequence[dict[str, Any]], d: int) -> Ragged:
-    lists = [state.get("sample_members", Items()) for state in states]
-    if any(type(members) is not Items for members in lists):
+    lists = [state.get("sample_members", []) for state in states]
+    if any(type(members) is not list for members in lists):
         raise UnsafePickleError("sample_members of a region is not a list")
-    lengths = torch.tensor([0, *(members.count for members in lists)])
+    lengths = torch.tensor([0, *map(len, lists)])
     contents.spend("list items", int(lengths.sum()))
     if 4 * d * int(lengths.sum()) > contents.size:
         raise UnsafePickleError("it repeats its content: its sampled members do not fit the file")

@@ -50,6 +50,7 @@ DTYPE = (
     + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
 )
 EMPTY_ARRAY = named("numpy.core.multiarray", "_reconstruct") + named("numpy", "ndarray") + b"K\x00\x85C\x01b\x87R"
+ENCODED = named("_codecs", "encode") + text("a") + text("latin1") + b"\x86R"
 DICTIONARY = named("ep.discovery.dictionary", "Dictionary")
 REGION = named("ep.discovery.dictionary", "Partition")
 
@@ -263,6 +264,11 @@ def amounts() -> dict[str, bytes]:
         "state of a list": PROTO + b"]}b.",
         "state twice": PROTO + DICTIONARY + b")\x81}b}b.",
         "state with slots": PROTO + DICTIONARY + b")\x81N}\x86b.",
+        "state of a class": PROTO + DICTIONARY + b"}b.",
+        "state of a function": PROTO + named("numpy", "dtype") + b"N}(" + text("order") + b"Nu\x86b.",
+        "state of bytes": PROTO + ENCODED + b"N}(" + text("text") + b"Nu\x86b.",
+        "a dtype never called": PROTO + named("numpy", "dtype") + text("f4") + b"\x89\x88\x87\x81.",
+        "bytes never encoded": PROTO + named("_codecs", "encode") + b")\x81.",
         "object with arguments": PROTO + DICTIONARY + b"K\x01\x85\x81.",
         "class called": PROTO + DICTIONARY + b")R.",
         "number called": PROTO + b"K\x01)R.",
@@ -304,7 +310,16 @@ def repeats() -> dict[str, bytes]:
             state["center"] = np.ones(20_000, dtype=np.float32)
             region["exemplar_direction"] = region["mean_member_direction"] = foreign.unit(np.ones(20_000))
         found[f"repeated {name}"] = foreign.pickled_shared(state, region, 3000)
-    return found
+    # A text, a list and a set that are recalled in every call.
+    long = b"X" + struct.pack("<I", 10**6) + b"a" * 10**6 + b"\x94" + text("latin1") + b"\x94"
+    numbers = b"](" + b"K\x01" * 15_000 + b"e\x94"
+    first_text = b"](" + b"(" + named("_codecs", "encode") + b"\x94" + long + b"t"
+    first_set = b"](" + b"(" + named("builtins", "set") + b"\x94" + numbers + b"t"
+    return found | {
+        "repeated text": PROTO + first_text + b"h\x00h\x01h\x02\x86R" * 10**4 + b"e.",
+        "repeated set": PROTO + first_set + b"h\x00h\x01\x85R" * 10**4 + b"e.",
+        "set of places that collide": PROTO + b"\x8f(" + b"".join(map(big, range(0, 2**62, 2**50))) + b"\x90.",
+    }
 
 
 def damaged() -> dict[str, bytes]:

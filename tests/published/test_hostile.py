@@ -6,14 +6,15 @@ import re
 import subprocess
 import sys
 import textwrap
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from saelens_ext.published.convert import read_published_dictionary
-from saelens_ext.published.inert_machine import Limits, Machine
-from saelens_ext.published.inert_values import NAMES, UnsafePickleError
-from tests.published import foreign
+from saelens_ext.published.restricted_pickle import Limits, load
+from saelens_ext.published.stand_ins import NAMES, UnsafePickleError
+from tests.published import foreign, hostile
 
 
 def refusal_of(path: Path, content: bytes) -> str | None:
@@ -101,6 +102,11 @@ def test_nothing_hostile_runs_or_is_accepted_or_takes_memory_or_time(corpus_resu
         ("repeated members", "repeats its content"),
         ("repeated reservoir", "repeats its content"),
         ("repeated prompts", "repeats its content"),
+        ("repeated text", "content is a list"),
+        ("repeated set", "content is a list"),
+        ("state of a class", "object is needed"),
+        ("state of bytes", "which has none"),
+        ("set of places that collide", "set of something else"),
         ("followed by 1 bytes-4", "1 bytes follow"),
     ],
 )
@@ -141,6 +147,30 @@ def test_the_whitelist_is_what_it_should_be():
 def test_every_limit_holds(limit):
     content = foreign.pickled(*foreign.make_state(k=40, d=64))
     generous = {"opcodes": 10**6, "objects": 10**5, "items": 10**5, "stack": 10**4, "marks": 10}
-    Machine(content, Limits(**generous)).run()
+    load(content, Limits(**generous))
     with pytest.raises(UnsafePickleError):
-        Machine(content, Limits(**(generous | {limit: 1}))).run()
+        load(content, Limits(**(generous | {limit: 1})))
+
+
+WASTEFUL = {
+    "whole numbers": b"M\xff\x7f",
+    "floats": b"F1\n",
+    "recalled": b"h\x01",
+    "tuples": b"h\x01\x85" + b"M\xff\x7f" * 2,
+    "texts": b"\x8c\x01x" + b"M\xff\x7f" * 2,
+    "wide texts": b"\x8c\x40" + "\U0001f600".encode() + b"a" * 60,
+    "dictionaries": b"(}\x8c\x01xNs" + b"M\xff\x7f" * 15 + b"t" + b"M\xff\x7f" * 15,
+    "objects": b"(h\x02)\x81" + b"M\xff\x7f" * 8 + b"t",
+}
+
+
+@pytest.mark.parametrize("item", WASTEFUL.values(), ids=WASTEFUL)
+def test_memory_is_a_small_multiple_of_the_file(item):
+    """What takes most memory for its bytes, as much of it as is accepted."""
+    start = hostile.PROTO + b"]((N\x94" + hostile.text("a") + b"\x94" + hostile.REGION + b"\x94te"
+    content = start + (b"(" + item * 300 + b"e") * (5 * 10**4 // (300 * len(item))) + b"."
+    tracemalloc.start()
+    load(content, Limits(opcodes=len(content), objects=len(content) // 8, items=len(content)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert 1 < peak / len(content) < 20
