@@ -8,6 +8,11 @@ from sae_lens.util import get_special_token_ids
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+try:
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+except ImportError:  # where earlier versions have it
+    from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
+
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _WORD_START = "\u2581"  # SentencePiece writes a leading space as this character
 
@@ -64,10 +69,5 @@ def _read_sentence_piece(piece: str) -> str:
 
 @lru_cache(maxsize=1)
 def _byte_alphabet() -> dict[str, int]:
-    """The byte that each character of a byte-level vocabulary stands for.
-
-    Printable Latin-1 characters stand for themselves, and the other bytes, in order, for the characters from 256 on.
-    """
-    own = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    moved = [byte for byte in range(256) if byte not in own]
-    return {chr(byte): byte for byte in own} | {chr(256 + n): byte for n, byte in enumerate(moved)}
+    """The byte that each character of a byte-level vocabulary stands for."""
+    return {character: byte for byte, character in bytes_to_unicode().items()}

@@ -1,12 +1,14 @@
 """Statistics of what has been seen and of what has not, and of how sure a comparison is."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from scipy.stats import chi2
+from scipy.stats import chi2, permutation_test
 
 from saelens_ext import _checks
+
+_BATCH = 1000  # assignments of signs held at once
 
 
 class UnseenMass(NamedTuple):
@@ -115,14 +117,14 @@ def sign_flip_p_value(
 
     Source: Fisher, "The Design of Experiments", 1935, section 21.
     """
-    n = len(differences)
-    if n == 0:
+    if len(differences) == 0:
         return float("nan")
-    # Sums that are equal but for rounding count as equal.
-    observed = abs(float(differences.sum())) - 1e-9 * float(np.abs(differences).sum())
-    if 2**n <= n_permutations:
-        signs = 1 - 2 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
-        return float((np.abs(signs @ differences) >= observed).mean())
-    signs = 1 - 2 * generator.integers(2, size=(n_permutations, n), dtype=np.int8)
-    reached = int((np.abs(signs @ differences) >= observed).sum())
-    return (reached + 1) / (n_permutations + 1)
+    scale = float(np.abs(differences).sum()) or 1.0
+
+    def size(flipped: np.ndarray, axis: int) -> Any:
+        # Sums that are equal but for rounding count as equal.
+        return np.abs(flipped.sum(axis=axis) / scale).round(9)
+
+    options: dict[str, Any] = {"permutation_type": "samples", "alternative": "greater", "vectorized": True}
+    options |= {"n_resamples": n_permutations, "batch": _BATCH, "rng": generator}
+    return float(permutation_test((differences,), size, **options).pvalue)
