@@ -1,8 +1,10 @@
 """What a model card says of one dictionary: what it is, how it was built, how good it is, and how to load it."""
 
 from collections.abc import Mapping
+from math import isfinite
 from typing import Any
 
+from huggingface_hub import EvalResult
 from sae_lens import SAE
 from sae_lens import __version__ as sae_lens_version
 
@@ -92,6 +94,27 @@ def snippet(contents: Contents, repo_id: str, sae_id: str, revision: str | None)
     )
     lines.append("found.dictionary, found.fit, found.profile")
     return "\n".join(lines)
+
+
+def results(contents: Contents, sae_id: str, metrics: Metrics | None) -> list[EvalResult]:
+    """The finite numbers among metrics, as the Hub reads them; ``sae_id`` is an argument of each."""
+    whole = contents.dictionary
+    sae = whole.dictionaries[0] if isinstance(whole, HierarchicalSNMF) else whole
+    dataset = str(sae.cfg.metadata.get("dataset_path") or "unknown")
+    found = {name: value.item() if hasattr(value, "item") else value for name, value in (metrics or {}).items()}
+    return [
+        EvalResult(
+            task_type="feature-extraction",
+            dataset_type=dataset,
+            dataset_name=dataset,
+            metric_type=name,
+            metric_value=value,
+            metric_name=f"{name} ({sae_id})",
+            metric_args={"sae_id": sae_id},
+        )
+        for name, value in found.items()
+        if type(value) in (int, float) and isfinite(value)
+    ]
 
 
 def tags(contents: Contents) -> list[str]:

@@ -7,12 +7,14 @@ carry its row of the table, so that one push rewrites one section and keeps the 
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub.repocard_data import model_index_to_eval_results
 
 BEGIN = "<!-- saelens_ext: written by push_to_hub from here; text outside these comments is kept -->"
 END = "<!-- saelens_ext: end -->"
@@ -63,6 +65,8 @@ class FrontMatter:
     """Added to those which are there."""
     license: str | None = None
     """Put in the place of the one that is there."""
+    results: Sequence[EvalResult] = ()
+    """Put in the place of those that are there of the same dictionary."""
 
 
 def write_card(old: str, repo_id: str, section: Section, front: FrontMatter, folders: Iterable[str]) -> str:
@@ -86,8 +90,10 @@ def write_card(old: str, repo_id: str, section: Section, front: FrontMatter, fol
     kept = [sections[name] for name in sorted(sections) if name in folders]
     before, after = (body[: block.start()], body[block.end() :]) if block else (f"{body.rstrip()}\n\n", "\n")
     body = before + _body(repo_id, kept, sorted(folders - set(sections)), titled=not before.strip()) + after
-    written = yaml.safe_dump(_merge(data, front), sort_keys=False, allow_unicode=True)
-    return f"---\n{written}---\n\n{body.lstrip()}"
+    name = repo_id.rpartition("/")[2]
+    index = _model_index(data.pop("model-index", []), name, front.results, folders - {section.sae_id})
+    written = _merge(data, front, index).to_yaml(original_order=list(data))
+    return f"---\n{written}\n---\n\n{body.lstrip()}"
 
 
 def _split(card: str) -> tuple[dict[str, Any], str]:
@@ -100,7 +106,7 @@ def _split(card: str) -> tuple[dict[str, Any], str]:
         data = yaml.safe_load(found.group(1)) or {}
     except yaml.YAMLError as error:
         data = error
-    if not isinstance(data, dict):
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
         reason = " ".join(str(data).split())
         raise ValueError(
             f"The front matter of the repository's README.md is not readable ({reason}). Correct it on the Hub and "
@@ -109,15 +115,37 @@ def _split(card: str) -> tuple[dict[str, Any], str]:
     return data, card[found.end() :]
 
 
-def _merge(data: dict[str, Any], front: FrontMatter) -> dict[str, Any]:
+def _merge(data: dict[str, Any], front: FrontMatter, index: list[Any]) -> ModelCardData:
     data = {"library_name": "saelens"} | data
     data["tags"] = list(dict.fromkeys([*_listed(data.get("tags")), *_TAGS, *front.tags]))
-    if front.license is not None:
-        data["license"] = front.license
-    models = list(dict.fromkeys([*_listed(data.get("base_model")), *_listed(front.base_model)]))
-    if models:
-        data["base_model"] = models
-    return data
+    data["base_model"] = list(dict.fromkeys([*_listed(data.get("base_model")), *_listed(front.base_model)])) or None
+    card = ModelCardData(**data | ({"license": front.license} if front.license is not None else {}))
+    if index:
+        card["model-index"] = index
+    return card
+
+
+def _model_index(index: Any, name: str, results: Sequence[EvalResult], others: Collection[str]) -> list[Any]:
+    """The results in the front matter: those of other dictionaries and what others wrote stay."""
+    kept: list[Any] = []
+    ours: list[EvalResult] = []
+    for entry in index if isinstance(index, list) else [index]:
+        try:
+            found, parsed = model_index_to_eval_results([entry])
+        except (KeyError, TypeError, AttributeError, ValueError):
+            found, parsed = None, []
+        if found == name:
+            ours += parsed
+        else:
+            kept.append(entry)
+    ours = [result for result in ours if _sae_id(result) is None or _sae_id(result) in others]
+    if not (ours or results):
+        return kept
+    return kept + ModelCardData(model_name=name, eval_results=[*ours, *results]).to_dict()["model-index"]
+
+
+def _sae_id(result: EvalResult) -> Any:
+    return result.metric_args.get("sae_id") if isinstance(result.metric_args, dict) else None
 
 
 def _listed(value: Any) -> list[str]:

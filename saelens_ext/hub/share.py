@@ -34,7 +34,7 @@ from saelens_ext.dictionaries.fit_result import FitResult
 from saelens_ext.dictionaries.hierarchy import HierarchicalSNMF
 from saelens_ext.dictionaries.snmf_fit_result import SNMFFitResult
 from saelens_ext.hub import contents as hub_files
-from saelens_ext.hub.card_section import describe, tags
+from saelens_ext.hub.card_section import describe, results, tags
 from saelens_ext.hub.contents import Contents
 from saelens_ext.hub.errors import clear_errors, status
 from saelens_ext.hub.fetch import check_names, fetch, paths, within
@@ -123,7 +123,12 @@ def push_to_hub(
             additions = [CommitOperationAdd(f"{sae_id}/{name}", file) for name, file in files.items()]
             repo_id = _ensure_branch(api, repo_id, private, revision)
             section = describe(contents, repo_id, sae_id, metrics, revision)
-            front = FrontMatter(tags=tags(contents), base_model=base_model or _base_model(contents), license=license)
+            front = FrontMatter(
+                tags=tags(contents),
+                base_model=base_model or _base_model(contents),
+                license=license,
+                results=results(contents, sae_id, metrics),
+            )
 
             def card_for(info: ModelInfo) -> str:
                 folders = hub_files.folders_with_dictionaries(paths(info))

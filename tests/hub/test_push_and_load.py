@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 import yaml
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCardData
 from sae_lens import SAE
 
 from saelens_ext import DictionaryProfile, ExemplarPartition, FitResult
@@ -178,6 +178,29 @@ def test_the_card_says_how_it_was_built_and_how_good_it_is(hub, made):
     ):
         assert line in body, line
     assert "pip install saelens-ext" in body and "Without `import saelens_ext`" in body
+
+
+def test_metrics_are_read_by_the_hubs_own_reader(hub, made):
+    theirs = {
+        "name": "theirs",
+        "results": [{"task": {"type": "t"}, "dataset": {"name": "d", "type": "d"}, "metrics": []}],
+    }
+    hub.create(REPO, {"README.md": f"---\nmodel-index: [{json.dumps(theirs)}]\n---\n".encode()})
+    values = {"explained_variance": torch.tensor(0.5), "l0": 3, "note": "a word", "none": float("nan")}
+    push_to_hub(made.partition, REPO, "a", metrics=values)
+    push_to_hub(made.snmf, REPO, "b", metrics={"explained_variance": 0.25})
+
+    def read() -> tuple:
+        index = card(hub)[0]["model-index"]
+        found = ModelCardData(**{"model-index": index[1:]})
+        assert index[0] == theirs and found.model_name == "dictionaries"
+        return sorted((r.metric_args["sae_id"], r.metric_type, r.metric_value) for r in found.eval_results)
+
+    assert read() == [("a", "explained_variance", 0.5), ("a", "l0", 3), ("b", "explained_variance", 0.25)]
+    push_to_hub(made.partition, REPO, "a", metrics={"l0": 4})
+    assert read() == [("a", "l0", 4), ("b", "explained_variance", 0.25)]
+    push_to_hub(made.snmf, REPO, "b")
+    assert read() == [("a", "l0", 4)]
 
 
 @pytest.mark.parametrize("revision", [None, "trial"])
