@@ -17,6 +17,7 @@ from sae_lens.evals import get_eval_everything_config
 from sae_lens.training.activation_scaler import ActivationScaler
 
 from saelens_ext import _files
+from saelens_ext.activations.kept_stream import KeptStream
 from saelens_ext.activations.stream import ActivationStream
 from saelens_ext.analysis.logit_lens import logit_lens
 from saelens_ext.analysis.profile import profile_dictionaries
@@ -50,16 +51,16 @@ STRENGTH = 0.6
 
 NEURON_HOOK = "blocks.15.mlp.hook_post"
 RANKS = (100, 50, 25)
-SNMF_TOKENS = 20_000
 EXCERPT = 2_000  # characters
 HELD_OUT_TOKENS = 4_000
+STEERED_FEATURES = 40  # those that explain most
 STEER_TARGET = 0.25
 STEER_PROMPT = "I think that"
 NEW_TOKENS = 20
 
 CONCEPT_PERCENTILE = 10
 SAE_K = 16
-SAE_SAMPLES = 200_000
+SAE_SAMPLES = 100_000
 
 AUDIT_PROMPT = "Why did the old man cry?"
 AUDIT_HOOKS = [f"blocks.{layer}.mlp.hook_post" for layer in (5, 10, 20, 25)]
@@ -131,37 +132,74 @@ def generate_three_ways(
     ]
 
 
-def excerpts_stream(
-    model: SAETransformerBridge, build: Dataset, hooks: str | list[str], max_tokens: int
-) -> ActivationStream:
-    """Activations of the beginning of every document, rather than of the whole of a few."""
+def keep_excerpts(model: SAETransformerBridge, build: Dataset, hooks: str | list[str], max_tokens: int) -> KeptStream:
+    """Activations of the beginning of every document, rather than of the whole of a few, read once."""
     excerpts = Dataset.from_dict({"text": [text[:EXCERPT] for text in build["text"]]})
-    return ActivationStream(
-        model, excerpts, hooks, context_size=CONTEXT_SIZE, batch_size=16, max_tokens=max_tokens, progress=True
+    return KeptStream(
+        ActivationStream(
+            model, excerpts, hooks, context_size=CONTEXT_SIZE, batch_size=16, max_tokens=max_tokens, progress=True
+        )
     )
 
 
+def build_regions(
+    model: SAETransformerBridge, kept: KeptStream, held_out: Dataset, output: Path, say: Callable[[str], Any]
+) -> dict[str, Any]:
+    """Build exemplar partitions at five percentiles, profile and evaluate them, and steer with one region.
+
+    Saves each dictionary with its profile to ``percentile_<p>``, the evaluation to ``evals.json`` and the continuations
+    to ``generations.json``.
+
+    Returns:
+        What the report shows of them: arguments of ``write_dictionary_report``.
+    """
+    stream = kept.only(HOOK)
+    say(f"Building dictionaries of {HOOK} at percentiles {PERCENTILES}, and profiling them")
+    fits = fit_exemplar_partitions(stream, PERCENTILES)
+    profiles = profile_dictionaries([fit.dictionary for fit in fits.values()], stream)
+    for ((_, percentile), fit), profile in zip(fits.items(), profiles):
+        profile.save(fit.save(output / f"percentile_{percentile}"))
+    chosen = fits[HOOK, CHOSEN_PERCENTILE]
+    say("Evaluating one with SAELens' run_evals on held-out documents")
+    evals = evaluate(chosen.dictionary, model, held_out)
+    _files.write_json(output / "evals.json", finite_or_none(evals))
+    region = region_of(STEER_LIKE, chosen.dictionary, model)
+    say(f"Steering with region {region}, where the last token of {STEER_LIKE!r} falls")
+    generations = generate_three_ways(model, chosen.dictionary, region)
+    for generation in generations:
+        say(f"  {generation['label']}: {generation['prompt']}[{generation['text']}]")
+    _files.write_json(output / "generations.json", {"generations": generations})
+    return {
+        "fits": list(fits.values()),
+        "chosen": chosen,
+        "profile": profiles[PERCENTILES.index(CHOSEN_PERCENTILE)],
+        "lens": logit_lens(model, chosen.dictionary.exemplars),
+        "evals": evals,
+        "generations": generations,
+    }
+
+
+def finite_or_none(evals: dict[str, dict[str, float]]) -> dict[str, dict[str, float | None]]:
+    """Evaluations as JSON can hold them."""
+    return {
+        group: {name: value if math.isfinite(value) else None for name, value in values.items()}
+        for group, values in evals.items()
+    }
+
+
 def build_neuron_features(
-    model: SAETransformerBridge,
-    build: Dataset,
-    held_out: Dataset,
-    output: Path,
-    max_tokens: int,
-    say: Callable[[str], Any],
+    model: SAETransformerBridge, stream: KeptStream, held_out: Dataset, output: Path, say: Callable[[str], Any]
 ) -> SNMFSection:
-    """Factorise the neurons of an MLP, alone and as a hierarchy, inspect the levels, and steer with every feature of
-    the finest.
+    """Factorise the neurons of an MLP, alone and as a hierarchy, inspect the levels, and steer with the features of the
+    finest that explain most.
 
     Saves the dictionary fitted alone to ``snmf``, the hierarchy to ``snmf_hierarchy`` with a profile in each level's
-    directory, the continuations to ``steered.json``, and how well features and other methods tell a concept to
+    directory, the continuations to ``steered.json``, and how well features and other methods detect a concept to
     ``concept.json``.
     """
-    stream = excerpts_stream(model, build, NEURON_HOOK, max_tokens)
-    say(f"Factorising {max_tokens:,} activations of {NEURON_HOOK}: {RANKS[0]} features")
+    say(f"Factorising activations of {NEURON_HOOK}: {RANKS[0]} features, and features of features")
     fit = fit_snmf(stream, RANKS[0], progress=True)
-    say(f"Loss {fit.loss:.3f}. From them a hierarchy of {RANKS} features, whose finest level is shown in the report")
     hierarchy = fit_hierarchical_snmf(stream, RANKS, start=fit.dictionary, progress=True)
-    say("Profiling its levels in one pass, and measuring all on held-out documents")
     profiles = profile_dictionaries(hierarchy.dictionaries, stream)
     unseen = ActivationStream(
         model, held_out, NEURON_HOOK, context_size=CONTEXT_SIZE, batch_size=16, max_tokens=HELD_OUT_TOKENS
@@ -170,12 +208,14 @@ def build_neuron_features(
     losses = [reconstruction_loss(dictionary, blocks)[0] for dictionary in hierarchy.dictionaries]
     alone, n_held_out = reconstruction_loss(fit.dictionary, blocks)
     fit = replace(fit, held_out_loss=alone, n_held_out=n_held_out)
-    say(f"Steering with each of the {RANKS[0]} features to {STEER_TARGET} nats, and sampling a continuation")
+    strongest = sorted(fit.shares.argsort(descending=True)[:STEERED_FEATURES].tolist())
+    say(f"Steering with {len(strongest)} features to {STEER_TARGET} nats, and sampling a continuation each")
     steered = steer_features(
         model,
         hierarchy.dictionaries[0],
         prompt=STEER_PROMPT,
         target=STEER_TARGET,
+        features=strongest,
         options=SamplingOptions(max_new_tokens=NEW_TOKENS),
         progress=True,
     )
@@ -183,11 +223,7 @@ def build_neuron_features(
     say(f"  Unsteered: {STEER_PROMPT}[{steered.unsteered}]")
     if example is not None:
         say(f"  Along feature {example.feature} by {example.strength.coefficient:.1f}: {STEER_PROMPT}[{example.text}]")
-    say(
-        "Telling days of the week: each method chooses its best score on half of the sentences and is judged on the "
-        "others"
-    )
-    concept = tell_a_concept(model, hierarchy.dictionaries[0], stream, say)
+    concept = detect_a_concept(model, hierarchy.dictionaries[0], stream, say)
     _files.write_json(output / "concept.json", concept.to_dict())
     fit.save(output / "snmf")
     hierarchy.save(output / "snmf_hierarchy")
@@ -202,12 +238,13 @@ def build_neuron_features(
     return SNMFSection(levels=levels, fit=fit, hierarchy=hierarchy, steered=steered, concept=concept)
 
 
-def tell_a_concept(
-    model: SAETransformerBridge, features: SNMFDictionary, stream: ActivationStream, say: Callable[[str], Any]
+def detect_a_concept(
+    model: SAETransformerBridge, features: SNMFDictionary, stream: KeptStream, say: Callable[[str], Any]
 ) -> ConceptComparison:
     """How well neuron features, an SAE and an exemplar partition of the same activations, and the difference of means,
-    tell weekdays.
+    detect days of the week. Each method chooses its best score on half of the sentences and is judged on the others.
     """
+    say("Detecting days of the week with regions, neuron features, an SAE and the difference of means")
     k = features.cfg.d_sae
     detectors = {
         "SNMF features": Detector.from_dictionary(features),
@@ -243,13 +280,9 @@ def audit_prompt(
         f"Auditing {N_CONTINUATIONS} answers to {AUDIT_PROMPT!r}, with {known.cfg.d_sae} neuron features at each of "
         f"{1 + len(AUDIT_HOOKS)} layers"
     )
-    others = [
-        fit_snmf(excerpts_stream(model, build, hook, max_tokens), known.cfg.d_sae).dictionary for hook in AUDIT_HOOKS
-    ]
-    dictionaries = [known, *others]
-    profiles = profile_dictionaries(
-        dictionaries, excerpts_stream(model, build, [NEURON_HOOK, *AUDIT_HOOKS], max_tokens)
-    )
+    kept = keep_excerpts(model, build, [NEURON_HOOK, *AUDIT_HOOKS], max_tokens)
+    dictionaries = [known, *(fit_snmf(kept.only(hook), known.cfg.d_sae).dictionary for hook in AUDIT_HOOKS)]
+    profiles = profile_dictionaries(dictionaries, kept)
     audit = audit_continuations(
         model,
         AUDIT_PROMPT,
@@ -275,12 +308,12 @@ def audit_prompt(
     )
 
 
-def run_demo(output: Path, max_tokens: int = 40_000, say: Callable[[str], Any] = print) -> tuple[Path, Path]:
+def run_demo(output: Path, max_tokens: int = 24_000, say: Callable[[str], Any] = print) -> tuple[Path, Path]:
     """Build, inspect, evaluate, steer with and save dictionaries of the demo model, of both kinds, and audit one
     prompt.
 
     Args:
-        output: directory for the dictionaries, their profiles, the figures and the report.
+        output: directory for the dictionaries, their profiles, the figures and the reports.
         max_tokens: activations to build from.
         say: called with a line about each stage.
 
@@ -290,45 +323,18 @@ def run_demo(output: Path, max_tokens: int = 40_000, say: Callable[[str], Any] =
     say("Loading SmolLM2-135M-Instruct")
     model = load_demo_model()
     build, held_out = split_corpus(load_demo_corpus())
-    stream = ActivationStream(
-        model, build, HOOK, context_size=CONTEXT_SIZE, batch_size=16, max_tokens=max_tokens, progress=True
-    )
+    say(f"Reading {max_tokens:,} activations of {HOOK} and {NEURON_HOOK}, in one pass")
+    kept = keep_excerpts(model, build, [HOOK, NEURON_HOOK], max_tokens)
 
-    say(f"Building dictionaries of {HOOK} at percentiles {PERCENTILES} from {max_tokens:,} activations, in one pass")
-    fits = fit_exemplar_partitions(stream, PERCENTILES)
-    say("Profiling them: a second pass, for exact regions and examples")
-    profiles = profile_dictionaries([fit.dictionary for fit in fits.values()], stream)
-    for ((_, percentile), fit), profile in zip(fits.items(), profiles):
-        profile.save(fit.save(output / f"percentile_{percentile}"))
+    def write(**parts: Any) -> Path:
+        return write_dictionary_report(
+            output / "report.html", tokenizer=kept.tokenizer, title="What SmolLM2-135M-Instruct represents", **parts
+        )
 
-    chosen = fits[HOOK, CHOSEN_PERCENTILE]
-    profile = profiles[PERCENTILES.index(CHOSEN_PERCENTILE)]
-    say("Evaluating one with SAELens' run_evals on held-out documents")
-    evals = evaluate(chosen.dictionary, model, held_out)
-    region = region_of(STEER_LIKE, chosen.dictionary, model)
-    say(f"Steering with region {region}, where the last token of {STEER_LIKE!r} falls")
-    generations = generate_three_ways(model, chosen.dictionary, region)
-    for generation in generations:
-        say(f"  {generation['label']}: {generation['prompt']}[{generation['text']}]")
-    finite = {
-        group: {name: value if math.isfinite(value) else None for name, value in values.items()}
-        for group, values in evals.items()
-    }
-    _files.write_json(output / "evals.json", finite)
-    _files.write_json(output / "generations.json", {"generations": generations})
-    snmf = build_neuron_features(model, build, held_out, output, min(max_tokens, SNMF_TOKENS), say)
-    report = write_dictionary_report(
-        output / "report.html",
-        fits=list(fits.values()),
-        chosen=chosen,
-        profile=profile,
-        lens=logit_lens(model, chosen.dictionary.exemplars),
-        tokenizer=stream.tokenizer,
-        evals=evals,
-        generations=generations,
-        snmf=snmf,
-        title="What SmolLM2-135M-Instruct represents",
-    )
+    regions = build_regions(model, kept, held_out, output, say)
+    say(f"The first report is there, and will grow: {write(**regions)}")
+    snmf = build_neuron_features(model, kept.only(NEURON_HOOK), held_out, output, say)
+    report = write(**regions, snmf=snmf)
     return report, audit_prompt(model, build, snmf.levels[0].dictionary, output, min(max_tokens, AUDIT_TOKENS), say)
 
 
@@ -341,11 +347,15 @@ def main(arguments: list[str] | None = None) -> int:
         "--output", type=Path, default=Path("demo_output"), help="where to write (default: %(default)s)"
     )
     parser.add_argument(
-        "--max-tokens", type=int, default=40_000, help="activations to build from (default: %(default)s)"
+        "--max-tokens", type=int, default=24_000, help="activations to build from (default: %(default)s)"
     )
     options = parser.parse_args(arguments)
     start = time.perf_counter()
-    reports = run_demo(options.output, options.max_tokens, lambda line: print(line, file=sys.stderr, flush=True))
+
+    def say(line: str) -> None:
+        print(f"[{time.perf_counter() - start:4.0f} s] {line}", file=sys.stderr, flush=True)
+
+    reports = run_demo(options.output, options.max_tokens, say)
     print(f"Done in {time.perf_counter() - start:.0f} s. Open the reports in a browser:", file=sys.stderr)
     for report in reports:
         print(report.resolve())
