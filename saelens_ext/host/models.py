@@ -20,6 +20,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from saelens_ext._checks import choice
+from saelens_ext.host.by_name import hooked_by_name
 from saelens_ext.host.hook_names import AnyHost, hook_layer, locate, resolve_hook, stop_layer
 from saelens_ext.host.scaled_contributions import run_replaced_points
 
@@ -102,7 +103,8 @@ def load_model(
         The model, in evaluation mode.
 
     Raises:
-        ValueError: for an unknown class or dtype.
+        ValueError: for an unknown class or dtype; for a model that TransformerLens knows by its published name only,
+            whose name or sizes are not among those.
     """
     choice(model_class, ("SAETransformerBridge", "HookedSAETransformer"), "model_class")
     dtype = _as_dtype(dtype) or (torch.float32 if hf_model is None else hf_model.dtype)
@@ -302,7 +304,10 @@ def _hooked_from_hf(
         hf_config.n_ctx = getattr(hf_config, "max_position_embeddings", None)
     with tempfile.TemporaryDirectory() as directory:
         hf_config.save_pretrained(directory)
-        config = get_pretrained_model_config(directory, hf_cfg=hf_config.to_dict(), device=str(device), dtype=dtype)
+        try:
+            config = get_pretrained_model_config(directory, hf_cfg=hf_config.to_dict(), device=str(device), dtype=dtype)
+        except NotImplementedError:  # some architectures (Gemma, OLMo) the host knows by the names of models only
+            return hooked_by_name(name_or_path, hf_model, tokenizer, device, dtype)
         weights = get_pretrained_state_dict(directory, config, hf_model, dtype=dtype)
     config.model_name = Path(name_or_path).name
     model = HookedSAETransformer(config, tokenizer, move_to_device=False)
