@@ -1,6 +1,6 @@
 """Calibrate a partition on the first activations of a stream: its centre, its thresholds, its unit of strength."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -63,3 +63,39 @@ def calibrate(
     return Calibration(
         center=center, typical_norm=float(norms.median()), thresholds=tuple(thresholds), n_activations=len(x)
     )
+
+
+_COLUMNS = ("token_ids", "sequence_ids", "positions", "document_ids")
+
+
+def held_tensors(batches: Sequence[ActivationBatch], hook_names: Sequence[str]) -> dict[str, Tensor]:
+    """Batches that are held for a calibration, as tensors that can be saved; of the activations those of some hooks."""
+    if not batches:
+        return {}
+    joined = {column: torch.cat([getattr(batch, column) for batch in batches]) for column in (*_COLUMNS, "windows")}
+    joined |= {f"activations.{name}": torch.cat([batch.activations[name] for batch in batches]) for name in hook_names}
+    return joined | {
+        "n_rows": torch.tensor([len(batch) for batch in batches]),
+        "n_windows": torch.tensor([len(batch.windows) for batch in batches]),
+        "first_sequence_ids": torch.tensor([batch.first_sequence_id for batch in batches]),
+    }
+
+
+def held_batches(
+    tensors: Mapping[str, Tensor], hook_names: Sequence[str], device: torch.device
+) -> list[ActivationBatch]:
+    """The batches that :func:`held_tensors` was given, with the activations on a device."""
+    if not tensors:
+        return []
+    rows, windows = tensors["n_rows"].tolist(), tensors["n_windows"].tolist()
+    columns = {name: tensors[name].split(rows) for name in _COLUMNS}
+    columns["windows"] = tensors["windows"].split(windows)
+    activations = {name: tensors[f"activations.{name}"].to(device).split(rows) for name in hook_names}
+    return [
+        ActivationBatch(
+            activations={name: parts[number] for name, parts in activations.items()},
+            first_sequence_id=first,
+            **{name: parts[number] for name, parts in columns.items()},
+        )
+        for number, first in enumerate(tensors["first_sequence_ids"].tolist())
+    ]

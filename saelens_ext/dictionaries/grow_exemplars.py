@@ -14,7 +14,7 @@ from transformer_lens import HookedTransformer
 
 from saelens_ext import _checks
 from saelens_ext.activations.stream import ActivationBatch, ActivationStream
-from saelens_ext.dictionaries.calibrate import Calibration, CalibrationMode, calibrate
+from saelens_ext.dictionaries.calibrate import Calibration, CalibrationMode, calibrate, held_batches, held_tensors
 from saelens_ext.dictionaries.exemplar_partition import Basis, ExemplarPartition, Readout
 from saelens_ext.dictionaries.fit_result import FitResult, Provenance
 from saelens_ext.ops.calibration import ThresholdEstimate
@@ -252,7 +252,7 @@ class ExemplarBuild:
 
     @property
     def calibrated(self) -> bool:
-        """Whether the thresholds are known; before, batches are only held, and there is no state to put away."""
+        """Whether the thresholds are known; before, batches are only held."""
         return bool(self._growths)
 
     @property
@@ -281,13 +281,12 @@ class ExemplarBuild:
         return [growth.finish(stream, self._config) for growth in self._growths]
 
     def state(self) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-        """Everything needed to continue after the last batch taken: JSON-safe content, and tensors.
-
-        Raises:
-            ValueError: it is not calibrated yet.
+        """Everything needed to continue after the last batch taken: JSON-safe content, and tensors. Before the
+        calibration there is no content, and the tensors are the activations held for it.
         """
         if not self.calibrated:
-            raise ValueError("A build that is not calibrated yet has no state; start it again from the first batch.")
+            held = held_tensors(self._held, self._hook_names)
+            return [], {f"held.{name}": tensor for name, tensor in held.items()}
         states = [growth.state() for growth in self._growths]
         tensors = {f"{number}.{name}": tensor for number, (_, own) in enumerate(states) for name, tensor in own.items()}
         return [content for content, _ in states], tensors
@@ -296,6 +295,8 @@ class ExemplarBuild:
         self, content: Sequence[Mapping[str, Any]], tensors: Mapping[str, Tensor], device: torch.device
     ) -> None:
         """Continue, on a device, where the build of the same arguments was that gave a state."""
+        self._held = held_batches(_under("held.", tensors), self._hook_names, device)
+        self._n_held = sum(map(len, self._held))
         self._growths = [
             _Growth.of_state(own, _under(f"{number}.", tensors), device) for number, own in enumerate(content)
         ]

@@ -19,7 +19,7 @@ from saelens_ext.dictionaries.fit_result import FitResult
 from saelens_ext.dictionaries.fit_snmf import SNMFFitConfig, fit_snmf_rows, sum_of_squares
 from saelens_ext.dictionaries.grow_exemplars import ExemplarBuild
 from saelens_ext.dictionaries.snmf_fit_result import SNMFFitResult
-from saelens_ext.runner.checkpoints import SNMF_FOLDER, Checkpoint, prefixed
+from saelens_ext.runner.checkpoints import SNMF_FOLDER, Checkpoint, numbered
 from saelens_ext.runner.config import DictionaryRunnerConfig
 from saelens_ext.runner.dictionary_configs import ExemplarBuildConfig
 from saelens_ext.runner.sources import RunStream, device_of
@@ -52,6 +52,22 @@ class _Gathered:
         if self.size > self.limit:
             self.overflowed = True
             self.let_go()
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Everything needed to go on: JSON-safe content, and tensors."""
+        tensors = {name: torch.cat(parts) for name, parts in self._parts.items() if parts}
+        return {"overflowed": self.overflowed, "n_rows": {n: [*map(len, p)] for n, p in self._parts.items()}}, tensors
+
+    def load_state(self, content: Mapping[str, Any], tensors: Mapping[str, Tensor], device: torch.device) -> None:
+        """Go on, on a device, where the one was that gave a state."""
+        self.overflowed = content["overflowed"]
+        for name, tensor in tensors.items():
+            self._parts[name][:] = tensor.to(device).split(content["n_rows"][name])
+        self.size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+    @property
+    def _parts(self) -> dict[str, list[Tensor]]:
+        return {"rows": self.rows, "held_out": self.held_out}
 
     def let_go(self) -> None:
         """Free the memory."""
@@ -101,6 +117,7 @@ class BuildPass:
         self._names: list[str] = []
         self._builds: list[tuple[list[str], ExemplarBuild]] = []
         self._factorisations: list[_Factorisation] = []
+        self._gathered: list[_Gathered] = []
         self._finished: dict[str, SNMFFitResult] = {}
         self._n_grown = 0
         self.n_windows = self.n_activations = 0
@@ -124,6 +141,7 @@ class BuildPass:
                     (hook_name, float(options.held_out)), _Gathered(source, options.memory_limit)
                 )
                 shared.limit = max(shared.limit, options.memory_limit)
+                self._gathered = list(gathered.values())
                 self._factorisations.append(
                     _Factorisation(name=name, gathered=shared, n_components=n_components, config=options)
                 )
@@ -142,7 +160,14 @@ class BuildPass:
         for number, (_, build) in enumerate(self._builds):
             build.load_state(checkpoint.builds[number], checkpoint.tensors_of(number), device_of(self._stream))
         self._n_grown, self.last_document = checkpoint.n_windows, checkpoint.last_document
-        if not self._gathering:
+        numbers = [number for number, gathered in enumerate(self._gathered) if gathered in self._gathering]
+        held = {number: checkpoint.gathered[number] for number in numbers if checkpoint.gathered[number]}
+        for number, content in held.items():
+            self._gathered[number].load_state(
+                content, checkpoint.tensors_of(number, "gathered/"), device_of(self._stream)
+            )
+        # Activations that a checkpoint does not hold are read again, from the first.
+        if len(held) == len(numbers):
             self.n_windows, self.n_activations, self.complete = (
                 checkpoint.n_windows,
                 checkpoint.n_activations,
@@ -173,20 +198,26 @@ class BuildPass:
     @property
     def has_state(self) -> bool:
         """Whether there is something that a checkpoint could hold and the run's start could not give as cheaply."""
-        return (
-            bool(self._builds)
-            and self._n_grown == self.n_windows
-            and all(build.calibrated for _, build in self._builds)
-        )
+        return self._n_grown == self.n_windows > 0
+
+    @property
+    def gathers(self) -> bool:
+        """Whether checkpoints hold the activations of factorisations, which may be many."""
+        return bool(self._gathering)
 
     def checkpoint(self) -> Checkpoint:
         """The state after the last batch."""
+        builds = [build.state() for _, build in self._builds]
+        gathered = [one.state() if one in self._gathering else ({}, {}) for one in self._gathered]
         return Checkpoint(
             n_windows=self.n_windows,
             n_activations=self.n_activations,
             last_document=self.last_document,
             complete=self.complete,
-            **prefixed([build.state() for _, build in self._builds]),
+            builds=[content for content, _ in builds],
+            gathered=[content for content, _ in gathered],
+            tensors=numbered([tensors for _, tensors in builds])
+            | numbered([tensors for _, tensors in gathered], "gathered/"),
         )
 
     def results(self) -> Iterator[tuple[str, FitResult | SNMFFitResult]]:

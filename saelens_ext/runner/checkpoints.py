@@ -106,8 +106,10 @@ class Checkpoint:
     """Whether the pass had ended."""
     builds: list[list[dict[str, Any]]]
     """What every build of ExemplarPartitions said of its growths."""
+    gathered: list[dict[str, Any]]
+    """What is known of the activations gathered for factorisations; empty where they are not held."""
     tensors: dict[str, Tensor] = field(repr=False)
-    """Their tensors, the number of the build in front of each name."""
+    """Tensors of both, the number of the build, or gathered/ and its number, in front of each name."""
 
     def save(self, folder: Path) -> Path:
         """Write the checkpoint into a folder of its own within the run's."""
@@ -128,9 +130,9 @@ class Checkpoint:
         tensors = {name: tensor.clone() for name, tensor in tensors.items()}
         return cls(tensors=tensors, **{name: _held(content, name, path / f"{STEM}.json") for name in _CONTENT})
 
-    def tensors_of(self, build: int) -> dict[str, Tensor]:
-        """The tensors of one build."""
-        prefix = f"{build}/"
+    def tensors_of(self, number: int, kind: str = "") -> dict[str, Tensor]:
+        """The tensors of one build, or of what is "gathered/"."""
+        prefix = f"{kind}{number}/"
         return {name.removeprefix(prefix): tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
 
 
@@ -164,10 +166,9 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name))
 
 
-def prefixed(states: Sequence[tuple[list[dict[str, Any]], dict[str, Tensor]]]) -> dict[str, Any]:
-    """The states of several builds as the ``builds`` and ``tensors`` of a checkpoint."""
-    tensors = {f"{number}/{name}": tensor for number, (_, own) in enumerate(states) for name, tensor in own.items()}
-    return {"builds": [content for content, _ in states], "tensors": tensors}
+def numbered(states: Sequence[Mapping[str, Tensor]], kind: str = "") -> dict[str, Tensor]:
+    """The tensors of several states under the names by which :meth:`Checkpoint.tensors_of` finds them."""
+    return {f"{kind}{number}/{name}": tensor for number, own in enumerate(states) for name, tensor in own.items()}
 
 
 def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
@@ -190,4 +191,4 @@ def _held(content: Mapping[str, Any], name: str, path: Path) -> Any:
     return content[name]
 
 
-_CONTENT = ("n_windows", "n_activations", "last_document", "complete", "builds")
+_CONTENT = ("n_windows", "n_activations", "last_document", "complete", "builds", "gathered")

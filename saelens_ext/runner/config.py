@@ -106,7 +106,9 @@ class DictionaryRunnerConfig:
     """SAELens' logging config; log_to_wandb is off by default. Each dictionary has a wandb run of its own."""
 
     n_checkpoints: int = 0
-    """Checkpoints during the pass, evenly spread over training_tokens. One more is made on Ctrl-C."""
+    """Checkpoints during the pass, evenly spread over training_tokens. One more is made on Ctrl-C. They hold what is
+    gathered for a calibration or a factorisation, too; of a run with factorisations only the last one is kept.
+    """
     checkpoint_path: str | None = parsed("checkpoints", text_or_none, "PATH")
     """Where checkpoints go, in a folder named by the run's id; none disables them."""
     resume_from_checkpoint: str | None = parsed(None, text_or_none, "PATH")

@@ -1,6 +1,7 @@
 """Build dictionaries as a config says: read, build, checkpoint, profile, evaluate, log, save."""
 
 import logging
+import shutil
 import signal
 import threading
 import uuid
@@ -151,6 +152,10 @@ class DictionaryRunner:
         try:
             path = build.checkpoint().save(folder)
             logger.info("Checkpoint after %d activations: %s", build.n_activations, path)
+            # Gathered activations fill gigabytes, and those of an earlier checkpoint are among those of a later one.
+            for earlier in list_checkpoints(folder) if build.gathers else []:
+                if earlier.name != path.name:
+                    shutil.rmtree(earlier)
         except OSError as error:
             kept = list_checkpoints(folder)
             last = f"the last whole one is {kept[-1]}" if kept else "there is none yet"

@@ -1,5 +1,6 @@
 """A run that was stopped anywhere and taken up again gives what it would have given."""
 
+import functools
 import json
 import os
 import shutil
@@ -87,6 +88,86 @@ def test_the_state_of_a_build_holds_all_that_its_rule_to_stop_needs(stop, tiny_b
         assert cut.done == straight.done, number
     assert_same_partition(cut.finish(stream)[0], straight.finish(stream)[0])
     assert straight.finish(stream)[0].stopped_because == {"budget": "end_of_stream"}.get(stop, stop)
+
+
+WHOLE = [
+    ExemplarBuildConfig(percentile=[5, 20], calibration="across_documents", hook_name=HOOK),
+    ExemplarBuildConfig(percentile=20, calibration="within_batch", hook_name=[HOOK, NEURONS]),
+]
+KINDS = {
+    "the whole stream calibrates": {"hook_name": [HOOK, NEURONS], "dictionary": WHOLE},
+    "factorisations": {"hook_name": NEURONS, "dictionary": FACTORS},
+    "both": {"hook_name": [HOOK, NEURONS], "dictionary": [*WHOLE, FACTORS]},
+    "more than fits in memory": {
+        "hook_name": NEURONS,
+        "dictionary": SNMFBuildConfig(n_components=3, sparsity=0.2, max_iter=3, max_passes=2, memory_limit=20_000),
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_bridge, tmp_path_factory):
+    @functools.cache
+    def run(kind):
+        torch.set_num_threads(1)
+        given = config(tmp_path_factory.mktemp("uninterrupted"), **KINDS[kind])
+        return DictionaryRunner(given, model=tiny_bridge, dataset=TEXTS).run()
+
+    return run
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("how", ["killed", "Ctrl-C"])
+def test_stopped_before_anything_is_built(kind, how, uninterrupted, tiny_bridge, tmp_path, monkeypatch):
+    straight, original = uninterrupted(kind), build_pass.BuildPass.batches
+
+    def stopped(self):
+        for number, batch in enumerate(original(self)):
+            yield batch
+            if number == 5:
+                if how == "killed":
+                    raise Stopped
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.01)
+
+    monkeypatch.setattr(build_pass.BuildPass, "batches", stopped)
+    given = config(tmp_path, **KINDS[kind], n_checkpoints=4 if how == "killed" else 0)
+    with pytest.raises(Stopped if how == "killed" else KeyboardInterrupt) as raised:
+        DictionaryRunner(given, model=tiny_bridge, dataset=TEXTS).run()
+    monkeypatch.undo()
+    made = sorted(int(path.name) for path in only_run(tmp_path).iterdir() if path.name.isdigit())
+    assert made and (how == "killed" or f"/{made[-1]}'" in str(raised.value))
+    assert len(made) == 1 or kind == "the whole stream calibrates"
+    read = []
+    forward = ActivationStream._forward
+    monkeypatch.setattr(ActivationStream, "_forward", lambda self, *a: read.append(1) or forward(self, *a))
+    again = config(tmp_path, **KINDS[kind], resume_from_checkpoint=str(only_run(tmp_path)))
+    resumed = DictionaryRunner(again, model=tiny_bridge, dataset=TEXTS).run()
+    assert list(resumed.dictionaries) == list(straight.dictionaries)
+    for name, built in straight.dictionaries.items():
+        if "snmf" in name:
+            assert torch.equal(resumed.dictionaries[name].dictionary.W_dec, built.dictionary.W_dec), name
+            assert resumed.dictionaries[name].fit.held_out_loss == built.fit.held_out_loss
+        else:
+            assert_same_partition(resumed.dictionaries[name].fit, built.fit)
+    if kind != "more than fits in memory":
+        assert len(read) <= 12 - made[-1] // 60, "what was read is not read again"
+
+
+def test_a_run_killed_after_the_pass_reads_nothing_again(uninterrupted, tiny_bridge, tmp_path, monkeypatch):
+    def stop(self, stream):
+        raise Stopped
+
+    monkeypatch.setattr(ExemplarBuild, "finish", stop)
+    kind = "the whole stream calibrates"
+    with pytest.raises(Stopped):
+        DictionaryRunner(config(tmp_path, **KINDS[kind], n_checkpoints=1), model=tiny_bridge, dataset=TEXTS).run()
+    monkeypatch.undo()
+    monkeypatch.setattr(ActivationStream, "_forward", None)
+    again = config(tmp_path, **KINDS[kind], resume_from_checkpoint=str(only_run(tmp_path)))
+    resumed = DictionaryRunner(again, model=tiny_bridge, dataset=TEXTS).run()
+    for name, built in uninterrupted(kind).dictionaries.items():
+        assert_same_partition(resumed.dictionaries[name].fit, built.fit)
 
 
 def test_checkpoints_are_spread_over_the_tokens(straight):
