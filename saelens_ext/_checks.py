@@ -150,9 +150,9 @@ def plain(value: Any, name: str) -> Any:
 
 
 def _key(key: Any, name: str) -> str:
-    if not isinstance(key, str):
-        raise ValueError(f"{name} has the key {key!r}; keys must be texts, since JSON knows no others.")
-    return key
+    if not isinstance(key, (str, int)) or isinstance(key, bool):
+        raise ValueError(f"{name} has the key {key!r}; keys must be texts, or whole numbers, which become texts.")
+    return str(key)
 
 
 @cache

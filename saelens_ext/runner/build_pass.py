@@ -26,6 +26,9 @@ from saelens_ext.runner.sources import RunStream, device_of
 
 logger = logging.getLogger(__name__)
 
+KEPT_BYTES = 2**30
+"""Bytes of activations that are held for the profile, which else reads the stream once more."""
+
 OnMetrics = Callable[[str, int, dict[str, float]], None]
 
 
@@ -123,6 +126,8 @@ class BuildPass:
         self.n_windows = self.n_activations = 0
         self.last_document = -1
         self.complete = False
+        self._kept: list[ActivationBatch] | None = None
+        self._kept_bytes = 0
         gathered: dict[tuple[str, float], _Gathered] = {}
         for build, hook_name, names in config.dictionary_names():
             self._names += names
@@ -178,6 +183,7 @@ class BuildPass:
         """Read the batches that are still needed, take each, and yield it when all have."""
         if self.complete:
             return
+        self._kept = [] if self._config.profile and self.n_windows == 0 else None
         for batch in self._stream.batches(self.n_windows, self.n_activations):
             n_windows = batch.first_sequence_id + len(batch.windows)
             if n_windows > self._n_grown:
@@ -188,12 +194,27 @@ class BuildPass:
                 gathered.take(batch)
             self.n_windows, self.n_activations = n_windows, self.n_activations + len(batch)
             self.last_document = max(self.last_document, int(batch.document_ids.max()))
+            self._keep_batch(batch)
             yield batch
             # A factorisation takes the whole stream, and a resumed run must have read as much as the run it goes on
             # with.
             if not self._factorisations and self._builds and all(build.done for _, build in self._builds):
+                self._kept = None
                 break
         self.complete = True
+
+    def _keep_batch(self, batch: ActivationBatch) -> None:
+        if self._kept is None:
+            return
+        self._kept.append(batch)
+        self._kept_bytes += sum(rows.numel() * rows.element_size() for rows in batch.activations.values())
+        if self._kept_bytes > KEPT_BYTES:
+            self._kept = None
+
+    def take_kept(self) -> list[ActivationBatch] | None:
+        """Every batch of the stream, once, if this pass read them all and they fit into KEPT_BYTES."""
+        kept, self._kept = self._kept, None
+        return kept if self.complete else None
 
     @property
     def has_state(self) -> bool:

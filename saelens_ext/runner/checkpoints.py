@@ -144,8 +144,13 @@ def find_run(path: str | Path) -> tuple[Path, Path | None]:
 
     Raises:
         FileNotFoundError: there is neither; if there are folders of runs, they are named.
+        NotADirectoryError: it is a file.
     """
     path = Path(path)
+    if path.is_file():
+        raise NotADirectoryError(
+            f"resume_from_checkpoint={str(path)!r} is a file; give the folder that it is in: {path.parent}."
+        )
     if (path / f"{STEM}.json").exists() and (path.parent / RUN_FILENAME).exists():
         return path.parent, path
     if (path / RUN_FILENAME).exists():

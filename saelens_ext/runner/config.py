@@ -95,12 +95,16 @@ class DictionaryRunnerConfig:
     dtype: str = "float32"
     """Of the saved dictionaries. Fits compute in float32 or wider, and the model keeps its own dtype."""
 
-    n_eval_batches: int = 10
-    """Batches of SAELens' evaluation of each finished dictionary; 0 for none."""
+    n_eval_batches: int | None = None
+    """Batches of SAELens' evaluation of each finished dictionary; 0 for none. By default as many as hold a twentieth of
+    the tokens of the build, divided among its dictionaries, at most ten: less work than the build.
+    """
     eval_batch_size_prompts: int | None = None
     """Windows in such a batch; by default store_batch_size_prompts."""
     profile: bool = True
-    """Go over the activations once more for exact counts and examples of every latent."""
+    """Go over the activations once more for exact counts and examples of every latent; up to 1 GiB of them is held
+    in memory for that, more is read again.
+    """
 
     logger: LoggingConfig = field(default_factory=_quiet_logger)
     """SAELens' logging config; log_to_wandb is off by default. Each dictionary has a wandb run of its own."""
@@ -131,7 +135,7 @@ class DictionaryRunnerConfig:
         if self.eval_batch_size_prompts is not None:
             _checks.positive(self.eval_batch_size_prompts, "eval_batch_size_prompts")
         for name in ("n_checkpoints", "n_eval_batches"):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
         self.seqpos_slice = tuple(self.seqpos_slice)
         self._check_hooks()

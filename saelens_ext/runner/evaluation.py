@@ -45,6 +45,23 @@ class EvalWindows:
         return len(self.windows) // self.batch_size
 
 
+def default_eval_size(n_activations: int, context_size: int, batch_size: int) -> tuple[int, int]:
+    """How much to evaluate a dictionary on where nothing is asked for.
+
+    Args:
+        n_activations: the activations it was built from, divided among the dictionaries of the same pass.
+        context_size: tokens in a window.
+        batch_size: windows in a batch, at most.
+
+    Returns:
+        Windows in a batch, and batches: of a twentieth of the activations, one window at least and ten batches at most.
+        An evaluation runs the whole model about six times where a build runs a part of it once.
+    """
+    windows = min(10 * batch_size, max(1, n_activations // (20 * context_size)))
+    size = min(batch_size, windows)
+    return size, windows // size
+
+
 def eval_windows(stream: RunStream, last_document: int, batch_size: int, n_batches: int) -> EvalWindows | None:
     """Windows for an evaluation: of unseen documents if they fill a batch, otherwise from the start of the dataset.
 

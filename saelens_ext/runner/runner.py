@@ -14,14 +14,15 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from saelens_ext import _files
+from saelens_ext.activations.stream import ActivationBatch
 from saelens_ext.analysis.profile import profile_dictionaries
 from saelens_ext.runner.build_pass import BuildPass
 from saelens_ext.runner.checkpoints import SNMF_FOLDER, Checkpoint, RunIdentity, find_run, list_checkpoints
 from saelens_ext.runner.config import DictionaryRunnerConfig
-from saelens_ext.runner.evaluation import eval_windows, evaluate
+from saelens_ext.runner.evaluation import default_eval_size, eval_windows, evaluate
 from saelens_ext.runner.resolve import resolved
 from saelens_ext.runner.results import BuiltDictionary, RunResult
-from saelens_ext.runner.sources import RunStream, open_stream
+from saelens_ext.runner.sources import KeptStream, RunStream, open_stream
 from saelens_ext.runner.tracking import WandbTracker, check_login
 
 logger = logging.getLogger(__name__)
@@ -182,7 +183,7 @@ class DictionaryRunner:
         result.dictionaries = {name: result.dictionaries[name] for name in build.names}
         built_all = list(result.dictionaries.values())
         try:
-            self._profile(built_all, stream)
+            self._profile(built_all, stream, build.take_kept())
             self._evaluate(built_all, stream, build.last_document)
         finally:
             for built in built_all:
@@ -207,8 +208,10 @@ class DictionaryRunner:
             )
             self._errors.append((what, built, error))
 
-    def _profile(self, built_all: list[BuiltDictionary], stream: RunStream) -> None:
+    def _profile(self, built_all: list[BuiltDictionary], stream: RunStream, kept: list[ActivationBatch] | None) -> None:
+        """Profile every dictionary, on the activations that the pass has kept, or else on those of another."""
         config = self.result.config
+        stream = stream if kept is None else KeptStream(stream, kept)
         if config.profile:
             profiles = profile_dictionaries([built.dictionary for built in built_all], stream, progress=config.progress)
             for built, profile in zip(built_all, profiles):
@@ -220,10 +223,14 @@ class DictionaryRunner:
     def _evaluate(self, built_all: list[BuiltDictionary], stream: RunStream, last_document: int) -> None:
         """Evaluate every dictionary."""
         config = self.result.config
-        if not config.n_eval_batches:
+        if config.n_eval_batches == 0:
             return
         size = config.eval_batch_size_prompts or config.store_batch_size_prompts
-        windows = None if stream.model is None else eval_windows(stream, last_document, size, config.n_eval_batches)
+        n_batches = config.n_eval_batches
+        if n_batches is None:
+            n_activations = self.result.n_activations // len(built_all)
+            size, n_batches = default_eval_size(n_activations, stream.context_size, size)
+        windows = None if stream.model is None else eval_windows(stream, last_document, size, n_batches)
         if windows is None:
             logger.warning(
                 "Not evaluated: there is %s to evaluate on.", "no model" if stream.model is None else "no text"

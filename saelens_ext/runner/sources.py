@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Union
 
@@ -17,7 +18,7 @@ from saelens_ext import _checks
 from saelens_ext.activations.cached_stream import CachedStream
 from saelens_ext.activations.fingerprint import fingerprint_files
 from saelens_ext.activations.proxy_stream import ProxyStream, describe_any
-from saelens_ext.activations.stream import ActivationStream
+from saelens_ext.activations.stream import ActivationBatch, ActivationStream
 from saelens_ext.host.models import load_model
 from saelens_ext.runner.config import DictionaryRunnerConfig
 from saelens_ext.runner.dictionary_configs import ExemplarBuildConfig, SNMFBuildConfig
@@ -44,17 +45,31 @@ def open_model(config: DictionaryRunnerConfig) -> Any:
         if isinstance(arguments.get(key), str):
             _checks.choice(arguments[key], tuple(DTYPE_MAP), f"model_from_pretrained_kwargs[{key!r}]")
             arguments[key] = DTYPE_MAP[arguments[key]]
+    if "max_memory" in arguments:  # whose numbers of devices are texts in JSON
+        arguments["max_memory"] = {int(k) if k.isdigit() else k: v for k, v in arguments["max_memory"].items()}
+    device = _device(config, arguments)
     logger.info("Loading %s as %s", config.model_name, config.model_class_name)
     if config.model_class_name == "AutoModelForCausalLM":
-        return load_with_saelens("AutoModelForCausalLM", config.model_name, config.device, arguments).eval()
+        return load_with_saelens("AutoModelForCausalLM", config.model_name, device, arguments).eval()
     if config.model_class_name == "SAETransformerBridge":
-        return SAETransformerBridge.boot_transformers(config.model_name, device=config.device, **arguments).eval()
+        return SAETransformerBridge.boot_transformers(config.model_name, device=device, **arguments).eval()
     if not Path(config.model_name).is_dir():
-        return HookedSAETransformer.from_pretrained_no_processing(
-            config.model_name, device=config.device, **arguments
-        ).eval()
+        return HookedSAETransformer.from_pretrained_no_processing(config.model_name, device=device, **arguments).eval()
     _checks.known_keys(arguments, ["dtype"], "A saved model loaded as HookedTransformer")
-    return load_model(config.model_name, model_class="HookedSAETransformer", device=config.device, **arguments)
+    return load_model(config.model_name, model_class="HookedSAETransformer", device=device, **arguments)
+
+
+def _device(config: DictionaryRunnerConfig, arguments: dict[str, Any]) -> str | None:
+    """Where the loader is to put the model; None where its arguments say how it is spread over devices."""
+    spread = arguments.get("device_map") is not None or arguments.get("n_devices", 1) > 1
+    if config.model_class_name == "HookedTransformer" or not spread:
+        return str(arguments.pop("device", config.device))
+    if "device" in arguments:
+        raise ValueError(
+            f"model_from_pretrained_kwargs name both a device ({arguments['device']!r}) and how to spread the model "
+            "over devices (device_map or n_devices): leave out one."
+        )
+    return None
 
 
 def open_dataset(config: DictionaryRunnerConfig) -> Any:
@@ -133,6 +148,17 @@ def open_stream(
         if Path(config.dataset_path).exists() and not _saved_to_disk(config.dataset_path):
             stream._windows.fingerprint = fingerprint_files(config.dataset_path)
     return stream
+
+
+class KeptStream(ActivationStream):
+    """A stream whose batches have been read and are held in memory."""
+
+    def __init__(self, stream: RunStream, batches: list[ActivationBatch]) -> None:
+        self.__dict__ |= vars(stream)
+        self._kept = batches
+
+    def __iter__(self) -> Iterator[ActivationBatch]:
+        return iter(self._kept)
 
 
 def device_of(stream: RunStream) -> torch.device:

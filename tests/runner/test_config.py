@@ -215,7 +215,12 @@ def test_a_config_takes_what_sweeps_and_notebooks_hold(tmp_path):
             SNMFBuildConfig(n_components=torch.tensor([3, 4]), sparsity=np.float64(0.25), seed=7.0, hook_name="none"),
         ],
         model_name=tmp_path / "model",
-        model_from_pretrained_kwargs={"dtype": torch.float16, "cache_dir": Path("q"), "max": [np.float32(0.5)]},
+        model_from_pretrained_kwargs={
+            "dtype": torch.float16,
+            "cache_dir": Path("q"),
+            "max": [np.float32(0.5)],
+            "m": {0: "1GB"},
+        },
         training_tokens=np.int64(5000),
         eval_batch_size_prompts="None",
         device=torch.device("cpu"),
@@ -230,7 +235,7 @@ def test_a_config_takes_what_sweeps_and_notebooks_hold(tmp_path):
     assert (given.device, given.dtype, given.torch_dtype) == ("cpu", "bfloat16", torch.bfloat16)
     assert given.eval_batch_size_prompts is None and given.resume_from_checkpoint is None
     assert given.exclude_special_tokens == [1, 2] and given.seqpos_slice == (None, 8)
-    assert given.model_from_pretrained_kwargs == {"dtype": "float16", "cache_dir": "q", "max": [0.5]}
+    assert given.model_from_pretrained_kwargs == {"dtype": "float16", "cache_dir": "q", "max": [0.5], "m": {"0": "1GB"}}
     assert given.logger.run_name is None and given.logger.wandb_entity == "me"
     partitions, factors = given.dictionaries
     assert partitions.percentiles == (5.0, 20.0) and partitions.seed is None and type(partitions.k) is int
@@ -254,7 +259,11 @@ def test_a_config_takes_what_sweeps_and_notebooks_hold(tmp_path):
             {"model_from_pretrained_kwargs": {"quantization_config": {"x": object()}}},
             r"model_from_pretrained_kwargs\['quantization_config'\]\['x'\] is <object .* cannot be written into a JSON",
         ),
-        (DictionaryRunnerConfig, {"model_from_pretrained_kwargs": {"max_memory": {0: "1GB"}}}, "has the key 0; keys"),
+        (
+            DictionaryRunnerConfig,
+            {"model_from_pretrained_kwargs": {"max_memory": {(0,): "1GB"}}},
+            r"has the key \(0,\); keys",
+        ),
         (ExemplarBuildConfig, {"percentile": [2, "x"]}, r"percentile\[1\] must be a finite number or a whole number"),
         (ExemplarBuildConfig, {"k": None}, "k must be a whole number, got None"),
         (SNMFBuildConfig, {"tol": float("nan")}, "tol must be a finite number, got nan"),

@@ -29,6 +29,8 @@ from saelens_ext.runner import (
     build_pass,
     evaluation,
 )
+from saelens_ext.runner import runner as runner_module
+from saelens_ext.runner.evaluation import default_eval_size
 from tests.runner.runs import FACTORS, HOOK, NEURONS, TEXTS, assert_same_partition, config
 
 
@@ -266,3 +268,46 @@ def test_what_is_missing_is_asked_for(tmp_path, tiny_bridge):
         DictionaryRunner(config(tmp_path, training_tokens=100), model=tiny_bridge, dataset=TEXTS).run()
     with pytest.raises(ValueError, match="has no hook 'blocks.1.hook_ot'"):
         DictionaryRunner(config(tmp_path, hook_name="blocks.1.hook_ot"), model=tiny_bridge, dataset=TEXTS).run()
+
+
+def test_evaluation_and_profile_take_less_than_the_build_by_default(tiny_bridge, tmp_path, monkeypatch):
+    """The profile runs the model on no token, since the activations are held, and the evaluation on few."""
+    read, evaluated = [], []
+    forward, evaluate = ActivationStream._forward, runner_module.evaluate
+    monkeypatch.setattr(
+        ActivationStream, "_forward", lambda self, tokens, *a: read.append(tokens.numel()) or forward(self, tokens, *a)
+    )
+
+    def watched(dictionary, stream, given):
+        evaluated.append(len(given.windows) * stream.context_size)
+        return evaluate(dictionary, stream, given)
+
+    monkeypatch.setattr(runner_module, "evaluate", watched)
+    given = config(tmp_path, n_eval_batches=None, profile=True, training_tokens=2000)
+    result = DictionaryRunner(given, model=tiny_bridge, dataset=TEXTS * 6).run()
+    for built in result.dictionaries.values():
+        assert built.profile.n_activations == 2000 and built.evals is not None
+    n_read = sum(read)
+    DictionaryRunner(config(tmp_path / "again", training_tokens=2000), model=tiny_bridge, dataset=TEXTS * 6).run()
+    assert sum(read) == 2 * n_read, "the profile reads nothing again"
+    assert len(evaluated) == 2 and 0 < sum(evaluated) <= 2000 / 20
+
+
+@pytest.mark.parametrize(
+    ("n_activations", "size"), [(4_000, (1, 1)), (40_000, (15, 1)), (200_000, (32, 2)), (10**7, (32, 10)), (1, (1, 1))]
+)
+def test_the_default_size_of_an_evaluation(n_activations, size):
+    assert default_eval_size(n_activations, 128, 32) == size
+
+
+def test_more_than_is_held_in_memory_is_read_again(tiny_bridge, tmp_path, monkeypatch):
+    def run(folder):
+        return DictionaryRunner(config(folder, profile=True), model=tiny_bridge, dataset=TEXTS).run()
+
+    held = run(tmp_path / "held")
+    monkeypatch.setattr("saelens_ext.runner.build_pass.KEPT_BYTES", 10_000)
+    read = run(tmp_path / "read")
+    for name, built in held.dictionaries.items():
+        other = read.dictionaries[name].profile
+        assert torch.equal(built.profile.counts, other.counts)
+        assert torch.equal(built.profile.top.values.nan_to_num(-1), other.top.values.nan_to_num(-1))

@@ -273,3 +273,31 @@ def test_a_cache_that_does_not_fit_the_config(cache, tmp_path):
         open_stream(cached_config(tmp_path, tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="give cached_activations_path or a dataset, not both"):
         open_stream(cached_config(tmp_path, cache, dataset_path="x"))
+
+
+@pytest.mark.parametrize("kind", ["SAETransformerBridge", "AutoModelForCausalLM", "HookedTransformer"])
+@pytest.mark.parametrize(
+    "arguments", [{"device_map": "auto"}, {"device_map": {"": "cpu"}, "max_memory": {"cpu": "4GB"}}, {"device": "cpu"}]
+)
+def test_the_loader_may_be_told_where_the_model_goes(kind, arguments, tmp_path):
+    if kind == "HookedTransformer" and "device_map" in arguments:
+        with pytest.raises(ValueError, match="does not know 'device_map'"):
+            open_model(named(tmp_path, kind, arguments))
+        return
+    model = open_model(named(tmp_path, kind, arguments))
+    assert next(model.parameters()).device.type == "cpu"
+    assert model.tokenizer is not None
+
+
+def named(folder, kind, arguments):
+    """A config of a saved model that is loaded with arguments."""
+    models_zoo.make_hf_model("llama").save_pretrained(folder / "model")
+    models_zoo.make_tokenizer().save_pretrained(folder / "model")
+    return config(
+        folder, model_name=folder / "model", model_class_name=kind, model_from_pretrained_kwargs=dict(arguments)
+    )
+
+
+def test_a_device_and_a_map_of_devices_are_one_too_many(tmp_path):
+    with pytest.raises(ValueError, match="name both a device .*'cpu'.* and how to spread"):
+        open_model(named(tmp_path, "SAETransformerBridge", {"device": "cpu", "device_map": "auto"}))
