@@ -1,6 +1,7 @@
 """From names on the command line to models, datasets and dictionaries."""
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import fields
@@ -8,17 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from sae_lens import SAE
+from transformers import AutoConfig
 
+from saelens_ext.activations.proxy_stream import describe_any
 from saelens_ext.cli.errors import UsageError
 from saelens_ext.cli.options import DEMO, ReadingOptions
 from saelens_ext.demo.packaged import load_demo_corpus, load_demo_model
 from saelens_ext.dictionaries.hierarchy import HierarchicalSNMF
-from saelens_ext.host.models import retarget
+from saelens_ext.host.by_name import same_model
+from saelens_ext.host.models import in_residual_space, retarget
 from saelens_ext.hub.contents import Contents
 from saelens_ext.hub.contents import read_folder as read_contents
 from saelens_ext.hub.share import load_from_hub
 from saelens_ext.runner import sources
 from saelens_ext.runner.config import MODEL_CLASSES, DictionaryRunnerConfig
+
+logger = logging.getLogger(__name__)
 
 # What the config of a run, or the metadata of a dictionary, says about what was read.
 _OF_THE_RUN = (
@@ -132,13 +138,21 @@ def read_folder(folder: str) -> Contents:
         FileNotFoundError: no such folder, or none with a dictionary.
         ValueError: damaged files, or an unknown architecture.
     """
+    refuse_file(folder)
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"There is no folder {folder}; give the one a dictionary was saved into.")
     return read_contents(Path(folder))
 
 
+def refuse_file(name: str) -> None:
+    """Raise NotADirectoryError for a file where a dictionary's folder is wanted."""
+    if Path(name).is_file():
+        raise NotADirectoryError(f"{name} is a file; give the folder that the dictionary is in: {Path(name).parent}.")
+
+
 def open_dictionary(name: str, device: str = "cpu") -> SAE[Any]:
     """A dictionary by its folder, ``repo_id:sae_id`` of the Hub or ``release:sae_id`` of SAELens."""
+    refuse_file(name)
     if Path(name).is_dir():
         found = read_contents(Path(name), device).dictionary
     else:
@@ -168,8 +182,50 @@ def dictionaries_in(contents: Contents, folder: str) -> list[tuple[SAE[Any], Pat
 
 
 def attach(dictionary: SAE[Any], model: Any) -> SAE[Any]:
-    """The dictionary under the hook name that fires on the model."""
-    return dictionary if model is None else retarget(dictionary, model)
+    """The dictionary under the hook name that fires on the model.
+
+    Raises:
+        ValueError: it was built on a model of another width.
+    """
+    if model is None:
+        return dictionary
+    found = describe_any(model)
+    _check_width(dictionary, str(found["model_name"]), found.get("d_model"))
+    return retarget(dictionary, model)
+
+
+def check_model(dictionary: SAE[Any], name: str) -> None:
+    """Before a model is loaded: warn of another than the dictionary was built on, and refuse one of another width.
+
+    Raises:
+        ValueError: the widths differ.
+    """
+    built_on = str(dictionary.cfg.metadata.model_name or "")
+    if name == DEMO or not built_on or same_model(name, built_on):
+        return
+    try:
+        width = AutoConfig.from_pretrained(name).get_text_config().hidden_size
+    except (OSError, ValueError, AttributeError):  # loading the model will say what is wrong, or it is of another kind
+        width = None
+    _check_width(dictionary, name, width)
+    logger.warning(
+        "The dictionary was built on %s, and %s is read: figures are of activations that it was not made for.",
+        built_on,
+        name,
+    )
+
+
+def _check_width(dictionary: SAE[Any], name: str, width: int | None) -> None:
+    """Raise ValueError where a model is known to have another width than that of the dictionary's."""
+    metadata = dictionary.cfg.metadata
+    of_residuals = metadata.hook_name is not None and in_residual_space(metadata.hook_name)
+    expected = metadata.d_model or (dictionary.cfg.d_in if of_residuals else None)
+    if None not in (expected, width) and expected != width:
+        raise ValueError(
+            f"The dictionary was built on {metadata.model_name or 'a model that is not recorded'}, of width "
+            f"{expected}, and {name} has width {width}: give the model that it was built on, "
+            f"--model_name={metadata.model_name or 'NAME'}."
+        )
 
 
 def reading_config(
@@ -190,6 +246,8 @@ def reading_config(
         raise ValueError(
             f"The dictionary in {options.dictionary} records no hook name: set metadata.hook_name in its cfg.json."
         )
+    if given.get("model_name"):
+        check_model(dictionary, given["model_name"])
     config = (
         {"training_tokens": _TOKENS, "hook_name": hook_name, "checkpoint_path": None, "output_path": None}
         | recorded

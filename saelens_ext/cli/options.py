@@ -82,7 +82,9 @@ class ReportOptions:
     """What to report on."""
 
     dictionary: str = place("FOLDER")
-    """Folder of a saved fit with its profile, or of a hierarchy of SNMF dictionaries with one in each level's."""
+    """Folder of a saved dictionary with its profile, any that SAELens loads, or of a hierarchy of SNMF dictionaries
+    with a profile in each level's folder.
+    """
     html: str | None = field(default=None, type=str, metavar="FILE")
     """Where to write it; by default report.html in the folder."""
     title: str | None = None

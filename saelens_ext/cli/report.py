@@ -18,9 +18,10 @@ from saelens_ext.cli.output import Context, Result
 from saelens_ext.dictionaries.fit_result import FitResult
 from saelens_ext.dictionaries.hierarchy import HierarchicalSNMF
 from saelens_ext.dictionaries.snmf_fit_result import SNMFFitResult
-from saelens_ext.host.models import tokenizer_of
+from saelens_ext.host.models import in_residual_space, tokenizer_of
 from saelens_ext.hub.contents import Contents
 from saelens_ext.report.dictionary.dictionary_report import write_dictionary_report
+from saelens_ext.report.dictionary.latents import LatentSection
 from saelens_ext.report.dictionary.snmf_section import SNMFLevel, SNMFSection
 from saelens_ext.runner.config import DictionaryRunnerConfig
 from saelens_ext.runner.results import EVALS_FILENAME
@@ -29,22 +30,17 @@ logger = logging.getLogger(__name__)
 
 
 def report(options: ReportOptions, context: Context) -> Result:
-    """Write the report on a saved fit or hierarchy."""
+    """Write the report on a saved dictionary."""
     folder = Path(options.dictionary)
     contents = opening.read_folder(options.dictionary)
-    if contents.fit is None and not isinstance(contents.dictionary, HierarchicalSNMF):
-        raise ValueError(
-            f"{folder} holds a dictionary without the statistics of a fit (fit.json); there is a report on fits of "
-            "this package only."
-        )
     profiles = [_profile(path, sae) for sae, path in opening.dictionaries_in(contents, options.dictionary)]
     others = [_other(name) for name in options.compare] if isinstance(contents.fit, FitResult) else []
     model, tokenizer, name = _host(options, contents)
     target = Path(options.html) if options.html is not None else folder / "report.html"
     common = {"tokenizer": tokenizer, "title": options.title or f"{_first(contents).cfg.metadata.hook_name} of {name}"}
+    evals = _files.read_json(folder / EVALS_FILENAME) if (folder / EVALS_FILENAME).exists() else None
     if isinstance(contents.fit, FitResult):
         fit = replace(contents.fit, dictionary=opening.attach(contents.fit.dictionary, model))
-        evals = _files.read_json(folder / EVALS_FILENAME) if (folder / EVALS_FILENAME).exists() else None
         path = write_dictionary_report(
             target,
             fits=[*others, fit],
@@ -54,6 +50,10 @@ def report(options: ReportOptions, context: Context) -> Result:
             evals=evals,
             **common,
         )
+    elif contents.fit is None and not isinstance(contents.dictionary, HierarchicalSNMF):
+        dictionary = opening.attach(contents.dictionary, model)
+        latents = LatentSection(dictionary=dictionary, profile=profiles[0], lens=_lens(model, dictionary), evals=evals)
+        path = write_dictionary_report(target, latents=latents, **common)
     else:
         path = write_dictionary_report(target, snmf=_section(contents, profiles, model), **common)
     return Result(data={"report": path.resolve()}, text=f"The report: {path.resolve()}")
@@ -90,6 +90,8 @@ def _host(options: ReportOptions, contents: Contents) -> tuple[Any, Any, str]:
     name = options.model_name or recorded.get("model_name")
     if not name:
         raise UsageError(f"{options.dictionary} does not say which model it is of: --model_name=NAME.")
+    if options.model_name is not None:
+        opening.check_model(_first(contents), name)
     kind = options.model_class_name or recorded.get("model_class_name") or "SAETransformerBridge"
     if options.lens and kind == "AutoModelForCausalLM":
         kind = "SAETransformerBridge"  # the lens needs a model that shows its last norm and unembedding
@@ -111,8 +113,9 @@ def _host(options: ReportOptions, contents: Contents) -> tuple[Any, Any, str]:
 
 
 def _lens(model: Any, dictionary: SAE[Any]) -> LensResult | None:
-    """What directions in the residual stream promote; None for those of another width."""
-    if model is None or dictionary.W_dec.shape[1] != model.cfg.d_model:
+    """What directions in the residual stream promote; None for those in another space."""
+    written = dictionary.cfg.metadata.hook_name_out or dictionary.cfg.metadata.hook_name
+    if model is None or dictionary.W_dec.shape[1] != model.cfg.d_model or not in_residual_space(written):
         return None
     return logit_lens(model, dictionary.W_dec)
 

@@ -39,6 +39,7 @@ def convert(options: ConvertOptions, context: Context) -> Result:
 
 def push(options: PushOptions, context: Context) -> Result:
     """Put a saved dictionary on the Hub."""
+    opening.refuse_file(options.dictionary)
     info = push_to_hub(
         Path(options.dictionary),
         options.repo_id,

@@ -71,6 +71,13 @@ def official_name(name_or_path: str | Path, hf_model: PreTrainedModel) -> str:
     )
 
 
+def same_model(name: str, other: str) -> bool:
+    """Whether two names, with or without owner or folder, or by an alias of the host, are of one model."""
+    known = make_model_alias_map()
+    lasts = [known.get(one.lower(), one) for one in (name, other)]
+    return len({known.get(Path(last).name.lower(), Path(last).name).rpartition("/")[2].lower() for last in lasts}) == 1
+
+
 def _differences(official: str, hf_model: PreTrainedModel) -> str:
     """How the sizes of a model differ from those that the host has for a name; empty if they do not."""
     try:

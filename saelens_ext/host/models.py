@@ -33,6 +33,7 @@ __all__ = [
     "HostModel",
     "describe_model",
     "hook_layer",
+    "in_residual_space",
     "load_model",
     "resolve_hook",
     "retarget",
@@ -78,6 +79,11 @@ def tokenizer_of(model: HostModel) -> PreTrainedTokenizerBase:
             "HookedTransformer, model.tokenizer = tokenizer on a bridge."
         )
     return tokenizer
+
+
+def in_residual_space(hook_name: str) -> bool:
+    """Whether what is read at a hook is the residual stream or is added to it, by the hook's name."""
+    return not _WITHIN_A_LAYER.search(hook_name)
 
 
 def load_model(

@@ -1,6 +1,7 @@
 """Looking at saved dictionaries through the command."""
 
 import json
+import re
 import shutil
 
 import pandas as pd
@@ -10,6 +11,8 @@ from sae_lens import SAE
 
 from saelens_ext.analysis.match import match_dictionaries
 from saelens_ext.analysis.profile import DictionaryProfile
+from saelens_ext.host.by_name import same_model
+from tests import models_zoo
 from tests.continuations._dictionaries import make
 from tests.runner.runs import HOOK, NEURONS
 
@@ -69,8 +72,68 @@ def test_a_foreign_sae_needs_to_be_told_what_to_read(foreign, command, place):
     )
     assert evaluated.status == 0, evaluated.err
     assert evaluated.data["token_stats"]["unseen_documents"] is None  # nobody knows what it was trained on
-    refused = command("report", foreign)
-    assert refused.status == 1 and "without the statistics of a fit" in refused.error
+    reported = command("report", foreign)
+    assert reported.status == 0, reported.err
+    page = (foreign / "report.html").read_text()
+    assert "This dictionary (standard) encodes an activation of width 32 into 12 features" in page
+    assert "#snmf-evaluation" in page and "explained_variance" in page and "#snmf-fit" not in page
+    assert data_of(foreign)["promoted"][0] is not None
+
+
+def data_of(folder) -> dict:
+    """What the report on features works on."""
+    page = (folder / "report.html").read_text()
+    return json.loads(re.search(r'id="feature-data">(.*?)</script>', page)[1])
+
+
+def test_a_dictionary_of_ours_without_its_fit_has_a_report(copied, command):
+    for name in ("fine", "snmf"):
+        for path in copied[name].glob("fit.*"):
+            path.unlink()
+        found = command("report", copied[name], "--json")
+        assert found.status == 0, found.err
+        data = data_of(copied[name])
+        assert data["distances"] is (name == "fine") and data["sizes"] == [len(data["firing"])]
+        # Neurons are no directions in the residual stream, whatever their number.
+        assert (data["promoted"][0] is None) is (name == "snmf")
+
+
+@pytest.mark.parametrize("name", ["report", "eval", "profile", "match", "push"])
+def test_a_file_is_no_folder(name, copied, command):
+    path = copied["fine"] / "cfg.json"
+    more = {"match": [copied["coarse"]], "push": ["someone/something", "x"]}.get(name, [])
+    found = command(name, path, *more)
+    assert found.status == 1 and f"{path} is a file; give the folder" in found.error and str(path.parent) in found.error
+
+
+def test_another_model_is_said_before_it_is_read(copied, command, place, tmp_path):
+    models_zoo.make_hf_model("llama", seed=1).save_pretrained(tmp_path / "twin")
+    models_zoo.make_tokenizer().save_pretrained(tmp_path / "twin")
+    twin = command("eval", copied["fine"], "--n_eval_batches=1", f"--model_name={tmp_path / 'twin'}", "--save=false")
+    assert twin.status == 0, twin.err
+    assert f"and {tmp_path / 'twin'} is read: figures are of activations" in twin.err and "was built on" in twin.err
+    same = command("eval", copied["fine"], "--n_eval_batches=1", f"--model_name={place / 'model'}", "--save=false")
+    assert same.status == 0 and "was built on" not in same.err
+    wide = models_zoo.make_hf_model("llama")
+    wide.config.hidden_size = 48
+    wide.config.save_pretrained(tmp_path / "wide")  # no weights: refused before they are looked for
+    for name in ("eval", "profile", "report"):
+        found = command(name, copied["fine"], f"--model_name={tmp_path / 'wide'}")
+        assert found.status == 1, name
+        assert f"of width 32, and {tmp_path / 'wide'} has width 48: give the model" in found.error
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("gpt2-small", "openai-community/gpt2", True),
+        ("google/gemma-2-2b", "/models/gemma-2-2b", True),
+        ("Qwen/Qwen2-0.5B", "qwen2-0.5b", True),
+        ("gpt2", "gpt2-medium", False),
+    ],
+)
+def test_names_of_one_model(one, other, same):
+    assert same_model(one, other) is same
 
 
 def test_an_evaluation_is_that_of_the_run(copied, command):

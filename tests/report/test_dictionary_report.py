@@ -54,6 +54,29 @@ class Tags(HTMLParser):
         self.attributes += attrs
 
 
+@pytest.mark.parametrize("left_out", [(), ("evals",), ("generations",), ("evals", "generations")])
+def test_the_navigation_names_the_sections_that_are_there(left_out, inputs, tmp_path):
+    given = vars(inputs) | dict.fromkeys(left_out) | ({"generations": ()} if "generations" in left_out else {})
+    page = write_dictionary_report(tmp_path / "report.html", **given).read_text(encoding="utf-8")
+    named = re.findall(r'<a href="#([a-z-]+)">', page[page.index("<nav") : page.index("</nav>")])
+    assert ("evaluation" in named, "steering" in named) == ("evals" not in left_out, "generations" not in left_out)
+    empty = {{"evals": "evaluation", "generations": "steering"}[name] for name in left_out}
+    assert set(named) == set(re.findall(r'<section id="([a-z-]+)"', page)) - {"detail", *empty}
+
+
+def test_the_two_counts_of_regions_with_one_member_say_which_they_are(inputs, tmp_path):
+    profile = replace(inputs.profile, counts=torch.arange(len(inputs.profile.counts)) % 5)
+    path = write_dictionary_report(tmp_path / "report.html", **vars(inputs) | {"profile": profile})
+    page = path.read_text(encoding="utf-8")
+    alone = int((profile.counts == 1).sum())
+    assert f"half of the profiled activations; {alone} have a single member among them" in page
+    assert "Single-member, when built" in page and "The summary counts anew, with every profiled activation" in page
+
+
+def test_growth_is_drawn_on_a_linear_axis_at_first(page):
+    assert 'id="growth-linear" aria-pressed="true"' in page and "this.logarithmic = false;" in page
+
+
 def test_no_text_of_the_corpus_becomes_markup(page):
     tags = Tags(page)
     assert tags.tags.count("script") == 3

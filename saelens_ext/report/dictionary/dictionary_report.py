@@ -14,6 +14,7 @@ from saelens_ext.dictionaries.fit_result import FitResult
 from saelens_ext.report.dictionary import evaluation, snmf_summary, summary
 from saelens_ext.report.dictionary.features import feature_data
 from saelens_ext.report.dictionary.growth import growth_data
+from saelens_ext.report.dictionary.latents import LatentSection, latent_part
 from saelens_ext.report.dictionary.regions import region_data
 from saelens_ext.report.dictionary.snmf_section import SNMFSection
 from saelens_ext.report.format import count, significant, visible
@@ -46,11 +47,13 @@ def write_dictionary_report(
     evals: Mapping[str, Any] | None = None,
     generations: Sequence[Mapping[str, str]] = (),
     snmf: SNMFSection | None = None,
+    latents: LatentSection | None = None,
 ) -> Path:
-    """Write a report on an exemplar partition, on SNMF dictionaries, or on both, as one self-contained HTML file.
+    """Write a report on an exemplar partition, on SNMF dictionaries, or on both, as one self-contained HTML file; or on
+    the latents of any other SAE.
 
     For an exemplar partition, pass ``chosen``, the ``fits`` whose growth it is compared with, and its ``profile``; for
-    SNMF pass ``snmf``. With both, the page has a part for each.
+    SNMF pass ``snmf``. With both, the page has a part for each. For any other SAE pass ``latents`` alone.
 
     The page shows text of the corpus as text only: it carries a content security policy under which nothing but its own
     script runs and nothing is fetched. The same arguments give the same file, on one machine.
@@ -67,6 +70,7 @@ def write_dictionary_report(
         generations: continuations to show side by side, each with the texts ``label``, ``prompt`` and ``text``. A
             ``text`` that begins with the prompt is shown without it.
         snmf: the SNMF dictionaries, with what is known of their features.
+        latents: any SAE, with what is known of its latents.
 
     Returns:
         The path written.
@@ -82,9 +86,12 @@ def write_dictionary_report(
         raise ValueError(
             f"A report on an exemplar partition needs fits, chosen and profile together; {missing} is missing."
         )
-    if not has_regions and snmf is None:
+    if latents is not None and (has_regions or snmf is not None):
+        raise ValueError("latents= is for a report on that SAE alone: write another for exemplar partitions or SNMF.")
+    if not has_regions and snmf is None and latents is None:
         raise ValueError(
-            "There is nothing to report on: pass fits, chosen and profile of an exemplar partition, or snmf=, or both."
+            "There is nothing to report on: pass fits, chosen and profile of an exemplar partition, or snmf=, or both; "
+            "or latents= of any SAE."
         )
     if not has_regions and (lens is not None or evals is not None or generations):
         raise ValueError(
@@ -96,7 +103,11 @@ def write_dictionary_report(
         scripts=SCRIPTS,
         title=visible(title),
         regions=_regions(fits, chosen, profile, lens, tokenizer, evals, generations) if has_regions else None,
-        features=None if snmf is None else _features(snmf, tokenizer),
+        features=_features(snmf, tokenizer)
+        if snmf is not None
+        else None
+        if latents is None
+        else latent_part(latents, tokenizer),
         version=version("saelens-ext"),
     )
     _files.write_together({path: lambda temporary: temporary.write_bytes(page.encode("utf-8"))})
@@ -134,6 +145,8 @@ def _features(section: SNMFSection, tokenizer: PreTrainedTokenizerBase) -> dict[
     """What the template shows of SNMF dictionaries."""
     steered = section.steered
     return {
+        "heading": "Neuron features",
+        "evaluation": [],
         "lead": snmf_summary.snmf_lead(section),
         "facts": snmf_summary.snmf_facts(section),
         "levels": snmf_summary.level_rows(section),

@@ -8,14 +8,16 @@ Figures that do not exist are null.
 """
 
 import math
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
+from sae_lens import SAE
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from saelens_ext.analysis.logit_lens import LensResult
 from saelens_ext.analysis.neuron_overlap import NeuronOverlap, neuron_overlap
+from saelens_ext.analysis.profile import DictionaryProfile
 from saelens_ext.dictionaries.hierarchy import HierarchicalSNMF
 from saelens_ext.dictionaries.snmf import SNMFDictionary
 from saelens_ext.host.tokens import token_strings
@@ -64,7 +66,25 @@ def _token_ids(level: SNMFLevel) -> list[Tensor]:
 
 def _level_columns(level: SNMFLevel, start: int, vocabulary: Vocabulary) -> dict[str, list[Any]]:
     """The columns of one level's features."""
-    profile, k = level.profile, level.dictionary.cfg.d_sae
+    return latent_columns(level, vocabulary) | {
+        "n_neurons": level.dictionary.support.sum(dim=1).tolist(),
+        **_neurons(level.dictionary),
+        "overlaps": _overlaps(level.dictionary, start),
+    }
+
+
+@runtime_checkable
+class Profiled(Protocol):
+    """A dictionary with what is known of its latents."""
+
+    dictionary: SAE[Any]
+    profile: DictionaryProfile
+    lens: LensResult | None
+
+
+def latent_columns(level: Profiled, vocabulary: Vocabulary) -> dict[str, list[Any]]:
+    """The columns that the latents of any dictionary have."""
+    profile = level.profile
     examples = example_columns(profile.top, vocabulary)
     return {
         "firing": figures(profile.counts.double() / max(1, profile.n_activations)),
@@ -72,14 +92,11 @@ def _level_columns(level: SNMFLevel, start: int, vocabulary: Vocabulary) -> dict
         "largest": figures(profile.max_activation),
         "examples": examples,
         "top_token": [columns["tokens"][0][columns["mark"][0]] if columns["tokens"] else None for columns in examples],
-        "n_neurons": level.dictionary.support.sum(dim=1).tolist(),
-        **_neurons(level.dictionary),
-        **_lens(level.lens, k, vocabulary),
-        "overlaps": _overlaps(level.dictionary, start),
+        **_lens(level.lens, profile.d_sae, vocabulary),
     }
 
 
-def activity_shares(level: SNMFLevel) -> Tensor:
+def activity_shares(level: Profiled) -> Tensor:
     """Each feature's share of all that the features write: the sum of its codes times its length, over that of all;
     ``(k,)``.
     """

@@ -157,7 +157,7 @@ def _concentration(profile: DictionaryProfile) -> str:
     alone = int((counts == 1).sum())
     largest = "the largest holds" if half == 1 else f"the {count(half)} largest hold"
     single = "none has" if alone == 0 else "1 has" if alone == 1 else f"{count(alone)} have"
-    return f"{largest} half of the profiled activations; {single} a single member"
+    return f"{largest} half of the profiled activations; {single} a single member among them"
 
 
 def _unseen(fit: FitResult) -> Fact:

@@ -35,13 +35,14 @@ class FeatureDetail {
       measure("activity", "Share", formatShare(data.activity[id]), "of all that the features of its level write, by size"),
       measure("firing", "Active on", formatShare(data.firing[id]), `of ${formatCount(data.n_profiled)} tokens, to whatever degree`),
       measure("largest", "Largest code", formatSignificant(data.largest[id]), "in units of the activation"),
-      measure("neurons", "Neurons", formatCount(data.n_neurons[id]), `of ${formatCount(data.width)}`),
+      data.neurons === null ? null : measure("neurons", "Neurons", formatCount(data.n_neurons[id]), `of ${formatCount(data.width)}`),
     );
   }
 
   // Bars to the right of the middle are positive weights.
   neurons(id) {
     const { neurons, weights, n_neurons: all } = this.data;
+    if (neurons === null) return null;
     const largest = Math.max(...weights[id].map(Math.abs));
     const item = (neuron, i) => {
       const weight = weights[id][i];
@@ -66,7 +67,8 @@ class FeatureDetail {
       const place = make("small", {}, `document ${list.document[i]}, position ${list.position[i]}`);
       return make("li", {}, number(formatSignificant(code)), make("div", {}, contextText(...exampleContext(data, id, i)), place));
     };
-    const note = list.distance.length > 0 ? "Where its code is largest; the code comes first." : "It was active on no profiled token.";
+    const first = data.distances ? "Nearest to its exemplar; the cosine distance comes first." : "Where its code is largest; the code comes first.";
+    const note = list.distance.length > 0 ? first : "It was active on no profiled token.";
     return make("div", { class: "examples" }, ...headed("Top activating contexts", note), make("ol", {}, ...list.distance.map(item)));
   }
 
@@ -125,6 +127,7 @@ class FeatureDetail {
   // --- relatives and effects ---
 
   overlaps(id) {
+    if (this.data.overlaps === null) return null;
     const rows = this.data.overlaps[id].map((other) => {
       const signs = other.same_sign === other.shared ? "all of one sign" : `${other.same_sign} of one sign`;
       const chance = `${formatSignificant(other.expected)} expected by chance; p = ${formatProbability(other.p)}, q = ${formatProbability(other.q)}`;

@@ -12,7 +12,7 @@ class GrowthChart {
     this.curves = curves;
     this.longest = Math.max(...curves.map((curve) => last(curve.seen)));
     this.most = Math.max(...curves.map((curve) => last(curve.regions)));
-    this.logarithmic = true;
+    this.logarithmic = false;
     this.holder = byId("growth-chart");
     for (const [id, value] of [["growth-log", true], ["growth-linear", false]]) {
       byId(id).addEventListener("click", () => this.scaleBy(value));

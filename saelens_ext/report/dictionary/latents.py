@@ -1,0 +1,107 @@
+"""The part of a report about the latents of any SAELens SAE: what each responds to, whoever made it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sae_lens import SAE
+from transformers import PreTrainedTokenizerBase
+
+from saelens_ext.analysis.logit_lens import LensResult
+from saelens_ext.analysis.profile import DictionaryProfile
+from saelens_ext.dictionaries.architecture_names import plain_name
+from saelens_ext.host.tokens import token_strings
+from saelens_ext.report.dictionary.evaluation import evaluation_rows
+from saelens_ext.report.dictionary.features import latent_columns
+from saelens_ext.report.dictionary.regions import Vocabulary
+from saelens_ext.report.dictionary.summary import Fact, excluded, hook_fact, model_fact, read_from
+from saelens_ext.report.format import count
+from saelens_ext.report.page import embed_json
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LatentSection:
+    """A dictionary of which no fit is known.
+
+    Raises:
+        ValueError: the profile or the lens is of another dictionary.
+    """
+
+    dictionary: SAE[Any]
+    """Any SAELens SAE or transcoder, k latents."""
+    profile: DictionaryProfile
+    """Of the dictionary."""
+    lens: LensResult | None = None
+    """The logit lens of its decoder's rows; None where they are not in the residual stream."""
+    evals: Mapping[str, Any] | None = None
+    """What ``sae_lens.evals.run_evals`` gave for it."""
+
+    def __post_init__(self) -> None:
+        k = self.dictionary.cfg.d_sae
+        if self.profile.d_sae != k:
+            raise ValueError(f"The profile is of {self.profile.d_sae} latents, the dictionary of {k}.")
+        if self.lens is not None and len(self.lens.promoted_ids) != k:
+            raise ValueError(f"The lens is of {len(self.lens.promoted_ids)} directions, the dictionary of {k} latents.")
+
+
+def latent_part(section: LatentSection, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What the template shows of the latents."""
+    return {
+        "heading": "Features",
+        "lead": _lead(section),
+        "facts": _facts(section),
+        "evaluation": [] if section.evals is None else evaluation_rows(section.evals),
+        "levels": [],
+        "plots": [],
+        "has_tree": False,
+        "steered": None,
+        "concept": None,
+        "data": embed_json(_data(section, tokenizer)),
+    }
+
+
+def _lead(section: LatentSection) -> str:
+    config = section.dictionary.cfg
+    out = config.metadata.hook_name_out
+    made = f"predicts the activation at {out}" if out and out != config.metadata.hook_name else "reconstructs it"
+    return (
+        f"This dictionary ({plain_name(config.architecture())}) encodes an activation of width {count(config.d_in)} "
+        f"into {count(config.d_sae)} features, and {made} from those that are active. How it was made is not recorded "
+        "beside it; shown is what its features respond to."
+    )
+
+
+def _facts(section: LatentSection) -> list[Fact]:
+    config, profile = section.dictionary.cfg, section.profile
+    metadata: dict[str, Any] = config.metadata.to_dict()
+    silent = int((profile.counts == 0).sum())
+    active = f"{int(profile.counts.sum()) / max(1, profile.n_activations):.1f}"
+    never = "every feature is active somewhere" if silent == 0 else f"{count(silent)} are active nowhere"
+    return [
+        model_fact(metadata),
+        hook_fact(str(metadata.get("hook_name") or profile.hook_name), config.d_in, metadata),
+        Fact("seen", "Activations profiled", count(profile.n_activations), read_from(metadata)),
+        Fact("excluded", "Excluded", *excluded(metadata)),
+        Fact("features", "Features", count(config.d_sae), f"architecture {plain_name(config.architecture())}"),
+        Fact("active", "Features active", active, f"on a token; {never}"),
+    ]
+
+
+def _data(section: LatentSection, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    profile, lens, k = section.profile, section.lens, section.dictionary.cfg.d_sae
+    ids = [profile.top.contexts, *([] if lens is None else [lens.promoted_ids, lens.suppressed_ids])]
+    vocabulary = Vocabulary(tensor.cpu() for tensor in ids)
+    return {
+        "n_profiled": profile.n_activations,
+        "context": [profile.context],
+        "width": section.dictionary.cfg.d_in,
+        "sizes": [k],
+        "level": [0] * k,
+        "index": list(range(k)),
+        "vocabulary": token_strings(tokenizer, vocabulary.token_ids),
+        "distances": profile.max_distance is not None,
+        "neurons": None,
+        "overlaps": None,
+        "steered": None,
+        **latent_columns(section, vocabulary),
+    }
