@@ -20,6 +20,12 @@ class KeptStream(ActivationStream):
 
     Raises:
         ValueError: more activations than ``memory_limit`` allows, and whatever reading the stream raises.
+
+    Examples:
+        >>> kept = sx.KeptStream(stream)  # runs the model
+        >>> fits = sx.fit_exemplar_partitions(kept, percentiles=(20, 40))  # does not
+        >>> kept.only("blocks.1.hook_out").requested_hook_names
+        ('blocks.1.hook_out',)
     """
 
     def __init__(self, stream: ActivationStream, *, memory_limit: int = 8 * 2**30):

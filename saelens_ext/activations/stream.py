@@ -119,6 +119,14 @@ class ActivationStream:
         model, tokenizer, context_size, batch_size, max_tokens, prepend_bos: as given, or as settled from None.
         requested_hook_names: the names as given, by which a batch's activations are found.
         hook_names: the names that fire on the model, in the same order.
+
+    Examples:
+        >>> stream = sx.ActivationStream(model, texts, "blocks.1.hook_out", context_size=16, max_tokens=100)
+        >>> sum(len(batch) for batch in stream)
+        100
+        >>> batch = next(iter(stream))
+        >>> batch.activations["blocks.1.hook_out"].shape == (len(batch), model.cfg.d_model)
+        True
     """
 
     def __init__(

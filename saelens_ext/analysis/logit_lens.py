@@ -52,6 +52,11 @@ def logit_lens(model: HostModel, directions: Tensor, *, top_n: int = 10) -> Lens
         ValueError: directions of another width than the residual stream, zero or not finite; ``top_n`` out of range; or
             a model whose final normalisation is not found.
 
+    Examples:
+        >>> lens = sx.logit_lens(model, partition.exemplars, top_n=5)
+        >>> lens.promoted_ids.shape == (len(partition.exemplars), 5)
+        True
+
     Source: the lens is nostalgebraist's (2020); the exemplars' lens is arXiv 2605.14347.
     """
     if directions.ndim != 2:

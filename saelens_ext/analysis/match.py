@@ -205,6 +205,11 @@ def match_dictionaries(
         ValueError: other widths, no directions, entries that are not finite, an option out of range, no radius where
             one is needed, too few activations or null draws, or an assignment that is too large.
 
+    Examples:
+        >>> match = sx.match_dictionaries(partition, partition)
+        >>> bool((match.first.cosine > 1 - 1e-5).all())
+        True
+
     Source: matching after arXiv 2605.14347, section on base and instruct models, which uses the assignment and a cutoff
     of 0.7 alone; the nearest neighbours from both sides and the cutoff from a null are ours.
     """

@@ -19,11 +19,11 @@ from transformers import PreTrainedTokenizerBase
 from saelens_ext import _checks, _files
 from saelens_ext.activations.stream import ActivationStream
 from saelens_ext.analysis.examples import BlockCutter, Examples, RowBlock
+from saelens_ext.analysis.profile_files import SCALARS, TABLES, TENSORS, check_belongs, tensors_of
 from saelens_ext.analysis.profiled_hook import profiled_hook
 from saelens_ext.analysis.tallies import CodeTally, RandomExamples, RegionTally
 from saelens_ext.dictionaries.paired_files import read_pair, write_pair
 from saelens_ext.host.flat_sae import refuse_sequence_codes
-from saelens_ext.host.hook_names import spellings_of
 from saelens_ext.host.tokens import token_strings
 
 if TYPE_CHECKING:
@@ -92,10 +92,10 @@ class DictionaryProfile:
         """
         path = Path(path)
         content = {"format_version": FORMAT_VERSION, "d_sae": self.d_sae} | {
-            name: getattr(self, name) for name in _SCALARS
+            name: getattr(self, name) for name in SCALARS
         }
-        tensors = {name: getattr(self, name) for name in _TENSORS if getattr(self, name) is not None}
-        for table in _TABLES:
+        tensors = {name: getattr(self, name) for name in TENSORS if getattr(self, name) is not None}
+        for table in TABLES:
             examples = getattr(self, table)
             if examples is not None:
                 tensors |= {f"{table}.{field.name}": getattr(examples, field.name) for field in fields(Examples)}
@@ -117,7 +117,7 @@ class DictionaryProfile:
         """
         path = Path(path)
         content, tensors = read_pair(path, STEM, KIND, FORMAT_VERSION)
-        wrong = [name for name, kind in {"d_sae": int, **_SCALARS}.items() if type(content.get(name)) is not kind]
+        wrong = [name for name, kind in {"d_sae": int, **SCALARS}.items() if type(content.get(name)) is not kind]
         if wrong:
             raise ValueError(
                 f"{path / STEM}.json lacks {', '.join(wrong)}, or holds something else there; it is not a whole "
@@ -125,21 +125,21 @@ class DictionaryProfile:
             )
         beside = path / SAE_CFG_FILENAME
         if sae is not None:
-            _check_belongs(content, sae.cfg.to_dict(), f"the dictionary given ({sae.get_name()})")
+            check_belongs(content, sae.cfg.to_dict(), f"the dictionary given ({sae.get_name()})")
         elif beside.exists():
-            _check_belongs(content, _files.read_json(beside), str(beside))
+            check_belongs(content, _files.read_json(beside), str(beside))
         scalars = {
-            name: tuple(map(str, content[name])) if kind is list else content[name] for name, kind in _SCALARS.items()
+            name: tuple(map(str, content[name])) if kind is list else content[name] for name, kind in SCALARS.items()
         }
-        profile = cls(**scalars, **_tensors_of(tensors, path))
+        profile = cls(**scalars, **tensors_of(tensors, path))
         profile._check_shapes(content["d_sae"], path)
         return profile
 
     def _check_shapes(self, d_sae: int, path: Path) -> None:
-        expected = {name: (d_sae,) for name in _TENSORS} | {"latent_names": (d_sae,)}
-        found = {name: tuple(value.shape) for name in _TENSORS if (value := getattr(self, name)) is not None}
+        expected = {name: (d_sae,) for name in TENSORS} | {"latent_names": (d_sae,)}
+        found = {name: tuple(value.shape) for name in TENSORS if (value := getattr(self, name)) is not None}
         found["latent_names"] = (len(self.latent_names),)
-        for table in _TABLES:
+        for table in TABLES:
             if (examples := getattr(self, table)) is None:
                 continue
             n = examples.values.shape[-1] if examples.values.ndim else 0
@@ -193,7 +193,7 @@ class DictionaryProfile:
 
         if not 0 <= latent < self.d_sae:
             raise ValueError(f"latent must be one of 0 to {self.d_sae - 1}, got {latent!r}.")
-        examples = getattr(self, _checks.choice(which, _TABLES, "which"))
+        examples = getattr(self, _checks.choice(which, TABLES, "which"))
         if examples is None:
             raise ValueError(f"This profile has no {which} examples; see n_{which} of profile_dictionary.")
         found = []
@@ -243,6 +243,13 @@ def profile_dictionary(
     Raises:
         ValueError: the stream has not the dictionary's hook, its activations have another width or are not finite,
             codes are not finite, or the SAE codes whole sequences.
+
+    Examples:
+        >>> profile = sx.profile_dictionary(partition, stream)
+        >>> int(profile.counts.sum()) == profile.n_activations  # every activation lies in one region
+        True
+        >>> list(profile.contexts(0, model.tokenizer).columns)
+        ['value', 'document', 'before', 'token', 'after']
 
     Source: coherence and boundary examples after arXiv 2605.14347, but of final Voronoi cells instead of arrival order.
     """
@@ -347,50 +354,4 @@ class _Profiler:
         results = self.codes.results() | (self.regions.results() if self.regions is not None else {})
         return DictionaryProfile(
             hook_name=self.key, hook_aliases=self.aliases, n_activations=self.n, context=self.context, **results
-        )
-
-
-# What the JSON file holds of a profile, and as what.
-_SCALARS = {
-    "hook_name": str,
-    "hook_aliases": list,
-    "n_activations": int,
-    "n_unassigned": int,
-    "context": int,
-    "latent_names": list,
-}
-_TENSORS = ("counts", "mean_activation", "max_activation", "coherence", "mean_distance", "max_distance")
-_TABLES = ("top", "boundary", "random")
-
-
-def _tensors_of(tensors: dict[str, Tensor], path: Path) -> dict[str, Any]:
-    """The tensor fields of a profile, its tables of examples put together."""
-    optional = {"coherence", "mean_distance", "max_distance"}
-    tables = [table for table in _TABLES if table == "top" or any(name.startswith(f"{table}.") for name in tensors)]
-    needed = {name for name in _TENSORS if name not in optional}
-    needed |= {f"{table}.{field.name}" for table in tables for field in fields(Examples)}
-    missing = sorted(needed - tensors.keys())
-    if missing:
-        raise ValueError(f"The profile in {path} lacks {', '.join(missing)}; it is not whole.")
-    found: dict[str, Any] = {name: tensors[name] for name in _TENSORS if name in tensors}
-    return found | {
-        table: Examples(**{field.name: tensors[f"{table}.{field.name}"] for field in fields(Examples)})
-        for table in tables
-    }
-
-
-def _check_belongs(content: dict[str, Any], config: dict[str, Any], what: str) -> None:
-    """Raise ValueError if a profile is of another number of latents or another hook than a dictionary."""
-    own = (config.get("metadata") or {}).get("hook_name")
-    known = content["hook_aliases"]
-    # The same place has another name in another host class, to which the dictionary may have been moved since.
-    spellings = [] if own is None else [own, *spellings_of(own, False), *spellings_of(own, True)]
-    if content["d_sae"] != config.get("d_sae"):
-        raise ValueError(
-            f"The profile is of {content['d_sae']} latents, {what} has {config.get('d_sae')}: they do not belong "
-            "together."
-        )
-    if own is not None and not set(spellings) & set(known):
-        raise ValueError(
-            f"The profile was made at {' = '.join(known)}, {what} is of {own!r}: they do not belong together."
         )

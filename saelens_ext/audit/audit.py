@@ -114,6 +114,13 @@ def audit_continuations(
     Raises:
         ValueError: no prefix, or one twice; an unknown option; a folder that holds an audit with other settings, models
             or dictionaries; and what the stages raise.
+
+    Examples:
+        >>> audit = sx.audit_continuations(
+        ...     model, "The assert statement", [partition], n=16, max_new_tokens=4, n_clusters=(1, 8), validate=False
+        ... )
+        >>> sorted({"text", "weight"} - set(audit.modes().columns))
+        []
     """
     given = [prefixes] if isinstance(prefixes, str) else list(prefixes)
     if not given or len(set(given)) != len(given):

@@ -105,6 +105,14 @@ def compare_detection(
     Raises:
         ValueError: no method, a name used twice, and as :func:`~saelens_ext.concepts.detection.concept_scores`.
 
+    Examples:
+        >>> with_colon = ["a: b", "if x: pass", "else: y", "try: z"]
+        >>> without = ["a b", "if x pass", "else y", "try z"]
+        >>> detectors = {"regions": sx.Detector.from_dictionary(partition)}
+        >>> compared = sx.compare_detection(model, detectors, with_colon, without, concept="a colon")
+        >>> [row.method for row in compared.rows]
+        ['regions']
+
     Source: the concept detection of arXiv 2506.10920, with sentences that choose kept apart from those that judge.
     """
     choosing, judging = zip(split_sentences(activating, seed=seed), split_sentences(neutral, seed=seed), strict=True)

@@ -72,6 +72,11 @@ def sample_continuations(
         ValueError: a number out of range, a prefix that does not leave room for the continuation in the model's
             context, no chat template, no tokenizer, or no draw with visible text.
 
+    Examples:
+        >>> continuations = sx.sample_continuations(model, "The assert statement", 8, max_new_tokens=4, seed=0)
+        >>> len(continuations), continuations.token_ids.shape[1] <= 4
+        (8, True)
+
     Source: arXiv 2606.08236, sampling (temperature 1, top-p 0.9, 20 tokens).
     """
     _checks.positive(n, "n")

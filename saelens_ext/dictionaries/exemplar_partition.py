@@ -86,6 +86,12 @@ class ExemplarPartition(DecoderOnlySAE):
     exact region of any activation. Under the default readout, an activation that founded a region is reproduced
     exactly: its code is its distance from the centre, at its own region.
 
+    Examples:
+        >>> regions, distances = partition.assign(activations)
+        >>> exemplars = partition.center + 3 * partition.exemplars  # exemplars lie in their own regions
+        >>> bool((partition.assign(exemplars).regions == torch.arange(len(exemplars))).all())
+        True
+
     Source: arXiv 2605.14347.
     """
 

@@ -38,6 +38,13 @@ def fit_exemplar_partition(
 
     Raises:
         ValueError: as for :func:`fit_exemplar_partitions`, and for a stream over several hooks.
+
+    Examples:
+        >>> fit = sx.fit_exemplar_partition(stream, percentile=20)
+        >>> fit.dictionary.encode(activations).shape == (len(activations), fit.dictionary.cfg.d_sae)
+        True
+        >>> fit.threshold.low <= fit.threshold.threshold <= fit.threshold.high
+        True
     """
     if len(stream.hook_names) != 1:
         raise ValueError(
@@ -74,6 +81,13 @@ def fit_exemplar_partitions(
     Raises:
         ValueError: no usable activation, fewer than ``calibration_activations``, only one document, an option out of
             range or unknown, or activations that are all alike.
+
+    Examples:
+        >>> fits = sx.fit_exemplar_partitions(stream, percentiles=(20, 40))
+        >>> sorted(fits)
+        [('blocks.1.hook_out', 20), ('blocks.1.hook_out', 40)]
+        >>> len(fits["blocks.1.hook_out", 20].counts) >= len(fits["blocks.1.hook_out", 40].counts)
+        True
 
     Source: arXiv 2605.14347, construction. Percentiles across documents, their intervals and the unseen-mass rule are
     ours: the paper's thresholds move with the batch size, and its rule waits for one lucky batch.

@@ -51,6 +51,11 @@ def fit_hierarchical_snmf(
         ValueError: ranks that do not fall, activations that exceed ``memory_limit``, and as for
             :func:`~saelens_ext.dictionaries.fit_snmf.fit_snmf`.
 
+    Examples:
+        >>> tree = sx.fit_hierarchical_snmf(neuron_stream, ranks=(8, 4))
+        >>> [dictionary.cfg.d_sae for dictionary in tree.dictionaries]
+        [8, 4]
+
     Source: arXiv 2506.10920, recursive SNMF; the refinement is this package's, see
     :mod:`saelens_ext.ops.deep_semi_nmf`.
     """

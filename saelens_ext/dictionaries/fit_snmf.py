@@ -95,6 +95,13 @@ def fit_snmf(
         ValueError: an option that is unknown or out of range, a stream over several hooks, no activation, activations
             that are all zero or not finite, more features than ``init`` can give, too few documents to hold any out.
 
+    Examples:
+        >>> fit = sx.fit_snmf(neuron_stream, n_components=8)
+        >>> fit.dictionary.features.shape == (8, model.cfg.d_mlp) and 0 < fit.loss < 1
+        True
+        >>> bool((fit.dictionary.encode(neurons) >= 0).all())
+        True
+
     Source: arXiv 2506.10920, for features and codes; the fit and its damping are this package's.
     """
     config = SNMFFitConfig.of(options)

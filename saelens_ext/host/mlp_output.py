@@ -56,6 +56,10 @@ def residual_directions(
         ValueError: a hook that is not one of MLP neurons, no hook or no such layer, an MLP without an output matrix (a
             mixture of experts) or with more behind it than a norm and a scale, features of another width or not finite.
 
+    Examples:
+        >>> sx.residual_directions(model, torch.eye(model.cfg.d_mlp)[:5], layer=1).shape == (5, model.cfg.d_model)
+        True
+
     Source: arXiv 2506.10920, f = W_out z; its code adds b_out before the norm of Gemma, where it is zero.
     """
     rows = features.W_dec if isinstance(features, SAE) else features

@@ -59,6 +59,12 @@ class LeaderClustering:
 
     Raises:
         ValueError: ``center`` is not a finite vector, or ``threshold`` lies outside (0, 2].
+
+    Examples:
+        >>> clustering = sx.LeaderClustering(center=torch.zeros(2), threshold=0.5)
+        >>> _ = clustering.partial_fit(torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]]))
+        >>> clustering.exemplar_indices.tolist(), clustering.counts.tolist()
+        ([0, 2], [2, 1])
     """
 
     # Buffers made in inference mode could never be updated outside it; so here and below.

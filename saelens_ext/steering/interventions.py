@@ -59,6 +59,13 @@ def add_direction(
     Raises:
         ValueError: unknown hook, a direction that is zero or not finite, strength or norm out of range, or positions
             that are negative or beyond the prompt; in the forward pass, a direction of another width than the hook.
+
+    Examples:
+        >>> before = model("The assert statement")
+        >>> with sx.add_direction(model, "blocks.1.hook_out", partition.exemplars[0], strength=2.0):
+        ...     after = model("The assert statement")
+        >>> bool(torch.allclose(before, after)), bool(torch.equal(before, model("The assert statement")))
+        (False, True)
     """
     if direction.ndim != 1:
         raise ValueError(f"direction must have shape (d,), got {tuple(direction.shape)}; pass one row of a dictionary.")
@@ -91,6 +98,13 @@ def ablate_directions(
     Raises:
         ValueError: unknown hook, a direction that is zero or not finite, a centre of another width; in the forward
             pass, directions of another width than the hook.
+
+    Examples:
+        >>> with sx.ablate_directions(model, "blocks.1.hook_out", partition.exemplars[:1], center=partition.center):
+        ...     _, cache = model.run_with_cache("The assert statement", names_filter=["blocks.2.hook_in"])
+        >>> left = (cache["blocks.2.hook_in"] - partition.center) @ partition.exemplars[0]
+        >>> bool((left.abs() < 1e-3).all())
+        True
 
     Source: arXiv 2605.14347, refusal ablation.
     """
@@ -127,6 +141,10 @@ def scale_latent(
     Raises:
         ValueError: no such latent, a factor that is not finite, a dictionary without a hook name or whose hook the
             model does not have, a SAE attached at that hook, or a SAE that codes whole sequences.
+
+    Examples:
+        >>> with sx.scale_latent(model, partition, 0, factor=0.0):  # switch the latent off, keep the error term
+        ...     logits = model("The assert statement")
     """
     if not math.isfinite(factor):
         raise ValueError(f"factor must be finite, got {factor!r}.")
@@ -184,6 +202,10 @@ def steer_with(
 
     Raises:
         ValueError: as for :func:`add_direction`; no such latent; no typical norm known; or no such basis.
+
+    Examples:
+        >>> with sx.steer_with(model, partition, 0, strength=0.5, typical_norm=3.0):
+        ...     logits = model("The assert statement")
     """
     _latent_mask(sae, latent)
     norm = typical_norm if typical_norm is not None else sae.cfg.metadata.typical_norm

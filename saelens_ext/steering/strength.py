@@ -121,6 +121,12 @@ def match_strength(
         ValueError: unknown hook, a direction that is zero, not finite or of another width, a target that is not
             positive, another argument out of range, or a model without a tokenizer.
 
+    Examples:
+        >>> search = sx.match_strength(model, "blocks.1.hook_out", partition.exemplars[0], targets=(0.05,))
+        >>> found = search.at(+1, 0.05)
+        >>> found.reached and abs(found.kl - 0.05) < 0.005
+        True
+
     Source: arXiv 2506.10920, causal steering, with its search replaced: the published one looks only at coefficients
     from 1 to 2000 and one sign, and leaves out targets that it does not hit.
     """

@@ -84,6 +84,12 @@ class JointClusterer(ClusterMixin, BaseEstimator):
         n_iter_: rounds of that descent.
         n_features_in_, n_sources_in_: d_e, d_a (0 without y).
 
+    Examples:
+        >>> meaning = np.array([[1.0, 0.0]] * 4 + [[0.0, 1.0]] * 4) + 0.01 * np.arange(16).reshape(8, 2)
+        >>> mechanism = np.array([[3.0, 0.0, 0.0]] * 4 + [[0.0, 2.0, 1.0]] * 4)
+        >>> sx.JointClusterer(beta=4.0, min_cluster_size=2).fit(meaning, mechanism).labels_.tolist()
+        [0, 0, 0, 0, 1, 1, 1, 1]
+
     Source: arXiv 2606.08236. Departures: the number of rounds is not what stops the descent, but that no reassignment,
     merge, split or single move lowers L; merges are taken best first; several starts are tried; the default scaling.
     """

@@ -129,6 +129,13 @@ def rate_distortion_path(
 
     Raises:
         ValueError: as ``JointClusterer.fit``, or an empty grid.
+
+    Examples:
+        >>> rng = np.random.default_rng(0)
+        >>> meaning, mechanism = rng.normal(size=(12, 3)), rng.normal(size=(12, 5))
+        >>> path = sx.rate_distortion_path(meaning, mechanism, betas=(1, 4), gammas=(0.5,))
+        >>> [point.beta for point in path.points]
+        [1.0, 4.0]
     """
     X = check_array(X, dtype=np.float64, ensure_min_samples=2, input_name="X")
     problem = make_problem(
