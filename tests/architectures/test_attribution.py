@@ -11,7 +11,7 @@ from tests.architectures._hosts import LAYER
 from tests.continuations._dictionaries import make
 
 ALL = {"kinds": KINDS, "special_positions": True, "max_sources": 10**6}
-STREAM, MLP = f"blocks.{LAYER}.hook_resid_post", "blocks.{}.hook_mlp_out"
+STREAM = f"blocks.{LAYER}.hook_resid_post"
 BIASED = ("gpt2", "qwen2", "pythia", "gptj", "gpt_neo", "bloom", "gpt_oss")
 
 
