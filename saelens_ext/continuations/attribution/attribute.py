@@ -18,7 +18,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from saelens_ext import _checks
-from saelens_ext.continuations.attribution.completeness import Completeness, check_linear, measure_completeness
+from saelens_ext.continuations.attribution.completeness import (
+    Completeness,
+    check_linear,
+    measure_completeness,
+    rounding,
+)
 from saelens_ext.continuations.attribution.frozen_model import traced
 from saelens_ext.continuations.attribution.gradients import TARGETS, BatchGradients, Target, gradients_of
 from saelens_ext.continuations.attribution.shown import check_backend
@@ -170,8 +175,8 @@ class _Run:
         cls, model: HostModel, saes: list[SAE[Any]], continuations: ContinuationSet, backend: str, target: str
     ) -> "_Run":
         _check_fits(model, continuations)
-        check_backend(model, backend)
         own, base = dictionary_sites(model, saes), base_sites(model, backend)
+        check_backend(model, backend)
         ids = torch.tensor(continuations.prefix_ids, device=device_of(model))
         prefix = read_prefix(
             model, ids, [name for site in [*own, *base] for name in (site.read or site.hook, site.hook)]
@@ -193,7 +198,8 @@ class _Run:
     def check(self, rows: Sequence[int]) -> None:
         """Refuse dictionaries that no path leads on from, or sources that do not make up the target, on some rows."""
         if self.backend != "gradient":
-            return check_linear(self.completeness(rows), next(iter(self.model.parameters())).dtype)
+            tolerance = rounding(next(iter(self.model.parameters())).dtype, self.backend)
+            return check_linear(self.completeness(rows), tolerance)
         with traced(self.model, self.sites, self.saes, self.backend) as trace:
             gradients_of(self.model, trace, self.sites, self.target, self.continuations.prefix_ids, self._ids(rows))
 

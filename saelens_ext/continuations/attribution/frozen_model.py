@@ -96,14 +96,15 @@ def _routed(model: HostModel, sites: Sequence[Site]) -> Iterator[None]:
 
 @contextmanager
 def _still(model: HostModel) -> Iterator[None]:
-    """Evaluation mode, gradients on, none for parameters; afterwards everything as it was."""
+    """Evaluation mode, gradients on, none for parameters, full precision; afterwards everything as it was."""
     modes = [(module, module.training) for module in model.modules()]
     needed = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         model.eval()
         for parameter in needed:
             parameter.requires_grad_(False)
-        with torch.enable_grad():
+        device = next(iter(model.parameters())).device.type
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
             yield
     finally:
         for parameter in needed:

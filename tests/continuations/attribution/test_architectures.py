@@ -26,6 +26,7 @@ from tests.models_zoo import (
     SPECIAL_IDS,
     VOCABULARY,
     ZOO,
+    make_hf_model,
     make_model,
     make_tokenizer,
 )
@@ -247,6 +248,34 @@ def test_a_hook_that_no_backend_leads_on_from():
     with pytest.raises(ValueError, match="no path that this backend keeps") as error:
         attribute_continuations(model, sae, found, backend="gradient")
     assert named(str(error.value)) == [] and "No other" in str(error.value)
+
+
+# --- other precisions and contexts ---
+
+
+@pytest.mark.parametrize("backend", ["linear", "relp"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("architecture", ["llama", "gptj", "bloom", "granite"])
+def test_half_precision_is_refused_where_full_precision_is(architecture, dtype, backend):
+    hf_model = make_hf_model(architecture).to(dtype)
+    model = load_model("tiny", hf_model=hf_model, tokenizer=make_tokenizer(), device="cpu")
+    found = score_continuations(model, "The assert statement", TEXTS)
+    if refused(architecture, BRIDGE, backend):
+        with pytest.raises(ValueError, match="hook_pattern.*'gradient' remains"):
+            attribute_continuations(model, [], found, backend=backend)
+    else:
+        attributed = attribute_continuations(model, [], found, backend=backend, **ALL).signatures
+        exact_model, exact_found = made(architecture, BRIDGE)
+        exact = attribute_continuations(exact_model, [], exact_found, backend=backend, **ALL).signatures
+        assert torch.nn.functional.cosine_similarity(attributed, exact).min() > 0.9
+
+
+def test_what_is_around_a_call_does_not_decide_what_is_refused():
+    for context in (torch.inference_mode(), torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16)):
+        model = make_model("llama", BRIDGE)
+        with context:
+            for backend in ("linear", "relp"):
+                shown.check_backend(model, backend)
 
 
 # --- trying out ------------------------------------------------------------------------------------------------------
