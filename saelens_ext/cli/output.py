@@ -4,15 +4,18 @@ import json
 import logging
 import math
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 PROGRAM = "saelens-ext"
+_UNLIMITED = 100_000  # columns where no terminal limits them
 
 
 @dataclass(kw_only=True)
@@ -61,17 +64,24 @@ def plain(value: Any) -> Any:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows under the names of their columns, numbers to the right."""
+    """Rows under the names of their columns, numbers to the right; on a terminal, cells fold to fit its width."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     if not rows:
         return ""
-    names = list(rows[0])
-    cells = [[shown(row.get(name)) for name in names] for row in rows]
-    widths = [max(len(name), *(len(line[i]) for line in cells)) for i, name in enumerate(names)]
-    right = [all(row.get(name) is None or isinstance(row.get(name), (int, float)) for row in rows) for name in names]
-    lines = [names, *cells]
-    return "\n".join(
-        "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right)).rstrip() for line in lines
-    )
+    found = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style=None)
+    for name in rows[0]:
+        numbers = all(row.get(name) is None or isinstance(row.get(name), (int, float)) for row in rows)
+        found.add_column(Text(name), justify="right" if numbers else "left", overflow="fold")
+    for row in rows:
+        found.add_row(*(Text(shown(row.get(name))) for name in rows[0]))
+    on_terminal = sys.__stdout__ is not None and sys.__stdout__.isatty()
+    width = shutil.get_terminal_size().columns if on_terminal else _UNLIMITED
+    console = Console(file=StringIO(), width=width, color_system=None, force_terminal=False)
+    console.print(found)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 
 
 def shown(value: Any) -> str:
