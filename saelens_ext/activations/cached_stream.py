@@ -186,7 +186,9 @@ class CachedStream(ActivationStream):
 def _column(hook_name: str, columns: Sequence[str], path: str | Path) -> str:
     """The column of a cache that holds a hook, by any of its spellings."""
     found = [
-        name for name in (hook_name, *spellings_of(hook_name, False), *spellings_of(hook_name, True)) if name in columns
+        name
+        for name in (hook_name, *spellings_of(hook_name, "plain"), *spellings_of(hook_name, "norms_around"))
+        if name in columns
     ]
     if not found:
         hooks = [name for name in columns if name != TOKEN_IDS]

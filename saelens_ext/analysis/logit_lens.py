@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from saelens_ext import _checks
-from saelens_ext.host.hook_edits import without_hooks
+from saelens_ext.host.edit_effects import without_hooks
 from saelens_ext.host.models import HostModel
 
 # Logits held at once: 64 MB in float32.

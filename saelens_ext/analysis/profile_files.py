@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from saelens_ext.analysis.examples import Examples
-from saelens_ext.host.hook_names import spellings_of
+from saelens_ext.host.hook_names import BLOCKS, spellings_of
 
 # What the JSON file holds of a profile, and as what.
 SCALARS = {
@@ -43,7 +43,7 @@ def check_belongs(content: dict[str, Any], config: dict[str, Any], what: str) ->
     own = (config.get("metadata") or {}).get("hook_name")
     known = content["hook_aliases"]
     # The same place has another name in another host class, to which the dictionary may have been moved since.
-    spellings = [] if own is None else [own, *spellings_of(own, False), *spellings_of(own, True)]
+    spellings = [] if own is None else [own, *(spelling for kind in BLOCKS for spelling in spellings_of(own, kind))]
     if content["d_sae"] != config.get("d_sae"):
         raise ValueError(
             f"The profile is of {content['d_sae']} latents, {what} has {config.get('d_sae')}: they do not belong "

@@ -18,7 +18,8 @@ from saelens_ext.cli.output import Context, Result
 from saelens_ext.dictionaries.fit_result import FitResult
 from saelens_ext.dictionaries.hierarchy import HierarchicalSNMF
 from saelens_ext.dictionaries.snmf_fit_result import SNMFFitResult
-from saelens_ext.host.models import in_residual_space, tokenizer_of
+from saelens_ext.host.hook_names import is_in_stream
+from saelens_ext.host.models import tokenizer_of
 from saelens_ext.hub.contents import Contents
 from saelens_ext.report.dictionary.dictionary_report import write_dictionary_report
 from saelens_ext.report.dictionary.latents import LatentSection
@@ -113,9 +114,9 @@ def _host(options: ReportOptions, contents: Contents) -> tuple[Any, Any, str]:
 
 
 def _lens(model: Any, dictionary: SAE[Any]) -> LensResult | None:
-    """What directions in the residual stream promote; None for those in another space."""
+    """What directions in the residual stream promote; None for those of other activations."""
     written = dictionary.cfg.metadata.hook_name_out or dictionary.cfg.metadata.hook_name
-    if model is None or dictionary.W_dec.shape[1] != model.cfg.d_model or not in_residual_space(written):
+    if model is None or not written or not is_in_stream(model, written):
         return None
     return logit_lens(model, dictionary.W_dec)
 

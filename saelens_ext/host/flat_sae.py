@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from sae_lens import SAE
+from sae_lens import SAE, Transcoder
 from torch import Tensor
 
 from saelens_ext import _checks
@@ -22,6 +22,29 @@ def refuse_sequence_codes(sae: SAE[Any]) -> None:
             "A temporal SAE codes a token together with all tokens before it, so it cannot be used token by token. "
             "Any other SAELens architecture can."
         )
+
+
+def hooks_of(sae: SAE[Any], what: str = "This dictionary") -> tuple[str, str]:
+    """The hooks at which a dictionary reads and at which it writes; one and the same but for transcoders.
+
+    Its decoder's rows are directions at the second.
+
+    Args:
+        sae: any SAELens SAE.
+        what: how to speak of it in messages.
+
+    Raises:
+        ValueError: the dictionary does not record them.
+    """
+    read, write = sae.cfg.metadata.hook_name, sae.cfg.metadata.hook_name_out
+    if not read:
+        raise ValueError(f"{what} names no hook. Set sae.cfg.metadata.hook_name to where it was built.")
+    if isinstance(sae, Transcoder) and not write:
+        raise ValueError(
+            f"{what} is a transcoder that does not say where it writes. Set sae.cfg.metadata.hook_name_out to its "
+            "output hook."
+        )
+    return read, write or read
 
 
 @contextmanager

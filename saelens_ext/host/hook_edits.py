@@ -8,8 +8,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformer_lens.hook_points import HookPoint
+from torch.utils.hooks import RemovableHandle
 
+from saelens_ext.host.edit_effects import check_takes_effect
+from saelens_ext.host.hook_names import output_behind
 from saelens_ext.host.models import HostModel, resolve_hook
 
 HookFunction = Callable[..., Tensor | None]
@@ -27,7 +29,8 @@ def hooked(
     """Run functions at hook points inside the context, behind the hooks that are there already.
 
     Goes to the hook points themselves: ``TransformerBridge.hooks`` runs a function once per name of a point in
-    compatibility mode, and skips a name it does not know without a word.
+    compatibility mode, and skips a name it does not know without a word. What a function changes in the middle of a
+    bridge's block is changed at the block's output as well, since the skip connection runs past the middle.
 
     Args:
         model: either host class.
@@ -35,44 +38,65 @@ def hooked(
         direction: ``"bwd"`` runs them on gradients instead.
     """
     level = next(_levels)
-    points = [(name, model.hook_dict[name]) for name, _ in hooks]
+    points = {name: model.hook_dict[name] for name, _ in hooks}
+    outputs: dict[str, nn.Module] = {}
+    handles: list[RemovableHandle] = []
     try:
-        for (_, point), (_, function) in zip(points, hooks, strict=True):
-            point.add_hook(function, dir=direction, level=level)
+        for name, function in hooks:
+            output = output_behind(model, name) if direction == "fwd" else None
+            if output is not None:
+                function = _Repeated(function)
+                # In front of everything that is at the output, a SAE included.
+                outputs[output] = model.get_submodule(output)
+                handles.append(outputs[output].register_forward_pre_hook(function.repeat))
+            points[name].add_hook(function, dir=direction, level=level)
         yield model
     finally:
-        for _, point in points:
+        for handle in handles:
+            handle.remove()
+        for point in points.values():
             point.remove_hooks(direction, level=level)
-        lost = [name for name, point in points if model.hook_dict.get(name) is not point]
+        lost = [name for name, point in points.items() if model.hook_dict.get(name) is not point]
+        lost += [name for name, module in outputs.items() if model.get_submodule(name) is not module]
         if lost:
             warnings.warn(
                 f"A SAE was attached to or detached from the model at {', '.join(lost)} inside the context of an "
                 "intervention. The host replaces the hook point when it does so, and the intervention was lost with "
                 "it from then on. Attach the SAE first, then enter the context.",
-                stacklevel=3,
+                stacklevel=4,
             )
 
 
-@contextmanager
-def without_hooks(module: nn.Module) -> Iterator[None]:
-    """Keep the hooks of a module's hook points from running inside the context."""
-    points = [part for part in module.modules() if isinstance(part, HookPoint)]
-    kept = [point._forward_hooks for point in points]
-    try:
-        for point in points:
-            point._forward_hooks = type(point._forward_hooks)()
-        yield
-    finally:
-        for point, hooks in zip(points, kept, strict=True):
-            point._forward_hooks = hooks
+class _Repeated:
+    """A function in the middle of a block, and what it changed, to be added at the block's output."""
+
+    def __init__(self, function: HookFunction):
+        self._function = function
+        self._change: Tensor | None = None
+
+    def __call__(self, x: Tensor, hook: Any = None) -> Tensor | None:
+        result = self._function(x, hook=hook)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        self._change = None if result is None else result.to(wide) - x.to(wide)
+        return result
+
+    def repeat(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        change, self._change = self._change, None
+        if change is None:
+            return None
+        x = arguments[0]
+        return ((x.to(change.dtype) + change.to(x.device)).to(x.dtype), *arguments[1:])
 
 
 def edit_point(model: HostModel, hook_name: str) -> str:
     """The name that fires on this model for the hook, at which what flows on can be changed.
 
+    In the middle of a bridge's block that takes :func:`hooked`.
+
     Raises:
-        ValueError: unknown hook; one whose place a SAE has taken; or one that a transcoder attached to the model reads
-            from, since it takes its input before later hooks change it.
+        ValueError: unknown hook; one whose place a SAE has taken; one that a transcoder attached to the model reads
+            from, since it takes its input before later hooks change it; or one at which a change has no effect, or
+            only a part of it.
     """
     name = resolve_hook(model, hook_name)
     for read, sae in getattr(model, "acts_to_saes", {}).items():
@@ -82,6 +106,7 @@ def edit_point(model: HostModel, hook_name: str) -> str:
                 f"A transcoder attached to the model reads its input at {name}, before an intervention could change "
                 "it. Detach it with model.reset_saes(), or intervene before or behind this hook."
             )
+    check_takes_effect(model, name)
     return name
 
 

@@ -13,6 +13,7 @@ from typing import Any, Union
 from transformer_lens import HookedTransformer
 from transformer_lens.HookedTransformer import HookedRootModule
 from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 
 from saelens_ext._checks import near_matches
 
@@ -23,29 +24,53 @@ ATTACHED = "hook_sae_output"
 
 # One row per place: HookedTransformer's spelling first, then a bridge's. `{}` is the block.
 _SPELLINGS = (
+    ("hook_embed", "embed_ln.hook_out"),
     ("hook_embed", "embed.hook_out"),
     ("hook_pos_embed", "pos_embed.hook_out"),
     ("blocks.{}.hook_resid_pre", "blocks.{}.hook_in"),
-    ("blocks.{}.hook_resid_mid", "blocks.{}.ln2.hook_in"),
     ("blocks.{}.hook_resid_post", "blocks.{}.hook_out"),
-    ("blocks.{}.hook_attn_out", "blocks.{}.attn.hook_out"),
-    ("blocks.{}.hook_mlp_out", "blocks.{}.mlp.hook_out"),
     ("blocks.{}.attn.hook_q", "blocks.{}.attn.q.hook_out"),
     ("blocks.{}.attn.hook_k", "blocks.{}.attn.k.hook_out"),
     ("blocks.{}.attn.hook_v", "blocks.{}.attn.v.hook_out"),
     ("blocks.{}.attn.hook_z", "blocks.{}.attn.o.hook_in"),
-    ("blocks.{}.mlp.hook_in", "blocks.{}.ln2.hook_out"),
     ("blocks.{}.mlp.hook_pre", "blocks.{}.mlp.gate.hook_out"),
     # `in` is the linear half of a gated MLP and the only half of a plain one: the first that the model has is meant.
     ("blocks.{}.mlp.hook_pre_linear", "blocks.{}.mlp.in.hook_out"),
     ("blocks.{}.mlp.hook_pre", "blocks.{}.mlp.in.hook_out"),
     ("blocks.{}.mlp.hook_post", "blocks.{}.mlp.out.hook_in"),
 )
-# Models that normalise a sublayer's output (Gemma 2) add it to the residual stream after that norm, and so
-# HookedTransformer hooks it there; the sublayer's own output then has no HookedTransformer name.
-_POST_NORM_SPELLINGS = {
-    "blocks.{}.hook_attn_out": "blocks.{}.ln1_post.hook_out",
-    "blocks.{}.hook_mlp_out": "blocks.{}.ln2_post.hook_out",
+BLOCKS = ("plain", "adding", "norms_around", "norms_behind")
+"""Kinds of blocks: norms before each sublayer; the same, with sublayers that add the residual stream themselves
+(BLOOM); norms before and behind each sublayer (Gemma 2); norms only behind (OLMo 2)."""
+
+# HookedTransformer hooks what is added to the residual stream. Where the output of the sublayer's module is something
+# else, that has no HookedTransformer name.
+_SPELLINGS_BY_BLOCK = {
+    "plain": (
+        ("blocks.{}.hook_resid_mid", "blocks.{}.ln2.hook_in"),
+        ("blocks.{}.hook_attn_out", "blocks.{}.attn.hook_out"),
+        ("blocks.{}.hook_attn_out", "blocks.{}.attn.o.hook_out"),
+        ("blocks.{}.hook_mlp_out", "blocks.{}.mlp.hook_out"),
+        ("blocks.{}.hook_mlp_out", "blocks.{}.mlp.out.hook_out"),
+        ("blocks.{}.mlp.hook_in", "blocks.{}.ln2.hook_out"),
+    ),
+    "adding": (
+        ("blocks.{}.hook_resid_mid", "blocks.{}.ln2.hook_in"),
+        ("blocks.{}.hook_attn_out", "blocks.{}.attn.o.hook_out"),
+        ("blocks.{}.hook_mlp_out", "blocks.{}.mlp.out.hook_out"),
+        ("blocks.{}.mlp.hook_in", "blocks.{}.ln2.hook_out"),
+    ),
+    "norms_around": (
+        ("blocks.{}.hook_resid_mid", "blocks.{}.ln2.hook_in"),
+        ("blocks.{}.hook_attn_out", "blocks.{}.ln1_post.hook_out"),
+        ("blocks.{}.hook_mlp_out", "blocks.{}.ln2_post.hook_out"),
+        ("blocks.{}.mlp.hook_in", "blocks.{}.ln2.hook_out"),
+    ),
+    "norms_behind": (
+        ("blocks.{}.hook_resid_mid", "blocks.{}.mlp.hook_in"),
+        ("blocks.{}.hook_attn_out", "blocks.{}.ln1.hook_out"),
+        ("blocks.{}.hook_mlp_out", "blocks.{}.ln2.hook_out"),
+    ),
 }
 # The bridge names of Hugging Face modules, by the end of the module's path.
 _HF_MODULES = (
@@ -122,6 +147,43 @@ def stop_layer(model: AnyHost, hook_names: str | Iterable[str]) -> int | None:
     return None if None in needed else max((n for n in needed if n is not None), default=0)
 
 
+def is_in_stream(model: AnyHost, hook_name: str) -> bool:
+    """Whether a hook shows the residual stream or what is added to it, so that a direction there is one of the stream.
+
+    A width alone does not tell: that of a head's or an MLP's activations may be the same.
+
+    Raises:
+        ValueError: as `resolve_hook`.
+    """
+    name = locate(model, hook_name)[0]
+    layer = _block(name)
+    ends = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
+    places = ("hook_embed", "hook_pos_embed") if layer is None else [f"blocks.{layer}.{end}" for end in ends]
+    for place in places:
+        try:
+            if locate(model, place)[0] == name:
+                return True
+        except ValueError:  # a place that this model does not have
+            continue
+    return False
+
+
+def output_behind(model: AnyHost, name: str) -> str | None:
+    """Where a change in the middle of a block must be made once more: at the block's output.
+
+    A bridge shows the residual stream between attention and MLP as the input of what follows, where the skip
+    connection has branched off already. What is added in the middle must be added at the block's output as well.
+
+    Returns:
+        The name of the block's output; None where a change flows on by itself.
+    """
+    block = re.fullmatch(rf"(blocks\.(\d+))\.(.+?)(?:\.{ATTACHED})?", name)
+    if block is None or not isinstance(model, TransformerBridge):
+        return None
+    aliases = getattr(model.blocks[int(block[2])], "hook_aliases", {})
+    return f"{block[1]}.hook_out" if aliases.get("hook_resid_mid") == block[3] else None
+
+
 def locate(model: AnyHost, hook_name: str) -> tuple[str, bool]:
     """The name of a place on ``model``, and whether an attached SAE has replaced the hook point there.
 
@@ -156,13 +218,22 @@ def _locate(model: AnyHost, hook_name: str, hooks: Mapping[str, Any]) -> tuple[s
     for candidate in candidates:
         if not separator and candidate in hooks:
             name = hooks[candidate].name
+            if name.startswith("rotary_emb."):
+                raise _absent(model, hook_name, "Its positions are rotary: nothing is added to the stream for them.")
             _check_gate(model, name)
             return name, False
+    if hook_name.endswith("hook_resid_mid") and getattr(getattr(model, "cfg", None), "parallel_attn_mlp", False):
+        raise _absent(model, hook_name, "Attention and MLP read the same residual stream, so a block has no middle.")
+    known = [name for name in _known_names(model, hooks) if name != hook_name]
     raise ValueError(
-        f"{type(model).__name__} has no hook {hook_name!r}.{near_matches(hook_name, _known_names(model, hooks))} "
+        f"{type(model).__name__} has no hook {hook_name!r}.{near_matches(hook_name, known)} "
         "Its names are the keys of model.hook_dict; TransformerLens names (blocks.3.hook_resid_post) and names of "
         "Hugging Face modules (model.layers.3) are translated."
     )
+
+
+def _absent(model: AnyHost, hook_name: str, reason: str) -> ValueError:
+    return ValueError(f"This {type(model).__name__} has no hook {hook_name!r}. {reason}")
 
 
 def _is_plain(name: str, model: AnyHost, hooks: Mapping[str, Any]) -> bool:
@@ -187,10 +258,18 @@ def _candidates(name: str, model: AnyHost, hooks: Mapping[str, Any]) -> Iterable
     """The spellings of one place, those of the model itself first."""
     yield name
     if isinstance(model, TransformerBridge):
+        # A bridge knows best where its architecture has a place, and which it has not.
         yield from _bridge_aliases(model).get(name, ())
-    spellings = spellings_of(name, _is_post_norm(model))
+        module = _module_block(name)
+        if module is not None:
+            yield module[0].replace("{}", str(module[1]))
+        return
+    kind = _block_kind(model, hooks)
+    if kind == "adding" and name == "embed.hook_out":
+        return  # HookedTransformer shows the embedding behind its norm alone
+    spellings = spellings_of(name, kind)
     yield from spellings
-    if not isinstance(model, (HookedTransformer, TransformerBridge)):
+    if not isinstance(model, HookedTransformer):
         yield from _module_paths(spellings, hooks)
 
 
@@ -200,8 +279,8 @@ def _bridge_aliases(model: TransformerBridge) -> dict[str, tuple[str, ...]]:
     return {alias: (target,) if isinstance(target, str) else tuple(target) for alias, target in aliases.items()}
 
 
-def spellings_of(name: str, post_norm: bool) -> list[str]:
-    """The other spellings of ``name``, those of `HookedTransformer` and of bridges."""
+def spellings_of(name: str, kind: str) -> list[str]:
+    """The spellings of ``name``, those of `HookedTransformer` and of bridges, on a model with blocks of a kind."""
     block = _module_block(name)
     if block is not None:
         template, layer = block
@@ -209,8 +288,7 @@ def spellings_of(name: str, post_norm: bool) -> list[str]:
         layer = _block(name)
         template = name if layer is None else name.replace(f"blocks.{layer}.", "blocks.{}.", 1)
     found = [template]
-    for hooked, bridged in _SPELLINGS:
-        bridged = _POST_NORM_SPELLINGS.get(hooked, bridged) if post_norm else bridged
+    for hooked, bridged in _SPELLINGS + _SPELLINGS_BY_BLOCK[kind]:
         if template in (hooked, bridged):
             found += [hooked, bridged]
     return [spelling.replace("{}", str(layer)) for spelling in found]
@@ -264,5 +342,15 @@ def _check_gate(model: AnyHost, name: str) -> None:
             raise ValueError(f"The hook {name!r} is switched off on this model: call model.set_{switch}(True) first.")
 
 
-def _is_post_norm(model: AnyHost) -> bool:
-    return bool(getattr(getattr(model, "cfg", None), "use_normalization_before_and_after", False))
+def _block_kind(model: AnyHost, hooks: Iterable[str]) -> str:
+    """Which of `BLOCKS` a model has that is no bridge."""
+    cfg = getattr(model, "cfg", None)
+    # Hugging Face modules, of which HookedProxyLM has hooks.
+    ends = {path.rsplit(".", 1)[-1] for path in hooks}
+    if getattr(cfg, "post_embedding_ln", False) or "word_embeddings_layernorm" in ends:
+        return "adding"
+    if getattr(cfg, "use_normalization_before_and_after", False) or "pre_feedforward_layernorm" in ends:
+        return "norms_around"
+    if getattr(cfg, "original_architecture", None) in POST_NORM_ARCHITECTURES or "post_feedforward_layernorm" in ends:
+        return "norms_behind"
+    return "plain"

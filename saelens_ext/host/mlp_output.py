@@ -16,15 +16,15 @@ import torch
 from sae_lens import SAE
 from torch import Tensor, nn
 from transformer_lens import HookedTransformer
+from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 
 from saelens_ext import _checks
-from saelens_ext.host.hook_edits import hooked, without_hooks
+from saelens_ext.host.edit_effects import without_hooks
+from saelens_ext.host.hook_edits import hooked
 from saelens_ext.host.hook_names import hook_layer, locate
 from saelens_ext.host.models import HostModel, resolve_hook
 from saelens_ext.host.prompt_passes import device_of, evaluating, logits_of
 
-# HookedTransformer keeps the name of the second norm of these models, whose norms all come behind.
-_NORM_ONLY_BEHIND = ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
 _SCALES: WeakKeyDictionary[nn.Module, dict[tuple[int, bool], float]] = WeakKeyDictionary()
 
 
@@ -89,7 +89,7 @@ def _layer_of(model: HostModel, features: SAE[Any] | Tensor, hook_name: str | No
             raise ValueError(f"layer must be one of 0 to {n_layers - 1}, got {layer}.")
         return int(layer)
     if hook_name is None and isinstance(features, SAE):
-        hook_name = features.cfg.metadata.hook_name
+        hook_name = features.cfg.metadata.hook_name_out or features.cfg.metadata.hook_name
     if hook_name is None:
         raise ValueError(
             "Nothing says which neurons these are directions over: pass layer=, or hook_name= such as "
@@ -144,7 +144,7 @@ def _norm_behind(model: HostModel, layer: int) -> nn.Module | None:
     if isinstance(model, HookedTransformer):
         if model.cfg.use_normalization_before_and_after:
             return block.ln2_post
-        return block.ln2 if model.cfg.original_architecture in _NORM_ONLY_BEHIND else None
+        return block.ln2 if model.cfg.original_architecture in POST_NORM_ARCHITECTURES else None
     # A bridge's block says itself where the MLP's contribution can be read: behind that norm, if there is one.
     name = str(block.hook_aliases.get("hook_mlp_out", "")).split(".")[0]
     return getattr(block, name) if name.startswith("ln") else None

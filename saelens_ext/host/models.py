@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from saelens_ext._checks import choice
 from saelens_ext.host.by_name import hooked_by_name
-from saelens_ext.host.hook_names import AnyHost, hook_layer, locate, resolve_hook, stop_layer
+from saelens_ext.host.hook_names import AnyHost, hook_layer, locate, output_behind, resolve_hook, stop_layer
 from saelens_ext.host.scaled_contributions import run_replaced_points
 
 HostModel = Union[HookedTransformer, TransformerBridge]
@@ -147,7 +147,8 @@ def retarget(sae: AnySAE, model: AnyHost) -> AnySAE:
         ValueError: when the SAE records no hook name, or the model has no such place.
 
     Warns:
-        UserWarning: when the SAE records that it was built on activations which this model does not give.
+        UserWarning: when the SAE records that it was built on activations which this model does not give; or when it
+            writes in the middle of a block of a bridge, where attaching it replaces only what the MLP reads.
     """
     metadata = sae.cfg.metadata
     if not metadata.hook_name:
@@ -161,6 +162,16 @@ def retarget(sae: AnySAE, model: AnyHost) -> AnySAE:
         metadata.hook_name_out = hook_name_out
     run_replaced_points(model)
     _set_head_reshaping(sae, model)
+    output = output_behind(model, hook_name_out or hook_name)
+    if output is not None:
+        warnings.warn(
+            f"{hook_name_out or hook_name} is the middle of a block, where a bridge passes what an attached SAE gives "
+            f"to the MLP alone; what flows past it to {output} stays as it was. Attached to the model "
+            "(model.saes, run_evals), this SAE replaces less than on a HookedTransformer. The interventions, steering "
+            "and attribution of this package act on the whole stream.",
+            UserWarning,
+            stacklevel=2,
+        )
     if isinstance(model, (HookedTransformer, TransformerBridge)):
         differences = _activation_differences(metadata, describe_model(model))
         if differences:

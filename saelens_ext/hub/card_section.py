@@ -46,7 +46,9 @@ def describe(contents: Contents, repo_id: str, sae_id: str, metrics: Metrics | N
         if isinstance(whole, HierarchicalSNMF)
         else _KINDS.get(architecture, f"SAELens {architecture}")
     )
-    place = ", ".join(f"`{cell(name)}`" for name in (sae.cfg.metadata.model_name, sae.cfg.metadata.hook_name) if name)
+    made = sae.cfg.metadata
+    hooks = dict.fromkeys((made.hook_name, made.hook_name_out))  # a transcoder writes elsewhere than it reads
+    place = ", ".join(f"`{cell(name)}`" for name in (made.model_name, *hooks) if name)
     about = _ABOUT.get(architecture, f"A SAELens SAE of architecture `{architecture}`.")
     if isinstance(whole, HierarchicalSNMF):
         about += (

@@ -14,6 +14,7 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.util import dtype_to_str
 
 from saelens_ext.activations.cached_stream import CachedStream
+from saelens_ext.host.hook_names import output_behind
 from saelens_ext.runner.sources import RunStream, device_of
 
 logger = logging.getLogger(__name__)
@@ -97,7 +98,8 @@ def evaluate(dictionary: SAE[Any], stream: RunStream, given: EvalWindows) -> dic
         given: what to evaluate on.
 
     Returns:
-        The groups of figures that ``run_evals`` gives, None for what is not finite, and under "token_stats" whether the
+        The groups of figures that ``run_evals`` gives (without those of the model's predictions in the middle of a
+        bridge's block), None for what is not finite, and under "token_stats" whether the
         text was unseen. ``run_evals`` knows no ``seqpos_slice``: where the stream leaves out positions, "token_stats"
         says under "all_positions_of_windows" that the figures are over other activations than the dictionary was built
         from.
@@ -119,12 +121,20 @@ def evaluate(dictionary: SAE[Any], stream: RunStream, given: EvalWindows) -> dic
         device=device_of(stream),
         dtype=dtype_to_str(dictionary.dtype),
     )
+    # In the middle of a bridge's block run_evals would put the reconstruction into the MLP's input alone.
+    replaceable = output_behind(stream.model, dictionary.cfg.metadata.hook_name) is None
+    if not replaceable:
+        logger.warning(
+            "What the reconstruction does to the model's predictions is not evaluated: %s is the middle of a block, "
+            "which SAELens cannot replace on a bridge. Evaluate it on a HookedTransformer.",
+            dictionary.cfg.metadata.hook_name,
+        )
     config = EvalConfig(
         batch_size_prompts=given.batch_size,
         n_eval_reconstruction_batches=given.n_batches,
         n_eval_sparsity_variance_batches=given.n_batches,
-        compute_kl=True,
-        compute_ce_loss=True,
+        compute_kl=replaceable,
+        compute_ce_loss=replaceable,
         compute_l2_norms=True,
         compute_sparsity_metrics=True,
         compute_variance_metrics=True,

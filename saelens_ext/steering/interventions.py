@@ -4,6 +4,14 @@ Each is a context manager: inside it every forward pass and every generated toke
 cache; afterwards, and after an exception, the model is as before. They nest, the outer one acting first, and they
 leave the user's own hooks alone. A hook of the user's that was there before sees the unchanged activation.
 
+A context can be entered again, and inside itself, where it then acts twice. Arguments are checked when it is made;
+hooks are looked up each time it is entered, so that it acts on the model as it is then.
+
+In the middle of a block (``hook_resid_mid``) a bridge shows the residual stream behind the point where the skip
+connection branches off; what is changed there is changed at the block's output as well, so that an intervention acts
+on the whole stream as it does on a `HookedTransformer`. A hook at which a change has no effect, or a partial one, is an
+error.
+
 Where a SAE is attached (``model.add_sae``), two activations go by the hook's name, and it is an error until one of
 them is named: ``….hook_sae_output`` is what flows on. A SAE that is attached or detached at the hook inside the
 context takes the intervention away, since the host then replaces the hook point; that is a warning on leaving.
@@ -23,13 +31,38 @@ from contextlib import AbstractContextManager
 from typing import Any, SupportsIndex
 
 import torch
-from sae_lens import SAE, Transcoder
+from sae_lens import SAE
 from torch import Tensor
 
 from saelens_ext import _checks
-from saelens_ext.host.flat_sae import encode_flat, flat_activations, refuse_sequence_codes
-from saelens_ext.host.hook_edits import edit_hook, edit_point, flat_rows, hooked
+from saelens_ext.host.flat_sae import encode_flat, flat_activations, hooks_of, refuse_sequence_codes
+from saelens_ext.host.hook_edits import HookFunction, edit_hook, edit_point, flat_rows, hooked
 from saelens_ext.host.models import HostModel, resolve_hook
+
+Hooks = list[tuple[str, HookFunction]]
+
+
+class Intervention(AbstractContextManager[HostModel]):
+    """A change of the model's activations inside a context, which gives the model.
+
+    Args:
+        model: either host class.
+        hooks: gives names that fire on the model as it is, and functions; called now, to check them, and on each entry.
+    """
+
+    def __init__(self, model: HostModel, hooks: Callable[[], Hooks]):
+        self._model, self._hooks = model, hooks
+        self._entered: list[AbstractContextManager[HostModel]] = []
+        hooks()
+
+    def __enter__(self) -> HostModel:
+        context = hooked(self._model, self._hooks())
+        context.__enter__()
+        self._entered.append(context)
+        return self._model
+
+    def __exit__(self, *exception: Any) -> None:
+        self._entered.pop().__exit__(*exception)
 
 
 def add_direction(
@@ -40,7 +73,7 @@ def add_direction(
     *,
     typical_norm: float | int = 1.0,
     positions: Sequence[int] | None = None,
-) -> AbstractContextManager[HostModel]:
+) -> Intervention:
     """Add a multiple of a direction to an activation: x <- x + s t u.
 
     Args:
@@ -73,15 +106,19 @@ def add_direction(
         raise ValueError(f"strength must be finite, got {strength!r}.")
     _checks.between(typical_norm, 0, math.inf, "typical_norm")
     vector = _unit_rows(direction[None])[0] * (strength * typical_norm)
-    hook = edit_hook(lambda x: x + vector.to(x), len(vector), hook_name, positions)
-    point = edit_point(model, hook_name)
-    # Some hook points of a bridge compute differently as soon as a hook returns anything.
-    return hooked(model, [(point, hook)] if strength != 0 else [])
+
+    def hooks() -> Hooks:
+        hook = edit_hook(lambda x: x + vector.to(x), len(vector), hook_name, positions)
+        point = edit_point(model, hook_name)
+        # Some hook points of a bridge compute differently as soon as a hook returns anything.
+        return [(point, hook)] if strength != 0 else []
+
+    return Intervention(model, hooks)
 
 
 def ablate_directions(
     model: HostModel, hook_name: str, directions: Tensor, *, center: Tensor | None = None
-) -> AbstractContextManager[HostModel]:
+) -> Intervention:
     """Project directions out of an activation, about a centre: x <- x - Q Q^T (x - c).
 
     What is orthogonal to the directions stays; along them x takes the value of the centre.
@@ -119,12 +156,12 @@ def ablate_directions(
         q = basis.to(x)
         return x - ((x - origin.to(x)) @ q) @ q.T
 
-    return hooked(model, [(edit_point(model, hook_name), edit_hook(edit, rows.shape[1], hook_name))])
+    return Intervention(model, lambda: [(edit_point(model, hook_name), edit_hook(edit, rows.shape[1], hook_name))])
 
 
 def scale_latent(
     model: HostModel, sae: SAE[Any], latent: SupportsIndex | Sequence[SupportsIndex], factor: float | int
-) -> AbstractContextManager[HostModel]:
+) -> Intervention:
     """Multiply the code of one or several latents: x <- x + decode(z') - decode(z), with z'_j = factor * z_j.
 
     What the dictionary does not reconstruct is kept; a token whose code does not change is left exactly as it is.
@@ -154,7 +191,7 @@ def scale_latent(
 
 def clamp_latent(
     model: HostModel, sae: SAE[Any], latent: SupportsIndex | Sequence[SupportsIndex], value: float | int
-) -> AbstractContextManager[HostModel]:
+) -> Intervention:
     """Set the code of one or several latents at every token: x <- x + decode(z') - decode(z), with z'_j = value.
 
     Args:
@@ -184,7 +221,7 @@ def steer_with(
     basis: str | None = None,
     typical_norm: float | int | None = None,
     positions: Sequence[int] | None = None,
-) -> AbstractContextManager[HostModel]:
+) -> Intervention:
     """Add a dictionary's direction where the dictionary writes, in units of the activations' typical norm.
 
     Args:
@@ -215,7 +252,7 @@ def steer_with(
             "norm of the activations at its hook, or 1.0 to give the strength in units of the activation."
         )
     direction = _directions(sae, basis)[operator.index(latent)].detach()
-    return add_direction(model, _hooks_of(sae)[1], direction, strength, typical_norm=norm, positions=positions)
+    return add_direction(model, hooks_of(sae)[1], direction, strength, typical_norm=norm, positions=positions)
 
 
 # --- from the arguments to numbers ---
@@ -266,34 +303,24 @@ def _directions(sae: SAE[Any], basis: str | None) -> Tensor:
     return getattr(sae, name)
 
 
-def _hooks_of(sae: SAE[Any]) -> tuple[str, str]:
-    """Where a dictionary reads and where it writes; one and the same hook but for transcoders."""
-    read = sae.cfg.metadata.hook_name
-    if read is None:
-        raise ValueError("This dictionary names no hook. Set sae.cfg.metadata.hook_name to where it was built.")
-    if isinstance(sae, Transcoder) and sae.cfg.metadata.hook_name_out is None:
-        raise ValueError(
-            "This transcoder does not say where it writes. Set sae.cfg.metadata.hook_name_out to its output hook."
-        )
-    return read, sae.cfg.metadata.hook_name_out or read
-
-
-def _latents_edited(
-    model: HostModel, sae: SAE[Any], change: Callable[[Tensor], Tensor]
-) -> AbstractContextManager[HostModel]:
+def _latents_edited(model: HostModel, sae: SAE[Any], change: Callable[[Tensor], Tensor]) -> Intervention:
     """Change codes where the dictionary writes, from what it reads, and keep its error."""
     refuse_sequence_codes(sae)
-    read, write = resolve_hook(model, _hooks_of(sae)[0]), edit_point(model, _hooks_of(sae)[1])
-    if read == write:
-        return hooked(model, [(write, lambda x, hook=None: _with_codes(x, x, sae, change, write))])
-    source: dict[str, Tensor] = {}
 
-    def capture(x: Tensor, hook: Any = None) -> None:
-        source["x"] = x
+    def hooks() -> Hooks:
+        read, write = resolve_hook(model, hooks_of(sae)[0]), edit_point(model, hooks_of(sae)[1])
+        if read == write:
+            return [(write, lambda x, hook=None: _with_codes(x, x, sae, change, write))]
+        source: dict[str, Tensor] = {}
 
-    # This hook runs behind all that are there, so the transcoder reads what flows on from its input.
-    act = lambda x, hook=None: _with_codes(x, source.pop("x"), sae, change, write)  # noqa: E731
-    return hooked(model, [(read, capture), (write, act)])
+        def capture(x: Tensor, hook: Any = None) -> None:
+            source["x"] = x
+
+        # This hook runs behind all that are there, so the transcoder reads what flows on from its input.
+        act = lambda x, hook=None: _with_codes(x, source.pop("x"), sae, change, write)  # noqa: E731
+        return [(read, capture), (write, act)]
+
+    return Intervention(model, hooks)
 
 
 def _with_codes(x: Tensor, source: Tensor, sae: SAE[Any], change: Callable[[Tensor], Tensor], hook_name: str) -> Tensor:

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 
 from saelens_ext import _checks, _files
 from saelens_ext.host.continued_text import text_after
+from saelens_ext.host.flat_sae import hooks_of
 from saelens_ext.host.hook_edits import edit_hook, edit_point, flat_rows, hooked
 from saelens_ext.host.models import HostModel, tokenizer_of
 from saelens_ext.host.prompt_passes import evaluating, logits_of, prompt_ids
@@ -95,14 +96,16 @@ def steer_features(
 
     Args:
         model: either host class.
-        sae: any dictionary with one direction per feature (``W_dec``), added at its own hook.
+        sae: any dictionary with one direction per feature (``W_dec``), added where it writes: at its own hook, or at a
+            transcoder's output hook.
         prompt: what is continued, and where the divergence is measured: at its last position.
         target: divergence from the unsteered prediction in nats, above 0.
         features: which, in [0, d_sae); by default all.
         signs: +1 along a feature, -1 against it, or both.
         tolerance: largest ``|D / target - 1|`` that counts as reached, in (0, 1).
         max_strength: limit of the coefficient, in units of the typical norm.
-        typical_norm: t; by default what the dictionary's metadata records, else the median over the prompt's tokens.
+        typical_norm: t; by default what the metadata of a dictionary records that writes where it reads, else the
+            median over the prompt's tokens.
         options: how to sample.
         batch_size: continuations per forward pass.
         progress: show a progress bar of the search, which takes most of the time.
@@ -116,9 +119,7 @@ def steer_features(
 
     Source: arXiv 2506.10920, causal steering.
     """
-    hook_name = sae.cfg.metadata.hook_name
-    if hook_name is None:
-        raise ValueError("The dictionary names no hook to steer at; set sae.cfg.metadata.hook_name.")
+    read, hook_name = hooks_of(sae)
     chosen = _chosen(features, sae.cfg.d_sae)
     _checks.positive(batch_size, "batch_size")
     _checks.between(target, 0, math.inf, "target")
@@ -131,7 +132,8 @@ def steer_features(
     rows = torch.stack([sign * units[index] for index, sign in pairs]) if pairs else units[:0]
     with evaluating(model):
         meter = _RowMeter(model, hook_name, prompt_ids(model, prompt), rows, batch_size, progress)
-        recorded = getattr(sae.cfg.metadata, "typical_norm", None)
+        # A transcoder's is of what it reads.
+        recorded = sae.cfg.metadata.typical_norm if hook_name == read else None
         norm = next(value for value in (typical_norm, recorded, meter.typical_norm) if value is not None)
         _checks.between(norm, 0, math.inf, "typical_norm")
         strengths = _match(meter, [sign for _, sign in pairs], norm, norm * max_strength, float(target), tolerance)

@@ -11,6 +11,7 @@ from sae_lens import SAE
 
 from saelens_ext.analysis.match import match_dictionaries
 from saelens_ext.analysis.profile import DictionaryProfile
+from saelens_ext.cli.report import _lens
 from saelens_ext.host.by_name import same_model
 from tests import models_zoo
 from tests.continuations._dictionaries import make
@@ -174,6 +175,13 @@ def test_reports(name, more, copied, command, tmp_path):
     assert ("Of neurons" if "--title=Of neurons" in more else f"{HOOK if name == 'fine' else NEURONS} of") in page
     elsewhere = command("report", copied[name], f"--html={tmp_path / 'x' / 'page.html'}", "--lens=false")
     assert elsewhere.status == 0 and (tmp_path / "x" / "page.html").exists()
+
+
+def test_the_lens_is_of_directions_in_the_stream(tiny_bridge):
+    """A width alone does not make one: the heads' activations are as wide as the stream."""
+    assert _lens(tiny_bridge, make("standard", HOOK, 32)) is not None
+    assert _lens(tiny_bridge, make("standard", "blocks.1.attn.hook_z", 32)) is None
+    assert _lens(tiny_bridge, make("transcoder", "blocks.1.hook_resid_mid", write="blocks.1.attn.o.hook_in")) is None
 
 
 def test_a_report_without_a_profile_says_how_to_make_one(copied, command):

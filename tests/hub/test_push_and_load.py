@@ -7,7 +7,8 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import HfApi, ModelCardData
-from sae_lens import SAE
+from sae_lens import SAE, Transcoder, TranscoderConfig
+from sae_lens.saes.sae import SAEMetadata
 
 from saelens_ext import DictionaryProfile, ExemplarPartition, FitResult
 from saelens_ext.hub import load_from_hub, pull_from_hub, push_to_hub
@@ -162,6 +163,14 @@ def test_the_card_lists_all_and_keeps_what_others_wrote(hub, made):
     assert "Voronoi" not in body  # the section of the dictionary that was replaced
     assert {"a/cfg.json", "b/cfg.json", "old/cfg.json", "b/fit.json"} <= set(hub.repos[REPO].files)
     assert "a/fit.json" not in hub.repos[REPO].files  # statistics of the old one
+
+
+def test_the_card_says_where_a_transcoder_writes(hub):
+    metadata = SAEMetadata(hook_name="blocks.1.ln2.hook_in", hook_name_out="blocks.1.mlp.hook_out")
+    options = {"d_in": 8, "d_out": 8, "d_sae": 4, "apply_b_dec_to_input": False, "metadata": metadata}
+    push_to_hub(Transcoder(TranscoderConfig(**options)), REPO, "across")
+    (row,) = [line for line in card(hub)[1].splitlines() if line.startswith("| `across`")]
+    assert "`blocks.1.ln2.hook_in`, `blocks.1.mlp.hook_out`" in row
 
 
 def test_the_card_says_how_it_was_built_and_how_good_it_is(hub, made):

@@ -198,6 +198,20 @@ def test_data_that_has_changed_is_noticed_however_it_is_read(tiny_bridge, tmp_pa
             DictionaryRunner(config(tmp_path, **options, **resume, streaming=streaming), model=tiny_bridge).run()
 
 
+def test_in_the_middle_of_a_bridge_s_block_predictions_are_not_evaluated(tiny_bridge, tiny_hooked, tmp_path, caplog):
+    """SAELens would put the reconstruction into the MLP's input alone."""
+    given = {"hook_name": "blocks.1.hook_resid_mid", "n_eval_batches": 1, "training_tokens": 300, "dictionary": COARSE}
+    found = []
+    for folder, model in ((tmp_path / "bridge", tiny_bridge), (tmp_path / "hooked", tiny_hooked)):
+        one = DictionaryRunner(config(folder, **given), model=model, dataset=TEXTS).run()
+        found.append(next(iter(one.dictionaries.values())).evals)
+    assert "blocks.1.ln2.hook_in is the middle of a block" in caplog.text
+    predictions = {"model_behavior_preservation", "model_performance_preservation"}
+    assert not predictions & set(found[0]) and predictions <= set(found[1])
+    for group in ("reconstruction_quality", "sparsity"):
+        assert found[0][group] == pytest.approx(found[1][group], rel=1e-3)
+
+
 def test_an_evaluation_that_fails_costs_neither_the_others_nor_what_is_logged(
     tiny_bridge, tmp_path, monkeypatch, caplog
 ):

@@ -6,6 +6,8 @@ import json
 
 import pytest
 import torch
+from sae_lens import Transcoder, TranscoderConfig
+from sae_lens.saes.sae import SAEMetadata
 
 from saelens_ext.dictionaries.snmf import SNMFDictionary
 from saelens_ext.steering import steer_features as steered_features
@@ -70,6 +72,24 @@ def test_the_unit_is_what_the_dictionary_records(tiny_bridge):
     assert not lost.strength.reached and abs(lost.strength.coefficient) <= 1e-6
     given = steer_features(tiny_bridge, dictionary, features=[0], target=0.01, typical_norm=5, options=OPTIONS).texts[0]
     assert given.strength.reached
+
+
+def test_a_transcoder_steers_where_it_writes(model):
+    """Its rows are directions at its output, of the same width as its input."""
+    torch.manual_seed(0)
+    read, write = "blocks.1.hook_resid_mid", "blocks.1.hook_mlp_out"
+    metadata = SAEMetadata(hook_name=read, hook_name_out=write, typical_norm=1e-6)
+    made = Transcoder(TranscoderConfig(d_in=32, d_out=32, d_sae=4, apply_b_dec_to_input=False, metadata=metadata))
+    steered = steer_features(model, made, target=0.05, tolerance=0.001, options=OPTIONS, max_strength=20)
+    assert steered.hook_name == write
+    for text in steered.texts:
+        row = made.W_dec[text.feature].detach()
+        (alone,) = match_strength(model, write, row, [0.05], signs=(1,), tolerance=0.001).strengths
+        # The typical norm that is recorded is of what it reads.
+        assert text.strength.reached and text.strength.coefficient == pytest.approx(alone.coefficient, rel=0.01)
+    made.cfg.metadata.hook_name_out = None
+    with pytest.raises(ValueError, match="does not say where it writes"):
+        steer_features(model, made)
 
 
 class Curve(_RowMeter):

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sae_lens import SAE, Transcoder
+from sae_lens import SAE
 
-from saelens_ext.host.flat_sae import refuse_sequence_codes
+from saelens_ext.host.flat_sae import hooks_of, refuse_sequence_codes
 from saelens_ext.host.hook_names import hook_points
 from saelens_ext.host.models import HostModel, resolve_hook
 
@@ -69,7 +69,7 @@ def dictionary_sites(model: HostModel, dictionaries: Sequence[SAE[Any]]) -> list
     sites: list[Site] = []
     for index, sae in enumerate(dictionaries):
         refuse_sequence_codes(sae)
-        read, write = _hooks_of(sae, index)
+        read, write = hooks_of(sae, f"Dictionary {index}")
         site = Site(hook=resolve_hook(model, write), read=resolve_hook(model, read), kind="error", dictionary=index)
         for other in sites:
             if other.hook == site.hook:
@@ -79,15 +79,6 @@ def dictionary_sites(model: HostModel, dictionaries: Sequence[SAE[Any]]) -> list
                 )
         sites.append(site)
     return sites
-
-
-def _hooks_of(sae: SAE[Any], index: int) -> tuple[str, str]:
-    metadata = sae.cfg.metadata
-    if not metadata.hook_name:
-        raise ValueError(f"Dictionary {index} names no hook. Set sae.cfg.metadata.hook_name to where it was built.")
-    if isinstance(sae, Transcoder) and not metadata.hook_name_out:
-        raise ValueError(f"Transcoder {index} does not say where it writes. Set sae.cfg.metadata.hook_name_out.")
-    return metadata.hook_name, metadata.hook_name_out or metadata.hook_name
 
 
 def base_sites(model: HostModel, backend: str) -> list[Site]:

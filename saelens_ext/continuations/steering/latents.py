@@ -160,7 +160,7 @@ class LatentTurner:
         for column, index in enumerate(sources.dictionaries):
             self._check_source(sources, column, index)
         for index in sorted({i for i, kind in zip(sources.dictionaries, sources.kinds) if kind == "latent"}):
-            _check_editable(model, self._sites[index].hook)
+            edit_point(model, self._sites[index].hook)
 
     def _check_source(self, sources: SourceTable, column: int, index: int) -> None:
         if sources.kinds[column] != "latent":
@@ -197,16 +197,6 @@ class LatentTurner:
                 found.append((site.read, edit.read))
             found.append((site.hook, edit.write))
         return found
-
-
-def _check_editable(model: HostModel, hook: str) -> None:
-    edit_point(model, hook)
-    if hook.endswith("ln2.hook_in"):
-        raise ValueError(
-            f"On this {type(model).__name__} the middle of a block can be read (at {hook}) but not changed: the stream "
-            "runs past that point. Steer with a dictionary of hook_resid_pre, hook_resid_post or of the MLP, or use a "
-            "HookedTransformer."
-        )
 
 
 @dataclass(frozen=True)

@@ -248,10 +248,27 @@ def test_directions_without_anything_to_turn_say_so(llama):
         steer_continuations(model, dictionaries, found.with_signatures(found.signatures), found.signatures[0])
 
 
-def test_a_place_that_a_bridge_cannot_change_is_refused():
-    model = make_model("llama", "SAETransformerBridge")
-    sae = make("standard", "blocks.1.hook_resid_mid")
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "olmo2"])
+def test_in_the_middle_of_a_block_both_hosts_steer_alike(architecture):
+    results = []
+    for model_class in MODEL_CLASSES:
+        model, sae = make_model(architecture, model_class), make("standard", "blocks.1.hook_resid_mid")
+        found = score_continuations(model, "The assert statement", TEXTS)
+        found = attribute_continuations(model, sae, found, **OPTIONS)
+        results.append(
+            steer_continuations(model, sae, found, found.signatures[0], top=3, strengths=(-1, 1), generate=2)
+        )
+    one, other = results
+    assert one.generations == other.generations
+    for measure, changes in one.changes.items():
+        torch.testing.assert_close(other.changes[measure], changes, rtol=1e-3, atol=1e-4)
+        assert (changes.abs() > 1e-3).any()
+
+
+def test_a_place_that_cannot_be_changed_is_refused():
+    model = make_model("gptj", "SAETransformerBridge")
+    sae = make("standard", "blocks.1.ln1.hook_in")
     found = score_continuations(model, "The assert statement", TEXTS)
-    found = attribute_continuations(model, sae, found, **OPTIONS)
-    with pytest.raises(ValueError, match="middle of a block can be read"):
+    found = attribute_continuations(model, sae, found, backend="gradient", max_sources=10**6)
+    with pytest.raises(ValueError, match="on a branch"):
         steer_continuations(model, sae, found, found.signatures[0])
