@@ -23,6 +23,8 @@ class Command:
     """What Ctrl-C leaves, where the command does not know better."""
     note: str = ""
     """More to know, below the example."""
+    takes_config: bool = False
+    """Whether options may come from a file."""
 
     def option_classes(self) -> list[type]:
         """The dataclasses of its options."""
@@ -53,6 +55,7 @@ _ALL = (
         ),
         options=("build_options:ExemplarRunnerConfig",),
         runs="build:build",
+        takes_config=True,
         note=_DEMO,
         kept="Nothing was finished; the same command starts anew.",
     ),
@@ -65,6 +68,7 @@ _ALL = (
         ),
         options=("build_options:SNMFRunnerConfig",),
         runs="build:build",
+        takes_config=True,
         note=_DEMO,
         kept="Nothing was finished; the same command starts anew.",
     ),
@@ -77,6 +81,7 @@ _ALL = (
         ),
         options=("audit_options:AuditInputs", "audit_options:AuditSettings"),
         runs="audit:audit",
+        takes_config=True,
         note="Under a wandb agent each point of the sweep has a folder of its own below output_path, named by its run.",
     ),
     Command(

@@ -14,6 +14,7 @@ from simple_parsing.wrappers.field_metavar import get_metavar
 
 from saelens_ext import _checks
 from saelens_ext.cli.commands import COMMANDS, Command
+from saelens_ext.cli.config_file import with_config
 from saelens_ext.cli.errors import UsageError, near
 from saelens_ext.cli.options import OutputOptions
 from saelens_ext.cli.output import PROGRAM
@@ -43,6 +44,8 @@ def parse(command: Command, arguments: Sequence[str]) -> tuple[list[Any], Output
         SystemExit: after ``--help``.
     """
     parser, kinds = parser_of(command), command.option_classes()
+    if command.takes_config:
+        arguments = with_config(arguments, kinds)
     found = parser.parse_args(_spelled_out(arguments, [*kinds, OutputOptions]))
     return [getattr(found, f"part_{number}") for number in range(len(kinds))], found.output
 
@@ -63,6 +66,8 @@ def parser_of(command: Command) -> "CommandParser":
         parser.add_arguments(kind, dest=f"part_{number}")
         parser.empty_values = {**parser.empty_values, **_empty_values(kind)}
     parser.add_arguments(OutputOptions, dest="output")
+    if command.takes_config:
+        parser.add_argument("--config", metavar="FILE", help="YAML file of options; those given here override it.")
     return parser
 
 
