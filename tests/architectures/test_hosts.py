@@ -47,7 +47,7 @@ def test_the_table_says_what_the_host_says(host):
     [(name, kind) for name, row in ZOO.items() for kind in MODEL_CLASSES if kind in row.refused],
 )
 def test_what_no_host_class_takes_is_refused(architecture, model_class):
-    with pytest.raises(NotImplementedError, match="not currently supported"):
+    with pytest.raises(ValueError, match="Load it as an SAETransformerBridge"):
         make_model(architecture, model_class)
 
 
