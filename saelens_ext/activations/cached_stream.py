@@ -102,7 +102,9 @@ class CachedStream(ActivationStream):
         self.device, self.path, self.progress = torch.device(device), Path(path), False
         # Several windows, since one may start with BOS by chance, where it separates the texts in it.
         first = rows.with_format(columns=[TOKEN_IDS])[:_FIRST_WINDOWS][TOKEN_IDS] if self.has_tokens else []
-        self.prepend_bos = len(first) > 0 and all(begins_with_bos(self.tokenizer, window) for window in first)
+        found = len(first) > 0 and all(begins_with_bos(self.tokenizer, window) for window in first)
+        # Without token ids or a tokenizer nobody knows.
+        self.prepend_bos = found if self.has_tokens and self.tokenizer is not None else None
         self.is_of_model = None if model is None or not self.has_tokens else self._comes_from(model)
         if self.is_of_model is False:
             warnings.warn(

@@ -23,6 +23,7 @@ from saelens_ext.analysis.profile_files import SCALARS, TABLES, TENSORS, check_b
 from saelens_ext.analysis.profiled_hook import profiled_hook
 from saelens_ext.analysis.tallies import CodeTally, RandomExamples, RegionTally
 from saelens_ext.dictionaries.paired_files import read_pair, write_pair
+from saelens_ext.host.bos import warn_of_other_bos
 from saelens_ext.host.flat_sae import refuse_sequence_codes
 from saelens_ext.host.tokens import token_strings
 
@@ -330,6 +331,7 @@ class _Profiler:
         context: int,
     ):
         refuse_sequence_codes(sae)
+        warn_of_other_bos(sae.cfg.metadata.get("prepend_bos"), stream.prepend_bos, "the texts of this stream")
         self.sae, self.context = sae, context
         self.key, self.aliases = profiled_hook(sae, stream, hook_name)
         has_regions = hasattr(sae, "assign")

@@ -126,10 +126,11 @@ def _data(found: Audit) -> dict[str, Any]:
     """The audit for ``--json``."""
     parts = [
         {
+            "prompt": one.prompt,
             "prefix": one.prefix,
             "n_continuations": len(one.continuations),
             **_figures(one),
-            "modes": one.modes().drop(columns="prefix").to_dict(orient="records"),
+            "modes": one.modes().drop(columns=["prompt", "prefix"]).to_dict(orient="records"),
             "not_validated": one.not_validated or None,
         }
         for one in found.prefixes
@@ -143,7 +144,7 @@ def _text(found: Audit, data: dict[str, Any]) -> str:
     lines = []
     for one, part in zip(found.prefixes, data["prefixes"]):
         counts = f"{shown(part['n_continuations'])} continuations, {shown(len(part['modes']))} modes"
-        lines.append(f"{one.prefix!r}: {counts} (stability {shown(part['stability'])})")
+        lines.append(f"{one.prompt!r}: {counts} (stability {shown(part['stability'])})")
         lines.append(table([_mode_row(mode) for mode in part["modes"]]))
         lines.append(f"Not tested by steering: {one.not_validated}" if one.not_validated else "")
     lines.append(data["claim"] or "")

@@ -10,7 +10,7 @@ Symbols
     tokens A, B    mean score of the activating and of the neutral sentences
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,7 +19,8 @@ from sae_lens import SAE, Transcoder
 from torch import Tensor
 
 from saelens_ext import _checks
-from saelens_ext.activations.stream import ActivationStream
+from saelens_ext.concepts.token_activations import token_activations
+from saelens_ext.host.bos import text_start, warn_of_other_bos
 from saelens_ext.host.flat_sae import encode_flat, refuse_sequence_codes
 from saelens_ext.host.models import HostModel
 from saelens_ext.ops.detection import LOG_RATIO_LIMIT, auroc, auroc_interval, log_ratio, standardised_difference
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
 # Scores held at once: 16 MB in float32, whatever the number of latents.
 _SCORES_PER_BLOCK = 2**22
-_CONTEXT_SIZE = 128
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -44,6 +44,8 @@ class Detector:
     """Maps activations ``(n, d)`` to scores ``(n, k)``, each row by itself."""
     row_cost: int
     """Numbers that ``score`` holds per activation, which bounds how many it is given at once."""
+    prepend_bos: bool | None = None
+    """Whether what scores was built on texts that start with BOS; None where that is not known."""
 
     @classmethod
     def from_directions(
@@ -123,9 +125,15 @@ class Detector:
                 "The dictionary does not record its hook. Pass hook_name=, where its activations are to be read."
             )
         if similarity == "code":
-            return cls(hook_name=hook, names=names, score=_codes(sae, chosen, latents is None), row_cost=sae.cfg.d_sae)
+            score, cost = _codes(sae, chosen, latents is None), sae.cfg.d_sae
+        else:
+            score, cost = _row_similarity(sae, chosen, similarity, center), len(names)
         return cls(
-            hook_name=hook, names=names, score=_row_similarity(sae, chosen, similarity, center), row_cost=len(names)
+            hook_name=hook,
+            names=names,
+            score=score,
+            row_cost=cost,
+            prepend_bos=sae.cfg.metadata.get("prepend_bos"),
         )
 
 
@@ -252,6 +260,7 @@ def sentence_scores(
     Raises:
         ValueError: as :func:`concept_scores`.
     """
+    warn_of_other_bos(detector.prepend_bos, text_start(model).prepends_bos, "this model's sentences")
     table = torch.full((len(sentences), len(detector.names)), -torch.inf)
     rows = max(1, _SCORES_PER_BLOCK // detector.row_cost)
     for x, documents in token_activations(
@@ -309,42 +318,6 @@ def compare_sentences(
         auroc_high=high,
         confidence=confidence,
     )
-
-
-def token_activations(
-    model: HostModel,
-    hook_name: str,
-    sentences: Sequence[str],
-    *,
-    context_size: int | None = None,
-    batch_size: int = 16,
-    progress: bool = False,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Activations at the tokens of sentences, special tokens excluded, batch by batch.
-
-    Yields:
-        Activations ``(n, d)`` and the number of the sentence each belongs to, ascending, int64 ``(n,)`` on the CPU.
-
-    Raises:
-        ValueError: no sentence, or one that gives no activation; the latter at the end of the pass.
-    """
-    if isinstance(sentences, str) or len(sentences) == 0:
-        raise ValueError(f"sentences must be a list of at least one string, got {sentences!r}.")
-    size = context_size or min(_CONTEXT_SIZE, getattr(model.cfg, "n_ctx", None) or _CONTEXT_SIZE)
-    stream = ActivationStream(
-        model, list(sentences), hook_name, context_size=size, batch_size=batch_size, progress=progress
-    )
-    seen = torch.zeros(len(sentences), dtype=torch.bool)
-    for batch in stream:
-        seen[batch.document_ids] = True
-        yield batch.activations[hook_name], batch.document_ids
-    silent = (~seen).nonzero().flatten().tolist()
-    if silent:
-        examples = ", ".join(repr(sentences[index]) for index in silent[:3])
-        raise ValueError(
-            f"{len(silent)} of {len(sentences)} sentences have fewer than two tokens that are not special, so they "
-            f"have no score, for example {examples}. Leave them out or make them longer."
-        )
 
 
 # --- what scores ---

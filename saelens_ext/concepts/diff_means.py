@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from saelens_ext import _checks
-from saelens_ext.concepts.detection import ConceptScores, Detector, concept_scores, token_activations
+from saelens_ext.concepts.detection import ConceptScores, Detector, concept_scores
+from saelens_ext.concepts.token_activations import token_activations
 from saelens_ext.host.models import HostModel
 
 Weighting = Literal["sentence", "token"]

@@ -35,8 +35,13 @@ class PrefixAudit:
 
     @property
     def prefix(self) -> str:
-        """The text that was continued."""
+        """The text that was continued, as in the tables; with a chat template what the template made of the prompt."""
         return self.continuations.prefix
+
+    @property
+    def prompt(self) -> str:
+        """What was given to be continued, before a chat template was put around it."""
+        return self.continuations.prompt
 
     @property
     def labels(self) -> np.ndarray:
@@ -46,7 +51,8 @@ class PrefixAudit:
     def to_dataframe(self) -> pd.DataFrame:
         """One row per continuation, with its mode and whether it is that mode's medoid."""
         table = self.continuations.to_dataframe()
-        table.insert(0, "prefix", self.continuations.prompt)
+        table.insert(0, "prompt", self.prompt)
+        table.insert(1, "prefix", self.prefix)
         table["cluster"] = self.labels
         table["is_medoid"] = np.isin(np.arange(len(table)), self.clusterer.medoid_indices_)
         return table
@@ -56,7 +62,8 @@ class PrefixAudit:
         medoids = self.clusterer.medoid_indices_
         return pd.DataFrame(
             {
-                "prefix": self.continuations.prompt,
+                "prompt": self.prompt,
+                "prefix": self.prefix,
                 "cluster": np.arange(self.clusterer.n_clusters_),
                 "n_members": np.bincount(self.labels, minlength=self.clusterer.n_clusters_),
                 "weight": self.clusterer.cluster_weights_,

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from sae_lens.load_model import HookedProxyLM
-from sae_lens.saes.sae import SAEMetadata
 from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_config_from_hf
 from transformers import PreTrainedTokenizerBase
@@ -80,16 +79,15 @@ def begins_with_bos(tokenizer: PreTrainedTokenizerBase | None, ids: Sequence[int
     return bos is not None and len(ids) > 0 and int(ids[0]) == bos
 
 
-def warn_of_other_bos(metadata: SAEMetadata, prepends_bos: bool, here: str) -> None:
-    """Warn when a dictionary records that its texts started otherwise; what it does not record is not judged.
+def warn_of_other_bos(built: bool | None, prepends_bos: bool | None, here: str) -> None:
+    """Warn when a dictionary was built on texts that started otherwise; what is not recorded is not judged.
 
     Args:
-        metadata: of the dictionary.
+        built: the ``prepend_bos`` that the dictionary's metadata records.
         prepends_bos: whether texts start with BOS where it is used.
-        here: what those texts are, such as "the prompts of this model".
+        here: what those texts are, such as "this model's texts".
     """
-    built = metadata.get("prepend_bos")
-    if built is None or bool(built) == prepends_bos:
+    if built is None or prepends_bos is None or bool(built) == prepends_bos:
         return
     did, do = ("with BOS", "without it") if built else ("without BOS", "with it")
     warnings.warn(

@@ -20,6 +20,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from saelens_ext._checks import choice
+from saelens_ext.host.bos import text_start, warn_of_other_bos
 from saelens_ext.host.by_name import hooked_by_name
 from saelens_ext.host.hook_names import AnyHost, hook_layer, locate, output_behind, resolve_hook, stop_layer
 from saelens_ext.host.scaled_contributions import run_replaced_points
@@ -147,8 +148,9 @@ def retarget(sae: AnySAE, model: AnyHost) -> AnySAE:
         ValueError: when the SAE records no hook name, or the model has no such place.
 
     Warns:
-        UserWarning: when the SAE records that it was built on activations which this model does not give; or when it
-            writes in the middle of a block of a bridge, where attaching it replaces only what the MLP reads.
+        UserWarning: when the SAE records that it was built on activations which this model does not give, or on texts
+            that start with BOS where this model's do not (or the other way round); or when it writes in the middle of a
+            block of a bridge, where attaching it replaces only what the MLP reads.
     """
     metadata = sae.cfg.metadata
     if not metadata.hook_name:
@@ -173,6 +175,7 @@ def retarget(sae: AnySAE, model: AnyHost) -> AnySAE:
             stacklevel=2,
         )
     if isinstance(model, (HookedTransformer, TransformerBridge)):
+        warn_of_other_bos(metadata.get("prepend_bos"), text_start(model).prepends_bos, "this model's texts")
         differences = _activation_differences(metadata, describe_model(model))
         if differences:
             warnings.warn(

@@ -127,6 +127,8 @@ def open_stream(
             )
         device = config.device if model is None else next(model.parameters()).device
         stream = CachedStream(config.cached_activations_path, config.hook_names, model=model, device=device, **options)
+        if stream.prepend_bos is None:
+            stream.prepend_bos = config.prepend_bos
         if config.prepend_bos not in (None, stream.prepend_bos):
             raise ValueError(
                 f"prepend_bos={config.prepend_bos}, and the cached windows say otherwise: leave it at none."

@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from saelens_ext import _checks, _files
+from saelens_ext.host.bos import text_start, warn_of_other_bos
 from saelens_ext.host.continued_text import text_after
 from saelens_ext.host.flat_sae import hooks_of
 from saelens_ext.host.hook_edits import edit_hook, edit_point, flat_rows, hooked
@@ -120,6 +121,7 @@ def steer_features(
     Source: arXiv 2506.10920, causal steering.
     """
     read, hook_name = hooks_of(sae)
+    warn_of_other_bos(sae.cfg.metadata.get("prepend_bos"), text_start(model).prepends_bos, "this model's prompts")
     chosen = _chosen(features, sae.cfg.d_sae)
     _checks.positive(batch_size, "batch_size")
     _checks.between(target, 0, math.inf, "target")

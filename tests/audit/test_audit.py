@@ -61,6 +61,25 @@ def test_what_it_finds(kept):
     assert prefix.validation is not None or prefix.not_validated
 
 
+def test_prefix_and_prompt_mean_one_thing_each_everywhere(setting):
+    prompts = ["Why?", "And so?"]
+    audit = audit_continuations(setting[0], prompts, setting[1], chat_template=True, **OPTIONS)
+    prefixes = [one.prefix for one in audit.prefixes]
+    assert prefixes == [one.continuations.prefix for one in audit.prefixes] == [f"<s>[user] {p}\n" for p in prompts]
+    assert [one.prompt for one in audit.prefixes] == [one.continuations.prompt for one in audit.prefixes] == prompts
+    for table in (audit.to_dataframe(), audit.modes()):
+        assert list(zip(table["prompt"], table["prefix"])) == [
+            pair for pair in zip(prompts, prefixes) for _ in range((table["prefix"] == pair[1]).sum())
+        ]
+    rows = audit.to_dataframe()
+    assert len(rows.merge(audit.modes(), on=["prompt", "prefix", "cluster"])) == len(rows)
+    assert any(one.validation is not None for one in audit.prefixes)
+    for one in audit.prefixes:
+        if one.validation is not None:
+            assert one.validation.prefixes == [one.prefix]
+            assert set(one.validation.cells["prefix"]) == set(one.validation.directions["prefix"]) == {one.prefix}
+
+
 def test_the_most_stable_clustering_is_chosen(kept):
     _, audit = kept
     (prefix,) = audit.prefixes

@@ -32,7 +32,7 @@ def test_an_audit(asked, command, tmp_path):
     assert found.status == 0, found.err
     (one,) = found.data["prefixes"]
     assert (
-        one["prefix"] == PREFIX
+        one["prompt"] == one["prefix"] == PREFIX
         and one["n_continuations"] == 16
         and sum(mode["n_members"] for mode in one["modes"]) == 16
     )

@@ -3,20 +3,28 @@
 import datasets
 import pytest
 import torch
+from sae_lens import StandardSAE, StandardSAEConfig
 from sae_lens.load_model import HookedProxyLM
 from tokenizers import processors
 
 from saelens_ext.activations.proxy_stream import ProxyStream
 from saelens_ext.activations.stream import ActivationStream
+from saelens_ext.analysis.profile import profile_dictionary
+from saelens_ext.concepts.detection import Detector, sentence_scores
+from saelens_ext.continuations.attribution.attribute import attribute_continuations
 from saelens_ext.continuations.sample import sample_continuations, score_continuations
+from saelens_ext.dictionaries.fit_exemplars import fit_exemplar_partition
+from saelens_ext.dictionaries.fit_snmf import fit_snmf
 from saelens_ext.host.bos import text_start
-from saelens_ext.host.models import load_model
+from saelens_ext.host.models import load_model, retarget
 from saelens_ext.host.prompt_passes import prompt_ids
 from saelens_ext.steering.sampling import mean_log_likelihoods, sample_steered
+from saelens_ext.steering.steer_features import steer_features
 from saelens_ext.steering.strength import match_strength
 from tests.models_zoo import (
     CHAT_TEMPLATE,
     CHAT_TEMPLATE_WITHOUT_BOS,
+    D_MODEL,
     HOSTED,
     MODEL_CLASSES,
     TOKENIZERS,
@@ -151,6 +159,62 @@ def test_bos_that_a_tokenizer_has_not_is_refused():
     model.tokenizer.bos_token = None
     with pytest.raises(ValueError, match="the tokenizer has no BOS"):
         ActivationStream(model, [PROMPT], HOOK, context_size=32, prepend_bos=True)
+
+
+# --- dictionaries ---
+
+
+@pytest.fixture(scope="module")
+def dictionary():
+    """A function that gives a dictionary which records how its texts started."""
+    made = StandardSAE(StandardSAEConfig(d_in=D_MODEL, d_sae=4, device="cpu"))
+    made.cfg.metadata.hook_name, made.cfg.metadata.model_name = HOOK, "tiny"
+
+    def recording(prepend_bos):
+        made.cfg.metadata.hook_name, made.cfg.metadata.prepend_bos = HOOK, prepend_bos
+        return made
+
+    return recording
+
+
+def uses(model, sae):
+    """Every way to use a dictionary on a model's texts."""
+    found = score_continuations(model, PROMPT, [" and"])
+    stream = ActivationStream(model, [PROMPT], HOOK, context_size=32)
+    detector = Detector.from_dictionary(sae, hook_name=HOOK)
+    return {
+        "retarget": lambda: retarget(sae, model),
+        "profile": lambda: profile_dictionary(sae, stream, n_examples=1),
+        "attribute": lambda: attribute_continuations(model, sae, found, backend="gradient"),
+        "detect": lambda: sentence_scores(model, detector, [PROMPT]),
+        "steer": lambda: steer_features(model, sae, prompt=PROMPT, target=0.01, features=[0]),
+    }
+
+
+@pytest.mark.parametrize("use", ["retarget", "profile", "attribute", "detect", "steer"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_a_dictionary_used_under_the_other_policy_is_said(architecture, use, dictionary):
+    model = make_model(architecture, "SAETransformerBridge")
+    here = text_start(model).prepends_bos
+    built = "without BOS" if here else "with BOS"
+    with pytest.warns(UserWarning, match=f"built on texts that start {built}.*prepend_bos={not here}"):
+        uses(model, dictionary(not here))[use]()
+    for prepend_bos in (here, None):
+        uses(model, dictionary(prepend_bos))[use]()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_dictionaries_record_how_their_texts_started(architecture, tiny_texts):
+    model = make_model(architecture, "SAETransformerBridge")
+    expected = text_start(model).prepends_bos
+    for prepend_bos in (None, not expected):
+        stream = ActivationStream(
+            model, tiny_texts, "blocks.1.mlp.hook_post", context_size=16, max_tokens=200, prepend_bos=prepend_bos
+        )
+        recorded = expected if prepend_bos is None else prepend_bos
+        partition = fit_exemplar_partition(stream, percentile=50).dictionary
+        factors = fit_snmf(stream, 3, max_iter=2).dictionary
+        assert {sae.cfg.metadata.prepend_bos for sae in (partition, factors)} == {recorded}
 
 
 # --- chat templates ---

@@ -116,7 +116,9 @@ def make_audit(
     known = table["n_clusters"] > 1
     table["stability"], table["stability_se"] = np.where(known, 0.875, np.nan), np.where(known, 0.0375, np.nan)
     clusterer = JointClusterer(1.0, 0.3, init=np.arange(n) % k, random_state=0).fit(e, a)
-    validation = make_validation(prompt, clusterer.labels_, SLOPES if slopes is None else slopes) if validated else None
+    validation = (
+        make_validation(held.prefix, clusterer.labels_, SLOPES if slopes is None else slopes) if validated else None
+    )
     return PrefixAudit(
         continuations=held,
         clusterer=clusterer,
@@ -126,7 +128,7 @@ def make_audit(
     )
 
 
-def make_validation(prompt: str, labels: np.ndarray, slopes: dict[str, float], *, seed: int = 0) -> Validation:
+def make_validation(prefix: str, labels: np.ndarray, slopes: dict[str, float], *, seed: int = 0) -> Validation:
     """Up to 30 random rows are held out; effects grow linearly with the strength, with a little noise."""
     rng = np.random.default_rng(seed)
     rows = np.sort(rng.permutation(len(labels))[:30])
@@ -138,19 +140,19 @@ def make_validation(prompt: str, labels: np.ndarray, slopes: dict[str, float], *
             for strength in STRENGTHS:
                 for measure, factor in zip(MEASURES, (1.0, 0.1, 1.3)):
                     change = 0.0 if strength == 0 else factor * (slope * strength + 0.01 * rng.normal())
-                    found.append((prompt, method, int(row), cluster, int(labels[row]), strength, measure, change))
+                    found.append((prefix, method, int(row), cluster, int(labels[row]), strength, measure, change))
     members = pd.DataFrame(
         found, columns=["prefix", "method", "row", "cluster", "joint_cluster", "strength", "measure", "change"]
     )
     modes = sorted(set(labels.tolist()))
     cells = [
-        (prompt, measure, i, j, (0.31 if i == j else -0.12 if j == i + 1 else 0.004) * (1 + i), 10)
+        (prefix, measure, i, j, (0.31 if i == j else -0.12 if j == i + 1 else 0.004) * (1 + i), 10)
         for measure in MEASURES
         for i in modes
         for j in modes
     ]
     shares = [
-        (prompt, method, mode, 1.0, 0.5 if method == "joint" else 0.25, 0.25, 16)
+        (prefix, method, mode, 1.0, 0.5 if method == "joint" else 0.25, 0.25, 16)
         for method in METHODS
         for mode in modes
     ]

@@ -38,6 +38,7 @@ from saelens_ext.continuations.attribution.sites import (
 from saelens_ext.continuations.attribution.sources import PrefixPass, SiteSources, read_prefix, sources_of
 from saelens_ext.continuations.continuation_set import PADDING, ContinuationSet
 from saelens_ext.continuations.source_table import KINDS, SourceTable
+from saelens_ext.host.bos import warn_of_other_bos
 from saelens_ext.host.models import HostModel, tokenizer_of
 from saelens_ext.host.prompt_passes import device_of
 from saelens_ext.host.tokens import special_token_ids, token_strings
@@ -110,6 +111,9 @@ def attribute_continuations(
     for value, name in ((max_sources, "max_sources"), (batch_size, "batch_size"), (max_bytes, "max_bytes")):
         _checks.positive(value, name)
     saes = [dictionaries] if isinstance(dictionaries, SAE) else list(dictionaries)
+    for sae in saes:
+        starts = continuations.metadata.get("prepend_bos")
+        warn_of_other_bos(sae.cfg.metadata.get("prepend_bos"), starts, "these continuations' prefixes")
     with _naming_what_remains(model, saes, continuations, backend, target):
         run = _Run.of(model, saes, continuations, backend, target)
         if verify:

@@ -70,7 +70,7 @@ def generation_shares(
         steered = parts[1 + unique.index(keys.index(key))]
         for partition, cluster in _targets(plan, planned):
             shares = [_share(continuations, partition, cluster, part) for part in (steered, parts[0])]
-            found.append((continuations.prompt, planned.method, cluster, strength, *shares, generation.n))
+            found.append((continuations.prefix, planned.method, cluster, strength, *shares, generation.n))
     return pd.DataFrame(found, columns=list(COLUMNS))
 
 

@@ -125,7 +125,7 @@ def validate_clusters(
         )
     passes = SteeredPasses(model, turner, continuations, batch_size)
     effects = _Effects(passes, plan, (*given, 0.0) if 0.0 not in given else given, progress)
-    prefix = continuations.prompt
+    prefix = continuations.prefix
     generations = None
     if generate:
         generations = generation_shares(

@@ -1,0 +1,47 @@
+"""Activations at the tokens of sentences, which detectors score and differences of means are made of."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from saelens_ext.activations.stream import ActivationStream
+from saelens_ext.host.models import HostModel
+
+_CONTEXT_SIZE = 128
+
+
+def token_activations(
+    model: HostModel,
+    hook_name: str,
+    sentences: Sequence[str],
+    *,
+    context_size: int | None = None,
+    batch_size: int = 16,
+    progress: bool = False,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Activations at the tokens of sentences, special tokens excluded, batch by batch.
+
+    Yields:
+        Activations ``(n, d)`` and the number of the sentence each belongs to, ascending, int64 ``(n,)`` on the CPU.
+
+    Raises:
+        ValueError: no sentence, or one that gives no activation; the latter at the end of the pass.
+    """
+    if isinstance(sentences, str) or len(sentences) == 0:
+        raise ValueError(f"sentences must be a list of at least one string, got {sentences!r}.")
+    size = context_size or min(_CONTEXT_SIZE, getattr(model.cfg, "n_ctx", None) or _CONTEXT_SIZE)
+    stream = ActivationStream(
+        model, list(sentences), hook_name, context_size=size, batch_size=batch_size, progress=progress
+    )
+    seen = torch.zeros(len(sentences), dtype=torch.bool)
+    for batch in stream:
+        seen[batch.document_ids] = True
+        yield batch.activations[hook_name], batch.document_ids
+    silent = (~seen).nonzero().flatten().tolist()
+    if silent:
+        examples = ", ".join(repr(sentences[index]) for index in silent[:3])
+        raise ValueError(
+            f"{len(silent)} of {len(sentences)} sentences have fewer than two tokens that are not special, so they "
+            f"have no score, for example {examples}. Leave them out or make them longer."
+        )
