@@ -40,6 +40,7 @@ def hooked_by_name(
         official, hf_model=hf_model, tokenizer=tokenizer, device=str(device), dtype=dtype
     )
     model.cfg.model_name = Path(name_or_path).name
+    model.generation_config = hf_model.generation_config
     return model
 
 

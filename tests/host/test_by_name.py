@@ -19,6 +19,7 @@ from transformers import (
 from saelens_ext.cli.main import main
 from saelens_ext.host.by_name import official_name
 from saelens_ext.host.models import load_model
+from saelens_ext.host.turn_ends import end_ids
 from tests.models_zoo import SPECIAL_IDS, VOCABULARY, make_tokenizer
 from tests.runner.runs import TEXTS
 
@@ -44,9 +45,12 @@ def gemma():
 
 
 def test_from_memory_by_sizes(gemma):
+    mine = deepcopy(gemma)
+    mine.generation_config.eos_token_id = [1, 106]  # as Gemma's, which ends a turn with the second
     model = load_model(
-        "mine", model_class="HookedSAETransformer", hf_model=deepcopy(gemma), tokenizer=make_tokenizer(), device="cpu"
+        "mine", model_class="HookedSAETransformer", hf_model=mine, tokenizer=make_tokenizer(), device="cpu"
     )
+    assert end_ids(model) == {1, 106}
     assert model.cfg.model_name == "mine" and model.cfg.n_layers == 18
     with torch.no_grad():
         assert torch.allclose(model(TOKENS), gemma(TOKENS).logits, atol=1e-3)
