@@ -331,7 +331,8 @@ class _Profiler:
         context: int,
     ):
         refuse_sequence_codes(sae)
-        warn_of_other_bos(sae.cfg.metadata.get("prepend_bos"), stream.prepend_bos, "the texts of this stream")
+        starts = getattr(stream, "prepend_bos", None)  # a stream of one's own need not know
+        warn_of_other_bos(sae.cfg.metadata.get("prepend_bos"), starts, "the texts of this stream")
         self.sae, self.context = sae, context
         self.key, self.aliases = profiled_hook(sae, stream, hook_name)
         has_regions = hasattr(sae, "assign")
