@@ -117,8 +117,8 @@ def sign_flip_p_value(
 
     Source: Fisher, "The Design of Experiments", 1935, section 21.
     """
-    if len(differences) == 0:
-        return float("nan")
+    if len(differences) < 2:  # both signs of a single difference are as large; scipy refuses one
+        return 1.0 if len(differences) else float("nan")
     scale = float(np.abs(differences).sum()) or 1.0
 
     def size(flipped: np.ndarray, axis: int) -> Any:

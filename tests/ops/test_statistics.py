@@ -48,6 +48,7 @@ def test_drawn_sign_flips_approach_the_exact_ones_and_are_never_zero():
     assert sign_flip_p_value(np.ones(40), 999, rng()) == 1 / 1000
     assert sign_flip_p_value(np.zeros(40), 999, rng()) == 1.0
     assert np.isnan(sign_flip_p_value(np.zeros(0), 999, rng()))
+    assert [sign_flip_p_value(np.array([x]), 999, rng()) for x in (-0.3, 0.0, 2.0)] == [1.0, 1.0, 1.0]
 
 
 def test_sign_flips_reject_at_their_level_without_a_difference():
