@@ -22,7 +22,7 @@ from saelens_ext.report.page import embed_json, render_page
 STYLES = ("dictionary.css", "audit.css")
 SCRIPTS = (
     "text.js",
-    "growth.js",
+    "line_chart.js",
     "audit_marks.js",
     "audit_maps.js",
     "audit_path.js",

@@ -23,6 +23,7 @@ from saelens_ext.report.page import embed_json, render_page
 STYLES = ("dictionary.css", "features.css")
 SCRIPTS = (
     "text.js",
+    "line_chart.js",
     "growth.js",
     "map.js",
     "table.js",

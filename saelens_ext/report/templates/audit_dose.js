@@ -2,8 +2,9 @@
 
 const DOSE_HEIGHT = 170;
 
-class DosePlots {
+class DosePlots extends LineChart {
   constructor(data) {
+    super();
     this.data = data.dose;
     this.key = data.key;
     this.holder = byId(`${data.key}-dose-charts`);
@@ -51,8 +52,8 @@ class DosePlots {
     const own = this.curves()[0];
     const other = this.curves()[index];
     const figure = make("figure", { "data-method": method.key });
-    const svg = draw("svg", { width, height: DOSE_HEIGHT, role: "img", "aria-label": this.description(method, index) });
-    this.box = { left: 44, right: width - 8, top: 8, bottom: DOSE_HEIGHT - 24 };
+    const margins = { left: 52, right: 16, top: 8, bottom: 24 };
+    const svg = this.frame(width, DOSE_HEIGHT, margins, { role: "img", "aria-label": this.description(method, index) });
     svg.append(...this.axes(), ...(index > 0 ? this.line(other, "control", 3) : []), ...this.line(own, "own", -3));
     figure.append(make("h3", {}, method.name), make("p", { class: "hint" }, method.meaning), svg);
     return figure;
@@ -65,37 +66,31 @@ class DosePlots {
     return Math.floor((this.holder.clientWidth - gap * (columns - 1)) / columns);
   }
 
-  x(strength) {
+  across(strength) {
     const { strengths } = this.data;
-    const share = (strength - strengths[0]) / (last(strengths) - strengths[0]);
-    return this.box.left + 8 + (this.box.right - this.box.left - 16) * share;
+    return (strength - strengths[0]) / (last(strengths) - strengths[0]);
   }
 
-  y(value) {
-    return this.box.bottom - ((this.box.bottom - this.box.top) * (value - this.low)) / (this.high - this.low);
+  up(value) {
+    return (value - this.low) / (this.high - this.low);
   }
 
   axes() {
-    const { left, right, bottom } = this.box;
     const { strengths } = this.data;
-    const shown = [strengths[0], ...strengths.filter((s) => s === 0), last(strengths)];
-    const tick = (x, y, anchor, text) => draw("text", { class: "tick", x, y, "text-anchor": anchor }, text);
-    const heights = niceTicks(this.low, this.high, 4);
+    const labelled = new Set([strengths[0], ...strengths.filter((s) => s === 0), last(strengths)]);
     return [
-      ...heights.map(({ at }) => draw("line", { class: at === 0 ? "axis" : "grid", x1: left, x2: right, y1: this.y(at), y2: this.y(at) })),
-      ...heights.map(({ at, text }) => tick(left - 4, this.y(at) + 4, "end", text)),
-      ...[...new Set(shown)].map((s) => tick(this.x(s), bottom + 18, "middle", formatFixed(s, Number.isInteger(s) ? 0 : 2))),
+      ...this.levels(niceTicks(this.low, this.high, 4), true),
+      ...this.columns([...labelled].map((at) => ({ at, text: formatStrength(at) }))),
     ];
   }
 
   line(curve, kind, aside) {
     const known = curve.map((point, i) => [this.data.strengths[i], ...point]).filter(([, change]) => change !== null);
     const at = (s) => this.x(s) + aside / 2;
-    const path = known.map(([s, change]) => `${at(s).toFixed(1)},${this.y(change).toFixed(1)}`).join(" ");
     const bars = known.filter(([, , low, high]) => low !== null && high !== null);
     return [
       ...bars.map(([s, , low, high]) => draw("line", { class: `whisker ${kind}`, x1: at(s), x2: at(s), y1: this.y(low), y2: this.y(high) })),
-      draw("polyline", { class: `dose ${kind}`, points: path }),
+      this.curve(known, `dose ${kind}`, aside / 2),
       ...known.map(([s, change]) => this.knot(kind, at(s), this.y(change))),
     ];
   }
@@ -113,7 +108,7 @@ class DosePlots {
   }
 
   tabulate() {
-    const head = ["Direction", ...this.data.strengths.map((s) => `ε = ${formatFixed(s, Number.isInteger(s) ? 0 : 2)}`)];
+    const head = ["Direction", ...this.data.strengths.map((s) => `ε = ${formatStrength(s)}`)];
     const rows = this.data.methods.map(({ name }, i) => {
       const cells = this.curves()[i].map((point) => make("td", {}, formatInterval(point)));
       return make("tr", {}, make("th", { scope: "row" }, name), ...cells);
@@ -124,4 +119,8 @@ class DosePlots {
       make("tbody", {}, ...rows),
     );
   }
+}
+
+function formatStrength(s) {
+  return formatFixed(s, Number.isInteger(s) ? 0 : 2);
 }

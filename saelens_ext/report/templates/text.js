@@ -1,4 +1,4 @@
-// Building blocks: elements made from text only, tokens made visible, figures as report/_format.py writes them.
+// Building blocks: elements made from text only, tokens made visible, figures as report/format.py writes them.
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -115,4 +115,12 @@ function formatShare(x) {
   const percent = 100 * x;
   if (percent === 0) return "0%";
   return `${percent >= 10 ? percent.toFixed(1) : percent >= 1 ? percent.toFixed(2) : Number(percent.toPrecision(2))}%`;
+}
+
+// With a real minus sign, and never "minus nothing".
+function formatFixed(x, decimals, plus = false) {
+  if (x === null) return "–";
+  const text = Math.abs(x).toFixed(decimals);
+  if (Number(text) === 0) return text;
+  return `${x < 0 ? "−" : plus ? "+" : ""}${text}`;
 }
