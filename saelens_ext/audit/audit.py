@@ -225,7 +225,7 @@ def _only(held: ContinuationSet, rows: torch.Tensor, why_not: str) -> Continuati
 
 def _cluster(held: ContinuationSet, config: AuditConfig) -> PrefixAudit:
     """Cluster over the grid of prices and take the most stable clustering within the numbers of modes allowed."""
-    e, a = held.embeddings.double().numpy(), held.signatures.double().numpy()
+    e, a = held.both_views()
     weights = held.weights.double().numpy()
     common = {"min_cluster_size": config.min_cluster_size or max(2, len(held) // 16), "random_state": config.seed}
     path = rate_distortion_path(e, a, config.betas, config.gammas, sample_weight=weights, **common)

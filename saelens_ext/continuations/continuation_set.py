@@ -111,6 +111,16 @@ class ContinuationSet:
         """The tokens of one continuation, without padding."""
         return self.token_ids[row, : int(self.lengths[row])].tolist()
 
+    def both_views(self) -> tuple[np.ndarray, np.ndarray]:
+        """``embeddings`` and ``signatures`` in float64; a ValueError where one is missing."""
+        if self.embeddings is None or self.signatures is None:
+            missing = "embeddings" if self.embeddings is None else "signatures"
+            raise ValueError(
+                f"The continuations of {self.prompt!r} have no {missing}; "
+                "make them with embed_continuations and attribute_continuations."
+            )
+        return self.embeddings.double().numpy(), self.signatures.double().numpy()
+
     @property
     def total_log_probs(self) -> Tensor:
         """Log-probability of each whole continuation in nats, float64 ``(n,)``."""

@@ -85,7 +85,7 @@ class PrefixAudit:
         self._check_cluster(cluster)
         medoid = int(self.clusterer.medoid_indices_[cluster])
         members = np.flatnonzero(self.labels == cluster)
-        e, a = self._views()
+        e, a = self.continuations.both_views()
         semantic = ((e[members] - e[medoid]) ** 2).sum(axis=1) / self.clusterer.semantic_scale_
         attribution = np.abs(a[members] - a[medoid]).sum(axis=1) / self.clusterer.attribution_scale_
         distance = self.clusterer.gamma * semantic + (1 - self.clusterer.gamma) * attribution
@@ -107,7 +107,7 @@ class PrefixAudit:
             ValueError: no such mode.
         """
         self._check_cluster(cluster)
-        _, signatures = self._views()
+        _, signatures = self.continuations.both_views()
         weights = self.continuations.weights.double().numpy()
         inside = self.labels == cluster
         mean, error = _weighted_mean(signatures, weights * inside)
@@ -126,9 +126,6 @@ class PrefixAudit:
         with np.errstate(invalid="ignore", divide="ignore"):
             table["t"] = table["difference"] / np.sqrt(error[order] ** 2 + other_error[order] ** 2)
         return table
-
-    def _views(self) -> tuple[np.ndarray, np.ndarray]:
-        return self.continuations.embeddings.double().numpy(), self.continuations.signatures.double().numpy()
 
     def _check_cluster(self, cluster: int) -> None:
         if not 0 <= cluster < self.clusterer.n_clusters_:
@@ -149,7 +146,7 @@ class PrefixAudit:
     ) -> "PrefixAudit":
         """Put a saved audit together again: the descent started at its own labels has nothing left to do."""
         clusterer = JointClusterer(**state["params"], init=np.asarray(state["labels"]))
-        e, a = continuations.embeddings.double().numpy(), continuations.signatures.double().numpy()
+        e, a = continuations.both_views()
         clusterer.fit(e, a, sample_weight=continuations.weights.double().numpy())
         path = pd.DataFrame(state["path"])
         path[["stability", "stability_se"]] = path[["stability", "stability_se"]].astype(float)

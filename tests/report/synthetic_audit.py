@@ -17,7 +17,7 @@ from saelens_ext.continuations.continuation_set import ContinuationSet
 from saelens_ext.continuations.prefix_audit import PrefixAudit
 from saelens_ext.continuations.source_table import SourceTable
 from saelens_ext.continuations.steering.passes import MEASURES
-from saelens_ext.continuations.validation.controls import METHODS
+from saelens_ext.continuations.validation.methods import METHODS
 from saelens_ext.continuations.validation.results import Validation
 from tests.report import synthetic
 

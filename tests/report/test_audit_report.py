@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -13,11 +14,12 @@ import pytest
 from scipy.spatial.distance import cdist
 from sklearn.decomposition import PCA
 
+from saelens_ext.continuations.validation.results import outcome
 from saelens_ext.report.audit.audit_report import write_audit_report
 from saelens_ext.report.audit.maps import MAX_POINTS, flat_map, maps_data, shown_rows
 from saelens_ext.report.audit.modes import ExampleFinder, mark_of
 from saelens_ext.report.audit.tests_section import (
-    _outcome,
+    LEVEL,
     comparisons,
     dose_data,
     joint_verdict,
@@ -177,7 +179,7 @@ def test_signatures_of_the_users_own_need_no_description(audit, tmp_path):
         ),
         ({}, "not_supported", "cannot be told from none"),
         ({"joint": -0.3}, "against", "wrong way"),
-        ({"joint": 0.3, "random_features": 0.3}, "partly", "But this cannot be told from what random latents did"),
+        ({"joint": 0.3, "random_features": 0.3}, "partly", "But this cannot be told from what random features did"),
         ({"joint": 0.3, "wrong_cluster": 0.6}, "partly", "But it was less than along another mode"),
     ],
 )
@@ -192,7 +194,7 @@ def test_the_verdict_is_that_of_the_table_either_way(audit, slopes, state, says)
 def test_only_corrected_p_values_count():
     row = {"n_units": 9, "p": 0.01, "p_holm": 0.08, "difference": 1.0}
     outcomes = [
-        _outcome(row | change)
+        outcome(SimpleNamespace(**row | change), LEVEL)
         for change in (
             {},
             {"p_holm": 0.04},

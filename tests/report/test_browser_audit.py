@@ -160,7 +160,7 @@ def test_the_page_can_be_used_by_keyboard(visit, audits):
 
 def test_plots_are_those_of_the_tests(visit, audits):
     page = visit()
-    assert page.texts("#p0-dose-charts h3")[:2] == ["meaning-only clusters", "mechanism-only clusters"]
+    assert page.texts("#p0-dose-charts h3")[:2] == ["modes by meaning alone", "modes by mechanism alone"]
     assert (
         page.page.locator("#p0-dose-charts figure").count() == 7
         and page.page.locator("#p0-dose-charts .whisker").count() == 7 * 2 * 5

@@ -1,18 +1,4 @@
-"""Which direction each method gives each member: the clusters' own, and those of the controls.
-
-All methods read directions off the same signatures by the same rule, and from the same half of the members; they
-differ in nothing but the partition, or in what is done with the direction:
-
-``"joint"``             of the cluster under test
-``"semantic"``          of a partition by meaning alone (k-means with as many clusters)
-``"attribution"``       of a partition by signatures alone (k-means with as many clusters)
-``"random_partition"``  of the clusters with members exchanged at random
-``"global"``            of one cluster for all: the same direction for everybody
-``"single_member"``     the signature of a random member of the cluster, other than its medoid where there is another
-``"wrong_cluster"``     the direction of another cluster, each used once
-``"random_features"``   as many random latents at the same hooks and positions, of nearly the same activations, turned
-                        the same ways
-"""
+"""Which direction each method gives each member: the clusters' own, and those of the controls (``methods``)."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -28,11 +14,9 @@ from saelens_ext.continuations.clustering.joint_clusterer import JointClusterer
 from saelens_ext.continuations.continuation_set import ContinuationSet
 from saelens_ext.continuations.source_table import SourceTable
 from saelens_ext.continuations.steering.latents import SteeringDirection, direction_of, turnable_columns
+from saelens_ext.continuations.validation.methods import SUBSTITUTES
 from saelens_ext.ops.weighted_median import weighted_median
 
-PARTITIONS = ("joint", "semantic", "attribution", "random_partition", "global")
-SUBSTITUTES = ("single_member", "wrong_cluster", "random_features")
-METHODS = (*PARTITIONS, *SUBSTITUTES)
 REPRESENTATIVES = ("medoid", "center", "contrast")
 
 _CANDIDATES = 64
@@ -93,8 +77,7 @@ class Representatives:
     """
 
     def __init__(self, continuations: ContinuationSet, clusterer: JointClusterer, choosing: np.ndarray, kind: str):
-        self._semantic = continuations.embeddings.double().numpy()
-        self._signatures = continuations.signatures.double().numpy()
+        self._semantic, self._signatures = continuations.both_views()
         self._weights = continuations.weights.numpy()
         self._kind = _checks.choice(kind, REPRESENTATIVES, "direction")
         self._metric = "cityblock" if clusterer.attribution_metric == "l1" else "sqeuclidean"

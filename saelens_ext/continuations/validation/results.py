@@ -12,8 +12,8 @@ from typing import Any
 import pandas as pd
 
 from saelens_ext import _checks, _files
+from saelens_ext.continuations.validation.methods import NOTHING, method_name
 from saelens_ext.continuations.validation.statistics import (
-    NOTHING,
     cluster_statistics,
     compare_generations,
     compare_methods,
@@ -138,7 +138,7 @@ class Validation:
         table = self._summary
         table = table[table["measure"] == _checks.choice(measure, list(table["measure"].unique()), "measure")]
         table = table[table["statistic"] == _checks.choice(statistic, list(table["statistic"].unique()), "statistic")]
-        verdicts = {row.control: _verdict(row, level) for row in table.itertuples()}
+        verdicts = {row.control: outcome(row, level) for row in table.itertuples()}
         lines = [
             self._setting_line(measure, statistic, table["unit"].iloc[0]),
             *(_line(row, verdicts[row.control]) for row in table.itertuples()),
@@ -219,7 +219,8 @@ def combine_validations(validations: Sequence[Validation]) -> Validation:
 # --- words ---
 
 
-def _verdict(row: Any, level: float) -> str:
+def outcome(row: Any, level: float) -> str:
+    """Of one row of :meth:`Validation.summary`: "above" or "below" the control, "same", or "untested"."""
     if not row.n_units:
         return "untested"
     if not row.p_holm < level:
@@ -229,11 +230,12 @@ def _verdict(row: Any, level: float) -> str:
 
 def _line(row: Any, verdict: str) -> str:
     if verdict == "untested":
-        return f"- {_named(row.control)}: not tested, since no {row.unit} has a value for both."
+        return f"- {method_name(row.control)}: not tested, since no {row.unit} has a value for both."
     unit = row.unit if row.n_units == 1 else {"prefix": "prefixes"}.get(row.unit, f"{row.unit}s")
     figures = f"{row.difference:+.3g} [{row.low:.3g}, {row.high:.3g}], p = {row.p_holm:.2g}, {row.n_units} {unit}"
     words = {"above": "joint exceeds", "below": "joint falls short of", "same": "joint is not distinguishable from"}
-    return f"- {words[verdict]} {_named(row.control)}: {row.reference:.3g} against {row.control_value:.3g} ({figures})."
+    values = f"{row.reference:.3g} against {row.control_value:.3g}"
+    return f"- {words[verdict]} {method_name(row.control)}: {values} ({figures})."
 
 
 def _power_line(table: pd.DataFrame, level: float) -> list[str]:
@@ -249,16 +251,12 @@ def _power_line(table: pd.DataFrame, level: float) -> list[str]:
 
 
 def _conclusion(verdicts: Mapping[str, str]) -> str:
-    named = {kind: [_named(c) for c, v in verdicts.items() if v == kind] for kind in ("same", "below", "untested")}
+    named = {kind: [method_name(c) for c, v in verdicts.items() if v == kind] for kind in ("same", "below", "untested")}
     if not any(named.values()):
         return "That the joint objective is what makes the direction work is supported: it exceeds every control of it."
     words = {"same": "not distinguishable from", "below": "below", "untested": "not tested against"}
     reasons = "; ".join(f"{words[kind]} {', '.join(names)}" for kind, names in named.items() if names)
     return f"That the joint objective is what makes the direction work is not supported: joint is {reasons}."
-
-
-def _named(control: str) -> str:
-    return "no steering" if control == NOTHING else control.replace("_", " ")
 
 
 # --- tables as JSON, which knows no NaN ---

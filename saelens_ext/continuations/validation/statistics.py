@@ -21,15 +21,13 @@ import pandas as pd
 from jaxtyping import Float
 from scipy.stats import rankdata
 
+from saelens_ext.continuations.validation.methods import NOTHING
 from saelens_ext.ops.statistics import bootstrap_interval, holm, sign_flip_p_value
 
 STATISTICS = ("slope", "pearson", "spearman", "monotonicity")
 
 RESOLUTION = 2e-5
 """Logits or nats: effects that differ by less are float32 rounding, and count as constant."""
-
-NOTHING = "nothing"
-"""The control that does not steer: every statistic of it is 0."""
 
 SHARE = "generation_share"
 

@@ -22,7 +22,6 @@ from saelens_ext.continuations.steering.latents import SIGNS, LatentTurner
 from saelens_ext.continuations.steering.passes import MEASURES, Setting, SteeredPasses
 from saelens_ext.continuations.steering.steer import checked_strengths, sources_of_set
 from saelens_ext.continuations.validation.controls import (
-    METHODS,
     REPRESENTATIVES,
     NothingToTest,
     Plan,
@@ -30,6 +29,7 @@ from saelens_ext.continuations.validation.controls import (
     split_members,
 )
 from saelens_ext.continuations.validation.generations import COLUMNS, Embed, generation_shares
+from saelens_ext.continuations.validation.methods import METHODS
 from saelens_ext.continuations.validation.results import Validation
 from saelens_ext.host.models import HostModel
 

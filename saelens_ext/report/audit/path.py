@@ -81,8 +81,7 @@ def one_cluster(audit: PrefixAudit) -> tuple[float, float]:
     """D_0 of both views; 1 for a view without any difference."""
     held = audit.continuations
     whole = audit.clusterer.partition_objective(
-        held.embeddings.double().numpy(),
-        held.signatures.double().numpy(),
+        *held.both_views(),
         np.zeros(len(held), dtype=np.int64),
         sample_weight=held.weights.double().numpy(),
     )

@@ -11,8 +11,9 @@ import numpy as np
 import pandas as pd
 
 from saelens_ext.continuations.prefix_audit import PrefixAudit
-from saelens_ext.continuations.validation.results import OBJECTIVE_CONTROLS, Validation, combine_validations
-from saelens_ext.continuations.validation.statistics import NOTHING, mean_effects
+from saelens_ext.continuations.validation.methods import NOTHING, method_meaning
+from saelens_ext.continuations.validation.results import OBJECTIVE_CONTROLS, Validation, combine_validations, outcome
+from saelens_ext.continuations.validation.statistics import mean_effects
 from saelens_ext.report.audit import wording as words
 from saelens_ext.report.format import count, share
 
@@ -81,7 +82,7 @@ def verdict(validation: Validation) -> Verdict:
     table = validation.summary()
     rows = table[(table["measure"] == MEASURE) & (table["statistic"] == STATISTIC)].set_index("control")
     claim = validation.claim(MEASURE, STATISTIC, level=LEVEL).splitlines()
-    outcomes = {control: _outcome(row) for control, row in rows.iterrows()}
+    outcomes = {control: outcome(row, LEVEL) for control, row in rows.iterrows()}
     objective = _objective(outcomes)
     moved = outcomes[NOTHING]
     if moved == "untested":
@@ -114,14 +115,6 @@ def verdict(validation: Validation) -> Verdict:
             claim,
         )
     return Verdict("partly", f"Supported in part: {sentence}. But {_reservations(weak)}.", objective, claim)
-
-
-def _outcome(row: Any) -> str:
-    if not row["n_units"]:
-        return "untested"
-    if not row["p_holm"] < LEVEL:
-        return "same"
-    return "above" if row["difference"] > 0 else "below"
 
 
 def _figures(row: Any) -> tuple[str, str, str]:
@@ -225,9 +218,7 @@ def dose_data(validation: Validation) -> dict[str, Any]:
     return {
         "strengths": strengths,
         "modes": groups,
-        "methods": [
-            {"key": key, "name": words.method_name(key), "meaning": words.method_meaning(key)} for key in methods
-        ],
+        "methods": [{"key": key, "name": words.method_name(key), "meaning": method_meaning(key)} for key in methods],
         "measures": [{"key": key, **words.measure_name(key)._asdict()} for key in measures],
         "values": [[[[cells[m, g, k, s] for s in strengths] for k in methods] for g in groups] for m in measures],
         "n": [[n[g, k] for k in methods] for g in groups],
@@ -323,15 +314,15 @@ _OUTCOMES = {
 
 
 def _comparison(row: Any) -> Comparison:
-    outcome = _OUTCOMES[_outcome(row._asdict())]
+    shown = _OUTCOMES[outcome(row, LEVEL)]
     decimals = words.interval_decimals(row.low, row.high, row.reference, row.control_value)
     low, high, difference = (words.fixed(x, decimals, plus=True) for x in (row.low, row.high, row.difference))
     if row.n_units and row.low == row.high == row.difference == 0:
         low = high = difference = "0"
-        outcome = "no difference at all"
+        shown = "no difference at all"
     return Comparison(
         control=words.method_name(row.control),
-        meaning=words.method_meaning(row.control),
+        meaning=method_meaning(row.control),
         reference=words.fixed(row.reference, decimals, plus=True),
         value=words.fixed(row.control_value, decimals, plus=True),
         difference=difference,
@@ -339,7 +330,7 @@ def _comparison(row: Any) -> Comparison:
         p=words.p_value(row.p),
         p_holm=words.p_value(row.p_holm),
         n=count(int(row.n_units)),
-        outcome=outcome,
+        outcome=shown,
     )
 
 

@@ -7,37 +7,10 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from saelens_ext.continuations.validation import methods
 from saelens_ext.report.format import visible
 
 MINUS, NOTHING = "\u2212", "–"
-
-
-class MethodName(NamedTuple):
-    """A way to choose directions, as the page calls it."""
-
-    name: str
-    meaning: str
-
-
-METHODS: Mapping[str, MethodName] = {
-    "joint": MethodName("own mode", "the direction of the mode that the continuation is in"),
-    "nothing": MethodName("no steering", "the model left alone, so that every change is 0"),
-    "semantic": MethodName("meaning-only clusters", "directions of as many k-means clusters of the embeddings alone"),
-    "attribution": MethodName(
-        "mechanism-only clusters", "directions of as many k-means clusters of the signatures alone"
-    ),
-    "random_partition": MethodName(
-        "shuffled modes", "directions of groups of the modes’ sizes with members drawn at random"
-    ),
-    "global": MethodName("one direction for all", "the direction of all continuations taken as one cluster"),
-    "single_member": MethodName(
-        "one random member", "the signature of a random member of the mode instead of its medoid"
-    ),
-    "wrong_cluster": MethodName("another mode", "the direction of a different mode"),
-    "random_features": MethodName(
-        "random latents", "as many random latents in the same places, about as active, turned the same ways"
-    ),
-}
 
 
 class MeasureName(NamedTuple):
@@ -76,13 +49,8 @@ STATISTICS: Mapping[str, str] = {
 
 
 def method_name(key: str) -> str:
-    """What the page calls a method; a partition of the user's keeps its own name."""
-    return METHODS[key].name if key in METHODS else visible(key.replace("_", " "))
-
-
-def method_meaning(key: str) -> str:
-    """What a method is."""
-    return METHODS[key].meaning if key in METHODS else "directions of a partition that was given"
+    """What the page calls a method."""
+    return visible(methods.method_name(key))
 
 
 def measure_name(key: str) -> MeasureName:

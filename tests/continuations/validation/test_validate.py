@@ -12,7 +12,8 @@ from saelens_ext.continuations.attribution.attribute import attribute_continuati
 from saelens_ext.continuations.clustering.joint_clusterer import JointClusterer
 from saelens_ext.continuations.sample import score_continuations
 from saelens_ext.continuations.steering.steer import steer_continuations
-from saelens_ext.continuations.validation.controls import METHODS, split_members
+from saelens_ext.continuations.validation.controls import split_members
+from saelens_ext.continuations.validation.methods import METHODS
 from saelens_ext.continuations.validation.results import Validation, combine_validations
 from saelens_ext.continuations.validation.validate import validate_clusters
 from tests.continuations._dictionaries import make
@@ -63,8 +64,8 @@ def test_a_direction_that_works_is_told_from_those_that_do_not(tested):
     for control in ("attribution", "single_member"):
         assert slopes.loc[control, "difference"] == 0 and slopes.loc[control, "p"] == 1
     claim = validation.claim()
-    assert "joint exceeds semantic" in claim and "joint exceeds random features" in claim
-    assert "not supported: joint is not distinguishable from attribution, single member." in claim
+    assert "joint exceeds modes by meaning alone" in claim and "joint exceeds random features" in claim
+    assert "not supported: joint is not distinguishable from modes by mechanism alone, one random member." in claim
     matrix = validation.specificity()
     assert (np.diag(matrix) > 0).all()
     summary = validation.specificity_summary().set_index("measure").loc["demeaned_logit"]
@@ -180,7 +181,7 @@ def test_clusters_without_a_second_member_or_a_second_cluster_are_left_out(model
     assert wrong["change"].isna().all() and one.specificity().shape == (1, 1)
     row = one.summary().set_index(["measure", "statistic", "control"]).loc[("demeaned_logit", "slope", "wrong_cluster")]
     assert row["n_units"] == 0 and row["n_undefined"] == 12 and np.isnan(row["p_holm"])
-    assert "wrong cluster: not tested" in one.claim()
+    assert "another mode: not tested" in one.claim()
 
 
 def test_clusterers_and_further_partitions(model, dictionaries):
