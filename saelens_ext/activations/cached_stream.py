@@ -12,6 +12,7 @@ from sae_lens.load_model import HookedProxyLM
 from transformers import PreTrainedTokenizerBase
 
 from saelens_ext._checks import near_matches, positive
+from saelens_ext._modes import standard_modes
 from saelens_ext.activations.proxy_stream import ProxyStream, describe_any
 from saelens_ext.activations.settings import checked_names, excluded_ids, positions_read
 from saelens_ext.activations.stream import NO_TOKEN, ActivationBatch, ActivationStream
@@ -143,6 +144,7 @@ class CachedStream(ActivationStream):
     def _describe_data(self) -> dict[str, Any]:
         return {"cached_activations_path": str(self.path), "dataset_fingerprint": self._rows._fingerprint}
 
+    @standard_modes()
     def _batch_at(self, start: int) -> ActivationBatch:
         rows = self._rows[start : start + self.batch_size]
         n = len(next(iter(rows.values())))
@@ -163,6 +165,7 @@ class CachedStream(ActivationStream):
             first_sequence_id=start,
         )
 
+    @standard_modes()
     def _comes_from(self, model: HostModel | HookedProxyLM) -> bool:
         """Whether the model gives the activations of the first window for its tokens, up to the rounding of a
         half-precision cache.

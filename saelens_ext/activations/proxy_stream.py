@@ -9,6 +9,7 @@ from sae_lens.load_model import HookedProxyLM
 from torch import Tensor
 
 from saelens_ext._checks import positive
+from saelens_ext._modes import callers_autocast
 from saelens_ext.activations.settings import (
     checked_context_size,
     checked_names,
@@ -100,7 +101,8 @@ class ProxyStream(ActivationStream):
 
         device = next(self.model.parameters()).device
         # The proxy's own forward drops the attention mask; its hooks fire in the model's forward too.
-        with self.model.hooks(fwd_hooks=[(name, reader(name)) for name in dict.fromkeys(self.hook_names)]):
+        hooks = [(name, reader(name)) for name in dict.fromkeys(self.hook_names)]
+        with self.model.hooks(fwd_hooks=hooks), callers_autocast():
             try:
                 self.model.model(input_ids=tokens.to(device), attention_mask=real.to(device, torch.int64))
             except _AllRead:

@@ -20,6 +20,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
 from saelens_ext._checks import positive
+from saelens_ext._modes import callers_autocast, standard_modes
 from saelens_ext.activations.settings import (
     checked_context_size,
     checked_names,
@@ -61,6 +62,7 @@ class ActivationBatch:
     def __len__(self) -> int:
         return self.token_ids.shape[0]
 
+    @standard_modes()
     def context(self, rows: Any) -> Int64[Tensor, "r L"]:
         """The whole windows that rows come from.
 
@@ -72,6 +74,7 @@ class ActivationBatch:
         """
         return self.windows[torch.atleast_1d(self.sequence_ids[rows]) - self.first_sequence_id]
 
+    @standard_modes()
     def first(self, n: int) -> "ActivationBatch":
         """The first ``n`` rows, with all the windows."""
         return replace(
@@ -254,6 +257,7 @@ class ActivationStream:
     def _describe_data(self) -> dict[str, Any]:
         return self._windows.describe()
 
+    @standard_modes()
     def _batch(self, windows: list[Window], first_sequence_id: int) -> ActivationBatch:
         tokens, real = self._padded(windows)
         keep = real & self._read_positions[: tokens.shape[1]]
@@ -378,13 +382,14 @@ def _run_to_last_hook(
     if isinstance(model, TransformerBridge) and (stop is None or stop >= model.cfg.n_layers) and not needs_logits:
         # A bridge stops only before a block, and after the last one come the logits, the widest tensor of the pass.
         hooks, stop = [*hooks, ("unembed.hook_in", _stop)], None
-    model.run_with_hooks(
-        tokens.to(device),
-        attention_mask=real.to(device, torch.int64),
-        fwd_hooks=hooks,
-        stop_at_layer=stop,
-        return_type="logits" if needs_logits else None,
-    )
+    with callers_autocast():
+        model.run_with_hooks(
+            tokens.to(device),
+            attention_mask=real.to(device, torch.int64),
+            fwd_hooks=hooks,
+            stop_at_layer=stop,
+            return_type="logits" if needs_logits else None,
+        )
 
 
 def _stop(activation: Tensor, hook: Any) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from saelens_ext import _checks
+from saelens_ext._modes import standard_modes
 from saelens_ext.host.edit_effects import without_hooks
 from saelens_ext.host.models import HostModel
 
@@ -34,6 +35,7 @@ class LensResult:
     """Their logits: float32 ``(k, n)``."""
 
 
+@standard_modes()
 @torch.no_grad()
 def logit_lens(model: HostModel, directions: Tensor, *, top_n: int = 10) -> LensResult:
     """Read unit directions out through the model's final normalisation and unembedding.

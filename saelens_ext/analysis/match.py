@@ -27,6 +27,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from saelens_ext import _checks
+from saelens_ext._modes import standard_modes
 from saelens_ext.analysis.match_null import Null, Searcher
 from saelens_ext.ops.spherical import unit_directions
 
@@ -161,6 +162,7 @@ class DictionaryMatch:
         return pandas.DataFrame({name: column.numpy() for name, column in columns.items()})
 
 
+@standard_modes()
 @torch.no_grad()
 def match_dictionaries(
     first: Dictionary,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from saelens_ext import _checks
+from saelens_ext._modes import standard_modes
 from saelens_ext.host.continued_text import ids_after
 from saelens_ext.host.hook_edits import edit_point, flat_rows, hooked
 from saelens_ext.host.models import HostModel, tokenizer_of
@@ -65,6 +66,7 @@ class NeuronGroupEffect:
         return pandas.DataFrame(ids | {name: column.numpy() for name, column in columns.items()})
 
 
+@standard_modes()
 def neuron_group_effect(
     model: HostModel,
     hook_name: str,
@@ -240,6 +242,7 @@ class _Change:
     def hook(self, ways: slice, columns: Tensor) -> Callable[..., Tensor]:
         """A hook for a batch whose row r is changed in way r of ``ways``, at the columns of its prompt."""
 
+        @standard_modes()
         def edit(x: Tensor, hook: Any = None) -> Tensor:
             d = x.flatten(2).shape[-1]
             flat = flat_rows(x, d, self.point)

@@ -20,6 +20,7 @@ from scipy.stats import false_discovery_control, hypergeom
 from torch import Tensor
 
 from saelens_ext import _checks
+from saelens_ext._modes import standard_modes
 
 if TYPE_CHECKING:
     import pandas
@@ -86,6 +87,7 @@ class NeuronGroups:
     """Features that a core neuron belongs to, at least."""
 
 
+@standard_modes()
 def neuron_overlap(
     features: Float[Tensor, "k d"],
     *,
@@ -135,6 +137,7 @@ def neuron_overlap(
     )
 
 
+@standard_modes()
 def core_and_exclusive_neurons(
     features: Float[Tensor, "k d"], group: Sequence[int], *, shared_by: int | None = None
 ) -> NeuronGroups:

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from saelens_ext import _checks, _files
+from saelens_ext._modes import standard_modes
 from saelens_ext.activations.stream import ActivationStream
 from saelens_ext.analysis.examples import BlockCutter, Examples, RowBlock
 from saelens_ext.analysis.profile_files import SCALARS, TABLES, TENSORS, check_belongs, tensors_of
@@ -104,6 +105,7 @@ class DictionaryProfile:
         return path
 
     @classmethod
+    @standard_modes()
     def load(cls, path: str | Path, sae: SAE[Any] | None = None) -> "DictionaryProfile":
         """Read what :meth:`save` wrote.
 
@@ -266,6 +268,7 @@ def profile_dictionary(
     return profile
 
 
+@standard_modes()
 @torch.no_grad()
 def profile_dictionaries(
     saes: Sequence[SAE[Any]],

@@ -15,6 +15,7 @@ import torch
 from sae_lens import SAE
 from transformers import PreTrainedTokenizerBase
 
+from saelens_ext._modes import standard_modes
 from saelens_ext.analysis.profile import DictionaryProfile
 from saelens_ext.audit.config import AuditConfig
 from saelens_ext.audit.stages import Stages, describe, folder_for
@@ -87,6 +88,7 @@ class Audit:
         )
 
 
+@standard_modes()
 def audit_continuations(
     model: HostModel,
     prefixes: str | Sequence[str],

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from saelens_ext._modes import standard_modes
 from saelens_ext.concepts.detection import ConceptScores, Detector, concept_scores
 from saelens_ext.concepts.diff_means import diff_means, split_sentences
 from saelens_ext.host.models import HostModel
@@ -78,6 +79,7 @@ class ConceptComparison:
         }
 
 
+@standard_modes()
 def compare_detection(
     model: HostModel,
     detectors: Mapping[str, Detector],

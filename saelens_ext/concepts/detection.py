@@ -19,6 +19,7 @@ from sae_lens import SAE, Transcoder
 from torch import Tensor
 
 from saelens_ext import _checks
+from saelens_ext._modes import standard_modes
 from saelens_ext.concepts.token_activations import token_activations
 from saelens_ext.host.bos import text_start, warn_of_other_bos
 from saelens_ext.host.flat_sae import encode_flat, refuse_sequence_codes
@@ -48,6 +49,7 @@ class Detector:
     """Whether what scores was built on texts that start with BOS; None where that is not known."""
 
     @classmethod
+    @standard_modes()
     def from_directions(
         cls,
         directions: Tensor,
@@ -87,6 +89,7 @@ class Detector:
         return cls(hook_name=hook_name, names=given, score=score, row_cost=len(rows))
 
     @classmethod
+    @standard_modes()
     def from_dictionary(
         cls,
         sae: SAE[Any],
@@ -193,6 +196,7 @@ class ConceptScores:
         return pandas.DataFrame({"name": list(self.names)} | {name: getattr(self, name).numpy() for name in columns})
 
 
+@standard_modes()
 def concept_scores(
     model: HostModel,
     detector: Detector,
@@ -332,6 +336,7 @@ def _similarity(rows: Tensor, center: Tensor | None, similarity: str) -> Callabl
     units = rows / rows.norm(dim=1, keepdim=True).clamp_min(tiny)
     origin = None if center is None else center.detach().to(units)
 
+    @standard_modes()
     def score(x: Tensor) -> Tensor:
         x = _checks.width(x, units.shape[1], "The activation").to(units)
         x = x if origin is None else x - origin
@@ -358,6 +363,7 @@ def _row_similarity(sae: SAE[Any], chosen: Tensor, similarity: str, center: bool
 def _codes(sae: SAE[Any], chosen: Tensor, everything: bool) -> Callable[[Tensor], Tensor]:
     refuse_sequence_codes(sae)
 
+    @standard_modes()
     def score(x: Tensor) -> Tensor:
         codes = encode_flat(sae, x.to(sae.W_dec.device))
         return codes if everything else codes[:, chosen.to(codes.device)]

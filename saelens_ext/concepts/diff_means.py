@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from saelens_ext import _checks
+from saelens_ext._modes import standard_modes
 from saelens_ext.concepts.detection import ConceptScores, Detector, concept_scores
 from saelens_ext.concepts.token_activations import token_activations
 from saelens_ext.host.models import HostModel
@@ -66,6 +67,7 @@ class HeldOutDiffMeans(NamedTuple):
     """Row by row of ``scores.neutral``."""
 
 
+@standard_modes()
 @torch.no_grad()
 def diff_means(
     model: HostModel,

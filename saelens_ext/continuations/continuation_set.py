@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from saelens_ext import _checks, _files
+from saelens_ext._modes import standard_modes
 from saelens_ext.continuations.source_table import SourceTable
 
 FORMAT_VERSION = 1
@@ -103,6 +104,7 @@ class ContinuationSet:
     # --- the rows ---
 
     @property
+    @standard_modes()
     def mask(self) -> Tensor:
         """``(n, T)`` bool, True at real tokens."""
         return torch.arange(self.token_ids.shape[1]) < self.lengths[:, None]
@@ -122,20 +124,24 @@ class ContinuationSet:
         return self.embeddings.double().numpy(), self.signatures.double().numpy()
 
     @property
+    @standard_modes()
     def total_log_probs(self) -> Tensor:
         """Log-probability of each whole continuation in nats, float64 ``(n,)``."""
         return self.log_probs.double().sum(dim=1)
 
     @property
+    @standard_modes()
     def mean_log_probs(self) -> Tensor:
         """The same per token, float64 ``(n,)``."""
         return self.total_log_probs / self.lengths
 
     @property
+    @standard_modes()
     def effective_sample_size(self) -> float:
         """ESS: how many equally weighted rows the weights are worth."""
         return float(self.weights.sum() ** 2 / self.weights.square().sum())
 
+    @standard_modes()
     def select(self, rows: Sequence[int] | Sequence[bool] | Tensor | np.ndarray) -> "ContinuationSet":
         """The set of some rows, in the order given, with their weights scaled to sum to 1.
 
@@ -167,6 +173,7 @@ class ContinuationSet:
 
     # --- with one more view ---
 
+    @standard_modes()
     def with_weights(self, weights: str | Sequence[float | int] | Tensor | np.ndarray) -> "ContinuationSet":
         """The set with other weights.
 
@@ -192,6 +199,7 @@ class ContinuationSet:
         # The floor keeps a weight positive where a continuation is too unlikely for the exponential.
         return scores.get(name, torch.zeros(len(self), dtype=torch.float64)).softmax(dim=0).clamp_min(1e-300)
 
+    @standard_modes()
     def with_embeddings(self, embeddings: Tensor | np.ndarray) -> "ContinuationSet":
         """The set with a semantic view, ``(n, d_e)``.
 
@@ -200,6 +208,7 @@ class ContinuationSet:
         """
         return replace(self, embeddings=_matrix(embeddings, len(self), "embeddings"))
 
+    @standard_modes()
     def with_signatures(self, signatures: Tensor | np.ndarray, sources: SourceTable | None = None) -> "ContinuationSet":
         """The set with a mechanistic view of your own making.
 
@@ -212,6 +221,7 @@ class ContinuationSet:
         """
         return replace(self, signatures=_matrix(signatures, len(self), "signatures"), sources=sources)
 
+    @standard_modes()
     def with_columns(self, columns: Mapping[str, Tensor]) -> "ContinuationSet":
         """The set with further numbers per row, which replace those of the same name."""
         return replace(self, columns={**self.columns, **columns})
@@ -248,6 +258,7 @@ class ContinuationSet:
         return folder
 
     @classmethod
+    @standard_modes()
     def load(cls, folder: str | Path) -> "ContinuationSet":
         """Read a set that :meth:`save` wrote.
 

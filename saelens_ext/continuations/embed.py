@@ -13,12 +13,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from saelens_ext import _checks
+from saelens_ext._modes import standard_modes
 from saelens_ext.continuations.continuation_set import ContinuationSet
 from saelens_ext.host.sentence_model import load_sentence_model
 
 MODES = ("contextual", "sentence")
 
 
+@standard_modes()
 def embed_continuations(
     continuations: ContinuationSet,
     embedder: Any = None,
@@ -61,6 +63,7 @@ def embed_continuations(
     return continuations.with_embeddings(_unit(vectors.detach().float().cpu(), texts))
 
 
+@standard_modes()
 def visible_rows(continuations: ContinuationSet, embedder: Any = None) -> Tensor:
     """Which continuations hold text that the embedder's tokenizer sees, as contextual embedding needs: bool ``(n,)``.
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from saelens_ext import _checks
+from saelens_ext._modes import standard_modes
 from saelens_ext.continuations.continuation_set import PADDING, WEIGHTINGS, ContinuationSet, pad_rows
 from saelens_ext.host.bos import begins_with_bos
 from saelens_ext.host.continued_text import ids_after, text_after
@@ -24,6 +25,7 @@ from saelens_ext.steering.sampling import Drawn, SamplingOptions, continuation_l
 logger = logging.getLogger(__name__)
 
 
+@standard_modes()
 def sample_continuations(
     model: HostModel,
     prefix: str,

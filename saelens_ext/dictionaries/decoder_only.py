@@ -17,6 +17,7 @@ from sae_lens.util import dtype_to_str
 from torch import nn
 
 from saelens_ext import _checks, _files
+from saelens_ext._modes import standard_modes, without_autocast
 from saelens_ext.dictionaries.architecture_names import plain_name, written_name
 
 # SAELens' loader writes these into every config it reads, whatever the architecture.
@@ -129,6 +130,7 @@ class DecoderOnlySAE(SAE[DecoderOnlyConfig]):
             _checks.width(sae_in, self.cfg.d_in, "The activation")
         return super().process_sae_in(sae_in)
 
+    @without_autocast()
     def decode(self, feature_acts: torch.Tensor) -> torch.Tensor:
         """Map codes ``(…, d_sae)`` back to activations ``(…, d_in)``: ``codes @ W_dec + b_dec``."""
         _checks.width(feature_acts, self.cfg.d_sae, "The code")
@@ -187,6 +189,7 @@ class DecoderOnlySAE(SAE[DecoderOnlyConfig]):
         }
 
     @classmethod
+    @standard_modes()
     def load_from_disk(
         cls: type[T], path: str | Path, device: str = "cpu", dtype: str | None = None, **kwargs: Any
     ) -> T:

@@ -23,6 +23,7 @@ from sae_lens.util import dtype_to_str
 from torch import Tensor, nn
 
 from saelens_ext import _checks
+from saelens_ext._modes import standard_modes, without_autocast
 from saelens_ext.dictionaries.decoder_only import DecoderOnlyConfig, DecoderOnlySAE
 from saelens_ext.ops.spherical import assign_nearest
 
@@ -104,6 +105,7 @@ class ExemplarPartition(DecoderOnlySAE):
         return ExemplarPartitionConfig
 
     @classmethod
+    @standard_modes()
     def from_regions(
         cls,
         exemplars: Float[Tensor, "k d"],
@@ -176,6 +178,7 @@ class ExemplarPartition(DecoderOnlySAE):
         """The origin of all directions, ``(d,)``."""
         return self.b_dec
 
+    @standard_modes()
     @torch.no_grad()
     def assign(self, x: Float[Tensor, "*batch d"], reject: bool = False) -> Assignment:
         """Find the region of each activation: the nearest exemplar, whatever the basis and readout.
@@ -199,6 +202,7 @@ class ExemplarPartition(DecoderOnlySAE):
             regions = torch.where(distances > self.cfg.threshold, -1, regions)
         return Assignment(regions.reshape(x.shape[:-1]), distances.float().reshape(x.shape[:-1]))
 
+    @without_autocast()
     def encode(self, x: Tensor) -> Tensor:
         """Read activations ``(…, d_in)`` out as codes ``(…, d_sae)``, as ``cfg.readout`` says."""
         offset = self.process_sae_in(x)
@@ -218,6 +222,7 @@ class ExemplarPartition(DecoderOnlySAE):
         """SAELens' own ``TopK`` where the readout is one, which is how other tools recognise it."""
         return TopK(self.cfg.k) if self.cfg.readout in ("top_k", "top_k_cosine") else nn.Identity()
 
+    @standard_modes()
     def with_readout(
         self, readout: Readout | None = None, *, k: int | None = None, basis: Basis | None = None
     ) -> "ExemplarPartition":

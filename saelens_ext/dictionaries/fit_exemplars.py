@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from saelens_ext import _checks
+from saelens_ext._modes import standard_modes
 from saelens_ext.activations.stream import ActivationStream
 from saelens_ext.dictionaries.fit_result import FitResult
 from saelens_ext.dictionaries.grow_exemplars import ExemplarBuild, ExemplarFitConfig, OnMetrics
@@ -15,6 +16,7 @@ from saelens_ext.dictionaries.grow_exemplars import ExemplarBuild, ExemplarFitCo
 __all__ = ["ExemplarFitConfig", "FitResult", "OnMetrics", "fit_exemplar_partition", "fit_exemplar_partitions"]
 
 
+@standard_modes()
 def fit_exemplar_partition(
     stream: ActivationStream,
     *,
@@ -59,6 +61,7 @@ def fit_exemplar_partition(
     return result
 
 
+@standard_modes()
 def fit_exemplar_partitions(
     stream: ActivationStream,
     percentiles: Sequence[float | int] = (1, 2, 4, 8, 10),

@@ -8,6 +8,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from saelens_ext import _checks
+from saelens_ext._modes import standard_modes
 from saelens_ext.activations.stream import ActivationStream
 from saelens_ext.dictionaries.activation_matrix import ActivationSource
 from saelens_ext.dictionaries.fit_snmf import SNMFFitConfig, reconstruction_loss
@@ -21,6 +22,7 @@ _REFINE_TOL = 1e-4
 _LINK_DAMPING = 0.1
 
 
+@standard_modes()
 def fit_hierarchical_snmf(
     source: ActivationStream | Tensor,
     ranks: Sequence[int] = (400, 200, 100, 50),

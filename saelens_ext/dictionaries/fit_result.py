@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from saelens_ext import _files
+from saelens_ext._modes import standard_modes
 from saelens_ext.activations.stream import ActivationBatch
 from saelens_ext.dictionaries.exemplar_partition import ExemplarPartition
 from saelens_ext.ops.calibration import ThresholdEstimate
@@ -113,6 +114,7 @@ class FitResult:
         return path
 
     @classmethod
+    @standard_modes()
     def load(cls, path: str | Path, device: str = "cpu") -> "FitResult":
         """Read what :meth:`save` wrote.
 

@@ -16,12 +16,14 @@ from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 
 from saelens_ext import _checks
+from saelens_ext._modes import standard_modes
 from saelens_ext.activations.stream import ActivationStream
 from saelens_ext.dictionaries.activation_matrix import ActivationSource
 
 _DEFAULT_K = 32
 
 
+@standard_modes()
 def fit_sae(
     source: ActivationStream | Tensor,
     d_sae: int,

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saelens_ext import _checks
+from saelens_ext._modes import standard_modes
 from saelens_ext.activations.stream import ActivationStream
 from saelens_ext.dictionaries.activation_matrix import ActivationSource, Restartable
 from saelens_ext.dictionaries.snmf import SNMFDictionary
@@ -68,6 +69,7 @@ class SNMFFitConfig:
         return cls(**options)
 
 
+@standard_modes()
 def fit_snmf(
     source: ActivationStream | Tensor,
     n_components: int = 100,

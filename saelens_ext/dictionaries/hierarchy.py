@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from saelens_ext import _checks, _files
+from saelens_ext._modes import standard_modes
 from saelens_ext.dictionaries.snmf import SNMFDictionary
 
 FORMAT_VERSION = 1
@@ -66,6 +67,7 @@ class HierarchicalSNMF:
         """Features of each level."""
         return tuple(dictionary.cfg.d_sae for dictionary in self.dictionaries)
 
+    @standard_modes()
     def trees(self, level: int = -1, *, min_weight: float | int = 0.15, max_children: int = 4) -> list[ConceptNode]:
         """The tree below each feature of a level.
 
@@ -125,6 +127,7 @@ class HierarchicalSNMF:
         return path
 
     @classmethod
+    @standard_modes()
     def load(cls, path: str | Path, device: str = "cpu") -> "HierarchicalSNMF":
         """Read what :meth:`save` wrote.
 

@@ -22,6 +22,7 @@ from sae_lens.util import dtype_to_str
 from torch import Tensor, nn
 
 from saelens_ext import _checks
+from saelens_ext._modes import standard_modes, without_autocast
 from saelens_ext.dictionaries.decoder_only import DecoderOnlyConfig, DecoderOnlySAE
 from saelens_ext.host import mlp_output
 from saelens_ext.host.models import HostModel
@@ -96,6 +97,7 @@ class SNMFDictionary(DecoderOnlySAE):
         return SNMFDictionaryConfig
 
     @classmethod
+    @standard_modes()
     def from_features(
         cls,
         features: Float[Tensor, "k d"],
@@ -145,6 +147,7 @@ class SNMFDictionary(DecoderOnlySAE):
         dictionary.load_state_dict({"W_dec": features.detach(), "b_dec": features.new_zeros(d_in)})
         return dictionary
 
+    @without_autocast()
     def encode(self, x: Tensor) -> Tensor:
         """The codes ``(…, d_sae)``, >= 0, that reconstruct activations ``(…, d_in)`` best.
 
@@ -172,6 +175,7 @@ class SNMFDictionary(DecoderOnlySAE):
             return nnls(x, self.W_dec.to(working), tol=_TOL[working])
         return solve_codes(x, self._gram(working), _TOL[working])
 
+    @standard_modes()
     @torch.no_grad()
     def _gram(self, working: torch.dtype) -> FeatureGram:
         """The solver's preparation of the features, which costs as much as the codes of a short text: kept."""
@@ -208,6 +212,7 @@ class SNMFDictionary(DecoderOnlySAE):
         """How many features use no neuron."""
         return int((~self.support.any(dim=1)).sum())
 
+    @standard_modes()
     def neurons(self, feature: int, n: int | None = None) -> Neurons:
         """The neurons of a feature by falling |weight|, equal ones by index.
 

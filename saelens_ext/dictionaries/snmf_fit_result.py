@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from saelens_ext import _files
+from saelens_ext._modes import standard_modes
 from saelens_ext.dictionaries.snmf import SNMFDictionary
 
 FORMAT_VERSION = 1
@@ -69,6 +70,7 @@ class SNMFFitResult:
         return path
 
     @classmethod
+    @standard_modes()
     def load(cls, path: str | Path, device: str = "cpu") -> "SNMFFitResult":
         """Read what :meth:`save` wrote.
 

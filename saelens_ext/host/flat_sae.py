@@ -8,6 +8,7 @@ from sae_lens import SAE, Transcoder
 from torch import Tensor
 
 from saelens_ext import _checks
+from saelens_ext._modes import without_autocast
 
 _RESHAPING = ("reshape_fn_in", "reshape_fn_out", "d_head", "hook_z_reshaping_mode")
 
@@ -67,6 +68,7 @@ def flat_activations(sae: SAE[Any]) -> Iterator[None]:
         vars(sae).update(kept)
 
 
+@without_autocast()
 def encode_flat(sae: SAE[Any], x: Tensor) -> Tensor:
     """Encode flat activations ``(…, d_in)`` as dense codes ``(…, d_sae)``.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from saelens_ext._modes import standard_modes
 from saelens_ext.host.edit_effects import check_takes_effect
 from saelens_ext.host.hook_names import output_behind
 from saelens_ext.host.models import HostModel, resolve_hook
@@ -125,6 +126,7 @@ def edit_hook(edit: Edit, d: int, hook_name: str, positions: Sequence[int] | Non
     """
     columns = None if positions is None else _PromptColumns(positions, hook_name)
 
+    @standard_modes()
     def run(x: Tensor, hook: Any = None) -> Tensor | None:
         chosen = None if columns is None else columns.of(x)
         if columns is not None and chosen is None:

@@ -19,6 +19,7 @@ from transformer_lens import HookedTransformer
 from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 
 from saelens_ext import _checks
+from saelens_ext._modes import standard_modes
 from saelens_ext.host.edit_effects import without_hooks
 from saelens_ext.host.hook_edits import hooked
 from saelens_ext.host.hook_names import hook_layer, locate
@@ -28,6 +29,7 @@ from saelens_ext.host.prompt_passes import device_of, evaluating, logits_of
 _SCALES: WeakKeyDictionary[nn.Module, dict[tuple[int, bool], float]] = WeakKeyDictionary()
 
 
+@standard_modes()
 @torch.no_grad()
 def residual_directions(
     model: HostModel, features: SAE[Any] | Tensor, *, hook_name: str | None = None, layer: int | None = None

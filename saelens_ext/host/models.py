@@ -20,6 +20,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from saelens_ext._checks import choice
+from saelens_ext._modes import out_of_inference, standard_modes
 from saelens_ext.host.bos import text_start, warn_of_other_bos
 from saelens_ext.host.by_name import hooked_by_name
 from saelens_ext.host.hook_names import AnyHost, hook_layer, locate, output_behind, resolve_hook, stop_layer
@@ -87,6 +88,7 @@ def in_residual_space(hook_name: str) -> bool:
     return not _WITHIN_A_LAYER.search(hook_name)
 
 
+@standard_modes()
 def load_model(
     name_or_path: str | Path,
     *,
@@ -131,9 +133,10 @@ def load_model(
         model = HookedSAETransformer.from_pretrained_no_processing(
             str(name_or_path), device=device, dtype=dtype, tokenizer=tokenizer
         )
-    return model.eval()
+    return out_of_inference(model).eval()
 
 
+@standard_modes()
 def retarget(sae: AnySAE, model: AnyHost) -> AnySAE:
     """Rename an SAE's hooks (in place) so that it can be attached to ``model``.
 

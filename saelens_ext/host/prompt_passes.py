@@ -9,6 +9,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
+from saelens_ext._modes import callers_autocast
 from saelens_ext.host.bos import TextStart, text_start
 from saelens_ext.host.models import HostModel, tokenizer_of
 
@@ -72,7 +73,8 @@ def logits_of(model: HostModel, ids: Tensor, mask: Tensor | None = None) -> Tens
     """Logits ``(b, length, d_vocab)`` of token ids ``(b, length)``; ``mask`` is False at right padding."""
     # Without an explicit mask a HookedTransformer guesses padding from the token ids, and pad may equal BOS.
     mask = torch.ones_like(ids) if mask is None else mask.long()
-    return model(ids, return_type="logits", attention_mask=mask)
+    with callers_autocast():
+        return model(ids, return_type="logits", attention_mask=mask)
 
 
 class CachedPasses:
@@ -97,6 +99,7 @@ class CachedPasses:
         if self._is_hooked_transformer:
             self._cache = TransformerLensKeyValueCache.init_cache(model.cfg, model.cfg.device, len(ids))
 
+    @callers_autocast()
     def logits(self) -> Tensor:
         """Logits ``(b, d_vocab)`` of the token after the last; call it once between two calls of :meth:`append`."""
         if not self._cached:

@@ -28,6 +28,7 @@ from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME
 from sae_lens.util import dtype_to_str
 
 from saelens_ext import _files
+from saelens_ext._modes import standard_modes
 from saelens_ext.analysis.profile import DictionaryProfile
 from saelens_ext.dictionaries.architecture_names import plain_name, written_name
 from saelens_ext.dictionaries.fit_result import FitResult
@@ -63,6 +64,7 @@ class HubDictionary(Contents):
     """The local folder with the files."""
 
 
+@standard_modes()
 def push_to_hub(
     dictionary: Pushable,
     repo_id: str,
@@ -137,6 +139,7 @@ def push_to_hub(
             return _commit(api, repo_id, sae_id, additions, card_for, revision, commit_message or f"Push {sae_id}")
 
 
+@standard_modes()
 def load_from_hub(
     repo_id: str,
     sae_id: str,

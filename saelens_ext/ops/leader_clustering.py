@@ -29,6 +29,7 @@ from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
 from saelens_ext._checks import finite, known_keys
+from saelens_ext._modes import standard_modes
 from saelens_ext.ops.grid_products import (
     ROW_LIMIT,
     Candidates,
@@ -68,7 +69,7 @@ class LeaderClustering:
     """
 
     # Buffers made in inference mode could never be updated outside it; so here and below.
-    @torch.inference_mode(False)
+    @standard_modes()
     def __init__(self, center: Float[Tensor, " d"], threshold: float | int) -> None:
         if center.ndim != 1 or len(center) == 0 or not center.is_floating_point():
             raise ValueError(f"center must be a float vector (d,), got shape {tuple(center.shape)} and {center.dtype}.")
@@ -84,6 +85,7 @@ class LeaderClustering:
         self._tile = new_tile(device)
 
     @property
+    @standard_modes()
     def center(self) -> Float[Tensor, " d"]:
         """The centre, ``(d,)``."""
         return self._center.clone()
@@ -109,27 +111,32 @@ class LeaderClustering:
         return self._n_regions
 
     @property
+    @standard_modes()
     def exemplars(self) -> Float32[Tensor, "k d"]:
         """Directions of the founders, ``(K, d)`` unit rows in order of arrival."""
         return self._exemplars[: self._n_regions].clone()
 
     @property
+    @standard_modes()
     def exemplar_indices(self) -> Int64[Tensor, " k"]:
         """Stream position of each founder, ``(K,)``, increasing."""
         return self._indices[: self._n_regions].clone()
 
     @property
+    @standard_modes()
     def counts(self) -> Int64[Tensor, " k"]:
         """Members of each region, founder included, ``(K,)``."""
         return self._counts[: self._n_regions].clone()
 
     @property
+    @standard_modes()
     def member_means(self) -> Float32[Tensor, "k d"]:
         """Mean direction of each region's members, ``(K, d)`` unit rows; zero where members cancel exactly."""
         sums = self._sums[: self._n_regions]
         return (sums / sums.norm(dim=1, keepdim=True).clamp(min=2.0**-30)).float()
 
     @property
+    @standard_modes()
     def coherence(self) -> Float32[Tensor, " k"]:
         """Length of the mean of each region's member directions, ``(K,)`` in [0, 1]; 1 if they are all the same."""
         return (self._sums[: self._n_regions].norm(dim=1) / self._counts[: self._n_regions]).clamp(max=1.0).float()
@@ -147,7 +154,7 @@ class LeaderClustering:
         """How many activations from stream position ``index`` on founded a region."""
         return int((self.exemplar_indices >= index).sum())
 
-    @torch.inference_mode(False)
+    @standard_modes()
     @torch.no_grad()
     def partial_fit(self, x: Float[Tensor, "n d_x"]) -> Int64[Tensor, " n"]:
         """Add a batch to the stream.
@@ -163,15 +170,14 @@ class LeaderClustering:
         """
         x = checked_activations(x, len(self._center))
         labels = torch.full((len(x),), -1, dtype=torch.int64, device=x.device)
-        device, start = self._center.device, 0
-        with torch.autocast(device.type, enabled=False):
-            while start < len(x):
-                # With no more rows than regions, comparing the rows of a block with each other costs no more than
-                # comparing them with the exemplars.
-                block = slice(start, start + max(512, min(self._n_regions, ROW_LIMIT)))
-                u, norm = directions(x[block].to(device), self._center)
-                labels[block] = self._add_block(u, norm).to(x.device)
-                start = block.stop
+        start = 0
+        while start < len(x):
+            # With no more rows than regions, comparing the rows of a block with each other costs no more than comparing
+            # them with the exemplars.
+            block = slice(start, start + max(512, min(self._n_regions, ROW_LIMIT)))
+            u, norm = directions(x[block].to(self._center.device), self._center)
+            labels[block] = self._add_block(u, norm).to(x.device)
+            start = block.stop
         return labels
 
     def _add_block(self, u: Tensor, norm: Tensor) -> Tensor:
@@ -221,6 +227,7 @@ class LeaderClustering:
         self._indices[first:last] = positions
         self._n_regions = last
 
+    @standard_modes()
     def state_dict(self) -> dict[str, Tensor]:
         """Everything needed to continue the stream, as tensors of its own (numbers are 0-d tensors)."""
         k = self._n_regions
@@ -235,7 +242,7 @@ class LeaderClustering:
             "n_undirected": torch.tensor(self._n_undirected),
         }
 
-    @torch.inference_mode(False)
+    @standard_modes()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continue where the clustering that gave ``state`` was.
 

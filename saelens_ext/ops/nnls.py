@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from saelens_ext._checks import finite, positive, width
+from saelens_ext._modes import standard_modes
 from saelens_ext.ops.nnls_active_set import SupportSolver, pivot
 from saelens_ext.ops.nnls_kernels import DualIteration, FeatureGram, PrimalIteration, descent, kkt_residual
 
@@ -94,6 +95,7 @@ class _NonNegativeLeastSquares(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @standard_modes()
     def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         """With S the positive codes, g_S = (F_S F_S')^-1 F_S x. Let v_S = (F_S F_S')^-1 upstream_S; then the gradient
         is v F for x and, for F, the sum of v (x - g F)' - g (v F)' over activations."""

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Float32, Float64, Int64
 from torch import Tensor
 
 from saelens_ext._checks import finite, positive, width
+from saelens_ext._modes import standard_modes
 from saelens_ext.ops.grid_products import (
     GRID,
     ROW_LIMIT,
@@ -58,7 +59,7 @@ class SphericalCenter:
         """Activations seen."""
         return self._n_seen
 
-    @torch.inference_mode(False)
+    @standard_modes()
     @torch.no_grad()
     def update(self, x: Float[Tensor, "n d_x"]) -> "SphericalCenter":
         """Add a batch.
@@ -275,6 +276,7 @@ def assign_nearest(
     return _nearest(x, lambda rows: directions(rows, center), exemplars, max_bytes)
 
 
+@standard_modes()
 @torch.no_grad()
 def _nearest(
     x: Tensor, directions_of: Callable[[Tensor], tuple[Tensor, Tensor]], exemplars: Tensor, max_bytes: int
@@ -285,16 +287,13 @@ def _nearest(
     # A quarter of the work space is for products, the rest for directions and what they are made from.
     n_rows = max(1, min(len(x), ROW_LIMIT, positive(max_bytes, "max_bytes") // (16 * x.shape[1])))
     tile = new_tile(x.device, max(max_bytes // 16, 512 * n_rows))
-    with torch.autocast(x.device.type, enabled=False):
-        for start in range(0, len(x), n_rows):
-            u, norm = directions_of(x[start : start + n_rows])
-            directed = has_direction(norm).nonzero()[:, 0]
-            u = u if len(directed) == len(u) else u[directed]
-            found = nearest_column(scan(no_candidates(u), u, exemplars, tile), u, exemplars)
-            index[start + directed] = found
-            distances[start + directed] = distance(
-                exact_cosine(u, torch.arange(len(u), device=x.device), exemplars, found)
-            )
+    for start in range(0, len(x), n_rows):
+        u, norm = directions_of(x[start : start + n_rows])
+        directed = has_direction(norm).nonzero()[:, 0]
+        u = u if len(directed) == len(u) else u[directed]
+        found = nearest_column(scan(no_candidates(u), u, exemplars, tile), u, exemplars)
+        index[start + directed] = found
+        distances[start + directed] = distance(exact_cosine(u, torch.arange(len(u), device=x.device), exemplars, found))
     return index, distances
 
 

@@ -26,6 +26,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from saelens_ext import _checks
+from saelens_ext._modes import standard_modes
 from saelens_ext.dictionaries.exemplar_partition import ExemplarPartition
 from saelens_ext.published.dictionary import PublishedDictionary, first_of_each
 from saelens_ext.published.regions import Regions, RegionStatistics, check_separation, read_regions
@@ -105,6 +106,7 @@ def read_published_dictionary(
     return _published(regions, build, source, _settings(path, build.get("discovery_config", {}), given))
 
 
+@standard_modes()
 def convert_published_dictionary(
     source: str | Path,
     output: str | Path,

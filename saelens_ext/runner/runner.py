@@ -14,6 +14,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from saelens_ext import _files
+from saelens_ext._modes import standard_modes
 from saelens_ext.activations.stream import ActivationBatch
 from saelens_ext.analysis.profile import profile_dictionaries
 from saelens_ext.runner.build_pass import BuildPass
@@ -50,6 +51,7 @@ class DictionaryRunner:
         self._errors: list[tuple[str, BuiltDictionary, Exception]] = []
         self.result: RunResult | None = None
 
+    @standard_modes()
     def run(self) -> RunResult:
         """Build, save, profile, evaluate and log every dictionary.
 

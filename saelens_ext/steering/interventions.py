@@ -35,6 +35,7 @@ from sae_lens import SAE
 from torch import Tensor
 
 from saelens_ext import _checks
+from saelens_ext._modes import standard_modes
 from saelens_ext.host.flat_sae import encode_flat, flat_activations, hooks_of, refuse_sequence_codes
 from saelens_ext.host.hook_edits import HookFunction, edit_hook, edit_point, flat_rows, hooked
 from saelens_ext.host.models import HostModel, resolve_hook
@@ -65,6 +66,7 @@ class Intervention(AbstractContextManager[HostModel]):
         self._entered.pop().__exit__(*exception)
 
 
+@standard_modes()
 def add_direction(
     model: HostModel,
     hook_name: str,
@@ -116,6 +118,7 @@ def add_direction(
     return Intervention(model, hooks)
 
 
+@standard_modes()
 def ablate_directions(
     model: HostModel, hook_name: str, directions: Tensor, *, center: Tensor | None = None
 ) -> Intervention:
@@ -159,6 +162,7 @@ def ablate_directions(
     return Intervention(model, lambda: [(edit_point(model, hook_name), edit_hook(edit, rows.shape[1], hook_name))])
 
 
+@standard_modes()
 def scale_latent(
     model: HostModel, sae: SAE[Any], latent: SupportsIndex | Sequence[SupportsIndex], factor: float | int
 ) -> Intervention:
@@ -189,6 +193,7 @@ def scale_latent(
     return _latents_edited(model, sae, lambda z: torch.where(chosen.to(z.device), z * factor, z))
 
 
+@standard_modes()
 def clamp_latent(
     model: HostModel, sae: SAE[Any], latent: SupportsIndex | Sequence[SupportsIndex], value: float | int
 ) -> Intervention:
@@ -323,6 +328,7 @@ def _latents_edited(model: HostModel, sae: SAE[Any], change: Callable[[Tensor], 
     return Intervention(model, hooks)
 
 
+@standard_modes()
 def _with_codes(x: Tensor, source: Tensor, sae: SAE[Any], change: Callable[[Tensor], Tensor], hook_name: str) -> Tensor:
     """Give x + decode(z') - decode(z) for the codes z of ``source``."""
     device = sae.W_dec.device

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from saelens_ext import _checks
+from saelens_ext._modes import standard_modes
 from saelens_ext.host.continued_text import ids_after
 from saelens_ext.host.models import HostModel, tokenizer_of
 from saelens_ext.host.sentence_model import load_sentence_model
@@ -136,6 +137,7 @@ class EmbeddingJudge:
         self.full_similarity = full_similarity
         self._anchors: dict[str, _Anchors] = {}
 
+    @standard_modes()
     def __call__(self, concept: str, prompt: str, continuations: list[str]) -> list[JudgeScore]:
         """Rate continuations.
 

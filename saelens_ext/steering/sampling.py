@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from saelens_ext import _checks
+from saelens_ext._modes import standard_modes
 from saelens_ext.host.continued_text import ids_after, text_after
 from saelens_ext.host.models import HostModel
 from saelens_ext.host.prompt_passes import CachedPasses, evaluating, logits_of, prompt_ids, prompt_list
@@ -64,6 +65,7 @@ class Drawn:
     """"eos" (or another of :func:`end_ids`), "stop" (a stop text, which it holds) or "length"."""
 
 
+@standard_modes()
 def sample_steered(
     model: HostModel,
     prompts: str | Sequence[str],
@@ -111,6 +113,7 @@ def sample_steered(
         return sample_continuations(model, prompts, n=n, options=options, batch_size=batch_size)
 
 
+@standard_modes()
 def sample_continuations(
     model: HostModel,
     prompts: str | Sequence[str],

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from torch import Tensor
 
 from saelens_ext import _checks
+from saelens_ext._modes import standard_modes
 from saelens_ext.host.models import HostModel
 from saelens_ext.host.prompt_passes import prompt_list
 from saelens_ext.steering.divergence_search import MatchedStrength
@@ -132,6 +133,7 @@ class SteeringScores:
         )
 
 
+@standard_modes()
 def steering_score(
     model: HostModel,
     hook_name: str,

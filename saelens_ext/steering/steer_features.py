@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from saelens_ext import _checks, _files
+from saelens_ext._modes import standard_modes
 from saelens_ext.host.bos import text_start, warn_of_other_bos
 from saelens_ext.host.continued_text import text_after
 from saelens_ext.host.flat_sae import hooks_of
@@ -77,6 +78,7 @@ class SteeredFeatures:
         return path
 
 
+@standard_modes()
 def steer_features(
     model: HostModel,
     sae: SAE[Any],

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from saelens_ext import _checks
+from saelens_ext._modes import standard_modes
 from saelens_ext.host.models import HostModel
 from saelens_ext.host.prompt_passes import evaluating, prompt_list
 from saelens_ext.steering.divergence_search import (
@@ -83,6 +84,7 @@ class StrengthSearch:
         return pandas.DataFrame([{**asdict(s), "reached": s.reached} for s in self.strengths])
 
 
+@standard_modes()
 def match_strength(
     model: HostModel,
     hook_name: str,

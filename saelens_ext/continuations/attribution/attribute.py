@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from saelens_ext import _checks
+from saelens_ext._modes import out_of_inference, standard_modes
 from saelens_ext.continuations.attribution.completeness import (
     Completeness,
     check_linear,
@@ -49,6 +50,7 @@ logger = logging.getLogger(__name__)
 _DEFAULT_KINDS = ("latent", "error", "mlp", "embedding")
 
 
+@standard_modes(model_too=True)
 def attribute_continuations(
     model: HostModel,
     dictionaries: SAE[Any] | Sequence[SAE[Any]],
@@ -132,6 +134,7 @@ def attribute_continuations(
     return _with_metadata(found, described | {"cut": [site.hook for site in run.sites if site.in_cut]})
 
 
+@standard_modes(model_too=True)
 def attribution_completeness(
     model: HostModel,
     dictionaries: SAE[Any] | Sequence[SAE[Any]],
@@ -179,6 +182,8 @@ class _Run:
         cls, model: HostModel, saes: list[SAE[Any]], continuations: ContinuationSet, backend: str, target: str
     ) -> "_Run":
         _check_fits(model, continuations)
+        for module in (model, *saes):
+            out_of_inference(module)
         own, base = dictionary_sites(model, saes), base_sites(model, backend)
         check_backend(model, backend)
         ids = torch.tensor(continuations.prefix_ids, device=device_of(model))

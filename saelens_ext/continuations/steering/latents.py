@@ -20,6 +20,7 @@ from sae_lens import SAE
 from torch import Tensor
 
 from saelens_ext import _checks
+from saelens_ext._modes import standard_modes
 from saelens_ext.continuations.attribution.sites import dictionary_sites
 from saelens_ext.continuations.source_table import SourceTable
 from saelens_ext.host.flat_sae import encode_flat, flat_activations
@@ -241,10 +242,12 @@ class _Edit:
         self._source: Tensor | None = None
         self._prefix_seen = False
 
+    @standard_modes()
     def read(self, x: Tensor, hook: Any = None) -> None:
         """Of a transcoder: keep what it reads."""
         self._source = x
 
+    @standard_modes()
     def write(self, x: Tensor, hook: Any = None) -> Tensor | None:
         source, self._source = (x if self._source is None else self._source), None
         step = x.shape[1] == 1 and self._prefix_seen

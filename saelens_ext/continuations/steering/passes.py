@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from transformer_lens import HookedTransformer
 from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
+from saelens_ext._modes import callers_autocast
 from saelens_ext.continuations.attribution.gradients import Target, batch_ids
 from saelens_ext.continuations.continuation_set import ContinuationSet
 from saelens_ext.continuations.steering.latents import LatentTurner, SteeringDirection
@@ -192,6 +193,7 @@ class _PrefixCache:
         if self._is_hooked_transformer:
             self._cache = TransformerLensKeyValueCache.init_cache(model.cfg, model.cfg.device, n)
 
+    @callers_autocast()
     def fill(self, ids: Tensor) -> Tensor:
         """Run the prefix ``(S, M)``; gives its logits."""
         self._length = ids.shape[1]
@@ -202,6 +204,7 @@ class _PrefixCache:
         logits, self._cache = self._model(ids, return_type="logits_and_cache", **options)
         return logits
 
+    @callers_autocast()
     def run_on(self, ids: Tensor, members: Sequence[int]) -> Tensor:
         """Logits ``(b, L, d_vocab)`` of tokens behind the prefixes of some members, one for each row."""
         chosen = torch.tensor(list(members), device=ids.device)

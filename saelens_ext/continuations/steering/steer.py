@@ -16,6 +16,7 @@ from sae_lens import SAE
 from torch import Tensor
 
 from saelens_ext import _checks
+from saelens_ext._modes import standard_modes
 from saelens_ext.continuations.continuation_set import ContinuationSet
 from saelens_ext.continuations.source_table import SourceTable
 from saelens_ext.continuations.steering.generate import (
@@ -91,6 +92,7 @@ class SteeringResult:
         return pd.DataFrame(shares)
 
 
+@standard_modes()
 def steer_continuations(
     model: HostModel,
     dictionaries: SAE[Any] | Sequence[SAE[Any]],

@@ -14,6 +14,7 @@ from sae_lens import SAE
 from torch import Tensor
 
 from saelens_ext import _checks
+from saelens_ext._modes import standard_modes
 from saelens_ext.continuations.clustering.joint_clusterer import JointClusterer
 from saelens_ext.continuations.continuation_set import ContinuationSet
 from saelens_ext.continuations.embed import embed_continuations
@@ -37,6 +38,7 @@ STRENGTHS = (-1.0, -0.5, 0.0, 0.5, 1.0)
 """The published strengths without the smallest, which cost as much as the others and say least."""
 
 
+@standard_modes()
 def validate_clusters(
     model: HostModel,
     dictionaries: SAE[Any] | Sequence[SAE[Any]],

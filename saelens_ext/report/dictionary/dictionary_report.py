@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from saelens_ext import _checks, _files
+from saelens_ext._modes import standard_modes
 from saelens_ext.analysis.logit_lens import LensResult
 from saelens_ext.analysis.profile import DictionaryProfile
 from saelens_ext.dictionaries.fit_result import FitResult
@@ -36,6 +37,7 @@ SCRIPTS = (
 )
 
 
+@standard_modes()
 def write_dictionary_report(
     path: str | Path,
     *,

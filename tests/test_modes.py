@@ -1,0 +1,459 @@
+"""Whatever modes of torch a caller has set, every public entry works and gives what it gives without them."""
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas
+import pytest
+import torch
+from sae_lens import SAE
+from torch import Tensor
+
+import saelens_ext as ext
+from saelens_ext.continuations.embed import visible_rows
+from saelens_ext.host.sentence_model import load_sentence_model
+from tests import models_zoo
+from tests.continuations._dictionaries import make
+from tests.hub.conftest import hub, running_hub  # noqa: F401
+from tests.published import foreign
+from tests.runner import runs
+
+# The client's own upload of large files.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw:DeprecationWarning")
+
+HOOK, NEURONS = "blocks.1.hook_out", "blocks.1.mlp.out.hook_in"
+STREAM = {"context_size": 16, "batch_size": 4, "max_tokens": 300}
+SENTENCES = ["The cat sat on the mat.", "A dog ran to the sea.", "Ships sail at noon.", "Bread is baked at night."]
+SHORT = ext.SamplingOptions(max_new_tokens=3)
+AUDIT = {
+    "n": 12, "max_new_tokens": 3, "betas": (1.0,), "gammas": (0.5,), "n_clusters": (1, 12), "min_cluster_size": 1,
+    "n_resamples": 2, "max_rows": 4, "backend": "gradient",
+}  # fmt: skip
+
+
+@contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+DEFAULTS = {"float64": torch.float64, "bfloat16": torch.bfloat16}
+MODES = {
+    "inference": torch.inference_mode,
+    "no_grad": torch.no_grad,
+    **{name: partial(default_dtype, dtype) for name, dtype in DEFAULTS.items()},
+    "autocast": partial(torch.autocast, "cpu", torch.bfloat16),
+}
+
+
+@pytest.fixture(scope="module")
+def made(tiny_texts):
+    """One of everything, made without any mode."""
+    model = models_zoo.make_model("llama", "SAETransformerBridge")
+    residual, neurons = (ext.ActivationStream(model, tiny_texts, hook, **STREAM) for hook in (HOOK, NEURONS))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(120, 24, generator=generator)
+    dictionary = make("standard", HOOK, model.cfg.d_model, d_sae=16)
+    embedder = load_sentence_model(None)
+    drawn = ext.sample_continuations(model, "The assert statement", 24, max_new_tokens=3)
+    drawn = drawn.select(visible_rows(drawn, embedder)).select(range(10))
+    embedded = ext.embed_continuations(drawn, embedder)
+    partition = ext.fit_exemplar_partition(residual, percentile=20)
+    return SimpleNamespace(
+        model=model,
+        texts=tiny_texts,
+        residual=residual,
+        neurons=neurons,
+        x=x,
+        units=torch.nn.functional.normalize(x, dim=1),
+        features=torch.randn(5, models_zoo.D_MLP["llama"], generator=generator),
+        direction=torch.randn(model.cfg.d_model, generator=generator),
+        dictionary=dictionary,
+        partition=partition,
+        profile=ext.profile_dictionary(partition.dictionary, residual, n_examples=2, n_boundary=1),
+        snmf=ext.fit_snmf(neurons, 5, sparsity=0.3, max_iter=5),
+        hierarchy=ext.fit_hierarchical_snmf(x, (4, 2), max_iter=5, refine_iter=2),
+        embedder=embedder,
+        drawn=drawn,
+        embedded=embedded,
+        attributed=ext.attribute_continuations(model, [dictionary], embedded, backend="gradient"),
+        labels=np.arange(10) % 3,
+    )
+
+
+def changed_logits(context, model):
+    """What a forward pass of the user's gives inside an intervention made by ours."""
+    with context:
+        return model(torch.tensor([[0, 5, 6, 7]]), return_type="logits").tolist()
+
+
+def clustered(m, tmp):
+    clustering = ext.LeaderClustering(m.x.mean(0), 0.7)
+    first = clustering.partial_fit(m.x[:50])
+    return first, clustering.partial_fit(m.x[50:]), clustering.state_dict()
+
+
+def partition_read(m, tmp):
+    center = m.x.mean(0)
+    regions = ext.ExemplarPartition.from_regions(m.units[:6], m.units[6:12], center, 0.5, k=2)
+    codes = [regions.with_readout(readout).encode(m.x) for readout in ("top_k", "one_hot", "projection", "cosine")]
+    own = [*codes, regions.decode(codes[2]), regions(m.x)]  # the forward passes are in the mode of whoever asks
+    return regions, regions.assign(m.x, reject=True), [part.tolist() for part in own]
+
+
+def snmf_read(m, tmp):
+    features = ext.SNMFDictionary.from_features(m.features, metadata={"hook_name": NEURONS})
+    x = torch.relu(m.features)
+    own = features.encode(x).tolist(), features(x).tolist()
+    return features, own, features.neurons(0), features.residual_directions(m.model)
+
+
+def saved_and_loaded(value, tmp):
+    value.save(tmp)
+    return type(value).load(tmp)
+
+
+def audit(m, tmp):
+    return ext.audit_continuations(m.model, "The assert statement", [m.dictionary], m.embedder, **AUDIT)
+
+
+def run(m, tmp):
+    kinds = [runs.PARTITIONS, runs.FACTORS]
+    config = runs.config(tmp, hook_name=[HOOK, NEURONS], profile=True, dictionary=kinds, n_eval_batches=1)
+    return {
+        name: one.fit
+        for name, one in ext.DictionaryRunner(config, model=m.model, dataset=m.texts).run().dictionaries.items()
+    }
+
+
+def loaded_model(m, tmp, model_class):
+    hf_model = models_zoo.make_hf_model("llama")
+    model = ext.load_model("tiny", model_class=model_class, hf_model=hf_model, tokenizer=models_zoo.make_tokenizer())
+    return [parameter.detach() for parameter in model.parameters()], model.cfg.dtype
+
+
+def report(m, tmp):
+    fit = m.partition
+    path = ext.write_dictionary_report(
+        tmp / "r.html", tokenizer=m.model.tokenizer, title="t", fits=[fit], chosen=fit, profile=m.profile,
+        lens=ext.logit_lens(m.model, fit.dictionary.W_dec.detach(), top_n=3),
+    )  # fmt: skip
+    return len(path.read_text()) > 1000
+
+
+def views(m):
+    return m.attributed.embeddings, m.attributed.signatures
+
+
+def detectors(m):
+    return {
+        "a": ext.Detector.from_directions(m.direction, HOOK),
+        "b": ext.Detector.from_dictionary(m.partition.dictionary),
+    }
+
+
+def convert(m, tmp):
+    (tmp / "in").mkdir()
+    path = foreign.write(tmp / "in", foreign.pickled(*foreign.make_state()))
+    return ext.convert_published_dictionary(
+        path, tmp / "out", hook_name=HOOK, model_name="tiny", percentile=5
+    ).dictionary
+
+
+def judge(m, tmp):
+    found = ext.EmbeddingJudge(m.embedder, m.model, options=SHORT, n_references=4)
+    return found("the sea", SENTENCES[0], ["The sea is wide.", "", "Ships"])
+
+
+def scores(m, tmp):
+    rate = lambda concept, prompt, texts: [ext.JudgeScore(1.0, float(len(text) % 3)) for text in texts]  # noqa: E731
+    options = {"targets": (0.05,), "n": 2, "options": SHORT, "tolerance": 0.5}
+    return ext.steering_score(m.model, HOOK, m.direction, ["a"], rate, **options).to_dataframe()
+
+
+def shared(m, tmp):
+    fit = m.partition
+    ext.push_to_hub(fit, "lab/tiny", "p20", profile=m.profile)
+    found = ext.load_from_hub("lab/tiny", "p20")
+    return found.dictionary, found.fit, found.profile
+
+
+CASES: dict[str, Callable[[SimpleNamespace, Any], Any]] = {
+    "ActivationBatch": lambda m, tmp: [(b.context(slice(0, 3)), b.first(2)) for b in m.residual],
+    "ActivationStream": lambda m, tmp: list(ext.ActivationStream(m.model, m.texts, [HOOK, NEURONS], **STREAM)),
+    "Assignment": lambda m, tmp: m.partition.dictionary.assign(m.partition.dictionary.W_dec),
+    "Audit": audit,
+    "ContinuationSet": lambda m, tmp: [
+        saved_and_loaded(m.attributed, tmp),
+        m.drawn.with_weights("path"),
+        m.drawn.select([1, 2]),
+        m.drawn.with_weights("uniform").effective_sample_size,
+    ],
+    "Detector": lambda m, tmp: [d.score(m.direction[None].repeat(2, 1)).tolist() for d in detectors(m).values()],
+    "DictionaryProfile": lambda m, tmp: [saved_and_loaded(m.profile, tmp), m.profile.to_dataframe()],
+    "DictionaryRunner": run,
+    "EmbeddingJudge": judge,
+    "ExemplarPartition": partition_read,
+    "FitResult": lambda m, tmp: saved_and_loaded(m.partition, tmp),
+    "HierarchicalSNMF": lambda m, tmp: [saved_and_loaded(m.hierarchy, tmp), str(m.hierarchy.trees())],
+    "JointClusterer": lambda m, tmp: ext.JointClusterer(random_state=0).fit(
+        m.attributed.embeddings, m.attributed.signatures
+    ),
+    "LeaderClustering": clustered,
+    "SNMFDictionary": snmf_read,
+    "SNMFFitResult": lambda m, tmp: saved_and_loaded(m.snmf, tmp),
+    "ablate_directions": lambda m, tmp: changed_logits(ext.ablate_directions(m.model, HOOK, m.direction), m.model),
+    "add_direction": lambda m, tmp: changed_logits(ext.add_direction(m.model, HOOK, m.direction, 2.0), m.model),
+    "attribute_continuations": lambda m, tmp: [
+        ext.attribute_continuations(m.model, [m.dictionary], m.embedded, backend=backend)
+        for backend in ("linear", "gradient", "relp")
+    ],
+    "audit_continuations": audit,
+    "clamp_latent": lambda m, tmp: changed_logits(ext.clamp_latent(m.model, m.dictionary, 3, 1.5), m.model),
+    "compare_detection": lambda m, tmp: ext.compare_detection(
+        m.model, detectors(m), SENTENCES[:2], SENTENCES[2:], diff_means_at=HOOK
+    ),
+    "concept_scores": lambda m, tmp: ext.concept_scores(m.model, detectors(m)["b"], SENTENCES[:2], SENTENCES[2:]),
+    "convert_published_dictionary": convert,
+    "core_and_exclusive_neurons": lambda m, tmp: ext.core_and_exclusive_neurons(m.snmf.dictionary.features, [0, 1]),
+    "diff_means": lambda m, tmp: ext.diff_means(m.model, HOOK, SENTENCES[:2], SENTENCES[2:]),
+    "embed_continuations": lambda m, tmp: [
+        ext.embed_continuations(m.drawn, m.embedder, mode=mode) for mode in ("contextual", "sentence")
+    ],
+    "fit_exemplar_partition": lambda m, tmp: ext.fit_exemplar_partition(m.residual, percentile=20),
+    "fit_exemplar_partitions": lambda m, tmp: ext.fit_exemplar_partitions(
+        m.residual, (5, 20), calibration="within_batch"
+    ),
+    "fit_hierarchical_snmf": lambda m, tmp: ext.fit_hierarchical_snmf(m.neurons, (4, 2), max_iter=5, refine_iter=2),
+    "fit_sae": lambda m, tmp: [ext.fit_sae(of, 8, training_samples=64, batch_size=16) for of in (m.neurons, m.x)],
+    "fit_snmf": lambda m, tmp: [
+        ext.fit_snmf(m.neurons, 5, max_iter=5, max_passes=2, held_out=0.2, **options)
+        for options in ({}, {"init": "kmeans"}, {"memory_limit": 10_000})
+    ],
+    "load_from_hub": shared,
+    "load_model": lambda m, tmp: [loaded_model(m, tmp, name) for name in models_zoo.MODEL_CLASSES],
+    "logit_lens": lambda m, tmp: ext.logit_lens(m.model, m.direction[None], top_n=3),
+    "match_dictionaries": lambda m, tmp: ext.match_dictionaries(
+        m.partition.dictionary, m.partition.dictionary, n_null=20
+    ),
+    "match_strength": lambda m, tmp: ext.match_strength(
+        m.model, HOOK, m.direction, [0.05], prompts=SENTENCES[:2], tolerance=0.5
+    ),
+    "neuron_group_effect": lambda m, tmp: ext.neuron_group_effect(
+        m.model, NEURONS, torch.tensor([1, 5]), torch.tensor([3.0, -2.0]), [5, 77], SENTENCES[:2], n_random=4
+    ),
+    "neuron_overlap": lambda m, tmp: ext.neuron_overlap(m.snmf.dictionary.features),
+    "profile_dictionaries": lambda m, tmp: ext.profile_dictionaries(
+        [m.partition.dictionary, m.dictionary], m.residual, n_examples=2, n_boundary=2, n_random=2
+    ),
+    "profile_dictionary": lambda m, tmp: ext.profile_dictionary(m.snmf.dictionary, m.neurons, n_examples=2, n_random=2),
+    "push_to_hub": shared,
+    "rate_distortion_path": lambda m, tmp: ext.rate_distortion_path(
+        m.attributed.embeddings, m.attributed.signatures, [1.0], [0.5], random_state=0
+    ),
+    "residual_directions": lambda m, tmp: ext.residual_directions(m.model, m.features, layer=1),
+    "retarget": lambda m, tmp: ext.retarget(m.partition.dictionary, m.model),
+    "sample_continuations": lambda m, tmp: ext.sample_continuations(m.model, "The", 6, max_new_tokens=3),
+    "sample_steered": lambda m, tmp: ext.sample_steered(m.model, "The", HOOK, m.direction, 1.0, n=2, max_new_tokens=3),
+    "scale_latent": lambda m, tmp: changed_logits(ext.scale_latent(m.model, m.dictionary, [1, 3], 3.0), m.model),
+    "steer_continuations": lambda m, tmp: ext.steer_continuations(
+        m.model, [m.dictionary], m.attributed, m.attributed.signatures[0], strengths=(-0.5, 0.5), generate=2
+    ),
+    "steer_features": lambda m, tmp: ext.steer_features(
+        m.model, m.partition.dictionary, target=0.05, features=[0, 1], options=SHORT, tolerance=0.5
+    ),
+    "steer_with": lambda m, tmp: changed_logits(ext.steer_with(m.model, m.partition.dictionary, 0, 1.0), m.model),
+    "steering_score": scores,
+    "validate_clusters": lambda m, tmp: ext.validate_clusters(
+        m.model, [m.dictionary], m.attributed, m.labels, strengths=(-0.5, 0.5), n_bootstrap=20, n_permutations=20
+    ),
+    "write_dictionary_report": report,
+}
+
+# Settings, protocols and records, which hold no tensor that they make, and a client of a server.
+WITHOUT_TORCH = {
+    "AuditConfig", "DictionaryRunnerConfig", "ExemplarPartitionConfig", "ExemplarRunnerConfig", "Judge", "JudgeScore",
+    "OpenAIJudge", "SNMFDictionaryConfig", "SNMFLevel", "SNMFRunnerConfig", "SNMFSection", "SamplingOptions",
+}  # fmt: skip
+
+
+# Under autocast a model computes in bfloat16, as its user wants, and what is read from it is rounded.
+RUN_THE_MODEL = {
+    "ActivationBatch", "ActivationStream", "Audit", "DictionaryRunner", "EmbeddingJudge", "ablate_directions",
+    "add_direction", "audit_continuations", "clamp_latent", "compare_detection", "concept_scores", "diff_means",
+    "embed_continuations", "fit_exemplar_partition", "fit_exemplar_partitions", "fit_hierarchical_snmf", "fit_sae",
+    "fit_snmf", "match_strength", "neuron_group_effect", "profile_dictionaries", "profile_dictionary",
+    "sample_continuations", "sample_steered", "scale_latent", "steer_continuations", "steer_features", "steer_with",
+    "steering_score", "validate_clusters",
+}  # fmt: skip
+
+
+def leaves(value, path="result"):
+    """Every tensor, array, number and text in a result, with the way to it."""
+    if isinstance(value, (Tensor, str, int, float)) or value is None:
+        yield path, value
+    elif isinstance(value, np.ndarray | np.generic):
+        yield path, torch.as_tensor(value) if value.dtype.kind in "biuf" else str(value)
+    elif isinstance(value, pandas.DataFrame | pandas.Series):
+        yield from leaves(value.to_dict(), path)
+    elif isinstance(value, SAE):
+        yield from leaves(value.state_dict(), path)
+    elif isinstance(value, torch.nn.Module) or callable(value):
+        pass  # the model that a result refers to
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from leaves(part, f"{path}[{key!r}]")
+    elif is_dataclass(value):
+        for field in fields(value):
+            yield from leaves(getattr(value, field.name), f"{path}.{field.name}")
+    elif isinstance(value, list | tuple | set):
+        for number, part in enumerate(value):
+            yield from leaves(part, f"{path}[{number}]")
+    elif hasattr(value, "__dict__"):
+        yield from leaves(vars(value), path)
+
+
+@pytest.fixture(scope="module")
+def plain(made, tmp_path_factory):
+    """What an entry gives without modes, computed once."""
+    known: dict[str, dict[str, Any]] = {}
+
+    def of(name: str) -> dict[str, Any]:
+        if name not in known:
+            known[name] = dict(leaves(CASES[name](made, tmp_path_factory.mktemp(name))))
+        return known[name]
+
+    return of
+
+
+def test_every_public_name_is_tried():
+    assert set(CASES) | WITHOUT_TORCH == set(ext.__all__)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", CASES)
+def test_a_mode_changes_nothing(made, plain, request, tmp_path, name, mode):
+    if CASES[name] is shared:
+        request.getfixturevalue("hub")
+    expected = plain(name)
+    before = torch.get_default_dtype(), torch.is_grad_enabled()
+    with MODES[mode]():
+        result = CASES[name](made, tmp_path)
+        assert torch.is_inference_mode_enabled() == (mode == "inference")
+        assert torch.is_autocast_enabled("cpu") == (mode == "autocast")
+        assert torch.get_default_dtype() == {"float64": torch.float64, "bfloat16": torch.bfloat16}.get(
+            mode, torch.float32
+        )
+    assert (torch.get_default_dtype(), torch.is_grad_enabled()) == before
+    found = dict(leaves(result))
+    for path, value in found.items():
+        if isinstance(value, Tensor):
+            assert not value.is_inference(), f"{path} is of no use outside inference mode"
+    if mode == "autocast" and name in RUN_THE_MODEL:
+        for path, value in found.items():
+            if isinstance(value, Tensor) and value.is_floating_point() and isinstance(expected.get(path), Tensor):
+                assert value.dtype == expected[path].dtype or name.startswith("Activation"), path
+                assert bool(value.isfinite().all()) or not bool(expected[path].isfinite().all()), path
+            if isinstance(value, float) and math.isfinite(expected.get(path, math.nan)):
+                assert math.isfinite(value), path
+        return
+    assert found.keys() == expected.keys()
+    for path, value in found.items():
+        assert _same(value, expected[path]), f"{path}: {value} is not {expected[path]}"
+
+
+def _same(value, expected):
+    if isinstance(value, Tensor):
+        return value.dtype == expected.dtype and torch.equal(value.nan_to_num(7), expected.nan_to_num(7))
+    return value == expected or (value != value and expected != expected)
+
+
+@pytest.mark.parametrize("name", ["inference", "float64", "bfloat16", "autocast"])
+def test_what_was_made_in_a_mode_is_used_outside_it(made, plain, name):
+    stream = lambda hook: ext.ActivationStream(made.model, made.texts, hook, **STREAM)  # noqa: E731
+    with MODES[name]():
+        residual, clustering = stream(HOOK), ext.LeaderClustering(made.x.mean(0), 0.7)
+        first = clustering.partial_fit(made.x[:50].clone())
+        adding = ext.add_direction(made.model, HOOK, made.direction.clone(), 2.0)
+        partition = ext.fit_exemplar_partition(residual, percentile=20).dictionary
+        snmf = ext.fit_snmf(stream(NEURONS), 5, sparsity=0.3, max_iter=5).dictionary
+        snmf.encode(torch.relu(made.features))
+    assert {path: value for path, value in leaves(list(residual))}.keys() == dict(leaves(list(made.residual))).keys()
+    found = dict(leaves((first, clustering.partial_fit(made.x[50:]), clustering.state_dict())))
+    assert all(_same(value, plain("LeaderClustering")[path]) for path, value in found.items())
+    assert changed_logits(adding, made.model) == changed_logits(
+        ext.add_direction(made.model, HOOK, made.direction, 2.0), made.model
+    )
+    for dictionary in (partition, snmf):
+        x = torch.randn(3, dictionary.cfg.d_in, requires_grad=True)
+        dictionary(x).sum().backward()
+        assert bool(x.grad.isfinite().all()) and dictionary.W_dec.grad is not None
+        dictionary.fold_W_dec_norm()
+
+
+@pytest.mark.parametrize("model_class", models_zoo.MODEL_CLASSES)
+def test_a_program_that_lies_whole_in_inference_mode(made, model_class):
+    def program():
+        model = models_zoo.make_model("llama", model_class)
+        sae = make("standard", HOOK, model.cfg.d_model, d_sae=16)
+        drawn = ext.sample_continuations(model, "The assert statement", 4, max_new_tokens=3)
+        found = [
+            ext.attribute_continuations(model, [sae], drawn, backend=each) for each in ("linear", "relp", "gradient")
+        ]
+        trained = ext.fit_sae(made.x.clone(), 8, training_samples=64, batch_size=16)
+        stream = ext.ActivationStream(model, made.texts, HOOK, **STREAM)
+        fit = ext.fit_exemplar_partition(stream, percentile=20)
+        return found, trained, fit, ext.profile_dictionary(fit.dictionary, stream, n_examples=2)
+
+    with torch.inference_mode():
+        found = dict(leaves(program()))
+    expected = dict(leaves(program()))
+    assert found.keys() == expected.keys()
+    assert all(_same(value, expected[path]) for path, value in found.items())
+    assert not any(value.is_inference() for value in found.values() if isinstance(value, Tensor))
+
+
+def test_a_model_loaded_by_others_in_inference_mode_can_be_attributed(made):
+    with torch.inference_mode():
+        copy = ext.load_model("tiny", hf_model=models_zoo.make_hf_model("llama"), tokenizer=made.model.tokenizer)
+        for part in copy.modules():  # as the hosts' own loaders leave them there
+            part._parameters.update(
+                {name: torch.nn.Parameter(p.clone()) for name, p in part._parameters.items() if p is not None}
+            )
+    assert any(parameter.is_inference() for parameter in copy.parameters())
+    one, other = (
+        ext.attribute_continuations(model, [made.dictionary], made.embedded, backend="relp").signatures
+        for model in (copy, made.model)
+    )
+    assert torch.equal(one, other)
+
+
+def test_a_model_runs_under_the_callers_autocast(made):
+    with MODES["autocast"]():
+        seen = next(iter(made.neurons)).activations[NEURONS]
+        first = ext.fit_snmf(made.neurons, 5, sparsity=0.3, max_iter=5)
+    assert seen.dtype is torch.bfloat16 and first.dictionary.W_dec.dtype is torch.float32
+    assert torch.equal(
+        first.dictionary.W_dec,
+        ext.fit_snmf(
+            torch.cat([batch.activations[NEURONS] for batch in _under_autocast(made.neurons)]),
+            5,
+            sparsity=0.3,
+            max_iter=5,
+        ).dictionary.W_dec,
+    )
+
+
+def _under_autocast(stream):
+    with MODES["autocast"]():
+        return list(stream)
