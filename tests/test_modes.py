@@ -280,10 +280,11 @@ CASES: dict[str, Callable[[SimpleNamespace, Any], Any]] = {
     "write_dictionary_report": report,
 }
 
-# Settings, protocols and records, which hold no tensor that they make, and a client of a server.
+# Settings, protocols and records, which hold no tensor that they make, and a client of a server. The stream on Ray is
+# tried with its own tests, which have a cluster.
 WITHOUT_TORCH = {
     "AuditConfig", "DictionaryRunnerConfig", "ExemplarPartitionConfig", "ExemplarRunnerConfig", "Judge", "JudgeScore",
-    "OpenAIJudge", "SNMFDictionaryConfig", "SNMFLevel", "SNMFRunnerConfig", "SNMFSection", "SamplingOptions",
+    "OpenAIJudge", "RayActivationStream", "SNMFDictionaryConfig", "SNMFRunnerConfig", "SamplingOptions",
 }  # fmt: skip
 
 

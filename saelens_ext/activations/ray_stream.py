@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 
 from saelens_ext import _checks
+from saelens_ext._modes import standard_modes
 from saelens_ext.activations.stream import ActivationBatch, ActivationStream
 from saelens_ext.activations.windows import Window
 from saelens_ext.host.models import HostModel
@@ -93,6 +94,7 @@ class RayActivationStream(ActivationStream):
         while waiting:
             yield self._received(waiting.popleft())
 
+    @standard_modes()
     def _received(self, reference: Any) -> ActivationBatch:
         try:
             batch = self._ray.get(reference)

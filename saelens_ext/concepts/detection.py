@@ -49,7 +49,6 @@ class Detector:
     """Whether what scores was built on texts that start with BOS; None where that is not known."""
 
     @classmethod
-    @standard_modes()
     def from_directions(
         cls,
         directions: Tensor,
@@ -64,8 +63,7 @@ class Detector:
         Args:
             directions: ``(k, d)``, or ``(d,)`` for one.
             hook_name: where the activations are read.
-            similarity: "cosine", in [-1, 1], or "dot", the projection on the unit direction, in units of the
-                activation.
+            similarity: "cosine", in [-1, 1], or "dot", the projection on the unit direction, in the activation's units.
             center: c, ``(d,)``; 0 by default, as in the paper.
             names: k names; by default "direction 0" and so on.
 
@@ -74,9 +72,7 @@ class Detector:
         """
         rows = directions[None] if directions.ndim == 1 else directions
         if rows.ndim != 2 or rows.numel() == 0:
-            raise ValueError(
-                f"directions must have shape (k, d) or (d,), none of them 0, got {tuple(directions.shape)}."
-            )
+            raise ValueError(f"directions must have shape (k, d) or (d,), none of it 0, got {tuple(directions.shape)}.")
         zero = (_checks.finite(rows, "directions") == 0).all(dim=1)
         if bool(zero.any()):
             raise ValueError(f"Direction {int(zero.nonzero()[0])} is zero: it points nowhere. Leave it out.")
@@ -89,7 +85,6 @@ class Detector:
         return cls(hook_name=hook_name, names=given, score=score, row_cost=len(rows))
 
     @classmethod
-    @standard_modes()
     def from_dictionary(
         cls,
         sae: SAE[Any],
@@ -267,9 +262,8 @@ def sentence_scores(
     warn_of_other_bos(detector.prepend_bos, text_start(model).prepends_bos, "this model's sentences")
     table = torch.full((len(sentences), len(detector.names)), -torch.inf)
     rows = max(1, _SCORES_PER_BLOCK // detector.row_cost)
-    for x, documents in token_activations(
-        model, detector.hook_name, sentences, context_size=context_size, batch_size=batch_size, progress=progress
-    ):
+    options = {"context_size": context_size, "batch_size": batch_size, "progress": progress}
+    for x, documents in token_activations(model, detector.hook_name, sentences, **options):
         for part, of in zip(x.split(rows), documents.split(rows), strict=True):
             first, last = int(of[0]), int(of[-1]) + 1
             scores = _checks.finite(detector.score(part), "A score").to(torch.float32)
@@ -327,6 +321,7 @@ def compare_sentences(
 # --- what scores ---
 
 
+@standard_modes()
 def _similarity(rows: Tensor, center: Tensor | None, similarity: str) -> Callable[[Tensor], Tensor]:
     """Cosine with, or projection on, the rows ``(k, d)``; a zero row or activation gives 0."""
     tiny = torch.finfo(torch.float32).tiny
@@ -363,7 +358,6 @@ def _row_similarity(sae: SAE[Any], chosen: Tensor, similarity: str, center: bool
 def _codes(sae: SAE[Any], chosen: Tensor, everything: bool) -> Callable[[Tensor], Tensor]:
     refuse_sequence_codes(sae)
 
-    @standard_modes()
     def score(x: Tensor) -> Tensor:
         codes = encode_flat(sae, x.to(sae.W_dec.device))
         return codes if everything else codes[:, chosen.to(codes.device)]

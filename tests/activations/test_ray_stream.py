@@ -49,6 +49,17 @@ def test_batches_and_exemplars_are_those_of_one_process(spread, tiny_texts):
     assert len(spread._actors) == 2 and spread.d_in == single.d_in
 
 
+def test_modes_of_the_caller_change_nothing(spread, tiny_texts):
+    single = list(ActivationStream(load(), tiny_texts, HOOKS, **OPTIONS))
+    for mode in (torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)):
+        with mode:
+            found = list(spread)
+        for mine, other in zip(single, found, strict=True):
+            assert torch.equal(mine.activations[HOOKS[1]], other.activations[HOOKS[1]])
+            assert torch.equal(mine.token_ids, other.token_ids)
+            assert not other.activations[HOOKS[1]].is_inference() and not other.windows.is_inference()
+
+
 def test_an_actor_fails_as_the_stream_would(cluster, tiny_texts):
     def overflowing():
         model = load()
