@@ -17,6 +17,7 @@ from torch import Tensor
 
 import saelens_ext as ext
 from saelens_ext.continuations.embed import visible_rows
+from saelens_ext.host import edit_effects, mlp_output
 from saelens_ext.host.sentence_model import load_sentence_model
 from tests import models_zoo
 from tests.continuations._dictionaries import make
@@ -209,6 +210,7 @@ CASES: dict[str, Callable[[SimpleNamespace, Any], Any]] = {
     "JointClusterer": lambda m, tmp: ext.JointClusterer(random_state=0).fit(
         m.attributed.embeddings, m.attributed.signatures
     ),
+    "KeptStream": lambda m, tmp: list(ext.KeptStream(m.residual).only(HOOK)),
     "LeaderClustering": clustered,
     "SNMFDictionary": snmf_read,
     "SNMFFitResult": lambda m, tmp: saved_and_loaded(m.snmf, tmp),
@@ -290,13 +292,17 @@ WITHOUT_TORCH = {
 
 # Under autocast a model computes in bfloat16, as its user wants, and what is read from it is rounded.
 RUN_THE_MODEL = {
-    "ActivationBatch", "ActivationStream", "Audit", "DictionaryRunner", "EmbeddingJudge", "ablate_directions",
+    "ActivationBatch", "ActivationStream", "Audit", "DictionaryRunner", "EmbeddingJudge", "KeptStream",
+    "ablate_directions",
     "add_direction", "audit_continuations", "clamp_latent", "compare_detection", "concept_scores", "diff_means",
     "embed_continuations", "fit_exemplar_partition", "fit_exemplar_partitions", "fit_hierarchical_snmf", "fit_sae",
     "fit_snmf", "match_strength", "neuron_group_effect", "profile_dictionaries", "profile_dictionary",
     "sample_continuations", "sample_steered", "scale_latent", "steer_continuations", "steer_features", "steer_with",
     "steering_score", "validate_clusters",
 }  # fmt: skip
+
+
+STREAMS = {"ActivationBatch", "ActivationStream", "KeptStream"}  # give what the model gave
 
 
 def leaves(value, path="result"):
@@ -363,7 +369,7 @@ def test_a_mode_changes_nothing(made, plain, request, tmp_path, name, mode):
     if mode == "autocast" and name in RUN_THE_MODEL:
         for path, value in found.items():
             if isinstance(value, Tensor) and value.is_floating_point() and isinstance(expected.get(path), Tensor):
-                assert value.dtype == expected[path].dtype or name.startswith("Activation"), path
+                assert value.dtype == expected[path].dtype or name in STREAMS, path
                 assert bool(value.isfinite().all()) or not bool(expected[path].isfinite().all()), path
             if isinstance(value, float) and math.isfinite(expected.get(path, math.nan)):
                 assert math.isfinite(value), path
@@ -437,6 +443,25 @@ def test_a_model_loaded_by_others_in_inference_mode_can_be_attributed(made):
         for model in (copy, made.model)
     )
     assert torch.equal(one, other)
+
+
+def test_a_place_can_be_changed_under_autocast_too(made):
+    model = models_zoo.make_model("llama", "SAETransformerBridge")  # on which nothing was tried before
+    arguments = "blocks.1.hook_resid_mid", made.direction, 2.0
+    with MODES["autocast"]():
+        found = changed_logits(ext.add_direction(model, *arguments), model)
+    expected = torch.tensor(changed_logits(ext.add_direction(model, *arguments), model))
+    assert torch.allclose(torch.tensor(found), expected, atol=0.02 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_what_a_model_shows_of_itself_is_measured_in_no_mode(name):
+    with MODES[name]():
+        model = models_zoo.make_model("granite", "SAETransformerBridge")
+        weights = model.blocks[1].mlp.out.weight.detach().T
+        scale, logits = mlp_output._measured_scale(model, 1, weights, 1.0), edit_effects._short_pass(model, {})
+    model = models_zoo.make_model("granite", "SAETransformerBridge")
+    assert scale == pytest.approx(0.5, abs=1e-6) and torch.equal(logits, edit_effects._short_pass(model, {}))
 
 
 def test_a_model_runs_under_the_callers_autocast(made):

@@ -19,6 +19,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 
+from saelens_ext._modes import standard_modes
 from saelens_ext.host.hook_names import ATTACHED, locate, output_behind
 from saelens_ext.host.models import HostModel
 from saelens_ext.host.prompt_passes import device_of, evaluating
@@ -117,6 +118,7 @@ def _check_middle(model: TransformerBridge, name: str) -> None:
         )
 
 
+@standard_modes(model_too=True)
 @torch.no_grad()
 def _short_pass(model: TransformerBridge, functions: Mapping[str, Callable[[Tensor], Tensor | None]]) -> Tensor:
     """Logits of a few tokens, with functions at hook points and no hooks but permanent ones beside them."""

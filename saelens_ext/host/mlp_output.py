@@ -19,7 +19,7 @@ from transformer_lens import HookedTransformer
 from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 
 from saelens_ext import _checks
-from saelens_ext._modes import standard_modes
+from saelens_ext._modes import out_of_inference, standard_modes
 from saelens_ext.host.edit_effects import without_hooks
 from saelens_ext.host.hook_edits import hooked
 from saelens_ext.host.hook_names import hook_layer, locate
@@ -177,6 +177,7 @@ def _scale_behind(model: HostModel, layer: int, weights: Tensor, norm: nn.Module
     return known[key]
 
 
+@standard_modes(model_too=True)
 def _measured_scale(model: HostModel, layer: int, weights: Tensor | None, declared: float) -> float:
     """How many times what the output matrix (or, with none given, the norm behind it) writes reaches the stream."""
     start = resolve_hook(model, f"blocks.{layer}." + ("hook_mlp_out" if weights is None else "mlp.hook_post"))
@@ -189,13 +190,8 @@ def _measured_scale(model: HostModel, layer: int, weights: Tensor | None, declar
 
     hooks = [(start, begin), (end, lambda x, hook=None: seen.update(end=x))]
     ids = torch.zeros(1, 2, dtype=torch.int64, device=device_of(model))
-    with (
-        torch.inference_mode(False),
-        evaluating(model),
-        without_hooks(model),
-        hooked(model, hooks),
-        torch.enable_grad(),
-    ):
+    out_of_inference(model)
+    with evaluating(model), without_hooks(model), hooked(model, hooks), torch.enable_grad():
         logits_of(model, ids)
         generator = torch.Generator().manual_seed(0)
         probe = torch.randn(seen["end"].shape, generator=generator).to(seen["end"])
