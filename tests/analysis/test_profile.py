@@ -1,133 +1,31 @@
 """Profiles against a double loop, whatever the dictionary, the batches and the file's fate."""
 
-import contextlib
-import json
 import math
-import os
-from dataclasses import fields, replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 from sae_lens import (
-    SAE,
-    JumpReLUSAE,
-    JumpReLUSAEConfig,
     StandardSAE,
     StandardSAEConfig,
-    TopKSAE,
-    TopKSAEConfig,
-    Transcoder,
-    TranscoderConfig,
 )
 from sae_lens.saes.sae import SAEMetadata
-from safetensors.torch import load_file, save_file
 
-from saelens_ext.activations.stream import ActivationBatch, ActivationStream
+from saelens_ext.activations.stream import ActivationStream
 from saelens_ext.analysis import profile as profile_module
-from saelens_ext.analysis.profile import DictionaryProfile, profile_dictionaries, profile_dictionary
-from saelens_ext.dictionaries.exemplar_partition import ExemplarPartition
-
-D, K, HOOK = 6, 12, "blocks.0.hook_out"
-TENSORS = ("counts", "mean_activation", "max_activation", "coherence", "mean_distance", "max_distance")
-
-
-class CutStream(ActivationStream):
-    """Given rows as a stream, cut into batches of any number of rows."""
-
-    max_tokens = model = None
-
-    def __init__(self, x: torch.Tensor, rows: int = 1000, window: int = 9, hook_name: str = HOOK):
-        n, self.rows = len(x), rows
-        self.hook_names = self.requested_hook_names = (hook_name,)
-        sequence_ids, positions = torch.arange(n) // window, torch.arange(n) % window + 1
-        windows = torch.full((int(sequence_ids[-1]) + 1, window + 1), -1)
-        windows[:, 0] = 1
-        windows[sequence_ids, positions] = token_ids = 100 + torch.arange(n) * 7 % 50
-        self.columns = {
-            "token_ids": token_ids,
-            "sequence_ids": sequence_ids,
-            "positions": positions,
-            "document_ids": sequence_ids // 2,
-        }
-        self.x, self.windows = x, windows
-
-    def __iter__(self):
-        for rows in torch.arange(len(self.x)).split(self.rows):
-            columns = {name: column[rows] for name, column in self.columns.items()}
-            yield ActivationBatch(
-                activations={self.hook_names[0]: self.x[rows]}, windows=self.windows, first_sequence_id=0, **columns
-            )
-
-    def describe(self):
-        return {}
-
-
-def integers(*shape: int, low: int = -4, high: int = 5, seed: int = 0) -> torch.Tensor:
-    """Small whole numbers: products of them are exact in any order, and ties are many."""
-    return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed)).float()
-
-
-class Regions(StandardSAE):
-    """A dictionary with regions that knows no centre: the nearest of its rows by dot product."""
-
-    def assign(self, x):
-        best = (x @ self.W_dec.T).max(dim=1)
-        regions = torch.where(best.values < -2, -1, best.indices)
-        return SimpleNamespace(regions=regions, distances=10 - best.values).__dict__.values()
-
-
-def filled(sae: SAE, seed: int = 3) -> SAE:
-    with torch.no_grad():
-        for i, parameter in enumerate(sae.parameters()):
-            parameter.copy_(integers(*parameter.shape, seed=seed + i))
-    return sae
-
-
-def options(**extra):
-    metadata = SAEMetadata(hook_name=HOOK, model_name="tiny")
-    return {"d_in": D, "d_sae": K, "metadata": metadata, **extra}
-
-
-def partition(**extra) -> ExemplarPartition:
-    rows = torch.nn.functional.normalize(torch.randn(2 * K, D, generator=torch.Generator().manual_seed(5)), dim=1)
-    return ExemplarPartition.from_regions(rows[:K], rows[K:], torch.ones(D), 0.9, metadata={"hook_name": HOOK}, **extra)
-
-
-DICTIONARIES = {
-    "standard": lambda: filled(StandardSAE(StandardSAEConfig(**options()))),
-    "standard_normalised": lambda: filled(
-        StandardSAE(StandardSAEConfig(**options(normalize_activations="layer_norm")))
-    ),
-    "topk": lambda: filled(TopKSAE(TopKSAEConfig(**options(k=3)))),
-    "jumprelu": lambda: filled(JumpReLUSAE(JumpReLUSAEConfig(**options()))),
-    "transcoder": lambda: filled(Transcoder(TranscoderConfig(**options(d_out=5, apply_b_dec_to_input=False)))),
-    "regions": lambda: filled(Regions(StandardSAEConfig(**options()))),
-    "partition": partition,
-    "partition_signed": lambda: partition(readout="cosine", basis="mean"),
-}
-
-
-def expected_context(stream: CutStream, row: int, context: int) -> list[int]:
-    window, position = (
-        stream.windows[stream.columns["sequence_ids"][row]].tolist(),
-        int(stream.columns["positions"][row]),
-    )
-    return [window[j] if 0 <= j < len(window) else -1 for j in range(position - context, position + context + 1)]
-
-
-def assert_examples(examples, stream, ranked: list[list[tuple[float, int]]], n: int, context: int) -> None:
-    """``ranked[j]``: (value, row) of latent j in the order expected."""
-    for j, rows in enumerate(ranked):
-        rows = rows[:n]
-        assert torch.allclose(examples.values[j, : len(rows)], torch.tensor([value for value, _ in rows]), atol=1e-5)
-        assert examples.values[j, len(rows) :].isnan().all() and examples.values.shape[1] == n
-        for name in ("token_ids", "document_ids", "positions"):
-            expected = [int(stream.columns[name][row]) for _, row in rows] + [-1] * (n - len(rows))
-            assert getattr(examples, name)[j].tolist() == expected, (name, j)
-        contexts = [expected_context(stream, row, context) for _, row in rows]
-        contexts += [[-1] * (2 * context + 1)] * (n - len(rows))
-        assert examples.contexts[j].tolist() == contexts
+from saelens_ext.analysis.profile import profile_dictionaries, profile_dictionary
+from tests.analysis.profiled import (
+    DICTIONARIES,
+    HOOK,
+    CutStream,
+    D,
+    K,
+    assert_examples,
+    assert_same,
+    filled,
+    integers,
+    options,
+    partition,
+)
 
 
 @pytest.mark.parametrize("name", DICTIONARIES)
@@ -183,19 +81,6 @@ def test_an_activation_at_the_centre_is_a_member_of_no_region():
     profile = profile_dictionary(sae, CutStream(x))
     assert profile.n_unassigned == 2 and int(profile.counts.sum()) == 38
     assert profile_dictionary(DICTIONARIES["regions"](), CutStream(x)).coherence is None
-
-
-def assert_same(left: DictionaryProfile, right: DictionaryProfile) -> None:
-    for field in fields(DictionaryProfile):
-        a, b = getattr(left, field.name), getattr(right, field.name)
-        pairs = [(a, b)]
-        if field.name in ("top", "boundary") and a is not None:
-            pairs = [(getattr(a, part.name), getattr(b, part.name)) for part in fields(a)]
-        for one, other in pairs:
-            if isinstance(one, torch.Tensor):
-                assert one.dtype == other.dtype and torch.equal(one.nan_to_num(-9), other.nan_to_num(-9)), field.name
-            else:
-                assert one == other, field.name
 
 
 @pytest.mark.parametrize("name", ["standard", "topk", "partition", "partition_signed"])
@@ -341,149 +226,3 @@ def test_a_sae_over_whole_sequences_is_refused():
     sae.cfg.architecture = lambda: "temporal"
     with pytest.raises(ValueError, match="token by token"):
         profile_dictionary(sae, CutStream(integers(30, D)))
-
-
-# --- tables and files ---
-
-
-def test_dataframe_has_a_row_per_latent():
-    frame = profile_dictionary(partition(), CutStream(integers(150, D))).to_dataframe()
-    assert len(frame) == K and frame["count"].sum() == 150 and abs(frame["frequency"].sum() - 1) < 1e-12
-    assert {"name", "coherence", "mean_distance", "max_activation"} <= set(frame.columns)
-    assert "coherence" not in profile_dictionary(DICTIONARIES["topk"](), CutStream(integers(20, D))).to_dataframe()
-
-
-@pytest.fixture
-def profiles():
-    return [profile_dictionary(partition(), CutStream(integers(150, D, seed=seed)), context=2) for seed in (1, 2)]
-
-
-@pytest.mark.parametrize("name", ["standard", "partition", "regions"])
-def test_saved_and_loaded(name, tmp_path):
-    profile = profile_dictionary(
-        DICTIONARIES[name](), CutStream(integers(60, D)), n_boundary=0 if name == "regions" else 5
-    )
-    profile = replace(profile, latent_names=tuple(f"name <{j}>" for j in range(K)))
-    assert profile.save(tmp_path / "deep" / "down") == tmp_path / "deep" / "down"
-    assert_same(DictionaryProfile.load(tmp_path / "deep" / "down"), profile)
-    assert sorted(os.listdir(tmp_path / "deep" / "down")) == ["profile.json", "profile.safetensors"]
-
-
-@pytest.mark.parametrize("failing", range(1, 5))
-def test_an_interrupted_save_leaves_the_old_profile(failing, profiles, tmp_path, monkeypatch):
-    old, new = profiles
-    old.save(tmp_path)
-    replaced, calls = os.replace, []
-
-    def interrupted(*args):
-        calls.append(args)
-        if len(calls) == failing:
-            raise KeyboardInterrupt
-        replaced(*args)
-
-    for expected in (old, new):
-        calls.clear()
-        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-            patch.setattr(os, "replace", interrupted)
-            new.save(tmp_path)
-            assert expected is new, "the first save was to be interrupted"
-        # What the first interruption left behind may spare the second save its last steps.
-        assert_same(DictionaryProfile.load(tmp_path), new if len(calls) < failing else old)
-    new.save(tmp_path)
-    assert_same(DictionaryProfile.load(tmp_path), new)
-    assert sorted(os.listdir(tmp_path)) == ["profile.json", "profile.safetensors"]
-
-
-def test_files_of_two_saves_are_not_one_profile(profiles, tmp_path):
-    old, new = profiles
-    old.save(tmp_path / "a")
-    new.save(tmp_path / "b")
-    os.replace(tmp_path / "a" / "profile.json", tmp_path / "b" / "profile.json")
-    with pytest.raises(ValueError, match="not of the same save"):
-        DictionaryProfile.load(tmp_path / "b")
-
-
-@pytest.mark.parametrize("name", ["profile.json", "profile.safetensors"])
-@pytest.mark.parametrize("left", [0, 1, 40, -1])
-def test_truncated_files(name, left, profiles, tmp_path):
-    profiles[0].save(tmp_path)
-    content = (tmp_path / name).read_bytes()
-    (tmp_path / name).write_bytes(content[: left - 2 if left < 0 else left])
-    with pytest.raises(ValueError, match=name):
-        DictionaryProfile.load(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"format_version": 2}, "upgrade"),
-        ({"format_version": "1"}, "format_version"),
-        ({"kind": "else"}, "is not a"),
-        ({"save_id": None}, "save_id"),
-        ({"d_sae": 13}, "damaged"),
-        ({"context": 3}, "damaged"),
-        ({"latent_names": []}, "damaged"),
-        ({"hook_name": ...}, "lacks hook_name"),
-        ({"context": "2"}, "lacks context"),
-        ({"d_sae": None, "n_activations": 1.5}, "lacks d_sae, n_activations"),
-    ],
-)
-def test_foreign_and_newer_descriptions(change, message, profiles, tmp_path):
-    profiles[0].save(tmp_path)
-    content = json.loads((tmp_path / "profile.json").read_text()) | change
-    (tmp_path / "profile.json").write_text(
-        json.dumps({key: value for key, value in content.items() if value is not ...})
-    )
-    with pytest.raises(ValueError, match=message):
-        DictionaryProfile.load(tmp_path)
-
-
-def test_tensors_that_are_not_a_profile(profiles, tmp_path):
-    profiles[0].save(tmp_path)
-    path = tmp_path / "profile.safetensors"
-    tensors, save_id = load_file(path), json.loads((tmp_path / "profile.json").read_text())["save_id"]
-    header = {"kind": profile_module.KIND, "save_id": save_id}
-    for change, message in (
-        ({"counts": ...}, "lacks counts"),
-        ({"top.contexts": ...}, "lacks top.contexts"),
-        ({"boundary.values": ...}, "lacks boundary.values"),
-        ({"coherence": torch.zeros(3)}, "damaged"),
-        ({"top.values": torch.tensor(1.0)}, "damaged"),
-        ({"boundary.positions": torch.zeros(K, 4)}, "damaged"),
-    ):
-        save_file({name: tensor for name, tensor in (tensors | change).items() if tensor is not ...}, path, header)
-        with pytest.raises(ValueError, match=message):
-            DictionaryProfile.load(tmp_path)
-    save_file(tensors, path)
-    with pytest.raises(ValueError, match="not of the same save"):
-        DictionaryProfile.load(tmp_path)
-
-
-def test_a_missing_file_is_named(profiles, tmp_path):
-    with pytest.raises(FileNotFoundError, match="profile.json"):
-        DictionaryProfile.load(tmp_path)
-    profiles[0].save(tmp_path)
-    (tmp_path / "profile.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="profile.safetensors"):
-        DictionaryProfile.load(tmp_path)
-
-
-def test_the_profile_of_another_dictionary_is_refused(profiles, tmp_path):
-    own = partition()
-    own.save_model(tmp_path)
-    profiles[0].save(tmp_path)
-    assert_same(DictionaryProfile.load(tmp_path), profiles[0])
-    assert_same(DictionaryProfile.load(tmp_path, own), profiles[0])
-    own.cfg.metadata.hook_name = "blocks.0.hook_resid_post"
-    assert_same(DictionaryProfile.load(tmp_path, own), profiles[0])
-    smaller = ExemplarPartition.from_regions(
-        own.exemplars[:5], own.means[:5], own.center, 0.9, metadata={"hook_name": HOOK}
-    )
-    elsewhere = partition()
-    elsewhere.cfg.metadata.hook_name = "blocks.1.hook_out"
-    for other, message in ((smaller, "5"), (elsewhere, "blocks.1.hook_out")):
-        with pytest.raises(ValueError, match=f"{message}.*do not belong together"):
-            DictionaryProfile.load(tmp_path, other)
-        other.save_model(tmp_path)
-        with pytest.raises(ValueError, match="do not belong together"):
-            DictionaryProfile.load(tmp_path)
