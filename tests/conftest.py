@@ -1,6 +1,7 @@
 """Fixtures that the whole suite shares. Models are made once; a test that changes one makes its own."""
 
 import os
+import signal
 from pydoc_data.topics import topics
 
 import pytest
@@ -18,6 +19,13 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "smol" in item.fixturenames:
             item.add_marker("slow")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interruptible():
+    """A script's background job starts with SIGINT ignored, and some tests interrupt themselves."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -21,6 +21,9 @@ def load():
     return models_zoo.make_model("llama", "SAETransformerBridge")
 
 
+pytestmark = pytest.mark.slow  # starts clusters
+
+
 @pytest.fixture(scope="module")
 def cluster():
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 * 2**20)

@@ -11,7 +11,10 @@ from saelens_ext.hub import push_to_hub
 from tests.hub.server import TOKEN
 
 # The client's own upload of large files.
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw:DeprecationWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw:DeprecationWarning"),
+]
 
 SCRIPT = """
 import sys

@@ -192,6 +192,7 @@ def test_one_region(visit, inputs, tmp_path, size):
     assert page.page.is_disabled("#detail-on") and page.overflow() == 0
 
 
+@pytest.mark.slow
 def test_five_thousand_regions_stay_quick(visit, inputs, tmp_path):
     page = visit(file=other_page(tmp_path, inputs, 5000, n_examples=2))
     assert page.page.locator(".disc").count() == 5000 and "principal components" in page.text("#map-projection")

@@ -50,6 +50,7 @@ except OSError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_really_full_gives_the_error_of_the_system(tmp_path):
     root = Path(__file__).parents[2]
     environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
@@ -112,7 +113,7 @@ def test_interrupted_during_the_last_checkpoint(number, tiny_bridge, tmp_path, m
     save = Checkpoint.save
 
     def interrupted(self, folder):
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)
         return save(self, folder)
 
     monkeypatch.setattr(Checkpoint, "save", interrupted)
@@ -126,7 +127,7 @@ def test_interrupted_during_the_last_checkpoint(number, tiny_bridge, tmp_path, m
 def test_interrupted_in_the_profile(number, tiny_bridge, tmp_path, monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
     # Without a handler of the run's own SIGTERM would end the tests.
-    monkeypatch.setattr(runner, "profile_dictionaries", lambda *_, **__: os.kill(os.getpid(), number))
+    monkeypatch.setattr(runner, "profile_dictionaries", lambda *_, **__: signal.raise_signal(number))
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         with pytest.raises(

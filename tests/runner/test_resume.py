@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -127,8 +126,7 @@ def test_stopped_before_anything_is_built(kind, how, uninterrupted, tiny_bridge,
             if number == 5:
                 if how == "killed":
                     raise Stopped
-                os.kill(os.getpid(), signal.SIGINT)
-                time.sleep(0.01)
+                signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(build_pass.BuildPass, "batches", stopped)
     given = config(tmp_path, **KINDS[kind], n_checkpoints=4 if how == "killed" else 0)
@@ -224,6 +222,7 @@ def _start(folder: Path, after: int) -> subprocess.Popen:
     raise AssertionError(process.stderr.read())
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(straight, tiny_bridge, tmp_path):
     process = _start(tmp_path, after=350)
     process.send_signal(signal.SIGKILL)
@@ -245,8 +244,7 @@ def test_interrupted_from_the_keyboard(straight, tiny_bridge, tmp_path, monkeypa
     def interrupted(self):
         for number, batch in enumerate(original(self)):
             if number == 6:
-                os.kill(os.getpid(), signal.SIGINT)
-                time.sleep(0.01)
+                signal.raise_signal(signal.SIGINT)
             yield batch
 
     monkeypatch.setattr(build_pass.BuildPass, "batches", interrupted)

@@ -40,6 +40,7 @@ def planted(n, d, seed, noise):
 # --- scikit-learn ---
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_scikit_learn_checks_pass_but_for_zero_weights():
     results = check_estimator(JointClusterer(random_state=0), on_fail=None)
