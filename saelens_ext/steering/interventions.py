@@ -107,7 +107,7 @@ def add_direction(
     if not math.isfinite(strength):
         raise ValueError(f"strength must be finite, got {strength!r}.")
     _checks.between(typical_norm, 0, math.inf, "typical_norm")
-    vector = _unit_rows(direction[None])[0] * (strength * typical_norm)
+    vector = unit_rows(direction[None])[0] * (strength * typical_norm)
 
     def hooks() -> Hooks:
         hook = edit_hook(lambda x: x + vector.to(x), len(vector), hook_name, positions)
@@ -148,7 +148,7 @@ def ablate_directions(
 
     Source: arXiv 2605.14347, refusal ablation.
     """
-    rows = _unit_rows(directions[None] if directions.ndim == 1 else directions).detach()
+    rows = unit_rows(directions[None] if directions.ndim == 1 else directions).detach()
     basis = _orthonormal_basis(rows)
     origin = torch.zeros_like(rows[0]) if center is None else center.detach()
     if origin.shape != rows[0].shape:
@@ -263,7 +263,7 @@ def steer_with(
 # --- from the arguments to numbers ---
 
 
-def _unit_rows(directions: Tensor) -> Tensor:
+def unit_rows(directions: Tensor) -> Tensor:
     """Check directions ``(m, d)`` and scale them to unit norm, in float32 or wider."""
     if directions.ndim != 2 or directions.numel() == 0:
         raise ValueError(f"directions must have shape (m, d) or (d,), none of them 0, got {tuple(directions.shape)}.")
@@ -283,14 +283,15 @@ def _orthonormal_basis(rows: Tensor) -> Tensor:
     return vectors[values > tolerance].T.to(rows)
 
 
-def _is_scalar(latent: Any) -> bool:
-    return not isinstance(latent, Sequence) and getattr(latent, "ndim", 0) == 0
+def _listed(latent: Any) -> Any:
+    is_scalar = not isinstance(latent, Sequence) and getattr(latent, "ndim", 0) == 0
+    return [latent] if is_scalar else latent
 
 
 def _latent_mask(sae: SAE[Any], latent: SupportsIndex | Sequence[SupportsIndex]) -> Tensor:
     """True at the chosen latents, ``(d_sae,)``."""
     # numpy's and torch's scalars count as indices too: latents are often chosen by an argmax.
-    indices = [operator.index(index) for index in ([latent] if _is_scalar(latent) else latent)]
+    indices = [operator.index(index) for index in _listed(latent)]
     wrong = [index for index in indices if not 0 <= index < sae.cfg.d_sae]
     if wrong or not indices:
         raise ValueError(f"latent must be one or several of 0 to {sae.cfg.d_sae - 1}, got {latent!r}.")

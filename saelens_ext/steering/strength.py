@@ -16,9 +16,9 @@ Divergence need not grow with |a| everywhere; what is found is the root of the f
 evaluated, ``monotone`` says whether the divergence was seen to fall anywhere, and a peak narrower than a cell can be
 missed.
 
-A batch carries a coefficient in each row, for both signs and all targets at once. Only the blocks behind the hook
-would have to run again, but the hosts cannot start in the middle of a network in a way that is the same for both, so
-whole passes are run; sharing them among targets is what saves.
+A batch carries a coefficient in each row, for all directions, both signs and all targets at once. Only the blocks after
+the hook would have to run again, but bridges and HookedTransformers have no common way to start in the middle of a
+network, so whole passes are run; sharing them among targets is what saves time.
 """
 
 import logging
@@ -35,13 +35,13 @@ from saelens_ext._modes import standard_modes
 from saelens_ext.host.models import HostModel
 from saelens_ext.host.prompt_passes import evaluating, prompt_list
 from saelens_ext.steering.divergence_search import (
-    Curve,
     DivergenceMeter,
+    DivergenceSearch,
     MatchedStrength,
-    SharedEvaluations,
-    scan,
-    solve,
+    check_limits,
+    checked_signs,
 )
+from saelens_ext.steering.interventions import unit_rows
 
 if TYPE_CHECKING:
     import pandas
@@ -57,7 +57,7 @@ class StrengthSearch:
     """Matched strengths of one direction."""
 
     strengths: tuple[MatchedStrength, ...]
-    """One per sign and target, in the order they were asked for."""
+    """One per sign and target, in the order of the arguments."""
     typical_norm: float
     """t: the unit of the search limits."""
     max_coefficient: float
@@ -69,7 +69,7 @@ class StrengthSearch:
         """The strength of a sign and target.
 
         Raises:
-            ValueError: it was not asked for.
+            ValueError: it was not searched.
         """
         for strength in self.strengths:
             if strength.sign == sign and strength.target == target:
@@ -102,7 +102,7 @@ def match_strength(
     """Find the coefficients of a direction at which steering has given effects on the next token.
 
     Args:
-        model: either host class. Interventions and hooks that are active count as part of the unsteered model.
+        model: any TransformerLens model. Interventions and hooks that are active count as part of the unsteered model.
         hook_name: any alias of the hook.
         direction: ``(d,)``; only its direction counts. It is added at every position of the prompt, BOS included.
         targets: divergences in nats, each above 0.
@@ -125,8 +125,8 @@ def match_strength(
 
     Examples:
         >>> search = sx.match_strength(model, "blocks.1.hook_out", partition.exemplars[0], targets=(0.05,))
-        >>> found = search.at(+1, 0.05)
-        >>> found.reached and abs(found.kl - 0.05) < 0.005
+        >>> strength = search.at(+1, 0.05)
+        >>> strength.reached and abs(strength.kl - 0.05) < 0.005
         True
 
     Source: arXiv 2506.10920, causal steering, with its search replaced: the published one looks only at coefficients
@@ -134,31 +134,28 @@ def match_strength(
     """
     unit = _unit(direction)
     targets = _checked_targets(targets)
-    signs = _checked_signs(signs)
+    signs = checked_signs(signs)
     _checks.choice(average_over, ("last", "all"), "average_over")
-    _checks.between(tolerance, 0, 1, "tolerance")
-    _checks.between(max_strength, 0, math.inf, "max_strength")
-    _checks.positive(batch_size, "batch_size")
+    check_limits(max(targets), tolerance, max_strength, batch_size)
     with evaluating(model):
-        meter = DivergenceMeter(model, hook_name, unit, prompt_list(prompts), average_over, batch_size)
+        rows = torch.stack([sign * unit for sign in signs])
+        meter = DivergenceMeter(model, hook_name, rows, prompt_list(prompts), batch_size, average_over=average_over)
         norm = meter.typical_norm if typical_norm is None else typical_norm
         _checks.between(norm, 0, math.inf, "typical_norm")
-        curves = {sign: Curve(sign) for sign in signs}
-        known = SharedEvaluations(meter.divergences, curves)
         limit = norm * max_strength
-        scan(known, norm, limit, max(targets), batch_size)
-        solve(known, targets, tolerance)
-    found = tuple(curves[sign].strength(target, tolerance) for sign in signs for target in targets)
-    _log_unreached(found, limit)
-    evaluated = {sign: tuple((sign * a, kl) for a, kl in curve.points()) for sign, curve in curves.items()}
-    return StrengthSearch(strengths=found, typical_norm=float(norm), max_coefficient=float(limit), curves=evaluated)
+        search = DivergenceSearch(meter.divergences, signs)
+        strengths = search.run(targets, tolerance, norm=norm, limit=limit, batch_size=batch_size)
+    _log_unreached(strengths, limit)
+    return StrengthSearch(
+        strengths=tuple(strengths),
+        typical_norm=float(norm),
+        max_coefficient=float(limit),
+        curves={curve.sign: tuple((curve.sign * a, kl) for a, kl in curve.points()) for curve in search.curves},
+    )
 
 
-# --- the search, on numbers alone ---
-
-
-def _log_unreached(found: Sequence[MatchedStrength], limit: float) -> None:
-    for strength in found:
+def _log_unreached(strengths: Sequence[MatchedStrength], limit: float) -> None:
+    for strength in strengths:
         if not strength.reached:
             logger.info(
                 "Target %g nats, sign %+d: %s within |coefficient| <= %g; %g nats attained.",
@@ -170,26 +167,13 @@ def _log_unreached(found: Sequence[MatchedStrength], limit: float) -> None:
             )
 
 
-# --- the model ---
-
-
 def _unit(direction: Tensor) -> Tensor:
     if direction.ndim != 1 or direction.numel() == 0:
         raise ValueError(f"direction must have shape (d,), got {tuple(direction.shape)}; pass one row of a dictionary.")
-    wide = _checks.finite(direction, "direction").detach().to(torch.promote_types(direction.dtype, torch.float32))
-    if not bool(wide.any()):
-        raise ValueError("direction is zero: it points nowhere, so no coefficient has an effect.")
-    return wide / wide.norm()
+    return unit_rows(direction.detach()[None])[0]
 
 
 def _checked_targets(targets: Sequence[float | int]) -> list[float]:
     if not targets:
         raise ValueError("targets is empty; give one or more divergences in nats, 0.1 for example.")
     return [float(_checks.between(target, 0, math.inf, "each of targets")) for target in targets]
-
-
-def _checked_signs(signs: Sequence[int]) -> list[int]:
-    found = list(dict.fromkeys(signs))
-    if not found or any(sign not in (1, -1) for sign in found):
-        raise ValueError(f"signs must be one or both of 1 and -1, got {list(signs)}.")
-    return found

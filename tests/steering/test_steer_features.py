@@ -10,9 +10,10 @@ from sae_lens import Transcoder, TranscoderConfig
 from sae_lens.saes.sae import SAEMetadata
 
 from saelens_ext.dictionaries.snmf import SNMFDictionary
-from saelens_ext.steering import steer_features as steered_features
+from saelens_ext.steering import divergence_search
+from saelens_ext.steering.divergence_search import DivergenceSearch
 from saelens_ext.steering.sampling import SamplingOptions, sample_continuations, sample_steered
-from saelens_ext.steering.steer_features import _match, _RowMeter, steer_features
+from saelens_ext.steering.steer_features import steer_features
 from saelens_ext.steering.strength import match_strength
 
 HOOK = "blocks.1.mlp.hook_post"
@@ -92,21 +93,13 @@ def test_a_transcoder_steers_where_it_writes(model):
         steer_features(model, made)
 
 
-class Curve(_RowMeter):
-    """Stands in for the model: a divergence that rises, falls below the target and rises again."""
-
-    def __init__(self):
-        self.known = [{0.0: 0.0}]
-
-    def __call__(self, numbers, coefficients):
-        found = [a**2 if a < 1 else max(0.1, 1 - 2 * (a - 1)) if a < 8 else float("inf") for a in coefficients]
-        self.known[0].update(zip(map(float, coefficients), found, strict=True))
-        return found
-
-
 def test_the_first_crossing_counts():
-    meter = Curve()
-    (strength,) = _match(meter, [1], 8, 800, 0.5, 0.01)
+    """Of a divergence that rises, falls below the target and rises again."""
+
+    def divergences(points):
+        return [a**2 if a < 1 else max(0.1, 1 - 2 * (a - 1)) if a < 8 else float("inf") for _, a in points]
+
+    (strength,) = DivergenceSearch(divergences, [1]).run([0.5], 0.01, norm=8, limit=800, batch_size=1)
     assert strength.coefficient == pytest.approx(0.5**0.5, rel=0.01) and strength.reached
 
 
@@ -149,4 +142,4 @@ def test_the_grid_starts_low_enough(model):
         model, make_dictionary(model), target=1e-6, typical_norm=1000, features=[0], options=OPTIONS
     )
     strength = steered.texts[0].strength
-    assert strength.reached and strength.coefficient < steered_features._GRID_START * 1000
+    assert strength.reached and strength.coefficient < divergence_search._GRID_START * 1000

@@ -8,7 +8,7 @@ import torch
 from saelens_ext.host.continued_text import text_after
 from saelens_ext.host.hook_edits import hooked
 from saelens_ext.steering import strength as steering_strength
-from saelens_ext.steering.divergence_search import Curve, SharedEvaluations, scan, solve
+from saelens_ext.steering.divergence_search import DivergenceSearch
 from saelens_ext.steering.interventions import add_direction
 from saelens_ext.steering.sampling import (
     SamplingOptions,
@@ -53,15 +53,13 @@ def divergences(model, prompt, direction, coefficient, hook=HOOK):
 def search(function, targets, *, limit=100.0, tolerance=0.01, batch_size=8, signs=(1,)):
     calls = []
 
-    def evaluate(coefficients):
+    def evaluate(points):
+        coefficients = [signs[row] * a for row, a in points]
         calls.extend(coefficients)
         return [function(a) for a in coefficients]
 
-    curves = {sign: Curve(sign) for sign in signs}
-    known = SharedEvaluations(evaluate, curves)
-    scan(known, 1.0, limit, max(targets), batch_size)
-    solve(known, targets, tolerance)
-    return [curves[sign].strength(t, tolerance) for sign in signs for t in targets], calls
+    found = DivergenceSearch(evaluate, signs).run(targets, tolerance, norm=1.0, limit=limit, batch_size=batch_size)
+    return found, calls
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
@@ -114,6 +112,13 @@ def test_a_jump_over_the_target_ends_and_is_reported():
 def test_overflow_ends_the_scan():
     found, _ = search(lambda a: a if a < 10 else math.nan, [5.0, 50.0])
     assert found[0].reached and found[1].status == "saturated" and found[1].kl < 10
+
+
+def test_a_target_between_the_grid_and_an_overflow_is_reached():
+    # The grid sees 8 and then an overflow.
+    for overflow in (math.nan, math.inf):
+        (found,), _ = search(lambda a: a if a < 12 else overflow, [9.0])
+        assert found.reached and found.coefficient == pytest.approx(9, rel=0.01)
 
 
 def test_signs_have_curves_of_their_own():
@@ -189,7 +194,9 @@ def test_targets_share_evaluations(tiny_hooked, direction, monkeypatch):
     asked = []
     original = steering_strength.DivergenceMeter.divergences
     monkeypatch.setattr(
-        steering_strength.DivergenceMeter, "divergences", lambda self, a: asked.extend(a) or original(self, a)
+        steering_strength.DivergenceMeter,
+        "divergences",
+        lambda self, points: asked.extend(points) or original(self, points),
     )
     together = match_strength(tiny_hooked, HOOK, direction, steering_strength.PAPER_TARGETS)
     assert len(asked) == len(set(asked)) == sum(together.at(sign, 0.5).n_evaluations for sign in (1, -1))
