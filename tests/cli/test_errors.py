@@ -84,7 +84,7 @@ FAILURES = [
     (["profile", "{place}/model"], "holds no SAELens dictionary: cfg.json and sae_weights.safetensors are not there"),
     (["report", "{fine}", "--compare={snmf}"], "it holds no fit of an ExemplarPartition"),
     (["convert", "nosuch", "{tmp}/o"], "nosuch is neither a file nor a build"),
-    (["convert", "{fine}/cfg.json", "{tmp}/o"], "is refused: it uses the unknown opcode"),
+    (["convert", "{fine}/cfg.json", "{tmp}/o"], "is refused: it breaks off or is damaged at byte 0"),
     (["convert", "nosuch", "{fine}/cfg.json/o"], "cfg.json is a file, and results go into a folder"),
     (["push", "nowhere", "a/b", "x"], "There is no directory nowhere"),
     (["pull", "a/b", "../x", "{tmp}/o"], "sae_id must be the path of a folder"),
