@@ -29,7 +29,6 @@ class KeptStream(ActivationStream):
     """
 
     def __init__(self, stream: ActivationStream, *, memory_limit: int = 8 * 2**30):
-        vars(self).update(vars(stream))
         kept: list[ActivationBatch] = []
         size = 0
         for batch in stream:
@@ -40,8 +39,20 @@ class KeptStream(ActivationStream):
                     f"The stream gives more than memory_limit={memory_limit} bytes of activations: set max_tokens on "
                     "it, read fewer hooks, or raise memory_limit."
                 )
+        self._take_over(stream, kept)
+
+    @classmethod
+    def holding(cls, stream: ActivationStream, batches: Sequence[ActivationBatch]) -> "KeptStream":
+        """The stream of batches that were read off ``stream`` already."""
+        kept = cls.__new__(cls)
+        kept._take_over(stream, batches)
+        return kept
+
+    def _take_over(self, stream: ActivationStream, batches: Sequence[ActivationBatch]) -> None:
+        """Take the settings of the stream, which stays as it is, and hold the batches."""
+        vars(self).update(vars(stream))
         self.progress = False
-        self._kept = kept
+        self._kept = list(batches)
 
     def only(self, hook_name: str | Sequence[str]) -> "KeptStream":
         """The same activations at some of the hooks; nothing is copied.

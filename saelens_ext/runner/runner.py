@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from saelens_ext import _files
 from saelens_ext._modes import standard_modes
+from saelens_ext.activations.kept_stream import KeptStream
 from saelens_ext.activations.stream import ActivationBatch
 from saelens_ext.analysis.profile import profile_dictionaries
 from saelens_ext.runner.build_pass import BuildPass
@@ -23,7 +24,7 @@ from saelens_ext.runner.config import DictionaryRunnerConfig
 from saelens_ext.runner.evaluation import default_eval_size, eval_windows, evaluate
 from saelens_ext.runner.resolve import resolved
 from saelens_ext.runner.results import BuiltDictionary, RunResult
-from saelens_ext.runner.sources import KeptStream, RunStream, open_stream
+from saelens_ext.runner.sources import RunStream, open_stream
 from saelens_ext.runner.tracking import WandbTracker, check_login
 
 logger = logging.getLogger(__name__)
@@ -213,7 +214,7 @@ class DictionaryRunner:
     def _profile(self, built_all: list[BuiltDictionary], stream: RunStream, kept: list[ActivationBatch] | None) -> None:
         """Profile every dictionary, on the activations that the pass has kept, or else on those of another."""
         config = self.result.config
-        stream = stream if kept is None else KeptStream(stream, kept)
+        stream = stream if kept is None else KeptStream.holding(stream, kept)
         if config.profile:
             profiles = profile_dictionaries([built.dictionary for built in built_all], stream, progress=config.progress)
             for built, profile in zip(built_all, profiles):

@@ -2,7 +2,6 @@
 
 import logging
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Union
 
@@ -18,7 +17,7 @@ from saelens_ext import _checks
 from saelens_ext.activations.cached_stream import CachedStream
 from saelens_ext.activations.fingerprint import fingerprint_files
 from saelens_ext.activations.proxy_stream import ProxyStream, describe_any
-from saelens_ext.activations.stream import ActivationBatch, ActivationStream
+from saelens_ext.activations.stream import ActivationStream
 from saelens_ext.host.models import load_model
 from saelens_ext.runner.config import DictionaryRunnerConfig
 from saelens_ext.runner.dictionary_configs import ExemplarBuildConfig, SNMFBuildConfig
@@ -150,17 +149,6 @@ def open_stream(
         if Path(config.dataset_path).exists() and not _saved_to_disk(config.dataset_path):
             stream._windows.fingerprint = fingerprint_files(config.dataset_path)
     return stream
-
-
-class KeptStream(ActivationStream):
-    """A stream whose batches have been read and are held in memory."""
-
-    def __init__(self, stream: RunStream, batches: list[ActivationBatch]) -> None:
-        self.__dict__ |= vars(stream)
-        self._kept = batches
-
-    def __iter__(self) -> Iterator[ActivationBatch]:
-        return iter(self._kept)
 
 
 def device_of(stream: RunStream) -> torch.device:
