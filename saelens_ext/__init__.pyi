@@ -30,7 +30,7 @@ from .continuations.validation.validate import validate_clusters as validate_clu
 from .dictionaries.exemplar_partition import Assignment as Assignment
 from .dictionaries.exemplar_partition import ExemplarPartition as ExemplarPartition
 from .dictionaries.exemplar_partition import ExemplarPartitionConfig as ExemplarPartitionConfig
-from .dictionaries.fit_exemplars import FitResult as FitResult
+from .dictionaries.fit_exemplars import ExemplarFitResult as ExemplarFitResult
 from .dictionaries.fit_exemplars import fit_exemplar_partition as fit_exemplar_partition
 from .dictionaries.fit_exemplars import fit_exemplar_partitions as fit_exemplar_partitions
 from .dictionaries.fit_hierarchy import fit_hierarchical_snmf as fit_hierarchical_snmf

@@ -15,7 +15,7 @@ from saelens_ext.cli import opening
 from saelens_ext.cli.errors import UsageError
 from saelens_ext.cli.options import DEMO, ReportOptions
 from saelens_ext.cli.output import Context, Result
-from saelens_ext.dictionaries.fit_result import FitResult
+from saelens_ext.dictionaries.fit_result import ExemplarFitResult
 from saelens_ext.dictionaries.hierarchy import HierarchicalSNMF
 from saelens_ext.dictionaries.snmf_fit_result import SNMFFitResult
 from saelens_ext.host.hook_names import is_in_stream
@@ -35,12 +35,12 @@ def report(options: ReportOptions, context: Context) -> Result:
     folder = Path(options.dictionary)
     contents = opening.read_folder(options.dictionary)
     profiles = [_profile(path, sae) for sae, path in opening.dictionaries_in(contents, options.dictionary)]
-    others = [_other(name) for name in options.compare] if isinstance(contents.fit, FitResult) else []
+    others = [_other(name) for name in options.compare] if isinstance(contents.fit, ExemplarFitResult) else []
     model, tokenizer, name = _host(options, contents)
     target = Path(options.html) if options.html is not None else folder / "report.html"
     common = {"tokenizer": tokenizer, "title": options.title or f"{_first(contents).cfg.metadata.hook_name} of {name}"}
     evals = _files.read_json(folder / EVALS_FILENAME) if (folder / EVALS_FILENAME).exists() else None
-    if isinstance(contents.fit, FitResult):
+    if isinstance(contents.fit, ExemplarFitResult):
         fit = replace(contents.fit, dictionary=opening.attach(contents.fit.dictionary, model))
         path = write_dictionary_report(
             target,
@@ -68,11 +68,11 @@ def _profile(path: Path, sae: SAE[Any]) -> DictionaryProfile:
     return DictionaryProfile.load(path, sae)
 
 
-def _other(name: str | list[str]) -> FitResult:
+def _other(name: str | list[str]) -> ExemplarFitResult:
     """A partition to compare with."""
     folder = name[0] if isinstance(name, list) else name
     fit = opening.read_folder(folder).fit
-    if not isinstance(fit, FitResult):
+    if not isinstance(fit, ExemplarFitResult):
         raise ValueError(f"--compare={folder}: it holds no fit of an ExemplarPartition.")
     return fit
 

@@ -10,10 +10,10 @@ from typing import Any
 from saelens_ext import _checks
 from saelens_ext._modes import standard_modes
 from saelens_ext.activations.stream import ActivationStream
-from saelens_ext.dictionaries.fit_result import FitResult
+from saelens_ext.dictionaries.fit_result import ExemplarFitResult
 from saelens_ext.dictionaries.grow_exemplars import ExemplarBuild, ExemplarFitConfig, OnMetrics
 
-__all__ = ["ExemplarFitConfig", "FitResult", "OnMetrics", "fit_exemplar_partition", "fit_exemplar_partitions"]
+__all__ = ["ExemplarFitConfig", "ExemplarFitResult", "OnMetrics", "fit_exemplar_partition", "fit_exemplar_partitions"]
 
 
 @standard_modes()
@@ -24,7 +24,7 @@ def fit_exemplar_partition(
     threshold: float | int | None = None,
     on_metrics: OnMetrics | None = None,
     **options: Any,
-) -> FitResult:
+) -> ExemplarFitResult:
     """Build one ExemplarPartition from a stream over one hook.
 
     Args:
@@ -68,7 +68,7 @@ def fit_exemplar_partitions(
     *,
     on_metrics: OnMetrics | None = None,
     **options: Any,
-) -> dict[tuple[str, float | int], FitResult]:
+) -> dict[tuple[str, float | int], ExemplarFitResult]:
     """Build an ExemplarPartition for every (hook, percentile), in one pass over the model.
 
     Args:
@@ -79,7 +79,7 @@ def fit_exemplar_partitions(
         **options: fields of :class:`ExemplarFitConfig`.
 
     Returns:
-        A FitResult per (hook name as given to the stream, percentile).
+        An ExemplarFitResult per (hook name as given to the stream, percentile).
 
     Raises:
         ValueError: no usable activation, fewer than ``calibration_activations``, only one document, an option out of
@@ -107,7 +107,7 @@ def _fit(
     threshold: float | int | None,
     config: ExemplarFitConfig,
     on_metrics: OnMetrics | None,
-) -> list[FitResult]:
+) -> list[ExemplarFitResult]:
     percentiles = [float(_checks.between(percentile, 0, 100, "percentile")) for percentile in percentiles]
     build = ExemplarBuild(stream.requested_hook_names, percentiles, threshold, config, on_metrics)
     for batch in stream:

@@ -55,7 +55,7 @@ class Provenance:
 
 
 @dataclass(kw_only=True, frozen=True)
-class FitResult:
+class ExemplarFitResult:
     """A fitted ExemplarPartition and its statistics. Per-region tensors have one entry per row of the dictionary.
 
     Counts and coherence describe the assignment at arrival: each activation joined the nearest exemplar that came
@@ -115,7 +115,7 @@ class FitResult:
 
     @classmethod
     @standard_modes()
-    def load(cls, path: str | Path, device: str = "cpu") -> "FitResult":
+    def load(cls, path: str | Path, device: str = "cpu") -> "ExemplarFitResult":
         """Read what :meth:`save` wrote.
 
         Raises:

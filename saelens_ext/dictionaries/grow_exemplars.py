@@ -16,7 +16,7 @@ from saelens_ext import _checks
 from saelens_ext.activations.stream import ActivationBatch, ActivationStream
 from saelens_ext.dictionaries.calibrate import Calibration, CalibrationMode, calibrate, held_batches, held_tensors
 from saelens_ext.dictionaries.exemplar_partition import Basis, ExemplarPartition, Readout
-from saelens_ext.dictionaries.fit_result import FitResult, Provenance
+from saelens_ext.dictionaries.fit_result import ExemplarFitResult, Provenance
 from saelens_ext.ops.calibration import ThresholdEstimate
 from saelens_ext.ops.leader_clustering import LeaderClustering
 from saelens_ext.ops.statistics import UnseenMass, unseen_mass
@@ -161,7 +161,7 @@ class _Growth:
             founders=[Provenance(**founders)] if founders else [],
         )
 
-    def finish(self, stream: ActivationStream, config: ExemplarFitConfig) -> FitResult:
+    def finish(self, stream: ActivationStream, config: ExemplarFitConfig) -> ExemplarFitResult:
         """The dictionary, on the device of the activations, and its statistics, on the CPU."""
         if self.clustering.n_regions == 0:
             raise ValueError(
@@ -198,7 +198,7 @@ class _Growth:
             metadata=metadata,
             reshape_activations="hook_z" if has_heads else "none",
         )
-        return FitResult(
+        return ExemplarFitResult(
             dictionary=dictionary,
             hook_name=self.hook_name,
             percentile=self.threshold.percentile,
@@ -270,7 +270,7 @@ class ExemplarBuild:
         if self._n_held >= (self._config.calibration_activations or DEFAULT_CALIBRATION):
             self._calibrate()
 
-    def finish(self, stream: ActivationStream) -> list[FitResult]:
+    def finish(self, stream: ActivationStream) -> list[ExemplarFitResult]:
         """The results, hook by hook and in the order of the percentiles; ``stream`` is where the batches came from.
 
         Raises:

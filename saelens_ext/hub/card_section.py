@@ -10,7 +10,7 @@ from sae_lens import __version__ as sae_lens_version
 
 from saelens_ext.analysis.profile import DictionaryProfile
 from saelens_ext.dictionaries.architecture_names import OWN
-from saelens_ext.dictionaries.fit_result import FitResult
+from saelens_ext.dictionaries.fit_result import ExemplarFitResult
 from saelens_ext.dictionaries.hierarchy import HierarchicalSNMF
 from saelens_ext.dictionaries.snmf_fit_result import SNMFFitResult
 from saelens_ext.hub.contents import Contents
@@ -137,7 +137,7 @@ def _figures(contents: Contents) -> dict[str, Any]:
     """Metrics that the fit and the profile hold."""
     fit, profile, whole = contents.fit, contents.profile, contents.dictionary
     figures: dict[str, Any] = {}
-    if isinstance(fit, FitResult):
+    if isinstance(fit, ExemplarFitResult):
         figures |= {
             "regions": fit.n_regions,
             "activations clustered": fit.n_seen,

@@ -25,7 +25,7 @@ from saelens_ext.dictionaries.architecture_names import plain_name
 from saelens_ext.dictionaries.exemplar_partition import ExemplarPartition
 from saelens_ext.dictionaries.fit_result import JSON_FILENAME as FIT_JSON
 from saelens_ext.dictionaries.fit_result import TENSORS_FILENAME as FIT_TENSORS
-from saelens_ext.dictionaries.fit_result import FitResult
+from saelens_ext.dictionaries.fit_result import ExemplarFitResult
 from saelens_ext.dictionaries.hierarchy import HierarchicalSNMF
 from saelens_ext.dictionaries.snmf import SNMFDictionary
 from saelens_ext.dictionaries.snmf_fit_result import SNMFFitResult
@@ -53,7 +53,7 @@ class Contents:
 
     dictionary: SAE[Any] | HierarchicalSNMF
     """The dictionary, or the hierarchy of them."""
-    fit: FitResult | SNMFFitResult | None = None
+    fit: ExemplarFitResult | SNMFFitResult | None = None
     """Statistics of the fit."""
     profile: DictionaryProfile | None = None
     """What the latents respond to."""
@@ -145,9 +145,9 @@ def _load_sae(folder: Path, device: str, dtype: str | None) -> SAE[Any]:
     return SAE_CLASS_REGISTRY[named][0].load_from_disk(folder, device=device, dtype=dtype)
 
 
-def _load_fit(folder: Path, sae: SAE[Any]) -> FitResult | SNMFFitResult | None:
+def _load_fit(folder: Path, sae: SAE[Any]) -> ExemplarFitResult | SNMFFitResult | None:
     """The statistics beside a dictionary, with that very dictionary in them."""
-    for kind, result in ((ExemplarPartition, FitResult), (SNMFDictionary, SNMFFitResult)):
+    for kind, result in ((ExemplarPartition, ExemplarFitResult), (SNMFDictionary, SNMFFitResult)):
         if isinstance(sae, kind):
             return replace(result.load(folder), dictionary=sae)
     return None

@@ -31,7 +31,7 @@ from saelens_ext import _files
 from saelens_ext._modes import standard_modes
 from saelens_ext.analysis.profile import DictionaryProfile
 from saelens_ext.dictionaries.architecture_names import plain_name, written_name
-from saelens_ext.dictionaries.fit_result import FitResult
+from saelens_ext.dictionaries.fit_result import ExemplarFitResult
 from saelens_ext.dictionaries.hierarchy import HierarchicalSNMF
 from saelens_ext.dictionaries.snmf_fit_result import SNMFFitResult
 from saelens_ext.hub import contents as hub_files
@@ -43,7 +43,7 @@ from saelens_ext.hub.model_card import FrontMatter, hub_model_name, write_card
 
 logger = logging.getLogger(__name__)
 
-Pushable = SAE[Any] | FitResult | SNMFFitResult | HierarchicalSNMF | str | Path
+Pushable = SAE[Any] | ExemplarFitResult | SNMFFitResult | HierarchicalSNMF | str | Path
 
 _CARD = "README.md"
 # Times that someone else may commit between our reading the card and our writing it.

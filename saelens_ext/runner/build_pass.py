@@ -15,7 +15,7 @@ from torch import Tensor
 
 from saelens_ext.activations.stream import ActivationBatch
 from saelens_ext.dictionaries.activation_matrix import ActivationSource
-from saelens_ext.dictionaries.fit_result import FitResult
+from saelens_ext.dictionaries.fit_result import ExemplarFitResult
 from saelens_ext.dictionaries.fit_snmf import SNMFFitConfig, fit_snmf_rows, sum_of_squares
 from saelens_ext.dictionaries.grow_exemplars import ExemplarBuild
 from saelens_ext.dictionaries.snmf_fit_result import SNMFFitResult
@@ -241,7 +241,7 @@ class BuildPass:
             | numbered([tensors for _, tensors in gathered], "gathered/"),
         )
 
-    def results(self) -> Iterator[tuple[str, FitResult | SNMFFitResult]]:
+    def results(self) -> Iterator[tuple[str, ExemplarFitResult | SNMFFitResult]]:
         """The fits by name, each as soon as it is finished."""
         for names, build in self._builds:
             for name, fit in zip(names, build.finish(self._stream)):

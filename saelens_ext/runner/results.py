@@ -10,7 +10,7 @@ from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHT
 
 from saelens_ext import _files
 from saelens_ext.analysis.profile import DictionaryProfile
-from saelens_ext.dictionaries.fit_result import FitResult
+from saelens_ext.dictionaries.fit_result import ExemplarFitResult
 from saelens_ext.dictionaries.snmf_fit_result import SNMFFitResult
 from saelens_ext.runner.config import DictionaryRunnerConfig
 from saelens_ext.runner.evaluation import trainer_figures
@@ -27,7 +27,7 @@ class BuiltDictionary:
 
     name: str
     """Its name, which is that of its folder: "blocks.6.hook_out_exemplars_p2"."""
-    fit: FitResult | SNMFFitResult
+    fit: ExemplarFitResult | SNMFFitResult
     """The dictionary with the statistics of its fit."""
     path: Path | None = None
     """Its folder; None if nothing was to be saved."""
@@ -106,7 +106,7 @@ class BuiltDictionary:
     def figures(self) -> dict[str, float]:
         """Figures of the finished dictionary under SAELens' keys; ours are under ``metrics/``."""
         found = trainer_figures(self.evals or {})
-        if isinstance(self.fit, FitResult):
+        if isinstance(self.fit, ExemplarFitResult):
             found |= {
                 "metrics/n_regions": float(self.fit.n_regions),
                 "metrics/threshold": self.fit.threshold.threshold,

@@ -9,14 +9,14 @@ import torch
 
 from saelens_ext.analysis.profile import DictionaryProfile
 from saelens_ext.cli.main import main
-from saelens_ext.dictionaries.fit_result import FitResult
+from saelens_ext.dictionaries.fit_result import ExemplarFitResult
 from saelens_ext.dictionaries.snmf_fit_result import SNMFFitResult
 from saelens_ext.runner import checkpoints
 from tests.runner.runs import HOOK, assert_same_partition
 
 
 def test_dictionaries_lie_in_folders_of_their_names(built):
-    assert FitResult.load(built["fine"]).n_regions > FitResult.load(built["coarse"]).n_regions
+    assert ExemplarFitResult.load(built["fine"]).n_regions > ExemplarFitResult.load(built["coarse"]).n_regions
     assert SNMFFitResult.load(built["snmf"]).n_components == 4
     for folder in built.values():
         assert {"cfg.json", "profile.json", "evals.json", "runner_cfg.json"} <= {path.name for path in folder.iterdir()}
@@ -89,7 +89,7 @@ def test_ctrl_c_says_how_to_go_on_and_going_on_gives_the_same(reading, command, 
     (resume,) = re.findall(r"The same command with (--resume_from_checkpoint=\S+) goes on", found.error)
     assert command(*arguments, *kept, resume).status == 0
     (one,), (other,) = whole.iterdir(), cut.iterdir()
-    assert_same_partition(FitResult.load(one), FitResult.load(other))
+    assert_same_partition(ExemplarFitResult.load(one), ExemplarFitResult.load(other))
 
 
 def test_ctrl_c_after_the_pass_names_what_is_finished(reading, command, tmp_path, monkeypatch):
@@ -100,7 +100,7 @@ def test_ctrl_c_after_the_pass_names_what_is_finished(reading, command, tmp_path
     found = command("exemplars", *reading, f"--hook_name={HOOK}", f"--output_path={tmp_path}", "--n_eval_batches=0")
     (folder,) = tmp_path.iterdir()
     assert found.status == 130 and f"Finished and saved: {folder}." in found.error
-    assert FitResult.load(folder).n_seen == 600
+    assert ExemplarFitResult.load(folder).n_seen == 600
 
 
 def test_another_checkpoint_is_refused_by_name(reading, command, tmp_path):
@@ -160,7 +160,7 @@ def test_other_ways_of_loading(kind, reading, command, built):
     )
     assert found.status == 0, found.err
     (one,) = found.data["dictionaries"]
-    assert one["d_sae"] == FitResult.load(built["fine"]).n_regions  # the same activations
+    assert one["d_sae"] == ExemplarFitResult.load(built["fine"]).n_regions  # the same activations
     assert one["figures"]["metrics/explained_variance"] > 0
 
 

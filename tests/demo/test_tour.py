@@ -8,7 +8,7 @@ from datasets import Dataset
 
 from saelens_ext.analysis.profile import DictionaryProfile
 from saelens_ext.demo import tour as demo
-from saelens_ext.dictionaries.fit_result import FitResult
+from saelens_ext.dictionaries.fit_result import ExemplarFitResult
 from saelens_ext.dictionaries.hierarchy import HierarchicalSNMF
 from saelens_ext.dictionaries.snmf_fit_result import SNMFFitResult
 from tests import models_zoo
@@ -62,7 +62,7 @@ def test_the_tour_writes_two_pages_and_says_where_the_first_is_early(toured):
 def test_regions_are_built_evaluated_and_steered_with(toured):
     _, folder, said = toured
     for percentile in TINY["PERCENTILES"]:
-        fit = FitResult.load(folder / f"percentile_{percentile}")
+        fit = ExemplarFitResult.load(folder / f"percentile_{percentile}")
         profile = DictionaryProfile.load(folder / f"percentile_{percentile}", fit.dictionary)
         assert int(profile.counts.sum()) == fit.n_seen - fit.n_undirected == profile.n_activations
     assert json.loads((folder / "evals.json").read_text())["reconstruction_quality"]["explained_variance"] is not None

@@ -8,8 +8,8 @@ from sae_lens import SAE
 
 from saelens_ext import (
     ActivationStream,
+    ExemplarFitResult,
     ExemplarPartition,
-    FitResult,
     fit_exemplar_partition,
     fit_exemplar_partitions,
     retarget,
@@ -30,7 +30,7 @@ def all_activations(stream: ActivationStream) -> torch.Tensor:
 def test_the_exemplars_are_activations_of_the_stream(stream):
     result = fit_exemplar_partition(stream, percentile=10)
     x = all_activations(stream)
-    assert isinstance(result, FitResult) and isinstance(result.dictionary, ExemplarPartition)
+    assert isinstance(result, ExemplarFitResult) and isinstance(result.dictionary, ExemplarPartition)
     offset = x[result.exemplar_indices] - result.dictionary.center
     assert torch.allclose(result.dictionary.exemplars, torch.nn.functional.normalize(offset, dim=1), atol=1e-6)
     assert result.n_seen == len(x) == 700
@@ -139,7 +139,7 @@ def test_metadata_lets_the_host_rebuild_the_activations(stream, tmp_path):
 
 def test_save_and_load(stream, tmp_path):
     result = fit_exemplar_partition(stream)
-    loaded = FitResult.load(result.save(tmp_path))
+    loaded = ExemplarFitResult.load(result.save(tmp_path))
     for name in (
         "hook_name",
         "percentile",
@@ -163,7 +163,7 @@ def test_a_fit_of_another_dictionary_is_refused(stream, tmp_path):
     fit_exemplar_partition(stream, percentile=10).save(tmp_path)
     fit_exemplar_partition(stream, percentile=4).dictionary.save_model(tmp_path)
     with pytest.raises(ValueError, match="do not belong together"):
-        FitResult.load(tmp_path)
+        ExemplarFitResult.load(tmp_path)
 
 
 @pytest.mark.parametrize("file", [0, 1, 2, 3])
@@ -180,7 +180,7 @@ def test_a_save_interrupted_at_any_file_leaves_the_previous_fit(stream, tmp_path
     monkeypatch.setattr("saelens_ext._files.os.fsync", interrupted)
     with pytest.raises(KeyboardInterrupt):
         second.save(tmp_path)
-    assert torch.equal(FitResult.load(tmp_path).exemplar_indices, first.exemplar_indices)
+    assert torch.equal(ExemplarFitResult.load(tmp_path).exemplar_indices, first.exemplar_indices)
     assert len(list(tmp_path.iterdir())) == 4
 
 

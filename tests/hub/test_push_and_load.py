@@ -10,7 +10,7 @@ from huggingface_hub import HfApi, ModelCardData
 from sae_lens import SAE, Transcoder, TranscoderConfig
 from sae_lens.saes.sae import SAEMetadata
 
-from saelens_ext import DictionaryProfile, ExemplarPartition, FitResult
+from saelens_ext import DictionaryProfile, ExemplarFitResult, ExemplarPartition
 from saelens_ext.hub import load_from_hub, pull_from_hub, push_to_hub
 from tests.hub.server import READER
 
@@ -104,7 +104,7 @@ def test_a_saved_directory_is_pushed_with_what_lies_in_it(hub, made, tmp_path):
     pulled = pull_from_hub(REPO, "x", tmp_path / "pulled" / "deep")
     same(SAE.load_from_disk(pulled), made.partition.dictionary)
     same(ExemplarPartition.load_from_disk(pulled), made.partition.dictionary)
-    assert FitResult.load(pulled).n_seen == made.partition.n_seen
+    assert ExemplarFitResult.load(pulled).n_seen == made.partition.n_seen
     assert DictionaryProfile.load(pulled).n_activations == made.profile.n_activations
     push_to_hub(pulled, REPO, "again")
     assert hub.repos[REPO].files["again/cfg.json"] == hub.repos[REPO].files["x/cfg.json"]

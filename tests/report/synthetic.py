@@ -14,7 +14,7 @@ from saelens_ext.analysis.examples import Examples
 from saelens_ext.analysis.logit_lens import LensResult
 from saelens_ext.analysis.profile import DictionaryProfile
 from saelens_ext.dictionaries.exemplar_partition import ExemplarPartition
-from saelens_ext.dictionaries.fit_result import FitResult, Provenance
+from saelens_ext.dictionaries.fit_result import ExemplarFitResult, Provenance
 from saelens_ext.ops.calibration import ThresholdEstimate
 from saelens_ext.report.dictionary.regions import region_data
 
@@ -95,7 +95,7 @@ def make_fit(
     n_seen: int | None = None,
     seed: int = 0,
     **metadata: Any,
-) -> FitResult:
+) -> ExemplarFitResult:
     """A fit of k regions; their figures are random but possible."""
     random = torch.Generator().manual_seed(seed)
     n_seen = n_seen or 20 * k
@@ -126,7 +126,7 @@ def make_fit(
         "dtype": "torch.float32",
     } | metadata
     center = torch.zeros(24)
-    return FitResult(
+    return ExemplarFitResult(
         dictionary=ExemplarPartition.from_regions(
             exemplars, exemplars, center, theta, percentile=percentile, metadata=description
         ),
@@ -152,7 +152,7 @@ def make_fit(
     )
 
 
-def make_examples(fit: FitResult, n: int, *, descending: bool, full: bool, seed: int) -> Examples:
+def make_examples(fit: ExemplarFitResult, n: int, *, descending: bool, full: bool, seed: int) -> Examples:
     """Examples from the windows of other regions; unless ``full``, some places and some whole regions are empty."""
     random = torch.Generator().manual_seed(seed)
     k, length = fit.provenance.windows.shape
@@ -174,7 +174,7 @@ def make_examples(fit: FitResult, n: int, *, descending: bool, full: bool, seed:
     )
 
 
-def make_profile(fit: FitResult, *, n_examples: int = 10, seed: int = 1) -> DictionaryProfile:
+def make_profile(fit: ExemplarFitResult, *, n_examples: int = 10, seed: int = 1) -> DictionaryProfile:
     """A profile of the fit's dictionary with heavy-tailed masses; with three regions or more, the last has no
     member.
     """
@@ -204,7 +204,7 @@ def make_profile(fit: FitResult, *, n_examples: int = 10, seed: int = 1) -> Dict
     )
 
 
-def make_lens(fit: FitResult, tokenizer: PreTrainedTokenizerFast, *, n: int = 10, seed: int = 4) -> LensResult:
+def make_lens(fit: ExemplarFitResult, tokenizer: PreTrainedTokenizerFast, *, n: int = 10, seed: int = 4) -> LensResult:
     """A lens that promotes hostile tokens among others."""
     random = torch.Generator().manual_seed(seed)
     ids = torch.randint(2, len(tokenizer), (2, fit.n_regions, n), generator=random)
@@ -260,6 +260,6 @@ def make_inputs(k: int = 220) -> SimpleNamespace:
     )
 
 
-def region_data_of(fit: FitResult, inputs: SimpleNamespace) -> dict[str, Any]:
+def region_data_of(fit: ExemplarFitResult, inputs: SimpleNamespace) -> dict[str, Any]:
     """What the page's script gets for another fit of as many regions."""
     return region_data(fit, inputs.profile, inputs.lens, inputs.tokenizer)

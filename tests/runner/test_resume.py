@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from saelens_ext import FitResult, SNMFFitResult
+from saelens_ext import ExemplarFitResult, SNMFFitResult
 from saelens_ext.activations.stream import ActivationStream
 from saelens_ext.dictionaries.grow_exemplars import ExemplarBuild, ExemplarFitConfig
 from saelens_ext.runner import DictionaryRunner, ExemplarBuildConfig, SNMFBuildConfig, build_pass
@@ -63,7 +63,7 @@ def test_stopped_at_any_batch(batch, straight, tiny_bridge, tmp_path, monkeypatc
     assert result.run_id == only_run(tmp_path).name
     for name, built in straight.dictionaries.items():
         assert_same_partition(result.dictionaries[name].fit, built.fit)
-        assert_same_partition(FitResult.load(result.output_path / name), built.fit)
+        assert_same_partition(ExemplarFitResult.load(result.output_path / name), built.fit)
     if made:
         assert len(read) <= 12 - made[-1] // 60, "what was built is not read again"
 

@@ -13,7 +13,7 @@ from sae_lens import SAE, run_evals
 
 from saelens_ext import (
     ActivationStream,
-    FitResult,
+    ExemplarFitResult,
     SNMFFitResult,
     _files,
     fit_exemplar_partitions,
@@ -78,7 +78,7 @@ def test_every_dictionary_has_a_whole_folder(whole):
         assert built.path == whole.output_path / name
         loaded = SAE.load_from_disk(built.path)
         assert torch.equal(loaded.W_dec, built.dictionary.W_dec)
-        kind = FitResult if "exemplars" in name else SNMFFitResult
+        kind = ExemplarFitResult if "exemplars" in name else SNMFFitResult
         assert kind.load(built.path).n_seen == built.fit.n_seen
         assert DictionaryProfile.load(built.path, loaded).n_activations == 600
         assert json.loads((built.path / "evals.json").read_text()) == built.evals
@@ -232,7 +232,7 @@ def test_no_space_for_a_dictionary_names_it_and_keeps_the_others(tiny_bridge, tm
     with pytest.raises(OSError, match=message) as raised:
         runner.run()
     assert raised.value.errno == errno.ENOSPC
-    assert FitResult.load(tmp_path / "output" / f"{HOOK}_exemplars_p5").n_regions > 0
+    assert ExemplarFitResult.load(tmp_path / "output" / f"{HOOK}_exemplars_p5").n_regions > 0
     assert runner.result.dictionaries[f"{HOOK}_exemplars_p20"].fit.n_regions > 0
     monkeypatch.setattr(_files, "write_together", write)
     again = config(tmp_path, resume_from_checkpoint=str(runner.result.checkpoint_path))

@@ -11,7 +11,7 @@ from saelens_ext import _checks, _files
 from saelens_ext._modes import standard_modes
 from saelens_ext.analysis.logit_lens import LensResult
 from saelens_ext.analysis.profile import DictionaryProfile
-from saelens_ext.dictionaries.fit_result import FitResult
+from saelens_ext.dictionaries.fit_result import ExemplarFitResult
 from saelens_ext.report.dictionary import evaluation, snmf_summary, summary
 from saelens_ext.report.dictionary.features import feature_data
 from saelens_ext.report.dictionary.growth import growth_data
@@ -43,8 +43,8 @@ def write_dictionary_report(
     *,
     tokenizer: PreTrainedTokenizerBase,
     title: str,
-    fits: Sequence[FitResult] = (),
-    chosen: FitResult | None = None,
+    fits: Sequence[ExemplarFitResult] = (),
+    chosen: ExemplarFitResult | None = None,
     profile: DictionaryProfile | None = None,
     lens: LensResult | None = None,
     evals: Mapping[str, Any] | None = None,
@@ -118,8 +118,8 @@ def write_dictionary_report(
 
 
 def _regions(
-    fits: Sequence[FitResult],
-    chosen: FitResult,
+    fits: Sequence[ExemplarFitResult],
+    chosen: ExemplarFitResult,
     profile: DictionaryProfile,
     lens: LensResult | None,
     tokenizer: PreTrainedTokenizerBase,
@@ -175,7 +175,7 @@ def _unreached_note(section: SNMFSection) -> str:
 
 
 def _check_same_dictionary(
-    fits: Sequence[FitResult], chosen: FitResult, profile: DictionaryProfile, lens: LensResult | None
+    fits: Sequence[ExemplarFitResult], chosen: ExemplarFitResult, profile: DictionaryProfile, lens: LensResult | None
 ) -> None:
     """Raise ValueError unless all parts are of one dictionary."""
     if not any(fit is chosen for fit in fits):
@@ -220,7 +220,7 @@ def _generations(generations: Sequence[Mapping[str, str]]) -> tuple[list[dict[st
     return shown, prompts.pop() if len(prompts) == 1 else ""
 
 
-def _growth_note(fit: FitResult) -> str:
+def _growth_note(fit: ExemplarFitResult) -> str:
     note = (
         "How many regions the first activations of the stream had founded. A curve that still climbs has not met all "
         "there is to meet."
@@ -233,7 +233,7 @@ def _growth_note(fit: FitResult) -> str:
     )
 
 
-def _evaluation_note(fit: FitResult) -> str:
+def _evaluation_note(fit: ExemplarFitResult) -> str:
     config = fit.dictionary.cfg
     graded = str(config.readout).startswith("top_k")
     kept = f", k = {config.k}" if graded else ""

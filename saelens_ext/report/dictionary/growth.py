@@ -5,13 +5,13 @@ from typing import Any
 
 import numpy as np
 
-from saelens_ext.dictionaries.fit_result import FitResult
+from saelens_ext.dictionaries.fit_result import ExemplarFitResult
 
 N_POINTS = 160
 """Points of a curve: enough that its steps are finer than the pixels between them."""
 
 
-def growth_data(fits: Sequence[FitResult], chosen: FitResult) -> list[dict[str, Any]]:
+def growth_data(fits: Sequence[ExemplarFitResult], chosen: ExemplarFitResult) -> list[dict[str, Any]]:
     """One curve per fit, in order of their thresholds, JSON-safe.
 
     Each has ``seen``, numbers of activations t, and ``regions``, how many regions the first t activations had founded:
@@ -37,7 +37,7 @@ def growth_data(fits: Sequence[FitResult], chosen: FitResult) -> list[dict[str, 
     return curves
 
 
-def fit_label(fit: FitResult, with_hook: bool = False) -> str:
+def fit_label(fit: ExemplarFitResult, with_hook: bool = False) -> str:
     """How one of several fits is called: by its percentile, or by its threshold where none was given."""
     label = f"{fit.percentile:g}%" if fit.percentile is not None else f"θ = {fit.threshold.threshold:.3f}"
     return f"{fit.hook_name} {label}" if with_hook else label

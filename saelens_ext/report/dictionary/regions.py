@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from saelens_ext.analysis.logit_lens import LensResult
 from saelens_ext.analysis.profile import DictionaryProfile, Examples
-from saelens_ext.dictionaries.fit_result import FitResult, Provenance
+from saelens_ext.dictionaries.fit_result import ExemplarFitResult, Provenance
 from saelens_ext.host.tokens import token_strings
 from saelens_ext.report.projection import project
 
@@ -52,7 +52,7 @@ def _without_padding(nested: list[Any]) -> list[Any]:
 
 
 def region_data(
-    fit: FitResult, profile: DictionaryProfile, lens: LensResult | None, tokenizer: PreTrainedTokenizerBase
+    fit: ExemplarFitResult, profile: DictionaryProfile, lens: LensResult | None, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
     """Everything the page shows of the regions of one dictionary, JSON-safe.
 
@@ -92,7 +92,7 @@ def region_data(
     }
 
 
-def _exemplars(fit: FitResult) -> Float[Tensor, "k d"]:
+def _exemplars(fit: ExemplarFitResult) -> Float[Tensor, "k d"]:
     """The exemplars on the CPU, in float32."""
     return fit.dictionary.exemplars.detach().float().cpu()
 

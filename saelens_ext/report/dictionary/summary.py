@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from saelens_ext.analysis.profile import DictionaryProfile
-from saelens_ext.dictionaries.fit_result import FitResult
+from saelens_ext.dictionaries.fit_result import ExemplarFitResult
 from saelens_ext.report.dictionary.growth import fit_label
 from saelens_ext.report.format import angle, count, distance, share
 
@@ -42,7 +42,7 @@ class Build(NamedTuple):
     stopped: str
 
 
-def lead(fit: FitResult) -> str:
+def lead(fit: ExemplarFitResult) -> str:
     """What a dictionary of this kind is, for whoever meets one for the first time."""
     many = f"{count(fit.n_regions)} regions" if fit.n_regions != 1 else "one region"
     return (
@@ -53,7 +53,7 @@ def lead(fit: FitResult) -> str:
     )
 
 
-def facts(fit: FitResult, profile: DictionaryProfile) -> list[Fact]:
+def facts(fit: ExemplarFitResult, profile: DictionaryProfile) -> list[Fact]:
     """The figures of the summary, in reading order."""
     metadata = fit.dictionary.cfg.metadata.to_dict()
     return [
@@ -130,7 +130,7 @@ def excluded(metadata: dict[str, Any], n_undirected: int = 0) -> tuple[str, str]
     return value, meaning.removeprefix("; ")
 
 
-def _threshold(fit: FitResult, metadata: dict[str, Any]) -> Fact:
+def _threshold(fit: ExemplarFitResult, metadata: dict[str, Any]) -> Fact:
     theta = fit.threshold
     value = f"{distance(theta.threshold)} cosine distance, {angle(theta.threshold)}"
     if theta.percentile is None:
@@ -160,7 +160,7 @@ def _concentration(profile: DictionaryProfile) -> str:
     return f"{largest} half of the profiled activations; {single} a single member among them"
 
 
-def _unseen(fit: FitResult) -> Fact:
+def _unseen(fit: ExemplarFitResult) -> Fact:
     meaning = (
         f"at most {share(fit.unseen_mass_upper)} with 95% confidence: the share of further activations of the same "
         "kind that would found a new region, judged by the last half of the stream"
@@ -178,13 +178,13 @@ def _profiled(profile: DictionaryProfile) -> Fact:
     return Fact("profiled", "Activations profiled", count(profile.n_activations), meaning)
 
 
-def builds(fits: Sequence[FitResult], chosen: FitResult) -> list[Build]:
+def builds(fits: Sequence[ExemplarFitResult], chosen: ExemplarFitResult) -> list[Build]:
     """One line per fit, in the order of their thresholds."""
     several_hooks = len({fit.hook_name for fit in fits}) > 1
     return [_build(fit, chosen, several_hooks) for fit in sorted(fits, key=lambda fit: fit.threshold.threshold)]
 
 
-def _build(fit: FitResult, chosen: FitResult, with_hook: bool) -> Build:
+def _build(fit: ExemplarFitResult, chosen: ExemplarFitResult, with_hook: bool) -> Build:
     theta = fit.threshold
     known = theta.percentile is not None and not (theta.low <= 0 and theta.high >= 2)
     return Build(
