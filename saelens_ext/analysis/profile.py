@@ -20,20 +20,18 @@ from saelens_ext import _checks, _files
 from saelens_ext._modes import standard_modes
 from saelens_ext.activations.stream import ActivationStream
 from saelens_ext.analysis.examples import BlockCutter, Examples, RowBlock
-from saelens_ext.analysis.profile_files import SCALARS, TABLES, TENSORS, check_belongs, tensors_of
 from saelens_ext.analysis.profiled_hook import profiled_hook
 from saelens_ext.analysis.tallies import CodeTally, RandomExamples, RegionTally
-from saelens_ext.dictionaries.paired_files import read_pair, write_pair
 from saelens_ext.host.bos import warn_of_other_bos
 from saelens_ext.host.flat_sae import refuse_sequence_codes
+from saelens_ext.host.hook_names import BLOCKS, spellings_of
 from saelens_ext.host.tokens import token_strings
 
 if TYPE_CHECKING:
     import pandas
 
-FORMAT_VERSION = 1
-KIND = "saelens_ext.DictionaryProfile"
-STEM = "profile"
+FORMAT = _files.Format("profile", "saelens_ext.DictionaryProfile", version=1, stated=("d_sae",))
+TABLES = ("top", "boundary", "random")
 
 # Codes held at once: 16 MB in float32, whatever the number of latents.
 _CODES_PER_BLOCK = 2**22
@@ -92,17 +90,7 @@ class DictionaryProfile:
         Returns:
             The directory.
         """
-        path = Path(path)
-        content = {"format_version": FORMAT_VERSION, "d_sae": self.d_sae} | {
-            name: getattr(self, name) for name in SCALARS
-        }
-        tensors = {name: getattr(self, name) for name in TENSORS if getattr(self, name) is not None}
-        for table in TABLES:
-            examples = getattr(self, table)
-            if examples is not None:
-                tensors |= {f"{table}.{field.name}": getattr(examples, field.name) for field in fields(Examples)}
-        write_pair(path, STEM, KIND, content, tensors)
-        return path
+        return FORMAT.save(self, Path(path))
 
     @classmethod
     @standard_modes()
@@ -119,40 +107,46 @@ class DictionaryProfile:
                 saves; or the profile is of another dictionary.
         """
         path = Path(path)
-        content, tensors = read_pair(path, STEM, KIND, FORMAT_VERSION)
-        wrong = [name for name, kind in {"d_sae": int, **SCALARS}.items() if type(content.get(name)) is not kind]
-        if wrong:
-            raise ValueError(
-                f"{path / STEM}.json lacks {', '.join(wrong)}, or holds something else there; it is not a whole "
-                "profile."
-            )
+        profile = FORMAT.load(cls, path)
+        profile._check_shapes(path)
         beside = path / SAE_CFG_FILENAME
         if sae is not None:
-            check_belongs(content, sae.cfg.to_dict(), f"the dictionary given ({sae.get_name()})")
+            profile._check_belongs(sae.cfg.to_dict(), f"the dictionary given ({sae.get_name()})")
         elif beside.exists():
-            check_belongs(content, _files.read_json(beside), str(beside))
-        scalars = {
-            name: tuple(map(str, content[name])) if kind is list else content[name] for name, kind in SCALARS.items()
-        }
-        profile = cls(**scalars, **tensors_of(tensors, path))
-        profile._check_shapes(content["d_sae"], path)
+            profile._check_belongs(_files.read_json(beside), str(beside))
         return profile
 
-    def _check_shapes(self, d_sae: int, path: Path) -> None:
-        expected = {name: (d_sae,) for name in TENSORS} | {"latent_names": (d_sae,)}
-        found = {name: tuple(value.shape) for name in TENSORS if (value := getattr(self, name)) is not None}
-        found["latent_names"] = (len(self.latent_names),)
-        for table in TABLES:
-            if (examples := getattr(self, table)) is None:
-                continue
+    def _check_shapes(self, path: Path) -> None:
+        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        tables = {name: columns[name] for name in TABLES if columns[name] is not None}
+        shapes = {name: tuple(value.shape) for name, value in columns.items() if isinstance(value, Tensor)}
+        expected = {name: (self.d_sae,) for name in shapes} | {"latent_names": (self.d_sae,)}
+        shapes["latent_names"] = (len(self.latent_names),)
+        for table, examples in tables.items():
             n = examples.values.shape[-1] if examples.values.ndim else 0
-            expected |= {f"{table}.{field.name}": (d_sae, n) for field in fields(Examples)}
-            expected[f"{table}.contexts"] = (d_sae, n, 2 * self.context + 1)
-            found |= {f"{table}.{field.name}": tuple(getattr(examples, field.name).shape) for field in fields(Examples)}
-        wrong = {name: shape for name, shape in found.items() if shape != expected[name]}
+            expected |= {f"{table}.{field.name}": (self.d_sae, n) for field in fields(Examples)}
+            expected[f"{table}.contexts"] = (self.d_sae, n, 2 * self.context + 1)
+            shapes |= {f"{table}.{f.name}": tuple(getattr(examples, f.name).shape) for f in fields(Examples)}
+        wrong = {name: shape for name, shape in shapes.items() if shape != expected[name]}
         if wrong:
             raise ValueError(
-                f"The profile in {path} is damaged: for {d_sae} latents it holds tensors of shapes {wrong}."
+                f"The profile in {path} is damaged: for {self.d_sae} latents it holds tensors of shapes {wrong}."
+            )
+
+    def _check_belongs(self, config: dict[str, Any], what: str) -> None:
+        """Raise ValueError if a dictionary has another number of latents or another hook."""
+        hook = (config.get("metadata") or {}).get("hook_name")
+        # The same place has another name in another host class, to which the dictionary may have been moved since.
+        spellings = [] if hook is None else [hook, *(name for kind in BLOCKS for name in spellings_of(hook, kind))]
+        if self.d_sae != config.get("d_sae"):
+            raise ValueError(
+                f"The profile is of {self.d_sae} latents, {what} has {config.get('d_sae')}: they do not belong "
+                "together."
+            )
+        if hook is not None and not set(spellings) & set(self.hook_aliases):
+            raise ValueError(
+                f"The profile was made at {' = '.join(self.hook_aliases)}, {what} is of {hook!r}: they do not belong "
+                "together."
             )
 
     def to_dataframe(self) -> "pandas.DataFrame":

@@ -23,13 +23,11 @@ from saelens_ext import _checks, _files
 from saelens_ext._modes import standard_modes
 from saelens_ext.continuations.source_table import SourceTable
 
-FORMAT_VERSION = 1
 PADDING = -1
 """Token id beyond a continuation's end."""
 WEIGHTINGS = ("uniform", "frequency", "path", "length_normalised")
 
-_TENSORS_FILE, _JSON_FILE = "continuations.safetensors", "continuations.json"
-_COLUMN = "column."
+_FORMAT = _files.Format("continuations", "saelens_ext.ContinuationSet", version=2, oldest=2)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -241,21 +239,7 @@ class ContinuationSet:
         Returns:
             The folder.
         """
-        folder = Path(folder)
-        tensors = self._views() | {_COLUMN + name: column for name, column in self.columns.items()}
-        content = {
-            "format_version": FORMAT_VERSION,
-            "prompt": self.prompt,
-            "prefix": self.prefix,
-            "prefix_ids": list(self.prefix_ids),
-            "texts": list(self.texts),
-            "sources": None if self.sources is None else self.sources.to_dict(),
-            "metadata": dict(self.metadata),
-        }
-        _files.write_together(
-            {folder / _TENSORS_FILE: _files.tensors_writer(tensors), folder / _JSON_FILE: _files.json_writer(content)}
-        )
-        return folder
+        return _FORMAT.save(self, Path(folder))
 
     @classmethod
     @standard_modes()
@@ -266,17 +250,7 @@ class ContinuationSet:
             FileNotFoundError: a file is missing.
             ValueError: a file is truncated, not ours, or of a newer format.
         """
-        content = _files.read_json(Path(folder) / _JSON_FILE)
-        _files.check_format_version(content.pop("format_version", None), FORMAT_VERSION, Path(folder) / _JSON_FILE)
-        tensors = _files.read_tensors(Path(folder) / _TENSORS_FILE)
-        columns = {name.removeprefix(_COLUMN): tensors.pop(name) for name in list(tensors) if name.startswith(_COLUMN)}
-        sources = content.pop("sources")
-        return cls(
-            **tensors,
-            **content | {"prefix_ids": tuple(content["prefix_ids"]), "texts": tuple(content["texts"])},
-            sources=None if sources is None else SourceTable.from_dict(sources),
-            columns=columns,
-        )
+        return _FORMAT.load(cls, Path(folder))
 
 
 def pad_rows(rows: Sequence[Sequence[float | int] | Tensor], value: float | int, dtype: torch.dtype) -> Tensor:

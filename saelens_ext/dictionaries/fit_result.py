@@ -1,6 +1,6 @@
 """What a fit returns: the dictionary, where its exemplars came from, and why the fit stopped."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -12,9 +12,7 @@ from saelens_ext.activations.stream import ActivationBatch
 from saelens_ext.dictionaries.exemplar_partition import ExemplarPartition
 from saelens_ext.ops.calibration import ThresholdEstimate
 
-FORMAT_VERSION = 1
-TENSORS_FILENAME = "fit.safetensors"
-JSON_FILENAME = "fit.json"
+FORMAT = _files.Format("fit", "saelens_ext.ExemplarFitResult", version=2, oldest=2, stated=("n_regions",))
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -42,6 +40,10 @@ class Provenance:
             token_ids=batch.token_ids[rows],
             windows=batch.context(rows),
         )
+
+    def to(self, dtype: torch.dtype) -> "Provenance":
+        """The same in another dtype."""
+        return Provenance(**{field.name: getattr(self, field.name).to(dtype) for field in fields(self)})
 
     @classmethod
     def join(cls, parts: "list[Provenance]") -> "Provenance":
@@ -98,20 +100,9 @@ class ExemplarFitResult:
 
     def save(self, path: str | Path) -> Path:
         """Write the dictionary and, beside it, its statistics (``fit.json``, ``fit.safetensors``) into a directory."""
-        path = Path(path)
-        tensors = {name: getattr(self, name) for name in _STATISTICS}
         # Token ids and stream places fit 32 bits, and windows are the bulk of the file.
-        tensors |= {name: getattr(self.provenance, name).to(torch.int32) for name in _PROVENANCE}
-        scalars = {name: getattr(self, name) for name in _SCALARS} | {"threshold": asdict(self.threshold)}
-        content = {"format_version": FORMAT_VERSION, "n_regions": self.n_regions, **scalars}
-        _files.write_together(
-            self.dictionary.files_to_save(path)
-            | {
-                path / TENSORS_FILENAME: _files.tensors_writer(tensors),
-                path / JSON_FILENAME: _files.json_writer(content),
-            }
-        )
-        return path
+        small = replace(self, provenance=self.provenance.to(torch.int32))
+        return FORMAT.save(small, Path(path), {Path(path): self.dictionary})
 
     @classmethod
     @standard_modes()
@@ -122,42 +113,6 @@ class ExemplarFitResult:
             FileNotFoundError: a file is missing.
             ValueError: a file is truncated, foreign, newer than this package, or of another dictionary.
         """
-        path = Path(path)
         dictionary = ExemplarPartition.load_from_disk(path, device=device)
-        content = _files.read_json(path / JSON_FILENAME)
-        _files.check_format_version(content.pop("format_version", None), FORMAT_VERSION, path / JSON_FILENAME)
-        tensors = _files.read_tensors(path / TENSORS_FILENAME)
-        missing = [name for name in (*_SCALARS, "threshold") if name not in content]
-        missing += [name for name in (*_STATISTICS, *_PROVENANCE) if name not in tensors]
-        if missing:
-            raise ValueError(f"The fit in {path} lacks {', '.join(missing)}; it is not ours.")
-        if set(content["threshold"]) != {field.name for field in fields(ThresholdEstimate)}:
-            raise ValueError(f"The fit in {path} holds a threshold with {list(content['threshold'])}; it is not ours.")
-        lengths = {len(tensor) for tensor in tensors.values()} | {content.pop("n_regions", None)}
-        if lengths != {dictionary.cfg.d_sae}:
-            found = ", ".join(map(str, lengths))
-            raise ValueError(
-                f"The fit in {path} is of {found} regions, its dictionary of {dictionary.cfg.d_sae}: they do not "
-                "belong together."
-            )
-        return cls(
-            dictionary=dictionary,
-            threshold=ThresholdEstimate(**content.pop("threshold")),
-            provenance=Provenance(**{name: tensors[name].long() for name in _PROVENANCE}),
-            **{name: tensors[name] for name in _STATISTICS},
-            **{name: content[name] for name in _SCALARS},
-        )
-
-
-_PROVENANCE = tuple(field.name for field in fields(Provenance))
-_STATISTICS = ("counts", "coherence", "exemplar_indices")
-_SCALARS = (
-    "hook_name",
-    "percentile",
-    "stopped_because",
-    "n_seen",
-    "n_undirected",
-    "unseen_mass",
-    "unseen_mass_upper",
-    "typical_norm",
-)
+        loaded = FORMAT.load(cls, Path(path), {"dictionary": dictionary})
+        return replace(loaded, provenance=loaded.provenance.to(torch.int64))

@@ -12,9 +12,7 @@ from saelens_ext import _checks, _files
 from saelens_ext._modes import standard_modes
 from saelens_ext.dictionaries.snmf import SNMFDictionary
 
-FORMAT_VERSION = 1
-JSON_FILENAME = "hierarchy.json"
-TENSORS_FILENAME = "hierarchy.safetensors"
+FORMAT = _files.Format("hierarchy", "saelens_ext.HierarchicalSNMF", version=2, oldest=2, stated=("ranks",))
 
 
 @dataclass(frozen=True)
@@ -110,21 +108,7 @@ class HierarchicalSNMF:
     def save(self, path: str | Path) -> Path:
         """Write each level into ``level_<l>`` of a directory, as SAELens saves a SAE, and the links beside them."""
         path = Path(path)
-        files: dict[Path, _files.Writer] = {}
-        for level, dictionary in enumerate(self.dictionaries):
-            files |= dictionary.files_to_save(path / f"level_{level}")
-        tensors = {f"links_{level}": links.contiguous() for level, links in enumerate(self.links)}
-        content = {
-            "format_version": FORMAT_VERSION,
-            "ranks": list(self.ranks),
-            **{name: getattr(self, name) for name in _SCALARS},
-        }
-        files |= {
-            path / TENSORS_FILENAME: _files.tensors_writer(tensors),
-            path / JSON_FILENAME: _files.json_writer(content),
-        }
-        _files.write_together(files)
-        return path
+        return FORMAT.save(self, path, {path / f"level_{level}": d for level, d in enumerate(self.dictionaries)})
 
     @classmethod
     @standard_modes()
@@ -137,24 +121,7 @@ class HierarchicalSNMF:
                 other.
         """
         path = Path(path)
-        content = _files.read_json(path / JSON_FILENAME)
-        _files.check_format_version(content.get("format_version"), FORMAT_VERSION, path / JSON_FILENAME)
-        missing = [name for name in ("ranks", *_SCALARS) if name not in content]
-        if missing:
-            raise ValueError(f"The hierarchy in {path} lacks {', '.join(missing)}; it is not ours.")
-        ranks = content["ranks"]
-        dictionaries = [
-            SNMFDictionary.load_from_disk(path / f"level_{level}", device=device) for level in range(len(ranks))
-        ]
-        tensors = _files.read_tensors(path / TENSORS_FILENAME, device=device)
-        found = {name: tuple(links.shape) for name, links in tensors.items()}
-        expected = {f"links_{level}": pair for level, pair in enumerate(zip(ranks, ranks[1:], strict=False))}
-        if found != expected or [dictionary.cfg.d_sae for dictionary in dictionaries] != ranks:
-            raise ValueError(
-                f"The hierarchy in {path} has ranks {ranks} but links {found}: its files do not belong together."
-            )
-        links = [tensors[f"links_{level}"] for level in range(len(ranks) - 1)]
-        return cls(dictionaries=dictionaries, links=links, **{name: content[name] for name in _SCALARS})
-
-
-_SCALARS = ("hook_name", "losses", "losses_before", "encode_losses", "history", "n_seen")
+        ranks = FORMAT.read(path)[0].get("ranks")
+        levels = [path / f"level_{level}" for level in range(len(ranks) if isinstance(ranks, list) else 0)]
+        dictionaries = [SNMFDictionary.load_from_disk(level, device=device) for level in levels]
+        return FORMAT.load(cls, path, {"dictionaries": dictionaries}, device)

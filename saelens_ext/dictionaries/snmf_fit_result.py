@@ -1,19 +1,15 @@
 """What a fit of an SNMFDictionary returns: the dictionary, how well it reconstructs, and why the fit ended."""
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from saelens_ext import _files
 from saelens_ext._modes import standard_modes
 from saelens_ext.dictionaries.snmf import SNMFDictionary
 
-FORMAT_VERSION = 1
-TENSORS_FILENAME = "fit.safetensors"
-JSON_FILENAME = "fit.json"
+FORMAT = _files.Format("fit", "saelens_ext.SNMFFitResult", version=2, oldest=2, stated=("n_components",))
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -54,20 +50,7 @@ class SNMFFitResult:
 
     def save(self, path: str | Path) -> Path:
         """Write the dictionary and, beside it, its statistics (``fit.json``, ``fit.safetensors``) into a directory."""
-        path = Path(path)
-        content = {
-            "format_version": FORMAT_VERSION,
-            "features": _digest(self.dictionary),
-            **{name: getattr(self, name) for name in _SCALARS},
-        }
-        _files.write_together(
-            self.dictionary.files_to_save(path)
-            | {
-                path / TENSORS_FILENAME: _files.tensors_writer({"shares": self.shares}),
-                path / JSON_FILENAME: _files.json_writer(content),
-            }
-        )
-        return path
+        return FORMAT.save(self, Path(path), {Path(path): self.dictionary})
 
     @classmethod
     @standard_modes()
@@ -78,39 +61,4 @@ class SNMFFitResult:
             FileNotFoundError: a file is missing.
             ValueError: a file is truncated, foreign, newer than this package, or of another dictionary.
         """
-        path = Path(path)
-        dictionary = SNMFDictionary.load_from_disk(path, device=device)
-        content = _files.read_json(path / JSON_FILENAME)
-        _files.check_format_version(content.get("format_version"), FORMAT_VERSION, path / JSON_FILENAME)
-        tensors = _files.read_tensors(path / TENSORS_FILENAME)
-        missing = [name for name in _SCALARS if name not in content] + [
-            name for name in ("shares",) if name not in tensors
-        ]
-        if missing:
-            raise ValueError(f"The fit in {path} lacks {', '.join(missing)}; it is not one of an SNMFDictionary.")
-        if content.get("features") != _digest(dictionary) or tensors["shares"].shape != (dictionary.cfg.d_sae,):
-            raise ValueError(
-                f"The statistics and the dictionary in {path} are of different fits: they do not belong together."
-            )
-        return cls(dictionary=dictionary, shares=tensors["shares"], **{name: content[name] for name in _SCALARS})
-
-
-def _digest(dictionary: SNMFDictionary) -> str:
-    """Tells these features from all others."""
-    rows = dictionary.features.detach().cpu().contiguous()
-    return hashlib.sha256(rows.view(torch.uint8).numpy().tobytes()).hexdigest()
-
-
-_SCALARS = (
-    "hook_name",
-    "stopped_because",
-    "n_seen",
-    "n_held_out",
-    "loss",
-    "held_out_loss",
-    "history",
-    "n_dead",
-    "n_duplicate",
-    "n_revived",
-    "typical_norm",
-)
+        return FORMAT.load(cls, Path(path), {"dictionary": SNMFDictionary.load_from_disk(path, device=device)})

@@ -18,29 +18,26 @@ from sae_lens.registry import SAE_CLASS_REGISTRY
 from safetensors import SafetensorError, safe_open
 
 from saelens_ext import _checks, _files
-from saelens_ext.analysis.profile import STEM as PROFILE_STEM
+from saelens_ext.analysis.profile import FORMAT as PROFILE
 from saelens_ext.analysis.profile import DictionaryProfile
 from saelens_ext.dictionaries import hierarchy
 from saelens_ext.dictionaries.architecture_names import plain_name
 from saelens_ext.dictionaries.exemplar_partition import ExemplarPartition
-from saelens_ext.dictionaries.fit_result import JSON_FILENAME as FIT_JSON
-from saelens_ext.dictionaries.fit_result import TENSORS_FILENAME as FIT_TENSORS
+from saelens_ext.dictionaries.fit_result import FORMAT as FIT
 from saelens_ext.dictionaries.fit_result import ExemplarFitResult
 from saelens_ext.dictionaries.hierarchy import HierarchicalSNMF
 from saelens_ext.dictionaries.snmf import SNMFDictionary
 from saelens_ext.dictionaries.snmf_fit_result import SNMFFitResult
 
 REPORT_FILENAME = "report.html"
-PROFILE_FILENAMES = (f"{PROFILE_STEM}.json", f"{PROFILE_STEM}.safetensors")
-FIT_FILENAMES = (FIT_JSON, FIT_TENSORS)
 SAE_FILENAMES = (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME)
-HIERARCHY_FILENAMES = (hierarchy.JSON_FILENAME, hierarchy.TENSORS_FILENAME)
+HIERARCHY_FILENAME = hierarchy.FORMAT.names[0]
 # A level of a hierarchy is a folder of its own.
 _KNOWN = re.compile(
     "|".join(
         [
             rf"(level_\d+/)?({'|'.join(map(re.escape, SAE_FILENAMES))})",
-            *map(re.escape, (*HIERARCHY_FILENAMES, *FIT_FILENAMES, *PROFILE_FILENAMES)),
+            *map(re.escape, (*hierarchy.FORMAT.names, *FIT.names, *PROFILE.names)),
             *map(re.escape, (RUNNER_CFG_FILENAME, SPARSITY_FILENAME, REPORT_FILENAME)),
         ]
     )
@@ -71,9 +68,7 @@ def known_names(names: Iterable[str]) -> list[str]:
 def folders_with_dictionaries(paths: Iterable[str]) -> list[str]:
     """The folders of a repository that hold a dictionary; the levels of a hierarchy are part of it."""
     paths = set(paths)
-    hierarchies = {
-        p.removesuffix(f"/{hierarchy.JSON_FILENAME}") for p in paths if p.endswith(f"/{hierarchy.JSON_FILENAME}")
-    }
+    hierarchies = {p.removesuffix(f"/{HIERARCHY_FILENAME}") for p in paths if p.endswith(f"/{HIERARCHY_FILENAME}")}
     configs = {p.removesuffix(f"/{SAE_CFG_FILENAME}") for p in paths if p.endswith(f"/{SAE_CFG_FILENAME}")}
     whole = {folder for folder in configs if f"{folder}/{SAE_WEIGHTS_FILENAME}" in paths}
     return sorted(hierarchies | {folder for folder in whole if folder.rpartition("/")[0] not in hierarchies})
@@ -94,7 +89,7 @@ def read_folder(folder: Path, device: str = "cpu", dtype: str | None = None) -> 
             together.
     """
     names = set(files_in(folder))
-    if hierarchy.JSON_FILENAME in names:
+    if HIERARCHY_FILENAME in names:
         dictionary: SAE[Any] | HierarchicalSNMF = HierarchicalSNMF.load(folder, device=device)
         if dtype is not None:
             for level in dictionary.dictionaries:
@@ -107,7 +102,7 @@ def read_folder(folder: Path, device: str = "cpu", dtype: str | None = None) -> 
             "there."
         )
     sae = _load_sae(folder, device, dtype)
-    fit = _load_fit(folder, sae) if names.issuperset(FIT_FILENAMES) else None
+    fit = _load_fit(folder, sae) if names.issuperset(FIT.names) else None
     return Contents(dictionary=sae, fit=fit, **_sidecars(folder, names, sae))
 
 
@@ -119,7 +114,7 @@ def _dtype(name: str) -> Any:
 
 def _sidecars(folder: Path, names: set[str], sae: SAE[Any] | None) -> dict[str, Any]:
     return {
-        "profile": DictionaryProfile.load(folder, sae) if names.issuperset(PROFILE_FILENAMES) else None,
+        "profile": DictionaryProfile.load(folder, sae) if names.issuperset(PROFILE.names) else None,
         "runner_config": _files.read_json(folder / RUNNER_CFG_FILENAME) if RUNNER_CFG_FILENAME in names else None,
         "report": folder / REPORT_FILENAME if REPORT_FILENAME in names else None,
     }

@@ -9,7 +9,6 @@ from huggingface_hub import HfApi, ModelInfo, constants, hf_hub_download, snapsh
 from huggingface_hub.utils import validate_repo_id
 from sae_lens.constants import SAE_CFG_FILENAME
 
-from saelens_ext.dictionaries.hierarchy import JSON_FILENAME as HIERARCHY_FILENAME
 from saelens_ext.hub import contents as hub_files
 from saelens_ext.hub.errors import clear_errors, is_unreachable, status
 
@@ -69,7 +68,7 @@ def fetch(repo_id: str, sae_id: str, revision: str | None, token: str | bool | N
 
 def _from_cache(repo_id: str, sae_id: str, revision: str | None) -> tuple[Path, str] | None:
     """The files that an earlier call left, if any."""
-    for name in (SAE_CFG_FILENAME, HIERARCHY_FILENAME):
+    for name in (SAE_CFG_FILENAME, hub_files.HIERARCHY_FILENAME):
         found = try_to_load_from_cache(repo_id, f"{sae_id}/{name}", revision=revision)
         if isinstance(found, str):
             folder = Path(found).parent

@@ -15,13 +15,12 @@ from torch import Tensor
 
 from saelens_ext import _files
 from saelens_ext.dictionaries.exemplar_partition import ExemplarPartition
-from saelens_ext.published.regions import PublishedExamples, Ragged, RegionStatistics
+from saelens_ext.published.regions import Ragged, RegionStatistics
 
 if TYPE_CHECKING:
     import pandas
 
-FORMAT_VERSION = 1
-STEM = "published"
+FORMAT = _files.Format("published", "saelens_ext.PublishedDictionary", version=2, oldest=2, stated=("n_regions",))
 
 
 @dataclass(kw_only=True, frozen=True, eq=False)
@@ -76,22 +75,7 @@ class PublishedDictionary(RegionStatistics):
 
     def save(self, path: str | Path) -> Path:
         """Write the dictionary and, beside it, ``published.json`` and ``published.safetensors`` into a directory."""
-        path = Path(path)
-        tensors = {name: getattr(self, name) for name in _TENSORS}
-        for name, kind in _GROUPS.items():
-            if getattr(self, name) is not None:
-                tensors |= {f"{name}.{field}": getattr(getattr(self, name), field) for field in kind._fields}
-        content = {"format_version": FORMAT_VERSION, "n_regions": self.n_regions} | {
-            name: getattr(self, name) for name in _SCALARS
-        }
-        _files.write_together(
-            self.dictionary.files_to_save(path)
-            | {
-                path / f"{STEM}.safetensors": _files.tensors_writer(tensors),
-                path / f"{STEM}.json": _files.json_writer(content),
-            }
-        )
-        return path
+        return FORMAT.save(self, Path(path), {Path(path): self.dictionary})
 
     @classmethod
     def load(cls, path: str | Path, device: str = "cpu") -> "PublishedDictionary":
@@ -101,41 +85,8 @@ class PublishedDictionary(RegionStatistics):
             FileNotFoundError: a file is missing.
             ValueError: a file is truncated, foreign, newer than this package, or of another dictionary.
         """
-        path = Path(path)
         dictionary = ExemplarPartition.load_from_disk(path, device=device)
-        content = _files.read_json(path / f"{STEM}.json")
-        _files.check_format_version(content.get("format_version"), FORMAT_VERSION, path / f"{STEM}.json")
-        tensors = _files.read_tensors(path / f"{STEM}.safetensors")
-        groups = {name: kind for name, kind in _GROUPS.items() if name != "reservoir" or "reservoir.values" in tensors}
-        wanted = [*_TENSORS, *(f"{name}.{field}" for name, kind in groups.items() for field in kind._fields)]
-        missing = [name for name in _SCALARS if name not in content] + [name for name in wanted if name not in tensors]
-        if missing:
-            raise ValueError(f"The published dictionary in {path} lacks {', '.join(missing)}; it is not whole.")
-        found = {content.get("n_regions"), len(content["labels"]), *(len(tensors[name]) for name in _TENSORS)}
-        if found != {dictionary.cfg.d_sae}:
-            raise ValueError(
-                f"The files in {path} do not belong together: {STEM}.json is of {content.get('n_regions')} regions, "
-                f"the dictionary of {dictionary.cfg.d_sae}."
-            )
-        parts = {name: kind(*(tensors[f"{name}.{field}"] for field in kind._fields)) for name, kind in groups.items()}
-        scalars = {name: tuple(content[name]) if name in ("prompts", "labels") else content[name] for name in _SCALARS}
-        return cls(
-            dictionary=dictionary,
-            **{name: tensors[name] for name in _TENSORS},
-            **scalars,
-            **({"reservoir": None} | parts),
-        )
-
-
-_TENSORS = ("counts", "coherence", "distance_sums", "squared_distance_sums", "exemplar_indices")
-_GROUPS: dict[str, Any] = {
-    "nearest": PublishedExamples,
-    "boundary": PublishedExamples,
-    "members": Ragged,
-    "iterations": Ragged,
-    "reservoir": Ragged,
-}
-_SCALARS = ("source", "build", "prompts", "labels", "merge_close", "last_founding_rate")
+        return FORMAT.load(cls, Path(path), {"dictionary": dictionary})
 
 
 def first_of_each(members: Ragged) -> Tensor:

@@ -6,20 +6,18 @@ named by the activations read by then, and finished factorisations in ``snmf``.
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from saelens_ext import _files
-from saelens_ext.dictionaries.paired_files import read_pair, write_pair
 
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
-KIND = "saelens_ext.RunCheckpoint"
-STEM = "checkpoint"
+FORMAT = _files.Format("checkpoint", "saelens_ext.RunCheckpoint", version=1)
 RUN_FILENAME = "run.json"
 SNMF_FOLDER = "snmf"
 # What may differ between a run and its continuation: where things go, and what is done with finished dictionaries.
@@ -51,19 +49,12 @@ class RunIdentity:
 
     def save(self, folder: Path) -> None:
         """Write ``run.json`` into the run's folder."""
-        content = {
-            "format_version": FORMAT_VERSION,
-            "run_id": self.run_id,
-            "config": self.config,
-            "source": self.source,
-        }
-        _files.write_json(folder / RUN_FILENAME, content)
+        _files.write_json(folder / RUN_FILENAME, {"format_version": FORMAT_VERSION} | asdict(self))
 
     @classmethod
     def load(cls, folder: Path) -> "RunIdentity":
         """Read what :meth:`save` wrote."""
-        content = _files.read_json(folder / RUN_FILENAME)
-        _files.check_format_version(content.get("format_version"), FORMAT_VERSION, folder / RUN_FILENAME)
+        content = _files.read_json(folder / RUN_FILENAME, FORMAT_VERSION)
         return cls(**{name: _held(content, name, folder / RUN_FILENAME) for name in ("run_id", "config", "source")})
 
     def check_same(self, config: Mapping[str, Any], source: Mapping[str, Any], where: Path) -> None:
@@ -113,10 +104,8 @@ class Checkpoint:
 
     def save(self, folder: Path) -> Path:
         """Write the checkpoint into a folder of its own within the run's."""
-        content = {name: getattr(self, name) for name in _CONTENT} | {"format_version": FORMAT_VERSION}
-        path = folder / str(self.n_activations)
-        write_pair(path, STEM, KIND, content, self.tensors)
-        return path
+        content = {name: getattr(self, name) for name in _CONTENT}
+        return FORMAT.write(folder / str(self.n_activations), content, self.tensors)
 
     @classmethod
     def load(cls, path: Path) -> "Checkpoint":
@@ -126,9 +115,9 @@ class Checkpoint:
             FileNotFoundError: a file is missing.
             ValueError: a file is truncated, foreign, or newer than this package.
         """
-        content, tensors = read_pair(path, STEM, KIND, FORMAT_VERSION)
+        content, tensors = FORMAT.read(path)
         tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-        return cls(tensors=tensors, **{name: _held(content, name, path / f"{STEM}.json") for name in _CONTENT})
+        return cls(tensors=tensors, **{name: _held(content, name, path / FORMAT.names[0]) for name in _CONTENT})
 
     def tensors_of(self, number: int, kind: str = "") -> dict[str, Tensor]:
         """The tensors of one build, or of what is "gathered/"."""
@@ -151,7 +140,7 @@ def find_run(path: str | Path) -> tuple[Path, Path | None]:
         raise NotADirectoryError(
             f"resume_from_checkpoint={str(path)!r} is a file; give the folder that it is in: {path.parent}."
         )
-    if (path / f"{STEM}.json").exists() and (path.parent / RUN_FILENAME).exists():
+    if (path / FORMAT.names[0]).exists() and (path.parent / RUN_FILENAME).exists():
         return path.parent, path
     if (path / RUN_FILENAME).exists():
         made = list_checkpoints(path)
@@ -167,7 +156,7 @@ def find_run(path: str | Path) -> tuple[Path, Path | None]:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints in a run's folder, the earliest first."""
-    found = [path.parent for path in folder.glob(f"*/{STEM}.json") if path.parent.name.isdigit()]
+    found = [path.parent for path in folder.glob(f"*/{FORMAT.names[0]}") if path.parent.name.isdigit()]
     return sorted(found, key=lambda path: int(path.name))
 
 
