@@ -205,7 +205,7 @@ CASES: dict[str, Callable[[SimpleNamespace, Any], Any]] = {
     "DictionaryRunner": run,
     "EmbeddingJudge": judge,
     "ExemplarPartition": partition_read,
-    "FitResult": lambda m, tmp: saved_and_loaded(m.partition, tmp),
+    "ExemplarFitResult": lambda m, tmp: saved_and_loaded(m.partition, tmp),
     "HierarchicalSNMF": lambda m, tmp: [saved_and_loaded(m.hierarchy, tmp), str(m.hierarchy.trees())],
     "JointClusterer": lambda m, tmp: ext.JointClusterer(random_state=0).fit(
         m.attributed.embeddings, m.attributed.signatures
