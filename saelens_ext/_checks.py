@@ -6,7 +6,7 @@ Each names what it received, what it allows and what to do about it.
 import difflib
 import math
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import cache
@@ -58,6 +58,37 @@ def choice(value: str, allowed: Collection[str], name: str) -> str:
             f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.{near_matches(value, allowed)}"
         )
     return value
+
+
+def text(value: Any, name: str) -> str:
+    """Return ``value`` as a plain str; raise ValueError unless it is a text that can be tokenised."""
+    if not isinstance(value, str):
+        raise ValueError(f"{name} must be a text, got {_short(value)} of type {type(value).__name__}.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} has half a character (the lone surrogate {value[error.start]!r}) at place {error.start}, which no "
+            f"tokenizer takes: {_short(value)}. Read it again with the right encoding, or leave that character out."
+        ) from error
+    return str(value)
+
+
+def listed(values: Any, name: str, what: str = "entry") -> list[Any]:
+    """Return the entries of a list, array, column or iterator; raise ValueError for what else can be iterated."""
+    is_table = hasattr(values, "columns")
+    is_other = is_table or isinstance(values, (str, bytes, Mapping, Set)) or not isinstance(values, Iterable)
+    found = [] if is_other else list(values)
+    if not found:
+        given = type(values).__name__ if is_table else _short(values)
+        remedy = " Give the column that holds it." if is_table else ""
+        raise ValueError(f"{name} must be a list of at least one {what}, got {given}.{remedy}")
+    return found
+
+
+def texts(values: Any, name: str) -> list[str]:
+    """Return the entries of a list of texts; raise ValueError unless there is one and all can be tokenised."""
+    return [text(value, f"{name}[{number}]") for number, value in enumerate(listed(values, name, "string"))]
 
 
 def positive(value: float | int, name: str) -> int:

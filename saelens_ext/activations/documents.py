@@ -37,7 +37,7 @@ def _columns_as_rows(columns: Mapping[Any, Any]) -> list[dict[Any, Any]]:
     wrong = [f"{name!r} (a {_type_name(columns[name])})" for name, values in lists.items() if values is None]
     lengths = {name: len(values) for name, values in lists.items() if values is not None}
     if wrong or not lists or len(set(lengths.values())) != 1:
-        what = f"of lengths {lengths}" if not wrong and lists else ", ".join(wrong) or "no key"
+        what = f"lists of lengths {lengths}" if not wrong and lists else ", ".join(wrong) or "no key"
         raise ValueError(
             f"dataset must be one table of documents; a dict is one where every value is a list, all of the same "
             f"length. Got a {_type_name(columns)} with {what}. If its values are the splits of a dataset, pick a "

@@ -15,6 +15,7 @@ import torch
 from sae_lens import SAE
 from transformers import PreTrainedTokenizerBase
 
+from saelens_ext import _checks
 from saelens_ext._modes import standard_modes
 from saelens_ext.analysis.profile import DictionaryProfile
 from saelens_ext.audit.config import AuditConfig
@@ -124,9 +125,9 @@ def audit_continuations(
         >>> sorted({"text", "weight"} - set(audit.modes().columns))
         []
     """
-    given = [prefixes] if isinstance(prefixes, str) else list(prefixes)
-    if not given or len(set(given)) != len(given):
-        raise ValueError(f"prefixes must be at least one text and all different, got {given!r}.")
+    given = _checks.texts([prefixes] if isinstance(prefixes, str) else prefixes, "prefixes")
+    if len(set(given)) != len(given):
+        raise ValueError(f"prefixes must all be different, got {given!r}.")
     config = AuditConfig.of(options)
     saes = [dictionaries] if isinstance(dictionaries, SAE) else list(dictionaries)
     embedder = load_sentence_model(embedder)

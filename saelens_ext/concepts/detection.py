@@ -260,6 +260,7 @@ def sentence_scores(
         ValueError: as :func:`concept_scores`.
     """
     warn_of_other_bos(detector.prepend_bos, text_start(model).prepends_bos, "this model's sentences")
+    sentences = _checks.texts(sentences, "sentences")
     table = torch.full((len(sentences), len(detector.names)), -torch.inf)
     rows = max(1, _SCORES_PER_BLOCK // detector.row_cost)
     options = {"context_size": context_size, "batch_size": batch_size, "progress": progress}

@@ -193,6 +193,7 @@ def split_sentences(
         ValueError: fewer than 2 different sentences, or a fraction out of range.
     """
     _checks.between(test_fraction, 0, 1, "test_fraction")
+    sentences = _checks.texts(sentences, "sentences")
     different = list(dict.fromkeys(sentences))
     if len(different) < 2:
         raise ValueError(f"A split needs at least 2 different sentences, got {len(different)}.")
@@ -218,6 +219,7 @@ class _Sums(NamedTuple):
 def _sums(
     model: HostModel, hook_name: str, sentences: Sequence[str], equal_norms: bool, options: dict[str, Any]
 ) -> _Sums:
+    sentences = _checks.texts(sentences, "sentences")
     vectors, counts = (
         torch.zeros(len(sentences), 0, dtype=torch.float64),
         torch.zeros(len(sentences), dtype=torch.float64),

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from saelens_ext import _checks
 from saelens_ext.activations.stream import ActivationStream
 from saelens_ext.host.models import HostModel
 
@@ -26,14 +27,12 @@ def token_activations(
         Activations ``(n, d)`` and the number of the sentence each belongs to, ascending, int64 ``(n,)`` on the CPU.
 
     Raises:
-        ValueError: no sentence, or one that gives no activation; the latter at the end of the pass.
+        ValueError: no sentence, one that is no text, or one that gives no activation; the latter at the end of the
+            pass.
     """
-    if isinstance(sentences, str) or len(sentences) == 0:
-        raise ValueError(f"sentences must be a list of at least one string, got {sentences!r}.")
+    sentences = _checks.texts(sentences, "sentences")
     size = context_size or min(_CONTEXT_SIZE, getattr(model.cfg, "n_ctx", None) or _CONTEXT_SIZE)
-    stream = ActivationStream(
-        model, list(sentences), hook_name, context_size=size, batch_size=batch_size, progress=progress
-    )
+    stream = ActivationStream(model, sentences, hook_name, context_size=size, batch_size=batch_size, progress=progress)
     seen = torch.zeros(len(sentences), dtype=torch.bool)
     for batch in stream:
         seen[batch.document_ids] = True

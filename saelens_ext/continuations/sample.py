@@ -6,6 +6,7 @@ where the model's texts do (`saelens_ext.host.bos`), and where a chat template w
 """
 
 import logging
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -81,32 +82,27 @@ def sample_continuations(
 
     Source: arXiv 2606.08236, sampling (temperature 1, top-p 0.9, 20 tokens).
     """
-    _checks.positive(n, "n")
-    _checks.positive(batch_size, "batch_size")
+    n, batch_size = _checks.positive(n, "n"), _checks.positive(batch_size, "batch_size")
     _checks.choice(weights, WEIGHTINGS, "weights")
     options = SamplingOptions(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=None, seed=seed
     )
     limit = 10 * n if max_draws is None else _checks.positive(max_draws, "max_draws")
     stops = _stop_texts(stop)
+    prefix = _checks.text(prefix, "prefix")
     text = _templated(model, prefix, chat_template_options or {}) if chat_template else prefix
-    ids = _fitting_prefix(model, text, max_new_tokens, chat_template)
+    ids = _fitting_prefix(model, text, options.max_new_tokens, chat_template)
     collected = _Collected(model, ids, n, deduplicate)
     with evaluating(model), tqdm(total=n, desc="sampling", unit="continuation", disable=not progress) as bar:
         while not collected.full and collected.n_draws < limit:
             numbers = range(collected.n_draws, min(collected.n_draws + batch_size, limit))
             collected.take(draw_continuations(model, ids, numbers, options, stop=stops))
             bar.update(len(collected.rows) - bar.n)
-    settings = {
-        "temperature": temperature,
-        "top_p": top_p,
-        "max_new_tokens": max_new_tokens,
-        "stop": stops,
-        "seed": seed,
-    }
-    metadata = {"sampling": settings | {"n": n, "deduplicate": deduplicate} | collected.describe()}
+    settings = {name: getattr(options, name) for name in ("temperature", "top_p", "max_new_tokens")}
+    settings |= {"stop": stops, "seed": options.seed, "n": n, "deduplicate": bool(deduplicate)}
+    metadata = {"sampling": settings | collected.describe()}
     counts = {"count": torch.tensor(collected.counts)}
-    metadata["chat_template"] = chat_template
+    metadata["chat_template"] = bool(chat_template)
     return _as_set(model, prefix, text, ids, collected.texts, collected.rows, weights, metadata, counts)
 
 
@@ -138,18 +134,17 @@ def score_continuations(
             longer than the model's context, or weights that are not positive.
     """
     _checks.positive(batch_size, "batch_size")
+    prefix = _checks.text(prefix, "prefix")
     text = _templated(model, prefix, chat_template_options or {}) if chat_template else prefix
-    rows = [
-        ids_after(model, text, [one], templated=chat_template)[0] if isinstance(one, str) else [int(i) for i in one]
-        for one in continuations
-    ]
+    given = [_text_or_ids(one, number) for number, one in enumerate(_checks.listed(continuations, "continuations"))]
+    rows = [ids_after(model, text, [one], templated=chat_template)[0] if isinstance(one, str) else one for one in given]
     _check_given(model, rows)
     ids = _fitting_prefix(model, text, max(map(len, rows)), chat_template)
     with evaluating(model):
         scores = continuation_log_probs(model, ids, rows, batch_size=batch_size)
     texts = [
         one if isinstance(one, str) else text_after(model, ids.tolist(), row)
-        for one, row in zip(continuations, rows, strict=True)
+        for one, row in zip(given, rows, strict=True)
     ]
     drawn = [Drawn(row, score, "given") for row, score in zip(rows, scores, strict=True)]
     return _as_set(
@@ -278,9 +273,17 @@ def _fitting_prefix(model: HostModel, text: str, room: int, templated: bool) -> 
     return ids
 
 
+def _text_or_ids(given: Any, number: int) -> str | list[int]:
+    name = f"continuations[{number}]"
+    if isinstance(given, str) or not hasattr(given, "__iter__"):
+        return _checks.text(given, name)
+    try:
+        return [operator.index(i) for i in given]
+    except TypeError as error:
+        raise ValueError(f"{name} must be a text or a list of token ids, got {given!r:.100}.") from error
+
+
 def _check_given(model: HostModel, rows: Sequence[Sequence[int]]) -> None:
-    if not rows:
-        raise ValueError("continuations is empty; give at least one.")
     empty = [i for i, row in enumerate(rows) if not len(row)]
     if empty:
         raise ValueError(f"Continuations {empty[:10]} are empty; leave them out.")

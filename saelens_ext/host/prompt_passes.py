@@ -9,6 +9,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
+from saelens_ext import _checks
 from saelens_ext._modes import callers_autocast
 from saelens_ext.host.bos import TextStart, text_start
 from saelens_ext.host.models import HostModel, tokenizer_of
@@ -26,11 +27,18 @@ def prompt_ids(model: HostModel, prompt: str, *, templated: bool = False) -> Ten
         templated: it was written by a chat template, which decides about BOS itself.
 
     Raises:
-        ValueError: no tokenizer, or a prompt without a token.
+        ValueError: no tokenizer, or a prompt that is no text, has no token, or one that the model does not have.
     """
     tokenizer = tokenizer_of(model)
     start = TextStart() if templated else text_start(model)
-    ids = [*start.ids, *start.after(tokenizer, prompt)]
+    ids = [*start.ids, *start.after(tokenizer, _checks.text(prompt, "The prompt"))]
+    beyond = [i for i in ids if i >= int(model.cfg.d_vocab)]
+    if beyond:
+        raise ValueError(
+            f"The prompt has the token {tokenizer.convert_ids_to_tokens(beyond[0])!r}, of id {beyond[0]}, and this "
+            f"model's vocabulary has {model.cfg.d_vocab} tokens: the tokenizer is another model's, or has tokens that "
+            "were added later. Enlarge the embeddings (hf_model.resize_token_embeddings) before hosting the model."
+        )
     if not ids:
         raise ValueError(
             f"The prompt {prompt!r} has no token, and this model's texts start with none (no BOS); give it a word."
@@ -44,11 +52,8 @@ def text_ids(model: HostModel, text: str) -> list[int]:
 
 
 def prompt_list(prompts: str | Sequence[str], name: str = "prompts") -> list[str]:
-    """One prompt or several, as a list; ValueError when there is none."""
-    found = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not found:
-        raise ValueError(f"{name} is empty; give at least one prompt.")
-    return found
+    """One prompt or several, as a list; ValueError when there is none, or one that is no text."""
+    return _checks.texts([prompts] if isinstance(prompts, str) else prompts, name)
 
 
 def device_of(model: HostModel) -> torch.device:

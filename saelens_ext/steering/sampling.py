@@ -25,6 +25,7 @@ _SHORTLIST = 1024
 """The likeliest tokens that are looked at before all are sorted."""
 
 
+@_checks.normalising
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
     """How continuations are sampled.
@@ -44,6 +45,7 @@ class SamplingOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        _checks.normalise_fields(self)
         _checks.positive(self.max_new_tokens, "max_new_tokens")
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature must be finite and at least 0, got {self.temperature!r}.")

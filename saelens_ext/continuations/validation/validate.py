@@ -121,9 +121,10 @@ def validate_clusters(
         continuations, clusterer, labels, split, others, kind=direction, top=top, sign=sign, generator=generator
     )
     if not plan.of("joint"):
+        remedy = "" if sign == "all" else ", or use sign='all'"
         raise NothingToTest(
-            f"No cluster's direction has a latent to turn with sign={sign!r} among its {len(sources)} sources. "
-            "Attribute with 'latent' among the kinds, or use sign='all'."
+            f"No cluster's direction has a latent to scale with sign={sign!r} among its {len(sources)} sources. "
+            f"Attribute with dictionaries, and 'latent' among the kinds{remedy}."
         )
     passes = SteeredPasses(model, turner, continuations, batch_size)
     effects = _Effects(passes, plan, (*given, 0.0) if 0.0 not in given else given, progress)
