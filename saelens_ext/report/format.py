@@ -11,8 +11,8 @@ def count(n: int) -> str:
     return f"{n:,}"
 
 
-def share(x: float | int) -> str:
-    """A share in [0, 1] as a percentage with two or three significant digits: 12.3%, 1.23%, 0.12%."""
+def percentage(x: float | int) -> str:
+    """A fraction in [0, 1] as a percentage with two or three significant digits: 12.3%, 1.23%, 0.12%."""
     percent = 100 * x
     if percent == 0:
         return "0%"

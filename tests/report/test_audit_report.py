@@ -177,9 +177,13 @@ def test_signatures_of_the_users_own_need_no_description(audit, tmp_path):
             "supported",
             "Supported: steered along their own mode’s direction, 30 held-out continuations rose by 0.3",
         ),
-        ({}, "not_supported", "cannot be told from none"),
+        ({}, "not_supported", "is indistinguishable from none"),
         ({"joint": -0.3}, "against", "wrong way"),
-        ({"joint": 0.3, "random_features": 0.3}, "partly", "But this cannot be told from what random features did"),
+        (
+            {"joint": 0.3, "random_features": 0.3},
+            "partly",
+            "But this is indistinguishable from what random features did",
+        ),
         ({"joint": 0.3, "wrong_cluster": 0.6}, "partly", "But it was less than along another mode"),
     ],
 )
@@ -287,7 +291,7 @@ def test_one_mode_and_no_curve(tmp_path):
     audit = made.make_audit(20, 1, validated=False)
     text = Page(write(tmp_path, [replace(audit, path=pd.DataFrame())], about={}, config={})).text
     assert "All continuations are in one mode" in text and "Strongest latents" in text and "elsewhere" not in text
-    assert "No other prices were tried" in text
+    assert "No other β and γ were tried" in text
 
 
 def test_several_prefixes_are_judged_together(audit, tmp_path):

@@ -15,7 +15,7 @@ from saelens_ext.report.dictionary.dictionary_report import write_dictionary_rep
 from saelens_ext.report.dictionary.evaluation import evaluation_rows
 from saelens_ext.report.dictionary.growth import growth_data
 from saelens_ext.report.dictionary.regions import Vocabulary, nearest_others
-from saelens_ext.report.format import angle, share, significant, visible
+from saelens_ext.report.format import angle, percentage, significant, visible
 from saelens_ext.report.page import _hash, embed_json
 from saelens_ext.report.projection import project
 from tests.report import synthetic
@@ -239,7 +239,7 @@ def test_evaluation_figures_are_all_there_and_explained():
 
 
 def test_figures_are_written_sensibly():
-    assert [share(x) for x in (0, 1, 0.1234, 0.01234, 0.001234, 1 / 40_000)] == [
+    assert [percentage(x) for x in (0, 1, 0.1234, 0.01234, 0.001234, 1 / 40_000)] == [
         "0%",
         "100.0%",
         "12.3%",

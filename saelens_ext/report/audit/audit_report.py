@@ -16,7 +16,7 @@ from saelens_ext.report.audit.modes import ExampleFinder, modes_of, prefix_token
 from saelens_ext.report.audit.path import one_cluster, path_data, path_rows
 from saelens_ext.report.audit.settings import dictionary_hooks, facts, settings_rows
 from saelens_ext.report.audit.wording import fixed, quoted
-from saelens_ext.report.format import count, share, visible
+from saelens_ext.report.format import count, percentage, visible
 from saelens_ext.report.page import embed_json, render_page
 
 STYLES = ("dictionary.css", "audit.css")
@@ -32,7 +32,7 @@ SCRIPTS = (
 
 
 # What the sum of a mode's weights is, by how the continuations were weighed.
-_MASSES = {"uniform": "Share of different continuations", "path": "Relative probability"}
+_MASSES = {"uniform": "Fraction of distinct continuations", "path": "Relative probability"}
 
 
 def write_audit_report(
@@ -131,7 +131,7 @@ def _prefix(
         "modes": modes,
         "n": count(len(audit.continuations)),
         "maps": {
-            name: {"share": share(maps[name]["share"]), "metric": maps[name]["metric"]}
+            name: {"share": percentage(maps[name]["share"]), "metric": maps[name]["metric"]}
             for name in ("meaning", "mechanism")
         },
         "n_drawn": count(len(maps["rows"])),

@@ -73,11 +73,11 @@ def maps_data(audit: PrefixAudit) -> dict[str, Any]:
     """Both maps of a prefix, JSON-safe: ``rows`` drawn, and per map its points and the share of variance they show."""
     rows = shown_rows(audit)
     weights = audit.continuations.weights.double().numpy()[rows]
-    views = {"meaning": audit.continuations.embeddings, "mechanism": audit.continuations.signatures}
+    views = dict(zip(("meaning", "mechanism"), audit.continuations.both_views()))
     metrics = {"meaning": "l2", "mechanism": audit.clusterer.attribution_metric}
     found: dict[str, Any] = {"rows": rows.tolist(), "size": _relative(weights)}
     for name, view in views.items():
-        values = view.double().numpy()[rows]
+        values = view[rows]
         flat = flat_map(cdist(values, values, "cityblock" if metrics[name] == "l1" else "sqeuclidean"), weights)
         extent = float(np.abs(flat.points).max()) or 1.0
         places = flat.points / extent

@@ -13,7 +13,7 @@ from saelens_ext.analysis.profile import DictionaryProfile
 from saelens_ext.continuations.prefix_audit import PrefixAudit
 from saelens_ext.host.tokens import token_strings
 from saelens_ext.report.audit.wording import decimals_of, fixed, quoted
-from saelens_ext.report.format import count, share, significant
+from saelens_ext.report.format import count, percentage, significant
 
 N_EXEMPLARS = 5
 """Members shown of each mode before the fold, its medoid among them."""
@@ -90,7 +90,7 @@ class Mode:
     n: str
     share: str
     drawn: str
-    """Share of the texts drawn; empty where it is not known."""
+    """Fraction of the texts drawn; empty where it is not known."""
     percent: float
     medoid: Member
     exemplars: list[Member]
@@ -122,18 +122,18 @@ def modes_of(audit: PrefixAudit, finder: "ExampleFinder", tokens: Sequence[str])
     table = audit.modes()
     members, counts = _members(audit), audit.continuations.columns.get("count")
     found = []
-    for row in table.itertuples():
-        cluster, weight = int(row.cluster), float(row.weight)
+    for row in table.to_dict("records"):
+        cluster, weight = int(row["cluster"]), float(row["weight"])
         latents, others = _sources(audit, cluster, finder, tokens, several=len(table) > 1)
         found.append(
             Mode(
-                drawn="" if counts is None else share(float(counts[audit.labels == cluster].sum() / counts.sum())),
+                drawn="" if counts is None else percentage(float(counts[audit.labels == cluster].sum() / counts.sum())),
                 number=cluster,
                 mark=mark_of(cluster),
-                n=count(int(row.n_members)),
-                share=share(weight),
+                n=count(int(row["n_members"])),
+                share=percentage(weight),
                 percent=round(100 * weight, 2),
-                medoid=members[int(row.medoid)],
+                medoid=members[int(row["medoid"])],
                 exemplars=[members[i] for i in audit.exemplary_members(cluster, N_EXEMPLARS)],
                 members=[members[i] for i in _by_weight(audit, cluster)],
                 latents=latents,
@@ -144,7 +144,7 @@ def modes_of(audit: PrefixAudit, finder: "ExampleFinder", tokens: Sequence[str])
 
 
 def weighs_draws(audit: PrefixAudit) -> bool:
-    """Whether weights are shares of the texts drawn, so that their sum over a mode estimates its probability."""
+    """Whether weights are fractions of the texts drawn, so that their sum over a mode estimates its probability."""
     counts = audit.continuations.columns.get("count")
     return counts is not None and torch.allclose(
         audit.continuations.weights.double(), counts.double() / counts.sum(), rtol=1e-6
@@ -164,7 +164,7 @@ def _members(audit: PrefixAudit) -> list[Member]:
         Member(
             row=i,
             text=quoted(held.texts[i]),
-            weight=share(float(held.weights[i])),
+            weight=percentage(float(held.weights[i])),
             log_prob=fixed(float(held.total_log_probs[i]), 1),
             n_tokens=count(int(held.lengths[i])),
             seen="" if counts is None or int(counts[i]) < 2 else count(int(counts[i])),
@@ -192,7 +192,7 @@ def _sources(
     audit: PrefixAudit, cluster: int, finder: "ExampleFinder", tokens: Sequence[str], *, several: bool
 ) -> tuple[list[SourceRow], list[SourceRow]]:
     """The latents and the other sources that set a mode apart, each by falling size; bars of both on one scale."""
-    table = audit.distinguishing_sources(cluster, audit.continuations.signatures.shape[1])
+    table = audit.distinguishing_sources(cluster, audit.continuations.both_views()[1].shape[1])
     table["value"] = table["difference"] if several else table["effect"]
     is_latent = table["kind"] == "latent" if "kind" in table else np.zeros(len(table), dtype=bool)
     latents, others = table[is_latent], table[~is_latent]
@@ -287,7 +287,7 @@ class ExampleFinder:
             return None
         rate = int(profile.counts[latent]) / max(1, profile.n_activations)
         return Responds(
-            f"{share(rate)} of {count(profile.n_activations)} activations profiled",
+            f"{percentage(rate)} of {count(profile.n_activations)} activations profiled",
             "Nearest tokens, each after its cosine distance"
             if profile.coherence is not None
             else "Strongest tokens, each after its activation",
@@ -311,5 +311,6 @@ class ExampleFinder:
         return Marked(quoted("".join(parts[0])), token_label("".join(parts[1])), quoted("".join(parts[2])))
 
     def _strings(self, ids: torch.Tensor) -> list[str]:
+        assert self._tokenizer is not None  # the report refuses profiles without one
         # A vocabulary can hold tokens of thousands of characters.
         return [text if len(text) <= 80 else text[:40] + "…" for text in token_strings(self._tokenizer, ids)]

@@ -1,7 +1,7 @@
-"""The rate-distortion curve of a prefix: what was paid and what was bought at every pair of prices.
+"""The rate-distortion curve of a prefix: rate and distortion at every beta and gamma tried.
 
 Symbols
-    beta, gamma    price of distortion, and the semantic view's share of it
+    beta, gamma    weight of distortion, and the fraction of it on the semantic view
     D / D_0        distortion of a partition over that of one cluster for all, in [0, 1]
 """
 
@@ -11,11 +11,11 @@ import numpy as np
 
 from saelens_ext.continuations.prefix_audit import PrefixAudit
 from saelens_ext.report.audit.wording import NOTHING, fixed
-from saelens_ext.report.format import count, share
+from saelens_ext.report.format import count, percentage
 
 
 class PathRow(NamedTuple):
-    """One pair of prices, formatted."""
+    """One beta and gamma, formatted."""
 
     beta: str
     gamma: str
@@ -28,7 +28,7 @@ class PathRow(NamedTuple):
 
 
 def path_data(audit: PrefixAudit) -> dict[str, Any] | None:
-    """The curves for the page's script, JSON-safe; None where no prices were tried."""
+    """The curves for the page's script, JSON-safe; None where no others were tried."""
     table = audit.path
     if table.empty:
         return None
@@ -67,8 +67,8 @@ def _row(point: dict[str, Any]) -> PathRow:
         point["chosen"],
         count(point["n"]),
         fixed(point["rate"], 2),
-        share(point["meaning"]),
-        share(point["mechanism"]),
+        percentage(point["meaning"]),
+        percentage(point["mechanism"]),
         stability,
     )
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from saelens_ext.continuations.prefix_audit import PrefixAudit
 from saelens_ext.report.audit.wording import fixed, plain
-from saelens_ext.report.format import count, share, visible
+from saelens_ext.report.format import count, percentage, visible
 
 _WEIGHTS = {
     "uniform": "each counts alike",
@@ -91,7 +91,7 @@ def _modes(audit: PrefixAudit) -> Fact:
 
 
 def _signatures(audit: PrefixAudit) -> Fact:
-    held = audit.continuations
+    held, signatures = audit.continuations, audit.continuations.both_views()[1]
     described = held.metadata.get("attribution")
     meaning = "of the prefix, behind each signature"
     if isinstance(described, Mapping):
@@ -102,8 +102,8 @@ def _signatures(audit: PrefixAudit) -> Fact:
             else f"; backend {plain(backend)}"
         )
         if isinstance(described.get("share_of_effect"), float):
-            meaning += f"; they hold {share(described['share_of_effect'])} of the prefix’s effect"
-    return Fact("sources", "Sources", count(held.signatures.shape[1]), meaning)
+            meaning += f"; they hold {percentage(described['share_of_effect'])} of the prefix’s effect"
+    return Fact("sources", "Sources", count(signatures.shape[1]), meaning)
 
 
 def settings_rows(about: Mapping[str, Any], config: Mapping[str, Any]) -> list[Setting]:

@@ -5,7 +5,7 @@ comparisons.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pandas as pd
@@ -15,7 +15,7 @@ from saelens_ext.continuations.validation.methods import NOTHING, method_meaning
 from saelens_ext.continuations.validation.results import OBJECTIVE_CONTROLS, Validation, combine_validations, outcome
 from saelens_ext.continuations.validation.statistics import mean_effects
 from saelens_ext.report.audit import wording as words
-from saelens_ext.report.format import count, share
+from saelens_ext.report.format import count, percentage
 
 LEVEL = 0.05
 """Corrected p-values below it count."""
@@ -95,7 +95,9 @@ def verdict(validation: Validation) -> Verdict:
             f"Not supported: steered along their own mode’s direction, {units} changed by {change} "
             "logits per unit of strength"
         )
-        return Verdict("not_supported", f"{sentence}, which cannot be told from none ({figures}).", objective, claim)
+        return Verdict(
+            "not_supported", f"{sentence}, which is indistinguishable from none ({figures}).", objective, claim
+        )
     verb = "rose" if moved == "above" else "fell"
     sentence = (
         f"steered along their own mode’s direction, {units} {verb} by "
@@ -131,11 +133,7 @@ def _reservations(weak: Mapping[str, list[str]]) -> str:
     if weak["below"]:
         parts.append(f"it was less than along {_either(weak['below'])}")
     if weak["same"]:
-        parts.append(
-            f"this cannot be told from what {_either(weak['same'])} did"
-            if not parts
-            else f"cannot be told from what {_either(weak['same'])} did"
-        )
+        parts.append(f"{'this is' if not parts else 'is'} indistinguishable from what {_either(weak['same'])} did")
     if weak["untested"]:
         parts.append(f"{'it was' if not parts else 'was'} not compared with {_either(weak['untested'])}")
     return ", and ".join(parts)
@@ -152,7 +150,7 @@ def _objective(outcomes: Mapping[str, str]) -> str:
             "Clustering meaning and mechanism together is what makes the directions work, as far as "
             "these controls can say: they exceed every one of them."
         )
-    names = {"same": "cannot be told from", "below": "fall short of", "untested": "were not compared with"}
+    names = {"same": "are indistinguishable from", "below": "fall short of", "untested": "were not compared with"}
     reasons = "; ".join(f"{names[kind]} {_either(which)}" for kind, which in failed.items() if which)
     return (
         "That clustering meaning and mechanism together is what makes the directions work is not "
@@ -206,14 +204,12 @@ def dose_data(validation: Validation) -> dict[str, Any]:
     methods, measures = list(members["method"].unique()), list(members["measure"].unique())
     strengths = sorted(float(strength) for strength in members["strength"].unique())
     cells = {
-        (row.measure, int(row.cluster), row.method, float(row.strength)): [
-            _figure(row.change),
-            _figure(row.low),
-            _figure(row.high),
+        (row["measure"], int(row["cluster"]), row["method"], float(row["strength"])): [
+            _figure(row[name]) for name in ("change", "low", "high")
         ]
-        for row in table.itertuples()
+        for row in table.to_dict("records")
     }
-    n = {(int(row.cluster), row.method): int(row.n_members) for row in table.itertuples()}
+    n = {(int(row["cluster"]), row["method"]): int(row["n_members"]) for row in table.to_dict("records")}
     groups = [ALL_MODES, *modes]
     return {
         "strengths": strengths,
@@ -285,7 +281,7 @@ def _of(row: Any, name: str) -> str:
 def comparisons(validation: Validation) -> list[tuple[str, str, list[Comparison]]]:
     """For each measure and statistic a heading, its key and its lines; the one that the verdict goes by comes first."""
     found = []
-    for (measure, statistic), rows in validation.summary().groupby(["measure", "statistic"], sort=False):
+    for (measure, statistic), rows in _groups(validation.summary()):
         named = words.measure_name(measure)
         heading = f"{words.STATISTICS.get(statistic, statistic)} of {named.name}".capitalize()
         unit = _unit_of(statistic, named.unit)
@@ -299,6 +295,10 @@ def comparisons(validation: Validation) -> list[tuple[str, str, list[Comparison]
     return sorted(found, key=lambda group: group[1] != f"{MEASURE}/{STATISTIC}")
 
 
+def _groups(table: pd.DataFrame) -> Iterable[tuple[tuple[str, str], pd.DataFrame]]:
+    return cast(Any, table.groupby(["measure", "statistic"], sort=False))
+
+
 def _unit_of(statistic: str, unit: str) -> str:
     if statistic == "slope":
         return f"{unit} per unit of strength"
@@ -307,7 +307,7 @@ def _unit_of(statistic: str, unit: str) -> str:
 
 _OUTCOMES = {
     "untested": "not tested",
-    "same": "no difference told",
+    "same": "no difference detected",
     "above": "own mode exceeds it",
     "below": "own mode falls short",
 }
@@ -335,7 +335,7 @@ def _comparison(row: Any) -> Comparison:
 
 
 class Generated(NamedTuple):
-    """Free generations under one direction."""
+    """Open-ended samples under one direction."""
 
     method: str
     mode: str
@@ -345,16 +345,16 @@ class Generated(NamedTuple):
 
 
 def generated_rows(validation: Validation) -> list[Generated]:
-    """Shares of free generations in a mode, steered along its own direction and not steered."""
+    """Fractions of open-ended samples in a mode, steered along its own direction and not steered."""
     own = validation.generations
     own = own[own["method"] == "joint"] if len(own) else own
     return [
         Generated(
-            words.method_name(row.method),
-            str(int(row.cluster)),
-            share(row.share),
-            share(row.unsteered),
-            count(int(row.n)),
+            words.method_name(row["method"]),
+            str(int(row["cluster"])),
+            percentage(row["share"]),
+            percentage(row["unsteered"]),
+            count(int(row["n"])),
         )
-        for row in own.itertuples()
+        for row in own.to_dict("records")
     ]

@@ -33,9 +33,9 @@ MEASURES: Mapping[str, MeasureName] = {
     ),
     "log_prob": MeasureName("log-probability", "nats", "log-probability of the whole continuation"),
     "generation_share": MeasureName(
-        "share of free generations",
-        "share",
-        "how much larger the share of fresh samples nearest, by meaning, to the mode became",
+        "fraction of open-ended samples",
+        "fraction",
+        "how much larger the fraction of fresh samples nearest, by meaning, to the mode became",
     ),
 }
 

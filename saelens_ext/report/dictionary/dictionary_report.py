@@ -105,7 +105,9 @@ def write_dictionary_report(
         styles=STYLES,
         scripts=SCRIPTS,
         title=visible(title),
-        regions=_regions(fits, chosen, profile, lens, tokenizer, evals, generations) if has_regions else None,
+        regions=None
+        if chosen is None or profile is None
+        else _regions(fits, chosen, profile, lens, tokenizer, evals, generations),
         features=_features(snmf, tokenizer)
         if snmf is not None
         else None

@@ -9,8 +9,8 @@ from saelens_ext.report.format import significant
 _MEANINGS = {
     "kl_div_score": (
         "Behaviour kept",
-        "Share of the KL divergence caused by zeroing the activation that the reconstruction avoids: 1 if next-token "
-        "predictions are unchanged, 0 if they are as bad as with zeros.",
+        "Fraction of the KL divergence caused by zeroing the activation that the reconstruction avoids: 1 if "
+        "next-token predictions are unchanged, 0 if they are as bad as with zeros.",
     ),
     "kl_div_with_sae": (
         "KL divergence, reconstructed",
@@ -24,7 +24,7 @@ _MEANINGS = {
     ),
     "ce_loss_score": (
         "Loss kept",
-        "Share of the loss added by zeroing the activation that the reconstruction avoids: 1 if the model's loss is "
+        "Fraction of the loss added by zeroing the activation that the reconstruction avoids: 1 if the model's loss is "
         "unchanged, 0 if it is as high as with zeros.",
     ),
     "ce_loss_without_sae": (
@@ -38,12 +38,12 @@ _MEANINGS = {
     "ce_loss_with_ablation": ("Loss, zeroed", "Cross-entropy with the activation set to zero; nats per token."),
     "explained_variance": (
         "Variance explained",
-        "Share of the activations' variance about their mean that the reconstruction captures; 1 is perfect, below 0 "
-        "is worse than the mean.",
+        "Fraction of the activations' variance about their mean that the reconstruction captures; 1 is perfect, below "
+        "0 is worse than the mean.",
     ),
     "explained_variance_legacy": (
         "Variance explained, legacy",
-        "An older SAELens formula that averages the share token by token; kept to compare with older reports.",
+        "An older SAELens formula that averages the fraction token by token; kept to compare with older reports.",
     ),
     "mse": (
         "Squared error",

@@ -77,9 +77,12 @@ def _level_columns(level: SNMFLevel, start: int, vocabulary: Vocabulary) -> dict
 class Profiled(Protocol):
     """A dictionary with what is known of its latents."""
 
-    dictionary: SAE[Any]
-    profile: DictionaryProfile
-    lens: LensResult | None
+    @property
+    def dictionary(self) -> SAE[Any]: ...
+    @property
+    def profile(self) -> DictionaryProfile: ...
+    @property
+    def lens(self) -> LensResult | None: ...
 
 
 def latent_columns(level: Profiled, vocabulary: Vocabulary) -> dict[str, list[Any]]:
@@ -158,8 +161,9 @@ def _tree_columns(hierarchy: HierarchicalSNMF | None, starts: list[int], n: int)
     """For each feature the coarser ones it is part of and the finer ones it gathers, each as [f, weight]."""
     parents: list[list[list[Any]]] = [[] for _ in range(n)]
     children: list[list[list[Any]]] = [[] for _ in range(n)]
-    for level in range(1, len(starts)) if hierarchy is not None else ():
-        for node in hierarchy.trees(level):
+    trees = [] if hierarchy is None else [hierarchy.trees(level) for level in range(1, len(starts))]
+    for level, nodes in enumerate(trees, 1):
+        for node in nodes:
             own = starts[level] + node.feature
             children[own] = [[starts[level - 1] + child.feature, _rounded(child.weight)] for child in node.children]
             for child, weight in children[own]:

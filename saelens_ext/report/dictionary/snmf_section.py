@@ -45,14 +45,20 @@ class SNMFSection:
     concept: ConceptComparison | None = None
     """How well a feature of the first level, and other methods, tell a concept."""
 
-    def __post_init__(self) -> None:
-        if self.hierarchy is not None:
-            own, source = [level.dictionary for level in self.levels], "hierarchy.dictionaries"
-            expected = self.hierarchy.dictionaries
-        elif self.fit is not None:
-            own, source, expected = [level.dictionary for level in self.levels], "fit.dictionary", [self.fit.dictionary]
-        else:
+    @property
+    def made(self) -> SNMFFitResult | HierarchicalSNMF:
+        """What made the levels: the hierarchy, or else the fit."""
+        made = self.fit if self.hierarchy is None else self.hierarchy
+        if made is None:
             raise ValueError("An SNMFSection needs a fit or a hierarchy, which say how its dictionaries were made.")
+        return made
+
+    def __post_init__(self) -> None:
+        own, made = [level.dictionary for level in self.levels], self.made
+        if isinstance(made, HierarchicalSNMF):
+            source, expected = "hierarchy.dictionaries", made.dictionaries
+        else:
+            source, expected = "fit.dictionary", [made.dictionary]
         if len(own) != len(expected) or any(a is not b for a, b in zip(own, expected, strict=True)):
             raise ValueError(
                 f"levels must be of the dictionaries of {source}, {len(expected)} in this order; got {len(own)} others."

@@ -5,7 +5,9 @@ from typing import Any, NamedTuple
 import torch
 
 from saelens_ext.concepts.comparison import ConceptComparison
+from saelens_ext.dictionaries.hierarchy import HierarchicalSNMF
 from saelens_ext.dictionaries.snmf import SNMFDictionary
+from saelens_ext.dictionaries.snmf_fit_result import SNMFFitResult
 from saelens_ext.report.dictionary.snmf_section import SNMFLevel, SNMFSection
 from saelens_ext.report.dictionary.summary import Fact, excluded, hook_fact, model_fact, read_from
 from saelens_ext.report.format import count, significant
@@ -69,7 +71,7 @@ def snmf_facts(section: SNMFSection) -> list[Fact]:
     level = section.levels[0]
     config = level.dictionary.cfg
     metadata: dict[str, Any] = config.metadata.to_dict()
-    made = section.hierarchy if section.hierarchy is not None else section.fit
+    made = section.made
     facts = [
         model_fact(metadata),
         hook_fact(made.hook_name, config.d_in, metadata),
@@ -80,7 +82,7 @@ def snmf_facts(section: SNMFSection) -> list[Fact]:
         Fact("damping", "Damping", *_damping(metadata)),
         _active(level),
     ]
-    return facts + ([_stopped(section)] if section.fit is not None and section.hierarchy is None else [])
+    return facts if isinstance(made, HierarchicalSNMF) else [*facts, _stopped(made)]
 
 
 def _most_neurons(dictionary: SNMFDictionary) -> int:
@@ -105,17 +107,18 @@ def _loss(section: SNMFSection) -> Fact:
 
 
 def _own_loss(section: SNMFSection, level: int) -> float:
-    return section.hierarchy.encode_losses[level] if section.hierarchy is not None else section.fit.loss
+    made = section.made
+    return made.encode_losses[level] if isinstance(made, HierarchicalSNMF) else made.loss
 
 
 def _held_out(section: SNMFSection, level: int) -> float | None:
-    measured = section.levels[level].held_out_loss
-    return section.fit.held_out_loss if measured is None and section.hierarchy is None else measured
+    measured, made = section.levels[level].held_out_loss, section.made
+    return made.held_out_loss if measured is None and not isinstance(made, HierarchicalSNMF) else measured
 
 
 def _damping(metadata: dict[str, Any]) -> tuple[str, str]:
     damping = metadata.get("damping")
-    meaning = "the charge for features that cancel each other during the fit; 0 fits closest"
+    meaning = "penalty during the fit on features whose contributions cancel; 0 is plain semi-NMF"
     return ("Not recorded", "") if damping is None else (significant(float(damping)), meaning)
 
 
@@ -135,8 +138,7 @@ def _per_token(level: SNMFLevel) -> str:
     return f"{int(level.profile.counts.sum()) / max(1, level.profile.n_activations):.1f}"
 
 
-def _stopped(section: SNMFSection) -> Fact:
-    fit = section.fit
+def _stopped(fit: SNMFFitResult) -> Fact:
     value, meaning = _STOPPED.get(fit.stopped_because, (fit.stopped_because, ""))
     return Fact("stopped", "Stopped by", value, f"{meaning}, after {count(len(fit.history))} steps")
 
@@ -221,13 +223,13 @@ class ConceptTable(NamedTuple):
 
 
 def concept_table(comparison: ConceptComparison | None) -> ConceptTable | None:
-    """How methods told a concept, formatted."""
+    """How well methods detect a concept, formatted."""
     if comparison is None:
         return None
     (up, down), (other_up, other_down) = comparison.n_choosing, comparison.n_judging
     lead = (
-        f"Each method chose the one of its scores that best told {count(up)} sentences with the concept from "
-        f"{count(down)} without. What counts is how that score did on {count(other_up)} and {count(other_down)} other "
+        f"Each method chose the one of its scores that best separates {count(up)} sentences with the concept from "
+        f"{count(down)} without. What counts is how that score does on {count(other_up)} and {count(other_down)} other "
         "sentences: the best of many looks better than it is on those that chose it."
     )
     rows = [

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from saelens_ext.analysis.profile import DictionaryProfile
 from saelens_ext.dictionaries.fit_result import ExemplarFitResult
 from saelens_ext.report.dictionary.growth import fit_label
-from saelens_ext.report.format import angle, count, distance, share
+from saelens_ext.report.format import angle, count, distance, percentage
 
 _STOPPED = {
     "end_of_stream": (
@@ -14,7 +14,7 @@ _STOPPED = {
         "the token budget or the text ran out; the number of regions need not have levelled off",
     ),
     "unseen_mass": ("Unseen mass", "the upper limit of the unseen mass fell below the tolerance"),
-    "paper": ("Quiet batches", "the paper's rule: batches in a row founded no region"),
+    "paper": ("Quiet batches", "the paper's rule: no region was started in several batches in a row"),
 }
 
 
@@ -49,7 +49,7 @@ def lead(fit: ExemplarFitResult) -> str:
         f"This dictionary divides the activations at one hook into {many}. Each region is anchored by one observed "
         "activation, its exemplar, and holds the activations whose direction from a common centre is closer, in cosine "
         "distance, to that exemplar than to any other. An activation farther than the threshold from every earlier "
-        "exemplar founded a region of its own. Nothing was trained."
+        "exemplar starts a region of its own. Nothing is trained."
     )
 
 
@@ -98,7 +98,8 @@ def read_from(metadata: dict[str, Any]) -> str:
     if metadata.get("dataset_path"):
         parts.append(f"from {metadata['dataset_path']}")
     if metadata.get("context_size"):
-        bos = {True: ", each opened by BOS", False: ", without BOS"}.get(metadata.get("prepend_bos"), "")
+        prepended = metadata.get("prepend_bos")
+        bos = "" if prepended is None else ", each opened by BOS" if prepended else ", without BOS"
         parts.append(f"in windows of {metadata['context_size']} tokens{bos}")
     return " ".join(parts)
 
@@ -162,16 +163,15 @@ def _concentration(profile: DictionaryProfile) -> str:
 
 def _unseen(fit: ExemplarFitResult) -> Fact:
     meaning = (
-        f"at most {share(fit.unseen_mass_upper)} with 95% confidence: the share of further activations of the same "
-        "kind that would found a new region, judged by the last half of the stream"
+        f"at most {percentage(fit.unseen_mass_upper)} with 95% confidence: the probability that a further activation "
+        "of the same kind starts a new region, estimated from the last half of the stream"
     )
-    return Fact("unseen", "Unseen mass", share(fit.unseen_mass), meaning)
+    return Fact("unseen", "Unseen mass", percentage(fit.unseen_mass), meaning)
 
 
 def _profiled(profile: DictionaryProfile) -> Fact:
     meaning = (
-        "masses, distances and examples below are those of these activations, each in the region "
-        "of its nearest exemplar"
+        "counts, distances and examples below are over these activations, each in the region of its nearest exemplar"
     )
     if profile.n_unassigned:
         meaning += f"; {count(profile.n_unassigned)} of them belong to no region"
@@ -196,6 +196,6 @@ def _build(fit: ExemplarFitResult, chosen: ExemplarFitResult, with_hook: bool) -
         n_seen=count(fit.n_seen),
         n_regions=count(fit.n_regions),
         singletons=count(int((fit.counts == 1).sum())),
-        unseen=share(fit.unseen_mass),
+        unseen=percentage(fit.unseen_mass),
         stopped=_STOPPED.get(fit.stopped_because, (fit.stopped_because, ""))[0],
     )

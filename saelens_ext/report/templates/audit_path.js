@@ -110,9 +110,9 @@ class CurvePlots {
     const same = this.points.filter((one) => one !== point && one.rate === point.rate && one.meaning === point.meaning && one.mechanism === point.mechanism);
     const error = point.stability_se === null ? "" : ` ± ${formatFixed(point.stability_se, 2)}`;
     const stability = point.stability === null ? "" : `, stability ${formatFixed(point.stability, 2)}${error}`;
-    const open = `${formatShare(point.meaning)} of the meaning and ${formatShare(point.mechanism)} of the mechanism unexplained`;
+    const unexplained = `${formatPercentage(point.meaning)} of the meaning and ${formatPercentage(point.mechanism)} of the mechanism unexplained`;
     const start = `${point.chosen ? "This report: " : ""}γ ${point.gamma}, β ${point.beta}`;
     const others = same.length > 0 ? `; the same at ${formatCount(same.length)} other pair${same.length === 1 ? "" : "s"} of β and γ` : "";
-    return `${start} — ${modes}, rate ${formatFixed(point.rate, 2)} nats, ${open}${stability}${others}.`;
+    return `${start} — ${modes}, rate ${formatFixed(point.rate, 2)} nats, ${unexplained}${stability}${others}.`;
   }
 }

@@ -32,8 +32,8 @@ class FeatureDetail {
     return make(
       "dl",
       { class: "measures" },
-      measure("activity", "Share", formatShare(data.activity[id]), "of all that the features of its level write, by size"),
-      measure("firing", "Active on", formatShare(data.firing[id]), `of ${formatCount(data.n_profiled)} tokens, to whatever degree`),
+      measure("activity", "Share", formatPercentage(data.activity[id]), "of all that the features of its level write, by size"),
+      measure("firing", "Active on", formatPercentage(data.firing[id]), `of ${formatCount(data.n_profiled)} tokens, to whatever degree`),
       measure("largest", "Largest code", formatSignificant(data.largest[id]), "in units of the activation"),
       data.neurons === null ? null : measure("neurons", "Neurons", formatCount(data.n_neurons[id]), `of ${formatCount(data.width)}`),
     );

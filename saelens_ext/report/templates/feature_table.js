@@ -78,8 +78,8 @@ class FeatureTable extends ExploreTable {
     return {
       token: [featureToken(data, id, 32), active ? contextText(...exampleContext(data, id, 0).slice(0, 2), { before: 30, after: 60 }) : null],
       promoted: [promoted === undefined ? "–" : tokenChip(data.vocabulary[promoted], 18)],
-      activity: [formatShare(data.activity[id]), this.bar(data.activity[id], largest)],
-      firing: [formatShare(data.firing[id])],
+      activity: [formatPercentage(data.activity[id]), this.bar(data.activity[id], largest)],
+      firing: [formatPercentage(data.firing[id])],
     };
   }
 }

@@ -132,7 +132,7 @@ class RegionMap {
 
   caption(id) {
     const { data } = this;
-    return `Region ${id} ${tokenLabel(tokenText(data, id), 32)} — mass ${formatShare(massOf(data, id))}, coherence ${formatDistance(data.coherence[id])}`;
+    return `Region ${id} ${tokenLabel(tokenText(data, id), 32)} — mass ${formatPercentage(massOf(data, id))}, coherence ${formatDistance(data.coherence[id])}`;
   }
 
   hover(id) {

@@ -55,7 +55,7 @@ class RegionDetail {
     return make(
       "dl",
       { class: "measures" },
-      measure("mass", "Mass", formatShare(massOf(data, id)), massNote),
+      measure("mass", "Mass", formatPercentage(massOf(data, id)), massNote),
       measure("joined", "Members at arrival", formatCount(data.joined[id]), "joined during the build, among the exemplars known by then"),
       measure("coherence", "Coherence", formatDistance(data.coherence[id]), "length of the members' mean direction; 1 means all alike"),
       measure("mean", "Mean distance", formatDistance(data.mean_distance[id]), "of the members from the exemplar"),

@@ -53,7 +53,7 @@ class RegionTable extends ExploreTable {
     const { data } = this;
     return {
       token: [tokenChip(tokenText(data, id), 32), contextText(...exemplarContext(data, id), { before: 30, after: 60 })],
-      mass: [formatShare(massOf(data, id)), this.bar(data.members[id], this.largest)],
+      mass: [formatPercentage(massOf(data, id)), this.bar(data.members[id], this.largest)],
       coherence: [formatDistance(data.coherence[id])],
       mean: [formatDistance(data.mean_distance[id])],
       farthest: [formatDistance(data.max_distance[id])],

@@ -111,7 +111,7 @@ function formatDistance(x) {
   return x === null ? "–" : x.toFixed(3);
 }
 
-function formatShare(x) {
+function formatPercentage(x) {
   const percent = 100 * x;
   if (percent === 0) return "0%";
   return `${percent >= 10 ? percent.toFixed(1) : percent >= 1 ? percent.toFixed(2) : Number(percent.toPrecision(2))}%`;
