@@ -224,7 +224,7 @@ def match_dictionaries(
     searcher = Searcher(null, level, n_null, seed, max_bytes)
     found = [searcher.find(sides[i], sides[1 - i], origins[1 - i]) for i in (0, 1)]
     matches = [_side(found[i], found[1 - i], searcher.cutoffs[i]) for i in (0, 1)]
-    pairs, cosines = _assignment(*sides, one_to_one)
+    pairs, cosines = _assignment(sides[0], sides[1], one_to_one)
     settings = {
         "center": center if isinstance(center, str) else "given",
         "null": null if isinstance(null, str) else "activations",
@@ -255,9 +255,10 @@ def _both_directions(
     origins = [_origin(dictionary, d, device) for dictionary in (first, second)]
     if isinstance(center, str) and center == "own":
         return units, origins
-    shared = (
-        sum(origins) / 2 if isinstance(center, str) else _checks.width(center.detach().float().to(device), d, "center")
-    )
+    if isinstance(center, Tensor):
+        shared = _checks.width(center.detach().float().to(device), d, "center")
+    else:
+        shared = (origins[0] + origins[1]) / 2
     moved = []
     for unit, origin, r in zip(units, origins, _radii(first, second, radius)):
         points = torch.where(unit.any(dim=1, keepdim=True), origin + r * unit, shared)
@@ -283,15 +284,16 @@ def _origin(dictionary: Dictionary, d: int, device: torch.device) -> Tensor:
 
 def _radii(first: Dictionary, second: Dictionary, radius: float | int | Sequence[float | int] | None) -> list[float]:
     if radius is None:
-        found = [None if isinstance(part, Tensor) else part.cfg.metadata.typical_norm for part in (first, second)]
+        recorded = [None if isinstance(part, Tensor) else part.cfg.metadata.typical_norm for part in (first, second)]
+        radii = [norm for norm in recorded if norm is not None]
     else:
-        found = list(radius) if isinstance(radius, Sequence) else [radius, radius]
-    if len(found) != 2 or any(r is None for r in found):
+        radii = list(radius) if isinstance(radius, Sequence) else [radius, radius]
+    if len(radii) != 2:
         raise ValueError(
             "A shared centre needs the radius of both dictionaries, and one records no typical_norm: pass radius=, the "
             "median of |x - b_dec| over some activations, as a number or one for each; or center='own'."
         )
-    return [float(_checks.between(float(r), 0, math.inf, "radius")) for r in found]
+    return [float(_checks.between(float(r), 0, math.inf, "radius")) for r in radii]
 
 
 # --- nearest neighbours and chance ---

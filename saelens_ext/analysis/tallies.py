@@ -89,7 +89,7 @@ class RegionTally:
     """Members, distances and directions of each Voronoi cell, with its nearest and farthest members."""
 
     def __init__(self, sae: SAE[Any], n_examples: int, n_boundary: int, context: int, random: RandomExamples | None):
-        self._sae = sae
+        self._sae: Any = sae  # of a class that has regions, and so `assign`
         self._center = getattr(sae, "center", None)
         k = sae.cfg.d_sae
         self._n = 0

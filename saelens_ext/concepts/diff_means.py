@@ -105,7 +105,8 @@ def diff_means(
     """
     _checks.choice(weighting, ("sentence", "token"), "weighting")
     options: dict[str, Any] = {"context_size": context_size, "batch_size": batch_size, "progress": progress}
-    up, down = _means(*(_sums(model, hook_name, s, equal_norms, options) for s in (positives, neutrals)), weighting)
+    shown, absent = (_sums(model, hook_name, s, equal_norms, options) for s in (positives, neutrals))
+    up, down = _means(shown, absent, weighting)
     difference = up - down
     distance = float(difference.norm())
     # Below float32 rounding of the activations a difference is noise; equal sets are the usual cause.

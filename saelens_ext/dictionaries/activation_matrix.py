@@ -83,7 +83,7 @@ class ActivationSource:
             ValueError: at the end of a pass that was to keep documents out and met none of them.
         """
         if self.stream is None:
-            if not held_out:
+            if self.matrix is not None and not held_out:
                 yield _wide(self.matrix)
             return
         if held_out and not self.held_out:

@@ -4,9 +4,10 @@ They are decoders first: a matrix ``W_dec`` of ``d_sae`` directions in activatio
 ``b_dec``. The encoder is derived from them, never stored, so ``W_enc`` is a view of ``W_dec``.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 from sae_lens import SAE, SAEConfig
@@ -25,6 +26,9 @@ _KEYS_OF_THE_HOST = {"finetuning_scaling_factor"}
 
 T = TypeVar("T", bound="DecoderOnlySAE")
 C = TypeVar("C", bound="DecoderOnlyConfig")
+FORMAT_VERSION = 1
+UNSET: Any = None
+"""The default of a config field that ``__post_init__`` fills, so that no reader of the config ever sees it."""
 
 
 @_checks.normalising
@@ -32,32 +36,33 @@ C = TypeVar("C", bound="DecoderOnlyConfig")
 class DecoderOnlyConfig(SAEConfig):
     """Config fields and checks that the dictionaries of this package share."""
 
-    metadata: SAEMetadata | dict[str, Any] = field(default_factory=SAEMetadata)
-    """SAELens' metadata; a dictionary is made into one."""
-    format_version: int | None = None
-    """Version of the saved form; None on a config made by hand. A config that carries it names every field of its
-    class: SAELens drops keys it does not know without a word, so a misspelt key shows only as a missing one."""
+    metadata: SAEMetadata = field(default_factory=SAEMetadata)
+    """SAELens' metadata; a mapping is converted."""
+    format_version: int = UNSET
+    """Version of the saved form. A config that is given it must give every field of its class: SAELens silently drops
+    keys it does not know, so a misspelt key shows only as a missing one."""
 
     @classmethod
     def from_dict(cls: type[C], config_dict: dict[str, Any]) -> C:
         """Build the config from a saved one; unlike SAELens', a key it does not know is a ValueError."""
-        given = dict(config_dict)
-        architecture = plain_name(given.pop("architecture", cls.architecture()))
+        options = dict(config_dict)
+        architecture = plain_name(options.pop("architecture", cls.architecture()))
         if architecture != cls.architecture():
             raise ValueError(
                 f"This config is of architecture {architecture!r}; {cls.__name__} takes {cls.architecture()!r}."
             )
-        names = [own.name for own in fields(cls)]
+        names = [config_field.name for config_field in fields(cls)]
         for name in _KEYS_OF_THE_HOST.difference(names):
-            given.pop(name, None)
-        _checks.known_keys(given, names, cls.__name__)
-        return cls(**given)
+            options.pop(name, None)
+        _checks.known_keys(options, names, cls.__name__)
+        return cls(**options)
 
     def __post_init__(self) -> None:
+        self._fill_unset()
+        if isinstance(self.metadata, Mapping):
+            self.metadata = SAEMetadata(**_checks.plain(self.metadata, "metadata"))
         _checks.normalise_fields(self)
         super().__post_init__()
-        if not isinstance(self.metadata, SAEMetadata):
-            self.metadata = SAEMetadata(**self.metadata)
         for name, value in self.metadata.to_dict().items():
             self.metadata[name] = _checks.plain(value, f"metadata.{name}")
         _checks.positive(self.d_in, "d_in")
@@ -74,20 +79,26 @@ class DecoderOnlyConfig(SAEConfig):
         """SAELens' own, JSON-safe whatever the metadata was given since."""
         return _checks.plain(super().to_dict(), type(self).__name__)
 
-    def _fill_defaults(self, current_version: int, **defaults: Any) -> None:
-        """Put ``defaults`` where a hand-made config says None; refuse a saved one with a gap."""
-        if self.format_version is not None:
-            _files.check_format_version(self.format_version, current_version, f"The {self.architecture()} config")
-            missing = [name for name in defaults if getattr(self, name) is None]
-            if missing:
-                raise ValueError(
-                    f"The saved {self.architecture()} config lacks {', '.join(map(repr, missing))}: "
-                    "is a key of cfg.json misspelt?"
-                )
-        for name, value in defaults.items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
-        self.format_version = current_version
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """Values of the fields that a config made by hand may leave out; None for one that it may not."""
+        return {}
+
+    def _fill_unset(self) -> None:
+        """Put the defaults where a config made by hand has no value; refuse a saved one with a gap."""
+        is_saved = not _checks.is_none(self.format_version)
+        if is_saved:
+            _files.check_format_version(self.format_version, FORMAT_VERSION, f"The {self.architecture()} config")
+        unset_fields = {name: value for name, value in self.defaults().items() if _checks.is_none(getattr(self, name))}
+        missing = [name for name, value in unset_fields.items() if is_saved or value is None]
+        if missing:
+            raise ValueError(
+                f"The {self.architecture()} config lacks {', '.join(map(repr, missing))}: "
+                "is a key of cfg.json misspelt?"
+            )
+        for name, value in unset_fields.items():
+            setattr(self, name, value)
+        self.format_version = FORMAT_VERSION
 
 
 class DecoderOnlySAE(SAE[DecoderOnlyConfig]):
@@ -96,7 +107,7 @@ class DecoderOnlySAE(SAE[DecoderOnlyConfig]):
     extra_rows: tuple[str, ...] = ()
     """Names of further ``(d_sae, d_in)`` buffers in the state dict."""
 
-    def __init__(self, cfg: C, use_error_term: bool = False):
+    def __init__(self, cfg: DecoderOnlyConfig, use_error_term: bool = False):
         super().__init__(cfg, use_error_term)
         if cfg.metadata.model_from_pretrained_kwargs is None:
             # SAELens' multiple_evals unpacks it, given or not. The config cannot set it: the host replaces its
@@ -218,7 +229,7 @@ class DecoderOnlySAE(SAE[DecoderOnlyConfig]):
         """The class to load; called by SAELens. A reloaded class stands for the one of the same name before it."""
         registered, _ = get_sae_class(architecture)
         if (registered.__module__, registered.__qualname__) == (cls.__module__, cls.__qualname__):
-            return registered
+            return cast(type[T], registered)
         return super().get_sae_class_for_architecture(architecture)
 
     @classmethod
@@ -234,10 +245,10 @@ class DecoderOnlySAE(SAE[DecoderOnlyConfig]):
         """
         rows = (self.cfg.d_sae, self.cfg.d_in)
         expected = {"b_dec": (self.cfg.d_in,), "W_dec": rows, **dict.fromkeys(self.extra_rows, rows)}
-        found = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
-        if found != expected:
+        shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+        if shapes != expected:
             raise ValueError(
-                f"The weights do not fit the config of this {self.cfg.architecture()}: found {found}, expected "
+                f"The weights do not fit the config of this {self.cfg.architecture()}: got {shapes}, expected "
                 f"{expected}."
             )
         for name, tensor in state_dict.items():

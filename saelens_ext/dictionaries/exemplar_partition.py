@@ -24,12 +24,11 @@ from torch import Tensor, nn
 
 from saelens_ext import _checks
 from saelens_ext._modes import standard_modes, without_autocast
-from saelens_ext.dictionaries.decoder_only import DecoderOnlyConfig, DecoderOnlySAE
+from saelens_ext.dictionaries.decoder_only import UNSET, DecoderOnlyConfig, DecoderOnlySAE
 from saelens_ext.ops.spherical import assign_nearest
 
 Basis = Literal["exemplar", "mean"]
 Readout = Literal["top_k", "top_k_cosine", "one_hot", "projection", "cosine"]
-FORMAT_VERSION = 1
 
 
 class Assignment(NamedTuple):
@@ -46,16 +45,16 @@ class Assignment(NamedTuple):
 class ExemplarPartitionConfig(DecoderOnlyConfig):
     """Config of an ExemplarPartition."""
 
-    threshold: float | None = None
-    """Cosine distance, in (0, 2], within which an activation joins a region rather than founding one."""
+    threshold: float = UNSET
+    """Cosine distance, in (0, 2], within which an activation joins a region rather than starting one."""
     percentile: float | None = None
     """Percentile of pairwise distances at which the threshold was calibrated, in (0, 100); None if it was given."""
-    basis: str | None = None
+    basis: Basis = UNSET
     """What the rows of ``W_dec`` are: "exemplar" (default) or "mean". Membership always goes by exemplars."""
-    readout: str | None = None
+    readout: Readout = UNSET
     """How an activation becomes a code: "top_k" (default), the k largest projections z, none below zero;
     "top_k_cosine", the same on cosines; "one_hot", 1 at the largest; "projection", every z; "cosine", every cosine."""
-    k: int | None = None
+    k: int = UNSET
     """How many latents "top_k" and "top_k_cosine" keep, 1 to d_sae; 1 by default."""
 
     @classmethod
@@ -63,13 +62,13 @@ class ExemplarPartitionConfig(DecoderOnlyConfig):
         """The name under which SAELens registers this class."""
         return "exemplar_partition"
 
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """As for the base; a threshold must always be given."""
+        return {"threshold": None, "basis": "exemplar", "readout": "top_k", "k": 1}
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._fill_defaults(FORMAT_VERSION, basis="exemplar", readout="top_k", k=1)
-        if self.threshold is None:
-            raise ValueError(
-                "The config lacks 'threshold', a cosine distance in (0, 2]; is a key of cfg.json misspelt?"
-            )
         _checks.between(self.threshold, 0, 2, "threshold", closed_high=True)
         if self.percentile is not None:
             _checks.between(self.percentile, 0, 100, "percentile")
@@ -84,7 +83,7 @@ class ExemplarPartition(DecoderOnlySAE):
     """Voronoi regions around observed activations, with SAELens' encode / decode / hook API.
 
     ``encode`` reads regions out as ``cfg.readout`` says, ``decode`` is ``code @ W_dec + b_dec``, ``assign`` gives the
-    exact region of any activation. Under the default readout, an activation that founded a region is reproduced
+    exact region of any activation. Under the default readout, an activation that started a region is reproduced
     exactly: its code is its distance from the centre, at its own region.
 
     Examples:
@@ -97,6 +96,7 @@ class ExemplarPartition(DecoderOnlySAE):
     """
 
     cfg: ExemplarPartitionConfig
+    other_basis: Tensor
     extra_rows = ("other_basis",)
 
     @classmethod
@@ -165,7 +165,7 @@ class ExemplarPartition(DecoderOnlySAE):
 
     @property
     def exemplars(self) -> Tensor:
-        """Unit directions of the founding activations, ``(k, d)``, in order of arrival."""
+        """Unit directions of the activations that started the regions, ``(k, d)``, in order of arrival."""
         return self.W_dec if self.cfg.basis == "exemplar" else self.other_basis
 
     @property

@@ -1,7 +1,7 @@
 """Recursive semi-NMF: factorise activations, then the features, then theirs, and refine all levels together."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -95,7 +95,7 @@ def fit_hierarchical_snmf(
         hook_name=given.hook_name,
         losses=_relative_errors(x, factors),
         losses_before=before,
-        encode_losses=[float(reconstruction_loss(dictionary, [x])[0]) for dictionary in dictionaries],
+        encode_losses=[cast(float, reconstruction_loss(dictionary, [x])[0]) for dictionary in dictionaries],
         history=[value / total for value in history],
         n_seen=len(x),
     )

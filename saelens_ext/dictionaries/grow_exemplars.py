@@ -6,7 +6,7 @@ nothing is read twice and none is skipped.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -42,15 +42,15 @@ class ExemplarFitConfig:
     """When a dictionary stops growing, other than at the end of the stream. "budget": only there. "unseen_mass": once
     the upper 0.95 limit of the unseen mass, judged by the last half of the stream, is at most
     ``unseen_mass_tolerance``, checked every 1,024 activations.
-    "paper": after ``saturation_window`` batches in a row that founded no region."""
+    "paper": after ``saturation_window`` batches in a row that started no region."""
     unseen_mass_tolerance: float = 0.01
-    """Share of further activations that may found a region, in (0, 1)."""
+    """Fraction of further activations that may start a region, in (0, 1)."""
     saturation_window: int = 1
     """Batches."""
     basis: str = "exemplar"
-    """Rows that the dictionaries encode and decode with."""
+    """Rows that the dictionaries encode and decode with: "exemplar" or "mean"."""
     readout: str = "top_k"
-    """How they turn activations into codes."""
+    """How they turn activations into codes, see :class:`ExemplarPartitionConfig`."""
     k: int = 1
     """Latents that the top-k readouts keep."""
     seed: int = 0
@@ -192,8 +192,8 @@ class _Growth:
             self.calibration.center,
             self.threshold.threshold,
             percentile=self.threshold.percentile,
-            basis=config.basis,
-            readout=config.readout,
+            basis=cast(Basis, config.basis),
+            readout=cast(Readout, config.readout),
             k=min(config.k, self.clustering.n_regions),
             metadata=metadata,
             reshape_activations="hook_z" if has_heads else "none",
@@ -315,7 +315,8 @@ class ExemplarBuild:
         }
         for hook_name in self._hook_names:
             calibration = calibrate(held, hook_name, self._percentiles, **options)
-            for estimate in calibration.thresholds or (ThresholdEstimate.given(float(self._threshold)),):
+            fixed = () if self._threshold is None else (ThresholdEstimate.given(float(self._threshold)),)
+            for estimate in fixed or calibration.thresholds:
                 clustering = LeaderClustering(calibration.center, estimate.threshold)
                 self._growths.append(
                     _Growth(hook_name=hook_name, threshold=estimate, calibration=calibration, clustering=clustering)

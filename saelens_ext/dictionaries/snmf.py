@@ -23,14 +23,13 @@ from torch import Tensor, nn
 
 from saelens_ext import _checks
 from saelens_ext._modes import standard_modes, without_autocast
-from saelens_ext.dictionaries.decoder_only import DecoderOnlyConfig, DecoderOnlySAE
+from saelens_ext.dictionaries.decoder_only import UNSET, DecoderOnlyConfig, DecoderOnlySAE
 from saelens_ext.host import mlp_output
 from saelens_ext.host.models import HostModel
 from saelens_ext.ops.nnls import nnls, solve_codes
 from saelens_ext.ops.nnls_kernels import FeatureGram
 from saelens_ext.ops.semi_nmf_updates import support_size
 
-FORMAT_VERSION = 1
 _TOL = {torch.float32: 2e-5, torch.float64: 1e-10}
 
 
@@ -48,7 +47,7 @@ class Neurons(NamedTuple):
 class SNMFDictionaryConfig(DecoderOnlyConfig):
     """Config of an SNMFDictionary."""
 
-    sparsity: float | int | None = None
+    sparsity: float | int = UNSET
     """Fraction of the ``d_in`` neurons that a feature may use, in (0, 1], rounded up to whole neurons; 1 by default. A
     record of how the features were made: nothing enforces it on features that are changed later."""
 
@@ -57,9 +56,13 @@ class SNMFDictionaryConfig(DecoderOnlyConfig):
         """The name under which SAELens registers this class."""
         return "snmf"
 
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """As for the base."""
+        return {"sparsity": 1.0}
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._fill_defaults(FORMAT_VERSION, sparsity=1.0)
         _checks.between(self.sparsity, 0, 1, "sparsity", closed_high=True)
 
 

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any
+from typing import Any, cast
 
 import torch
 from sae_lens.load_model import HookedProxyLM
@@ -63,7 +63,7 @@ def text_start(model: Any, prepend_bos: bool | None = None) -> TextStart:
     adds = bool(own) if adds is None else adds
     # Told to, BOS is put there whatever the host believes about a tokenizer that was set after the model was made.
     if prepend and own[:1] != [bos] and (prepend_bos or not adds) and _is_atom(tokenizer):
-        return TextStart((bos, *own), tokenizer.bos_token, True)
+        return TextStart((cast(int, bos), *own), cast(Any, tokenizer).bos_token, True)
     kept = own if prepend or own[:1] != [bos] else own[1:]
     found = TextStart(tuple(kept), "", begins_with_bos(tokenizer, kept))
     if prepend_bos and not found.prepends_bos:
@@ -110,7 +110,7 @@ def _by_default(model: Any) -> bool:
 
 def _architecture_prepends(model: HookedProxyLM) -> bool:
     """What a bridge of the architecture does; where there is no bridge, what the tokenizer does by itself."""
-    config = model.model.config
+    config: Any = model.model.config
     architecture = (config.architectures or [type(model.model).__name__])[0]
     try:
         bridged = build_bridge_config_from_hf(config, architecture, str(config.name_or_path), torch.float32)
@@ -130,4 +130,4 @@ def _own_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def _is_atom(tokenizer: PreTrainedTokenizerBase | None) -> bool:
     """Whether BOS is one token where it stands in a text; a bridge puts no other in front."""
     bos = getattr(tokenizer, "bos_token", None)
-    return bos is not None and len(tokenizer(bos, add_special_tokens=False)["input_ids"]) == 1
+    return tokenizer is not None and bos is not None and len(tokenizer(bos, add_special_tokens=False)["input_ids"]) == 1

@@ -40,7 +40,8 @@ def hooked_by_name(
         official, hf_model=hf_model, tokenizer=tokenizer, device=str(device), dtype=dtype
     )
     model.cfg.model_name = Path(name_or_path).name
-    model.generation_config = hf_model.generation_config
+    # As an attribute of a module, to a type checker only a tensor or a module may be set.
+    model.generation_config = hf_model.generation_config  # pyright: ignore[reportArgumentType]
     return model
 
 

@@ -72,4 +72,4 @@ def _ways(model: HostModel, start: list[int], prompt: str, text: str, templated:
 
 def _decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     # What else a tokenizer tidies up would not be the text that the tokens are of.
-    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))

@@ -94,6 +94,7 @@ def _check_attached(model: TransformerBridge, name: str) -> None:
 def _check_middle(model: TransformerBridge, name: str) -> None:
     """Check that a block gives what stands in its middle plus what its MLP adds, and takes no notice of a change."""
     point, block, output = name.removesuffix(f".{ATTACHED}"), name[: name.index(".", 7)], output_behind(model, name)
+    assert output is not None  # the caller found one
     seen: dict[str, Tensor] = {}
 
     def note(module: nn.Module, arguments: tuple[Any, ...]) -> None:
@@ -129,7 +130,8 @@ def _short_pass(model: TransformerBridge, functions: Mapping[str, Callable[[Tens
         warnings.simplefilter("ignore")
         try:
             for name, function in functions.items():
-                points[name].add_hook(lambda x, hook=None, function=function: function(x), level=_LEVEL)
+                act: Any = lambda x, hook=None, function=function: function(x)  # noqa: E731
+                points[name].add_hook(act, level=_LEVEL)
             # Not through the model's call, so that hooks on the model itself do not see these tokens.
             return model.forward(ids, return_type="logits", attention_mask=torch.ones_like(ids))
         finally:

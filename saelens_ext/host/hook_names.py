@@ -10,8 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Union
 
-from transformer_lens import HookedTransformer
-from transformer_lens.HookedTransformer import HookedRootModule
+from transformer_lens import HookedRootModule, HookedTransformer
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 

@@ -142,7 +142,7 @@ def _output_weights(model: HostModel, layer: int) -> Tensor:
 
 def _norm_behind(model: HostModel, layer: int) -> nn.Module | None:
     """The norm between the MLP and the residual stream; None for most models."""
-    block = model.blocks[layer]
+    block: Any = model.blocks[layer]
     if isinstance(model, HookedTransformer):
         if model.cfg.use_normalization_before_and_after:
             return block.ln2_post
@@ -152,7 +152,7 @@ def _norm_behind(model: HostModel, layer: int) -> nn.Module | None:
     return getattr(block, name) if name.startswith("ln") else None
 
 
-def _normalised(norm: nn.Module, written: Tensor) -> Tensor:
+def _normalised(norm: Any, written: Tensor) -> Tensor:
     """``w * v / rms(v)``, rows of zeros left as they are."""
     rms = written.square().mean(dim=1, keepdim=True).sqrt()
     units = torch.where(rms > 0, written / rms, 0.0)

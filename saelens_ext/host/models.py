@@ -119,7 +119,9 @@ def load_model(
     dtype = _as_dtype(dtype) or (torch.float32 if hf_model is None else hf_model.dtype)
     if hf_model is not None:
         # The hosts take a given model as it lies, whatever device and dtype they are told.
-        hf_model = hf_model.to(device=device, dtype=dtype) if device is not None else hf_model.to(dtype=dtype)
+        to: Any = hf_model.to  # transformers' wrapper of it hides `self` from type checkers
+        placed = {"dtype": dtype} | ({} if device is None else {"device": device})
+        hf_model = to(**placed)
     if tokenizer is not None:
         tokenizer = _with_bos(tokenizer)
     if model_class == "SAETransformerBridge":
@@ -339,7 +341,7 @@ def _hooked_from_hf(
     )
     model.move_model_modules_to_device()
     # The host keeps no trace of it, and it names the tokens that end a turn.
-    model.generation_config = getattr(hf_model, "generation_config", None)
+    model.generation_config = getattr(hf_model, "generation_config", None)  # pyright: ignore[reportArgumentType]
     return model
 
 

@@ -9,9 +9,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 try:
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
+    from transformers.convert_slow_tokenizer import bytes_to_unicode  # pyright: ignore[reportAttributeAccessIssue]
 except ImportError:  # where earlier versions have it
-    from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
+    from transformers.models.gpt2.tokenization_gpt2 import (
+        bytes_to_unicode,  # pyright: ignore[reportAttributeAccessIssue]
+    )
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _WORD_START = "\u2581"  # SentencePiece writes a leading space as this character

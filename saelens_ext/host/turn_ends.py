@@ -25,8 +25,8 @@ def _configured(model: HostModel) -> Any:
     """EOS of the model's generation config, or of its config where it has none; one id, several or None."""
     hosted = getattr(model, "original_model", model)
     for config in (getattr(hosted, "generation_config", None), getattr(hosted, "config", None)):
-        if getattr(config, "eos_token_id", None) is not None:
-            return config.eos_token_id
+        if (ends := getattr(config, "eos_token_id", None)) is not None:
+            return ends
     return None if hosted is not model else _published(str(tokenizer_of(model).name_or_path))
 
 

@@ -17,6 +17,7 @@ refinement by Adam fits the last level only and leaves the constraints; this one
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from jaxtyping import Float, Float64
@@ -60,7 +61,7 @@ def refine(
     damping: float,
     max_iter: int,
     tol: float,
-    on_iteration: Callable[[float], None] | None = None,
+    on_iteration: Callable[[float], object] | None = None,
 ) -> tuple[DeepFactors, list[float]]:
     """Fit all levels together.
 
@@ -195,8 +196,9 @@ def nonnegative_quadratic(
 def _update_codes(x: Tensor, factors: DeepFactors, damping: float) -> Tensor:
     """G given all else: the levels' problems add up to one of non-negative least squares."""
     maps = factors.maps()
-    gram = sum(m @ _charge(h, damping) @ m.T for m, h in zip(maps, factors.features, strict=True))
-    targets = sum(m @ h.double() for m, h in zip(maps, factors.features, strict=True))
+    levels = list(zip(maps, factors.features, strict=True))
+    gram = reduce(torch.add, (m @ _charge(h, damping) @ m.T for m, h in levels))
+    targets = reduce(torch.add, (m @ h.double() for m, h in levels))
     problem = FeatureGram.from_gram(targets, gram, factors.codes.dtype)
     parts = zip(x.split(CHUNK_ROWS), factors.codes.split(CHUNK_ROWS), strict=True)
     return torch.cat([update_codes(rows, problem, codes.T.contiguous(), dual=False)[0].T for rows, codes in parts])

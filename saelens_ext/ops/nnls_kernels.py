@@ -88,8 +88,7 @@ class FeatureGram:
         if inverse is not None:
             root = inverse.diagonal().sqrt()
             dual = (inverse / root / root[:, None]).fill_diagonal_(1.0).to(dtype)
-        working = (part.to(dtype) for part in (unit, norm, exact))
-        return cls(*working, unit, exact, inverse, dual)
+        return cls(unit.to(dtype), norm.to(dtype), exact.to(dtype), unit, exact, inverse, dual)
 
 
 def _safe_inverse(gram: Float64[Tensor, "k k"], largest_condition: float) -> Float64[Tensor, "k k"] | None:

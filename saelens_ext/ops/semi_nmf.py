@@ -135,7 +135,7 @@ def semi_nmf(
             else CoordinateFit(x, codes, features, count, growth=min(_GROWTH, max_iter // 3), damping=float(damping))
         )
         history, converged = _iterate(fit, max_iter, tol, _PATIENCE[method], progress, on_metrics)
-        codes, statistics = (fit.codes, fit.statistics) if method == "paper" else _exact_codes(x, fit)
+        codes, statistics = (fit.codes, fit.statistics) if isinstance(fit, PaperFit) else _exact_codes(x, fit)
         repeated = len(duplicates(fit.features))
         if repeated and damping:
             logger.warning(
@@ -234,7 +234,7 @@ def _iterate(
         history += [fit.error / total] * iterations
         bar.update(iterations)
         if on_metrics is not None:
-            metrics = {
+            metrics: dict[str, float] = {
                 "iteration": len(history),
                 "objective": history[-1],
                 "loss": fit.squared_error / total,

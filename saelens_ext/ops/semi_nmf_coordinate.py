@@ -192,7 +192,7 @@ class CoordinateFit:
         if self._iteration % _PILOT_EVERY == 0:
             self._dual = dual_is_faster(self._x[:: max(1, len(self._x) // _PILOT_ROWS)], problem)
         dual = self._dual and problem.inverse is not None
-        statistics = CodeStatistics.empty(*features.shape, features.device)
+        statistics = CodeStatistics.empty(len(features), features.shape[1], features.device)
         new, errors = torch.empty_like(codes), torch.empty_like(self._x[:, 0])
         for start in range(0, len(self._x), CHUNK_ROWS):
             rows = slice(start, start + CHUNK_ROWS)

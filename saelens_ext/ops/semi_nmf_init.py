@@ -81,7 +81,8 @@ def _kmeans(x: Tensor, k: int, generator: torch.Generator) -> tuple[Tensor, Tens
     """
     mean = x.double().mean(dim=0)
     seed = int(torch.randint(2**31 - 1, (1,), generator=generator))
-    model = KMeans(n_clusters=k, n_init=1, max_iter=_LLOYD_ITERATIONS, random_state=seed)
+    # scikit-learn's default, the text "auto", hides from type checkers that a number may be given.
+    model = KMeans(n_clusters=k, n_init=1, max_iter=_LLOYD_ITERATIONS, random_state=seed)  # pyright: ignore[reportArgumentType]
     with warnings.catch_warnings():
         # Fewer distinct activations than clusters: the surplus features are duplicates, which the fit deals with.
         warnings.simplefilter("ignore", ConvergenceWarning)

@@ -178,7 +178,7 @@ class _StreamFit:
         d)``.
         """
         problem = FeatureGram.of(features, damping)
-        statistics = CodeStatistics.empty(*features.shape, features.device)
+        statistics = CodeStatistics.empty(len(features), features.shape[1], features.device)
         worst, sizes = features[:0], features[:0, 0]
         seen = 0
         for block in _blocks(self._batches, features):
@@ -212,7 +212,7 @@ def _passes(
             fit.step()
         history.append(fit.error / total if total > 0 else 0.0)
         if on_metrics is not None:
-            metrics = {"pass": number, "objective": history[-1], "n_revived": fit.n_revived}
+            metrics: dict[str, float] = {"pass": number, "objective": history[-1], "n_revived": fit.n_revived}
             on_metrics(metrics | {"n_dead": len(dead(fit.features, fit.statistics))})
         logger.info("Pass %d: objective %.4f", number, history[-1])
         if number > 1 and history[-2] - history[-1] <= tol * history[-2]:
