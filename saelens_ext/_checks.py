@@ -78,17 +78,19 @@ def listed(values: Any, name: str, what: str = "entry") -> list[Any]:
     """Return the entries of a list, array, column or iterator; raise ValueError for what else can be iterated."""
     is_table = hasattr(values, "columns")
     is_other = is_table or isinstance(values, (str, bytes, Mapping, Set)) or not isinstance(values, Iterable)
-    found = [] if is_other else list(values)
-    if not found:
+    if is_other:
         given = type(values).__name__ if is_table else _short(values)
         remedy = " Give the column that holds it." if is_table else ""
         raise ValueError(f"{name} must be a list of at least one {what}, got {given}.{remedy}")
+    found = list(values)
+    if not found:
+        raise ValueError(f"{name} is empty; give a list of at least one {what}.")
     return found
 
 
-def texts(values: Any, name: str) -> list[str]:
+def texts(values: Any, name: str, what: str = "string") -> list[str]:
     """Return the entries of a list of texts; raise ValueError unless there is one and all can be tokenised."""
-    return [text(value, f"{name}[{number}]") for number, value in enumerate(listed(values, name, "string"))]
+    return [text(value, f"{name}[{number}]") for number, value in enumerate(listed(values, name, what))]
 
 
 def positive(value: float | int, name: str) -> int:

@@ -53,7 +53,7 @@ def text_ids(model: HostModel, text: str) -> list[int]:
 
 def prompt_list(prompts: str | Sequence[str], name: str = "prompts") -> list[str]:
     """One prompt or several, as a list; ValueError when there is none, or one that is no text."""
-    return _checks.texts([prompts] if isinstance(prompts, str) else prompts, name)
+    return _checks.texts([prompts] if isinstance(prompts, str) else prompts, name, "prompt")
 
 
 def device_of(model: HostModel) -> torch.device:

@@ -24,10 +24,15 @@ def model():
 
 
 # The annotations refuse other types than these under pytest, so they are tried on the check that all entries share.
-@pytest.mark.parametrize("given", [TABLE, {"text": TEXTS}, set(TEXTS), b"bytes", None, [], "a text"], ids=type)
+@pytest.mark.parametrize("given", [TABLE, {"text": TEXTS}, set(TEXTS), b"bytes", None, "a text"], ids=type)
 def test_what_is_no_list_is_refused(given):
     with pytest.raises(ValueError, match="prompts must be a list of at least one string, got"):
         _checks.texts(given, "prompts")
+
+
+def test_an_empty_list_is_refused():
+    with pytest.raises(ValueError, match="prompts is empty; give a list of at least one string"):
+        _checks.texts([], "prompts")
 
 
 @pytest.mark.parametrize("make", [pandas.Series, np.array, iter, tuple], ids=lambda make: make.__name__)
