@@ -11,11 +11,12 @@ from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import cache
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints, no_type_check
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints, no_type_check
 
 import torch
 
 T = TypeVar("T")
+Text = TypeVar("Text", bound=str)
 
 
 def finite(x: torch.Tensor, name: str) -> torch.Tensor:
@@ -51,13 +52,13 @@ def between(
     return value
 
 
-def choice(value: str, allowed: Collection[str], name: str) -> str:
+def choice(value: str, allowed: Collection[Text], name: str) -> Text:
     """Return ``value``; raise ValueError unless it is one of ``allowed``."""
     if value not in allowed:
         raise ValueError(
             f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.{near_matches(value, allowed)}"
         )
-    return value
+    return cast("Text", value)
 
 
 def text(value: Any, name: str) -> str:

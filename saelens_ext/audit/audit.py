@@ -227,7 +227,7 @@ def _only(held: ContinuationSet, rows: torch.Tensor, why_not: str) -> Continuati
 
 
 def _cluster(held: ContinuationSet, config: AuditConfig) -> PrefixAudit:
-    """Cluster over the grid of prices and take the most stable clustering within the numbers of modes allowed."""
+    """Cluster at every beta and gamma and take the most stable clustering within the numbers of modes allowed."""
     e, a = held.both_views()
     weights = held.weights.double().numpy()
     common = {"min_cluster_size": config.min_cluster_size or max(2, len(held) // 16), "random_state": config.seed}
@@ -239,7 +239,7 @@ def _cluster(held: ContinuationSet, config: AuditConfig) -> PrefixAudit:
         )
         point, scores = choice.point, {(point.beta, point.gamma): stability for point, stability in choice.table}
     except NoEligiblePoint as error:
-        # That there are not so many modes at these prices is a finding, which the nearest clustering shows.
+        # That there are not so many modes at these weights is a finding, which the nearest clustering shows.
         fewest, most = config.n_clusters
         point = min(
             path.points, key=lambda point: (max(fewest - point.n_clusters, point.n_clusters - most), point.n_clusters)

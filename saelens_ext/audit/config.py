@@ -7,7 +7,7 @@ from typing import Any
 from saelens_ext import _checks
 from saelens_ext.continuations.attribution.sites import BACKENDS
 from saelens_ext.continuations.clustering.path import GAMMAS
-from saelens_ext.continuations.clustering.problem import checked_prices
+from saelens_ext.continuations.clustering.problem import check_beta_and_gamma
 from saelens_ext.continuations.embed import MODES
 from saelens_ext.continuations.steering.steer import checked_strengths
 from saelens_ext.continuations.validation.validate import STRENGTHS
@@ -39,9 +39,9 @@ class AuditConfig:
     max_sources: int = 4096
     """Sources of the prefix that signatures keep."""
     betas: tuple[float | int, ...] = (1.0, 1.5, 2.0, 2.5, 3.0)
-    """Prices of distortion to try. Above those of the published grid, since modes must have members."""
+    """Values of beta to try; higher than the paper's, because ``min_cluster_size`` forbids small clusters."""
     gammas: tuple[float | int, ...] = GAMMAS
-    """Shares of the semantic view to try."""
+    """Values of gamma to try, the fraction of beta that weights the semantic view."""
     n_clusters: tuple[int, int] = (2, 10)
     """Fewest and most clusters; the most stable clustering among those is chosen."""
     min_cluster_size: int | None = None
@@ -79,7 +79,7 @@ class AuditConfig:
             raise ValueError(f"betas and gammas must not be empty, got {self.betas!r} and {self.gammas!r}.")
         for beta in self.betas:
             for gamma in self.gammas:
-                checked_prices(beta, gamma)
+                check_beta_and_gamma(beta, gamma)
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> "AuditConfig":

@@ -28,6 +28,7 @@ PADDING = -1
 WEIGHTINGS = ("uniform", "frequency", "path", "length_normalised")
 
 _FORMAT = _files.Format("continuations", "saelens_ext.ContinuationSet", version=2, oldest=2)
+_VIEWS = ("token_ids", "lengths", "log_probs", "weights", "embeddings", "signatures")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -72,14 +73,8 @@ class ContinuationSet:
 
     def __post_init__(self) -> None:
         rows = len(self.texts)
-        views = {
-            "token_ids": self.token_ids,
-            "lengths": self.lengths,
-            "log_probs": self.log_probs,
-            "weights": self.weights,
-        }
-        views |= {"embeddings": self.embeddings, "signatures": self.signatures} | dict(self.columns)
-        wrong = {name: len(view) for name, view in views.items() if view is not None and len(view) != rows}
+        views = self._views() | dict(self.columns)
+        wrong = {name: len(view) for name, view in views.items() if len(view) != rows}
         if rows == 0 or wrong:
             raise ValueError(
                 f"A ContinuationSet needs at least one row and views of as many: {rows} texts, but {wrong}."
@@ -90,7 +85,7 @@ class ContinuationSet:
         if empty:
             raise ValueError(f"Continuations {empty[:10]} have no token; leave empty continuations out.")
         for name in ("log_probs", "embeddings", "signatures"):
-            if views[name] is not None:
+            if name in views:
                 _checks.finite(views[name], name)
         _checked_weights(self.weights, rows)
         if self.sources is not None and (self.signatures is None or len(self.sources) != self.signatures.shape[1]):
@@ -166,8 +161,7 @@ class ContinuationSet:
         )
 
     def _views(self) -> dict[str, Tensor]:
-        names = ("token_ids", "lengths", "log_probs", "weights", "embeddings", "signatures")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return {name: view for name in _VIEWS if (view := getattr(self, name)) is not None}
 
     # --- with one more view ---
 

@@ -22,9 +22,9 @@ class PrefixAudit:
     continuations: ContinuationSet
     """With embeddings, signatures and sources."""
     clusterer: JointClusterer
-    """Fitted at the prices that were chosen: a cluster is a mode."""
+    """Fitted at the beta and gamma that were chosen: a cluster is a mode."""
     path: pd.DataFrame
-    """One row per pair of prices tried, with its rate, distortions and number of clusters; ``stability`` and its
+    """One row per pair of beta and gamma, with its rate, distortions and number of clusters; ``stability`` and its
     standard error, NaN where they were not needed."""
     validation: Validation | None
     """What steering along the modes did; None where it was not asked for, or ``not_validated`` says why it cannot
@@ -73,7 +73,7 @@ class PrefixAudit:
         )
 
     def exemplary_members(self, cluster: int, n: int = 5) -> list[int]:
-        """Rows of the members nearest to a mode's medoid in the priced distance of the clustering, itself first.
+        """Rows of the members nearest to a mode's medoid in the weighted distance of the clustering, itself first.
 
         Args:
             cluster: the mode.
@@ -146,8 +146,7 @@ class PrefixAudit:
     ) -> "PrefixAudit":
         """Put a saved audit together again: the descent started at its own labels has nothing left to do."""
         clusterer = JointClusterer(**state["params"], init=np.asarray(state["labels"]))
-        e, a = continuations.both_views()
-        clusterer.fit(e, a, sample_weight=continuations.weights.double().numpy())
+        clusterer.fit(*continuations.both_views(), sample_weight=continuations.weights.double().numpy())
         path = pd.DataFrame(state["path"])
         path[["stability", "stability_se"]] = path[["stability", "stability_se"]].astype(float)
         return cls(

@@ -99,10 +99,9 @@ def sample_continuations(
             collected.take(draw_continuations(model, ids, numbers, options, stop=stops))
             bar.update(len(collected.rows) - bar.n)
     settings = {name: getattr(options, name) for name in ("temperature", "top_p", "max_new_tokens")}
-    settings |= {"stop": stops, "seed": options.seed, "n": n, "deduplicate": bool(deduplicate)}
-    metadata = {"sampling": settings | collected.describe()}
+    settings |= {"stop": stops, "seed": options.seed, "n": n, "deduplicate": bool(deduplicate)} | collected.describe()
+    metadata = {"sampling": settings, "chat_template": bool(chat_template)}
     counts = {"count": torch.tensor(collected.counts)}
-    metadata["chat_template"] = bool(chat_template)
     return _as_set(model, prefix, text, ids, collected.texts, collected.rows, weights, metadata, counts)
 
 

@@ -7,11 +7,11 @@ Symbols
     S, p      members of a cluster and its mass, the sum of their weights
     mu, h     centres of a cluster in the two views
     V_e, V_a  its distortions: sum over members of w_i |e_i - mu|^2, and of w_i |a_i - h|_1 (or squared, metric "l2")
-    b_e, b_a  price of a unit of distortion in each view, in nats
+    b_e, b_a  weight of each view's distortion, in nats per unit
 
 A partition costs L = sum over clusters of (-p log p + b_e V_e + b_a V_a), in nats. The cost is a sum over clusters, and
-p, V_e and V_a of a set do not depend on the prices: they are worked out once for a set of members and serve every
-price.
+p, V_e and V_a of a set do not depend on these weights: they are worked out once for a set of members and serve
+all.
 
 A coordinate-wise weighted median is zero wherever non-zero members hold less than half of the mass. Where most entries
 are zero only the other columns are sorted, and distances are corrected only where a centre is not zero. No array of
@@ -29,10 +29,13 @@ from saelens_ext.ops.weighted_median import Ranks, first_half, weighted_median
 
 Metric = Literal["l1", "l2"]
 CenterKind = Literal["mean", "unit"]
+CdistMetric = Literal["cityblock", "sqeuclidean"]
+CDIST_METRICS: dict[str, CdistMetric] = {"l1": "cityblock", "l2": "sqeuclidean"}
+"""What scipy calls the distances of the attribution view."""
 
 # Entries of a block of differences: 256 KB in float64, which stays in a core's cache.
 _BLOCK = 2**15
-# Share of non-zero entries below which knowing where they are pays.
+# Fraction of non-zero entries below which storing where they are saves time.
 _SPARSE = 0.5
 # Sources in a coarse view.
 _SAMPLED = 256
@@ -68,7 +71,7 @@ class Cluster:
         self._own_e: np.ndarray | None = None
 
     def cost(self, b_e: float, b_a: float) -> float:
-        """Its share of L, in nats."""
+        """Its term of L, in nats."""
         return self.rate + b_e * self.v_e + b_a * self.v_a
 
 
@@ -93,8 +96,8 @@ class PairedViews:
         metric: Metric = "l1",
         semantic_center: CenterKind = "mean",
     ):
-        self.metric = metric
-        self.semantic_center = semantic_center
+        self.metric: Metric = metric
+        self.semantic_center: CenterKind = semantic_center
         self.weights = weights.astype(np.float64) / np.sum(weights, dtype=np.float64)
         # Distances between means do not depend on the origin, and rounding is least around the common mean. A
         # renormalised mean does depend on it.
@@ -104,14 +107,13 @@ class PairedViews:
         self._semantic_squares = np.einsum("ij,ij->i", self.semantic, self.semantic)
         # Sources are rows here: a column's members lie side by side.
         self.sources = np.ascontiguousarray(attribution.T, dtype=np.float64)
-        self._source_origin = self.sources @ self.weights if metric == "l2" else None
+        self._source_origin = self.sources @ self.weights if metric == "l2" else np.zeros(len(self.sources))
         if metric == "l2":
             self.sources -= self._source_origin[:, None]
             self._row_totals = np.einsum("ji,ji->i", self.sources, self.sources)
         else:
             self._row_totals = _column_blocks_sum(np.abs, self.sources)
-        share = np.count_nonzero(self.sources) / max(self.sources.size, 1)
-        sparse = metric == "l1" and share < _SPARSE
+        sparse = metric == "l1" and np.count_nonzero(self.sources) < _SPARSE * max(self.sources.size, 1)
         self._filled = csr_array(self.sources) if sparse else None
         self._nonzero = csr_array((self.sources != 0).T) if sparse else None
         self._ranks: Ranks | None = None
@@ -222,8 +224,10 @@ class PairedViews:
         for begin in range(0, n_columns, step):
             rows = slice(begin, begin + step) if columns is None else columns[begin : begin + step]
             values = np.take(self.sources[rows], members, axis=1)
-            ranked = columns is None and len(members) >= _RANKED
-            middle = self._ranked_median(rows, members, weights) if ranked else weighted_median(values, weights)
+            if isinstance(rows, slice) and len(members) >= _RANKED:
+                middle = self._ranked_median(begin, members, weights, len(values))
+            else:
+                middle = weighted_median(values, weights)
             medians[begin : begin + step] = middle
             if columns is not None:
                 own = own - np.abs(values).sum(axis=0)
@@ -231,16 +235,15 @@ class PairedViews:
         support = np.flatnonzero(medians)
         return (support if columns is None else columns[support], medians[support]), np.maximum(own, 0)
 
-    def _ranked_median(self, rows: slice, members: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        """The weighted median of some sources, from ranks among all items: sorting whole numbers takes a fraction."""
+    def _ranked_median(self, begin: int, members: np.ndarray, weights: np.ndarray, n_sources: int) -> np.ndarray:
+        """Weighted medians of consecutive sources, from ranks among all items: integers are sorted much faster."""
         if self._ranks is None:
             self._ranks = Ranks(self.sources, self.weights)
-        ranks = np.sort(np.take(self._ranks.rank[rows], members, axis=1), axis=1)
-        flat = ranks + (np.arange(rows.start, rows.start + len(ranks)) * self.n)[:, None]
+        source = begin + np.arange(n_sources)
+        ranks = np.sort(np.take(self._ranks.rank[begin : begin + n_sources], members, axis=1), axis=1)
+        flat = ranks + (source * self.n)[:, None]
         at = first_half(np.take(self._ranks.weight.ravel(), flat), weights.sum())
-        here = np.arange(len(ranks))
-        source = rows.start + here
-        return self.sources[source, self._ranks.order[source, ranks[here, at]]]
+        return self.sources[source, self._ranks.order[source, ranks[source - begin, at]]]
 
     # --- distances ---
 
@@ -271,15 +274,9 @@ class PairedViews:
             dense[columns] = values
             return self._differences(None, dense, rows, len(totals), corrections=False)
         if self._filled is not None:
-            return np.maximum(self._row_totals + self._sparse_corrections(columns, values), 0)[rows]
+            corrections = _sparse_corrections(self._filled[columns], values, self.n)
+            return np.maximum(self._row_totals + corrections, 0)[rows]
         return np.maximum(totals + self._differences(columns, values, rows, len(totals), corrections=True), 0)
-
-    def _sparse_corrections(self, columns: np.ndarray, values: np.ndarray) -> np.ndarray:
-        """Sum over columns of |a - h| - |a|, which is |h| where a is zero."""
-        found = self._filled[columns]
-        center = np.repeat(values, np.diff(found.indptr))
-        terms = np.abs(found.data - center) - np.abs(found.data) - np.abs(center)
-        return np.bincount(found.indices, terms, minlength=self.n) + np.abs(values).sum()
 
     def center_distances(self, center: Float[np.ndarray, " d_a"]) -> Float64[np.ndarray, " n"]:
         """Distances of all items from any attribution centre, as the metric counts them."""
@@ -327,11 +324,18 @@ def assignment_costs(
         costs[cluster.members, k] = views.own_costs(cluster, b_e, b_a)
     dearest = costs.min(axis=1).max()
     for k, cluster in enumerate(clusters):
-        # Naming a rare cluster can cost more than any item pays where it is.
+        # -log p of a rare cluster can exceed the cost of any item where it is.
         if every or -np.log(cluster.mass) < dearest:
             d_e, d_a = views.distances(cluster)
             costs[:, k] = b_e * d_e + b_a * d_a - np.log(cluster.mass)
     return costs
+
+
+def _sparse_corrections(sources: csr_array, center: np.ndarray, n_items: int) -> np.ndarray:
+    """Sum over sources of |a - h| - |a| for every item, ``(n,)``; a term is |h| where a is zero."""
+    h = np.repeat(center, np.diff(sources.indptr))
+    terms = np.abs(sources.data - h) - np.abs(sources.data) - np.abs(h)
+    return np.bincount(sources.indices, terms, minlength=n_items) + np.abs(center).sum()
 
 
 def _unit(vector: np.ndarray) -> np.ndarray:

@@ -2,19 +2,19 @@
 
 Symbols
     L         objective, in nats; see ``rate_distortion``
-    b_e, b_a  prices of the two views' distortions, in nats per unit
+    b_e, b_a  weights of the two views' distortions, in nats per unit
     K         clusters now
 
 A round reassigns until assignments are stable, merges pairs, best first, until none gains, splits every cluster whose
-best split gains (L is a sum over clusters, so splits do not meddle with each other), and only where none of these
+best split gains (L is a sum over clusters, so splits are independent of each other), and only where none of these
 gained moves single items. Every step is judged by the exact L of its outcome and taken only if it lowers L; the descent
 ends when no step does.
 
 Where clusters must have a least number of members, steps that would leave fewer are not taken, and L is descended among
 the partitions that are left.
 
-What a split or a merge does to rate and distortions does not depend on the prices, so what was learnt at one pair of
-prices is looked up at the next.
+What a split or a merge does to rate and distortions does not depend on these weights, so what was found for one pair
+of weights is looked up for the next.
 """
 
 from collections.abc import Sequence
@@ -57,13 +57,13 @@ class Descent:
 
 
 class Search:
-    """Descents over one set of items, sharing all they learn.
+    """Descents over one set of items, sharing the clusters and splits that they find.
 
     Args:
         views: the items.
         random_state: chooses seeds of splits and starts.
         max_iter: rounds of one descent.
-        tol: a step must lower L by more than this share of the L of one cluster.
+        tol: a step must lower L by more than this fraction of the L of one cluster.
         min_members: fewest members of a cluster, where there is more than one.
         sketch: of the same views; made where it is not given.
     """
@@ -96,7 +96,7 @@ class Search:
         """Partitions worth descending from: one cluster, two found in the sketch; for few items single ones and random
         ones.
 
-        One of those from the sketch is made for doubled prices. It has more clusters than will stay, and merging them
+        One of those from the sketch is made for doubled weights. It has more clusters than will stay, and merging them
         finds partitions to which no gaining split of one cluster leads.
         """
         n = self.views.n
@@ -158,8 +158,8 @@ class Search:
 
         Args:
             labels: 0 to K - 1, each in use.
-            b_e: price of V_e, >= 0.
-            b_a: price of V_a, >= 0.
+            b_e: weight of V_e, >= 0.
+            b_a: weight of V_a, >= 0.
         """
         walk = Walk(self, self.allowed(labels, b_e, b_a), b_e, b_a, self.tol * max(self.one.cost(b_e, b_a), 1e-300))
         rounds, converged = 0, False
@@ -177,7 +177,7 @@ class Search:
 
     def splits(self, cluster: Cluster, b_e: float, b_a: float) -> list[tuple[Cluster, Cluster]]:
         """Splits of a cluster known so far, as coarse clusters; new ones are looked for once per ratio of the
-        prices.
+        weights.
         """
         known = self._splits.setdefault(cluster.key, [])
         asked = cluster.key, round(float(np.arctan2(b_a, b_e)), 9)

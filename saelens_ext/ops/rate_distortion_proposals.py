@@ -2,7 +2,7 @@
 
 Symbols
     w    weights of items, which sum to 1
-    z    sketch of an item, ``(r,)``: a squared distance between sketches stands for the price, in nats, of the distance
+    z    sketch of an item, ``(r,)``: a squared distance between sketches stands for the weighted distance, in nats,
          between the items
     p    mass of a part
     G    what a partition saves in the sketch: scatter between its parts less the entropy it costs, in nats
@@ -11,9 +11,11 @@ Everything here only proposes. What is proposed is judged by the objective itsel
 
 A city-block distance becomes a squared Euclidean one by taking signed square roots: (sqrt a - sqrt b)^2 <= |a - b|, and
 equal where one of the two is zero, which sparse rows mostly meet. Roots also tame heavy tails, which a principal
-direction would otherwise follow. Each view is reduced to its leading weighted principal components once; any pair of
-prices then scales the two halves by the square roots of the prices. A price is the factor of a SQUARED distance.
+direction would otherwise follow. Each view is reduced to its leading weighted principal components once; the
+two halves are then scaled by the square roots of the weights of the views, which multiply SQUARED distances.
 """
+
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int
@@ -50,7 +52,7 @@ class Sketch:
             self._attribution = scores * np.sqrt(whole.v_a / scatter) if scatter > 0 else scores
 
     def joint(self, b_e: float, b_a: float) -> Float64[np.ndarray, "n r"]:
-        """z at these prices."""
+        """z for these weights of the views."""
         return np.hstack([np.sqrt(b_e) * self._semantic, np.sqrt(b_a) * self._attribution])
 
 
@@ -63,7 +65,8 @@ def _principal_scores(
     if min(rows.shape) <= _COMPONENTS:
         basis = np.linalg.svd(weighted, full_matrices=False)[2]
     else:
-        basis = randomized_svd(weighted, _COMPONENTS, n_oversamples=8, n_iter=2, random_state=random_state)[2]
+        rounds: Any = 2  # scikit-learn's annotation is inferred from its default
+        basis = randomized_svd(weighted, _COMPONENTS, n_oversamples=8, n_iter=rounds, random_state=random_state)[2]
     return centered @ basis.T, float(np.einsum("ij,ij->", weighted, weighted))
 
 
@@ -135,7 +138,7 @@ def _peels(
 
 
 def _two_means(centered: np.ndarray, weights: np.ndarray, part: np.ndarray) -> np.ndarray:
-    """Assign to the nearer of two means, with the price of naming it, until nothing changes."""
+    """Assign to the nearer of two means, the entropy of the assignment included, until nothing changes."""
     for _ in range(_TWO_MEANS_ROUNDS):
         inside, outside = weights[part].sum(), weights[~part].sum()
         if not (inside > 0 and outside > 0):
@@ -156,7 +159,7 @@ def _gain(centered: np.ndarray, weights: np.ndarray, part: np.ndarray) -> float:
 
 
 def _entropy(inside, outside):
-    """Rate, in nats, that telling the two parts apart costs."""
+    """Rate, in nats, that a split into two parts adds."""
     total = inside + outside
     return -(inside * np.log(inside / total) + outside * np.log(outside / total))
 

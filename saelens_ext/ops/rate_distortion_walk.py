@@ -3,7 +3,7 @@ items.
 
 Symbols
     L         objective, in nats; see ``rate_distortion``
-    b_e, b_a  prices of the two views' distortions, in nats per unit
+    b_e, b_a  weights of the two views' distortions, in nats per unit
 
 Every step is judged by the exact L of its outcome and taken only if it lowers L.
 """
@@ -21,14 +21,14 @@ _PAIRS_JUDGED = 4
 _MOVE_ENTRIES = 2**20
 _TARGETS_PER_MOVE = 3
 _SERVING = 32
-# A step is worked out in full unless its estimated loss exceeds this share of the distortion it changes.
+# A step is worked out in full unless its estimated loss exceeds this fraction of the distortion it changes.
 _ESTIMATE_MARGIN = 0.1
 _SMALL = 2**14
 
 
 @runtime_checkable
 class Guide(Protocol):
-    """What a walk asks of the search that it belongs to."""
+    """What a walk needs from the search that it belongs to."""
 
     views: PairedViews
     coarse: PairedViews
@@ -36,9 +36,11 @@ class Guide(Protocol):
 
     def splits(self, cluster: Cluster, b_e: float, b_a: float) -> list[tuple[Cluster, Cluster]]:
         """Splits of a cluster worth judging."""
+        ...
 
     def allowed(self, labels: np.ndarray, b_e: float, b_a: float) -> np.ndarray:
         """A partition, mended where clusters have too few members."""
+        ...
 
 
 class Walk:
@@ -145,13 +147,13 @@ class Walk:
         served = np.add.reduceat(distances * self.views.weights[members], begins, axis=2)
         own = [[cluster.v_e for cluster in self.clusters], [cluster.v_a for cluster in self.clusters]]
         means = self.views.semantic_center == "mean", self.views.metric == "l2"
-        for view, price in enumerate((self.b_e, self.b_a)):
+        for view, weight in enumerate((self.b_e, self.b_a)):
             rise = np.full_like(saved, np.inf)
             rise[serving] = served[:, view] - np.array(own[view])
             exact = means[view]
             rise = rise * masses[:, None] / total if exact else rise
             rise = np.minimum(rise, rise.T)
-            sure, hoped = sure + price * rise, hoped + price * rise * (1 if exact else self._hope)
+            sure, hoped = sure + weight * rise, hoped + weight * rise * (1 if exact else self._hope)
         return sure, hoped
 
     def split(self, least_members: int) -> bool:
@@ -177,7 +179,7 @@ class Walk:
     def evict(self) -> bool:
         """Give clusters of their own to the items that cost more where they are, as many at once as gains.
 
-        Rows of heavy tails leave one by one otherwise, each at the price of a new median of the rest.
+        Rows of heavy tails leave one by one otherwise, each with a new median of the rest to compute.
         """
         gains = np.concatenate([self._lonely_gains(cluster) for cluster in self.clusters])
         items = np.concatenate([cluster.members for cluster in self.clusters])

@@ -23,7 +23,7 @@ from saelens_ext._modes import standard_modes
 from saelens_ext.host.continued_text import ids_after
 from saelens_ext.host.models import HostModel, tokenizer_of
 from saelens_ext.host.sentence_model import load_sentence_model
-from saelens_ext.steering.sampling import SamplingOptions, mean_log_likelihoods, sample_continuations
+from saelens_ext.steering.sampling import SamplingOptions, mean_log_likelihoods, sample_texts
 
 MAX_RATING = 2.0
 
@@ -185,7 +185,7 @@ class EmbeddingJudge:
         return self._anchors[prompt]
 
     def _measure(self, prompt: str) -> _Anchors:
-        (sampled,) = sample_continuations(self.model, prompt, n=self.n_references, options=self.options)
+        (sampled,) = sample_texts(self.model, prompt, n=self.n_references, options=self.options)
         texts = [text for text in sampled if text.strip()]
         if not texts:
             raise ValueError(

@@ -112,11 +112,11 @@ def sample_steered(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
     )
     with add_direction(model, hook_name, direction, coefficient):
-        return sample_continuations(model, prompts, n=n, options=options, batch_size=batch_size)
+        return sample_texts(model, prompts, n=n, options=options, batch_size=batch_size)
 
 
 @standard_modes()
-def sample_continuations(
+def sample_texts(
     model: HostModel,
     prompts: str | Sequence[str],
     *,

@@ -26,7 +26,7 @@ def calls(parameters: dict):
 
 
 def test_every_sweep_is_tested():
-    assert {path.stem for path in SWEEPS.iterdir()} == {*COMMANDS, "clusterer_prices"}
+    assert {path.stem for path in SWEEPS.iterdir()} == {*COMMANDS, "clusterer_weights"}
 
 
 @pytest.mark.parametrize("name", COMMANDS)

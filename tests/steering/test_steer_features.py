@@ -12,7 +12,7 @@ from sae_lens.saes.sae import SAEMetadata
 from saelens_ext.dictionaries.snmf import SNMFDictionary
 from saelens_ext.steering import divergence_search
 from saelens_ext.steering.divergence_search import DivergenceSearch
-from saelens_ext.steering.sampling import SamplingOptions, sample_continuations, sample_steered
+from saelens_ext.steering.sampling import SamplingOptions, sample_steered, sample_texts
 from saelens_ext.steering.steer_features import steer_features
 from saelens_ext.steering.strength import match_strength
 
@@ -51,7 +51,7 @@ def test_continuations_are_those_of_steering_one_by_one(model):
     dictionary = make_dictionary(model)
     steered = steer_features(model, dictionary, target=0.5, options=OPTIONS, batch_size=3)
     same = {"n": 1, "max_new_tokens": OPTIONS.max_new_tokens, "seed": OPTIONS.seed}
-    assert [steered.unsteered] == sample_continuations(model, "I think that", n=1, options=OPTIONS)[0]
+    assert [steered.unsteered] == sample_texts(model, "I think that", n=1, options=OPTIONS)[0]
     for text in steered.texts:
         row = dictionary.W_dec[text.feature].detach()
         assert [text.text] == sample_steered(model, "I think that", HOOK, row, text.strength.coefficient, **same)[0]

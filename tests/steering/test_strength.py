@@ -14,8 +14,8 @@ from saelens_ext.steering.sampling import (
     SamplingOptions,
     _choose,
     mean_log_likelihoods,
-    sample_continuations,
     sample_steered,
+    sample_texts,
 )
 from saelens_ext.steering.strength import match_strength
 
@@ -305,7 +305,7 @@ def test_both_hosts_sample_the_same(tiny_bridge, tiny_hooked, direction):
 
 def test_steering_by_zero_is_no_steering(tiny_hooked, direction):
     options = SamplingOptions(max_new_tokens=6, seed=3)
-    assert sample_steered(tiny_hooked, "I", HOOK, direction, 0, n=3, max_new_tokens=6, seed=3) == sample_continuations(
+    assert sample_steered(tiny_hooked, "I", HOOK, direction, 0, n=3, max_new_tokens=6, seed=3) == sample_texts(
         tiny_hooked, "I", n=3, options=options
     )
 
@@ -326,7 +326,7 @@ def test_generation_ends_at_the_end_token(tiny_hooked):
         return torch.full_like(logits, -1e9).index_fill(-1, torch.tensor([1]), 0.0)
 
     with hooked(tiny_hooked, [("unembed.hook_out", always_end)]):
-        assert sample_continuations(tiny_hooked, "I", n=2, options=SamplingOptions(max_new_tokens=9)) == [["", ""]]
+        assert sample_texts(tiny_hooked, "I", n=2, options=SamplingOptions(max_new_tokens=9)) == [["", ""]]
     assert len(passes) == 1
 
 

@@ -264,7 +264,7 @@ class _Run:
     def _totals_of(self, batch: BatchGradients) -> dict[str, Tensor]:
         n_prefix = len(self.continuations.prefix_ids)
         cut = [site.hook for site in self.sites if site.in_cut]
-        parts = sum((batch.gradients[hook] * batch.activations[hook]).sum(dim=-1) for hook in cut)
+        parts = torch.stack([(batch.gradients[hook] * batch.activations[hook]).sum(dim=-1) for hook in cut]).sum(dim=0)
         return {
             "target": batch.targets.float().cpu(),
             "prefix_effect": parts[:, :n_prefix].sum(dim=1).cpu(),

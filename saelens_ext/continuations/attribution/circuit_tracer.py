@@ -166,6 +166,8 @@ def _json_key(name: str, node: Mapping[str, Any]) -> SourceKey:
 class _Inert:
     """Stands for any object in a foreign pickle: remembers its arguments and does nothing."""
 
+    arguments: tuple[Any, ...]
+
     def __new__(cls, *args: Any, **kwargs: Any) -> "_Inert":
         made = super().__new__(cls)
         made.arguments = args
@@ -184,7 +186,7 @@ def _inert_load(path: Path) -> Mapping[str, Any]:
         raise ValueError(f"Reading {path.name} safely needs torch 2.6 or newer; export the graph as JSON instead.")
     try:
         named = serialization.get_unsafe_globals_in_checkpoint(path)
-        stand_ins = [(type("Inert", (_Inert,), {}), name) for name in named]
+        stand_ins: list[Any] = [(type("Inert", (_Inert,), {}), name) for name in named]
         with serialization.safe_globals(stand_ins):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError) as error:

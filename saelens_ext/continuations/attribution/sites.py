@@ -61,9 +61,9 @@ def dictionary_sites(model: HostModel, dictionaries: Sequence[SAE[Any]]) -> list
         ValueError: a dictionary without a hook name, at a hook that the model lacks or that an attached SAE has taken,
             one that codes whole sequences, or two dictionaries at one hook.
     """
-    if getattr(model, "acts_to_saes", None):
+    if attached := getattr(model, "acts_to_saes", None):
         raise ValueError(
-            f"SAEs are attached to the model ({', '.join(model.acts_to_saes)}), which changes what it computes. Detach "
+            f"SAEs are attached to the model ({', '.join(attached)}), which changes what it computes. Detach "
             "them with model.reset_saes() and pass them as dictionaries."
         )
     sites: list[Site] = []

@@ -97,7 +97,7 @@ class SiteSources:
 
     def table(self, tokens: Sequence[str]) -> SourceTable:
         n = len(self.kinds)
-        positions = tuple(self.positions.tolist())
+        positions: tuple[int, ...] = tuple(self.positions.tolist())
         return SourceTable(
             kinds=tuple(self.kinds),
             hooks=(self.site.hook,) * n,
@@ -132,8 +132,9 @@ def sources_of(
     x = _of_width(prefix.activations[site.read], sae.cfg.d_in, site.read, "reads")
     whole = _of_width(prefix.activations[site.hook], sae.W_dec.shape[1], site.hook, "writes")
     with torch.no_grad():
-        if getattr(sae, "W_skip", None) is not None:
-            whole = whole - x @ sae.W_skip.T.to(x)
+        skip: Tensor | None = getattr(sae, "W_skip", None)
+        if skip is not None:
+            whole = whole - x @ skip.T.to(x)
         parts = _dictionary_parts(sae, x, whole, positions, limit)
     return _gathered(site, whole, [part for part in parts if part.kind in kinds])
 

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int
 from sklearn.cluster import KMeans
-from sklearn.utils import check_array
 
 from saelens_ext import _checks
-from saelens_ext.continuations.clustering.problem import checked_weights
+from saelens_ext.continuations.clustering.problem import checked_view, checked_weights
 
 
 @dataclass(frozen=True)
@@ -56,21 +55,22 @@ def single_view_kmeans(
         ValueError: not exactly one of ``n_clusters`` and ``rate``, either out of range, or a view or weights that are
             not finite.
     """
-    rows = check_array(view, dtype=np.float64, ensure_min_samples=2, input_name="view")
+    rows = checked_view(view, "view")
     weights = checked_weights(sample_weight, len(rows))
-    if (n_clusters is None) == (rate is None):
-        raise ValueError(f"Give one of n_clusters and rate, got n_clusters={n_clusters!r} and rate={rate!r}.")
     most = len(np.unique(rows, axis=0))
 
     def partition(k: int) -> BaselinePartition:
-        labels = KMeans(k, n_init=n_init, random_state=random_state).fit(rows, sample_weight=weights).labels_
+        means = KMeans(k, n_init=n_init, random_state=random_state)  # pyright: ignore[reportArgumentType]  # inferred
+        labels = means.fit_predict(rows, sample_weight=weights)
         labels = np.unique(labels, return_inverse=True)[1]
         return BaselinePartition(labels, _rate(labels, weights))
 
-    if n_clusters is not None:
+    if n_clusters is not None and rate is None:
         if not 1 <= _checks.positive(n_clusters, "n_clusters") <= len(rows):
             raise ValueError(f"n_clusters must lie between 1 and the number of rows, {len(rows)}, got {n_clusters!r}.")
         return partition(min(n_clusters, most))
+    if rate is None or n_clusters is not None:
+        raise ValueError(f"Give one of n_clusters and rate, got n_clusters={n_clusters!r} and rate={rate!r}.")
     if not 0 <= rate < np.inf:
         raise ValueError(f"rate must be finite and at least 0, in nats, got {rate!r}.")
     return _nearest_rate(partition, float(rate), most)

@@ -7,7 +7,7 @@ Symbols
     mu_k, h_k        centres of cluster k: the weighted mean, and the weighted coordinate-wise median
     D_e, D_a         distortions: sum of w_i |e_i - mu|^2, and of w_i |a_i - h|_1
     s_e, s_a         scales of the two views
-    beta, gamma      price of distortion, and the semantic view's share of it
+    beta, gamma      weight of distortion, and the semantic view's fraction of it
 
 The objective, in nats: L = H(C) + beta gamma D_e / s_e + beta (1 - gamma) D_a / s_a.
 """
@@ -20,20 +20,21 @@ import numpy as np
 from scipy.spatial.distance import cdist
 from sklearn.base import BaseEstimator, ClusterMixin
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.utils import check_array, check_random_state
+from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from saelens_ext import _checks
 from saelens_ext.continuations.clustering.problem import (
     Problem,
     RateDistortion,
+    check_beta_and_gamma,
     checked_attribution,
     checked_labels,
-    checked_prices,
+    checked_view,
     checked_weights,
     make_problem,
 )
-from saelens_ext.ops.rate_distortion import Cluster, PairedViews
+from saelens_ext.ops.rate_distortion import CDIST_METRICS, Cluster, PairedViews
 from saelens_ext.ops.rate_distortion_descent import Descent, Search
 
 if TYPE_CHECKING:
@@ -47,9 +48,9 @@ class JointClusterer(ClusterMixin, BaseEstimator):
     """Hard clustering of rows that live in two views, which finds the number of clusters itself.
 
     Args:
-        beta: price of distortion in nats, above 0; a higher one gives more clusters. The published grid, 0.5 to 1.25,
-            suits both scalings.
-        gamma: share of the price that the semantic view gets, in [0, 1]. Under balanced scaling 0.5 is balance; under
+        beta: weight of distortion against rate, above 0; a higher one gives more clusters. The published grid,
+            0.5 to 1.25, suits both scalings.
+        gamma: fraction of beta that weights the semantic view, in [0, 1]. Under balanced scaling 0.5 is balance; under
             paper scaling the views keep their own magnitudes.
         attribution_metric: ``"l1"``: city-block distance, median centres; ``"l2"``: squared Euclidean, mean centres.
         scaling: ``"balanced"``: s_e = D_e0 / (0.75 H_w) with D_e0 the distortion of one cluster for all and H_w the
@@ -58,21 +59,20 @@ class JointClusterer(ClusterMixin, BaseEstimator):
             = 1 and s_a the root mean square norm of the centred signatures, as published.
         semantic_center: ``"mean"``: the weighted mean, the exact minimiser. ``"unit"``: the mean renormalised, as
             published, the exact minimiser among unit vectors. L never rises with either.
-        min_cluster_size: fewest rows of a cluster, where there is more than one; at least 1. With 1, as published, L is
-            often lowest with most rows in clusters of their own: views of many columns hold much that no two rows
-            share, and a row is no distortion to itself. With more, L is descended among partitions whose clusters have
-            so many.
+        min_cluster_size: fewest rows of a cluster, where there is more than one; at least 1. A singleton cluster has
+            zero distortion, so with 1, as published, L is often lowest with mostly singletons. With more, L is lowered
+            among partitions whose clusters have at least so many rows.
         init: labels ``(n,)`` to start from instead of the starts that are tried by default, a point of a path for
             example.
         max_iter: rounds of one descent, at least 1.
-        tol: a step must lower L by more than this share of the L of one cluster; at least 0.
+        tol: a step must lower L by more than this fraction of the L of one cluster; at least 0.
         random_state: seed of starts and split proposals.
 
     Attributes:
         labels_: ``(n,)``, by descending cluster weight.
         n_clusters_: K.
-        medoid_indices_: ``(K,)``, the member with the least weighted mean distance to the members, in the priced
-            distance that the clusters were made with; among the 64 members nearest the centre.
+        medoid_indices_: ``(K,)``, the member with the least weighted mean distance to the members, in the
+            weighted distance that the clusters were made with; among the 64 members nearest the centre.
         semantic_centers_, attribution_centers_: ``(K, d_e)`` and ``(K, d_a)``, in the coordinates of X and y.
         cluster_weights_: ``(K,)``, sum to 1.
         objective_: L, nats; it equals ``rate_ + beta * (gamma * semantic_distortion_ + (1 - gamma) *
@@ -124,8 +124,8 @@ class JointClusterer(ClusterMixin, BaseEstimator):
 
         Args:
             X: semantic view, ``(n, d_e)``, n >= 2, finite.
-            y: attribution view, ``(n, d_a)``, dense or scipy sparse; without it, X alone is clustered at the whole
-                price. One-dimensional y, as pipelines pass labels, is not used and warned of.
+            y: attribution view, ``(n, d_a)``, dense or scipy sparse; without it, X alone is clustered, as with gamma
+                = 1. One-dimensional y, as pipelines pass labels, is ignored with a warning.
             sample_weight: ``(n,)``, above 0; equal by default.
 
         Raises:
@@ -140,9 +140,9 @@ class JointClusterer(ClusterMixin, BaseEstimator):
             tol=float(self.tol),
             min_members=self.min_cluster_size,
         )
-        prices = problem.prices(self.beta, self.gamma)
-        starts = search.starts(*prices) if self.init is None else [checked_labels(self.init, problem.views.n)]
-        found = search.best(starts, *prices)
+        weights = problem.weights_of_views(self.beta, self.gamma)
+        starts = search.starts(*weights) if self.init is None else [checked_labels(self.init, problem.views.n)]
+        found = search.best(starts, *weights)
         if not found.converged:
             warnings.warn(
                 f"No stable partition after {self.max_iter} rounds; raise max_iter.", ConvergenceWarning, stacklevel=2
@@ -155,7 +155,7 @@ class JointClusterer(ClusterMixin, BaseEstimator):
         return self.fit(X, y, sample_weight=sample_weight).labels_
 
     def predict(self, X, y=None) -> np.ndarray:
-        """The cheapest cluster of each row: -log weight + priced distances from the centres.
+        """The cluster that adds least to the objective: -log weight + weighted distances from the centres.
 
         Args:
             X: ``(n, d_e)``.
@@ -167,14 +167,16 @@ class JointClusterer(ClusterMixin, BaseEstimator):
         check_is_fitted(self)
         X = validate_data(self, X, dtype=np.float64, reset=False)
         rows = checked_attribution(y, len(X))
-        if rows is None and self.n_sources_in_:
-            raise ValueError(f"The fit had an attribution view of {self.n_sources_in_} sources; pass y of that width.")
-        share = self.gamma if self.n_sources_in_ else 1.0
-        costs = self.beta * share / self.semantic_scale_ * cdist(X, self.semantic_centers_, "sqeuclidean")
+        gamma = self.gamma if self.n_sources_in_ else 1.0
+        costs = self.beta * gamma / self.semantic_scale_ * cdist(X, self.semantic_centers_, "sqeuclidean")
         if self.n_sources_in_:
-            _checked_width(rows, self.n_sources_in_)
-            kind = "cityblock" if self.attribution_metric == "l1" else "sqeuclidean"
-            costs += self.beta * (1 - share) / self.attribution_scale_ * cdist(rows, self.attribution_centers_, kind)
+            if rows is None or rows.shape[1] != self.n_sources_in_:
+                width = "is missing" if rows is None else f"has {rows.shape[1]} sources"
+                raise ValueError(
+                    f"y {width}; the fit had {self.n_sources_in_} sources: pass y with the same, in the same order."
+                )
+            metric = CDIST_METRICS[self.attribution_metric]
+            costs += self.beta * (1 - gamma) / self.attribution_scale_ * cdist(rows, self.attribution_centers_, metric)
         return np.argmin(costs - np.log(self.cluster_weights_), axis=1)
 
     def partition_objective(self, X, y, labels, *, sample_weight=None) -> RateDistortion:
@@ -199,7 +201,7 @@ class JointClusterer(ClusterMixin, BaseEstimator):
         sample_weight=None,
         n_jobs: int | None = None,
     ) -> "RateDistortionPath":
-        """Clusterings over a grid of prices, with this estimator's other parameters; see ``clusterer_path``."""
+        """Clusterings over a grid of beta and gamma, with this estimator's other parameters; see ``clusterer_path``."""
         from saelens_ext.continuations.clustering.path import BETAS, GAMMAS, sweep
 
         return sweep(
@@ -218,16 +220,15 @@ class JointClusterer(ClusterMixin, BaseEstimator):
         Raises:
             ValueError: as ``fit``.
         """
-        checked_prices(self.beta, self.gamma)
+        check_beta_and_gamma(self.beta, self.gamma)
         _checks.positive(self.max_iter, "max_iter")
         if not 0 <= self.tol < 1:
             raise ValueError(f"tol must lie in [0, 1), got {self.tol!r}.")
-        checks = {"dtype": np.float64, "ensure_min_samples": 2}
-        X = validate_data(self, X, **checks) if reset else check_array(X, input_name="X", **checks)
+        rows = validate_data(self, X, dtype=np.float64, ensure_min_samples=2) if reset else checked_view(X, "X")
         return make_problem(
-            X,
-            checked_attribution(y, len(X)),
-            checked_weights(sample_weight, len(X)),
+            np.asarray(rows),
+            checked_attribution(y, len(rows)),
+            checked_weights(sample_weight, len(rows)),
             metric=self.attribution_metric,
             scaling=self.scaling,
             semantic_center=self.semantic_center,
@@ -246,32 +247,24 @@ class JointClusterer(ClusterMixin, BaseEstimator):
         self.cluster_weights_ = np.array([cluster.mass for cluster in clusters])
         self.semantic_centers_ = np.stack([views.semantic_mean(cluster) for cluster in clusters])
         self.attribution_centers_ = np.stack([views.attribution_center(cluster) for cluster in clusters])
-        prices = problem.prices(self.beta, self.gamma)
-        self.medoid_indices_ = np.array([_medoid(views, cluster, *prices) for cluster in clusters])
+        weights = problem.weights_of_views(self.beta, self.gamma)
+        self.medoid_indices_ = np.array([_medoid(views, cluster, *weights) for cluster in clusters])
         self.objective_, self.rate_ = place.objective, place.rate
-        self.semantic_distortion_, self.attribution_distortion_ = (
-            place.semantic_distortion,
-            place.attribution_distortion,
-        )
+        self.semantic_distortion_ = place.semantic_distortion
+        self.attribution_distortion_ = place.attribution_distortion
         self.semantic_scale_, self.attribution_scale_ = problem.semantic_scale, problem.attribution_scale
         self.n_sources_in_ = len(views.sources)
         self.history_ = np.array(found.history)
         self.n_iter_ = found.n_iter
 
 
-def _checked_width(rows: np.ndarray, width: int) -> None:
-    if rows.shape[1] != width:
-        raise ValueError(f"y has {rows.shape[1]} sources; the fit had {width}, in the same order.")
-
-
 def _medoid(views: PairedViews, cluster: Cluster, b_e: float, b_a: float) -> int:
-    """Index of the member whose priced distances to the members have the least weighted sum."""
+    """Index of the member whose weighted distances to the members have the least weighted sum."""
     own = views.own_costs(cluster, b_e, b_a)
     candidates = cluster.members[np.argsort(own, kind="stable")[:_MEDOID_CANDIDATES]]
     weights = views.weights[cluster.members]
-    kind = "cityblock" if views.metric == "l1" else "sqeuclidean"
     totals = b_e * cdist(views.semantic[candidates], views.semantic[cluster.members], "sqeuclidean") @ weights
     if b_a > 0:
         rows, members = views.sources[:, candidates].T, views.sources[:, cluster.members].T
-        totals += b_a * cdist(rows, members, kind) @ weights
+        totals += b_a * cdist(rows, members, CDIST_METRICS[views.metric]) @ weights
     return int(candidates[np.argmin(totals)])

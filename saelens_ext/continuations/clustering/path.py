@@ -1,10 +1,10 @@
-"""Clusterings over a grid of prices: the rate-distortion curve of a set of continuations.
+"""Clusterings over a grid of weights: the rate-distortion curve of a set of continuations.
 
 Symbols
-    beta, gamma  price of distortion, and the semantic view's share of it; a cell is a pair of them
+    beta, gamma  weight of distortion, and the semantic view's fraction of it; a cell is a pair of them
     L            objective of a cell, in nats
 
-For each gamma, beta descends: at high prices there are many clusters, and merging them finds partitions of several
+For each gamma, beta descends: at high beta there are many clusters, and merging them finds partitions of several
 modes to which no gaining split of one cluster leads, while the other way round nothing is lost, since one cluster is a
 start of every cell. The first cell of a gamma begins from starts of its own, each other from the end of the one before
 it (and where clusters must have a least size from starts of its own too). In the end every
@@ -14,33 +14,34 @@ costs a sum, and a cell descends again from a partition that suits it better tha
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import joblib
 import numpy as np
 from jaxtyping import Int
-from sklearn.utils import check_array, check_random_state
+from sklearn.utils import check_random_state
 
 from saelens_ext import _checks
 from saelens_ext.continuations.clustering.problem import (
     Problem,
     RateDistortion,
+    check_beta_and_gamma,
     checked_attribution,
-    checked_prices,
+    checked_view,
     checked_weights,
     make_problem,
 )
 from saelens_ext.ops.rate_distortion import partition_cost
-from saelens_ext.ops.rate_distortion_descent import Descent, Search
+from saelens_ext.ops.rate_distortion_descent import Search
 from saelens_ext.ops.rate_distortion_proposals import Sketch
 
 if TYPE_CHECKING:
     import pandas
 
 BETAS = (0.5, 0.75, 1.0, 1.25)
-"""Prices of distortion published in arXiv 2606.08236."""
+"""Values of beta published in arXiv 2606.08236."""
 GAMMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
-"""Shares of the semantic view published there."""
+"""Values of gamma published there."""
 
 _EXCHANGES = 3
 
@@ -105,13 +106,13 @@ def rate_distortion_path(
     random_state=None,
     n_jobs: int | None = None,
 ) -> RateDistortionPath:
-    """Cluster at every pair of prices.
+    """Cluster at every pair of beta and gamma.
 
     Args:
         X: semantic view, ``(n, d_e)``.
         y: attribution view, ``(n, d_a)``.
-        betas: prices, above 0, in any order.
-        gammas: shares of the semantic view, in [0, 1].
+        betas: weights of distortion, above 0, in any order.
+        gammas: fractions that the semantic view gets, in [0, 1].
         sample_weight: ``(n,)``, above 0.
         attribution_metric: this and the next six as for ``JointClusterer``.
         scaling: see there.
@@ -137,7 +138,7 @@ def rate_distortion_path(
         >>> [point.beta for point in path.points]
         [1.0, 4.0]
     """
-    X = check_array(X, dtype=np.float64, ensure_min_samples=2, input_name="X")
+    X = checked_view(X, "X")
     problem = make_problem(
         X,
         checked_attribution(y, len(X)),
@@ -160,46 +161,45 @@ def sweep(
     random_state,
     n_jobs: int | None,
 ) -> RateDistortionPath:
-    """Cluster a checked problem at every pair of prices; see :func:`rate_distortion_path`."""
+    """Cluster a checked problem at every pair of beta and gamma; see :func:`rate_distortion_path`."""
     if not len(betas) or not len(gammas):
         raise ValueError(f"betas and gammas must not be empty, got {list(betas)} and {list(gammas)}.")
     for beta in betas:
         for gamma in gammas:
-            checked_prices(beta, gamma)
+            check_beta_and_gamma(beta, gamma)
     _checks.positive(max_iter, "max_iter")
     seed = check_random_state(random_state).randint(2**31 - 1)
     settings = {"max_iter": max_iter, "tol": tol, "min_members": problem.min_cluster_size}
-    cells = {(gamma, beta): problem.prices(beta, gamma) for gamma in gammas for beta in sorted(betas, reverse=True)}
     sketch = Sketch(problem.views, np.random.RandomState(seed))
-    columns = [[cells[gamma, beta] for beta in sorted(set(betas), reverse=True)] for gamma in dict.fromkeys(gammas)]
-    found = joblib.Parallel(n_jobs=n_jobs)(
-        joblib.delayed(_descending)(problem, sketch, prices, seed, settings) for prices in columns
-    )
-    ends = {
-        prices: labels
-        for column, ends in zip(columns, found, strict=True)
-        for prices, labels in zip(column, ends, strict=True)
-    }
+    falling = sorted(set(betas), reverse=True)
+    columns = [[problem.weights_of_views(beta, gamma) for beta in falling] for gamma in dict.fromkeys(gammas)]
+    jobs = (joblib.delayed(_descending)(problem, sketch, column, seed, settings) for column in columns)
+    found = cast("list[dict[tuple[float, float], np.ndarray]]", joblib.Parallel(n_jobs=n_jobs)(jobs))
+    ends = {weights: labels for part in found for weights, labels in part.items()}
     ends = _exchange(Search(problem.views, np.random.RandomState(seed), sketch=sketch, **settings), ends)
     points = [
-        _point(problem, ends[cells[gamma, beta]], float(beta), float(gamma)) for gamma in gammas for beta in betas
+        _point(problem, ends[problem.weights_of_views(beta, gamma)], float(beta), float(gamma))
+        for gamma in gammas
+        for beta in betas
     ]
     return RateDistortionPath(tuple(points), problem)
 
 
 def _descending(
     problem: Problem, sketch: Sketch, column: list[tuple[float, float]], seed: int, settings: dict
-) -> list[np.ndarray]:
-    """Labels of the cells of one gamma, beta descending."""
+) -> dict[tuple[float, float], np.ndarray]:
+    """Labels of the cells of one gamma, beta descending, by the weights of the views."""
     search = Search(problem.views, np.random.RandomState(seed), sketch=sketch, **settings)
-    ends: list[np.ndarray] = []
-    for prices in column:
-        starts = [ends[-1], search.one_cluster] if ends else search.starts(*prices)
-        found = [search.best(starts, *prices)]
+    ends: dict[tuple[float, float], np.ndarray] = {}
+    before: np.ndarray | None = None
+    for weights in column:
+        starts = search.starts(*weights) if before is None else [before, search.one_cluster]
+        found = [search.best(starts, *weights)]
         if search.min_members > 1:
-            # Where clusters must have members, descents are caught sooner, and more of them are worth their time.
-            found += [search.descend(start, *prices) for start in (*starts, *(search.starts(*prices) if ends else ()))]
-        ends.append(min(found, key=lambda descent: descent.cost).labels)
+            # Descents end early where small clusters are forbidden, so more of them are worth their time.
+            starts += search.starts(*weights) if before is not None else []
+            found += [search.descend(start, *weights) for start in starts]
+        ends[weights] = before = min(found, key=lambda descent: descent.cost).labels
     return ends
 
 
@@ -208,12 +208,11 @@ def _exchange(search: Search, ends: dict[tuple[float, float], np.ndarray]) -> di
     for _ in range(_EXCHANGES):
         partitions = [(labels, search.views.clusters(labels)) for labels in ends.values()]
         better: dict[tuple[float, float], np.ndarray] = {}
-        for prices, own in ends.items():
-            best, clusters = min(partitions, key=lambda pair: partition_cost(pair[1], *prices))
-            spared = partition_cost(search.views.clusters(own), *prices) - partition_cost(clusters, *prices)
-            if spared > search.tol * search.one.cost(*prices):
-                descent: Descent = search.descend(best, *prices)
-                better[prices] = descent.labels
+        for weights, labels in ends.items():
+            best, clusters = min(partitions, key=lambda pair: partition_cost(pair[1], *weights))
+            gain = partition_cost(search.views.clusters(labels), *weights) - partition_cost(clusters, *weights)
+            if gain > search.tol * search.one.cost(*weights):
+                better[weights] = search.descend(best, *weights).labels
         if not better:
             break
         ends = {**ends, **better}

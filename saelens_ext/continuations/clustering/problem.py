@@ -1,17 +1,18 @@
-"""What is to be clustered, checked, with the prices of its two distortions.
+"""What is to be clustered, checked, with the weights of its two distortions.
 
 Symbols
-    beta, gamma   total price of distortion, and the share of it that the semantic view gets
+    beta, gamma   weight of distortion against rate, and the fraction of it that the semantic view gets
+    b_e, b_a      weight of each view's unscaled distortion: beta gamma / s_e and beta (1 - gamma) / s_a
     D_e, D_a      distortions of a partition, weighted means over rows in the coordinates given
     D_e0, D_a0    those of one cluster for all
-    s_e, s_a      scales: what is priced is D_e / s_e and D_a / s_a
+    s_e, s_a      scales: what beta and gamma weight is D_e / s_e and D_a / s_a
     H_w           entropy of the row weights, in nats: the rate of one cluster for each row; log n for equal weights
 """
 
-import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, get_args
 
 import numpy as np
 from jaxtyping import Int
@@ -19,16 +20,14 @@ from scipy.sparse import issparse
 from sklearn.utils import check_array
 
 from saelens_ext import _checks
-from saelens_ext.ops.rate_distortion import Cluster, PairedViews
-
-logger = logging.getLogger(__name__)
+from saelens_ext.ops.rate_distortion import CenterKind, Cluster, Metric, PairedViews
 
 SCALINGS = ("balanced", "paper")
-METRICS = ("l1", "l2")
-CENTERS = ("mean", "unit")
+METRICS: tuple[Metric, ...] = get_args(Metric)
+CENTERS: tuple[CenterKind, ...] = get_args(CenterKind)
 
-WORTH = 0.75
-"""Price of a whole view at beta = 1 under balanced scaling, as a share of H_w."""
+ONE_CLUSTER_FRACTION = 0.75
+"""Scaled distortion of one cluster for all under balanced scaling, as a fraction of H_w."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class RateDistortion:
 
 @dataclass(frozen=True)
 class Problem:
-    """Two views, their scales, and what turns prices asked for into prices per unit of distortion."""
+    """Two views and their scales."""
 
     views: PairedViews
     semantic_scale: float
@@ -55,18 +54,18 @@ class Problem:
     min_cluster_size: int = 1
     """Fewest rows of a cluster, where there is more than one."""
 
-    def prices(self, beta: float | int, gamma: float | int) -> tuple[float, float]:
-        """b_e and b_a; without an attribution view the semantic one gets the whole price."""
-        share = gamma if len(self.views.sources) else 1.0
-        return beta * share / self.semantic_scale, beta * (1 - share) / self.attribution_scale
+    def weights_of_views(self, beta: float | int, gamma: float | int) -> tuple[float, float]:
+        """b_e and b_a; without an attribution view gamma counts as 1."""
+        gamma = gamma if len(self.views.sources) else 1.0
+        return beta * gamma / self.semantic_scale, beta * (1 - gamma) / self.attribution_scale
 
     def place(self, clusters: Sequence[Cluster], beta: float | int, gamma: float | int) -> RateDistortion:
         """Rate, scaled distortions and objective of a partition."""
         rate = float(sum(cluster.rate for cluster in clusters))
         semantic = float(sum(cluster.v_e for cluster in clusters)) / self.semantic_scale
         attribution = float(sum(cluster.v_a for cluster in clusters)) / self.attribution_scale
-        share = gamma if len(self.views.sources) else 1.0
-        return RateDistortion(rate + beta * (share * semantic + (1 - share) * attribution), rate, semantic, attribution)
+        gamma = gamma if len(self.views.sources) else 1.0
+        return RateDistortion(rate + beta * (gamma * semantic + (1 - gamma) * attribution), rate, semantic, attribution)
 
 
 def make_problem(
@@ -82,8 +81,8 @@ def make_problem(
     """Views and their scales, from checked arrays.
 
     Balanced scaling: s_e = D_e0 / (0.75 H_w), s_a likewise. One cluster for all then has both scaled distortions equal
-    to 0.75 H_w, whatever the units, so gamma alone decides the balance, and beta is the price at which rate is bought:
-    at beta = 4/3, one cluster for all and one for each row cost the same.
+    to 0.75 H_w, whatever the units, so gamma alone decides the balance, and the objective of one cluster for all equals
+    that of one cluster for each row at beta = 4/3.
 
     Paper scaling: s_e = 1; attributions are divided by the root mean square norm, over rows, of their differences from
     the centre of all (squared for metric "l2"). Subtracting that centre changes no distance, so it is left out.
@@ -91,27 +90,27 @@ def make_problem(
     Raises:
         ValueError: an unknown option, or rows that are all identical.
     """
-    _checks.choice(metric, METRICS, "attribution_metric")
+    metric = _checks.choice(metric, METRICS, "attribution_metric")
+    center = _checks.choice(semantic_center, CENTERS, "semantic_center")
     _checks.choice(scaling, SCALINGS, "scaling")
-    _checks.choice(semantic_center, CENTERS, "semantic_center")
     _checks.positive(min_cluster_size, "min_cluster_size")
     rows = np.zeros((len(semantic), 0)) if attribution is None else attribution
     if (semantic == semantic[0]).all() and (rows == rows[0]).all():
         raise ValueError(
-            f"All {len(semantic)} rows are identical in every view, so there is nothing to tell apart; "
+            f"All {len(semantic)} rows are identical in every view, so there is nothing to cluster; "
             "pass at least two different continuations."
         )
-    views = PairedViews(semantic, rows, weights, metric, semantic_center)
+    views = PairedViews(semantic, rows, weights, metric, center)
     whole = views.cluster(np.arange(views.n))
     if scaling == "paper":
         return Problem(views, 1.0, _paper_scale(views, whole), min_cluster_size)
-    worth = -WORTH * float(views.weights @ np.log(views.weights))
-    scales = _balanced_scale(semantic, whole.v_e / worth), _balanced_scale(rows, whole.v_a / worth)
+    scaled = -ONE_CLUSTER_FRACTION * float(views.weights @ np.log(views.weights))
+    scales = _balanced_scale(semantic, whole.v_e / scaled), _balanced_scale(rows, whole.v_a / scaled)
     return Problem(views, *scales, min_cluster_size)
 
 
 def _balanced_scale(rows: np.ndarray, scale: float) -> float:
-    # Where all rows are equal, the distortion of one cluster is zero or rounding, and no price may blow it up.
+    # Where all rows are equal, the distortion of one cluster is zero or rounding, which no scale may blow up.
     return 1.0 if (rows == rows[0]).all() or scale <= 0 else scale
 
 
@@ -127,11 +126,19 @@ def _paper_scale(views: PairedViews, whole: Cluster) -> float:
 # --- checks ---
 
 
-def checked_prices(beta: float | int, gamma: float | int) -> None:
+def check_beta_and_gamma(beta: float | int, gamma: float | int) -> None:
     """Raise ValueError unless beta is positive and finite and gamma lies in [0, 1]."""
     _checks.between(beta, 0, np.inf, "beta")
     if not 0 <= gamma <= 1:
-        raise ValueError(f"gamma must lie in [0, 1], got {gamma!r}; it is the semantic view's share of the price.")
+        raise ValueError(
+            f"gamma must lie in [0, 1], got {gamma!r}; the fraction of beta that weights the semantic view."
+        )
+
+
+def checked_view(rows, name: str) -> np.ndarray:
+    """A view as a finite float64 matrix of at least two rows; ValueError otherwise."""
+    dtype: Any = np.float64  # scikit-learn's annotation is inferred from its default
+    return check_array(rows, dtype=dtype, ensure_min_samples=2, input_name=name)
 
 
 def checked_weights(sample_weight, n: int) -> np.ndarray:
@@ -158,7 +165,7 @@ def checked_weights(sample_weight, n: int) -> np.ndarray:
 def checked_attribution(y, n: int) -> np.ndarray | None:
     """The attribution view as a float64 matrix; None where there is none.
 
-    One-dimensional targets, which scikit-learn passes to every estimator, are labels and no view: they are not used.
+    One-dimensional targets, which scikit-learn passes to every estimator, are labels and not a view: they are ignored.
 
     Raises:
         ValueError: another number of rows, entries that are not finite, or rows that are zero throughout.
@@ -173,7 +180,8 @@ def checked_attribution(y, n: int) -> np.ndarray | None:
             stacklevel=3,
         )
         return None
-    y = check_array(y, accept_sparse=True, dtype=np.float64, input_name="y")
+    dtype: Any = np.float64
+    y = check_array(y, accept_sparse=True, dtype=dtype, input_name="y")
     rows = y.toarray() if issparse(y) else y
     if len(rows) != n:
         raise ValueError(f"X has {n} rows and y has {len(rows)}; row i of both must belong to the same continuation.")

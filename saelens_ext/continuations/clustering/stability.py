@@ -4,7 +4,7 @@ Symbols
     B    bootstrap resamples
     R_b  adjusted Rand index, over all rows, between the clustering of all and the one made from resample b, in [-1, 1];
          0 is what chance gives, 1 agreement
-    E_e, E_a  share of a view's one-cluster distortion that a partition explains, 1 - D / D_0
+    E_e, E_a  fraction of a view's one-cluster distortion that a partition explains, 1 - D / D_0
 """
 
 from collections.abc import Sequence
@@ -70,14 +70,15 @@ def stability_score(
 ) -> Stability:
     """Cluster bootstrap resamples of the rows, extend each clustering to all rows, and compare.
 
-    A row drawn c times counts c times its weight. Prices stay those of the full set, so that a resample's fewer
-    distinct rows do not change what is asked of it. One cluster for all is perfectly stable and says nothing.
+    A row drawn c times counts c times its weight. The weights of the views stay those of the full set, so that a
+    resample's fewer distinct rows do not change the objective. One cluster for all is perfectly stable and says
+    nothing.
 
     Args:
         problem: ``JointClusterer.problem(X, y)`` or ``RateDistortionPath.problem``.
         labels: the clustering of all rows, ``JointClusterer.labels_`` or ``PathPoint.labels``.
-        beta: price that made it.
-        gamma: semantic share that made it.
+        beta: that made it.
+        gamma: that made it.
         n_resamples: B, at least 2.
         max_iter: rounds of one descent.
         random_state: seed.
@@ -90,14 +91,12 @@ def stability_score(
         raise ValueError(f"n_resamples must be at least 2, got {n_resamples!r}; 20 is usual.")
     labels = checked_labels(labels, problem.views.n)
     seeds = check_random_state(random_state).randint(2**31 - 1, size=n_resamples)
-    prices = problem.prices(beta, gamma)
-    scores = joblib.Parallel(n_jobs=n_jobs)(
-        joblib.delayed(_agreement)(problem, labels, prices, int(seed), max_iter) for seed in seeds
-    )
-    return Stability(np.array(scores))
+    weights = problem.weights_of_views(beta, gamma)
+    jobs = (joblib.delayed(_agreement)(problem, labels, weights, int(seed), max_iter) for seed in seeds)
+    return Stability(np.array(joblib.Parallel(n_jobs=n_jobs)(jobs)))
 
 
-def _agreement(problem: Problem, labels: np.ndarray, prices: tuple[float, float], seed: int, max_iter: int) -> float:
+def _agreement(problem: Problem, labels: np.ndarray, weights: tuple[float, float], seed: int, max_iter: int) -> float:
     views = problem.views
     random_state = np.random.RandomState(seed)
     counts = np.bincount(random_state.randint(views.n, size=views.n), minlength=views.n)
@@ -109,16 +108,16 @@ def _agreement(problem: Problem, labels: np.ndarray, prices: tuple[float, float]
         views.metric,
         views.semantic_center,
     )
-    # Of the members of a cluster a resample holds this share, the others being drawn never.
+    # A resample leaves out some members of every cluster, so fewer are asked of its clusters.
     fewest = max(1, round(len(drawn) / views.n * problem.min_cluster_size))
     search = Search(part, random_state, max_iter=max_iter, min_members=fewest)
-    found = search.best(search.starts(*prices), *prices)
-    costs = np.stack([_costs(views, part, cluster, *prices) for cluster in found.clusters], axis=1)
+    found = search.best(search.starts(*weights), *weights)
+    costs = np.stack([_costs(views, part, cluster, *weights) for cluster in found.clusters], axis=1)
     return float(adjusted_rand_score(labels, np.argmin(costs, axis=1)))
 
 
 def _costs(views: PairedViews, part: PairedViews, cluster: Cluster, b_e: float, b_a: float) -> np.ndarray:
-    """What all rows cost in a cluster of a resample."""
+    """What each row of the whole set would add to the objective in a cluster of a resample, ``(n,)``."""
     d_e = ((views.semantic - part.semantic_mean(cluster)) ** 2).sum(axis=1)
     d_a = views.center_distances(part.attribution_center(cluster))
     return b_e * d_e + b_a * d_a - np.log(cluster.mass)

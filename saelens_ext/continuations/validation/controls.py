@@ -15,6 +15,8 @@ from saelens_ext.continuations.continuation_set import ContinuationSet
 from saelens_ext.continuations.source_table import SourceTable
 from saelens_ext.continuations.steering.latents import SteeringDirection, direction_of, turnable_columns
 from saelens_ext.continuations.validation.methods import SUBSTITUTES
+from saelens_ext.continuations.steering.steer import sources_of_set
+from saelens_ext.ops.rate_distortion import CDIST_METRICS, CdistMetric
 from saelens_ext.ops.weighted_median import weighted_median
 
 REPRESENTATIVES = ("medoid", "center", "contrast")
@@ -69,7 +71,7 @@ class Representatives:
 
     Args:
         continuations: with embeddings and signatures.
-        clusterer: whose prices and metrics say what is near; their scales are those of the choosing members.
+        clusterer: whose weights and metrics define distance; their scales are those of the choosing members.
         choosing: rows.
         kind: ``"medoid"``: the signature of the member with the least weighted mean distance to the others;
             ``"center"``: the weighted median of signatures per source; ``"contrast"``: the medoid's signature minus
@@ -80,12 +82,12 @@ class Representatives:
         self._semantic, self._signatures = continuations.both_views()
         self._weights = continuations.weights.numpy()
         self._kind = _checks.choice(kind, REPRESENTATIVES, "direction")
-        self._metric = "cityblock" if clusterer.attribution_metric == "l1" else "sqeuclidean"
-        self._prices = (1.0, 1.0)
+        self._metric: CdistMetric = CDIST_METRICS[clusterer.attribution_metric]
+        self._view_weights = (1.0, 1.0)
         if len(choosing) > 1:
             views = self._semantic[choosing], self._signatures[choosing]
             problem = clusterer.problem(*views, sample_weight=self._weights[choosing], reset=False)
-            self._prices = problem.prices(clusterer.beta, clusterer.gamma)
+            self._view_weights = problem.weights_of_views(clusterer.beta, clusterer.gamma)
         self._origin = self._center(choosing) if kind == "contrast" else np.zeros(self._signatures.shape[1])
 
     def signature(self, row: int) -> np.ndarray:
@@ -103,10 +105,9 @@ class Representatives:
         return weighted_median(self._signatures[rows].T, self._weights[rows])
 
     def _distances(self, semantic: np.ndarray, signatures: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        b_e, b_a = self._prices
-        return b_e * cdist(semantic, self._semantic[rows], "sqeuclidean") + b_a * cdist(
-            signatures, self._signatures[rows], self._metric
-        )
+        b_e, b_a = self._view_weights
+        semantic_distances = cdist(semantic, self._semantic[rows], "sqeuclidean")
+        return b_e * semantic_distances + b_a * cdist(signatures, self._signatures[rows], self._metric)
 
     def _medoid(self, rows: np.ndarray) -> int:
         mean = np.average(self._semantic[rows], axis=0, weights=self._weights[rows])
@@ -169,7 +170,7 @@ def make_plan(
 
     Args:
         continuations: with both views and sources.
-        clusterer: for its prices.
+        clusterer: for its weights and metrics.
         labels: the clusters under test, ``(n,)``.
         split: of their members.
         partitions: labels of further partitions by name.
@@ -181,7 +182,7 @@ def make_plan(
     plan = Plan(split)
     plan.labels = {"joint": labels} | control_partitions(continuations, labels, generator)
     plan.labels |= {name: np.asarray(given) for name, given in partitions.items()}
-    chooser = _Chooser(continuations.sources, top, sign)
+    chooser = _Chooser(sources_of_set(continuations), top, sign)
     representatives = Representatives(continuations, clusterer, split.choosing, kind)
     for method, partition in plan.labels.items():
         for name in np.unique(partition):
@@ -199,14 +200,16 @@ def control_partitions(
 ) -> dict[str, np.ndarray]:
     """The partitions that the clusters are compared with, of as many clusters."""
     k, weights = len(np.unique(labels)), continuations.weights.numpy()
-    views = {"semantic": continuations.embeddings, "attribution": continuations.signatures}
-    found = {
+    partitions = {
         name: single_view_kmeans(
-            view.double().numpy(), n_clusters=k, sample_weight=weights, random_state=int(generator.integers(2**31))
+            view, n_clusters=k, sample_weight=weights, random_state=int(generator.integers(2**31))
         ).labels
-        for name, view in views.items()
+        for name, view in zip(("semantic", "attribution"), continuations.both_views())
     }
-    return found | {"random_partition": generator.permutation(labels), "global": np.zeros(len(labels), dtype=np.int64)}
+    return partitions | {
+        "random_partition": generator.permutation(labels),
+        "global": np.zeros(len(labels), dtype=np.int64),
+    }
 
 
 def _add_substitutes(

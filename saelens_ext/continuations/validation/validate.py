@@ -71,7 +71,7 @@ def validate_clusters(
         dictionaries: those that the continuations were attributed with, in the same order.
         continuations: with embeddings, signatures and sources.
         clusters: a fitted ``JointClusterer`` (or another clusterer with ``labels_``), or labels ``(n,)``. Medoids use
-            the prices and metrics of the clusterer; for others those of a ``JointClusterer`` as it comes.
+            the weights and metrics of the clusterer; for others those of a default ``JointClusterer``.
         direction: what stands for a cluster, for all methods alike: ``"medoid"``, ``"center"`` or ``"contrast"``, see
             ``validate_controls.Representatives``.
         top: latents to turn at most.

@@ -12,8 +12,7 @@ from saelens_ext.continuations.validation.results import combine_validations
 from saelens_ext.continuations.validation.validate import validate_clusters
 from saelens_ext.host.hook_edits import hooked
 from saelens_ext.host.models import resolve_hook
-from saelens_ext.steering.sampling import SamplingOptions
-from saelens_ext.steering.sampling import sample_continuations as sample_plainly
+from saelens_ext.steering.sampling import SamplingOptions, sample_texts
 from tests.continuations._dictionaries import make
 from tests.models_zoo import MODEL_CLASSES, make_model
 
@@ -64,9 +63,9 @@ def test_generations_are_those_of_a_model_edited_by_hand(model_class):
 
     # As the continuations were sampled, with the next seed.
     options = SamplingOptions(max_new_tokens=4, top_k=None, top_p=0.9, seed=4)
-    plain = sample_plainly(model, found.prefix, n=5, options=options, batch_size=5)[0]
+    plain = sample_texts(model, found.prefix, n=5, options=options, batch_size=5)[0]
     with hooked(model, [(resolve_hook(model, "blocks.1.hook_mlp_out"), turn)]):
-        edited = sample_plainly(model, found.prefix, n=5, options=options, batch_size=5)[0]
+        edited = sample_texts(model, found.prefix, n=5, options=options, batch_size=5)[0]
     assert list(steered.generations[0]) == plain and list(steered.generations[1]) == edited
     assert plain != edited
     shares = steered.generation_shares()
