@@ -10,7 +10,7 @@ from saelens_ext.continuations.clustering.path import GAMMAS
 from saelens_ext.continuations.clustering.problem import check_beta_and_gamma
 from saelens_ext.continuations.embed import MODES
 from saelens_ext.continuations.steering.steer import checked_strengths
-from saelens_ext.continuations.validation.validate import STRENGTHS
+from saelens_ext.continuations.validation.validate import VALIDATION_STRENGTHS
 
 
 @_checks.normalising
@@ -50,10 +50,10 @@ class AuditConfig:
     """Bootstrap resamples for the stability of each clustering."""
     validate: bool = True
     """Whether to test the modes by steering."""
-    strengths: tuple[float | int, ...] = STRENGTHS
+    strengths: tuple[float | int, ...] = VALIDATION_STRENGTHS
     """Of steering."""
     top: int = 10
-    """Latents that each direction turns."""
+    """Latents that each direction scales."""
     max_rows: int = 32
     """Held-out members that effects are measured on."""
     seed: int = 0

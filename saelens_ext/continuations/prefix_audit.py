@@ -58,7 +58,7 @@ class PrefixAudit:
         return table
 
     def modes(self) -> pd.DataFrame:
-        """One row per mode: its members, its weight (their share of all) and the text of its medoid."""
+        """One row per mode: its members, its weight (their fraction of all) and the text of its medoid."""
         medoids = self.clusterer.medoid_indices_
         return pd.DataFrame(
             {
@@ -160,8 +160,8 @@ class PrefixAudit:
 
 def _weighted_mean(values: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and its standard error, column by column; NaN for the error of fewer than two effective rows."""
-    share = weights / weights.sum()
-    mean = share @ values
-    effective = 1 / (share**2).sum()
-    variance = share @ (values - mean) ** 2
+    weights = weights / weights.sum()
+    mean = weights @ values
+    effective = 1 / (weights**2).sum()
+    variance = weights @ (values - mean) ** 2
     return mean, np.sqrt(variance / (effective - 1)) if effective > 1.0001 else np.full_like(mean, np.nan)

@@ -50,7 +50,7 @@ def sample_continuations(
     Draws are taken in order until n rows are found. Continuations without visible text count as drawn but make no row.
 
     Args:
-        model: either host class, with a tokenizer.
+        model: any TransformerLens model, with a tokenizer.
         prefix: the text to go on from; BOS is added where ``model.to_tokens`` adds it, and none to a chat template's.
         n: rows wanted, at least 1.
         temperature: what logits are divided by; 0 takes the likeliest token, so that all draws are one.
@@ -118,7 +118,7 @@ def score_continuations(
     """Make a set of continuations that you have already, and find how likely the model holds them.
 
     Args:
-        model: either host class, with a tokenizer.
+        model: any TransformerLens model, with a tokenizer.
         prefix: as for :func:`sample_continuations`, and likewise the chat template.
         continuations: texts, with their leading space where there is one, which get the tokens that they have behind
             the prefix (see :func:`ids_after`); or token ids, which alone say how a sampled text was cut.

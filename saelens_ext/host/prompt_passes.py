@@ -1,5 +1,6 @@
 """Forward passes over prompts, the same way on either host class: tokens in, logits out, with or without a KV cache."""
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -82,6 +83,55 @@ def logits_of(model: HostModel, ids: Tensor, mask: Tensor | None = None) -> Tens
         return model(ids, return_type="logits", attention_mask=mask)
 
 
+def has_kv_cache(model: HostModel) -> bool:
+    """Whether passes over this model can go on from the keys and values of earlier tokens."""
+    return bool(getattr(getattr(model, "adapter", None), "supports_kv_cache", True))
+
+
+class KVCache:
+    """Keys and values of a batch of equally long sequences, on either host class.
+
+    Args:
+        model: one that :func:`has_kv_cache`.
+        n: sequences in the batch.
+    """
+
+    def __init__(self, model: HostModel, n: int):
+        self._model = model
+        self._length = 0
+        self._cache: Any = None
+        if isinstance(model, HookedTransformer):
+            self._cache = TransformerLensKeyValueCache.init_cache(model.cfg, model.cfg.device, n)
+
+    @callers_autocast()
+    def run(self, ids: Tensor) -> Tensor:
+        """Run and remember the next tokens of every sequence, ``(n, L)``; gives their logits ``(n, L, d_vocab)``."""
+        self._length += ids.shape[1]
+        if isinstance(self._model, HookedTransformer):
+            mask = torch.ones_like(ids)
+            return self._model(ids, return_type="logits", past_kv_cache=self._cache, attention_mask=mask)
+        past = {} if self._cache is None else {"past_key_values": self._cache}
+        mask = ids.new_ones(len(ids), self._length)
+        logits, self._cache = self._model(
+            ids, return_type="logits_and_cache", use_cache=True, attention_mask=mask, **past
+        )
+        return logits
+
+    def select(self, rows: Sequence[int]) -> "KVCache":
+        """A copy with some of the sequences, each any number of times; this one stays as it is."""
+        chosen = torch.tensor(list(rows), device=device_of(self._model))
+        copied = KVCache(self._model, len(rows))
+        copied._length = self._length
+        if isinstance(self._model, HookedTransformer):
+            copied._cache.previous_attention_mask = self._cache.previous_attention_mask[chosen]
+            for entry, full in zip(copied._cache.entries, self._cache.entries, strict=True):
+                entry.past_keys, entry.past_values = full.past_keys[chosen], full.past_values[chosen]
+        else:
+            copied._cache = copy.deepcopy(self._cache)
+            copied._cache.batch_select_indices(chosen)
+        return copied
+
+
 class CachedPasses:
     """A batch of equally long sequences that grows token by token, through the host's KV cache where it has one.
 
@@ -95,28 +145,12 @@ class CachedPasses:
 
     def __init__(self, model: HostModel, ids: Tensor):
         self._model = model
-        self._ids = ids
-        self._fresh = ids
-        self._cache: Any = None
-        self._is_hooked_transformer = isinstance(model, HookedTransformer)
-        adapter = getattr(model, "adapter", None)
-        self._cached = self._is_hooked_transformer or bool(getattr(adapter, "supports_kv_cache", True))
-        if self._is_hooked_transformer:
-            self._cache = TransformerLensKeyValueCache.init_cache(model.cfg, model.cfg.device, len(ids))
+        self._ids = self._fresh = ids
+        self._cache = KVCache(model, len(ids)) if has_kv_cache(model) else None
 
-    @callers_autocast()
     def logits(self) -> Tensor:
         """Logits ``(b, d_vocab)`` of the token after the last; call it once between two calls of :meth:`append`."""
-        if not self._cached:
-            return logits_of(self._model, self._ids)[:, -1]
-        if self._is_hooked_transformer:
-            mask = torch.ones_like(self._fresh)
-            return self._model(self._fresh, return_type="logits", past_kv_cache=self._cache, attention_mask=mask)[:, -1]
-        past = {} if self._cache is None else {"past_key_values": self._cache}
-        mask = torch.ones_like(self._ids)
-        logits, self._cache = self._model(
-            self._fresh, return_type="logits_and_cache", use_cache=True, attention_mask=mask, **past
-        )
+        logits = logits_of(self._model, self._ids) if self._cache is None else self._cache.run(self._fresh)
         return logits[:, -1]
 
     def append(self, tokens: Tensor) -> None:

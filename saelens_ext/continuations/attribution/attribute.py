@@ -74,7 +74,7 @@ def attribute_continuations(
     the output does; the others are attributed all the same (see `attribution_sites`).
 
     Args:
-        model: either host class, no SAE attached.
+        model: any TransformerLens model, no SAE attached.
         dictionaries: SAELens SAEs and transcoders at their own hooks, any number, none included.
         continuations: from ``sample_continuations`` or ``score_continuations`` with this model.
         backend: ``"linear"``: direct effects through frozen attention patterns, norm scales and MLPs. ``"gradient"``:
@@ -96,7 +96,7 @@ def attribute_continuations(
         The set with ``signatures`` (float32, in units of logits), ``sources`` in the order of hooks and positions, and
         the columns ``target``, ``prefix_effect`` and ``continuation_effect``: the target, and the sums over ALL sources
         of the cut at the prefix and at the continuation's own tokens. For the linear backend target minus both is
-        what the model's biases give; ``metadata["attribution"]`` says which share of the effect is in the columns.
+        what the model's biases give; ``metadata["attribution"]`` says what fraction of the effect is in the columns.
 
     Raises:
         ValueError: an unknown option; a dictionary at a hook that the model lacks or of another width; two
@@ -125,13 +125,11 @@ def attribute_continuations(
     kept = _largest(effects, max_sources)
     table = SourceTable.joined([part.table(run.tokens) for part in sources]).select(kept.tolist())
     total = float(effects.abs().sum())
-    share = float(effects[:, kept].abs().sum()) / total if total else 1.0
-    logger.info(
-        "%d of %d sources kept, which hold %.1f %% of the absolute effect", len(kept), effects.shape[1], 100 * share
-    )
-    described = {"backend": backend, "target": target, "n_sources": effects.shape[1], "share_of_effect": share}
-    found = continuations.with_signatures(effects[:, kept], table).with_columns(columns)
-    return _with_metadata(found, described | {"cut": [site.hook for site in run.sites if site.in_cut]})
+    fraction = float(effects[:, kept].abs().sum()) / total if total else 1.0
+    logger.info("Kept %d of %d sources: %.1f %% of the absolute effect", len(kept), effects.shape[1], 100 * fraction)
+    described = {"backend": backend, "target": target, "n_sources": effects.shape[1], "share_of_effect": fraction}
+    attributed = continuations.with_signatures(effects[:, kept], table).with_columns(columns)
+    return _with_metadata(attributed, described | {"cut": [site.hook for site in run.sites if site.in_cut]})
 
 
 @standard_modes(model_too=True)

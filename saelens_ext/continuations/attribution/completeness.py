@@ -39,7 +39,7 @@ class Completeness:
 
     @property
     def relative_gap(self) -> Tensor:
-        """The gap as a share of the target or of the largest part, whichever is larger in size."""
+        """The gap as a fraction of the target or of the largest part, whichever is larger in size."""
         parts = torch.stack([self.target, self.prefix, self.continuation, self.bias]).abs()
         return self.gap.abs() / parts.amax(dim=0).clamp_min(1e-30)
 
@@ -56,7 +56,7 @@ def measure_completeness(
     """Take the targets of a few continuations apart.
 
     Args:
-        model: either host class.
+        model: any TransformerLens model.
         sites: from ``plan_sites``.
         dictionaries: those that the sites name.
         target: of the continuations.

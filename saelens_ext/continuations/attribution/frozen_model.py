@@ -208,7 +208,7 @@ def _linear_mlps(model: HostModel, trace: Trace) -> list[tuple[str, HookFunction
 
 
 def _linear_in(trace: Trace, post: str, factors: list[str]) -> HookFunction:
-    """The same neurons, as a linear function of each factor in turn, with equal shares."""
+    """The same neurons, as a linear function of each factor alone, weighted equally."""
 
     def run(x: Tensor, hook: Any = None) -> Tensor:
         live = [trace.live[name] for name in factors]

@@ -30,7 +30,7 @@ class Target:
     """The demeaned logits of continuations as a linear function of what the unembedding receives.
 
     Args:
-        model: either host class.
+        model: any TransformerLens model.
         n_prefix: M.
         reduction: one of `TARGETS`.
     """

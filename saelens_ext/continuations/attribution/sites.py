@@ -106,7 +106,7 @@ def plan_sites(
     """The sites to read in one pass, in the order in which they fire, each knowing its part in the cut.
 
     Args:
-        model: either host class.
+        model: any TransformerLens model.
         dictionaries: from :func:`dictionary_sites`.
         base: from :func:`base_sites`.
         order: hooks in the order in which they fired.

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Int
+from scipy.stats import entropy
 from sklearn.cluster import KMeans
 
 from saelens_ext import _checks
@@ -91,5 +92,4 @@ def _nearest_rate(partition, rate: float, most: int) -> BaselinePartition:
 
 
 def _rate(labels: np.ndarray, weights: np.ndarray) -> float:
-    shares = np.bincount(labels, weights) / weights.sum()
-    return max(0.0, float(-(shares @ np.log(shares))))
+    return max(0.0, float(entropy(np.bincount(labels, weights))))

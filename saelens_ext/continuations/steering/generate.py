@@ -1,4 +1,4 @@
-"""Free generations of a prefix while latents of it are turned, and which cluster each falls into.
+"""Open-ended samples of a prefix while latents of it are scaled, and which cluster each falls into.
 
 Generation number i draws the same random numbers whatever the direction and strength, so that steered and unsteered
 generations are paired and differ by the steering alone.
@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from saelens_ext import _checks
 from saelens_ext.continuations.continuation_set import PADDING, ContinuationSet, pad_rows
 from saelens_ext.continuations.embed import embed_continuations
-from saelens_ext.continuations.steering.latents import LatentTurner
+from saelens_ext.continuations.steering.latents import LatentScaler
 from saelens_ext.continuations.steering.passes import Setting
 from saelens_ext.host.continued_text import text_after
 from saelens_ext.host.hook_edits import hooked
@@ -62,7 +62,7 @@ class GenerationPlan:
 
 def generate_steered(
     model: HostModel,
-    turner: LatentTurner,
+    scaler: LatentScaler,
     continuations: ContinuationSet,
     settings: Sequence[Setting],
     plan: GenerationPlan,
@@ -77,7 +77,7 @@ def generate_steered(
     with evaluating(model):
         for first in tqdm(range(0, len(jobs), batch_size), desc="generating", unit="batch", disable=not progress):
             batch = jobs[first : first + batch_size]
-            hooks = turner.hooks(
+            hooks = scaler.hooks(
                 [setting.direction for setting, _ in batch], [setting.strength for setting, _ in batch]
             )
             with hooked(model, hooks):
@@ -154,6 +154,7 @@ def nearest_cluster(
 
     def classify(generations: ContinuationSet) -> np.ndarray:
         vectors = embed_continuations(generations, embedder, mode=mode).embeddings
+        assert vectors is not None
         if vectors.shape[1] != centers.shape[1]:
             raise ValueError(
                 f"The embedder gives vectors of width {vectors.shape[1]}, and the continuations' embeddings have width "

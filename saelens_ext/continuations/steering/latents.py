@@ -1,8 +1,8 @@
-"""Which latents of a prefix to turn up or down, and forward passes in which they are.
+"""Which latents of a prefix to scale up or down, and the hooks that do it in a forward pass.
 
 Symbols
     w_j    weight of source j in a direction: its entry of a signature, or of a centre of signatures
-    B      number of latents turned
+    B      number of latents scaled
     eps    strength: latent j is scaled by 1 + eps sign(w_j), so that eps > 0 goes along the direction; at -1 a latent
            of positive weight is removed and one of negative weight doubled
     h_j    activation of latent j on the stream as it is, other changes before it included
@@ -35,7 +35,7 @@ _CODES_BYTES = 2**26
 
 @dataclass(frozen=True)
 class SteeringDirection:
-    """The B latents of the prefix that a direction turns, by descending magnitude of weight."""
+    """The B latents of the prefix that a direction scales, by descending magnitude of weight."""
 
     columns: tuple[int, ...]
     """Which sources of the table they are."""
@@ -44,11 +44,9 @@ class SteeringDirection:
     sources: SourceTable
     """What they are, one row per latent."""
     steered_share: float
-    """Share of the direction's absolute weight, over all of its sources, that these latents hold."""
+    """Fraction of the direction's absolute weight, summed over all of its sources, that is on these latents."""
     steerable_share: float
-    """Share that all latents hold; the rest lies on error nodes, biases, MLPs and embeddings, which cannot be
-    turned.
-    """
+    """Fraction on all latents; the rest is on error nodes, biases, MLPs and embeddings, which cannot be scaled."""
 
     def __len__(self) -> int:
         return len(self.columns)
@@ -68,7 +66,7 @@ class SteeringDirection:
         return self.sources.to_dataframe().assign(column=list(self.columns), weight=list(self.weights))
 
 
-def choose_sources(
+def choose_latents(
     sources: SourceTable,
     weights: Sequence[float | int] | np.ndarray | Tensor,
     *,
@@ -97,13 +95,13 @@ def choose_sources(
             "source, for example a row of continuations.signatures."
         )
     _checks.finite(given, "The direction")
-    columns = turnable_columns(sources, given, top, sign)
+    columns = largest_latents(sources, given, top, sign)
     if not columns:
-        raise ValueError(_nothing_to_turn(sources, given, sign))
+        raise ValueError(_no_latent(sources, given, sign))
     return direction_of(sources, given, columns)
 
 
-def turnable_columns(sources: SourceTable, weights: Tensor, top: int, sign: str) -> list[int]:
+def largest_latents(sources: SourceTable, weights: Tensor, top: int, sign: str) -> list[int]:
     """The latents of largest weight, by descending magnitude; none where no latent has such a weight."""
     wanted = {"all": weights != 0, "positive": weights > 0, "negative": weights < 0}[sign]
     candidates = (_latents(sources) & wanted).nonzero().flatten()
@@ -116,7 +114,7 @@ def _latents(sources: SourceTable) -> Tensor:
 
 
 def direction_of(sources: SourceTable, weights: Tensor, columns: Sequence[int]) -> SteeringDirection:
-    """The direction that turns the latents of some columns, with what share of ``weights`` ``(m,)`` they hold."""
+    """The direction that scales the latents of some columns of ``weights``, ``(m,)``."""
     total = float(weights.abs().sum())
     return SteeringDirection(
         columns=tuple(columns),
@@ -127,27 +125,27 @@ def direction_of(sources: SourceTable, weights: Tensor, columns: Sequence[int]) 
     )
 
 
-def _nothing_to_turn(sources: SourceTable, weights: Tensor, sign: str) -> str:
+def _no_latent(sources: SourceTable, weights: Tensor, sign: str) -> str:
     is_latent = _latents(sources)
     counts = {kind: sources.kinds.count(kind) for kind in dict.fromkeys(sources.kinds)}
-    held = f"Its sources are {', '.join(f'{n} of kind {kind!r}' for kind, n in counts.items())}"
+    described = f"Its sources are {', '.join(f'{n} of kind {kind!r}' for kind, n in counts.items())}"
     if not bool(is_latent.any()):
         return (
-            f"The direction has no source that can be turned. {held}; only latents can. "
+            f"The direction has no source that can be scaled. {described}; only latents can. "
             "Attribute with a dictionary and with 'latent' among its kinds."
         )
     kind = "" if sign == "all" else f"{sign} "
     return (
-        f"No latent has a {kind}weight in this direction. {held}, and {int((weights[is_latent] != 0).sum())} latents "
-        "have a weight other than 0. Give another direction or sign='all'."
+        f"No latent has a {kind}weight in this direction. {described}, and {int((weights[is_latent] != 0).sum())} "
+        "latents have a weight other than 0. Give another direction or sign='all'."
     )
 
 
-class LatentTurner:
-    """Turns latents in forward passes, in each row of a batch others and by another strength.
+class LatentScaler:
+    """Scales latents in forward passes; each row of a batch has its own latents and strength.
 
     Args:
-        model: either host class, no SAE attached.
+        model: any TransformerLens model, no SAE attached.
         dictionaries: those that the continuations were attributed with, in the same order.
         sources: the table that directions point into.
 
@@ -188,21 +186,21 @@ class LatentTurner:
         A later pass over one token each, a step of generation from a KV cache, is left alone. Rows of strength 0 are
         left exactly as they are.
         """
-        found: list[tuple[str, HookFunction]] = []
+        hooks: list[tuple[str, HookFunction]] = []
         for index, site in enumerate(self._sites):
-            turned = _Turned.of(index, directions, strengths)
-            if turned is None:
+            scaled = _Scaled.of(index, directions, strengths)
+            if scaled is None:
                 continue
-            edit = _Edit(self._dictionaries[index], turned, site.hook)
+            edit = _Edit(self._dictionaries[index], scaled, site.hook)
             if site.read != site.hook:
-                found.append((site.read, edit.read))
-            found.append((site.hook, edit.write))
-        return found
+                hooks.append((site.read, edit.read))
+            hooks.append((site.hook, edit.write))
+        return hooks
 
 
 @dataclass(frozen=True)
-class _Turned:
-    """Which latents of one dictionary are turned in a batch: at P pairs of a row and a position, N latents in all."""
+class _Scaled:
+    """The latents of one dictionary scaled in a batch: at P pairs of a row and a position, N latents in all."""
 
     rows: Tensor
     """``(P,)``."""
@@ -218,7 +216,7 @@ class _Turned:
     @classmethod
     def of(
         cls, dictionary: int, directions: Sequence[SteeringDirection], strengths: Sequence[float | int]
-    ) -> "_Turned | None":
+    ) -> "_Scaled | None":
         pairs: dict[tuple[int, int], int] = {}
         entries: list[tuple[int, int, float]] = []
         for row, (direction, strength) in enumerate(zip(directions, strengths, strict=True)):
@@ -235,28 +233,28 @@ class _Turned:
 
 
 class _Edit:
-    """Adds decode(z') - decode(z) where latents are turned, the codes z read off the stream as it is."""
+    """Adds decode(z') - decode(z) where latents are scaled; z are the codes of the activations as they are."""
 
-    def __init__(self, sae: SAE[Any], turned: _Turned, hook: str):
-        self._sae, self._turned, self._hook = sae, turned, hook
-        self._source: Tensor | None = None
+    def __init__(self, sae: SAE[Any], scaled: _Scaled, hook: str):
+        self._sae, self._scaled, self._hook = sae, scaled, hook
+        self._input: Tensor | None = None
         self._prefix_seen = False
 
     @standard_modes()
     def read(self, x: Tensor, hook: Any = None) -> None:
-        """Of a transcoder: keep what it reads."""
-        self._source = x
+        """Keep the input of a transcoder."""
+        self._input = x
 
     @standard_modes()
     def write(self, x: Tensor, hook: Any = None) -> Tensor | None:
-        source, self._source = (x if self._source is None else self._source), None
+        read, self._input = (x if self._input is None else self._input), None
         step = x.shape[1] == 1 and self._prefix_seen
         self._prefix_seen = True
         if step:
             return None
-        t = self._turned
+        t = self._scaled
         flat = flat_rows(x, self._sae.W_dec.shape[1], self._hook)
-        inputs = flat_rows(source, int(self._sae.cfg.d_in), self._hook)[t.rows, t.positions]
+        inputs = flat_rows(read, int(self._sae.cfg.d_in), self._hook)[t.rows, t.positions]
         before = flat[t.rows, t.positions]
         wide = torch.promote_types(x.dtype, torch.float32)
         after = before.to(wide) + self._change(inputs.to(wide)).to(before.device, wide)
@@ -272,7 +270,7 @@ class _Edit:
         )
 
     def _part(self, inputs: Tensor, first: int, last: int) -> Tensor:
-        t = self._turned
+        t = self._scaled
         codes = encode_flat(self._sae, inputs[first:last].to(self._sae.W_dec.device))
         mine = (t.pairs >= first) & (t.pairs < last)
         places = (t.pairs[mine] - first).to(codes.device), t.latents[mine].to(codes.device)

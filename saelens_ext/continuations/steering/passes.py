@@ -1,4 +1,4 @@
-"""What continuations are worth to a model while latents of their prefix are turned.
+"""How likely a model finds continuations while latents of their prefix are scaled.
 
 The change is made at the prefix alone, which is the same for all continuations. So the prefix is run once per
 direction and strength, and its continuations go on from its KV cache. With hooks of the user's on the model, which may
@@ -9,7 +9,6 @@ Symbols
     S      settings: pairs of a direction and a strength
 """
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,16 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformer_lens import HookedTransformer
-from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
-from saelens_ext._modes import callers_autocast
 from saelens_ext.continuations.attribution.gradients import Target, batch_ids
 from saelens_ext.continuations.continuation_set import ContinuationSet
-from saelens_ext.continuations.steering.latents import LatentTurner, SteeringDirection
+from saelens_ext.continuations.steering.latents import LatentScaler, SteeringDirection
 from saelens_ext.host.hook_edits import hooked
 from saelens_ext.host.models import HostModel
-from saelens_ext.host.prompt_passes import device_of, evaluating, logits_of
+from saelens_ext.host.prompt_passes import KVCache, device_of, evaluating, has_kv_cache, logits_of
 
 MEASURES = ("demeaned_logit", "mean_log_prob", "log_prob")
 
@@ -43,14 +39,14 @@ class SteeredPasses:
     """Measures continuations under settings.
 
     Args:
-        model: either host class.
-        turner: turns the latents.
+        model: any TransformerLens model.
+        scaler: scales the latents.
         continuations: what to measure.
         batch_size: rows per forward pass.
     """
 
-    def __init__(self, model: HostModel, turner: LatentTurner, continuations: ContinuationSet, batch_size: int):
-        self._model, self._turner, self._set, self._batch_size = model, turner, continuations, batch_size
+    def __init__(self, model: HostModel, scaler: LatentScaler, continuations: ContinuationSet, batch_size: int):
+        self._model, self._scaler, self._set, self._batch_size = model, scaler, continuations, batch_size
         # Final columns are cut to those that predict, as if the prefix were one token long.
         self._target = Target(model, 1, "mean")
 
@@ -88,10 +84,7 @@ class SteeredPasses:
 
     @property
     def _cached(self) -> bool:
-        adapter = getattr(self._model, "adapter", None)
-        if not getattr(adapter, "supports_kv_cache", True):
-            return False
-        return not any(point.fwd_hooks for point in self._model.hook_dict.values())
+        return has_kv_cache(self._model) and not any(point.fwd_hooks for point in self._model.hook_dict.values())
 
     def _groups(
         self, settings: Sequence[Setting], jobs: Sequence[tuple[int, int]]
@@ -109,7 +102,7 @@ class SteeredPasses:
     def _run_whole(self, settings: Sequence[Setting], rows: Sequence[int]) -> Tensor:
         tokens = self._tokens(rows)
         ids = batch_ids(self._set.prefix_ids, tokens, device_of(self._model))
-        hooks = self._turner.hooks([s.direction for s in settings], [s.strength for s in settings])
+        hooks = self._scaler.hooks([s.direction for s in settings], [s.strength for s in settings])
         columns = slice(len(self._set.prefix_ids) - 1, -1)
         with hooked(self._model, hooks), _Head(self._model, columns) as head:
             logits = logits_of(self._model, ids)
@@ -119,10 +112,10 @@ class SteeredPasses:
 
     def _run_prefix(self, settings: Sequence[Setting]) -> "_Prefix":
         ids = torch.tensor(self._set.prefix_ids, device=device_of(self._model)).expand(len(settings), -1)
-        hooks = self._turner.hooks([s.direction for s in settings], [s.strength for s in settings])
-        cache = _PrefixCache(self._model, len(settings))
+        hooks = self._scaler.hooks([s.direction for s in settings], [s.strength for s in settings])
+        cache = KVCache(self._model, len(settings))
         with hooked(self._model, hooks), _Head(self._model, slice(-1, None)) as head:
-            logits = cache.fill(ids)
+            logits = cache.run(ids)
         return _Prefix(cache, head.final, logits)
 
     def _run_on(self, prefix: "_Prefix", members: Sequence[int], rows: Sequence[int]) -> Tensor:
@@ -131,7 +124,7 @@ class SteeredPasses:
         if tokens.shape[1] > 1:
             ids = torch.where(tokens >= 0, tokens, self._set.prefix_ids[0])[:, :-1].to(device_of(self._model))
             with _Head(self._model, slice(None)) as head:
-                later = prefix.cache.run_on(ids, members)
+                later = prefix.cache.select(members).run(ids)
             final, logits = torch.cat([final, head.final], dim=1), torch.cat([logits, later], dim=1)
         return self._scores(final, logits, tokens)
 
@@ -157,7 +150,7 @@ class SteeredPasses:
 class _Prefix:
     """A prefix that was run under S settings."""
 
-    cache: "_PrefixCache"
+    cache: KVCache
     final: Tensor
     """What the unembedding received at the last token, ``(S, 1, d)``."""
     logits: Tensor
@@ -181,45 +174,3 @@ class _Head:
 
     def __exit__(self, *exception: object) -> None:
         self._handle.remove()
-
-
-class _PrefixCache:
-    """Keys and values of a prefix under S settings, from which passes go on without changing them."""
-
-    def __init__(self, model: HostModel, n: int):
-        self._model = model
-        self._is_hooked_transformer = isinstance(model, HookedTransformer)
-        self._cache: Any = None
-        if self._is_hooked_transformer:
-            self._cache = TransformerLensKeyValueCache.init_cache(model.cfg, model.cfg.device, n)
-
-    @callers_autocast()
-    def fill(self, ids: Tensor) -> Tensor:
-        """Run the prefix ``(S, M)``; gives its logits."""
-        self._length = ids.shape[1]
-        if self._is_hooked_transformer:
-            mask = torch.ones_like(ids)
-            return self._model(ids, return_type="logits", past_kv_cache=self._cache, attention_mask=mask)
-        options = {"use_cache": True, "attention_mask": torch.ones_like(ids)}
-        logits, self._cache = self._model(ids, return_type="logits_and_cache", **options)
-        return logits
-
-    @callers_autocast()
-    def run_on(self, ids: Tensor, members: Sequence[int]) -> Tensor:
-        """Logits ``(b, L, d_vocab)`` of tokens behind the prefixes of some members, one for each row."""
-        chosen = torch.tensor(list(members), device=ids.device)
-        if self._is_hooked_transformer:
-            cache = self._selected(chosen)
-            return self._model(ids, return_type="logits", past_kv_cache=cache, attention_mask=torch.ones_like(ids))
-        cache = copy.deepcopy(self._cache)
-        cache.batch_select_indices(chosen)
-        mask = torch.ones(len(ids), self._length + ids.shape[1], dtype=ids.dtype, device=ids.device)
-        options = {"use_cache": True, "attention_mask": mask, "past_key_values": cache}
-        return self._model(ids, return_type="logits_and_cache", **options)[0]
-
-    def _selected(self, chosen: Tensor) -> TransformerLensKeyValueCache:
-        cache = TransformerLensKeyValueCache.init_cache(self._model.cfg, self._model.cfg.device, len(chosen))
-        cache.previous_attention_mask = self._cache.previous_attention_mask[chosen]
-        for entry, full in zip(cache.entries, self._cache.entries, strict=True):
-            entry.past_keys, entry.past_values = full.past_keys[chosen], full.past_values[chosen]
-        return cache

@@ -2,7 +2,7 @@
 
 The latents of largest weight are scaled by 1 + eps sign(w) at their own hooks and positions; what a dictionary does
 not reconstruct is kept, nothing is frozen, and everything that comes after sees the change. The symbols are those of
-`steer_sources`.
+`latents`.
 """
 
 import operator
@@ -26,12 +26,12 @@ from saelens_ext.continuations.steering.generate import (
     generate_steered,
     generated_texts,
 )
-from saelens_ext.continuations.steering.latents import LatentTurner, SteeringDirection, choose_sources
+from saelens_ext.continuations.steering.latents import LatentScaler, SteeringDirection, choose_latents
 from saelens_ext.continuations.steering.passes import MEASURES, Setting, SteeredPasses
 from saelens_ext.host.models import HostModel
 from saelens_ext.steering.sampling import SamplingOptions
 
-STRENGTHS = (-1.0, -0.5, -0.1, 0.0, 0.1, 0.5, 1.0)
+PAPER_STRENGTHS = (-1.0, -0.5, -0.1, 0.0, 0.1, 0.5, 1.0)
 """The published strengths, and 0."""
 
 
@@ -40,7 +40,7 @@ class SteeringResult:
     """What a direction did to continuations."""
 
     direction: SteeringDirection
-    """Which latents were turned, and which share of the direction they hold."""
+    """Which latents were scaled, and what fraction of the direction's weight is on them."""
     strengths: tuple[float, ...]
     """eps, S of them, in the order given."""
     rows: tuple[int, ...]
@@ -52,7 +52,7 @@ class SteeringResult:
     continuation's tokens, each read where it is predicted; ``"mean_log_prob"`` and ``"log_prob"``: log-probability in
     nats, per token and in total."""
     generations: tuple[tuple[str, ...], ...] = ()
-    """For each strength the free generations, where they were asked for."""
+    """For each strength the open-ended samples, where they were asked for."""
     generation_labels: tuple[tuple[int, ...], ...] = ()
     """Their clusters, -1 without visible text, where a classifier was given."""
 
@@ -74,15 +74,13 @@ class SteeringResult:
         return pd.concat(parts, ignore_index=True)
 
     def generation_shares(self) -> pd.DataFrame:
-        """Share of free generations in each cluster: one row per strength and cluster.
+        """Fraction of open-ended samples in each cluster: one row per strength and cluster.
 
         Raises:
             ValueError: nothing was generated, or no classifier was given.
         """
         if not self.generation_labels:
-            raise ValueError(
-                "No generation was placed in a cluster; call steer_continuations with generate and classify."
-            )
+            raise ValueError("No sample was placed in a cluster; call steer_continuations with generate and classify.")
         labels = np.asarray(self.generation_labels)
         shares = [
             {"strength": strength, "cluster": int(name), "share": float((row == name).mean()), "n": len(row)}
@@ -101,7 +99,7 @@ def steer_continuations(
     *,
     top: int = 10,
     sign: str = "all",
-    strengths: Sequence[float | int] = STRENGTHS,
+    strengths: Sequence[float | int] = PAPER_STRENGTHS,
     rows: Sequence[SupportsIndex] | np.ndarray | Tensor | None = None,
     generate: int = 0,
     classify: Classifier | None = None,
@@ -109,20 +107,20 @@ def steer_continuations(
     batch_size: int = 32,
     progress: bool = False,
 ) -> SteeringResult:
-    """Turn the latents of a direction and measure continuations, at several strengths.
+    """Scale the latents of a direction and measure continuations, at several strengths.
 
     Args:
-        model: either host class, no SAE attached; hooks of the user's act as well.
+        model: any TransformerLens model, no SAE attached; hooks of the user's act as well.
         dictionaries: those that the continuations were attributed with, in the same order.
         continuations: with ``sources``, from ``attribute_continuations``.
         direction: one weight per source, for example a row of ``continuations.signatures`` or a centre of them; or what
-            ``choose_sources`` made of one, and then ``top`` and ``sign`` are not used.
-        top: latents to turn at most. Sources of other kinds cannot be turned and are skipped; the result's
-            ``direction`` says which share of the weight they hold.
-        sign: turn latents of any sign (``"all"``), or of ``"positive"`` or ``"negative"`` weight alone.
+            ``choose_latents`` made of one, and then ``top`` and ``sign`` are not used.
+        top: latents to scale at most. Sources of other kinds cannot be scaled and are skipped; the result's
+            ``direction`` says what fraction of the weight is on latents.
+        sign: scale latents of any sign (``"all"``), or of ``"positive"`` or ``"negative"`` weight alone.
         strengths: eps, one or more, finite. Activations are scaled by 1 + eps sign(w).
         rows: continuations to measure; all by default.
-        generate: free generations to draw at each strength; random numbers are shared among strengths.
+        generate: open-ended samples to draw at each strength, with the same random numbers for all.
         classify: from a set of generations to their clusters, see ``nearest_cluster``.
         sampling: how to generate; by default as the continuations were sampled, with another seed.
         batch_size: rows per forward pass. It bounds memory: logits of a batch's continuation tokens are held at once.
@@ -132,7 +130,7 @@ def steer_continuations(
         Changes of all measures. They do not depend on the batch size beyond rounding.
 
     Raises:
-        ValueError: a set without sources, no latent to turn, strengths that are empty or not finite, no such row,
+        ValueError: a set without sources, no latent to scale, strengths that are empty or not finite, no such row,
             an unknown sign, dictionaries other than those of the attribution, or a place that cannot be edited.
 
     Source: arXiv 2606.08236, steering, measured where tokens are predicted.
@@ -143,27 +141,31 @@ def steer_continuations(
     chosen = list(range(len(continuations))) if rows is None else checked_rows(rows, len(continuations))
     plan = GenerationPlan.like(continuations, generate, sampling) if generate else None
     if not isinstance(direction, SteeringDirection):
-        direction = choose_sources(sources, direction, top=top, sign=sign)
-    turner = LatentTurner(model, [dictionaries] if isinstance(dictionaries, SAE) else dictionaries, sources)
-    passes = SteeredPasses(model, turner, continuations, batch_size)
+        direction = choose_latents(sources, direction, top=top, sign=sign)
+    scaler = LatentScaler(model, [dictionaries] if isinstance(dictionaries, SAE) else dictionaries, sources)
+    passes = SteeredPasses(model, scaler, continuations, batch_size)
     levels = [0.0, *dict.fromkeys(s for s in given if s != 0)]
     jobs = [(level, row) for level in range(len(levels)) for row in chosen]
     values = passes.measure([Setting(direction, level) for level in levels], jobs, progress=progress)
     values = values.reshape(len(levels), len(chosen), len(MEASURES))
     changes = values[[levels.index(s) for s in given]] - values[0]
-    found = {
-        "baseline": {name: values[0, :, i] for i, name in enumerate(MEASURES)},
-        "changes": {name: changes[..., i] for i, name in enumerate(MEASURES)},
-    }
+    samples: dict[str, Any] = {}
     if plan is not None:
         settings = [Setting(direction, s) for s in given]
-        drawn = generate_steered(model, turner, continuations, settings, plan, batch_size=batch_size, progress=progress)
+        drawn = generate_steered(model, scaler, continuations, settings, plan, batch_size=batch_size, progress=progress)
         texts = [generated_texts(model, continuations, part) for part in drawn]
-        found["generations"] = tuple(map(tuple, texts))
+        samples["generations"] = tuple(map(tuple, texts))
         if classify is not None:
             labels = [classify_generations(continuations, *pair, classify) for pair in zip(drawn, texts)]
-            found["generation_labels"] = tuple(tuple(part.tolist()) for part in labels)
-    return SteeringResult(direction=direction, strengths=given, rows=tuple(chosen), **found)
+            samples["generation_labels"] = tuple(tuple(part.tolist()) for part in labels)
+    return SteeringResult(
+        direction=direction,
+        strengths=given,
+        rows=tuple(chosen),
+        baseline={name: values[0, :, i] for i, name in enumerate(MEASURES)},
+        changes={name: changes[..., i] for i, name in enumerate(MEASURES)},
+        **samples,
+    )
 
 
 # --- checks that validation shares ---
@@ -184,7 +186,8 @@ def checked_strengths(strengths: Sequence[float | int]) -> tuple[float, ...]:
     given = tuple(float(s) for s in strengths)
     if not given or not np.isfinite(given).all() or len(set(given)) < len(given):
         raise ValueError(
-            f"strengths must be one or more different finite numbers, got {strengths!r}; the published are {STRENGTHS}."
+            f"strengths must be one or more different finite numbers, got {strengths!r}; the paper's are "
+            f"{PAPER_STRENGTHS}."
         )
     return given
 

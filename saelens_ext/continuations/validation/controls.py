@@ -13,7 +13,7 @@ from saelens_ext.continuations.clustering.baselines import single_view_kmeans
 from saelens_ext.continuations.clustering.joint_clusterer import JointClusterer
 from saelens_ext.continuations.continuation_set import ContinuationSet
 from saelens_ext.continuations.source_table import SourceTable
-from saelens_ext.continuations.steering.latents import SteeringDirection, direction_of, turnable_columns
+from saelens_ext.continuations.steering.latents import SteeringDirection, direction_of, largest_latents
 from saelens_ext.continuations.validation.methods import SUBSTITUTES
 from saelens_ext.continuations.steering.steer import sources_of_set
 from saelens_ext.ops.rate_distortion import CDIST_METRICS, CdistMetric
@@ -44,8 +44,8 @@ def split_members(labels: np.ndarray, held_out: float | int, max_rows: int, gene
 
     Args:
         labels: clusters, ``(n,)``.
-        held_out: share of a cluster to measure on, in (0, 1).
-        max_rows: measured members at most, taken from the clusters in turn.
+        held_out: fraction of a cluster to measure on, in (0, 1).
+        max_rows: measured members at most, one from each cluster in rotation.
         generator: source of random numbers.
 
     Raises:
@@ -62,8 +62,8 @@ def split_members(labels: np.ndarray, held_out: float | int, max_rows: int, gene
             f"None of the {len(waiting)} clusters has two members, one to choose a direction and one to measure on. "
             "Use fewer clusters (a lower beta) or more continuations."
         )
-    turns = [row for turn in range(max(map(len, waiting))) for rows in waiting for row in rows[turn : turn + 1]]
-    return Split(np.array(sorted(choosing)), np.array(sorted(turns[:max_rows])))
+    rotation = [row for i in range(max(map(len, waiting))) for rows in waiting for row in rows[i : i + 1]]
+    return Split(np.array(sorted(choosing)), np.array(sorted(rotation[:max_rows])))
 
 
 class Representatives:
@@ -166,7 +166,7 @@ def make_plan(
 ) -> Plan:
     """Directions of all methods.
 
-    A cluster none of whose choosing members has a latent to turn, or none of which chooses, gets no direction.
+    A cluster none of whose choosing members has a latent to scale, or that has no choosing member, gets no direction.
 
     Args:
         continuations: with both views and sources.
@@ -176,7 +176,7 @@ def make_plan(
         partitions: labels of further partitions by name.
         kind: see :class:`Representatives`.
         top: latents per direction.
-        sign: see ``choose_sources``.
+        sign: see ``choose_latents``.
         generator: source of random numbers.
     """
     plan = Plan(split)
@@ -234,7 +234,7 @@ def _add_substitutes(
 
 
 class _Chooser:
-    """From a direction's weights to the latents that are turned."""
+    """From a direction's weights to the latents that are scaled."""
 
     def __init__(self, sources: SourceTable, top: int, sign: str):
         self._sources, self._top, self._sign = sources, top, sign
@@ -245,9 +245,9 @@ class _Chooser:
     def planned(
         self, method: str, cluster: int, row: int, n_choosing: int, weights: np.ndarray
     ) -> list[PlannedDirection]:
-        """The direction, if there is a latent to turn."""
+        """The direction, if there is a latent to scale."""
         given = torch.as_tensor(weights, dtype=torch.float64)
-        columns = turnable_columns(self._sources, given, self._top, self._sign)
+        columns = largest_latents(self._sources, given, self._top, self._sign)
         if not columns:
             return []
         return [PlannedDirection(method, cluster, row, n_choosing, direction_of(self._sources, given, columns))]
@@ -267,5 +267,5 @@ class _Chooser:
             taken.add(columns[-1])
         weights = torch.zeros(len(self._sources), dtype=torch.float64)
         weights[columns] = torch.tensor(direction.weights, dtype=torch.float64)
-        # The weights are those of other latents, so a share of them has no meaning.
+        # The weights are those of other latents, so a fraction of them has no meaning.
         return replace(direction_of(self._sources, weights, columns), steered_share=math.nan, steerable_share=math.nan)

@@ -1,4 +1,4 @@
-"""Do free generations go where a cluster's direction points: the share of them that fall in the cluster.
+"""Do open-ended samples go where a cluster's direction points: the fraction of them that fall in the cluster.
 
 Symbols
     n     generations under each direction; the same random numbers for all, so that they are paired
@@ -19,7 +19,7 @@ from saelens_ext.continuations.steering.generate import (
     generated_texts,
     generation_set,
 )
-from saelens_ext.continuations.steering.latents import LatentTurner
+from saelens_ext.continuations.steering.latents import LatentScaler
 from saelens_ext.continuations.steering.passes import Setting
 from saelens_ext.continuations.validation.controls import Plan, PlannedDirection
 from saelens_ext.host.models import HostModel
@@ -32,7 +32,7 @@ COLUMNS = ("prefix", "method", "cluster", "strength", "share", "unsteered", "n")
 
 def generation_shares(
     model: HostModel,
-    turner: LatentTurner,
+    scaler: LatentScaler,
     continuations: ContinuationSet,
     plan: Plan,
     strength: float,
@@ -42,7 +42,7 @@ def generation_shares(
     batch_size: int,
     progress: bool,
 ) -> pd.DataFrame:
-    """Share of generations whose nearest cluster, by meaning, is the one steered towards.
+    """Fraction of generations whose nearest cluster, by meaning, is the one steered towards.
 
     Nearest among the clusters of the method's own partition; the one global direction is tried on each cluster under
     test.
@@ -61,7 +61,7 @@ def generation_shares(
         *(Setting(plan.directions[i].direction, strength) for i in unique),
     ]
     drawn = generate_steered(
-        model, turner, continuations, settings, generation, batch_size=batch_size, progress=progress
+        model, scaler, continuations, settings, generation, batch_size=batch_size, progress=progress
     )
     vectors = _embedded(model, continuations, [one for part in drawn for one in part], embed)
     parts = vectors.split(generation.n)
@@ -89,6 +89,7 @@ def _share(continuations: ContinuationSet, partition: np.ndarray, cluster: int, 
 
 def _embedded(model: HostModel, continuations: ContinuationSet, drawn: Sequence[Drawn], embed: Embed) -> Tensor:
     """One vector per generation, float64 ``(m, d_e)``, NaN without visible text; equal texts are embedded once."""
+    assert continuations.embeddings is not None  # checked by validate_clusters
     texts = generated_texts(model, continuations, drawn)
     first = {text: i for i, text in reversed(list(enumerate(texts))) if text.strip()}
     vectors = torch.full((len(drawn), continuations.embeddings.shape[1]), torch.nan, dtype=torch.float64)

@@ -42,10 +42,10 @@ class Validation:
     cells: pd.DataFrame
     """The specificity matrix in long form: mean ``change`` of the members of ``cluster`` along ``direction``."""
     directions: pd.DataFrame
-    """One row per prefix, method and cluster: the member whose signature it is, and the share of it that was turned."""
+    """One row per prefix, method and cluster: the member whose signature it is, and what fraction of it was scaled."""
     generations: pd.DataFrame
-    """One row per prefix, method and cluster: the ``share`` of free generations in the cluster, steered towards it and
-    ``unsteered``; no row where none were asked for."""
+    """One row per prefix, method and cluster: the fraction of open-ended samples in the cluster, steered towards it
+    (``share``) and ``unsteered``; no row where none were asked for."""
     settings: Mapping[str, Any]
     """How it was done; JSON-safe."""
 
@@ -210,7 +210,7 @@ def combine_validations(validations: Sequence[Validation]) -> Validation:
             )
     if len({one.generations.empty for one in validations}) > 1:
         raise ValueError(
-            "Tests with and without free generations cannot be put together; call all with the same generate."
+            "Tests with and without open-ended samples cannot be put together; call all with the same generate."
         )
     tables = {name: pd.concat([getattr(one, name) for one in validations], ignore_index=True) for name in _TABLES}
     return Validation(settings=first.settings, **tables)
@@ -239,14 +239,14 @@ def _line(row: Any, verdict: str) -> str:
 
 
 def _power_line(table: pd.DataFrame, level: float) -> list[str]:
-    """A warning where no difference, however large, could be told."""
+    """A warning where no difference, however large, could be detected."""
     n, family = int(table["n_units"].max()), int((table["n_units"] > 0).sum())
     smallest = min(1.0, 2.0 ** (1 - n) * family)
     if smallest < level:
         return []
     return [
-        f"With {n} {table['unit'].iloc[0]} units no corrected p-value can fall below {smallest:.2g}: too few to tell "
-        "anything apart."
+        f"With {n} {table['unit'].iloc[0]} units no corrected p-value can fall below {smallest:.2g}: too few to "
+        "detect any difference."
     ]
 
 

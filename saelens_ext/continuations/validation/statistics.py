@@ -160,7 +160,7 @@ def compare_generations(
     seed: int,
     confidence: float = 0.95,
 ) -> pd.DataFrame:
-    """The same for the change in the share of generations in a cluster (measure `SHARE`, statistic ``"change"``).
+    """The same for the change in the fraction of generations in a cluster (measure `SHARE`, statistic ``"change"``).
 
     With one prefix the units are clusters, and a control with clusters of its own has none to be paired with.
 
@@ -229,9 +229,9 @@ def specificity_summary(cells: pd.DataFrame, sign: int = 1) -> pd.DataFrame:
 
     Returns:
         One row per prefix and measure: ``own`` and ``others``, the mean effect on members of the direction's own
-        cluster and of each other; ``own_is_largest_of_cluster``: share of clusters that their own direction moves more
-        than any other does, and ``own_is_largest_of_direction``: share of directions that move their own cluster more
-        than any other; both NaN for one cluster.
+        cluster and of each other; ``own_is_largest_of_cluster``: fraction of clusters on which their own direction has
+        a larger effect than any other, and ``own_is_largest_of_direction``: fraction of directions with a larger effect
+        on their own cluster than on any other; both NaN for one cluster.
     """
     found = []
     for (prefix, measure), part in cells.groupby(["prefix", "measure"], sort=False):
@@ -240,7 +240,7 @@ def specificity_summary(cells: pd.DataFrame, sign: int = 1) -> pd.DataFrame:
         square = matrix.loc[names, names].to_numpy()
         diagonal = np.eye(len(square), dtype=bool)
         own, others = np.diag(square), square[~diagonal]
-        # Directions that share all their sources move every cluster alike, and are specific to none.
+        # Directions over the same latents have equal effects on every cluster, and are specific to none.
         rivals = np.where(diagonal, -np.inf, sign * square)
         least = sign * own - RESOLUTION
         several = len(square) > 1

@@ -19,7 +19,7 @@ from saelens_ext.continuations.clustering.joint_clusterer import JointClusterer
 from saelens_ext.continuations.continuation_set import ContinuationSet
 from saelens_ext.continuations.embed import embed_continuations
 from saelens_ext.continuations.steering.generate import GenerationPlan
-from saelens_ext.continuations.steering.latents import SIGNS, LatentTurner
+from saelens_ext.continuations.steering.latents import SIGNS, LatentScaler
 from saelens_ext.continuations.steering.passes import MEASURES, Setting, SteeredPasses
 from saelens_ext.continuations.steering.steer import checked_strengths, sources_of_set
 from saelens_ext.continuations.validation.controls import (
@@ -34,7 +34,7 @@ from saelens_ext.continuations.validation.methods import METHODS
 from saelens_ext.continuations.validation.results import Validation
 from saelens_ext.host.models import HostModel
 
-STRENGTHS = (-1.0, -0.5, 0.0, 0.5, 1.0)
+VALIDATION_STRENGTHS = (-1.0, -0.5, 0.0, 0.5, 1.0)
 """The published strengths without the smallest, which cost as much as the others and say least."""
 
 
@@ -48,7 +48,7 @@ def validate_clusters(
     direction: str = "medoid",
     top: int = 10,
     sign: str = "all",
-    strengths: Sequence[float | int] = STRENGTHS,
+    strengths: Sequence[float | int] = VALIDATION_STRENGTHS,
     held_out: float | int = 0.5,
     max_rows: int = 32,
     partitions: Mapping[str, Sequence[int] | np.ndarray] | None = None,
@@ -67,25 +67,25 @@ def validate_clusters(
     held-out member belongs to is taken from ``clusters`` as given, for the controls likewise.
 
     Args:
-        model: either host class, no SAE attached.
+        model: any TransformerLens model, no SAE attached.
         dictionaries: those that the continuations were attributed with, in the same order.
         continuations: with embeddings, signatures and sources.
         clusters: a fitted ``JointClusterer`` (or another clusterer with ``labels_``), or labels ``(n,)``. Medoids use
             the weights and metrics of the clusterer; for others those of a default ``JointClusterer``.
         direction: what stands for a cluster, for all methods alike: ``"medoid"``, ``"center"`` or ``"contrast"``, see
             ``validate_controls.Representatives``.
-        top: latents to turn at most.
+        top: latents to scale at most.
         sign: latents of ``"all"`` weights, or of ``"positive"`` or ``"negative"`` ones alone.
         strengths: eps, two or more; 0 is measured in any case.
-        held_out: share of each cluster's members to measure on, in (0, 1); at least one, and not all.
-        max_rows: members to measure at most, taken from the clusters in turn. Cost grows with it, with the strengths
+        held_out: fraction of each cluster's members to measure on, in (0, 1); at least one, and not all.
+        max_rows: members to measure at most, one from each cluster in rotation. Cost grows with it, with the strengths
             and the methods: about 8 forward rows for each member and strength.
         partitions: labels ``(n,)`` of further partitions to compare with, by name; for example of a clusterer with
             gamma = 1.
         n_bootstrap: resamples for intervals.
         n_permutations: sign flips for p-values.
         seed: of the split, the controls and the resampling.
-        generate: free generations to draw under every direction of every method, at the largest strength, and without
+        generate: open-ended samples to draw under every direction of every method, at the largest strength, and without
             steering; none by default, since they take longer than all else.
         embed: what embeds generations; it must be what the continuations' own embeddings were made with.
         batch_size: rows per forward pass.
@@ -96,7 +96,7 @@ def validate_clusters(
 
     Raises:
         ValueError: a set without embeddings, signatures or sources; labels of another length; no cluster of two
-            members; no latent to turn; an option out of range; or dictionaries other than those of the attribution.
+            members; no latent to scale; an option out of range; or dictionaries other than those of the attribution.
 
     Source: arXiv 2606.08236, steering, with members held out, one source representation, and the controls its
     reviewers asked for.
@@ -114,7 +114,7 @@ def validate_clusters(
     _checks.positive(n_permutations, "n_permutations")
     clusterer, labels = _clusterer_and_labels(clusters, len(continuations))
     others = _checked_partitions(partitions or {}, len(continuations))
-    turner = LatentTurner(model, [dictionaries] if isinstance(dictionaries, SAE) else dictionaries, sources)
+    scaler = LatentScaler(model, [dictionaries] if isinstance(dictionaries, SAE) else dictionaries, sources)
     generator = np.random.default_rng(seed)
     split = split_members(labels, held_out, max_rows, generator)
     plan = make_plan(
@@ -126,14 +126,14 @@ def validate_clusters(
             f"No cluster's direction has a latent to scale with sign={sign!r} among its {len(sources)} sources. "
             f"Attribute with dictionaries, and 'latent' among the kinds{remedy}."
         )
-    passes = SteeredPasses(model, turner, continuations, batch_size)
+    passes = SteeredPasses(model, scaler, continuations, batch_size)
     effects = _Effects(passes, plan, (*given, 0.0) if 0.0 not in given else given, progress)
     prefix = continuations.prefix
     generations = None
     if generate:
         generations = generation_shares(
             model,
-            turner,
+            scaler,
             continuations,
             plan,
             effects.strongest,
@@ -169,7 +169,7 @@ class _Effects:
         self.strongest = self.strengths[-1] if self.strengths[-1] > 0 else self.strengths[0]
         self._plan, self._rows = plan, plan.split.measured.tolist()
         keys = [planned.direction.key for planned in plan.directions]
-        # Directions that turn the same latents the same ways are one.
+        # Directions that scale the same latents in the same ways are measured once.
         self._same = [keys.index(key) for key in keys]
         self._known = self._measure(passes, progress)
 
@@ -229,7 +229,7 @@ class _Effects:
 
 
 def _directions(plan: Plan, prefix: str) -> pd.DataFrame:
-    """One row per method and cluster: whose signature, from how many members, and how much of it was turned."""
+    """One row per method and cluster: whose signature, from how many members, and what fraction of it was scaled."""
     found = [
         {
             "prefix": prefix,

@@ -5,8 +5,8 @@ import torch
 
 from saelens_ext.continuations.attribution.attribute import attribute_continuations
 from saelens_ext.continuations.sample import score_continuations
-from saelens_ext.continuations.steering.latents import LatentTurner, choose_sources
-from saelens_ext.continuations.steering.steer import STRENGTHS, steer_continuations
+from saelens_ext.continuations.steering.latents import LatentScaler, choose_latents
+from saelens_ext.continuations.steering.steer import PAPER_STRENGTHS, steer_continuations
 from saelens_ext.host.models import resolve_hook
 from saelens_ext.steering.interventions import add_direction
 from tests.continuations._dictionaries import cases, make
@@ -118,13 +118,13 @@ def test_small_strengths_do_what_the_gradient_says(host, name):
 def test_strength_zero_changes_nothing_at_all(llama):
     model, dictionaries, found = llama
     steered = steer_continuations(model, dictionaries, found, found.signatures[1])
-    zero = STRENGTHS.index(0.0)
+    zero = PAPER_STRENGTHS.index(0.0)
     for measure, changes in steered.changes.items():
         assert (changes[zero] == 0).all()
-        assert (changes[[i for i in range(len(STRENGTHS)) if i != zero]] != 0).all(), measure
-    turner = LatentTurner(model, dictionaries, found.sources)
-    assert turner.hooks([steered.direction], [0.0]) == []
-    (_, hook), *_ = turner.hooks([steered.direction, steered.direction], [0.0, 1.0])
+        assert (changes[[i for i in range(len(PAPER_STRENGTHS)) if i != zero]] != 0).all(), measure
+    scaler = LatentScaler(model, dictionaries, found.sources)
+    assert scaler.hooks([steered.direction], [0.0]) == []
+    (_, hook), *_ = scaler.hooks([steered.direction, steered.direction], [0.0, 1.0])
     x = torch.randn(2, len(found.prefix_ids), 32, generator=torch.Generator().manual_seed(0))
     changed = hook(x)
     assert torch.equal(changed[0], x[0]) and not torch.equal(changed[1], x[1])
@@ -190,14 +190,14 @@ def test_only_latents_are_turned_and_their_share_is_told(llama):
     _, _, found = llama
     weights = found.signatures[0]
     latent = torch.tensor([kind == "latent" for kind in found.sources.kinds])
-    chosen = choose_sources(found.sources, weights, top=4)
+    chosen = choose_latents(found.sources, weights, top=4)
     best = torch.where(latent, weights.abs(), 0).topk(4)
     assert list(chosen.columns) == best.indices.tolist()
     assert chosen.steered_share == pytest.approx(float(best.values.sum() / weights.abs().sum()), rel=1e-5)
     assert chosen.steerable_share == pytest.approx(float(weights[latent].abs().sum() / weights.abs().sum()), rel=1e-5)
     assert chosen.steerable_share < 0.99
     for sign, factor in (("positive", 1), ("negative", -1)):
-        chosen = choose_sources(found.sources, weights, top=4, sign=sign)
+        chosen = choose_latents(found.sources, weights, top=4, sign=sign)
         best = torch.where(latent, factor * weights, -1).topk(4)
         assert list(chosen.columns) == best.indices.tolist() and chosen.signs == (factor,) * 4
     frame = chosen.to_dataframe()
@@ -240,7 +240,7 @@ def test_bad_input_is_named(llama, change, message):
 def test_directions_without_anything_to_turn_say_so(llama):
     model, dictionaries, found = llama
     errors = attribute_continuations(model, dictionaries, found, kinds=("error",), **OPTIONS)
-    with pytest.raises(ValueError, match="no source that can be turned.*'error'"):
+    with pytest.raises(ValueError, match="no source that can be scaled.*'error'"):
         steer_continuations(model, dictionaries, errors, errors.signatures[0])
     with pytest.raises(ValueError, match="No latent has a negative weight"):
         steer_continuations(model, dictionaries, found, found.signatures[0].abs(), sign="negative")

@@ -248,7 +248,7 @@ def test_bad_input_is_named(model, dictionaries, tested, several):
     refused("'global' are taken|cannot be called 'global'", partitions={"global": labels})
     refused("no table of sources", given=found.with_signatures(found.signatures))
     errors = attribute_continuations(model, dictionaries, found, kinds=("error",))
-    refused("No cluster's direction has a latent to turn", given=errors)
+    refused("No cluster's direction has a latent to scale", given=errors)
     bare = score_continuations(model, "The assert statement", [[70], [80]])
     bare = attribute_continuations(model, dictionaries, bare)
     refused("no embeddings", given=bare, clusters=np.zeros(2, dtype=int))
