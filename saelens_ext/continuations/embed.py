@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from saelens_ext import _checks
 from saelens_ext._modes import standard_modes
 from saelens_ext.continuations.continuation_set import ContinuationSet
+from saelens_ext.host.prompt_passes import evaluating
 from saelens_ext.host.sentence_model import load_sentence_model
 
 MODES = ("contextual", "sentence")
@@ -83,17 +84,9 @@ def _contextual(model: Any, start: str, texts: list[str], batch_size: int, progr
             "a continuation cannot be found in its context. Use mode='sentence' (in an audit embedding='sentence'), or "
             "a model with a fast tokenizer."
         )
-    modes = [(module, module.training) for module in model.modules()]
-    parts = []
-    try:
-        model.eval()
-        with torch.no_grad():
-            for begin in tqdm(range(0, len(texts), batch_size), desc="embedding", disable=not progress):
-                parts.append(_embed_batch(model, start, texts[begin : begin + batch_size]))
-    finally:
-        for module, training in modes:
-            module.training = training
-    return torch.cat(parts)
+    batches = tqdm(range(0, len(texts), batch_size), desc="embedding", disable=not progress)
+    with evaluating(model):
+        return torch.cat([_embed_batch(model, start, texts[begin : begin + batch_size]) for begin in batches])
 
 
 def _embed_batch(model: Any, start: str, texts: list[str]) -> Tensor:

@@ -63,7 +63,7 @@ def device_of(model: HostModel) -> torch.device:
 
 
 @contextmanager
-def evaluating(model: HostModel) -> Iterator[None]:
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """Evaluation mode and no gradients inside the context; afterwards every module is in the mode it was in."""
     modes = [(module, module.training) for module in model.modules()]
     try:

@@ -246,8 +246,9 @@ class _Run:
                 ids = self._ids(rows.tolist())
                 batch = gradients_of(self.model, trace, self.sites, self.target, self.continuations.prefix_ids, ids)
                 effects[rows] = self._effects_of(batch, sources)
-                for name, values in self._totals_of(batch).items():
-                    totals[name][rows] = values
+                parts = batch.totals(self.sites, len(self.continuations.prefix_ids))
+                for total, values in zip(totals.values(), (batch.targets.float().cpu(), *parts), strict=True):
+                    total[rows] = values
         return _checks.finite(effects, "The signature"), totals
 
     def _ids(self, rows: Sequence[int]) -> Tensor:
@@ -258,16 +259,6 @@ class _Run:
     def _effects_of(self, batch: BatchGradients, sources: list[SiteSources]) -> Tensor:
         n_prefix = len(self.continuations.prefix_ids)
         return torch.cat([part.effects(batch.gradients[part.site.hook][:, :n_prefix]) for part in sources], dim=1).cpu()
-
-    def _totals_of(self, batch: BatchGradients) -> dict[str, Tensor]:
-        n_prefix = len(self.continuations.prefix_ids)
-        cut = [site.hook for site in self.sites if site.in_cut]
-        parts = torch.stack([(batch.gradients[hook] * batch.activations[hook]).sum(dim=-1) for hook in cut]).sum(dim=0)
-        return {
-            "target": batch.targets.float().cpu(),
-            "prefix_effect": parts[:, :n_prefix].sum(dim=1).cpu(),
-            "continuation_effect": parts[:, n_prefix:].sum(dim=1).cpu(),
-        }
 
 
 @contextmanager

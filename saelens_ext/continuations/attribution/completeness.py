@@ -72,18 +72,12 @@ def measure_completeness(
             constant = forward(model, trace, target, prefix_ids, token_ids)
         at_zero = {site.hook: trace.captured[site.hook] for site in sites}
     cut = [site.hook for site in sites if site.in_cut]
-    parts = torch.stack([(batch.gradients[hook] * batch.activations[hook]).sum(dim=-1) for hook in cut]).sum(dim=0)
     # A site that is not a leaf still carries the biases from below it; they are in its own part already.
     carried = sum(
         (batch.gradients[hook] * at_zero[hook].reshape_as(batch.gradients[hook])).sum(dim=(1, 2)) for hook in cut
     )
-    n_prefix = len(prefix_ids)
-    return Completeness(
-        target=batch.targets.float().cpu(),
-        prefix=parts[:, :n_prefix].sum(dim=1).cpu(),
-        continuation=parts[:, n_prefix:].sum(dim=1).cpu(),
-        bias=(constant - carried).float().cpu(),
-    )
+    prefix, continuation = batch.totals(sites, len(prefix_ids))
+    return Completeness(batch.targets.float().cpu(), prefix, continuation, (constant - carried).float().cpu())
 
 
 def check_linear(completeness: Completeness, tolerance: float) -> None:

@@ -28,6 +28,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from saelens_ext.continuations.attribution.sites import Refusal, Site, points_ending
 from saelens_ext.host.hook_edits import HookFunction, hooked
 from saelens_ext.host.models import HostModel, resolve_hook
+from saelens_ext.host.prompt_passes import device_of, evaluating
 
 _ON_THE_BLOCK = re.compile(r"blocks\.\d+\.hook_(attn|mlp)_out$")
 
@@ -97,20 +98,16 @@ def _routed(model: HostModel, sites: Sequence[Site]) -> Iterator[None]:
 @contextmanager
 def _still(model: HostModel) -> Iterator[None]:
     """Evaluation mode, gradients on, none for parameters, full precision; afterwards everything as it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    needed = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    full_precision = torch.autocast(device_of(model).type, enabled=False)
     try:
-        model.eval()
-        for parameter in needed:
+        for parameter in trained:
             parameter.requires_grad_(False)
-        device = next(iter(model.parameters())).device.type
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
+        with evaluating(model), torch.inference_mode(False), torch.enable_grad(), full_precision:
             yield
     finally:
-        for parameter in needed:
+        for parameter in trained:
             parameter.requires_grad_(True)
-        for module, mode in modes:
-            module.training = mode
 
 
 def _keep_final(trace: Trace) -> Any:

@@ -100,6 +100,12 @@ class BatchGradients:
     activations: dict[str, Tensor]
     """The sites' activations in that pass, in the same shape."""
 
+    def totals(self, sites: Sequence[Site], n_prefix: int) -> tuple[Tensor, Tensor]:
+        """Activation times gradient over the sites of the cut: at the prefix, and behind it, each ``(b,)``."""
+        cut = [site.hook for site in sites if site.in_cut]
+        sums = torch.stack([(self.gradients[hook] * self.activations[hook]).sum(dim=-1) for hook in cut]).sum(dim=0)
+        return sums[:, :n_prefix].sum(dim=1).cpu(), sums[:, n_prefix:].sum(dim=1).cpu()
+
 
 def batch_ids(prefix_ids: Sequence[int], token_ids: Tensor, device: torch.device) -> Tensor:
     """Prefix and continuations as columns ``(b, M + T)``, padded on the right with the prefix's first token.

@@ -91,13 +91,8 @@ def base_sites(model: HostModel, backend: str) -> list[Site]:
 
 def mlp_outputs(model: HostModel) -> list[str]:
     """Where MLPs write into the residual stream; blocks without one have none."""
-    found = []
-    for layer in range(int(model.cfg.n_layers)):
-        try:
-            found.append(resolve_hook(model, f"blocks.{layer}.hook_mlp_out"))
-        except ValueError:
-            continue
-    return found
+    outputs = (_resolved(model, f"blocks.{layer}.hook_mlp_out") for layer in range(int(model.cfg.n_layers)))
+    return [hook for hook in outputs if hook is not None]
 
 
 def plan_sites(
