@@ -26,6 +26,7 @@ from .continuations.continuation_set import ContinuationSet as ContinuationSet
 from .continuations.embed import embed_continuations as embed_continuations
 from .continuations.sample import sample_continuations as sample_continuations
 from .continuations.steering.steer import steer_continuations as steer_continuations
+from .continuations.validation.options import ValidationOptions as ValidationOptions
 from .continuations.validation.validate import validate_clusters as validate_clusters
 from .dictionaries.exemplar_partition import Assignment as Assignment
 from .dictionaries.exemplar_partition import ExemplarPartition as ExemplarPartition

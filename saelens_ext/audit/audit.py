@@ -29,6 +29,7 @@ from saelens_ext.continuations.embed import embed_continuations, visible_rows
 from saelens_ext.continuations.prefix_audit import PrefixAudit
 from saelens_ext.continuations.sample import sample_continuations
 from saelens_ext.continuations.validation.controls import NothingToTest
+from saelens_ext.continuations.validation.options import ValidationOptions
 from saelens_ext.continuations.validation.results import Validation, combine_validations
 from saelens_ext.continuations.validation.validate import validate_clusters
 from saelens_ext.host.models import HostModel, tokenizer_of
@@ -197,10 +198,9 @@ def _audit(
                     saes,
                     held,
                     found.clusterer,
-                    strengths=config.strengths,
-                    top=config.top,
-                    max_rows=config.max_rows,
-                    seed=config.seed,
+                    ValidationOptions(
+                        strengths=config.strengths, top=config.top, max_rows=config.max_rows, seed=config.seed
+                    ),
                     progress=progress,
                 )
             )

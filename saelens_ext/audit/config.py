@@ -10,7 +10,7 @@ from saelens_ext.continuations.clustering.path import GAMMAS
 from saelens_ext.continuations.clustering.problem import check_beta_and_gamma
 from saelens_ext.continuations.embed import MODES
 from saelens_ext.continuations.steering.steer import checked_strengths
-from saelens_ext.continuations.validation.validate import VALIDATION_STRENGTHS
+from saelens_ext.continuations.validation.options import VALIDATION_STRENGTHS
 
 
 @_checks.normalising

@@ -2,7 +2,7 @@
 
 An entry of a signature is  <gradient of the continuation's target at a hook and position, the source's vector there>:
 for a latent, how much its activation adds to the mean demeaned logit of the continuation's tokens, by the rules of
-the backend (`attribution_freeze`). The gradient is linear in the target, so one backward pass per batch of
+the backend (`frozen_model`). The gradient is linear in the target, so one backward pass per batch of
 continuations gives every entry for all of its tokens at once.
 """
 
@@ -71,7 +71,7 @@ def attribute_continuations(
     With dictionaries of MLP outputs, neurons, attention outputs or with transcoders, the sources are their latents,
     error nodes and decoder biases, the outputs of the other MLPs, and the embeddings. A dictionary on the residual
     stream takes the place of everything below it, embeddings included. Of several such dictionaries the one nearest to
-    the output does; the others are attributed all the same (see `attribution_sites`).
+    the output does; the others are attributed all the same (see `sites`).
 
     Args:
         model: any TransformerLens model, no SAE attached.

@@ -201,7 +201,7 @@ class JointClusterer(ClusterMixin, BaseEstimator):
         sample_weight=None,
         n_jobs: int | None = None,
     ) -> "RateDistortionPath":
-        """Clusterings over a grid of beta and gamma, with this estimator's other parameters; see ``clusterer_path``."""
+        """Clusterings over a grid of beta and gamma, with this estimator's other parameters; see ``path``."""
         from saelens_ext.continuations.clustering.path import BETAS, GAMMAS, sweep
 
         return sweep(

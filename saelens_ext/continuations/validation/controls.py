@@ -8,18 +8,16 @@ import numpy as np
 import torch
 from scipy.spatial.distance import cdist
 
-from saelens_ext import _checks
 from saelens_ext.continuations.clustering.baselines import single_view_kmeans
 from saelens_ext.continuations.clustering.joint_clusterer import JointClusterer
 from saelens_ext.continuations.continuation_set import ContinuationSet
 from saelens_ext.continuations.source_table import SourceTable
 from saelens_ext.continuations.steering.latents import SteeringDirection, direction_of, largest_latents
-from saelens_ext.continuations.validation.methods import SUBSTITUTES
 from saelens_ext.continuations.steering.steer import sources_of_set
+from saelens_ext.continuations.validation.methods import SUBSTITUTES
+from saelens_ext.continuations.validation.options import ValidationOptions
 from saelens_ext.ops.rate_distortion import CDIST_METRICS, CdistMetric
 from saelens_ext.ops.weighted_median import weighted_median
-
-REPRESENTATIVES = ("medoid", "center", "contrast")
 
 _CANDIDATES = 64
 """Members nearest the centre among which a medoid is sought."""
@@ -81,7 +79,7 @@ class Representatives:
     def __init__(self, continuations: ContinuationSet, clusterer: JointClusterer, choosing: np.ndarray, kind: str):
         self._semantic, self._signatures = continuations.both_views()
         self._weights = continuations.weights.numpy()
-        self._kind = _checks.choice(kind, REPRESENTATIVES, "direction")
+        self._kind = kind
         self._metric: CdistMetric = CDIST_METRICS[clusterer.attribution_metric]
         self._view_weights = (1.0, 1.0)
         if len(choosing) > 1:
@@ -158,10 +156,7 @@ def make_plan(
     labels: np.ndarray,
     split: Split,
     partitions: Mapping[str, Sequence[int] | np.ndarray],
-    *,
-    kind: str,
-    top: int,
-    sign: str,
+    options: ValidationOptions,
     generator: np.random.Generator,
 ) -> Plan:
     """Directions of all methods.
@@ -174,16 +169,14 @@ def make_plan(
         labels: the clusters under test, ``(n,)``.
         split: of their members.
         partitions: labels of further partitions by name.
-        kind: see :class:`Representatives`.
-        top: latents per direction.
-        sign: see ``choose_latents``.
+        options: which directions to take.
         generator: source of random numbers.
     """
     plan = Plan(split)
     plan.labels = {"joint": labels} | control_partitions(continuations, labels, generator)
     plan.labels |= {name: np.asarray(given) for name, given in partitions.items()}
-    chooser = _Chooser(sources_of_set(continuations), top, sign)
-    representatives = Representatives(continuations, clusterer, split.choosing, kind)
+    chooser = _Chooser(sources_of_set(continuations), options.top, options.sign)
+    representatives = Representatives(continuations, clusterer, split.choosing, options.direction)
     for method, partition in plan.labels.items():
         for name in np.unique(partition):
             rows = split.choosing[partition[split.choosing] == name]

@@ -1,6 +1,6 @@
 """What an intervention test of clusters found: its tables, its comparisons and its wording.
 
-The symbols, and the statistics of a dose-response, are those of `validate_statistics`.
+The symbols, and the statistics of a dose-response, are those of `statistics`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -116,7 +116,7 @@ class Validation:
 
         The control ``"nothing"`` does not steer: the difference from it is the effect itself.
 
-        Columns as ``validate_statistics.compare_methods`` gives them: ``difference`` with a 95 % interval, ``p`` and,
+        Columns as ``statistics.compare_methods`` gives them: ``difference`` with a 95 % interval, ``p`` and,
         corrected over the controls of the same measure and statistic, ``p_holm``. With one prefix all of these are over
         its members and say nothing about other prefixes; with several they are over prefixes.
         """

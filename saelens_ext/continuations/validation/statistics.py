@@ -165,7 +165,7 @@ def compare_generations(
     With one prefix the units are clusters, and a control with clusters of its own has none to be paired with.
 
     Args:
-        generations: as ``validate_generations.generation_shares`` gives them, of one prefix or several; other arguments
+        generations: as ``generations.generation_shares`` gives them, of one prefix or several; other arguments
             as for :func:`compare_methods`.
     """
     changes = generations.assign(change=generations["share"] - generations["unsteered"])

@@ -1,11 +1,12 @@
 """Testing clusters by intervention: does a cluster's direction move its members, and does that need the clustering?
 
 A direction is chosen from one part of a cluster's members and tried on the rest, beside controls that differ from it
-in one thing each (`validate_controls`). What the tables say can be for or against the clusters; `Validation.claim`
+in one thing each (``methods``). What the tables say can be for or against the clusters; `Validation.claim`
 words it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -19,23 +20,15 @@ from saelens_ext.continuations.clustering.joint_clusterer import JointClusterer
 from saelens_ext.continuations.continuation_set import ContinuationSet
 from saelens_ext.continuations.embed import embed_continuations
 from saelens_ext.continuations.steering.generate import GenerationPlan
-from saelens_ext.continuations.steering.latents import SIGNS, LatentScaler
+from saelens_ext.continuations.steering.latents import LatentScaler
 from saelens_ext.continuations.steering.passes import MEASURES, Setting, SteeredPasses
-from saelens_ext.continuations.steering.steer import checked_strengths, sources_of_set
-from saelens_ext.continuations.validation.controls import (
-    REPRESENTATIVES,
-    NothingToTest,
-    Plan,
-    make_plan,
-    split_members,
-)
+from saelens_ext.continuations.steering.steer import sources_of_set
+from saelens_ext.continuations.validation.controls import NothingToTest, Plan, make_plan, split_members
 from saelens_ext.continuations.validation.generations import COLUMNS, Embed, generation_shares
 from saelens_ext.continuations.validation.methods import METHODS
+from saelens_ext.continuations.validation.options import ValidationOptions
 from saelens_ext.continuations.validation.results import Validation
 from saelens_ext.host.models import HostModel
-
-VALIDATION_STRENGTHS = (-1.0, -0.5, 0.0, 0.5, 1.0)
-"""The published strengths without the smallest, which cost as much as the others and say least."""
 
 
 @standard_modes()
@@ -44,17 +37,9 @@ def validate_clusters(
     dictionaries: SAE[Any] | Sequence[SAE[Any]],
     continuations: ContinuationSet,
     clusters: Any,
+    options: ValidationOptions = ValidationOptions(),
     *,
-    direction: str = "medoid",
-    top: int = 10,
-    sign: str = "all",
-    strengths: Sequence[float | int] = VALIDATION_STRENGTHS,
-    held_out: float | int = 0.5,
-    max_rows: int = 32,
     partitions: Mapping[str, Sequence[int] | np.ndarray] | None = None,
-    n_bootstrap: int = 2000,
-    n_permutations: int = 10000,
-    seed: int = 0,
     generate: int = 0,
     embed: Embed = embed_continuations,
     batch_size: int = 32,
@@ -72,19 +57,9 @@ def validate_clusters(
         continuations: with embeddings, signatures and sources.
         clusters: a fitted ``JointClusterer`` (or another clusterer with ``labels_``), or labels ``(n,)``. Medoids use
             the weights and metrics of the clusterer; for others those of a default ``JointClusterer``.
-        direction: what stands for a cluster, for all methods alike: ``"medoid"``, ``"center"`` or ``"contrast"``, see
-            ``validate_controls.Representatives``.
-        top: latents to scale at most.
-        sign: latents of ``"all"`` weights, or of ``"positive"`` or ``"negative"`` ones alone.
-        strengths: eps, two or more; 0 is measured in any case.
-        held_out: fraction of each cluster's members to measure on, in (0, 1); at least one, and not all.
-        max_rows: members to measure at most, one from each cluster in rotation. Cost grows with it, with the strengths
-            and the methods: about 8 forward rows for each member and strength.
+        options: which directions to steer along, how far, and how to compare effects.
         partitions: labels ``(n,)`` of further partitions to compare with, by name; for example of a clusterer with
             gamma = 1.
-        n_bootstrap: resamples for intervals.
-        n_permutations: sign flips for p-values.
-        seed: of the split, the controls and the resampling.
         generate: open-ended samples to draw under every direction of every method, at the largest strength, and without
             steering; none by default, since they take longer than all else.
         embed: what embeds generations; it must be what the continuations' own embeddings were made with.
@@ -103,33 +78,23 @@ def validate_clusters(
     """
     sources = sources_of_set(continuations)
     _check_views(continuations)
-    given = checked_strengths(strengths)
-    if len(given) < 2:
-        raise ValueError(f"A dose-response needs two strengths or more, got {strengths!r}.")
-    _checks.choice(direction, REPRESENTATIVES, "direction")
-    _checks.choice(sign, SIGNS, "sign")
-    _checks.between(held_out, 0, 1, "held_out")
-    for value, name in ((top, "top"), (max_rows, "max_rows"), (n_bootstrap, "n_bootstrap"), (batch_size, "batch_size")):
-        _checks.positive(value, name)
-    _checks.positive(n_permutations, "n_permutations")
+    _checks.positive(batch_size, "batch_size")
     clusterer, labels = _clusterer_and_labels(clusters, len(continuations))
     others = _checked_partitions(partitions or {}, len(continuations))
     scaler = LatentScaler(model, [dictionaries] if isinstance(dictionaries, SAE) else dictionaries, sources)
-    generator = np.random.default_rng(seed)
-    split = split_members(labels, held_out, max_rows, generator)
-    plan = make_plan(
-        continuations, clusterer, labels, split, others, kind=direction, top=top, sign=sign, generator=generator
-    )
+    generator = np.random.default_rng(options.seed)
+    split = split_members(labels, options.held_out, options.max_rows, generator)
+    plan = make_plan(continuations, clusterer, labels, split, others, options, generator)
     if not plan.of("joint"):
-        remedy = "" if sign == "all" else ", or use sign='all'"
+        remedy = "" if options.sign == "all" else ", or use sign='all'"
         raise NothingToTest(
-            f"No cluster's direction has a latent to scale with sign={sign!r} among its {len(sources)} sources. "
-            f"Attribute with dictionaries, and 'latent' among the kinds{remedy}."
+            f"No cluster's direction has a latent to scale with sign={options.sign!r} among its {len(sources)} "
+            f"sources. Attribute with dictionaries, and 'latent' among the kinds{remedy}."
         )
     passes = SteeredPasses(model, scaler, continuations, batch_size)
-    effects = _Effects(passes, plan, (*given, 0.0) if 0.0 not in given else given, progress)
+    effects = _Effects(passes, plan, {0.0, *map(float, options.strengths)}, progress)
     prefix = continuations.prefix
-    generations = None
+    generations = pd.DataFrame(columns=list(COLUMNS))
     if generate:
         generations = generation_shares(
             model,
@@ -143,20 +108,14 @@ def validate_clusters(
             progress=progress,
         )
     return Validation(
-        generations=pd.DataFrame(columns=list(COLUMNS)) if generations is None else generations,
+        generations=generations,
         members=effects.members(prefix),
         cells=effects.cells(prefix),
         directions=_directions(plan, prefix),
         settings={
-            "direction": direction,
-            "top": top,
-            "sign": sign,
+            **asdict(options),
             "strengths": list(effects.strengths),
-            "held_out": float(held_out),
             "specificity_strength": effects.strongest,
-            "n_bootstrap": int(n_bootstrap),
-            "n_permutations": int(n_permutations),
-            "seed": seed,
         },
     )
 
@@ -164,7 +123,7 @@ def validate_clusters(
 class _Effects:
     """Measures what a plan asks for, each direction, strength and member once."""
 
-    def __init__(self, passes: SteeredPasses, plan: Plan, strengths: Sequence[float], progress: bool):
+    def __init__(self, passes: SteeredPasses, plan: Plan, strengths: Collection[float], progress: bool):
         self.strengths = tuple(sorted(strengths))
         self.strongest = self.strengths[-1] if self.strengths[-1] > 0 else self.strengths[0]
         self._plan, self._rows = plan, plan.split.measured.tolist()

@@ -8,6 +8,7 @@ from saelens_ext.continuations.attribution.attribute import attribute_continuati
 from saelens_ext.continuations.sample import sample_continuations
 from saelens_ext.continuations.steering.generate import nearest_cluster
 from saelens_ext.continuations.steering.steer import steer_continuations
+from saelens_ext.continuations.validation.options import ValidationOptions
 from saelens_ext.continuations.validation.results import combine_validations
 from saelens_ext.continuations.validation.validate import validate_clusters
 from saelens_ext.host.hook_edits import hooked
@@ -16,7 +17,7 @@ from saelens_ext.steering.sampling import SamplingOptions, sample_texts
 from tests.continuations._dictionaries import make
 from tests.models_zoo import MODEL_CLASSES, make_model
 
-FAST = {"n_bootstrap": 200, "n_permutations": 500}
+FAST = ValidationOptions(strengths=(0, 2), top=3, n_bootstrap=200, n_permutations=500)
 
 
 def prepared(model, prefix="The assert statement"):
@@ -109,13 +110,12 @@ def test_the_nearest_cluster_is_that_of_the_nearest_mean(monkeypatch):
 
 def test_shares_of_all_methods_and_their_comparison():
     model = make_model("llama", "HookedSAETransformer")
-    options = {"strengths": (0, 2), "top": 3, "generate": 6, "embed": with_meanings, **FAST}
     tests = []
     for prefix in ("The assert statement", "A test"):
         sae, found = prepared(model, prefix)
         found = with_meanings(found)
         labels = (found.token_ids[:, 0] % 2).numpy()
-        tests.append(validate_clusters(model, sae, found, labels, **options))
+        tests.append(validate_clusters(model, sae, found, labels, FAST, generate=6, embed=with_meanings))
         table = tests[-1].generations
         assert ((table["share"] >= 0) & (table["share"] <= 1) & (table["n"] == 6)).all()
         for planned in tests[-1].directions.itertuples():

@@ -14,14 +14,14 @@ from saelens_ext.continuations.sample import score_continuations
 from saelens_ext.continuations.steering.steer import steer_continuations
 from saelens_ext.continuations.validation.controls import split_members
 from saelens_ext.continuations.validation.methods import METHODS
+from saelens_ext.continuations.validation.options import ValidationOptions
 from saelens_ext.continuations.validation.results import Validation, combine_validations
 from saelens_ext.continuations.validation.validate import validate_clusters
 from tests.continuations._dictionaries import make
 from tests.models_zoo import make_model
 
-FAST = {"n_bootstrap": 300, "n_permutations": 2000}
-# Small enough that effects are nearly those that the gradient says.
-SMALL = {"strengths": (-0.03, 0, 0.03), "top": 6}
+# Strengths are small enough that effects are nearly those that the gradient says.
+SMALL = ValidationOptions(strengths=(-0.03, 0, 0.03), top=6, n_bootstrap=300, n_permutations=2000)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def planted(model, dictionaries, prefix="The assert statement", seed=0):
 @pytest.fixture(scope="module")
 def tested(model, dictionaries):
     found, labels = planted(model, dictionaries)
-    return found, labels, validate_clusters(model, dictionaries, found, labels, **SMALL, **FAST)
+    return found, labels, validate_clusters(model, dictionaries, found, labels, SMALL)
 
 
 def test_a_direction_that_works_is_told_from_those_that_do_not(tested):
@@ -110,7 +110,7 @@ def test_directions_come_from_members_that_are_not_measured(model, dictionaries,
     other = found.with_signatures(signatures, found.sources).with_embeddings(embeddings)
     for kind in ("medoid", "center", "contrast"):
         first, second = (
-            validate_clusters(model, dictionaries, given, labels, direction=kind, **SMALL, **FAST).directions
+            validate_clusters(model, dictionaries, given, labels, replace(SMALL, direction=kind)).directions
             for given in (found, other)
         )
         kept = ["joint", "single_member", "wrong_cluster", "global"]
@@ -152,10 +152,10 @@ def test_every_method_is_what_it_says(tested):
 
 def test_results_depend_on_the_seed_alone(model, dictionaries, tested):
     found, labels, validation = tested
-    again = validate_clusters(model, dictionaries, found, labels, batch_size=5, **SMALL, **FAST)
+    again = validate_clusters(model, dictionaries, found, labels, SMALL, batch_size=5)
     pd.testing.assert_frame_equal(again.members, validation.members, atol=2e-5)
     pd.testing.assert_frame_equal(again.directions, validation.directions)
-    other = validate_clusters(model, dictionaries, found, labels, seed=1, **SMALL, **FAST)
+    other = validate_clusters(model, dictionaries, found, labels, replace(SMALL, seed=1))
     assert list(other.members["row"].unique()) != list(validation.members["row"].unique())
 
 
@@ -174,9 +174,9 @@ def test_splits_keep_members_of_every_cluster_on_both_sides():
 def test_clusters_without_a_second_member_or_a_second_cluster_are_left_out(model, dictionaries):
     found, labels = planted(model, dictionaries)
     single = np.where(np.arange(24) == 23, 7, labels)
-    validation = validate_clusters(model, dictionaries, found, single, **SMALL, **FAST)
+    validation = validate_clusters(model, dictionaries, found, single, SMALL)
     assert 7 not in set(validation.members["joint_cluster"]) and 7 in set(validation.directions["cluster"])
-    one = validate_clusters(model, dictionaries, found, np.zeros(24, dtype=int), **SMALL, **FAST)
+    one = validate_clusters(model, dictionaries, found, np.zeros(24, dtype=int), SMALL)
     wrong = one.members[one.members["method"] == "wrong_cluster"]
     assert wrong["change"].isna().all() and one.specificity().shape == (1, 1)
     row = one.summary().set_index(["measure", "statistic", "control"]).loc[("demeaned_logit", "slope", "wrong_cluster")]
@@ -188,9 +188,9 @@ def test_clusterers_and_further_partitions(model, dictionaries):
     found, labels = planted(model, dictionaries)
     clusterer = JointClusterer(gamma=0.1, random_state=0).fit(found.embeddings.numpy(), found.signatures.numpy())
     meanings = KMeans(3, n_init=1, random_state=0).fit(found.embeddings.numpy())
-    validation = validate_clusters(model, dictionaries, found, clusterer, partitions={"mine": labels}, **SMALL, **FAST)
+    validation = validate_clusters(model, dictionaries, found, clusterer, SMALL, partitions={"mine": labels})
     assert "mine" in set(validation.summary()["control"])
-    other = validate_clusters(model, dictionaries, found, meanings, **SMALL, **FAST)
+    other = validate_clusters(model, dictionaries, found, meanings, SMALL)
     joint = other.members[other.members["method"] == "joint"]
     assert (joint["cluster"] == meanings.labels_[joint["row"]]).all()
 
@@ -200,7 +200,7 @@ def several(model, dictionaries):
     found = []
     for i, prefix in enumerate(("The assert statement", "A test", "An object is", "Names of it", "If a class")):
         given, labels = planted(model, dictionaries, prefix, seed=i)
-        found.append(validate_clusters(model, dictionaries, given, labels, seed=i, **SMALL, **FAST))
+        found.append(validate_clusters(model, dictionaries, given, labels, replace(SMALL, seed=i)))
     return found
 
 
@@ -231,9 +231,9 @@ def test_a_saved_test_is_the_same(several, tmp_path):
 def test_bad_input_is_named(model, dictionaries, tested, several):
     found, labels, validation = tested
 
-    def refused(message, given=found, clusters=labels, **options):
+    def refused(message, given=found, clusters=labels, partitions=None, **options):
         with pytest.raises(ValueError, match=message):
-            validate_clusters(model, dictionaries, given, clusters, **options)
+            validate_clusters(model, dictionaries, given, clusters, ValidationOptions(**options), partitions=partitions)
 
     refused("None of the 24 clusters has two members", clusters=np.arange(24))
     refused("one whole number per continuation", clusters=labels[:5])
