@@ -81,7 +81,9 @@ def test_effects_are_those_of_steering_each_member_alone(model, dictionaries, te
         for row in list(mine["row"].unique())[:1]:
             weights = torch.zeros(len(found.sources))
             weights[planned.columns] = torch.tensor(planned.signs).float()
-            steered = steer_continuations(model, dictionaries, found, weights, rows=[row], **SMALL)
+            steered = steer_continuations(
+                model, dictionaries, found, weights, rows=[row], strengths=SMALL.strengths, top=SMALL.top
+            )
             for measure, changes in steered.changes.items():
                 got = mine[(mine["row"] == row) & (mine["measure"] == measure)].sort_values("strength")["change"]
                 np.testing.assert_allclose(got, changes[:, 0], atol=2e-5)
