@@ -277,7 +277,11 @@ CASES: dict[str, Callable[[SimpleNamespace, Any], Any]] = {
     "steer_with": lambda m, tmp: changed_logits(ext.steer_with(m.model, m.partition.dictionary, 0, 1.0), m.model),
     "steering_score": scores,
     "validate_clusters": lambda m, tmp: ext.validate_clusters(
-        m.model, [m.dictionary], m.attributed, m.labels, strengths=(-0.5, 0.5), n_bootstrap=20, n_permutations=20
+        m.model,
+        [m.dictionary],
+        m.attributed,
+        m.labels,
+        ext.ValidationOptions(strengths=(-0.5, 0.5), n_bootstrap=20, n_permutations=20),
     ),
     "write_dictionary_report": report,
 }
@@ -286,7 +290,7 @@ CASES: dict[str, Callable[[SimpleNamespace, Any], Any]] = {
 # tried with its own tests, which have a cluster.
 WITHOUT_TORCH = {
     "AuditConfig", "DictionaryRunnerConfig", "ExemplarPartitionConfig", "ExemplarRunnerConfig", "Judge", "JudgeScore",
-    "OpenAIJudge", "RayActivationStream", "SNMFDictionaryConfig", "SNMFRunnerConfig", "SamplingOptions",
+    "OpenAIJudge", "RayActivationStream", "SNMFDictionaryConfig", "SNMFRunnerConfig", "SamplingOptions", "ValidationOptions",
 }  # fmt: skip
 
 
