@@ -290,7 +290,8 @@ CASES: dict[str, Callable[[SimpleNamespace, Any], Any]] = {
 # tried with its own tests, which have a cluster.
 WITHOUT_TORCH = {
     "AuditConfig", "DictionaryRunnerConfig", "ExemplarPartitionConfig", "ExemplarRunnerConfig", "Judge", "JudgeScore",
-    "OpenAIJudge", "RayActivationStream", "SNMFDictionaryConfig", "SNMFRunnerConfig", "SamplingOptions", "ValidationOptions",
+    "OpenAIJudge", "RayActivationStream", "SNMFDictionaryConfig", "SNMFRunnerConfig", "SamplingOptions",
+    "ValidationOptions",
 }  # fmt: skip
 
 
