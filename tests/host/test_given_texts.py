@@ -10,7 +10,7 @@ import saelens_ext as ext
 from saelens_ext import _checks
 from saelens_ext.continuations.sample import score_continuations
 from saelens_ext.host.prompt_passes import prompt_ids
-from saelens_ext.steering.sampling import sample_continuations
+from saelens_ext.steering.sampling import sample_texts
 from tests.models_zoo import make_model, make_tokenizer
 
 HOOK, HALF = "blocks.1.hook_resid_post", "half \ud800 a character"
@@ -47,7 +47,7 @@ def test_an_entry_that_is_no_text_is_named():
 
 
 ENTRIES = {
-    "sampling": lambda model, given: sample_continuations(model, given, n=1),
+    "sampling": lambda model, given: sample_texts(model, given, n=1),
     "audit": lambda model, given: ext.audit_continuations(model, given, [], n=4),
     "scoring": lambda model, given: score_continuations(model, "The", given),
     "sentences": lambda model, given: ext.diff_means(model, HOOK, given, TEXTS),
