@@ -268,9 +268,10 @@ def test_what_is_refused(kept, setting, tmp_path):
         )
     with pytest.raises(ValueError, match="'tempreature'.*temperature"):
         audit_continuations(model, PREFIX, dictionaries, tempreature=2)
-    for prefixes in ([], [PREFIX, PREFIX]):
-        with pytest.raises(ValueError, match="at least one text and all different"):
-            audit_continuations(model, prefixes, dictionaries)
+    with pytest.raises(ValueError, match="prefixes is empty; give a list of at least one string"):
+        audit_continuations(model, [], dictionaries)
+    with pytest.raises(ValueError, match="prefixes must all be different, got"):
+        audit_continuations(model, [PREFIX, PREFIX], dictionaries)
     path = folder / "prefix_000" / "audit.json"
     content = json.loads(path.read_text())
     path.write_text(json.dumps(content | {"format_version": 99}))
