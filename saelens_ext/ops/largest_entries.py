@@ -21,10 +21,14 @@ def largest_entries(
         preferred: which of the tied entries go first; otherwise and among them, those of lower index do.
     """
     size = x.abs()
-    cut, position = (part[-1] for part in size.topk(count))
-    reach = torch.zeros_like(size) if error is None else error + error[position]
-    sure = (size > cut + reach).nonzero()[:, 0]
-    tied = ((size - cut).abs() <= reach).nonzero()[:, 0]
+    values, indices = size.topk(count)
+    cut = values[-1]
+    reach = torch.zeros_like(size) if error is None else error + error[indices[-1]]
+    possible = size >= cut - reach
+    if int(possible.sum()) == count:
+        return indices
+    sure = size > cut + reach
+    sure, tied = sure.nonzero()[:, 0], (possible & ~sure).nonzero()[:, 0]
     if preferred is not None:
         tied = torch.cat((tied[preferred[tied]], tied[~preferred[tied]]))
     return torch.cat((sure, tied[: count - len(sure)]))

@@ -163,7 +163,7 @@ def test_a_hook_before_the_relu_acts_on_the_codes(x):
 def test_memory_is_bounded():
     import resource
 
-    dictionary, x = SNMFDictionary.from_features(torch.eye(64)), torch.randn(300_000, 64)
+    dictionary, x = SNMFDictionary.from_features(torch.eye(64)), torch.randn(150_000, 64)
     with torch.no_grad():
         dictionary.encode(x[:8192])
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
