@@ -105,6 +105,7 @@ def sample_continuations(
     return _as_set(model, prefix, text, ids, collected.texts, collected.rows, weights, metadata, counts)
 
 
+@standard_modes()
 def score_continuations(
     model: HostModel,
     prefix: str,

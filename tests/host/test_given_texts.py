@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pandas
 import pytest
+import torch
 
 import saelens_ext as ext
 from saelens_ext import _checks
@@ -87,3 +88,10 @@ def test_a_token_that_the_model_does_not_have_is_named():
     model.tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
     with pytest.raises(ValueError, match=r"'<\|im_end\|>', of id 320, .* 320 tokens"):
         ext.sample_continuations(model, "Hi<|im_end|>", 2, max_new_tokens=2)
+
+
+def test_texts_scored_in_inference_mode_give_tensors_that_can_be_used_outside(model):
+    with torch.inference_mode():
+        found = score_continuations(model, "The", [" cat", " dog sat"])
+    assert not any(x.is_inference() for x in (found.log_probs, found.token_ids, found.lengths))
+    assert torch.equal(found.log_probs, score_continuations(model, "The", [" cat", " dog sat"]).log_probs)
