@@ -46,7 +46,7 @@ def logit_lens(model: HostModel, directions: Tensor, *, top_n: int = 10) -> Lens
     normalisation and the unembedding do not run.
 
     Args:
-        model: either host class.
+        model: any TransformerLens model.
         directions: ``(k, d_model)``, for example a dictionary's ``W_dec``; only their directions count.
         top_n: tokens to keep at either end, 1 to d_vocab.
 

@@ -91,7 +91,7 @@ def neuron_group_effect(
     every prompt, so the spread of the control is over groups.
 
     Args:
-        model: either host class.
+        model: any TransformerLens model.
         hook_name: where the neurons are: ``blocks.L.mlp.hook_post``, or any other hook.
         neurons: indices, at least 1, no two alike.
         weights: one per neuron, in units of the activation: what is added, or what it is set to.

@@ -104,7 +104,7 @@ def audit_continuations(
     """Ask why a model continues a prefix in different ways, and test the answer.
 
     Args:
-        model: either host class, no SAE attached.
+        model: any TransformerLens model, no SAE attached.
         prefixes: one or several.
         dictionaries: SAEs or transcoders whose latents the continuations are attributed to, and steered by.
         embedder: a sentence-transformers model, its name or folder, or None for the packaged one.

@@ -94,7 +94,7 @@ def compare_detection(
     """Let methods choose their best score on half of the sentences and judge it on the other half.
 
     Args:
-        model: either host class.
+        model: any TransformerLens model.
         detectors: methods by name: :meth:`Detector.from_dictionary` of dictionaries, or directions.
         activating: sentences that show the concept; at least 2 different ones, and better 20.
         neutral: sentences that do not.

@@ -210,7 +210,7 @@ def concept_scores(
     :func:`saelens_ext.concepts.diff_means.split_sentences`.
 
     Args:
-        model: either host class.
+        model: any TransformerLens model.
         detector: what scores.
         activating: p sentences, at least 1, of which each is one document however long.
         neutral: q sentences.
@@ -246,7 +246,7 @@ def sentence_scores(
     Memory: the result, and a block of scores of tens of megabytes.
 
     Args:
-        model: either host class.
+        model: any TransformerLens model.
         detector: what scores.
         sentences: as for :func:`concept_scores`, whose other arguments these are too.
         context_size: tokens in a window.

@@ -84,7 +84,7 @@ def diff_means(
     """Take the difference of the mean activations of two sets of sentences, special tokens excluded.
 
     Args:
-        model: either host class.
+        model: any TransformerLens model.
         hook_name: any hook, in any spelling.
         positives: sentences that show the concept, at least 1.
         neutrals: sentences that do not.
@@ -144,7 +144,7 @@ def held_out_diff_means(
     """Make a difference of means from one part of the sentences and score the other part with it.
 
     Args:
-        model: either host class.
+        model: any TransformerLens model.
         hook_name: any hook.
         positives: sentences that show the concept, at least 2 different ones.
         neutrals: sentences that do not, at least 2 different ones, none of them among the positives.

@@ -243,7 +243,7 @@ class SNMFDictionary(DecoderOnlySAE):
         MLP too.
 
         Args:
-            model: either host class.
+            model: any TransformerLens model.
             hook_name: the neurons' hook; by default the dictionary's own.
             layer: the block, from 0, instead of ``hook_name``.
 

@@ -49,7 +49,8 @@ def text_start(model: Any, prepend_bos: bool | None = None) -> TextStart:
     """What stands in front of a model's texts.
 
     Args:
-        model: either host class, or a `HookedProxyLM`, for which it is what a bridge of the same architecture does.
+        model: any TransformerLens model, or a `HookedProxyLM`, for which it is what a bridge of the same architecture
+            does.
         prepend_bos: instead of the model's own policy.
 
     Raises:

@@ -41,7 +41,7 @@ def ids_after(model: HostModel, prompt: str, texts: Sequence[str], *, templated:
     continuations are known by their token ids alone.
 
     Args:
-        model: either host class, with a tokenizer.
+        model: any TransformerLens model, with a tokenizer.
         prompt: its text.
         texts: what follows, each with its leading space where there is one.
         templated: the prompt was written by a chat template, which decides about BOS.

@@ -34,7 +34,7 @@ def check_takes_effect(model: HostModel, name: str) -> None:
     """Check that a change at a hook is a change of the model, and in the middle of a block that it can be made whole.
 
     Args:
-        model: either host class.
+        model: any TransformerLens model.
         name: the name that fires on it.
 
     Raises:

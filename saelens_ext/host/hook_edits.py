@@ -34,7 +34,7 @@ def hooked(
     bridge's block is changed at the block's output as well, since the skip connection runs past the middle.
 
     Args:
-        model: either host class.
+        model: any TransformerLens model.
         hooks: names that fire on this model, as :func:`edit_point` gives them, and functions in the hosts' form.
         direction: ``"bwd"`` runs them on gradients instead.
     """

@@ -46,7 +46,7 @@ def residual_directions(
     features.
 
     Args:
-        model: either host class; a bridge in compatibility mode or not.
+        model: any TransformerLens model; a bridge in compatibility mode or not.
         features: ``(k, d_mlp)``, or a dictionary at a neuron hook, whose ``W_dec`` is taken.
         hook_name: the neurons' hook, any alias of ``blocks.L.mlp.hook_post``; by default the dictionary's own.
         layer: the block, from 0, instead of ``hook_name``.

@@ -1,4 +1,4 @@
-"""Forward passes over prompts, the same way on either host class: tokens in, logits out, with or without a KV cache."""
+"""Forward passes over prompts on any TransformerLens model: tokens in, logits out, with or without a KV cache."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ def prompt_ids(model: HostModel, prompt: str, *, templated: bool = False) -> Ten
     not come, since the prompt is to be continued.
 
     Args:
-        model: either host class, with a tokenizer.
+        model: any TransformerLens model, with a tokenizer.
         prompt: the text.
         templated: it was written by a chat template, which decides about BOS itself.
 
@@ -89,7 +89,7 @@ def has_kv_cache(model: HostModel) -> bool:
 
 
 class KVCache:
-    """Keys and values of a batch of equally long sequences, on either host class.
+    """Keys and values of a batch of equally long sequences, on any TransformerLens model.
 
     Args:
         model: one that :func:`has_kv_cache`.
@@ -139,7 +139,7 @@ class CachedPasses:
     from the global random state, a whole batch at a time.
 
     Args:
-        model: either host class.
+        model: any TransformerLens model.
         ids: the sequences so far, ``(b, length)``.
     """
 

@@ -47,7 +47,7 @@ class Intervention(AbstractContextManager[HostModel]):
     """A change of the model's activations inside a context, which gives the model.
 
     Args:
-        model: either host class.
+        model: any TransformerLens model.
         hooks: gives names that fire on the model as it is, and functions; called now, to check them, and on each entry.
     """
 
@@ -79,7 +79,7 @@ def add_direction(
     """Add a multiple of a direction to an activation: x <- x + s t u.
 
     Args:
-        model: either host class.
+        model: any TransformerLens model.
         hook_name: any alias of the hook.
         direction: ``(d,)``; only its direction counts.
         strength: s, any sign; 0 leaves the model exactly as it is.
@@ -127,7 +127,7 @@ def ablate_directions(
     What is orthogonal to the directions stays; along them x takes the value of the centre.
 
     Args:
-        model: either host class.
+        model: any TransformerLens model.
         hook_name: any alias of the hook.
         directions: ``(m, d)`` or ``(d,)``; they may depend on one another.
         center: c, ``(d,)``; 0 by default.
@@ -171,7 +171,7 @@ def scale_latent(
     What the dictionary does not reconstruct is kept; a token whose code does not change is left exactly as it is.
 
     Args:
-        model: either host class.
+        model: any TransformerLens model.
         sae: any SAELens SAE at its own hook; a transcoder reads at its input hook and acts at its output hook.
         latent: index or indices j, each in [0, d_sae).
         factor: finite; 0 removes the latent, 1 changes nothing.
@@ -200,7 +200,7 @@ def clamp_latent(
     """Set the code of one or several latents at every token: x <- x + decode(z') - decode(z), with z'_j = value.
 
     Args:
-        model: either host class.
+        model: any TransformerLens model.
         sae: as for :func:`scale_latent`.
         latent: index or indices j, each in [0, d_sae).
         value: finite, in units of the code.
@@ -230,7 +230,7 @@ def steer_with(
     """Add a dictionary's direction where the dictionary writes, in units of the activations' typical norm.
 
     Args:
-        model: either host class.
+        model: any TransformerLens model.
         sae: any SAELens SAE; for a transcoder the direction is added at its output hook.
         latent: index of the direction, in [0, d_sae).
         strength: in units of the typical norm; 1 is a strong push.

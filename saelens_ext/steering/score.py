@@ -154,7 +154,7 @@ def steering_score(
     """Steer with directions at matched strength and have the text judged.
 
     Args:
-        model: either host class.
+        model: any TransformerLens model.
         hook_name: any alias of the hook.
         directions: ``(m, d)`` or ``(d,)``; only their directions count.
         concepts: what each direction should bring about: one description for both signs, or a pair for + and -.
