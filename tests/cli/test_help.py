@@ -42,7 +42,11 @@ def test_every_command_explains_every_option(name, command):
             "true)",
         ),
         ("snmf", "--dictionary.n_components K[,K…] Number or numbers of features. (default: 100)"),
-        ("audit", "--gammas X[,X…] Shares of the semantic view to try. (default: 0.1,0.3,0.5,0.7,0.9)"),
+        (
+            "audit",
+            "--gammas X[,X…] Values of gamma to try, the fraction of beta that weights the semantic view. "
+            "(default: 0.1,0.3,0.5,0.7,0.9)",
+        ),
         ("audit", "--logger.wandb_project TEXT Project of the runs. (default: saelens_ext)"),
         ("match", "--center own|shared Compare directions"),
         ("push", "usage: saelens-ext push FOLDER REPO_ID SAE_ID [OPTIONS]"),

@@ -22,6 +22,7 @@ SMALLER = [
     (r"n_components=100", "n_components=20"),
     (r"max_tokens=[\d_]+", "max_tokens=600, context_size=32"),
     (r"context_size=32, max_tokens=600, context_size=32", "max_tokens=600, context_size=32"),
+    (r"held_out=0\.1", "held_out=0.25"),
     (r"n=200", "n=32, max_new_tokens=6"),
     (r"percentile=2\b", "percentile=20"),
     (r"percentiles=\(2, 8\)", "percentiles=(20, 30)"),

@@ -153,18 +153,20 @@ def test_stopped_before_anything_is_built(kind, how, uninterrupted, tiny_bridge,
 
 
 def test_a_run_killed_after_the_pass_reads_nothing_again(uninterrupted, tiny_bridge, tmp_path, monkeypatch):
+    kind = "the whole stream calibrates"
+    expected = uninterrupted(kind)  # made before anything is replaced
+
     def stop(self, stream):
         raise Stopped
 
     monkeypatch.setattr(ExemplarBuild, "finish", stop)
-    kind = "the whole stream calibrates"
     with pytest.raises(Stopped):
         DictionaryRunner(config(tmp_path, **KINDS[kind], n_checkpoints=1), model=tiny_bridge, dataset=TEXTS).run()
     monkeypatch.undo()
     monkeypatch.setattr(ActivationStream, "_forward", None)
     again = config(tmp_path, **KINDS[kind], resume_from_checkpoint=str(only_run(tmp_path)))
     resumed = DictionaryRunner(again, model=tiny_bridge, dataset=TEXTS).run()
-    for name, built in uninterrupted(kind).dictionaries.items():
+    for name, built in expected.dictionaries.items():
         assert_same_partition(resumed.dictionaries[name].fit, built.fit)
 
 
