@@ -9,6 +9,7 @@ import torch
 import saelens_ext as sx
 
 ENTRIES = [name for name in sx.__all__ if ">>> " in (getattr(sx, name).__doc__ or "")]
+SLOW = {"audit_continuations"}
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,9 @@ def test_the_main_entries_have_examples():
     assert len(ENTRIES) >= 20
 
 
-@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize(
+    "entry", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in ENTRIES]
+)
 def test_the_example_shows_what_it_says(entry, names):
     (example,) = doctest.DocTestFinder(recurse=False).find(getattr(sx, entry), entry, globs=dict(names))
     failures = []

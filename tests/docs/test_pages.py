@@ -14,6 +14,7 @@ import saelens_ext as sx
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SLOW = {"docs/how-to/answers.md"}
 BLOCK = re.compile(r"```python *(no-run)?\n(.*?)```", re.DOTALL)
 # What a tiny model with three layers of width 32 can do stands in for what a page asks of GPT-2.
 SMALLER = [
@@ -43,7 +44,11 @@ def code_of(page: Path) -> str:
     return text
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if code_of(page)], ids=named)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=pytest.mark.slow if named(page) in SLOW else []) for page in PAGES if code_of(page)],
+    ids=named,
+)
 def test_the_code_of_a_page_runs(page, tiny_bridge, tiny_texts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     space = {"sx": sx, "model": tiny_bridge, "dataset": tiny_texts * 2}
