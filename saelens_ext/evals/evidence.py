@@ -1,0 +1,308 @@
+"""What every evaluation gives: raw values per unit, intervals and tests over units, a claim that can go either way.
+
+A subclass says what its units, its metrics and its question are, and fills ``cells``; summaries, comparisons, the
+claim, saving and the section of the page follow from these, and each can be replaced.
+
+Symbols
+    unit     what was drawn independently: a concept, a document
+    group    values of ``groups`` columns: parts of the evidence that are reported apart, such as rules of choosing
+    family   all comparisons of one metric, over which Holm's correction is made
+"""
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast
+
+import numpy as np
+import pandas as pd
+import torch
+
+from saelens_ext import _checks, _files
+from saelens_ext.evals import verdicts
+from saelens_ext.ops.resampling import paired_units, unit_bootstrap
+from saelens_ext.ops.statistics import holm
+from saelens_ext.report.evidence_section import EvidenceSection, EvidenceTable, ForestPlot, ForestRow
+
+E = TypeVar("E", bound="Evidence")
+
+KINDS = ("unsupervised", "supervised", "control")
+MIN_CLAIM_UNITS = 6
+"""With fewer units, flipping signs gives no p-value below .05."""
+
+_STEM, _VERSION = "evidence", 1
+_SETTINGS: dict[str, Any] = {"confidence": 0.95, "n_bootstrap": 2000, "n_permutations": 10_000, "seed": 0}
+
+
+class Failure(NamedTuple):
+    """What could not be computed."""
+
+    method: str
+    """Empty where it is the unit that failed for every method."""
+    unit: str
+    """Empty where it is the method that failed for every unit."""
+    error: str
+
+    def __str__(self) -> str:
+        where = " on ".join(part for part in (self.method, self.unit) if part)
+        return f"{where}: {self.error}"
+
+
+@dataclass(kw_only=True, eq=False)
+class Evidence:
+    """Methods tried on the same units."""
+
+    kind: ClassVar[str] = "evidence"
+    """Short name, in files and anchors."""
+    title: ClassVar[str] = "Evidence"
+    question: ClassVar[str] = ""
+    """What is asked, as one question."""
+    unit: ClassVar[str] = "unit"
+    """What was drawn independently; the column of ``cells`` that names it."""
+    unit_text: ClassVar[str] = ""
+    """What the units are, in a sentence or two."""
+    groups: ClassVar[tuple[str, ...]] = ()
+    """Columns of ``cells`` whose values are reported apart."""
+    metrics: ClassVar[Mapping[str, str]] = {"value": "value"}
+    """Name of each metric in words, the headline first."""
+    chance: ClassVar[float | None] = None
+    """What the headline metric is without any knowledge."""
+    bounds: ClassVar[tuple[float, float]] = (-np.inf, np.inf)
+    """Of all metrics; intervals are kept within."""
+
+    cells: pd.DataFrame
+    """Raw values in tidy form: the columns ``unit``, ``groups``, "method", "metric", "value", and any finer ones, such
+    as the split. The value of a method on a unit is the mean over finer rows.
+    """
+    kinds: dict[str, str]
+    """Kind of every method by name: "unsupervised", whose merit is asked, "supervised" (a reference that used labels)
+    or "control".
+    """
+    descriptions: dict[str, str] = field(default_factory=dict)
+    """What a method or control is, by its name, in a sentence."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """JSON-safe; "confidence", "n_bootstrap", "n_permutations" and "seed" are used here."""
+    failures: tuple[Failure, ...] = ()
+    """What could not be computed; the rest is complete."""
+
+    def __post_init__(self) -> None:
+        needed = (self.unit, *self.groups, "method", "metric", "value")
+        missing = [name for name in needed if name not in self.cells.columns]
+        if missing:
+            raise ValueError(f"cells lacks the columns {', '.join(missing)}; it has {', '.join(self.cells.columns)}.")
+        unknown = sorted(set(self.cells["method"]) - set(self.kinds))
+        if unknown or not set(self.kinds.values()) <= set(KINDS):
+            raise ValueError(f"kinds must give one of {KINDS} for every method of cells, got {self.kinds!r}.")
+        self.settings = _SETTINGS | self.settings
+
+    @property
+    def headline(self) -> str:
+        """The metric that the claim is about."""
+        return next(iter(self.metrics))
+
+    def per_unit(self, metric: str | None = None) -> pd.DataFrame:
+        """One row per group and unit, one column per method, in the order of ``kinds``; NaN where nothing is known."""
+        name = _checks.choice(metric or self.headline, tuple(self.metrics), "metric")
+        own = self.cells[self.cells["metric"] == name]
+        means = own.groupby([*self.groups, self.unit, "method"], sort=False)["value"].mean()
+        table = means.unstack("method").reindex(columns=[name for name in self.kinds if name in set(own["method"])])
+        # Draws of units are by their place, so that must not depend on the order in which they were evaluated.
+        return table.sort_index(level=self.unit, sort_remaining=False, kind="stable")
+
+    def summary(self, *, metric: str | None = None) -> pd.DataFrame:
+        """One row per group, metric and method: estimate (mean over units), low, high and n_units.
+
+        Args:
+            metric: one of them alone; by default all.
+        """
+        rows = []
+        for metric in self.metrics if metric is None else [metric]:
+            for group, table in self._parts(metric):
+                for method in table.columns:
+                    values = table[method].dropna().to_numpy(dtype=np.float64)
+                    if len(values):
+                        found = unit_bootstrap(np.mean, values, **self._resampling(), bounds=self.bounds)
+                        rows.append({**group, "metric": metric, "method": method, **found._asdict()})
+        return pd.DataFrame(rows, columns=[*self.groups, "metric", "method", "estimate", "low", "high", "n_units"])
+
+    def comparisons(self, reference: str | None = None, *, metric: str | None = None) -> pd.DataFrame:
+        """Differences between methods on the same units, with Holm's correction over all rows.
+
+        Args:
+            reference: the method that all others are compared with; by default every unsupervised method is compared
+                with every other method.
+            metric: by default the headline.
+
+        Returns:
+            One row per group and pair: method, other, difference (mean of method - other), low, high, p, n_units,
+            n_undefined, p_holm.
+
+        Raises:
+            ValueError: no such method or metric.
+        """
+        rows = []
+        for group, table in self._parts(metric or self.headline):
+            for method, other in self._pairs(reference, list(table.columns)):
+                options = self._resampling() | {"n_permutations": self.settings["n_permutations"]}
+                found = paired_units(*(table[name].to_numpy(dtype=np.float64) for name in (method, other)), **options)
+                rows.append({**group, "method": method, "other": other, **found._asdict()})
+        columns = ["method", "other", "difference", "low", "high", "p", "n_units", "n_undefined"]
+        table = pd.DataFrame(rows, columns=[*self.groups, *columns])
+        return table.assign(p_holm=holm(table["p"].to_numpy(dtype=np.float64)))
+
+    def verdict(self, reference: str | None = None) -> str:
+        """What the evidence says in words.
+
+        "Above" and "below" need a corrected p-value below .05; that there are too few units for any is said outright.
+
+        Args:
+            reference: as for :meth:`comparisons`.
+        """
+        return verdicts.verdict(
+            self.comparisons(reference),
+            self.summary(metric=self.headline),
+            subjects=self._subjects(reference),
+            groups=self.groups,
+            unit=self.unit,
+            metric=self.metrics[self.headline],
+            settings=self.settings,
+        )
+
+    def claim(self, reference: str | None = None) -> str:
+        """The verdict, where there are enough units for one.
+
+        Args:
+            reference: as for :meth:`comparisons`.
+
+        Raises:
+            ValueError: no such method, or fewer than `MIN_CLAIM_UNITS` units.
+        """
+        n_units = self.cells[self.unit].nunique()
+        if n_units < MIN_CLAIM_UNITS:
+            raise ValueError(
+                f"A claim needs at least {MIN_CLAIM_UNITS} {self.unit}s, got {n_units}: with fewer no p-value can fall "
+                f"below 0.05. Evaluate more {self.unit}s; summary() shows what was measured."
+            )
+        return self.verdict(reference)
+
+    def section(self) -> EvidenceSection:
+        """What a page shows of this evidence."""
+        summary = self.summary()
+        rows = [
+            ForestRow(
+                label=row["method"],
+                **{name: row[name] for name in ("estimate", "low", "high", "n_units")},
+                group=verdicts.group_text({name: row[name] for name in self.groups}),
+                kind=self.kinds[row["method"]],
+            )
+            for row in summary[summary["metric"] == self.headline].to_dict("records")
+        ]
+        words = dict(self.metrics)
+        tables = (
+            _table(
+                "Estimates", summary.assign(metric=summary["metric"].map(words)), "Means over units, with intervals."
+            ),
+            _table("Comparisons", self.comparisons(), "Paired differences; p_holm is corrected over this table."),
+        )
+        return EvidenceSection(
+            kind=self.kind,
+            title=self.title,
+            question=self.question,
+            verdict=self.verdict(),
+            forest=ForestPlot(axis=words[self.headline], rows=tuple(rows), chance=self.chance),
+            tables=tables,
+            units=self.unit_text,
+            controls=self.descriptions,
+            failures=tuple(map(str, self.failures)),
+            settings=_files.json_safe(self.settings),
+        )
+
+    def save(self, directory: str | Path) -> Path:
+        """Write ``evidence.json`` and ``evidence.safetensors`` into a directory, one evidence to each; gives it."""
+        content, tensors = _columns_apart(self.cells)
+        content |= {
+            name: _files.json_safe(getattr(self, name)) for name in ("kinds", "descriptions", "settings", "failures")
+        }
+        return self._format().write(Path(directory), content, tensors)
+
+    @classmethod
+    def load(cls: type[E], directory: str | Path) -> E:
+        """Read what :meth:`save` wrote; on `Evidence` itself, evidence of any kind.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: a file is truncated, foreign, newer or of another kind.
+        """
+        own: Any = cls
+        if cls is Evidence:
+            kind = _files.read_json(Path(directory) / f"{_STEM}.json").get("kind")
+            known = {each._format().kind: each for each in _all_subclasses(cls)}
+            own = known.get(str(kind), cls)
+        content, tensors = own._format().read(Path(directory))
+        failures = tuple(Failure(*entry) for entry in content.pop("failures"))
+        cells = _columns_together(content.pop("columns"), tensors)
+        return own(cells=cells, failures=failures, **content)
+
+    # --- for subclasses ---
+
+    @classmethod
+    def _format(cls) -> _files.Format:
+        return _files.Format(stem=_STEM, kind=f"{cls.kind} evidence", version=_VERSION)
+
+    def _parts(self, metric: str) -> list[tuple[dict[str, Any], pd.DataFrame]]:
+        """The table of :meth:`per_unit` by group."""
+        table = self.per_unit(metric)
+        if not self.groups:
+            return [({}, table)] if len(table) else []
+        parts = table.groupby(level=list(self.groups), sort=False)
+        return [(dict(zip(self.groups, cast(tuple, key))), part) for key, part in parts]
+
+    def _subjects(self, reference: str | None) -> list[str]:
+        """The methods whose merit is asked."""
+        if reference is not None:
+            return [_checks.choice(reference, tuple(self.kinds), "reference")]
+        return [name for name, kind in self.kinds.items() if kind == "unsupervised"]
+
+    def _pairs(self, reference: str | None, methods: Sequence[str]) -> list[tuple[str, str]]:
+        subjects, seen = self._subjects(reference), list[tuple[str, str]]()
+        for subject in subjects:
+            if subject in methods:
+                seen += [(subject, o) for o in methods if o != subject and (o, subject) not in seen]
+        return seen
+
+    def _resampling(self) -> dict[str, Any]:
+        # A generator of its own for each number, so that none depends on the order of methods.
+        generator = np.random.default_rng([self.settings["seed"], zlib.crc32(self.kind.encode())])
+        return {name: self.settings[name] for name in ("n_bootstrap", "confidence")} | {"generator": generator}
+
+
+def _table(title: str, table: pd.DataFrame, note: str) -> EvidenceTable:
+    rows = tuple(tuple(row) for row in table.astype(object).itertuples(index=False))
+    return EvidenceTable(title=title, columns=tuple(map(str, table.columns)), rows=rows, note=note)
+
+
+def _all_subclasses(kind: type) -> list[Any]:
+    return [each for own in kind.__subclasses__() for each in (own, *_all_subclasses(own))]
+
+
+def _columns_apart(table: pd.DataFrame) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Numbers as tensors, texts as numbers of the different ones, which JSON holds."""
+    columns: dict[str, Any] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    for name in map(str, table.columns):
+        values: Any = table[name].to_numpy()
+        columns[name] = None
+        if values.dtype.kind not in "biuf":
+            codes, texts = pd.factorize(table[name])
+            values, columns[name] = codes.astype(np.int32), [str(text) for text in texts]
+        tensors[f"cells.{name}"] = torch.from_numpy(np.array(values))
+    return {"columns": columns}, tensors
+
+
+def _columns_together(columns: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> pd.DataFrame:
+    table = {}
+    for name, texts in columns.items():
+        values = tensors[f"cells.{name}"].numpy()
+        table[name] = values if texts is None else [texts[code] if code >= 0 else None for code in values]
+    return pd.DataFrame(table)
