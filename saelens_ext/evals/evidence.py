@@ -117,13 +117,13 @@ class Evidence:
             metric: one of them alone; by default all.
         """
         rows = []
-        for metric in self.metrics if metric is None else [metric]:
-            for group, table in self._parts(metric):
+        for name in self.metrics if metric is None else [metric]:
+            for group, table in self._parts(name):
                 for method in table.columns:
                     values = table[method].dropna().to_numpy(dtype=np.float64)
                     if len(values):
                         found = unit_bootstrap(np.mean, values, **self._resampling(), bounds=self.bounds)
-                        rows.append({**group, "metric": metric, "method": method, **found._asdict()})
+                        rows.append({**group, "metric": name, "method": method, **found._asdict()})
         return pd.DataFrame(rows, columns=[*self.groups, "metric", "method", "estimate", "low", "high", "n_units"])
 
     def comparisons(self, reference: str | None = None, *, metric: str | None = None) -> pd.DataFrame:
