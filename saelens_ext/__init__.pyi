@@ -16,8 +16,8 @@ from .audit.audit import Audit as Audit
 from .audit.audit import AuditConfig as AuditConfig
 from .audit.audit import audit_continuations as audit_continuations
 from .concepts.comparison import compare_detection as compare_detection
-from .concepts.detection import Detector as Detector
 from .concepts.detection import concept_scores as concept_scores
+from .concepts.detector import Detector as Detector
 from .concepts.diff_means import diff_means as diff_means
 from .continuations.attribution.attribute import attribute_continuations as attribute_continuations
 from .continuations.clustering.joint_clusterer import JointClusterer as JointClusterer

@@ -4,7 +4,8 @@ Belongs here: what needs labelled sentences. Does not: dictionaries, or statisti
 """
 
 from saelens_ext.concepts.comparison import compare_detection
-from saelens_ext.concepts.detection import Detector, concept_scores
+from saelens_ext.concepts.detection import concept_scores
+from saelens_ext.concepts.detector import Detector
 from saelens_ext.concepts.diff_means import diff_means
 
 __all__ = ["Detector", "compare_detection", "concept_scores", "diff_means"]

@@ -6,15 +6,22 @@ score on the second.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from saelens_ext._modes import standard_modes
-from saelens_ext.concepts.detection import ConceptScores, Detector, concept_scores
-from saelens_ext.concepts.diff_means import diff_means, split_sentences
+from saelens_ext.activations.stream import ActivationBatch
+from saelens_ext.concepts.detection import ConceptScores, compare_sentences
+from saelens_ext.concepts.detector import Detector
+from saelens_ext.concepts.diff_means import difference_of, sentence_sums, split_sentences
+from saelens_ext.concepts.sentence_scores import Pooling, pool_scores, warn_of_bos
+from saelens_ext.concepts.token_activations import token_activations
 from saelens_ext.host.models import HostModel
 
 if TYPE_CHECKING:
@@ -23,7 +30,7 @@ if TYPE_CHECKING:
 DIFF_MEANS = "difference of means"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class DetectionRow:
     """One method's score of a concept."""
 
@@ -31,9 +38,16 @@ class DetectionRow:
     """What it is, a dictionary's name or the difference of means."""
     n_scores: int
     """Scores it chose from."""
+    column: int
+    """Which of them it chose, in [0, n_scores): the one that separates the first part of the sentences best, with the
+    highest AUROC, among equals the largest difference in standard deviations."""
     chosen: str
-    """The score that told the first part of the sentences best: highest AUROC, among equals the largest difference in
-    standard deviations."""
+    """The name of that score."""
+    hook_name: str
+    """Where it is read."""
+    direction: Tensor | None = None
+    """Its unit direction ``(d,)``, which the model can be steered along at ``hook_name``; None for a code. In no table
+    and no JSON."""
     chosen_auroc: float
     """AUROC on the sentences that chose it, in [0, 1]; above what to expect of others."""
     auroc: float
@@ -64,22 +78,22 @@ class ConceptComparison:
     """Activating and neutral sentences that judged."""
 
     def to_dataframe(self) -> "pandas.DataFrame":
-        """One row per method."""
+        """One row per method, without the directions."""
         import pandas
 
-        return pandas.DataFrame([asdict(row) for row in self.rows])
+        return pandas.DataFrame([_plain(row) for row in self.rows])
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-safe."""
-        return asdict(self) | {
-            "rows": [
-                {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(row).items()}
-                for row in self.rows
-            ]
-        }
+        """JSON-safe, without the directions."""
+        rows = [
+            {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in _plain(row).items()}
+            for row in self.rows
+        ]
+        return {field.name: getattr(self, field.name) for field in fields(self)} | {"rows": rows}
 
 
 @standard_modes()
+@torch.no_grad()
 def compare_detection(
     model: HostModel,
     detectors: Mapping[str, Detector],
@@ -88,10 +102,14 @@ def compare_detection(
     *,
     concept: str = "",
     diff_means_at: str | None = None,
+    pooling: Pooling = "max",
     seed: int = 0,
     batch_size: int = 16,
 ) -> ConceptComparison:
     """Let methods choose their best score on half of the sentences and judge it on the other half.
+
+    The model reads each sentence once, whatever the number of methods and of hooks. Memory: the scores, and with
+    ``diff_means_at`` the activations of the choosing half.
 
     Args:
         model: any TransformerLens model.
@@ -101,6 +119,7 @@ def compare_detection(
         concept: the concept in words, for tables.
         diff_means_at: hook at which the difference of means, made from the first half, joins the methods; None leaves
             it out.
+        pooling: how the scores of a sentence's tokens become its score, as for :func:`concept_scores`.
         seed: of the split.
         batch_size: windows in a forward pass.
 
@@ -119,35 +138,57 @@ def compare_detection(
     """
     choosing, judging = zip(split_sentences(activating, seed=seed), split_sentences(neutral, seed=seed), strict=True)
     methods = dict(detectors)
-    if diff_means_at is not None:
-        if DIFF_MEANS in methods:
-            raise ValueError(
-                f"A detector is called {DIFF_MEANS!r}, as the one that diff_means_at adds; give it another name."
-            )
-        methods[DIFF_MEANS] = diff_means(model, diff_means_at, *choosing, batch_size=batch_size).detector()
-    if not methods:
-        raise ValueError("detectors is empty and diff_means_at is None: there is nothing to compare.")
-    rows = []
-    for name, detector in methods.items():
-        found, confirmed = (
-            concept_scores(model, detector, *part, batch_size=batch_size) for part in (choosing, judging)
+    if diff_means_at is not None and DIFF_MEANS in methods:
+        raise ValueError(
+            f"A detector is called {DIFF_MEANS!r}, as the one that diff_means_at adds; give it another name."
         )
-        rows.append(_row(name, found, confirmed))
-    sizes = [(len(part[0]), len(part[1])) for part in (choosing, judging)]
+    if not methods and diff_means_at is None:
+        raise ValueError("detectors is empty and diff_means_at is None: there is nothing to compare.")
+    warn_of_bos(model, methods.values())
+    hooks = [detector.hook_name for detector in methods.values()] + ([diff_means_at] if diff_means_at else [])
+    read = partial(token_activations, model, hooks, batch_size=batch_size)
+    sizes = [(len(up), len(down)) for up, down in (choosing, judging)]
+    # A difference of means detects with what is known only after its pass, so the activations it is made of are kept.
+    kept = [list(read(part)) if diff_means_at else read(part) for part in choosing]
+    tables = [pool_scores(batches, methods, n, pooling) for batches, n in zip(kept, sizes[0], strict=True)]
+    if diff_means_at is not None:
+        methods[DIFF_MEANS] = _diff_means(kept, sizes[0], diff_means_at)
+        for table, batches, n in zip(tables, kept, sizes[0], strict=True):
+            table |= pool_scores(batches, {DIFF_MEANS: methods[DIFF_MEANS]}, n, pooling)
+    others = [pool_scores(read(part), methods, len(part), pooling) for part in judging]
+    rows = [_row(name, detector, tables, others) for name, detector in methods.items()]
     return ConceptComparison(concept=concept, rows=tuple(rows), n_choosing=sizes[0], n_judging=sizes[1])
 
 
-def _row(method: str, found: ConceptScores, confirmed: ConceptScores) -> DetectionRow:
-    order = np.lexsort((found.d_prime.nan_to_num(0.0).numpy(), found.auroc.numpy()))
-    best = int(order[-1])
-    values = {
-        name: float(getattr(confirmed, name)[best])
-        for name in ("auroc", "auroc_low", "auroc_high", "log_ratio", "d_prime")
-    }
+def best_column(scores: ConceptScores) -> int:
+    """The score with the highest AUROC, among equals the one with the largest difference in standard deviations."""
+    return int(np.lexsort((scores.d_prime.nan_to_num(0.0).numpy(), scores.auroc.numpy()))[-1])
+
+
+def _diff_means(batches: Sequence[Iterable[ActivationBatch]], sizes: tuple[int, int], hook_name: str) -> Detector:
+    up, down = (sentence_sums(part, hook_name, n, equal_norms=True) for part, n in zip(batches, sizes, strict=True))
+    return difference_of(up, down, hook_name, weighting="sentence", equal_norms=True).detector()
+
+
+def _row(
+    method: str, detector: Detector, tables: Sequence[dict[str, Tensor]], others: Sequence[dict[str, Tensor]]
+) -> DetectionRow:
+    chosen, judged = (
+        compare_sentences(*(table[method] for table in part), names=detector.names) for part in (tables, others)
+    )
+    best = best_column(chosen)
+    names = ("auroc", "auroc_low", "auroc_high", "log_ratio", "d_prime")
     return DetectionRow(
         method=method,
-        n_scores=len(found.names),
-        chosen=found.names[best],
-        chosen_auroc=float(found.auroc[best]),
-        **values,
+        n_scores=len(detector.names),
+        column=best,
+        chosen=detector.names[best],
+        hook_name=detector.hook_name,
+        direction=None if detector.directions is None else detector.directions[best],
+        chosen_auroc=float(chosen.auroc[best]),
+        **{name: float(getattr(judged, name)[best]) for name in names},
     )
+
+
+def _plain(row: DetectionRow) -> dict[str, Any]:
+    return {field.name: getattr(row, field.name) for field in fields(row) if field.name != "direction"}

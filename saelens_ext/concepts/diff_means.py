@@ -8,7 +8,7 @@ Symbols
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -17,7 +17,9 @@ from torch import Tensor
 
 from saelens_ext import _checks
 from saelens_ext._modes import standard_modes
-from saelens_ext.concepts.detection import ConceptScores, Detector, concept_scores
+from saelens_ext.activations.stream import ActivationBatch
+from saelens_ext.concepts.detection import ConceptScores, concept_scores
+from saelens_ext.concepts.detector import Detector
 from saelens_ext.concepts.token_activations import token_activations
 from saelens_ext.host.models import HostModel
 
@@ -105,24 +107,11 @@ def diff_means(
     """
     _checks.choice(weighting, ("sentence", "token"), "weighting")
     options: dict[str, Any] = {"context_size": context_size, "batch_size": batch_size, "progress": progress}
-    shown, absent = (_sums(model, hook_name, s, equal_norms, options) for s in (positives, neutrals))
-    up, down = _means(shown, absent, weighting)
-    difference = up - down
-    distance = float(difference.norm())
-    # Below float32 rounding of the activations a difference is noise; equal sets are the usual cause.
-    if distance <= 1e-6 * float(up.norm() + down.norm()):
-        raise ValueError(
-            f"The positive and the neutral sentences have the same mean activation at {hook_name} (distance "
-            f"{distance:.3g}), so there is no direction between them. Do the two sets differ?"
-        )
-    return DiffMeans(
-        direction=(difference / distance).float(),
-        distance=distance,
-        midpoint=((up + down) / 2).float(),
-        hook_name=hook_name,
-        weighting=weighting,
-        equal_norms=equal_norms,
+    shown, absent = (
+        sentence_sums(token_activations(model, hook_name, s, **options), hook_name, len(s), equal_norms=equal_norms)
+        for s in (_checks.texts(positives, "sentences"), _checks.texts(neutrals, "sentences"))
     )
+    return difference_of(shown, absent, hook_name, weighting=weighting, equal_norms=equal_norms)
 
 
 def held_out_diff_means(
@@ -204,45 +193,74 @@ def split_sentences(
     return [s for s in sentences if s not in test], [s for s in sentences if s in test]
 
 
-class _Sums(NamedTuple):
-    """Sums over the tokens of each sentence, float64."""
+class SentenceSums(NamedTuple):
+    """Sums over the tokens of each of n sentences, from which the difference of means of any of them follows."""
 
     vectors: Tensor
-    """Of x, or of x / |x|: ``(sentences, d)``."""
+    """Of x, or of x / |x|: float64 ``(n, d)``."""
     counts: Tensor
-    """Tokens, ``(sentences,)``."""
-    log_norm: float
-    """Of log |x| over all tokens where x is not 0; 0 where norms are left as they are."""
-    n_nonzero: int
-    """Tokens where x is not 0."""
+    """Tokens: float64 ``(n,)``."""
+    log_norms: Tensor
+    """Of log |x| where x is not 0: float64 ``(n,)``; 0 where norms are left as they are."""
+    n_nonzero: Tensor
+    """Tokens where x is not 0: float64 ``(n,)``."""
+
+    def of(self, sentences: Any) -> "SentenceSums":
+        """Those of some of the sentences; anything that indexes a tensor."""
+        return SentenceSums(*(sums[sentences] for sums in self))
+
+    def mean(self, weighting: Weighting) -> Tensor:
+        """Mean over sentences, or over all their tokens, ``(d,)``."""
+        if weighting == "token":
+            return self.vectors.sum(0) / self.counts.sum()
+        return (self.vectors / self.counts[:, None]).mean(0)
 
 
-def _sums(
-    model: HostModel, hook_name: str, sentences: Sequence[str], equal_norms: bool, options: dict[str, Any]
-) -> _Sums:
-    sentences = _checks.texts(sentences, "sentences")
-    vectors, counts = (
-        torch.zeros(len(sentences), 0, dtype=torch.float64),
-        torch.zeros(len(sentences), dtype=torch.float64),
-    )
-    log_norm, n_nonzero = 0.0, 0
-    for x, documents in token_activations(model, hook_name, sentences, **options):
+def sentence_sums(batches: Iterable[ActivationBatch], hook_name: str, n: int, *, equal_norms: bool) -> SentenceSums:
+    """Add up the activations of n sentences at one hook, from the batches of a stream whose documents they are.
+
+    Args:
+        batches: as :func:`~saelens_ext.concepts.token_activations.token_activations` gives them.
+        hook_name: key of ``batch.activations``.
+        n: sentences.
+        equal_norms: add up x / |x|, and log |x| beside it.
+    """
+    sums = SentenceSums(torch.zeros(n, 0, dtype=torch.float64), *torch.zeros(3, n, dtype=torch.float64))
+    for batch in batches:
         # Not every device has float64, so rows are moved before they are widened.
-        x = x.cpu().double()
+        x, documents = batch.activations[hook_name].cpu().double(), batch.document_ids
+        sums = sums if sums.vectors.shape[1] else sums._replace(vectors=sums.vectors.new_zeros(n, x.shape[1]))
         if equal_norms:
             norms = x.norm(dim=1)
-            x = x / torch.where(norms > 0, norms, 1)[:, None]
-            log_norm += float(norms[norms > 0].log().sum())
-            n_nonzero += int((norms > 0).sum())
-        vectors = vectors if vectors.shape[1] else vectors.new_zeros(len(sentences), x.shape[1])
-        vectors.index_add_(0, documents, x)
-        counts.index_add_(0, documents, torch.ones(len(documents), dtype=torch.float64))
-    return _Sums(vectors, counts, log_norm, n_nonzero)
+            lengths = torch.where(norms > 0, norms, 1)
+            x = x / lengths[:, None]
+            sums.log_norms.index_add_(0, documents, lengths.log())
+            sums.n_nonzero.index_add_(0, documents, (norms > 0).double())
+        sums.vectors.index_add_(0, documents, x)
+        sums.counts.index_add_(0, documents, torch.ones(len(documents), dtype=torch.float64))
+    return sums
 
 
-def _means(up: _Sums, down: _Sums, weighting: Weighting) -> tuple[Tensor, Tensor]:
-    """m+ and m-, float64 ``(d,)``."""
-    scale = math.exp((up.log_norm + down.log_norm) / max(1, up.n_nonzero + down.n_nonzero))
-    if weighting == "token":
-        return scale * up.vectors.sum(0) / up.counts.sum(), scale * down.vectors.sum(0) / down.counts.sum()
-    return scale * (up.vectors / up.counts[:, None]).mean(0), scale * (down.vectors / down.counts[:, None]).mean(0)
+def difference_of(
+    positives: SentenceSums, neutrals: SentenceSums, hook_name: str, *, weighting: Weighting, equal_norms: bool
+) -> DiffMeans:
+    """The difference of means of sentences whose sums are known; arguments and errors as :func:`diff_means`."""
+    log_norm, n = (float(a.sum() + b.sum()) for a, b in zip(positives[2:], neutrals[2:]))
+    scale = math.exp(log_norm / max(1, n))
+    up, down = (scale * sums.mean(weighting) for sums in (positives, neutrals))
+    difference = up - down
+    distance = float(difference.norm())
+    # Below float32 rounding of the activations a difference is noise; equal sets are the usual cause.
+    if distance <= 1e-6 * float(up.norm() + down.norm()):
+        raise ValueError(
+            f"The positive and the neutral sentences have the same mean activation at {hook_name} (distance "
+            f"{distance:.3g}), so there is no direction between them. Do the two sets differ?"
+        )
+    return DiffMeans(
+        direction=(difference / distance).float(),
+        distance=distance,
+        midpoint=((up + down) / 2).float(),
+        hook_name=hook_name,
+        weighting=weighting,
+        equal_norms=equal_norms,
+    )

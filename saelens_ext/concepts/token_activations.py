@@ -3,10 +3,9 @@
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
 
 from saelens_ext import _checks
-from saelens_ext.activations.stream import ActivationStream
+from saelens_ext.activations.stream import ActivationBatch, ActivationStream
 from saelens_ext.host.models import HostModel
 
 _CONTEXT_SIZE = 128
@@ -14,17 +13,17 @@ _CONTEXT_SIZE = 128
 
 def token_activations(
     model: HostModel,
-    hook_name: str,
+    hook_names: str | Sequence[str],
     sentences: Sequence[str],
     *,
     context_size: int | None = None,
     batch_size: int = 16,
     progress: bool = False,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Activations at the tokens of sentences, special tokens excluded, batch by batch.
+) -> Iterator[ActivationBatch]:
+    """Activations at the tokens of sentences, special tokens excluded, at all hooks in one pass, batch by batch.
 
     Yields:
-        Activations ``(n, d)`` and the number of the sentence each belongs to, ascending, int64 ``(n,)`` on the CPU.
+        Batches whose ``document_ids``, which ascend, number the sentences.
 
     Raises:
         ValueError: no sentence, one that is no text, or one that gives no activation; the latter at the end of the
@@ -32,11 +31,11 @@ def token_activations(
     """
     sentences = _checks.texts(sentences, "sentences")
     size = context_size or min(_CONTEXT_SIZE, getattr(model.cfg, "n_ctx", None) or _CONTEXT_SIZE)
-    stream = ActivationStream(model, sentences, hook_name, context_size=size, batch_size=batch_size, progress=progress)
+    stream = ActivationStream(model, sentences, hook_names, context_size=size, batch_size=batch_size, progress=progress)
     seen = torch.zeros(len(sentences), dtype=torch.bool)
     for batch in stream:
         seen[batch.document_ids] = True
-        yield batch.activations[hook_name], batch.document_ids
+        yield batch
     silent = (~seen).nonzero().flatten().tolist()
     if silent:
         examples = ", ".join(repr(sentences[index]) for index in silent[:3])

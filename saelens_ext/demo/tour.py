@@ -23,7 +23,7 @@ from saelens_ext.analysis.logit_lens import logit_lens
 from saelens_ext.analysis.profile import profile_dictionaries
 from saelens_ext.audit.audit import audit_continuations
 from saelens_ext.concepts.comparison import ConceptComparison, compare_detection
-from saelens_ext.concepts.detection import Detector
+from saelens_ext.concepts.detector import Detector
 from saelens_ext.demo.packaged import load_demo_corpus, load_demo_model, split_corpus
 from saelens_ext.demo.sentences import NEUTRAL, WEEKDAYS
 from saelens_ext.dictionaries.exemplar_partition import ExemplarPartition

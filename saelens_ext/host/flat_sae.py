@@ -1,8 +1,9 @@
 """Any SAELens SAE, ours or not, on activations that are already flat: one row of ``d_in`` numbers per token."""
 
-from collections.abc import Iterator
+import operator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, SupportsIndex, cast
 
 from sae_lens import SAE, Transcoder
 from torch import Tensor
@@ -79,3 +80,35 @@ def encode_flat(sae: SAE[Any], x: Tensor) -> Tensor:
     with flat_activations(sae):
         codes = sae.encode(x)
     return codes.to_dense() if codes.is_sparse else codes
+
+
+def latent_indices(sae: SAE[Any], latents: SupportsIndex | Sequence[SupportsIndex] | None) -> list[int]:
+    """The latents chosen, one or several (None: all), as a list; ValueError unless each is in [0, d_sae)."""
+    if latents is None:
+        return list(range(sae.cfg.d_sae))
+    # numpy's and torch's scalars count as indices too: latents are often chosen by an argmax.
+    is_one = not isinstance(latents, Sequence) and getattr(latents, "ndim", 0) == 0
+    indices = [operator.index(index) for index in cast(Any, [latents] if is_one else latents)]
+    wrong = [index for index in indices if not 0 <= index < sae.cfg.d_sae]
+    if wrong or not indices:
+        raise ValueError(f"latents must be one or several of 0 to {sae.cfg.d_sae - 1}, got {wrong[:5] or indices}.")
+    return indices
+
+
+def latent_rows(sae: SAE[Any], latents: list[int], basis: str | None = None) -> Tensor:
+    """The directions of latents ``(m, d)``, detached.
+
+    Args:
+        sae: any SAELens SAE.
+        latents: in [0, d_sae).
+        basis: "exemplar" or "mean", of a dictionary that has both; None: its rows of ``W_dec``.
+
+    Raises:
+        ValueError: the dictionary has no such rows.
+    """
+    name = "W_dec"
+    if basis is not None:
+        name = {"exemplar": "exemplars", "mean": "means"}[_checks.choice(basis, ("exemplar", "mean"), "basis")]
+    if not hasattr(sae, name):
+        raise ValueError(f"A {sae.cfg.architecture()} has no {name}; leave basis out to use its rows of W_dec.")
+    return getattr(sae, name).detach()[latents]

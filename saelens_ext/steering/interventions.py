@@ -36,7 +36,14 @@ from torch import Tensor
 
 from saelens_ext import _checks
 from saelens_ext._modes import standard_modes
-from saelens_ext.host.flat_sae import encode_flat, flat_activations, hooks_of, refuse_sequence_codes
+from saelens_ext.host.flat_sae import (
+    encode_flat,
+    flat_activations,
+    hooks_of,
+    latent_indices,
+    latent_rows,
+    refuse_sequence_codes,
+)
 from saelens_ext.host.hook_edits import HookFunction, edit_hook, edit_point, flat_rows, hooked
 from saelens_ext.host.models import HostModel, resolve_hook
 
@@ -249,14 +256,14 @@ def steer_with(
         >>> with sx.steer_with(model, partition, 0, strength=0.5, typical_norm=3.0):
         ...     logits = model("The assert statement")
     """
-    _latent_mask(sae, latent)
+    (index,) = latent_indices(sae, operator.index(latent))
     norm = typical_norm if typical_norm is not None else sae.cfg.metadata.typical_norm
     if norm is None:
         raise ValueError(
             "This dictionary records no typical_norm of its activations. Pass typical_norm=, for example the median "
             "norm of the activations at its hook, or 1.0 to give the strength in units of the activation."
         )
-    direction = _directions(sae, basis)[operator.index(latent)].detach()
+    (direction,) = latent_rows(sae, [index], basis)
     return add_direction(model, hooks_of(sae)[1], direction, strength, typical_norm=norm, positions=positions)
 
 
@@ -283,30 +290,11 @@ def _orthonormal_basis(rows: Tensor) -> Tensor:
     return vectors[values > tolerance].T.to(rows)
 
 
-def _listed(latent: Any) -> Any:
-    is_scalar = not isinstance(latent, Sequence) and getattr(latent, "ndim", 0) == 0
-    return [latent] if is_scalar else latent
-
-
-def _latent_mask(sae: SAE[Any], latent: SupportsIndex | Sequence[SupportsIndex]) -> Tensor:
+def _latent_mask(sae: SAE[Any], latents: SupportsIndex | Sequence[SupportsIndex]) -> Tensor:
     """True at the chosen latents, ``(d_sae,)``."""
-    # numpy's and torch's scalars count as indices too: latents are often chosen by an argmax.
-    indices = [operator.index(index) for index in _listed(latent)]
-    wrong = [index for index in indices if not 0 <= index < sae.cfg.d_sae]
-    if wrong or not indices:
-        raise ValueError(f"latent must be one or several of 0 to {sae.cfg.d_sae - 1}, got {latent!r}.")
     mask = torch.zeros(sae.cfg.d_sae, dtype=torch.bool)
-    mask[indices] = True
+    mask[latent_indices(sae, latents)] = True
     return mask
-
-
-def _directions(sae: SAE[Any], basis: str | None) -> Tensor:
-    if basis is None:
-        return sae.W_dec
-    name = {"exemplar": "exemplars", "mean": "means"}[_checks.choice(basis, ("exemplar", "mean"), "basis")]
-    if not hasattr(sae, name):
-        raise ValueError(f"A {sae.cfg.architecture()} has no {name}; leave basis out to use its row of W_dec.")
-    return getattr(sae, name)
 
 
 def _latents_edited(model: HostModel, sae: SAE[Any], change: Callable[[Tensor], Tensor]) -> Intervention:

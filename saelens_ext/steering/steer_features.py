@@ -24,7 +24,7 @@ from saelens_ext import _checks, _files
 from saelens_ext._modes import standard_modes
 from saelens_ext.host.bos import text_start, warn_of_other_bos
 from saelens_ext.host.continued_text import text_after
-from saelens_ext.host.flat_sae import hooks_of
+from saelens_ext.host.flat_sae import hooks_of, latent_indices
 from saelens_ext.host.hook_edits import edit_point, hooked
 from saelens_ext.host.models import HostModel
 from saelens_ext.host.prompt_passes import evaluating, prompt_ids
@@ -121,7 +121,7 @@ def steer_features(
     """
     read, hook_name = hooks_of(sae)
     warn_of_other_bos(sae.cfg.metadata.get("prepend_bos"), text_start(model).prepends_bos, "this model's prompts")
-    chosen = _chosen(features, sae.cfg.d_sae)
+    chosen = latent_indices(sae, features)
     check_limits(target, tolerance, max_strength, batch_size)
     signs = checked_signs(signs)
     units = torch.nn.functional.normalize(_checks.finite(sae.W_dec.detach(), "W_dec").float(), dim=1)
@@ -148,14 +148,6 @@ def steer_features(
         unsteered=unsteered,
         texts=tuple(SteeredText(feature=i, strength=s, text=text_of.get((i, s.sign))) for i, s in strengths),
     )
-
-
-def _chosen(features: Sequence[int] | None, d_sae: int) -> list[int]:
-    chosen = list(range(d_sae)) if features is None else [int(index) for index in features]
-    wrong = [index for index in chosen if not 0 <= index < d_sae]
-    if wrong or not chosen:
-        raise ValueError(f"features must be one or several of 0 to {d_sae - 1}, got {wrong[:5] or chosen}.")
-    return chosen
 
 
 def _continue_each(

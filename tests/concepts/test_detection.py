@@ -17,9 +17,18 @@ from sae_lens import (
 )
 from sae_lens.saes.sae import SAEMetadata
 
-from saelens_ext.concepts import detection as concepts
-from saelens_ext.concepts.detection import Detector, compare_sentences, concept_scores, sentence_scores
-from saelens_ext.concepts.diff_means import diff_means, held_out_diff_means, split_sentences
+from saelens_ext.concepts import sentence_scores as concepts
+from saelens_ext.concepts.detection import compare_sentences, concept_scores
+from saelens_ext.concepts.detector import Detector
+from saelens_ext.concepts.diff_means import (
+    diff_means,
+    difference_of,
+    held_out_diff_means,
+    sentence_sums,
+    split_sentences,
+)
+from saelens_ext.concepts.sentence_scores import sentence_scores
+from saelens_ext.concepts.token_activations import token_activations
 from saelens_ext.demo.sentences import NEUTRAL, WEEKDAYS
 from saelens_ext.dictionaries.exemplar_partition import ExemplarPartition
 from saelens_ext.dictionaries.snmf import SNMFDictionary
@@ -231,6 +240,80 @@ def test_a_transcoder_is_compared_where_it_writes_and_coded_where_it_reads(model
     coder.cfg.normalize_activations = "layer_norm"
     with pytest.raises(ValueError, match="Use similarity='code'"):
         Detector.from_dictionary(coder)
+
+
+# --- several detectors, other poolings ---
+
+
+@pytest.mark.parametrize("pooling", ["max", "mean", "last"])
+@pytest.mark.parametrize("per_block", [1, 60, 10**6])
+def test_the_tokens_of_a_sentence_are_pooled_as_a_loop_does(tiny_bridge, monkeypatch, pooling, per_block):
+    monkeypatch.setattr(concepts, "_SCORES_PER_BLOCK", per_block)
+    directions = normal(5, D)
+    pool = {"max": lambda x: x.amax(0), "mean": lambda x: x.mean(0), "last": lambda x: x[-1]}[pooling]
+    rows = [token_rows(tiny_bridge, s) for s in SENTENCES]
+    expected = torch.stack([pool(torch.stack([torch.stack(cosines(x, directions)) for x in s])) for s in rows])
+    options = {"pooling": pooling, "context_size": CONTEXT, "batch_size": 3}
+    found = sentence_scores(tiny_bridge, Detector.from_directions(directions, RESIDUAL), SENTENCES, **options)
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_several_detectors_at_several_hooks_score_as_each_by_itself(model):
+    detectors = {
+        "residual": Detector.from_directions(normal(5, D), RESIDUAL),
+        "neurons": Detector.from_directions(normal(3, D_MLP), NEURONS, similarity="dot"),
+        "codes": Detector.from_dictionary(dictionaries()["topk"], similarity="code"),
+    }
+    together = sentence_scores(model, detectors, SENTENCES, context_size=CONTEXT, pooling="mean")
+    assert list(together) == list(detectors)
+    for name, detector in detectors.items():
+        alone = sentence_scores(model, detector, SENTENCES, context_size=CONTEXT, pooling="mean")
+        assert torch.allclose(together[name], alone, atol=1e-6)
+
+
+def test_the_directions_of_a_detector_are_those_it_scores_by():
+    x, center = normal(20, D), normal(D, seed=1)
+    detectors = [
+        Detector.from_directions(normal(4, D) * torch.tensor([1e-3, 1, 10, 1e6])[:, None], RESIDUAL, center=center),
+        Detector.from_directions(normal(D), RESIDUAL),
+        *(Detector.from_dictionary(d, latents=[7, 2]) for n, d in dictionaries().items() if n != "layer_norm"),
+    ]
+    for detector in detectors:
+        assert detector.directions.shape == (len(detector.names), D)
+        assert torch.allclose(detector.directions.norm(dim=1), torch.ones(len(detector.names)))
+        moved = x if detector.origin is None else x - detector.origin
+        assert torch.allclose(torch.nn.functional.normalize(moved, dim=1) @ detector.directions.T, detector.score(x))
+    assert [d.latents for d in detectors] == [(), ()] + [(7, 2)] * (len(detectors) - 2)
+    assert detectors[0].origin is not None and detectors[1].origin is None
+
+
+def test_directions_without_an_origin_in_the_activations_units_and_codes_without_directions():
+    normalising, codes = (
+        Detector.from_dictionary(dictionaries()[name], similarity=similarity)
+        for name, similarity in (("layer_norm", "cosine"), ("standard", "code"))
+    )
+    rows = dictionaries()["layer_norm"].W_dec.detach()
+    assert torch.allclose(normalising.directions, torch.nn.functional.normalize(rows, dim=1))
+    assert normalising.origin is None and codes.directions is None and codes.latents == tuple(range(12))
+
+
+def test_either_basis_of_a_partition_detects():
+    partition = dictionaries()["partition"]
+    for basis, rows in (("exemplar", partition.exemplars), ("mean", partition.means), (None, partition.W_dec)):
+        assert torch.allclose(Detector.from_dictionary(partition, basis=basis).directions, rows, atol=1e-6)
+    with pytest.raises(ValueError, match="has no means"):
+        Detector.from_dictionary(dictionaries()["standard"], basis="mean")
+
+
+def test_sums_of_sentences_give_the_difference_of_any_of_them(tiny_bridge):
+    batches = token_activations(tiny_bridge, RESIDUAL, SENTENCES, context_size=CONTEXT)
+    sums = sentence_sums(batches, RESIDUAL, len(SENTENCES), equal_norms=True)
+    for up, down in (([0, 3], [1, 5]), ([2, 4, 1], [0])):
+        found = difference_of(sums.of(up), sums.of(down), RESIDUAL, weighting="sentence", equal_norms=True)
+        sides = [[SENTENCES[i] for i in side] for side in (up, down)]
+        again = diff_means(tiny_bridge, RESIDUAL, *sides, context_size=CONTEXT)
+        assert torch.allclose(found.direction, again.direction, atol=1e-5)
+        assert found.distance == pytest.approx(again.distance, rel=1e-5)
 
 
 # --- scores of concepts ---

@@ -10,7 +10,8 @@ from tokenizers import processors
 from saelens_ext.activations.proxy_stream import ProxyStream
 from saelens_ext.activations.stream import ActivationStream
 from saelens_ext.analysis.profile import profile_dictionary
-from saelens_ext.concepts.detection import Detector, sentence_scores
+from saelens_ext.concepts.detector import Detector
+from saelens_ext.concepts.sentence_scores import sentence_scores
 from saelens_ext.continuations.attribution.attribute import attribute_continuations
 from saelens_ext.continuations.sample import sample_continuations, score_continuations
 from saelens_ext.dictionaries.fit_exemplars import fit_exemplar_partition
