@@ -294,7 +294,7 @@ def digest(tensors: Mapping[str, torch.Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         checksum.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        checksum.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        checksum.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return checksum.hexdigest()
 
 

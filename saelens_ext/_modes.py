@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +61,7 @@ def out_of_inference(module: nn.Module) -> nn.Module:
     """Replace weights that were made in inference mode, which no gradient can pass, by equal ones; in place."""
     copies: dict[int, Tensor] = {}
     for part in module.modules():
-        for tensors in (part._parameters, part._buffers):
+        for tensors in cast("list[dict[str, Any]]", [part._parameters, part._buffers]):
             for name, tensor in tensors.items():
                 if tensor is None or not tensor.is_inference():
                     continue

@@ -4,21 +4,21 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import torch
 from sae_lens.load_model import HookedProxyLM
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from saelens_ext._checks import near_matches, positive
+from saelens_ext._checks import near_matches
 from saelens_ext._modes import standard_modes
-from saelens_ext.activations.proxy_stream import ProxyStream, describe_any
-from saelens_ext.activations.settings import checked_names, excluded_ids, positions_read
+from saelens_ext.activations.settings import checked_names
 from saelens_ext.activations.stream import NO_TOKEN, ActivationBatch, ActivationStream
 from saelens_ext.host.bos import begins_with_bos
 from saelens_ext.host.hook_names import spellings_of
-from saelens_ext.host.models import HostModel, resolve_hook
+from saelens_ext.host.models import HostModel, describe_model, resolve_hook
 
 TOKEN_IDS = "token_ids"
 """The column of token ids in SAELens' cache of activations."""
@@ -64,28 +64,21 @@ class CachedStream(ActivationStream):
                 "CacheActivationsRunner."
             )
         rows = datasets.load_from_disk(str(path))
-        self.model, self.tokenizer = model, tokenizer or getattr(model, "tokenizer", None)
-        self.requested_hook_names = checked_names(hook_name)
-        self._columns = {name: _column(name, rows.column_names, path) for name in self.requested_hook_names}
-        named = [
-            resolve_hook(model, name) if model is not None else self._columns[name]
-            for name in self.requested_hook_names
-        ]
-        self.hook_names = tuple(named)
+        if isinstance(rows, datasets.DatasetDict):
+            raise ValueError(f"{path} holds a dataset of several splits; activations in a cache have none.")
+        names = checked_names(hook_name)
+        self._columns = {name: _column(name, rows.column_names, path) for name in names}
         self.has_tokens = TOKEN_IDS in rows.column_names
         self._rows = rows.with_format(
             "torch", columns=[*self._columns.values(), *([TOKEN_IDS] if self.has_tokens else [])]
         )
-        shapes = {name: self._rows.features[column].shape for name, column in self._columns.items()}
-        self._d_in = {name: shape[1] for name, shape in shapes.items()}
-        self.context_size = next(iter(shapes.values()))[0]
-        if context_size != self.context_size:
+        windows = {name: tuple(self._rows.features[column].shape) for name, column in self._columns.items()}
+        length = next(iter(windows.values()))[0]
+        if context_size != length:
             raise ValueError(
-                f"The activations in {path} are in windows of {self.context_size} tokens, got "
-                f"context_size={context_size}."
+                f"The activations in {path} are in windows of {length} tokens, got context_size={context_size}."
             )
-        self.batch_size = positive(batch_size, "batch_size")
-        self.max_tokens = None if max_tokens is None else positive(max_tokens, "max_tokens")
+        self.model, self.tokenizer = model, tokenizer or getattr(model, "tokenizer", None)
         if exclude_special_tokens and not self.has_tokens:
             raise ValueError(
                 f"The activations in {path} come without token ids, so none can be left out: set "
@@ -96,11 +89,16 @@ class CachedStream(ActivationStream):
                 "exclude_special_tokens=True needs the tokenizer: name the model (model_name), list the token ids, or "
                 "set it to False."
             )
-        self.exclude_special_tokens = exclude_special_tokens
-        self._excluded = excluded_ids(self.tokenizer, exclude_special_tokens)
-        self.seqpos_slice = tuple(seqpos_slice)
-        self._read_positions = positions_read(self.seqpos_slice, self.context_size)
-        self.device, self.path, self.progress = torch.device(device), Path(path), False
+        self._set_up(
+            {name: self._columns[name] if model is None else resolve_hook(model, name) for name in names},
+            context_size=context_size,
+            batch_size=batch_size,
+            max_tokens=max_tokens,
+            exclude_special_tokens=exclude_special_tokens,
+            seqpos_slice=seqpos_slice,
+        )
+        self._d_in = {name: shape[1] for name, shape in windows.items()}
+        self._device, self.path, self.progress = torch.device(device), Path(path), False
         # Several windows, since one may start with BOS by chance, where it separates the texts in it.
         first = rows.with_format(columns=[TOKEN_IDS])[:_FIRST_WINDOWS][TOKEN_IDS] if self.has_tokens else []
         found = len(first) > 0 and all(begins_with_bos(self.tokenizer, window) for window in first)
@@ -116,9 +114,6 @@ class CachedStream(ActivationStream):
                 stacklevel=2,
             )
 
-    def __iter__(self) -> Iterator[ActivationBatch]:
-        return self.batches()
-
     def batches(self, first_window: int = 0, n_read: int = 0) -> Iterator[ActivationBatch]:
         """The batches of a pass from a window on, as :meth:`ActivationStream.batches`."""
         left = math.inf if self.max_tokens is None else self.max_tokens - n_read
@@ -131,28 +126,32 @@ class CachedStream(ActivationStream):
                 left -= len(batch)
                 yield batch
 
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
     def token_windows(self) -> Iterator[tuple[int, list[int]]]:
         """Every window as its number and its token ids; none where the cache has no token ids."""
         if self.has_tokens:
             for number, row in enumerate(self._rows.with_format("torch", columns=[TOKEN_IDS])):
-                yield number, row[TOKEN_IDS].tolist()
+                yield number, cast(dict[str, Tensor], row)[TOKEN_IDS].tolist()
 
     def _describe_model(self) -> dict[str, Any]:
         # Only a model that gives the cached activations.
-        return describe_any(self.model) if self.model is not None and self.is_of_model else {}
+        return describe_model(self.model) if self.is_of_model else {}
 
     def _describe_data(self) -> dict[str, Any]:
         return {"cached_activations_path": str(self.path), "dataset_fingerprint": self._rows._fingerprint}
 
     @standard_modes()
     def _batch_at(self, start: int) -> ActivationBatch:
-        rows = self._rows[start : start + self.batch_size]
+        rows: dict[str, Tensor] = self._rows[start : start + self.batch_size]
         n = len(next(iter(rows.values())))
         windows = rows[TOKEN_IDS].long() if self.has_tokens else torch.full((n, self.context_size), NO_TOKEN)
         keep = self._read_positions.expand(n, -1) & ~torch.isin(windows, self._excluded)
         window, position = keep.nonzero(as_tuple=True)
         activations = {
-            name: rows[column].to(self.device)[keep.to(self.device)] for name, column in self._columns.items()
+            name: rows[column].to(self._device)[keep.to(self._device)] for name, column in self._columns.items()
         }
         self._check_activations(activations, window + start, position)
         return ActivationBatch(
@@ -170,9 +169,8 @@ class CachedStream(ActivationStream):
         """Whether the model gives the activations of the first window for its tokens, up to the rounding of a
         half-precision cache.
         """
-        row = self._rows[0]
-        kind = ProxyStream if isinstance(model, HookedProxyLM) else ActivationStream
-        again = kind(
+        row: dict[str, Tensor] = self._rows[0]
+        again = ActivationStream(
             model,
             [{"tokens": row[TOKEN_IDS].tolist()}],
             self.hook_names,
@@ -180,9 +178,9 @@ class CachedStream(ActivationStream):
             exclude_special_tokens=False,
             prepend_bos=self.prepend_bos,
         )
-        given = next(again.batches()).activations
+        computed = next(again.batches()).activations
         pairs = [
-            (row[self._columns[name]].float(), given[new].float().cpu())
+            (row[self._columns[name]].float(), computed[new].float().cpu())
             for name, new in zip(self._columns, self.hook_names)
         ]
         return all(old.shape == new.shape and bool((old - new).norm() <= 0.02 * new.norm()) for old, new in pairs)

@@ -3,6 +3,9 @@
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import replace
+from typing import Any
+
+import torch
 
 from saelens_ext.activations.settings import checked_names
 from saelens_ext.activations.stream import ActivationBatch, ActivationStream
@@ -51,7 +54,7 @@ class KeptStream(ActivationStream):
     def _take_over(self, stream: ActivationStream, batches: Sequence[ActivationBatch]) -> None:
         """Take the settings of the stream, which stays as it is, and hold the batches."""
         vars(self).update(vars(stream))
-        self.progress = False
+        self.progress, self._source = False, stream
         self._kept = list(batches)
 
     def only(self, hook_name: str | Sequence[str]) -> "KeptStream":
@@ -81,3 +84,18 @@ class KeptStream(ActivationStream):
     def batches(self, first_window: int = 0, n_read: int = 0) -> Iterator[ActivationBatch]:
         """The kept batches from a window on, as :meth:`ActivationStream.batches`."""
         return (batch for batch in self._kept if batch.first_sequence_id >= first_window)
+
+    # What the windows, the device and the data are, the stream that was read knows, of whatever class it is.
+
+    def token_windows(self) -> Iterator[tuple[int, list[int]]]:
+        return self._source.token_windows()
+
+    @property
+    def device(self) -> torch.device:
+        return self._source.device
+
+    def _describe_model(self) -> dict[str, Any]:
+        return self._source._describe_model()
+
+    def _describe_data(self) -> dict[str, Any]:
+        return self._source._describe_data()

@@ -6,30 +6,28 @@ Symbols: ``n`` activations in a batch, ``d_in`` the width of one, ``b`` windows 
 import logging
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Int64, Shaped
+from sae_lens.load_model import HookedProxyLM
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens import HookedTransformer
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
+from transformers import PreTrainedTokenizerBase
 
 from saelens_ext._checks import positive
 from saelens_ext._modes import callers_autocast, standard_modes
-from saelens_ext.activations.settings import (
-    checked_context_size,
-    checked_names,
-    excluded_ids,
-    positions_read,
-)
+from saelens_ext.activations.settings import checked_context_size, checked_names, excluded_ids, positions_read
 from saelens_ext.activations.windows import Window, WindowSource
-from saelens_ext.host.bos import text_start
+from saelens_ext.host.bos import TextStart, text_start
 from saelens_ext.host.models import HostModel, describe_model, resolve_hook, stop_layer, tokenizer_of
+from saelens_ext.host.proxy import run_proxy
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +94,8 @@ class ActivationStream:
     model's training mode and the grad mode are left as they are.
 
     Args:
-        model: a `HookedSAETransformer` or `SAETransformerBridge` (or the TransformerLens class beneath).
+        model: a `HookedSAETransformer` or `SAETransformerBridge` (or the TransformerLens class beneath), or SAELens'
+            `HookedProxyLM` of a Hugging Face model.
         dataset: a `datasets.Dataset` or `IterableDataset`, a list of strings, a table (pandas, polars, pyarrow, a dict
             of columns), or the name of a dataset, whose train split is streamed. Rows hold text, token ids
             (``input_ids``, ``tokens``) or chat ``messages`` (``conversations``).
@@ -132,9 +131,12 @@ class ActivationStream:
         True
     """
 
+    model: Any  # of classes that share few attributes; None where activations were read from a cache without it
+    tokenizer: PreTrainedTokenizerBase | None
+
     def __init__(
         self,
-        model: HostModel,
+        model: HostModel | HookedProxyLM,
         dataset: Any,
         hook_name: str | Sequence[str],
         *,
@@ -147,38 +149,60 @@ class ActivationStream:
         seqpos_slice: Sequence[int | None] = (None,),
         progress: bool = False,
     ):
-        if not isinstance(model, (HookedTransformer, TransformerBridge)):
+        if not isinstance(model, (HookedTransformer, TransformerBridge, HookedProxyLM)):
             raise ValueError(
                 f"model must be a HookedSAETransformer or an SAETransformerBridge, got a {type(model).__name__}: "
                 "host it with saelens_ext.host.models.load_model(name, hf_model=model, tokenizer=tokenizer)."
             )
-        self.model = model
-        self.requested_hook_names = checked_names(hook_name)
-        self.hook_names = tuple(resolve_hook(model, name) for name in self.requested_hook_names)
-        self.context_size = checked_context_size(context_size, getattr(model.cfg, "n_ctx", None))
-        self.batch_size = positive(batch_size, "batch_size")
-        self.max_tokens = None if max_tokens is None else positive(max_tokens, "max_tokens")
-        self.exclude_special_tokens = exclude_special_tokens
-        self.tokenizer = getattr(model, "tokenizer", None)
-        start = text_start(model, prepend_bos)
-        self._excluded = excluded_ids(
-            tokenizer_of(model) if exclude_special_tokens is True else None, exclude_special_tokens, start
+        n_ctx, d_vocab = _limits(model)
+        self.model, self.tokenizer, self.progress = model, getattr(model, "tokenizer", None), progress
+        names, start = checked_names(hook_name), text_start(model, prepend_bos)
+        if exclude_special_tokens is True:
+            tokenizer_of(self.model)
+        self._set_up(
+            {name: resolve_hook(model, name) for name in names},
+            context_size=checked_context_size(context_size, n_ctx),
+            batch_size=batch_size,
+            max_tokens=max_tokens,
+            exclude_special_tokens=exclude_special_tokens,
+            seqpos_slice=seqpos_slice,
+            start=start,
         )
-        self.seqpos_slice = tuple(seqpos_slice)
-        self._read_positions = positions_read(self.seqpos_slice, self.context_size)
-        self.progress = progress
-        self._d_in: dict[str, int] = {}
         self._windows = WindowSource(
             dataset,
             self.tokenizer,
             context_size=self.context_size,
             start=start,
             text_column=text_column,
-            vocabulary_size=getattr(model.cfg, "d_vocab", None),
+            vocabulary_size=d_vocab,
         )
         if prepend_bos is None:
             self._windows.leave_start_to_template()
         self.prepend_bos = self._windows.start.prepends_bos
+
+    def _set_up(
+        self,
+        hook_names: Mapping[str, str],
+        *,
+        context_size: int,
+        batch_size: int,
+        max_tokens: int | None,
+        exclude_special_tokens: bool | Sequence[int],
+        seqpos_slice: Sequence[int | None],
+        start: TextStart = TextStart(),
+    ) -> None:
+        """The settings that all streams share, checked; ``hook_names`` gives for each name asked for the one that
+        fires.
+        """
+        self.requested_hook_names, self.hook_names = tuple(hook_names), tuple(hook_names.values())
+        self.context_size = context_size
+        self.batch_size = positive(batch_size, "batch_size")
+        self.max_tokens = None if max_tokens is None else positive(max_tokens, "max_tokens")
+        self.exclude_special_tokens = exclude_special_tokens
+        self._excluded = excluded_ids(self.tokenizer, exclude_special_tokens, start)
+        self.seqpos_slice = tuple(seqpos_slice)
+        self._read_positions = positions_read(self.seqpos_slice, context_size)
+        self._d_in: dict[str, int] = {}
 
     def __iter__(self) -> Iterator[ActivationBatch]:
         """Start a pass from the first document."""
@@ -225,6 +249,11 @@ class ActivationStream:
         """A batch for every chunk of windows, in order; each comes with the number of its first window."""
         for first, windows in chunks:
             yield self._batch(windows, first)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the activations are."""
+        return next(iter(self.model.parameters())).device
 
     @property
     def d_in(self) -> dict[str, int]:
@@ -340,6 +369,14 @@ class ActivationStream:
         self._d_in.update({name: rows.shape[1] for name, rows in activations.items()})
 
 
+def _limits(model: HostModel | HookedProxyLM) -> tuple[int | None, int | None]:
+    """The longest context and the number of token ids."""
+    if isinstance(model, HookedProxyLM):
+        config: Any = model.model.config
+        return getattr(config, "max_position_embeddings", None), config.vocab_size
+    return getattr(model.cfg, "n_ctx", None), getattr(model.cfg, "d_vocab", None)
+
+
 def _warn_of_dropout(model: torch.nn.Module) -> None:
     if any(isinstance(m, torch.nn.Dropout) and m.training and m.p > 0 for m in model.modules()):
         warnings.warn(
@@ -372,9 +409,14 @@ def kept_rows(activation: Tensor, keep: Bool[Tensor, "b l"], name: str) -> Tenso
 
 @torch.no_grad()
 def _run_to_last_hook(
-    model: HostModel, tokens: Int64[Tensor, "b l"], real: Bool[Tensor, "b l"], hooks: list[tuple[str, Any]]
+    model: HostModel | HookedProxyLM,
+    tokens: Int64[Tensor, "b l"],
+    real: Bool[Tensor, "b l"],
+    hooks: list[tuple[str, Any]],
 ) -> None:
     """Run the model on right-padded tokens until every hook has fired, and no further than the host can stop."""
+    if isinstance(model, HookedProxyLM):
+        return run_proxy(model, tokens, real, hooks)
     device = next(iter(model.parameters())).device
     names = [name for name, _ in hooks]
     stop = stop_layer(model, names)
@@ -386,7 +428,7 @@ def _run_to_last_hook(
         model.run_with_hooks(
             tokens.to(device),
             attention_mask=real.to(device, torch.int64),
-            fwd_hooks=hooks,
+            fwd_hooks=cast(Any, hooks),
             stop_at_layer=stop,
             return_type="logits" if needs_logits else None,
         )

@@ -145,7 +145,7 @@ class WindowSource:
         if not self.start.ids or not getattr(self.tokenizer, "chat_template", None):
             return
         # The first row is looked at only where it matters: a stream may have to fetch it.
-        if not starts_with(self.tokenizer, self.start.ids) and self._holds_conversations():
+        if not starts_with(self._needed_tokenizer(), self.start.ids) and self._holds_conversations():
             self.start = TextStart()
 
     def _holds_conversations(self) -> bool:
@@ -164,7 +164,7 @@ class WindowSource:
                 "or give text."
             )
         with _refusing(document_id, "the chat template"):
-            return tokenizer.apply_chat_template(messages, tokenize=False)
+            return str(tokenizer.apply_chat_template(messages, tokenize=False))
 
     def _needed_tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is None:
@@ -231,8 +231,8 @@ def _unpadded(document: Any, row: Mapping[str, Any], document_id: int) -> list[i
             f"Document {document_id} holds {document!r:.80}, which is not text, token ids or chat messages. Is "
             "text_column the column that holds the documents?"
         )
-    mask = row.get("attention_mask")
-    return ids if mask is None else [i for i, real in zip(ids, _as_list(mask), strict=True) if real]
+    mask = _as_list(row.get("attention_mask"))
+    return ids if mask is None else [i for i, real in zip(ids, mask, strict=True) if real]
 
 
 def _as_list(values: Any) -> list[Any] | None:

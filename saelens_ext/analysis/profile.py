@@ -120,7 +120,7 @@ class DictionaryProfile:
         columns = {field.name: getattr(self, field.name) for field in fields(self)}
         tables = {name: columns[name] for name in TABLES if columns[name] is not None}
         shapes = {name: tuple(value.shape) for name, value in columns.items() if isinstance(value, Tensor)}
-        expected = {name: (self.d_sae,) for name in shapes} | {"latent_names": (self.d_sae,)}
+        expected: dict[str, tuple[int, ...]] = {name: (self.d_sae,) for name in (*shapes, "latent_names")}
         shapes["latent_names"] = (len(self.latent_names),)
         for table, examples in tables.items():
             n = examples.values.shape[-1] if examples.values.ndim else 0

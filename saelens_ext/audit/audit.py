@@ -183,7 +183,8 @@ def _audit(
         held = attribute_continuations(
             model, saes, held, backend=config.backend, max_sources=config.max_sources, progress=progress
         )
-        held = stages.keep(_only(held, held.signatures.any(dim=1), "no source of the prefix has an effect on them"))
+        has_effect = torch.as_tensor(held.both_views()[1].any(axis=1))
+        held = stages.keep(_only(held, has_effect, "no source of the prefix has an effect on them"))
     state = stages.clustering()
     if state is None:
         state = stages.keep_clustering(_cluster(held, config).clustering_state())
@@ -230,7 +231,10 @@ def _cluster(held: ContinuationSet, config: AuditConfig) -> PrefixAudit:
     """Cluster at every beta and gamma and take the most stable clustering within the numbers of modes allowed."""
     e, a = held.both_views()
     weights = held.weights.double().numpy()
-    common = {"min_cluster_size": config.min_cluster_size or max(2, len(held) // 16), "random_state": config.seed}
+    common: dict[str, Any] = {
+        "min_cluster_size": config.min_cluster_size or max(2, len(held) // 16),
+        "random_state": config.seed,
+    }
     path = rate_distortion_path(e, a, config.betas, config.gammas, sample_weight=weights, **common)
     table, scores, reason = path.to_dataframe(), {}, ""
     try:

@@ -93,10 +93,12 @@ def _model_config(inputs: AuditInputs, saes: list[SAE[Any]]) -> DictionaryRunner
         raise UsageError(
             "An audit needs a model with hooks: --model_class_name=SAETransformerBridge or HookedTransformer."
         )
-    named = {"model_name": inputs.model_name, "model_class_name": inputs.model_class_name, "device": inputs.device}
-    arguments = inputs.model_from_pretrained_kwargs
     return DictionaryRunnerConfig(
-        hook_name=saes[0].cfg.metadata.hook_name or "unknown", model_from_pretrained_kwargs=arguments, **named
+        hook_name=saes[0].cfg.metadata.hook_name or "unknown",
+        model_name=inputs.model_name,
+        model_class_name=inputs.model_class_name,
+        model_from_pretrained_kwargs=inputs.model_from_pretrained_kwargs,
+        device=inputs.device,
     )
 
 

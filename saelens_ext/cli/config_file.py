@@ -46,7 +46,7 @@ def _options(content: Mapping[Any, Any], kind: type, prefix: str = "--") -> Iter
     hints = get_type_hints(kind)
     for name in (field.name for field in dataclasses.fields(kind) if field.name in content):
         value, hint = content[name], hints[name]
-        if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
             yield from _options(value, hint, f"{prefix}{name}.")
             names = {field.name for field in dataclasses.fields(hint)}
             yield from ((f"{prefix}{name}.{inner}", value[inner]) for inner in value if inner not in names)

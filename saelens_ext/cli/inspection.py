@@ -5,12 +5,13 @@ another.
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from sae_lens import SAE
 
 from saelens_ext import _files
+from saelens_ext.activations.stream import ActivationStream
 from saelens_ext.analysis.match import match_dictionaries
 from saelens_ext.analysis.profile import DictionaryProfile, profile_dictionaries
 from saelens_ext.cli import opening
@@ -20,7 +21,6 @@ from saelens_ext.cli.output import Context, Result, shown, table
 from saelens_ext.dictionaries.hierarchy import HierarchicalSNMF
 from saelens_ext.runner import evaluation
 from saelens_ext.runner.results import EVALS_FILENAME, BuiltDictionary
-from saelens_ext.runner.sources import RunStream
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ def evaluate(options: ReadingOptions, how: EvalOptions, context: Context) -> Res
     return Result(data=groups, text=_groups(groups))
 
 
-def _last_document(stream: RunStream, n_activations: int) -> int:
+def _last_document(stream: ActivationStream, n_activations: int) -> int:
     """The document that the last of so many activations of a stream is from; the model is not run."""
     excluded, seen, last = set(stream.excluded_ids), 0, -1
     for document, token_ids in stream.token_windows():
@@ -121,8 +121,8 @@ def match(options: MatchOptions, context: Context) -> Result:
         found = match_dictionaries(
             first,
             second,
-            center=options.center,
-            null=options.null,
+            center=cast(Any, options.center),  # one of its choices, as the parser has seen
+            null=cast(Any, options.null),
             level=options.level,
             n_null=options.n_null,
             seed=options.seed,

@@ -11,13 +11,13 @@ from typing import Any
 from sae_lens import SAE
 from transformers import AutoConfig
 
-from saelens_ext.activations.proxy_stream import describe_any
+from saelens_ext.activations.stream import ActivationStream
 from saelens_ext.cli.errors import UsageError
 from saelens_ext.cli.options import DEMO, ReadingOptions
 from saelens_ext.demo.packaged import load_demo_corpus, load_demo_model
 from saelens_ext.dictionaries.hierarchy import HierarchicalSNMF
 from saelens_ext.host.by_name import same_model
-from saelens_ext.host.models import in_residual_space, retarget
+from saelens_ext.host.models import describe_model, in_residual_space, retarget
 from saelens_ext.hub.contents import Contents
 from saelens_ext.hub.contents import read_folder as read_contents
 from saelens_ext.hub.share import load_from_hub
@@ -120,7 +120,7 @@ def check_writable(path: str | Path | None, option: str) -> None:
         raise PermissionError(f"--{option}={path}: {nearest} may not be written; choose a folder of yours.")
 
 
-def open_stream(config: DictionaryRunnerConfig) -> sources.RunStream:
+def open_stream(config: DictionaryRunnerConfig) -> ActivationStream:
     """The activations that a config asks for."""
     needs_model = bool(config.model_name) or config.cached_activations_path is None
     # The dataset first: a model takes long to load.
@@ -189,7 +189,7 @@ def attach(dictionary: SAE[Any], model: Any) -> SAE[Any]:
     """
     if model is None:
         return dictionary
-    found = describe_any(model)
+    found = describe_model(model)
     _check_width(dictionary, str(found["model_name"]), found.get("d_model"))
     return retarget(dictionary, model)
 

@@ -79,9 +79,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         found.add_row(*(Text(shown(row.get(name))) for name in rows[0]))
     on_terminal = sys.__stdout__ is not None and sys.__stdout__.isatty()
     width = shutil.get_terminal_size().columns if on_terminal else _UNLIMITED
-    console = Console(file=StringIO(), width=width, color_system=None, force_terminal=False)
-    console.print(found)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+    written = StringIO()
+    Console(file=written, width=width, color_system=None, force_terminal=False).print(found)
+    return "\n".join(line.rstrip() for line in written.getvalue().splitlines())
 
 
 def shown(value: Any) -> str:

@@ -6,7 +6,7 @@ import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType, NoneType
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any, NoReturn, cast, get_args, get_type_hints
 
 import simple_parsing
 from simple_parsing import ArgumentGenerationMode, NestedMode
@@ -207,7 +207,7 @@ def _option(action: argparse.Action) -> str:
 def _metavar(action: argparse.Action) -> str:
     if action.choices:
         return "|".join(map(str, action.choices))
-    found = action.metavar or (get_metavar(action.type) if action.type is not None else "str")
+    found = action.metavar or (get_metavar(cast(type, action.type)) if action.type is not None else "str")
     return _METAVARS.get(str(found).strip("[]"), str(found))
 
 
@@ -239,7 +239,7 @@ def _empty_values(kind: type, prefix: str = "--") -> dict[str, Any]:
     hints, found = get_type_hints(kind), {}
     for field in dataclasses.fields(kind):
         name, hint = f"{prefix}{field.name}", hints[field.name]
-        if dataclasses.is_dataclass(hint):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             found |= _empty_values(hint, f"{name}.")
         elif NoneType in get_args(hint):
             found[name] = None
@@ -248,7 +248,7 @@ def _empty_values(kind: type, prefix: str = "--") -> dict[str, Any]:
     return found
 
 
-def _or_empty(convert: Callable[[str], Any], empty: Any) -> Callable[[str], Any]:
+def _or_empty(convert: Any, empty: Any) -> Callable[[str], Any]:
     """A conversion that also takes the words for None."""
 
     @functools.wraps(convert, updated=())

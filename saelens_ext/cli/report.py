@@ -125,13 +125,13 @@ def _section(contents: Contents, profiles: list[DictionaryProfile], model: Any) 
     """The part on SNMF dictionaries."""
     hierarchy = contents.dictionary if isinstance(contents.dictionary, HierarchicalSNMF) else None
     fit = contents.fit if isinstance(contents.fit, SNMFFitResult) else None
-    held = [fit.dictionary] if hierarchy is None else hierarchy.dictionaries
-    losses = [fit.held_out_loss] if hierarchy is None else [None] * len(held)
+    saved: list[Any] = [contents.dictionary] if hierarchy is None else hierarchy.dictionaries
+    losses = [None] * len(saved) if fit is None else [fit.held_out_loss]
     levels = [
         SNMFLevel(
             dictionary=one, profile=profile, lens=_neuron_lens(model, opening.attach(one, model)), held_out_loss=loss
         )
-        for one, profile, loss in zip(held, profiles, losses)
+        for one, profile, loss in zip(saved, profiles, losses)
     ]
     return SNMFSection(levels=levels, fit=fit, hierarchy=hierarchy)
 

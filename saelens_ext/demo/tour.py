@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from datasets import Dataset
 from sae_lens import ActivationsStore, run_evals
@@ -32,6 +32,7 @@ from saelens_ext.dictionaries.fit_hierarchy import fit_hierarchical_snmf
 from saelens_ext.dictionaries.fit_sae import fit_sae
 from saelens_ext.dictionaries.fit_snmf import fit_snmf, reconstruction_loss
 from saelens_ext.dictionaries.snmf import SNMFDictionary
+from saelens_ext.host.models import tokenizer_of
 from saelens_ext.report.dictionary.dictionary_report import write_dictionary_report
 from saelens_ext.report.dictionary.snmf_section import SNMFLevel, SNMFSection
 from saelens_ext.steering.interventions import ablate_directions, steer_with
@@ -81,7 +82,7 @@ def evaluate(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         store = ActivationsStore.from_sae(
-            model,
+            cast(Any, model),
             dictionary,
             corpus,
             streaming=False,
@@ -94,7 +95,7 @@ def evaluate(
     config = get_eval_everything_config(
         batch_size_prompts=8, n_eval_reconstruction_batches=2, n_eval_sparsity_variance_batches=2
     )
-    metrics, _ = run_evals(dictionary, store, model, ActivationScaler(), config)
+    metrics, _ = run_evals(dictionary, store, cast(Any, model), ActivationScaler(), config)
     return metrics
 
 
@@ -114,7 +115,7 @@ def generate_three_ways(
 
     def continuation() -> str:
         text = model.generate(PROMPT, max_new_tokens=40, do_sample=False, verbose=False)
-        return text.removeprefix(PROMPT)
+        return str(text).removeprefix(PROMPT)
 
     unsteered = continuation()
     with steer_with(model, dictionary, region, STRENGTH):
@@ -301,7 +302,7 @@ def audit_prompt(
     for mode in audit.modes().itertuples():
         say(f"  {mode.weight:.0%}: {mode.text}")
     (found,) = audit.prefixes
-    say(f"  {found.not_validated or found.validation.claim().splitlines()[-1]}")
+    say(f"  {found.not_validated if found.validation is None else found.validation.claim().splitlines()[-1]}")
     return audit.save_html(
         output / "audit.html",
         profiles={d.cfg.metadata.hook_name: p for d, p in zip(dictionaries, profiles, strict=True)},
@@ -328,7 +329,10 @@ def run_demo(output: Path, max_tokens: int = 24_000, say: Callable[[str], Any] =
 
     def write(**parts: Any) -> Path:
         return write_dictionary_report(
-            output / "report.html", tokenizer=kept.tokenizer, title="What SmolLM2-135M-Instruct represents", **parts
+            output / "report.html",
+            tokenizer=tokenizer_of(model),
+            title="What SmolLM2-135M-Instruct represents",
+            **parts,
         )
 
     regions = build_regions(model, kept, held_out, output, say)
@@ -341,7 +345,7 @@ def run_demo(output: Path, max_tokens: int = 24_000, say: Callable[[str], Any] =
 def main(arguments: list[str] | None = None) -> int:
     """``python -m saelens_ext.demo``."""
     parser = argparse.ArgumentParser(
-        prog="python -m saelens_ext.demo", description=run_demo.__doc__.splitlines()[0], allow_abbrev=False
+        prog="python -m saelens_ext.demo", description=(run_demo.__doc__ or "").splitlines()[0], allow_abbrev=False
     )
     parser.add_argument(
         "--output", type=Path, default=Path("demo_output"), help="where to write (default: %(default)s)"

@@ -7,7 +7,7 @@ They are decoders first: a matrix ``W_dec`` of ``d_sae`` directions in activatio
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 import torch
 from sae_lens import SAE, SAEConfig
@@ -27,6 +27,16 @@ _KEYS_OF_THE_HOST = {"finetuning_scaling_factor"}
 T = TypeVar("T", bound="DecoderOnlySAE")
 C = TypeVar("C", bound="DecoderOnlyConfig")
 FORMAT_VERSION = 1
+if TYPE_CHECKING:
+
+    class Metadata(SAEMetadata):
+        """SAELens' metadata, whose entries (``hook_name``, ``model_name``, …) SAELens declares to be None."""
+
+        def __getattr__(self, name: str) -> Any: ...
+
+else:
+    Metadata = SAEMetadata
+
 UNSET: Any = None
 """The default of a config field that ``__post_init__`` fills, so that no reader of the config ever sees it."""
 
@@ -36,7 +46,7 @@ UNSET: Any = None
 class DecoderOnlyConfig(SAEConfig):
     """Config fields and checks that the dictionaries of this package share."""
 
-    metadata: SAEMetadata = field(default_factory=SAEMetadata)
+    metadata: Metadata = field(default_factory=Metadata)
     """SAELens' metadata; a mapping is converted."""
     format_version: int = UNSET
     """Version of the saved form. A config that is given it must give every field of its class: SAELens silently drops
@@ -60,7 +70,7 @@ class DecoderOnlyConfig(SAEConfig):
     def __post_init__(self) -> None:
         self._fill_unset()
         if isinstance(self.metadata, Mapping):
-            self.metadata = SAEMetadata(**_checks.plain(self.metadata, "metadata"))
+            self.metadata = Metadata(**_checks.plain(self.metadata, "metadata"))
         _checks.normalise_fields(self)
         super().__post_init__()
         for name, value in self.metadata.to_dict().items():

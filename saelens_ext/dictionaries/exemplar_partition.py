@@ -17,14 +17,14 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float
-from sae_lens.saes.sae import SAEConfig, SAEMetadata
+from sae_lens.saes.sae import SAEConfig
 from sae_lens.saes.topk_sae import TopK
 from sae_lens.util import dtype_to_str
 from torch import Tensor, nn
 
 from saelens_ext import _checks
 from saelens_ext._modes import standard_modes, without_autocast
-from saelens_ext.dictionaries.decoder_only import UNSET, DecoderOnlyConfig, DecoderOnlySAE
+from saelens_ext.dictionaries.decoder_only import UNSET, DecoderOnlyConfig, DecoderOnlySAE, Metadata
 from saelens_ext.ops.spherical import assign_nearest
 
 Basis = Literal["exemplar", "mean"]
@@ -154,7 +154,7 @@ class ExemplarPartition(DecoderOnlySAE):
             basis=basis,
             readout=readout,
             k=k,
-            metadata=SAEMetadata(**(metadata or {})),
+            metadata=Metadata(**(metadata or {})),
             reshape_activations=reshape_activations,
         )
         dictionary = cls(config)
@@ -238,7 +238,7 @@ class ExemplarPartition(DecoderOnlySAE):
             basis=basis or self.cfg.basis,
             readout=readout or self.cfg.readout,
             k=self.cfg.k if k is None else k,
-            metadata=SAEMetadata(**self.cfg.metadata.to_dict()),
+            metadata=Metadata(**self.cfg.metadata.to_dict()),
         )
         rows, other = (self.exemplars, self.means) if config.basis == "exemplar" else (self.means, self.exemplars)
         dictionary = ExemplarPartition(config)

@@ -16,14 +16,14 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
-from sae_lens.saes.sae import SAEConfig, SAEMetadata
+from sae_lens.saes.sae import SAEConfig
 from sae_lens.saes.topk_sae import TopK
 from sae_lens.util import dtype_to_str
 from torch import Tensor, nn
 
 from saelens_ext import _checks
 from saelens_ext._modes import standard_modes, without_autocast
-from saelens_ext.dictionaries.decoder_only import UNSET, DecoderOnlyConfig, DecoderOnlySAE
+from saelens_ext.dictionaries.decoder_only import UNSET, DecoderOnlyConfig, DecoderOnlySAE, Metadata
 from saelens_ext.host import mlp_output
 from saelens_ext.host.models import HostModel
 from saelens_ext.ops.nnls import nnls, solve_codes
@@ -143,7 +143,7 @@ class SNMFDictionary(DecoderOnlySAE):
             dtype=dtype_to_str(features.dtype),
             device=str(features.device),
             sparsity=sparsity,
-            metadata=SAEMetadata(**(metadata or {})),
+            metadata=Metadata(**(metadata or {})),
             reshape_activations=reshape_activations,
         )
         dictionary = cls(config)

@@ -9,10 +9,11 @@ import warnings
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union
+from typing import Any, Literal, TypeVar, Union, cast
 
 import torch
 from sae_lens import SAE, HookedSAETransformer, SAETransformerBridge
+from sae_lens.load_model import HookedProxyLM
 from sae_lens.saes.sae import SAEMetadata
 from transformer_lens import HookedTransformer
 from transformer_lens.loading_from_pretrained import get_pretrained_model_config, get_pretrained_state_dict
@@ -24,6 +25,7 @@ from saelens_ext._modes import out_of_inference, standard_modes
 from saelens_ext.host.bos import text_start, warn_of_other_bos
 from saelens_ext.host.by_name import hooked_by_name
 from saelens_ext.host.hook_names import AnyHost, hook_layer, locate, output_behind, resolve_hook, stop_layer
+from saelens_ext.host.proxy import describe_proxy
 from saelens_ext.host.scaled_contributions import run_replaced_points
 
 HostModel = Union[HookedTransformer, TransformerBridge]
@@ -44,7 +46,7 @@ __all__ = [
 ]
 
 
-def describe_model(model: HostModel) -> dict[str, Any]:
+def describe_model(model: HostModel | HookedProxyLM) -> dict[str, Any]:
     """What decides which activations a model gives, as a JSON-safe dictionary.
 
     Returns:
@@ -53,6 +55,8 @@ def describe_model(model: HostModel) -> dict[str, Any]:
         weights are folded away), ``writing_weights_centered`` (measured on the embedding: whether what is written to
         the residual stream has its mean over the width removed), ``dtype``, ``n_layers`` and ``d_model``.
     """
+    if isinstance(model, HookedProxyLM):
+        return describe_proxy(model)
     cfg = model.cfg
     mode = getattr(model, "compatibility_mode", None)
     return {
@@ -67,7 +71,7 @@ def describe_model(model: HostModel) -> dict[str, Any]:
     }
 
 
-def tokenizer_of(model: HostModel) -> PreTrainedTokenizerBase:
+def tokenizer_of(model: HostModel | HookedProxyLM) -> PreTrainedTokenizerBase:
     """The model's tokenizer.
 
     Raises:
@@ -76,7 +80,7 @@ def tokenizer_of(model: HostModel) -> PreTrainedTokenizerBase:
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
         raise ValueError(
-            f"This {type(model).__name__} ({model.cfg.model_name!r}) has no tokenizer, and text is needed to be "
+            f"This {type(model).__name__} ({describe_model(model)['model_name']!r}) has no tokenizer, and text must be "
             "tokenised. Give it one when it is loaded (tokenizer=...), or set it: model.set_tokenizer(tokenizer) on a "
             "HookedTransformer, model.tokenizer = tokenizer on a bridge."
         )
@@ -135,7 +139,7 @@ def load_model(
         model = HookedSAETransformer.from_pretrained_no_processing(
             str(name_or_path), device=device, dtype=dtype, tokenizer=tokenizer
         )
-    return out_of_inference(model).eval()
+    return cast(HostModel, out_of_inference(model).eval())
 
 
 @standard_modes()

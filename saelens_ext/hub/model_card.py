@@ -116,10 +116,12 @@ def _split(card: str) -> tuple[dict[str, Any], str]:
 
 
 def _merge(data: dict[str, Any], front: FrontMatter, index: list[Any]) -> ModelCardData:
-    data = {"library_name": "saelens"} | data
+    data = {"library_name": "saelens", **data}
     data["tags"] = list(dict.fromkeys([*_listed(data.get("tags")), *_TAGS, *front.tags]))
     data["base_model"] = list(dict.fromkeys([*_listed(data.get("base_model")), *_listed(front.base_model)])) or None
-    card = ModelCardData(**data | ({"license": front.license} if front.license is not None else {}))
+    if front.license is not None:
+        data["license"] = front.license
+    card = ModelCardData(**data)
     if index:
         card["model-index"] = index
     return card

@@ -160,7 +160,7 @@ def convert_published_dictionary(
         published = read_published_dictionary(path, sha256=digest, **options)
         origin = {"repo_id": repo_id, "revision": revision}
         published.source.update(origin)
-        published.dictionary.cfg.metadata.published = published.dictionary.cfg.metadata.published | origin
+        published.dictionary.cfg.metadata.published |= origin
     published.save(output)
     return published
 

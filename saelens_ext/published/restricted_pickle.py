@@ -21,7 +21,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pickletools import genops, markobject, opcodes
-from typing import Any
+from typing import IO, Any, cast
 
 from saelens_ext.published.stand_ins import NAMES, UnsafePickleError, short
 
@@ -131,7 +131,7 @@ class _Check:
         """Walk over the opcodes, up to the end of the file."""
         at = 0
         try:
-            for steps, (opcode, argument, _) in enumerate(genops(self)):
+            for steps, (opcode, argument, _) in enumerate(genops(cast(IO[bytes], self))):
                 if opcode.name not in _ALLOWED:
                     raise UnsafePickleError(f"it uses the opcode {opcode.name}, which no published dictionary needs")
                 if steps >= self._limits.opcodes:

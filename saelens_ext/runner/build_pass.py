@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saelens_ext.activations.stream import ActivationBatch
+from saelens_ext.activations.stream import ActivationBatch, ActivationStream
 from saelens_ext.dictionaries.activation_matrix import ActivationSource
 from saelens_ext.dictionaries.fit_result import ExemplarFitResult
 from saelens_ext.dictionaries.fit_snmf import SNMFFitConfig, fit_snmf_rows, sum_of_squares
@@ -22,7 +22,6 @@ from saelens_ext.dictionaries.snmf_fit_result import SNMFFitResult
 from saelens_ext.runner.checkpoints import SNMF_FOLDER, Checkpoint, numbered
 from saelens_ext.runner.config import DictionaryRunnerConfig
 from saelens_ext.runner.dictionary_configs import ExemplarBuildConfig
-from saelens_ext.runner.sources import RunStream, device_of
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +112,7 @@ class BuildPass:
     """
 
     def __init__(
-        self, config: DictionaryRunnerConfig, stream: RunStream, folder: Path | None, on_metrics: OnMetrics
+        self, config: DictionaryRunnerConfig, stream: ActivationStream, folder: Path | None, on_metrics: OnMetrics
     ) -> None:
         self._config, self._stream, self._on_metrics = config, stream, on_metrics
         self._snmf_folder = None if folder is None else folder / SNMF_FOLDER
@@ -155,22 +154,19 @@ class BuildPass:
         """Take up what a checkpoint of this run holds, if it has made one, and the factorisations that were
         finished.
         """
-        for one in self._factorisations if self._snmf_folder is not None else []:
-            if (self._snmf_folder / one.name / "fit.json").exists():
-                self._finished[one.name] = SNMFFitResult.load(
-                    self._snmf_folder / one.name, device=str(device_of(self._stream))
-                )
+        for one in self._factorisations:
+            folder = None if self._snmf_folder is None else self._snmf_folder / one.name
+            if folder is not None and (folder / "fit.json").exists():
+                self._finished[one.name] = SNMFFitResult.load(folder, device=str(self._stream.device))
         if checkpoint is None:
             return
         for number, (_, build) in enumerate(self._builds):
-            build.load_state(checkpoint.builds[number], checkpoint.tensors_of(number), device_of(self._stream))
+            build.load_state(checkpoint.builds[number], checkpoint.tensors_of(number), self._stream.device)
         self._n_grown, self.last_document = checkpoint.n_windows, checkpoint.last_document
         numbers = [number for number, gathered in enumerate(self._gathered) if gathered in self._gathering]
         held = {number: checkpoint.gathered[number] for number in numbers if checkpoint.gathered[number]}
         for number, content in held.items():
-            self._gathered[number].load_state(
-                content, checkpoint.tensors_of(number, "gathered/"), device_of(self._stream)
-            )
+            self._gathered[number].load_state(content, checkpoint.tensors_of(number, "gathered/"), self._stream.device)
         # Activations that a checkpoint does not hold are read again, from the first.
         if len(held) == len(numbers):
             self.n_windows, self.n_activations, self.complete = (
@@ -252,7 +248,7 @@ class BuildPass:
                 fit = self._fit(one)
                 fit = replace(fit, dictionary=self._finish(fit.dictionary))
                 if self._snmf_folder is not None:
-                    self._keep(one.name, fit)
+                    self._keep(self._snmf_folder, one.name, fit)
                 self._finished[one.name] = fit
                 if all(one.gathered is not other for other in self._gathering):
                     one.gathered.let_go()
@@ -292,10 +288,10 @@ class BuildPass:
             metadata.model_from_pretrained_kwargs = dict(self._config.model_from_pretrained_kwargs)
         return dictionary.to(self._config.torch_dtype)
 
-    def _keep(self, name: str, fit: SNMFFitResult) -> None:
+    def _keep(self, folder: Path, name: str, fit: SNMFFitResult) -> None:
         """Put a finished factorisation where a resumed run finds it; a full disk must not cost the fit."""
         try:
-            fit.save(self._snmf_folder / name)
+            fit.save(folder / name)
         except OSError as error:
             logger.warning("%s could not be kept for resuming (%s); the run goes on.", name, error)
 
@@ -310,7 +306,7 @@ class _Figures:
 
     def __init__(self, name: str, x: Tensor | None, on_metrics: OnMetrics) -> None:
         self._name, self._on_metrics, self._step = name, on_metrics, 0
-        self._n = None if x is None else len(x)
+        self._n = 0 if x is None else len(x)
         self._scale = None if x is None else sum_of_squares(x) / len(x)
 
     def __call__(self, figures: Mapping[str, float | int]) -> None:

@@ -44,9 +44,7 @@ class ExemplarBuildConfig(ExemplarFitConfig):
 
     def fit_config(self, seed: int) -> ExemplarFitConfig:
         """The options shared by all dictionaries of this config."""
-        return ExemplarFitConfig(
-            **_shared(self, ExemplarFitConfig) | {"seed": seed if self.seed is None else self.seed}
-        )
+        return ExemplarFitConfig(**_shared(self, ExemplarFitConfig, seed))
 
     @property
     def setting_names(self) -> list[str]:
@@ -72,8 +70,8 @@ class SNMFBuildConfig(SNMFFitConfig):
     hook_name: str | Sequence[str] | None = parsed(None, one_or_several(text_or_none), "HOOK[,HOOK…]")
     """Those of the run's hooks to build at, meant to be MLP neurons; by default all."""
     memory_limit: int = SNMFFitConfig.memory_limit
-    """Bytes of activations to hold for each hook (and share held out); a fit needs about three times its hook's on top
-    of those of the hooks that are still to be fitted. Activations of a hook are let go with its last fit."""
+    """Bytes of activations to hold for each hook (and of those held out); a fit needs about three times its hook's on
+    top of those of the hooks that are still to be fitted. Activations of a hook are let go with its last fit."""
     seed: int | None = None
     """Of everything random in these fits; by default the run's."""
 
@@ -83,14 +81,14 @@ class SNMFBuildConfig(SNMFFitConfig):
         _different(several(self.sparsity), "sparsity")
         if not 0 <= self.held_out <= 0.5:
             raise ValueError(
-                f"held_out must lie in [0, 0.5], got {self.held_out!r}; it is the share of documents kept out of the "
-                "fit."
+                f"held_out must lie in [0, 0.5], got {self.held_out!r}; it is the fraction of documents kept out of "
+                "the fit."
             )
         self.settings(seed=0)
 
     def settings(self, seed: int) -> list[tuple[int, SNMFFitConfig]]:
         """Every number of components with the options of its fit, in the order they are built."""
-        shared = _shared(self, SNMFFitConfig) | {"seed": seed if self.seed is None else self.seed}
+        shared = _shared(self, SNMFFitConfig, seed)
         pairs = itertools.product(several(self.n_components), several(self.sparsity))
         return [(_checks.positive(k, "n_components"), SNMFFitConfig(**shared | {"sparsity": s})) for k, s in pairs]
 
@@ -135,9 +133,10 @@ def build_from_dict(content: Mapping[str, Any]) -> BuildConfig:
     return kind(**options)
 
 
-def _shared(config: BuildConfig, kind: type) -> dict[str, Any]:
-    """The fields of a config that ``kind`` has too."""
-    return {field.name: getattr(config, field.name) for field in fields(kind)}
+def _shared(config: BuildConfig, kind: type, seed: int) -> dict[str, Any]:
+    """The fields of a config that ``kind`` has too, with the run's seed where it has none."""
+    shared = {field.name: getattr(config, field.name) for field in fields(kind)}
+    return shared | {"seed": seed if config.seed is None else config.seed}
 
 
 def _different(values: Sequence[Any], name: str) -> None:

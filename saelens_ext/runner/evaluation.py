@@ -14,8 +14,8 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.util import dtype_to_str
 
 from saelens_ext.activations.cached_stream import CachedStream
+from saelens_ext.activations.stream import ActivationStream
 from saelens_ext.host.hook_names import output_behind
-from saelens_ext.runner.sources import RunStream, device_of
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def default_eval_size(n_activations: int, context_size: int, batch_size: int) ->
     return size, windows // size
 
 
-def eval_windows(stream: RunStream, last_document: int, batch_size: int, n_batches: int) -> EvalWindows | None:
+def eval_windows(stream: ActivationStream, last_document: int, batch_size: int, n_batches: int) -> EvalWindows | None:
     """Windows for an evaluation: of unseen documents if they fill a batch, otherwise from the start of the dataset.
 
     Args:
@@ -89,7 +89,7 @@ def eval_windows(stream: RunStream, last_document: int, batch_size: int, n_batch
     return None
 
 
-def evaluate(dictionary: SAE[Any], stream: RunStream, given: EvalWindows) -> dict[str, Any]:
+def evaluate(dictionary: SAE[Any], stream: ActivationStream, given: EvalWindows) -> dict[str, Any]:
     """Evaluate a dictionary on the model that it was built on, with ``sae_lens.run_evals``.
 
     Args:
@@ -104,8 +104,9 @@ def evaluate(dictionary: SAE[Any], stream: RunStream, given: EvalWindows) -> dic
         says under "all_positions_of_windows" that the figures are over other activations than the dictionary was built
         from.
     """
+    model: Any = stream.model
     store = ActivationsStore(
-        stream.model,
+        model,
         Dataset.from_dict({"tokens": given.windows}).to_iterable_dataset(),
         streaming=True,
         hook_name=dictionary.cfg.metadata.hook_name,
@@ -116,13 +117,13 @@ def evaluate(dictionary: SAE[Any], stream: RunStream, given: EvalWindows) -> dic
         total_training_tokens=len(given.windows),
         store_batch_size_prompts=given.batch_size,
         train_batch_size_tokens=given.batch_size * stream.context_size,
-        prepend_bos=stream.prepend_bos,
+        prepend_bos=bool(stream.prepend_bos),
         normalize_activations="none",
-        device=device_of(stream),
+        device=stream.device,
         dtype=dtype_to_str(dictionary.dtype),
     )
     # In the middle of a bridge's block run_evals would put the reconstruction into the MLP's input alone.
-    replaceable = output_behind(stream.model, dictionary.cfg.metadata.hook_name) is None
+    replaceable = output_behind(model, dictionary.cfg.metadata.hook_name) is None
     if not replaceable:
         logger.warning(
             "What the reconstruction does to the model's predictions is not evaluated: %s is the middle of a block, "
@@ -140,7 +141,7 @@ def evaluate(dictionary: SAE[Any], stream: RunStream, given: EvalWindows) -> dic
         compute_variance_metrics=True,
     )
     groups, _ = run_evals(
-        dictionary, store, stream.model, ActivationScaler(), config, exclude_special_tokens=stream.excluded_ids or False
+        dictionary, store, model, ActivationScaler(), config, exclude_special_tokens=stream.excluded_ids or False
     )
     finite = {group: {name: _finite(value) for name, value in figures.items()} for group, figures in groups.items()}
     finite.setdefault("token_stats", {})["unseen_documents"] = given.unseen

@@ -2,16 +2,16 @@
 
 from dataclasses import replace
 
-from saelens_ext.activations.proxy_stream import describe_any
+from saelens_ext.activations.stream import ActivationStream
+from saelens_ext.host.models import describe_model
 from saelens_ext.runner.config import MODEL_CLASSES, DictionaryRunnerConfig
-from saelens_ext.runner.sources import RunStream, device_of
 
 
-def resolved(config: DictionaryRunnerConfig, stream: RunStream) -> DictionaryRunnerConfig:
+def resolved(config: DictionaryRunnerConfig, stream: ActivationStream) -> DictionaryRunnerConfig:
     """The config with the model, the device and the beginning of sequences that the stream turned out to have."""
-    changes = {"device": str(device_of(stream)), "prepend_bos": stream.prepend_bos}
+    changes = {"device": str(stream.device), "prepend_bos": stream.prepend_bos}
     if stream.model is not None:
-        found = describe_any(stream.model)
+        found = describe_model(stream.model)
         changes |= {
             "model_name": config.model_name or str(found["model_name"]),
             "model_class_name": _class_name(found["model_class_name"]),

@@ -37,6 +37,13 @@ class BuiltDictionary:
     """SAELens' evaluation, once made."""
 
     @property
+    def folder(self) -> Path:
+        """Its folder; a ValueError if nothing was to be saved."""
+        if self.path is None:
+            raise ValueError(f"{self.name} has no folder: the run's output_path is None.")
+        return self.path
+
+    @property
     def dictionary(self) -> SAE[Any]:
         """The dictionary itself."""
         return self.fit.dictionary
@@ -53,15 +60,15 @@ class BuiltDictionary:
         # The profile and evaluation of the very same dictionary stay until there are new ones.
         if not self._is_saved:
             for name in _SIDECARS:
-                (self.path / name).unlink(missing_ok=True)
-        self.fit.save(self.path)
-        config.to_json(self.path / RUNNER_CFG_FILENAME)
+                (self.folder / name).unlink(missing_ok=True)
+        self.fit.save(self.folder)
+        config.to_json(self.folder / RUNNER_CFG_FILENAME)
 
     @property
     def _is_saved(self) -> bool:
         """Whether the folder holds a dictionary of the same weights."""
         try:
-            held = _files.read_tensors(self.path / SAE_WEIGHTS_FILENAME)
+            held = _files.read_tensors(self.folder / SAE_WEIGHTS_FILENAME)
         except (FileNotFoundError, ValueError):
             return False
         own = self.dictionary.state_dict()
@@ -71,19 +78,21 @@ class BuiltDictionary:
 
     def save_profile(self) -> None:
         """Write the profile, and the log frequencies of firing as SAELens does."""
-        self.profile.save(self.path)
+        if self.profile is None:
+            raise ValueError(f"{self.name} has no profile yet.")
+        self.profile.save(self.folder)
         sparsity = self.log_sparsity
         if sparsity is not None:
-            _files.write_tensors(self.path / SPARSITY_FILENAME, {"sparsity": sparsity})
+            _files.write_tensors(self.folder / SPARSITY_FILENAME, {"sparsity": sparsity})
 
     def save_evals(self) -> None:
         """Write the evaluation."""
-        _files.write_json(self.path / EVALS_FILENAME, self.evals)
+        _files.write_json(self.folder / EVALS_FILENAME, self.evals or {})
 
     @property
     def sparsity(self) -> torch.Tensor | None:
-        """Share of the activations on which each latent is not zero, float32 ``(k,)``; None where the profile does not
-        tell.
+        """Fraction of the activations on which each latent is not zero, float32 ``(k,)``; None where the profile does
+        not say.
         """
         profile = self.profile
         if profile is None or not profile.n_activations:
@@ -100,7 +109,7 @@ class BuiltDictionary:
 
     @property
     def log_sparsity(self) -> torch.Tensor | None:
-        """The same as log10(share + 1e-10), which is what SAELens saves."""
+        """The same as log10(fraction + 1e-10), which is what SAELens saves."""
         return None if self.sparsity is None else torch.log10(self.sparsity + 1e-10)
 
     def figures(self) -> dict[str, float]:
@@ -118,13 +127,13 @@ class BuiltDictionary:
             if self.fit.held_out_loss is not None:
                 found["metrics/held_out_relative_squared_error"] = self.fit.held_out_loss
         found["details/n_training_samples"] = float(self.fit.n_seen)
-        share = self.sparsity
-        if share is not None:
+        fraction, log_fraction = self.sparsity, self.log_sparsity
+        if fraction is not None and log_fraction is not None:
             found |= {
-                "metrics/mean_log10_feature_sparsity": float(self.log_sparsity.mean()),
-                "sparsity/below_1e-5": float((share < 1e-5).sum()),
-                "sparsity/below_1e-6": float((share < 1e-6).sum()),
-                "sparsity/dead_features": float((share == 0).sum()),
+                "metrics/mean_log10_feature_sparsity": float(log_fraction.mean()),
+                "sparsity/below_1e-5": float((fraction < 1e-5).sum()),
+                "sparsity/below_1e-6": float((fraction < 1e-6).sum()),
+                "sparsity/dead_features": float((fraction == 0).sum()),
             }
         return found
 
@@ -146,8 +155,8 @@ class BuiltDictionary:
     @property
     def files(self) -> tuple[Path, Path, Path | None]:
         """Its weights, its config and, if there is one, its file of log frequencies."""
-        sparsity = self.path / SPARSITY_FILENAME
-        return self.path / SAE_WEIGHTS_FILENAME, self.path / SAE_CFG_FILENAME, sparsity if sparsity.exists() else None
+        folder, sparsity = self.folder, self.folder / SPARSITY_FILENAME
+        return folder / SAE_WEIGHTS_FILENAME, folder / SAE_CFG_FILENAME, sparsity if sparsity.exists() else None
 
 
 @dataclass(kw_only=True, eq=False)

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from saelens_ext import _files
 from saelens_ext._modes import standard_modes
 from saelens_ext.activations.kept_stream import KeptStream
-from saelens_ext.activations.stream import ActivationBatch
+from saelens_ext.activations.stream import ActivationBatch, ActivationStream
 from saelens_ext.analysis.profile import profile_dictionaries
 from saelens_ext.runner.build_pass import BuildPass
 from saelens_ext.runner.checkpoints import SNMF_FOLDER, Checkpoint, RunIdentity, find_run, list_checkpoints
@@ -24,7 +24,7 @@ from saelens_ext.runner.config import DictionaryRunnerConfig
 from saelens_ext.runner.evaluation import default_eval_size, eval_windows, evaluate
 from saelens_ext.runner.resolve import resolved
 from saelens_ext.runner.results import BuiltDictionary, RunResult
-from saelens_ext.runner.sources import RunStream, open_stream
+from saelens_ext.runner.sources import open_stream
 from saelens_ext.runner.tracking import WandbTracker, check_login
 
 logger = logging.getLogger(__name__)
@@ -51,6 +51,12 @@ class DictionaryRunner:
         self._tracker: WandbTracker | None = None
         self._errors: list[tuple[str, BuiltDictionary, Exception]] = []
         self.result: RunResult | None = None
+
+    @property
+    def _begun(self) -> RunResult:
+        """The result, within a run."""
+        assert self.result is not None
+        return self.result
 
     @standard_modes()
     def run(self) -> RunResult:
@@ -101,7 +107,7 @@ class DictionaryRunner:
     # --- which run it is ---
 
     def _identify(
-        self, config: DictionaryRunnerConfig, stream: RunStream, found: tuple[Path, Path | None] | None
+        self, config: DictionaryRunnerConfig, stream: ActivationStream, found: tuple[Path, Path | None] | None
     ) -> tuple[str, Checkpoint | None]:
         """The run's id, and the checkpoint to start from; a new run puts down what it is."""
         content, source = config.to_dict(), stream.describe()
@@ -133,18 +139,18 @@ class DictionaryRunner:
 
     def _read(self, build: BuildPass, folder: Path | None) -> None:
         """Read the activations; checkpoint on the way, at the end, and when interrupted."""
-        config = self.result.config
+        config = self._begun.config
         every = config.training_tokens / config.n_checkpoints if config.n_checkpoints else None
         with _Interruption() as interruption, _bar(config, build) as bar:
             for batch in build.batches():
                 bar.update(len(batch))
                 before = build.n_activations - len(batch)
                 due = every is not None and build.n_activations // every > before // every
-                if due and interruption.signal is None and build.has_state:
+                if due and folder is not None and interruption.signal is None and build.has_state:
                     self._checkpoint(build, folder)
                 if interruption.signal is not None:
                     break
-            self.result.n_activations = build.n_activations
+            self._begun.n_activations = build.n_activations
             if (every is not None or interruption.signal is not None) and build.has_state and folder is not None:
                 self._checkpoint(build, folder)
             # It may have come at any time, during the last checkpoint too.
@@ -172,11 +178,11 @@ class DictionaryRunner:
 
     # --- what is finished ---
 
-    def _finish(self, build: BuildPass, stream: RunStream) -> None:
+    def _finish(self, build: BuildPass, stream: ActivationStream) -> None:
         """Save every dictionary as soon as it is there, then profile and evaluate them; the first error in what is done
         with one is raised after the others.
         """
-        config, result = self.result.config, self.result
+        config, result = self._begun.config, self._begun
         for name, fit in build.results():
             path = None if result.output_path is None else result.output_path / name
             built = result.dictionaries[name] = BuiltDictionary(name=name, fit=fit, path=path)
@@ -193,8 +199,11 @@ class DictionaryRunner:
                 with self._going_on("The tracking", built):
                     self._track(built)
         for what, built, error in self._errors:
-            writing = what.startswith("The saving") and isinstance(error, OSError)
-            raise _not_written(built, error, result) if writing else error
+            raise (
+                _not_written(built, error, result)
+                if isinstance(error, OSError) and what.startswith("The saving")
+                else error
+            )
 
     @contextmanager
     def _going_on(self, what: str, built: BuiltDictionary) -> Iterator[None]:
@@ -211,9 +220,11 @@ class DictionaryRunner:
             )
             self._errors.append((what, built, error))
 
-    def _profile(self, built_all: list[BuiltDictionary], stream: RunStream, kept: list[ActivationBatch] | None) -> None:
+    def _profile(
+        self, built_all: list[BuiltDictionary], stream: ActivationStream, kept: list[ActivationBatch] | None
+    ) -> None:
         """Profile every dictionary, on the activations that the pass has kept, or else on those of another."""
-        config = self.result.config
+        config = self._begun.config
         stream = stream if kept is None else KeptStream.holding(stream, kept)
         if config.profile:
             profiles = profile_dictionaries([built.dictionary for built in built_all], stream, progress=config.progress)
@@ -223,15 +234,15 @@ class DictionaryRunner:
                     with self._going_on("The saving of the profile", built):
                         built.save_profile()
 
-    def _evaluate(self, built_all: list[BuiltDictionary], stream: RunStream, last_document: int) -> None:
+    def _evaluate(self, built_all: list[BuiltDictionary], stream: ActivationStream, last_document: int) -> None:
         """Evaluate every dictionary."""
-        config = self.result.config
+        config = self._begun.config
         if config.n_eval_batches == 0:
             return
         size = config.eval_batch_size_prompts or config.store_batch_size_prompts
         n_batches = config.n_eval_batches
         if n_batches is None:
-            n_activations = self.result.n_activations // len(built_all)
+            n_activations = self._begun.n_activations // len(built_all)
             size, n_batches = default_eval_size(n_activations, stream.context_size, size)
         windows = None if stream.model is None else eval_windows(stream, last_document, size, n_batches)
         if windows is None:

@@ -3,28 +3,24 @@
 import logging
 import warnings
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 import datasets
-import torch
 from sae_lens import HookedSAETransformer
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from sae_lens.constants import DTYPE_MAP
-from sae_lens.load_model import HookedProxyLM
 from sae_lens.load_model import load_model as load_with_saelens
 
 from saelens_ext import _checks
 from saelens_ext.activations.cached_stream import CachedStream
 from saelens_ext.activations.fingerprint import fingerprint_files
-from saelens_ext.activations.proxy_stream import ProxyStream, describe_any
 from saelens_ext.activations.stream import ActivationStream
-from saelens_ext.host.models import load_model
+from saelens_ext.host.models import describe_model, load_model
 from saelens_ext.runner.config import DictionaryRunnerConfig
 from saelens_ext.runner.dictionary_configs import ExemplarBuildConfig, SNMFBuildConfig
 
 logger = logging.getLogger(__name__)
 
-RunStream = Union[ActivationStream, CachedStream]
 _FILE_KINDS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".txt": "text", ".parquet": "parquet"}
 
 
@@ -96,7 +92,7 @@ def open_dataset(config: DictionaryRunnerConfig) -> Any:
 
 def open_stream(
     config: DictionaryRunnerConfig, model: Any = None, dataset: Any = None, *, as_named: bool = False
-) -> RunStream:
+) -> ActivationStream:
     """The activations that a config asks for.
 
     Args:
@@ -134,8 +130,8 @@ def open_stream(
             )
         _say_what_windows_are(config)
         return stream
-    kind = ProxyStream if isinstance(model, HookedProxyLM) else ActivationStream
-    stream = kind(
+    assert model is not None
+    stream = ActivationStream(
         model,
         open_dataset(config) if dataset is None else dataset,
         config.hook_names,
@@ -151,11 +147,6 @@ def open_stream(
     return stream
 
 
-def device_of(stream: RunStream) -> torch.device:
-    """Where the activations are."""
-    return stream.device if isinstance(stream, CachedStream) else next(stream.model.parameters()).device
-
-
 def _saved_to_disk(path: str) -> bool:
     """Whether ``Dataset.save_to_disk`` wrote a folder."""
     return (Path(path) / "dataset_dict.json").exists() or (Path(path) / "state.json").exists()
@@ -168,7 +159,7 @@ def _check_named(config: DictionaryRunnerConfig, model: Any) -> None:
             f"model_from_pretrained_kwargs are for a model that is loaded by name, and an open {type(model).__name__} "
             f"was handed over with {config.model_from_pretrained_kwargs!r}: leave them out."
         )
-    own = str(describe_any(model)["model_name"])
+    own = str(describe_model(model)["model_name"])
     # The same model may be named with its owner or the folder that it lies in.
     if config.model_name and Path(config.model_name).name.lower() != Path(own).name.lower():
         warnings.warn(

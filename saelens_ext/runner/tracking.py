@@ -105,7 +105,7 @@ class WandbTracker:
         """
         found = dict(figures)
         if log_sparsity is not None:
-            found["plots/feature_density_line_chart"] = wandb.Histogram(log_sparsity.numpy())
+            found["plots/feature_density_line_chart"] = wandb.Histogram(log_sparsity.tolist())
         run = self._runs.get(key) or self._open(key, _name_of(key), alone=False)
         # Without a step of its own the result would be merged into the last figures of progress.
         # A continued run drops what lies before the last step that it had logged when it was stopped.
@@ -189,8 +189,5 @@ class WandbTracker:
 
 def _name_of(key: Hashable) -> str:
     """A name for a dictionary known by its hook and percentile."""
-    return (
-        key
-        if isinstance(key, str)
-        else "_".join(f"p{part:g}" if isinstance(part, float | int) else str(part) for part in key)
-    )
+    parts = key if isinstance(key, tuple) else (key,)
+    return "_".join(f"p{part:g}" if isinstance(part, float | int) else str(part) for part in parts)

@@ -7,7 +7,6 @@ from sae_lens import StandardSAE, StandardSAEConfig
 from sae_lens.load_model import HookedProxyLM
 from tokenizers import processors
 
-from saelens_ext.activations.proxy_stream import ProxyStream
 from saelens_ext.activations.stream import ActivationStream
 from saelens_ext.analysis.profile import profile_dictionary
 from saelens_ext.concepts.detector import Detector
@@ -148,7 +147,7 @@ def test_what_a_stream_is_told_wins_and_is_recorded(model, prepend_bos):
 @pytest.mark.parametrize("architecture", KINDS)
 def test_a_proxy_reads_texts_as_a_bridge_of_its_architecture(architecture):
     hf_model, tokenizer = make_hf_model(architecture), make_tokenizer(family=ZOO[architecture].tokenizer)
-    proxy = ProxyStream(HookedProxyLM(hf_model, tokenizer), [PROMPT], HOOK, context_size=32)
+    proxy = ActivationStream(HookedProxyLM(hf_model, tokenizer), [PROMPT], HOOK, context_size=32)
     bridge = make_model(architecture, "SAETransformerBridge")
     stream = ActivationStream(bridge, [PROMPT], HOOK, context_size=32)
     assert proxy.prepend_bos == stream.prepend_bos == ZOO[architecture].prepends_bos

@@ -13,7 +13,7 @@ from sae_lens.load_model import HookedProxyLM
 
 from saelens_ext import ActivationStream, fit_exemplar_partition, retarget
 from saelens_ext.activations.cached_stream import CachedStream
-from saelens_ext.activations.proxy_stream import ProxyStream
+from saelens_ext.activations.kept_stream import KeptStream
 from saelens_ext.runner import DictionaryRunner, ExemplarBuildConfig, SNMFBuildConfig
 from saelens_ext.runner.sources import open_dataset, open_model, open_stream
 from tests import models_zoo
@@ -56,7 +56,10 @@ def test_a_stream_can_start_in_the_middle(start, tiny_bridge):
 @pytest.mark.parametrize("hook", ["model.layers.1", HOOK, "blocks.1.hook_resid_post"])
 def test_a_proxy_gives_the_activations_of_a_bridge(hook, proxy, tiny_bridge):
     options = {"context_size": LENGTH, "batch_size": 4, "max_tokens": 300}
-    mine, theirs = ProxyStream(proxy, TEXTS, hook, **options), ActivationStream(tiny_bridge, TEXTS, HOOK, **options)
+    mine, theirs = (
+        ActivationStream(proxy, TEXTS, hook, **options),
+        ActivationStream(tiny_bridge, TEXTS, HOOK, **options),
+    )
     for one, other in zip(mine, theirs, strict=True):
         assert torch.allclose(one.activations[hook], other.activations[HOOK], atol=1e-3)
         assert torch.equal(one.token_ids, other.token_ids) and torch.equal(one.positions, other.positions)
@@ -72,9 +75,9 @@ def test_a_proxy_gives_the_activations_of_a_bridge(hook, proxy, tiny_bridge):
 
 def test_a_proxy_refuses_what_it_cannot_read(proxy):
     with pytest.raises(ValueError, match="has no hook 'model.layers.9'"):
-        ProxyStream(proxy, TEXTS, "model.layers.9")
+        ActivationStream(proxy, TEXTS, "model.layers.9")
     with pytest.raises(ValueError, match="context_size must lie from 2 .* to 64"):
-        ProxyStream(proxy, TEXTS, "model.layers.1", context_size=65)
+        ActivationStream(proxy, TEXTS, "model.layers.1", context_size=65)
 
 
 # --- named models and datasets ---
@@ -207,6 +210,14 @@ def test_cached_activations_come_with_their_tokens(cache, proxy):
     assert torch.equal(torch.cat([batch.positions for batch in batches]), position)
     assert torch.equal(torch.cat([batch.document_ids for batch in batches]), window)
     assert torch.equal(batches[1].context([0]), tokens[batches[1].sequence_ids[:1]])
+
+
+def test_what_is_kept_of_a_cache_says_of_itself_what_the_cache_says(cache, proxy):
+    for model in (None, proxy):
+        stream = CachedStream(cache, "model.layers.1", model=model, context_size=LENGTH, exclude_special_tokens=False)
+        kept = KeptStream(stream).only("model.layers.1")
+        assert kept.describe() == stream.describe() and kept.device == stream.device and kept.d_in == stream.d_in
+        assert list(kept.token_windows()) == list(stream.token_windows())
 
 
 def test_a_run_on_cached_activations_with_and_without_the_model(cache, proxy, tmp_path):
