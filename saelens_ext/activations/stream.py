@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int64, Shaped
@@ -18,16 +18,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens import HookedTransformer
 from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.model_bridge.exceptions import StopAtLayerException
 from transformers import PreTrainedTokenizerBase
 
 from saelens_ext._checks import positive
-from saelens_ext._modes import callers_autocast, standard_modes
+from saelens_ext._modes import standard_modes
 from saelens_ext.activations.settings import checked_context_size, checked_names, excluded_ids, positions_read
 from saelens_ext.activations.windows import Window, WindowSource
 from saelens_ext.host.bos import TextStart, text_start
-from saelens_ext.host.models import HostModel, describe_model, resolve_hook, stop_layer, tokenizer_of
-from saelens_ext.host.proxy import run_proxy
+from saelens_ext.host.hook_pass import limits_of, run_to_last_hook
+from saelens_ext.host.models import HostModel, describe_model, resolve_hook, tokenizer_of
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +153,7 @@ class ActivationStream:
                 f"model must be a HookedSAETransformer or an SAETransformerBridge, got a {type(model).__name__}: "
                 "host it with saelens_ext.host.models.load_model(name, hf_model=model, tokenizer=tokenizer)."
             )
-        n_ctx, d_vocab = _limits(model)
+        n_ctx, d_vocab = limits_of(model)
         self.model, self.tokenizer, self.progress = model, getattr(model, "tokenizer", None), progress
         names, start = checked_names(hook_name), text_start(model, prepend_bos)
         if exclude_special_tokens is True:
@@ -341,7 +340,7 @@ class ActivationStream:
 
             return read_rows
 
-        _run_to_last_hook(self.model, tokens, real, [(name, reader(name)) for name in dict.fromkeys(names.values())])
+        run_to_last_hook(self.model, tokens, real, [(name, reader(name)) for name in dict.fromkeys(names.values())])
         for name in names.values():
             if name not in read:
                 raise ValueError(
@@ -367,14 +366,6 @@ class ActivationStream:
 
     def _remember_widths(self, activations: dict[str, Tensor]) -> None:
         self._d_in.update({name: rows.shape[1] for name, rows in activations.items()})
-
-
-def _limits(model: HostModel | HookedProxyLM) -> tuple[int | None, int | None]:
-    """The longest context and the number of token ids."""
-    if isinstance(model, HookedProxyLM):
-        config: Any = model.model.config
-        return getattr(config, "max_position_embeddings", None), config.vocab_size
-    return getattr(model.cfg, "n_ctx", None), getattr(model.cfg, "d_vocab", None)
 
 
 def _warn_of_dropout(model: torch.nn.Module) -> None:
@@ -405,34 +396,3 @@ def kept_rows(activation: Tensor, keep: Bool[Tensor, "b l"], name: str) -> Tenso
             f"{tuple(keep.shape)} is needed: it does not hold one activation per token."
         )
     return activation.detach()[keep.to(activation.device)].flatten(start_dim=1)
-
-
-@torch.no_grad()
-def _run_to_last_hook(
-    model: HostModel | HookedProxyLM,
-    tokens: Int64[Tensor, "b l"],
-    real: Bool[Tensor, "b l"],
-    hooks: list[tuple[str, Any]],
-) -> None:
-    """Run the model on right-padded tokens until every hook has fired, and no further than the host can stop."""
-    if isinstance(model, HookedProxyLM):
-        return run_proxy(model, tokens, real, hooks)
-    device = next(iter(model.parameters())).device
-    names = [name for name, _ in hooks]
-    stop = stop_layer(model, names)
-    needs_logits = any(name.startswith("unembed") for name in names)
-    if isinstance(model, TransformerBridge) and (stop is None or stop >= model.cfg.n_layers) and not needs_logits:
-        # A bridge stops only before a block, and after the last one come the logits, the widest tensor of the pass.
-        hooks, stop = [*hooks, ("unembed.hook_in", _stop)], None
-    with callers_autocast():
-        model.run_with_hooks(
-            tokens.to(device),
-            attention_mask=real.to(device, torch.int64),
-            fwd_hooks=cast(Any, hooks),
-            stop_at_layer=stop,
-            return_type="logits" if needs_logits else None,
-        )
-
-
-def _stop(activation: Tensor, hook: Any) -> None:
-    raise StopAtLayerException(activation)

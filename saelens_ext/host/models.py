@@ -25,7 +25,7 @@ from saelens_ext._modes import out_of_inference, standard_modes
 from saelens_ext.host.bos import text_start, warn_of_other_bos
 from saelens_ext.host.by_name import hooked_by_name
 from saelens_ext.host.hook_names import AnyHost, hook_layer, locate, output_behind, resolve_hook, stop_layer
-from saelens_ext.host.proxy import describe_proxy
+from saelens_ext.host.hook_pass import describe_proxy
 from saelens_ext.host.scaled_contributions import run_replaced_points
 
 HostModel = Union[HookedTransformer, TransformerBridge]

@@ -1,17 +1,24 @@
-"""Hugging Face models that SAELens hosts as a `HookedProxyLM`, whose hooks are the paths of its modules."""
+"""A pass through a model up to its last hook, for every host class.
+
+The hooks of a `HookedProxyLM`, in which SAELens hosts a Hugging Face model, are the paths of its modules.
+"""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Int64
 from sae_lens.load_model import HookedProxyLM
 from torch import Tensor
+from transformer_lens import HookedTransformer
+from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
 from saelens_ext._modes import callers_autocast
+from saelens_ext.host.hook_names import stop_layer
 
 Read = Callable[[Tensor, Any], None]
+AnyModel = HookedTransformer | TransformerBridge | HookedProxyLM
 
 
 def describe_proxy(model: HookedProxyLM) -> dict[str, Any]:
@@ -30,8 +37,46 @@ def describe_proxy(model: HookedProxyLM) -> dict[str, Any]:
     }
 
 
+def limits_of(model: AnyModel) -> tuple[int | None, int | None]:
+    """The longest context and the number of token ids."""
+    if isinstance(model, HookedProxyLM):
+        config: Any = model.model.config
+        return getattr(config, "max_position_embeddings", None), config.vocab_size
+    return getattr(model.cfg, "n_ctx", None), getattr(model.cfg, "d_vocab", None)
+
+
 @torch.no_grad()
-def run_proxy(
+def run_to_last_hook(
+    model: AnyModel,
+    tokens: Int64[Tensor, "b l"],
+    real: Bool[Tensor, "b l"],
+    hooks: list[tuple[str, Read]],
+) -> None:
+    """Run the model on right-padded tokens until every hook has fired, and no further than the host can stop."""
+    if isinstance(model, HookedProxyLM):
+        return _run_proxy(model, tokens, real, hooks)
+    device = next(iter(model.parameters())).device
+    names = [name for name, _ in hooks]
+    stop = stop_layer(model, names)
+    needs_logits = any(name.startswith("unembed") for name in names)
+    if isinstance(model, TransformerBridge) and (stop is None or stop >= model.cfg.n_layers) and not needs_logits:
+        # A bridge stops only before a block, and after the last one come the logits, the widest tensor of the pass.
+        hooks, stop = [*hooks, ("unembed.hook_in", _stop)], None
+    with callers_autocast():
+        model.run_with_hooks(
+            tokens.to(device),
+            attention_mask=real.to(device, torch.int64),
+            fwd_hooks=cast(Any, hooks),
+            stop_at_layer=stop,
+            return_type="logits" if needs_logits else None,
+        )
+
+
+def _stop(activation: Tensor, hook: Any) -> None:
+    raise StopAtLayerException(activation)
+
+
+def _run_proxy(
     model: HookedProxyLM, tokens: Int64[Tensor, "b l"], real: Bool[Tensor, "b l"], hooks: list[tuple[str, Read]]
 ) -> None:
     """Run the model on right-padded tokens until each of the hooks, all of different names, has fired."""
