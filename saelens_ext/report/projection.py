@@ -70,7 +70,7 @@ def _lengthwise(points: Float[np.ndarray, "k 2"]) -> Float[np.ndarray, "k 2"]:
 
 
 def _principal_components(directions: Float[np.ndarray, "k d"]) -> tuple[Float[np.ndarray, "k 2"], float]:
-    """Scores on the first two components, zero where there are fewer, and the share of variance they hold in [0, 1]."""
+    """Scores on the first two components, zero where there are fewer; the fraction of variance they hold, in [0, 1]."""
     points = np.zeros((len(directions), 2))
     n = min(2, len(directions) - 1, directions.shape[1])
     if n < 1:

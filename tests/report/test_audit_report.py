@@ -27,7 +27,7 @@ from saelens_ext.report.audit.tests_section import (
     verdict,
     verdict_of,
 )
-from saelens_ext.report.audit.wording import fixed, interval_decimals, p_value, plain, quoted, signed
+from saelens_ext.report.audit.wording import fixed, interval_decimals, p_value, plain, quoted
 from saelens_ext.report.page import _hash
 from tests.report import synthetic_audit as made
 
@@ -322,6 +322,6 @@ def test_figures_are_written_honestly():
     assert fixed(-0.0004, 3, plus=True) == "0.000" and fixed(-1.26, 1) == "−1.3" and fixed(float("nan"), 2) == "–"
     assert interval_decimals(0.0097, 0.0319) == 3 and interval_decimals(0.0, 0.0, 1.5) == 2
     assert [p_value(p) for p in (0.00012, 0.1, 0.999, float("nan"))] == ["0.00012", "0.10", "1", "–"]
-    assert signed(-0.01234) == "−0.0123" and plain([1.0, True, None]) == "1, yes, none"
+    assert plain([1.0, True, None]) == "1, yes, none"
     assert quoted("a\r\nb\u202e") == "a↵b⟨U+202E⟩"
     assert len({mark_of(mode) for mode in range(64)}) == 64

@@ -190,7 +190,7 @@ def test_detail_shows_the_region_named_in_the_address(visit, inputs, region):
     assert f"document {region // 3}, window {region}, position {int(place.positions[region])}." in page.text(
         ".provenance"
     )
-    assert f"Founded by activation {int(chosen.exemplar_indices[region]):,} of 12,345." in page.text(".provenance")
+    assert f"Started by activation {int(chosen.exemplar_indices[region]):,} of 12,345." in page.text(".provenance")
     expected = figures(inputs, region)
     assert page.text("#measure-mass b") == share(inputs, region)
     assert f"{int(profile.counts[region]):,} of {profile.n_activations:,} activations" in page.text("#measure-mass")

@@ -118,7 +118,7 @@ def test_every_region_carries_its_own_figures_and_texts(inputs, regions):
 
     assert regions["members"] == profile.counts.tolist()
     assert regions["joined"] == chosen.counts.tolist()
-    assert regions["founded"] == chosen.exemplar_indices.tolist()
+    assert regions["started"] == chosen.exemplar_indices.tolist()
     assert regions["coherence"][:-1] == pytest.approx(profile.coherence[:-1].tolist(), rel=1e-5)
     assert regions["coherence"][-1] is None and regions["mean_distance"][-1] is None
     for region in range(chosen.n_regions):

@@ -11,7 +11,7 @@ from saelens_ext.analysis.neuron_overlap import neuron_overlap
 from saelens_ext.host.tokens import token_strings
 from saelens_ext.report.dictionary import snmf_summary
 from saelens_ext.report.dictionary.dictionary_report import write_dictionary_report
-from saelens_ext.report.dictionary.features import activity_shares, feature_data
+from saelens_ext.report.dictionary.features import activity_fractions, feature_data
 from saelens_ext.report.dictionary.snmf_section import SNMFLevel, SNMFSection
 from tests.report import synthetic, synthetic_snmf
 from tests.report.synthetic_snmf import RANKS
@@ -66,12 +66,12 @@ def test_every_feature_carries_its_own_figures_and_texts(section, tokenizer, dat
 
 def test_shares_are_of_all_that_is_written(section):
     level = section.levels[0]
-    shares = activity_shares(level)
+    shares = activity_fractions(level)
     assert float(shares.sum()) == pytest.approx(1) and shares[-1] == 0
     doubled = level.dictionary.W_dec.detach().clone()
     doubled[0] *= 2
     scaled = SNMFLevel(dictionary=type(level.dictionary).from_features(doubled), profile=level.profile)
-    again = activity_shares(scaled)
+    again = activity_fractions(scaled)
     assert float(again[0] / again[1]) == pytest.approx(2 * float(shares[0] / shares[1]), rel=1e-4)
 
 

@@ -24,6 +24,7 @@ SCRIPTS = (
     "text.js",
     "line_chart.js",
     "audit_marks.js",
+    "item_map.js",
     "audit_maps.js",
     "audit_path.js",
     "audit_dose.js",
@@ -91,14 +92,8 @@ def write_audit_report(
 def _check(prefixes: Sequence[PrefixAudit], profiles: Mapping[str, Any] | None, tokenizer: Any) -> None:
     if not prefixes:
         raise ValueError("prefixes is empty; a report needs the audit of at least one.")
-    for number, audit in enumerate(prefixes):
-        views = {"embeddings": audit.continuations.embeddings, "signatures": audit.continuations.signatures}
-        missing = [name for name, view in views.items() if view is None]
-        if missing:
-            raise ValueError(
-                f"The continuations of prefix {number}, {audit.prefix!r}, have no {' and no '.join(missing)}; make "
-                "them with embed_continuations and attribute_continuations."
-            )
+    for audit in prefixes:
+        audit.continuations.both_views()
     if profiles and tokenizer is None:
         raise ValueError("profiles hold token ids, which need a tokenizer to be read; pass tokenizer= of the model.")
 

@@ -3,8 +3,8 @@
 Symbols
     n      continuations on the maps
     w      their weights, summing to 1
-    D      ``(n, n)`` what the clustering pays for one continuation standing for another in one view: squared Euclidean
-           distance of embeddings; city-block (or squared Euclidean) distance of signatures
+    D      ``(n, n)`` distance that the clustering minimises, in one view: squared Euclidean distance of embeddings;
+           city-block (or squared Euclidean) distance of signatures
     G      Gram matrix -1/2 C D C' with C = I - 1 w', which has no negative eigenvalue for either D: squared Euclidean
            and city-block distances are both squares of Euclidean ones
 """
@@ -17,6 +17,7 @@ from scipy.linalg import eigh
 from scipy.spatial.distance import cdist
 from threadpoolctl import threadpool_limits
 
+from saelens_ext._files import json_safe
 from saelens_ext.continuations.prefix_audit import PrefixAudit
 
 MAX_POINTS = 1200
@@ -70,30 +71,21 @@ def flat_map(costs: Float[np.ndarray, "n n"], weights: Float[np.ndarray, " n"]) 
 
 
 def maps_data(audit: PrefixAudit) -> dict[str, Any]:
-    """Both maps of a prefix, JSON-safe: ``rows`` drawn, and per map its points and the share of variance they show."""
+    """Both maps of a prefix, JSON-safe: ``rows`` drawn, and per map its points and the fraction of variance shown."""
     rows = shown_rows(audit)
     weights = audit.continuations.weights.double().numpy()[rows]
     views = dict(zip(("meaning", "mechanism"), audit.continuations.both_views()))
     metrics = {"meaning": "l2", "mechanism": audit.clusterer.attribution_metric}
-    found: dict[str, Any] = {"rows": rows.tolist(), "size": _relative(weights)}
+    found: dict[str, Any] = {"rows": rows.tolist(), "size": json_safe(weights / weights.mean(), 3)}
     for name, view in views.items():
         values = view[rows]
         flat = flat_map(cdist(values, values, "cityblock" if metrics[name] == "l1" else "sqeuclidean"), weights)
         extent = float(np.abs(flat.points).max()) or 1.0
         places = flat.points / extent
         found[name] = {
-            "x": _short(places[:, 0]),
-            "y": _short(places[:, 1]),
+            "x": json_safe(places[:, 0], 4),
+            "y": json_safe(places[:, 1], 4),
             "share": flat.share,
             "metric": metrics[name],
         }
     return found
-
-
-def _short(values: np.ndarray) -> list[float]:
-    return [float(f"{value:.4g}") for value in values]
-
-
-def _relative(weights: np.ndarray) -> list[float]:
-    """Weights as multiples of their mean."""
-    return [float(f"{value:.3g}") for value in weights / weights.mean()]

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from saelens_ext import _files
 from saelens_ext.continuations.prefix_audit import PrefixAudit
 from saelens_ext.report.audit.wording import NOTHING, fixed
 from saelens_ext.report.format import count, percentage
@@ -38,16 +39,16 @@ def path_data(audit: PrefixAudit) -> dict[str, Any] | None:
             "beta": float(row.beta),
             "gamma": float(row.gamma),
             "n": int(row.n_clusters),
-            "rate": _figure(row.rate),
-            "meaning": _figure(row.semantic_distortion / whole_e),
-            "mechanism": _figure(row.attribution_distortion / whole_a),
-            "stability": _figure(getattr(row, "stability", float("nan"))),
-            "stability_se": _figure(getattr(row, "stability_se", float("nan"))),
+            "rate": row.rate,
+            "meaning": row.semantic_distortion / whole_e,
+            "mechanism": row.attribution_distortion / whole_a,
+            "stability": getattr(row, "stability", None),
+            "stability_se": getattr(row, "stability_se", None),
             "chosen": _is_chosen(audit, row),
         }
         for row in table.sort_values(["gamma", "beta"]).itertuples()
     ]
-    return {"points": points}
+    return {"points": _files.json_safe(points, 6)}
 
 
 def path_rows(audit: PrefixAudit) -> list[PathRow]:
@@ -86,7 +87,3 @@ def one_cluster(audit: PrefixAudit) -> tuple[float, float]:
         sample_weight=held.weights.double().numpy(),
     )
     return whole.semantic_distortion or 1.0, whole.attribution_distortion or 1.0
-
-
-def _figure(value: float | int) -> float | None:
-    return float(f"{value:.6g}") if np.isfinite(value) else None

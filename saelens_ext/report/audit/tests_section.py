@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import pandas as pd
 
+from saelens_ext._files import json_safe
 from saelens_ext.continuations.prefix_audit import PrefixAudit
 from saelens_ext.continuations.validation.methods import NOTHING, method_meaning
 from saelens_ext.continuations.validation.results import OBJECTIVE_CONTROLS, Validation, combine_validations, outcome
@@ -205,7 +206,7 @@ def dose_data(validation: Validation) -> dict[str, Any]:
     strengths = sorted(float(strength) for strength in members["strength"].unique())
     cells = {
         (row["measure"], int(row["cluster"]), row["method"], float(row["strength"])): [
-            _figure(row[name]) for name in ("change", "low", "high")
+            row[name] for name in ("change", "low", "high")
         ]
         for row in table.to_dict("records")
     }
@@ -216,13 +217,11 @@ def dose_data(validation: Validation) -> dict[str, Any]:
         "modes": groups,
         "methods": [{"key": key, "name": words.method_name(key), "meaning": method_meaning(key)} for key in methods],
         "measures": [{"key": key, **words.measure_name(key)._asdict()} for key in measures],
-        "values": [[[[cells[m, g, k, s] for s in strengths] for k in methods] for g in groups] for m in measures],
+        "values": json_safe(
+            [[[[cells[m, g, k, s] for s in strengths] for k in methods] for g in groups] for m in measures], 6
+        ),
         "n": [[n[g, k] for k in methods] for g in groups],
     }
-
-
-def _figure(value: float | int) -> float | None:
-    return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 # --- the matrix ---

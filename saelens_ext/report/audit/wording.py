@@ -80,11 +80,6 @@ def interval_decimals(low: float | int, high: float | int, *others: float | int)
     return decimals_of(width, digits=2) if math.isfinite(width) and width > 0 else decimals_of(low, high, *others)
 
 
-def signed(x: float | int | None, digits: int = 3) -> str:
-    """A difference with its sign, to some significant digits."""
-    return fixed(x, decimals_of(x, digits=digits), plus=True)
-
-
 def p_value(p: float | int | None) -> str:
     """A p-value to two significant digits."""
     if p is None or not math.isfinite(p):

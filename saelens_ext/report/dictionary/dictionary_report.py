@@ -26,9 +26,11 @@ SCRIPTS = (
     "text.js",
     "line_chart.js",
     "growth.js",
+    "item_map.js",
     "map.js",
     "table.js",
     "region_table.js",
+    "detail.js",
     "region_detail.js",
     "feature_table.js",
     "feature_detail.js",
@@ -224,8 +226,8 @@ def _generations(generations: Sequence[Mapping[str, str]]) -> tuple[list[dict[st
 
 def _growth_note(fit: ExemplarFitResult) -> str:
     note = (
-        "How many regions the first activations of the stream had founded. A curve that still climbs has not met all "
-        "there is to meet."
+        "How many regions the first activations of the stream had started. Where a curve still rises, more activations "
+        "would start more regions."
     )
     if fit.percentile is None:
         return note
@@ -238,14 +240,13 @@ def _growth_note(fit: ExemplarFitResult) -> str:
 def _evaluation_note(fit: ExemplarFitResult) -> str:
     config = fit.dictionary.cfg
     graded = str(config.readout).startswith("top_k")
-    kept = f", k = {config.k}" if graded else ""
+    k = f", k = {config.k}" if graded else ""
     note = (
         "SAELens' own evaluation, with this dictionary in the place of an SAE "
-        f"(readout {config.readout}{kept}; basis {config.basis})."
+        f"(readout {config.readout}{k}; basis {config.basis})."
     )
     if config.readout == "one_hot" or (graded and config.k == 1):
         note += (
-            " With one active latent per token little of the activation is kept, so low reconstruction "
-            "figures are expected."
+            " With one active latent per token little of the activation is reconstructed, so low figures are expected."
         )
     return note

@@ -7,7 +7,6 @@ Symbols
 Figures that do not exist are null.
 """
 
-import math
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -15,13 +14,14 @@ from sae_lens import SAE
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from saelens_ext._files import json_safe
 from saelens_ext.analysis.logit_lens import LensResult
 from saelens_ext.analysis.neuron_overlap import NeuronOverlap, neuron_overlap
 from saelens_ext.analysis.profile import DictionaryProfile
 from saelens_ext.dictionaries.hierarchy import HierarchicalSNMF
 from saelens_ext.dictionaries.snmf import SNMFDictionary
 from saelens_ext.host.tokens import token_strings
-from saelens_ext.report.dictionary.regions import Vocabulary, example_columns, figures, lens_columns
+from saelens_ext.report.dictionary.regions import Vocabulary, example_columns, lens_columns
 from saelens_ext.report.dictionary.snmf_section import SNMFLevel, SNMFSection
 from saelens_ext.report.format import visible
 from saelens_ext.steering.steer_features import SteeredFeatures
@@ -90,19 +90,17 @@ def latent_columns(level: Profiled, vocabulary: Vocabulary) -> dict[str, list[An
     profile = level.profile
     examples = example_columns(profile.top, vocabulary)
     return {
-        "firing": figures(profile.counts.double() / max(1, profile.n_activations)),
-        "activity": figures(activity_shares(level)),
-        "largest": figures(profile.max_activation),
+        "firing": json_safe(profile.counts.double() / max(1, profile.n_activations), 6),
+        "activity": json_safe(activity_fractions(level), 6),
+        "largest": json_safe(profile.max_activation, 6),
         "examples": examples,
         "top_token": [columns["tokens"][0][columns["mark"][0]] if columns["tokens"] else None for columns in examples],
         **_lens(level.lens, profile.d_sae, vocabulary),
     }
 
 
-def activity_shares(level: Profiled) -> Tensor:
-    """Each feature's share of all that the features write: the sum of its codes times its length, over that of all;
-    ``(k,)``.
-    """
+def activity_fractions(level: Profiled) -> Tensor:
+    """Each feature's fraction of all that the features write: sum of its codes times its length; ``(k,)``."""
     profile = level.profile
     lengths = torch.linalg.vector_norm(level.dictionary.W_dec.detach().double().cpu(), dim=1)
     written = profile.counts.double() * profile.mean_activation.double() * lengths
@@ -146,15 +144,10 @@ def _overlap(table: NeuronOverlap, i: int, j: int) -> dict[str, Any]:
     return {
         "shared": int(table.overlap[i, j]),
         "same_sign": int(table.same_sign[i, j]),
-        "expected": _rounded(table.expected[i, j]),
-        "p": _rounded(table.p_value[i, j]),
-        "q": _rounded(table.p_adjusted[i, j]),
+        "expected": json_safe(table.expected[i, j], 4),
+        "p": json_safe(table.p_value[i, j], 4),
+        "q": json_safe(table.p_adjusted[i, j], 4),
     }
-
-
-def _rounded(value: Tensor | float | int | None) -> float | None:
-    """Four significant digits; null for what is not a number."""
-    return float(f"{float(value):.4g}") if value is not None and math.isfinite(value) else None
 
 
 def _tree_columns(hierarchy: HierarchicalSNMF | None, starts: list[int], n: int) -> dict[str, list[Any]]:
@@ -165,7 +158,7 @@ def _tree_columns(hierarchy: HierarchicalSNMF | None, starts: list[int], n: int)
     for level, nodes in enumerate(trees, 1):
         for node in nodes:
             own = starts[level] + node.feature
-            children[own] = [[starts[level - 1] + child.feature, _rounded(child.weight)] for child in node.children]
+            children[own] = [[starts[level - 1] + child.feature, json_safe(child.weight, 4)] for child in node.children]
             for child, weight in children[own]:
                 parents[child].append([own, weight])
     for row in parents:
@@ -183,8 +176,8 @@ def _steered(steered: SteeredFeatures | None, n: int) -> dict[str, Any] | None:
         texts[one.feature].append(
             {
                 "sign": strength.sign,
-                "coefficient": _rounded(strength.coefficient),
-                "kl": _rounded(strength.kl),
+                "coefficient": json_safe(strength.coefficient, 4),
+                "kl": json_safe(strength.kl, 4),
                 "text": None if one.text is None else visible(one.text),
             }
         )

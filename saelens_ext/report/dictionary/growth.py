@@ -14,7 +14,7 @@ N_POINTS = 160
 def growth_data(fits: Sequence[ExemplarFitResult], chosen: ExemplarFitResult) -> list[dict[str, Any]]:
     """One curve per fit, in order of their thresholds, JSON-safe.
 
-    Each has ``seen``, numbers of activations t, and ``regions``, how many regions the first t activations had founded:
+    Each has ``seen``, numbers of activations t, and ``regions``, how many regions the first t activations had started:
     the number of exemplar indices below t. All curves share their points as far as they go and end at ``n_seen``.
     """
     longest = max(fit.n_seen for fit in fits)

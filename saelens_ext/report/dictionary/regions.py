@@ -6,7 +6,7 @@ Symbols
 Distances are cosine distances in [0, 2]. Figures that do not exist are null.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from saelens_ext._files import json_safe
 from saelens_ext.analysis.logit_lens import LensResult
 from saelens_ext.analysis.profile import DictionaryProfile, Examples
 from saelens_ext.dictionaries.fit_result import ExemplarFitResult, Provenance
@@ -72,19 +73,19 @@ def region_data(
         "n_profiled": profile.n_activations,
         "n_seen": fit.n_seen,
         "context": profile.context,
-        "threshold": _figure(fit.threshold.threshold),
+        "threshold": json_safe(fit.threshold.threshold, 6),
         "vocabulary": token_strings(tokenizer, vocabulary.token_ids),
         "projection": {"name": projection.name, "caution": projection.caution},
-        "x": [_figure(x, 4) for x in projection.points[:, 0]],
-        "y": [_figure(y, 4) for y in projection.points[:, 1]],
+        "x": json_safe(projection.points[:, 0], 4),
+        "y": json_safe(projection.points[:, 1], 4),
         "members": profile.counts.tolist(),
         "joined": fit.counts.tolist(),
-        "founded": fit.exemplar_indices.tolist(),
-        "coherence": figures(profile.coherence, len(profile.counts)),
-        "mean_distance": figures(profile.mean_distance, len(profile.counts)),
-        "max_distance": figures(profile.max_distance, len(profile.counts)),
+        "started": fit.exemplar_indices.tolist(),
+        "coherence": json_safe(profile.coherence, 6) or [None] * len(profile.counts),
+        "mean_distance": json_safe(profile.mean_distance, 6) or [None] * len(profile.counts),
+        "max_distance": json_safe(profile.max_distance, 6) or [None] * len(profile.counts),
         "neighbours": neighbours.tolist(),
-        "neighbour_distances": [figures(row) for row in distances],
+        "neighbour_distances": json_safe(distances, 6),
         "exemplars": _exemplar_contexts(fit.provenance, vocabulary),
         "nearest": example_columns(profile.top, vocabulary),
         "boundary": example_columns(profile.boundary, vocabulary) if profile.boundary is not None else None,
@@ -147,7 +148,7 @@ def example_columns(examples: Examples, vocabulary: Vocabulary) -> list[dict[str
         "document": examples.document_ids.tolist(),
         "position": examples.positions.tolist(),
         "mark": (examples.contexts[:, :, :half] >= 0).sum(dim=2).tolist(),
-        "distance": [figures(row) for row in examples.values],
+        "distance": json_safe(examples.values, 6),
         "tokens": vocabulary.indices(examples.contexts),
     }
     kept = [[i for i, position in enumerate(row) if position >= 0] for row in columns["position"]]
@@ -161,19 +162,7 @@ def lens_columns(lens: LensResult, vocabulary: Vocabulary) -> dict[str, list[Any
     """Tokens that each exemplar promotes and suppresses, with their logits, strongest first."""
     return {
         "promoted": vocabulary.indices(lens.promoted_ids),
-        "promoted_logits": [figures(row) for row in lens.promoted_logits],
+        "promoted_logits": json_safe(lens.promoted_logits, 6),
         "suppressed": vocabulary.indices(lens.suppressed_ids),
-        "suppressed_logits": [figures(row) for row in lens.suppressed_logits],
+        "suppressed_logits": json_safe(lens.suppressed_logits, 6),
     }
-
-
-def figures(values: Tensor | Sequence[float] | None, n: int = 0) -> list[float | None]:
-    """Numbers fit for JSON; ``n`` nulls where there are none."""
-    if values is None:
-        return [None] * n
-    return [_figure(value) for value in (values.tolist() if isinstance(values, Tensor) else values)]
-
-
-def _figure(value: float | int, digits: int = 6) -> float | None:
-    """A number to ``digits`` significant digits, which is more than the page shows; null for NaN and infinity."""
-    return float(f"{value:.{digits}g}") if np.isfinite(value) else None

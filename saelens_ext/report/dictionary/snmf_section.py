@@ -43,7 +43,7 @@ class SNMFSection:
     steered: SteeredFeatures | None = None
     """Continuations steered along features of the first level."""
     concept: ConceptComparison | None = None
-    """How well a feature of the first level, and other methods, tell a concept."""
+    """How well a feature of the first level, and other methods, detect a concept."""
 
     @property
     def made(self) -> SNMFFitResult | HierarchicalSNMF:

@@ -2,13 +2,13 @@
 
 const MAP_MARGIN = 20;
 const LONGEST_CAPTION = 240;
-const DIRECTIONS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 const MAP_HELP = "The arrow keys go to the next continuation in their direction, Escape lets go of it.";
 
 // One of them. `points` holds x and y; `i` counts the continuations drawn.
-class PointMap {
+class PointMap extends ItemMap {
   constructor(holder, name, points, maps) {
-    Object.assign(this, { holder, name, points, maps });
+    super();
+    Object.assign(this, { holder, name, points, maps, ids: maps.rows.map((_, i) => i) });
     this.across = Math.max(...points.x.map(Math.abs), 1e-9);
     this.along = Math.max(...points.y.map(Math.abs), 1e-9);
     this.build();
@@ -52,8 +52,8 @@ class PointMap {
   render() {
     const { maps } = this;
     this.dots.forEach((dot, i) => dot.classList.toggle("faded", !maps.matches(i)));
-    this.encircle(this.ring, maps.selected);
-    this.encircle(this.halo, maps.hovered);
+    this.encircle(this.ring, maps.selected, 4);
+    this.encircle(this.halo, maps.hovered, 4);
     this.names.replaceChildren(...this.labels());
   }
 
@@ -70,26 +70,12 @@ class PointMap {
     });
   }
 
-  encircle(circle, i) {
-    circle.setAttribute("visibility", i === null ? "hidden" : "visible");
-    if (i === null) return;
-    const [x, y] = this.place(i);
-    circle.setAttribute("cx", x.toFixed(1));
-    circle.setAttribute("cy", y.toFixed(1));
-    circle.setAttribute("r", (this.maps.radius(i) + 4).toFixed(1));
+  matches(i) {
+    return this.maps.matches(i);
   }
 
-  // The text beside the point, on the map that is pointed at.
-  explain(i) {
-    this.tooltip.hidden = i === null;
-    if (i === null) return;
-    this.tooltip.replaceChildren(...this.maps.caption(i, LONGEST_CAPTION));
-    const [x, y] = this.place(i);
-    const left = Math.min(Math.max(0, x - this.tooltip.offsetWidth / 2), Math.max(0, this.width - this.tooltip.offsetWidth));
-    const gap = this.maps.radius(i) + 10;
-    const above = y - gap - this.tooltip.offsetHeight;
-    this.tooltip.style.left = `${left}px`;
-    this.tooltip.style.top = `${above > 0 ? above : y + gap}px`;
+  radius(i) {
+    return this.maps.radius(i);
   }
 
   listen() {
@@ -102,7 +88,7 @@ class PointMap {
 
   onKey(event) {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
-    if (event.key in DIRECTIONS) this.maps.select(this.towards(...DIRECTIONS[event.key]) ?? this.maps.selected);
+    if (event.key in ARROWS) this.maps.select(this.next(ARROWS[event.key]) ?? this.maps.selected);
     else if (event.key === "Escape") this.maps.select(null);
     else return;
     event.preventDefault();
@@ -121,20 +107,11 @@ class PointMap {
     return best;
   }
 
-  // The nearest continuation within 45 degrees of a direction on screen; the first mode's medoid where none is chosen.
-  towards(dx, dy) {
+  // The first mode's medoid where none is chosen.
+  next(direction) {
     const { maps } = this;
     if (maps.selected === null || !maps.matches(maps.selected)) return maps.medoids.find((i) => i >= 0 && maps.matches(i)) ?? null;
-    const [x0, y0] = this.place(maps.selected);
-    let [best, least] = [null, Infinity];
-    maps.rows.forEach((_, i) => {
-      if (i === maps.selected || !maps.matches(i)) return;
-      const [x, y] = this.place(i);
-      const along = (x - x0) * dx + (y - y0) * dy;
-      const across = Math.abs((x - x0) * dy) + Math.abs((y - y0) * dx);
-      if (along > 0 && across <= along && along + across < least) [best, least] = [i, along + across];
-    });
-    return best;
+    return this.towards(maps.selected, direction);
   }
 }
 
@@ -190,14 +167,14 @@ class LinkedMaps {
     if (i === this.hovered && i !== null) return;
     this.hovered = i;
     for (const one of this.maps) {
-      one.encircle(one.halo, i);
-      one.explain(one === map ? i : null);
+      one.encircle(one.halo, i, 4);
+      one.explain(one === map ? i : null, ...(i === null ? [] : this.caption(i, LONGEST_CAPTION)));
     }
   }
 
   select(i) {
     this.selected = i;
-    for (const map of this.maps) map.encircle(map.ring, i);
+    for (const map of this.maps) map.encircle(map.ring, i, 4);
     this.read();
   }
 

@@ -91,7 +91,7 @@ class RegionExplorer extends Explorer {
     this.data = data;
     this.map = new RegionMap(data, (id) => this.go(id));
     this.table = new RegionTable(data, this.listeners);
-    this.detail = new RegionDetail(data, (id, step) => this.table.beside(id, step));
+    this.detail = new RegionDetail(data, "region", "", (id, step) => this.table.beside(id, step));
     this.start(largestOf(data.members));
   }
 
@@ -116,7 +116,7 @@ class FeatureExplorer extends Explorer {
     super("feature", "feature-");
     this.data = data;
     this.table = new FeatureTable(data, this.listeners);
-    this.detail = new FeatureDetail(data, (id, step) => this.table.beside(id, step));
+    this.detail = new FeatureDetail(data, "feature", "feature-", (id, step) => this.table.beside(id, step));
     this.start(largestOf(data.activity.slice(0, data.sizes[0])));
   }
 

@@ -1,30 +1,17 @@
 // One SNMF feature: its neurons, contexts, tokens, place in the trees, overlaps and steered continuations.
 
-class FeatureDetail {
-  // `beside(id, step)` gives the feature that many rows on in the table, or null.
-  constructor(data, beside) {
-    this.data = data;
-    this.beside = beside;
+class FeatureDetail extends Detail {
+  title(id) {
+    return [`Feature ${featureLabel(this.data, id)} `, featureToken(this.data, id, 40)];
   }
 
-  show(id) {
-    byId("feature-detail-title").replaceChildren(`Feature ${featureLabel(this.data, id)} `, featureToken(this.data, id, 40));
-    this.steps(id);
-    const parts = [this.measures(id), this.neurons(id), this.steered(id), this.contexts(id), this.lens(id), this.tree(id), this.overlaps(id)];
-    byId("feature-detail-body").replaceChildren(...parts.filter((part) => part !== null));
-    byId("feature-detail").scrollTop = 0;
+  parts(id) {
+    return [this.measures(id), this.neurons(id), this.steered(id), this.contexts(id), this.lens(id), this.tree(id), this.overlaps(id)];
   }
 
-  missing(name) {
+  range() {
     const { sizes } = this.data;
-    const range = sizes.map((size, level) => (sizes.length > 1 ? `${level}.0 to ${level}.${size - 1}` : `0 to ${size - 1}`)).join(", ");
-    byId("feature-detail-title").textContent = "No such feature";
-    byId("feature-detail-body").replaceChildren(make("p", {}, `There is no feature ${visible(name)}: features run from ${range}.`));
-  }
-
-  steps(id) {
-    setUsable(byId("feature-detail-back"), this.beside(id, -1) !== null);
-    setUsable(byId("feature-detail-on"), this.beside(id, 1) !== null);
+    return sizes.map((size, level) => (sizes.length > 1 ? `${level}.0 to ${level}.${size - 1}` : `0 to ${size - 1}`)).join(", ");
   }
 
   measures(id) {
@@ -32,7 +19,7 @@ class FeatureDetail {
     return make(
       "dl",
       { class: "measures" },
-      measure("activity", "Share", formatPercentage(data.activity[id]), "of all that the features of its level write, by size"),
+      measure("activity", "Fraction", formatPercentage(data.activity[id]), "of all that the features of its level write, by size"),
       measure("firing", "Active on", formatPercentage(data.firing[id]), `of ${formatCount(data.n_profiled)} tokens, to whatever degree`),
       measure("largest", "Largest code", formatSignificant(data.largest[id]), "in units of the activation"),
       data.neurons === null ? null : measure("neurons", "Neurons", formatCount(data.n_neurons[id]), `of ${formatCount(data.width)}`),

@@ -4,7 +4,7 @@ const FEATURE_COLUMNS = [
   { key: "id", name: "Feature", value: (data, id) => id, ascending: true },
   { key: "token", name: "Strongest on", value: (data, id) => wordOf(data, data.top_token[id]), ascending: true },
   { key: "promoted", name: "Promotes", value: (data, id) => wordOf(data, data.promoted[id]?.[0]), ascending: true },
-  { key: "activity", name: "Share", value: (data, id) => data.activity[id], ascending: false },
+  { key: "activity", name: "Fraction", value: (data, id) => data.activity[id], ascending: false },
   { key: "firing", name: "Active on", value: (data, id) => data.firing[id], ascending: false },
 ];
 

@@ -5,10 +5,10 @@ const ZOOM_STEP = 1.6;
 const CLOSEST_ZOOM = 40;
 const MARGIN = 26;
 const CROWD = 800; // regions from which on discs are drawn smaller
-const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 
-class RegionMap {
+class RegionMap extends ItemMap {
   constructor(data, onSelect) {
+    super();
     this.data = data;
     this.onSelect = onSelect;
     this.ids = data.members.map((_, id) => id);
@@ -92,16 +92,9 @@ class RegionMap {
   }
 
   radius(id) {
-    const share = this.data.members[id] / Math.max(1, this.data.members[this.bySize[0]]);
+    const fraction = this.data.members[id] / Math.max(1, this.data.members[this.bySize[0]]);
     const largest = Math.min(22, 9 + this.width / 60) * Math.min(1.8, this.view.zoom ** 0.3);
-    return this.crowding * Math.max(2.6, Math.sqrt(share) * largest);
-  }
-
-  encircle(circle, id, margin) {
-    const [x, y] = this.place(id);
-    circle.setAttribute("cx", x.toFixed(1));
-    circle.setAttribute("cy", y.toFixed(1));
-    circle.setAttribute("r", (this.radius(id) + margin).toFixed(1));
+    return this.crowding * Math.max(2.6, Math.sqrt(fraction) * largest);
   }
 
   // Name the largest regions in view, as many as find room.
@@ -136,18 +129,9 @@ class RegionMap {
   }
 
   hover(id) {
-    this.halo.setAttribute("visibility", id === null ? "hidden" : "visible");
-    this.tooltip.hidden = id === null;
-    if (id === null) return;
     this.encircle(this.halo, id, 2);
-    const context = contextText(...exemplarContext(this.data, id), { before: 50, after: 50 });
-    this.tooltip.replaceChildren(make("b", {}, this.caption(id)), context);
-    const [x, y] = this.place(id);
-    const left = Math.min(Math.max(0, x - this.tooltip.offsetWidth / 2), this.width - this.tooltip.offsetWidth);
-    const gap = this.radius(id) + 10;
-    const above = y - gap - this.tooltip.offsetHeight;
-    this.tooltip.style.left = `${left}px`;
-    this.tooltip.style.top = `${above > 0 ? above : y + gap}px`;
+    const context = id === null ? null : contextText(...exemplarContext(this.data, id), { before: 50, after: 50 });
+    this.explain(id, ...(id === null ? [] : [make("b", {}, this.caption(id)), context]));
   }
 
   // --- moving about ---
@@ -169,7 +153,7 @@ class RegionMap {
   onKey(event) {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     if (event.key in ARROWS) {
-      const next = this.towards(...ARROWS[event.key]);
+      const next = this.towards(this.selected, ARROWS[event.key]);
       if (next !== null) this.onSelect(next);
     } else if (event.key === "+" || event.key === "=") this.zoomBy(ZOOM_STEP);
     else if (event.key === "-") this.zoomBy(1 / ZOOM_STEP);
@@ -233,21 +217,6 @@ class RegionMap {
       const r = this.radius(id);
       const score = away <= r ? (away / r) * Math.min(r, 4) - 4 : away - r;
       if (score < bestScore) [best, bestScore] = [id, score];
-    }
-    return best;
-  }
-
-  // The nearest region within 45 degrees of a direction on screen.
-  towards(dx, dy) {
-    const [x0, y0] = this.place(this.selected);
-    let best = null;
-    let bestAway = Infinity;
-    for (const id of this.ids) {
-      if (id === this.selected || !this.matches(id)) continue;
-      const [x, y] = this.place(id);
-      const along = (x - x0) * dx + (y - y0) * dy;
-      const across = Math.abs((x - x0) * dy) + Math.abs((y - y0) * dx);
-      if (along > 0 && across <= along && along + across < bestAway) [best, bestAway] = [id, along + across];
     }
     return best;
   }

@@ -1,17 +1,13 @@
 // One region: its exemplar, figures, examples, tokens and neighbours.
 
-class RegionDetail {
-  // `beside(id, step)` gives the region that many rows on in the table, or null.
-  constructor(data, beside) {
-    this.data = data;
-    this.beside = beside;
+class RegionDetail extends Detail {
+  title(id) {
+    return [`Region ${id} `, tokenChip(tokenText(this.data, id), 40)];
   }
 
-  show(id) {
+  parts(id) {
     const { data } = this;
-    byId("detail-title").replaceChildren(`Region ${id} `, tokenChip(tokenText(data, id), 40));
-    this.steps(id);
-    byId("detail-body").replaceChildren(
+    return [
       this.provenance(id),
       this.exemplar(id),
       this.measures(id),
@@ -19,27 +15,18 @@ class RegionDetail {
       this.examples("Nearest members", "The profiled activations of this region closest to the exemplar.", data.nearest[id]),
       this.examples("Boundary members", "Those of the region's own activations farthest from it, where the region ends.", data.boundary?.[id]),
       this.neighbours(id),
-    );
-    byId("detail").scrollTop = 0;
+    ];
   }
 
-  missing(name) {
-    byId("detail-title").textContent = "No such region";
-    const last = this.data.members.length - 1;
-    byId("detail-body").replaceChildren(make("p", {}, `There is no region ${visible(name)}: regions run from 0 to ${last}.`));
-  }
-
-  // Which of the two buttons leads anywhere depends on how the table is sorted and searched.
-  steps(id) {
-    setUsable(byId("detail-back"), this.beside(id, -1) !== null);
-    setUsable(byId("detail-on"), this.beside(id, 1) !== null);
+  range() {
+    return `0 to ${this.data.members.length - 1}`;
   }
 
   provenance(id) {
     const { document: documents, window: windows, position } = this.data.exemplars;
     const place = `document ${documents[id]}, window ${windows[id]}, position ${position[id]}`;
-    const founded = `Founded by activation ${formatCount(this.data.founded[id])} of ${formatCount(this.data.n_seen)}.`;
-    return make("p", { class: "provenance" }, `Exemplar: ${place}. ${founded}`);
+    const started = `Started by activation ${formatCount(this.data.started[id])} of ${formatCount(this.data.n_seen)}.`;
+    return make("p", { class: "provenance" }, `Exemplar: ${place}. ${started}`);
   }
 
   exemplar(id) {
@@ -106,21 +93,4 @@ class RegionDetail {
     const note = neighbours[id].length > 0 ? "By cosine distance between exemplars." : "There is no other region.";
     return make("div", { class: "neighbours" }, ...headed("Nearest other regions", note), make("ol", {}, ...neighbours[id].map(item)));
   }
-}
-
-function tokenList(name, note, vocabulary, tokens, logits) {
-  const item = (v, i) => make("li", {}, tokenChip(vocabulary[v], 24), number(logits[i] === null ? "–" : logits[i].toFixed(2)));
-  return make("div", {}, ...headed(name, note), make("ol", { class: "tokens" }, ...tokens.map(item)));
-}
-
-function headed(name, note) {
-  return [make("h3", {}, name), make("p", { class: "hint" }, note)];
-}
-
-function number(text) {
-  return make("span", { class: "number" }, text);
-}
-
-function measure(key, name, value, note) {
-  return make("div", { id: `measure-${key}` }, make("dt", {}, name), make("dd", {}, make("b", {}, value), make("span", {}, note)));
 }

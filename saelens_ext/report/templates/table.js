@@ -157,7 +157,7 @@ class ExploreTable {
     return row;
   }
 
-  // A small bar below a figure, as long as the value's share of the largest.
+  // A small bar below a figure, as long as the value is of the largest.
   bar(value, largest) {
     const bar = draw("rect", { width: largest > 0 ? (100 * value) / largest : 0, height: 4 });
     return draw("svg", { class: "mass-bar", viewBox: "0 0 100 4", preserveAspectRatio: "none", "aria-hidden": "true" }, bar);
