@@ -109,10 +109,11 @@ class ContinuationSet:
     def both_views(self) -> tuple[np.ndarray, np.ndarray]:
         """``embeddings`` and ``signatures`` in float64; a ValueError where one is missing."""
         if self.embeddings is None or self.signatures is None:
-            missing = "embeddings" if self.embeddings is None else "signatures"
+            views = {"embeddings": self.embeddings, "signatures": self.signatures}
+            missing = " and no ".join(name for name, view in views.items() if view is None)
             raise ValueError(
-                f"The continuations of {self.prompt!r} have no {missing}; "
-                "make them with embed_continuations and attribute_continuations."
+                f"The continuations of {self.prompt!r} have no {missing}; make them with embed_continuations and "
+                "attribute_continuations."
             )
         return self.embeddings.double().numpy(), self.signatures.double().numpy()
 

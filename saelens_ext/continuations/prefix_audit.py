@@ -1,6 +1,4 @@
-"""What an audit finds out about the continuations of one prefix: modes, what distinguishes them, and whether steering
-bears it out.
-"""
+"""What an audit finds about the continuations of one prefix: modes, the sources that distinguish them, and steering."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from saelens_ext import _checks
+from saelens_ext import _checks, _files
 from saelens_ext.continuations.clustering.joint_clusterer import JointClusterer
 from saelens_ext.continuations.continuation_set import ContinuationSet
 from saelens_ext.continuations.validation.results import Validation
@@ -137,7 +135,7 @@ class PrefixAudit:
             "params": {k: v for k, v in self.clusterer.get_params().items() if k != "init"},
             "labels": self.labels.tolist(),
             "not_validated": self.not_validated,
-            "path": self.path.astype(object).where(self.path.notna(), None).to_dict(orient="list"),
+            "path": _files.json_safe(self.path.to_dict(orient="list")),
         }
 
     @classmethod

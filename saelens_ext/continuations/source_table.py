@@ -8,11 +8,8 @@ its position's).
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
 
 import pandas as pd
-
-from saelens_ext import _checks
 
 KINDS = ("latent", "error", "bias", "mlp", "embedding")
 
@@ -58,24 +55,6 @@ class SourceTable:
         """One row per source, one column per field, in the singular."""
         singular = {"dictionaries": "dictionary"}
         return pd.DataFrame({singular.get(f.name, f.name[:-1]): list(getattr(self, f.name)) for f in fields(self)})
-
-    def to_dict(self) -> dict[str, list[Any]]:
-        """JSON-safe; the inverse of :meth:`from_dict`."""
-        return {field.name: list(getattr(self, field.name)) for field in fields(self)}
-
-    @classmethod
-    def from_dict(cls, saved: dict[str, list[Any]]) -> "SourceTable":
-        """The table that :meth:`to_dict` described.
-
-        Raises:
-            ValueError: a key that is missing or not known.
-        """
-        names = [field.name for field in fields(cls)]
-        _checks.known_keys(saved, names, "A source table")
-        missing = [name for name in names if name not in saved]
-        if missing:
-            raise ValueError(f"A source table needs {', '.join(map(repr, missing))}, which this one lacks.")
-        return cls(*(tuple(saved[name]) for name in names))
 
     @classmethod
     def joined(cls, tables: Sequence["SourceTable"]) -> "SourceTable":

@@ -139,7 +139,8 @@ def load_model(
         model = HookedSAETransformer.from_pretrained_no_processing(
             str(name_or_path), device=device, dtype=dtype, tokenizer=tokenizer
         )
-    return cast(HostModel, out_of_inference(model).eval())
+    out_of_inference(model.eval())
+    return model
 
 
 @standard_modes()

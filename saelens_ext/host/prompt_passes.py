@@ -47,11 +47,6 @@ def prompt_ids(model: HostModel, prompt: str, *, templated: bool = False) -> Ten
     return torch.tensor(ids, device=device_of(model))
 
 
-def text_ids(model: HostModel, text: str) -> list[int]:
-    """Token ids of a text that stands alone, without special tokens around it."""
-    return tokenizer_of(model)(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-
 def prompt_list(prompts: str | Sequence[str], name: str = "prompts") -> list[str]:
     """One prompt or several, as a list; ValueError when there is none, or one that is no text."""
     return _checks.texts([prompts] if isinstance(prompts, str) else prompts, name, "prompt")

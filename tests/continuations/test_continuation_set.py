@@ -117,7 +117,4 @@ def test_data_frames(three):
 def test_source_tables_are_whole():
     with pytest.raises(ValueError, match="one entry per source"):
         SourceTable(("latent",), (), (), (), (), (), ())
-    with pytest.raises(ValueError, match="'kind'"):
-        SourceTable.from_dict({"kind": []})
-    assert SourceTable.from_dict(table(2).to_dict()) == table(2)
     assert SourceTable.joined([table(1), table(2)]).positions == (0, 0, 1)

@@ -34,14 +34,11 @@ from saelens_ext.continuations.clustering.problem import (
     checked_weights,
     make_problem,
 )
-from saelens_ext.ops.rate_distortion import CDIST_METRICS, Cluster, PairedViews
+from saelens_ext.ops.rate_distortion import CDIST_METRICS
 from saelens_ext.ops.rate_distortion_descent import Descent, Search
 
 if TYPE_CHECKING:
     from saelens_ext.continuations.clustering.path import RateDistortionPath
-
-# Members nearest their centre among which a medoid is sought.
-_MEDOID_CANDIDATES = 64
 
 
 class JointClusterer(ClusterMixin, BaseEstimator):
@@ -248,7 +245,7 @@ class JointClusterer(ClusterMixin, BaseEstimator):
         self.semantic_centers_ = np.stack([views.semantic_mean(cluster) for cluster in clusters])
         self.attribution_centers_ = np.stack([views.attribution_center(cluster) for cluster in clusters])
         weights = problem.weights_of_views(self.beta, self.gamma)
-        self.medoid_indices_ = np.array([_medoid(views, cluster, *weights) for cluster in clusters])
+        self.medoid_indices_ = np.array([problem.medoid(cluster, *weights) for cluster in clusters])
         self.objective_, self.rate_ = place.objective, place.rate
         self.semantic_distortion_ = place.semantic_distortion
         self.attribution_distortion_ = place.attribution_distortion
@@ -256,15 +253,3 @@ class JointClusterer(ClusterMixin, BaseEstimator):
         self.n_sources_in_ = len(views.sources)
         self.history_ = np.array(found.history)
         self.n_iter_ = found.n_iter
-
-
-def _medoid(views: PairedViews, cluster: Cluster, b_e: float, b_a: float) -> int:
-    """Index of the member whose weighted distances to the members have the least weighted sum."""
-    own = views.own_costs(cluster, b_e, b_a)
-    candidates = cluster.members[np.argsort(own, kind="stable")[:_MEDOID_CANDIDATES]]
-    weights = views.weights[cluster.members]
-    totals = b_e * cdist(views.semantic[candidates], views.semantic[cluster.members], "sqeuclidean") @ weights
-    if b_a > 0:
-        rows, members = views.sources[:, candidates].T, views.sources[:, cluster.members].T
-        totals += b_a * cdist(rows, members, CDIST_METRICS[views.metric]) @ weights
-    return int(candidates[np.argmin(totals)])

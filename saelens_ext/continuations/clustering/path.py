@@ -21,16 +21,8 @@ import numpy as np
 from jaxtyping import Int
 from sklearn.utils import check_random_state
 
-from saelens_ext import _checks
-from saelens_ext.continuations.clustering.problem import (
-    Problem,
-    RateDistortion,
-    check_beta_and_gamma,
-    checked_attribution,
-    checked_view,
-    checked_weights,
-    make_problem,
-)
+from saelens_ext.continuations.clustering.joint_clusterer import JointClusterer
+from saelens_ext.continuations.clustering.problem import Problem, RateDistortion, check_beta_and_gamma
 from saelens_ext.ops.rate_distortion import partition_cost
 from saelens_ext.ops.rate_distortion_descent import Search
 from saelens_ext.ops.rate_distortion_proposals import Sketch
@@ -138,17 +130,16 @@ def rate_distortion_path(
         >>> [point.beta for point in path.points]
         [1.0, 4.0]
     """
-    X = checked_view(X, "X")
-    problem = make_problem(
-        X,
-        checked_attribution(y, len(X)),
-        checked_weights(sample_weight, len(X)),
-        metric=attribution_metric,
+    clusterer = JointClusterer(
+        attribution_metric=attribution_metric,
         scaling=scaling,
         semantic_center=semantic_center,
         min_cluster_size=min_cluster_size,
+        max_iter=max_iter,
+        tol=tol,
+        random_state=random_state,
     )
-    return sweep(problem, betas, gammas, max_iter=max_iter, tol=float(tol), random_state=random_state, n_jobs=n_jobs)
+    return clusterer.rate_distortion_path(X, y, betas, gammas, sample_weight=sample_weight, n_jobs=n_jobs)
 
 
 def sweep(
@@ -167,7 +158,6 @@ def sweep(
     for beta in betas:
         for gamma in gammas:
             check_beta_and_gamma(beta, gamma)
-    _checks.positive(max_iter, "max_iter")
     seed = check_random_state(random_state).randint(2**31 - 1)
     settings = {"max_iter": max_iter, "tol": tol, "min_members": problem.min_cluster_size}
     sketch = Sketch(problem.views, np.random.RandomState(seed))

@@ -17,10 +17,11 @@ from typing import Any, get_args
 import numpy as np
 from jaxtyping import Int
 from scipy.sparse import issparse
+from scipy.spatial.distance import cdist
 from sklearn.utils import check_array
 
 from saelens_ext import _checks
-from saelens_ext.ops.rate_distortion import CenterKind, Cluster, Metric, PairedViews
+from saelens_ext.ops.rate_distortion import CDIST_METRICS, CenterKind, Cluster, Metric, PairedViews
 
 SCALINGS = ("balanced", "paper")
 METRICS: tuple[Metric, ...] = get_args(Metric)
@@ -28,6 +29,8 @@ CENTERS: tuple[CenterKind, ...] = get_args(CenterKind)
 
 ONE_CLUSTER_FRACTION = 0.75
 """Scaled distortion of one cluster for all under balanced scaling, as a fraction of H_w."""
+
+_MEDOID_CANDIDATES = 64
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,17 @@ class Problem:
         attribution = float(sum(cluster.v_a for cluster in clusters)) / self.attribution_scale
         gamma = gamma if len(self.views.sources) else 1.0
         return RateDistortion(rate + beta * (gamma * semantic + (1 - gamma) * attribution), rate, semantic, attribution)
+
+    def medoid(self, cluster: Cluster, b_e: float, b_a: float) -> int:
+        """The row with the least weighted mean distance to the members, among the 64 members nearest the centre."""
+        views, members = self.views, cluster.members
+        order = np.argsort(views.own_costs(cluster, b_e, b_a), kind="stable")
+        candidates, weights = members[order[:_MEDOID_CANDIDATES]], views.weights[members]
+        totals = b_e * cdist(views.semantic[candidates], views.semantic[members], "sqeuclidean") @ weights
+        if b_a > 0:
+            rows, others = views.sources[:, candidates].T, views.sources[:, members].T
+            totals += b_a * cdist(rows, others, CDIST_METRICS[views.metric]) @ weights
+        return int(candidates[np.argmin(totals)])
 
 
 def make_problem(

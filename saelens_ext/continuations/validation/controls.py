@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from scipy.spatial.distance import cdist
 
 from saelens_ext.continuations.clustering.baselines import single_view_kmeans
 from saelens_ext.continuations.clustering.joint_clusterer import JointClusterer
@@ -16,11 +15,8 @@ from saelens_ext.continuations.steering.latents import SteeringDirection, direct
 from saelens_ext.continuations.steering.steer import sources_of_set
 from saelens_ext.continuations.validation.methods import SUBSTITUTES
 from saelens_ext.continuations.validation.options import ValidationOptions
-from saelens_ext.ops.rate_distortion import CDIST_METRICS, CdistMetric
 from saelens_ext.ops.weighted_median import weighted_median
 
-_CANDIDATES = 64
-"""Members nearest the centre among which a medoid is sought."""
 _ALIKE = 5
 """How many latents of nearest activation a random one is drawn from."""
 
@@ -70,22 +66,20 @@ class Representatives:
     Args:
         continuations: with embeddings and signatures.
         clusterer: whose weights and metrics define distance; their scales are those of the choosing members.
-        choosing: rows.
+        choosing: rows, ascending.
         kind: ``"medoid"``: the signature of the member with the least weighted mean distance to the others;
             ``"center"``: the weighted median of signatures per source; ``"contrast"``: the medoid's signature minus
             the median over all choosing members.
     """
 
     def __init__(self, continuations: ContinuationSet, clusterer: JointClusterer, choosing: np.ndarray, kind: str):
-        self._semantic, self._signatures = continuations.both_views()
-        self._weights = continuations.weights.numpy()
-        self._kind = kind
-        self._metric: CdistMetric = CDIST_METRICS[clusterer.attribution_metric]
-        self._view_weights = (1.0, 1.0)
-        if len(choosing) > 1:
-            views = self._semantic[choosing], self._signatures[choosing]
-            problem = clusterer.problem(*views, sample_weight=self._weights[choosing], reset=False)
-            self._view_weights = problem.weights_of_views(clusterer.beta, clusterer.gamma)
+        semantic, self._signatures = continuations.both_views()
+        self._weights, self._choosing, self._kind = continuations.weights.numpy(), choosing, kind
+        self._problem = None
+        if kind != "center" and len(choosing) > 1:
+            views = semantic[choosing], self._signatures[choosing]
+            self._problem = clusterer.problem(*views, sample_weight=self._weights[choosing], reset=False)
+            self._view_weights = self._problem.weights_of_views(clusterer.beta, clusterer.gamma)
         self._origin = self._center(choosing) if kind == "contrast" else np.zeros(self._signatures.shape[1])
 
     def signature(self, row: int) -> np.ndarray:
@@ -96,23 +90,14 @@ class Representatives:
         """The direction of some members ``(m,)``, and the row that it is the signature of (-1: of none)."""
         if self._kind == "center":
             return self._center(rows), -1
-        row = self._medoid(rows)
+        row = int(rows[0])
+        if self._problem is not None:
+            cluster = self._problem.views.cluster(np.searchsorted(self._choosing, rows))
+            row = int(self._choosing[self._problem.medoid(cluster, *self._view_weights)])
         return self.signature(row), row
 
     def _center(self, rows: np.ndarray) -> np.ndarray:
         return weighted_median(self._signatures[rows].T, self._weights[rows])
-
-    def _distances(self, semantic: np.ndarray, signatures: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        b_e, b_a = self._view_weights
-        semantic_distances = cdist(semantic, self._semantic[rows], "sqeuclidean")
-        return b_e * semantic_distances + b_a * cdist(signatures, self._signatures[rows], self._metric)
-
-    def _medoid(self, rows: np.ndarray) -> int:
-        mean = np.average(self._semantic[rows], axis=0, weights=self._weights[rows])
-        near = self._distances(mean[None], self._center(rows)[None], rows)[0]
-        candidates = rows[np.argsort(near, kind="stable")[:_CANDIDATES]]
-        totals = self._distances(self._semantic[candidates], self._signatures[candidates], rows) @ self._weights[rows]
-        return int(candidates[np.argmin(totals)])
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,7 @@ class Validation:
 
     def save(self, path: str | Path) -> Path:
         """Write everything to one JSON file, all or nothing; gives its path."""
-        tables = {name: _to_lists(getattr(self, name)) for name in _TABLES}
+        tables = {name: _files.json_safe(getattr(self, name).to_dict(orient="list")) for name in _TABLES}
         return _files.write_json(path, {"format_version": FORMAT_VERSION, "settings": dict(self.settings), **tables})
 
     @classmethod
@@ -257,13 +257,6 @@ def _conclusion(verdicts: Mapping[str, str]) -> str:
     words = {"same": "not distinguishable from", "below": "below", "untested": "not tested against"}
     reasons = "; ".join(f"{words[kind]} {', '.join(names)}" for kind, names in named.items() if names)
     return f"That the joint objective is what makes the direction work is not supported: joint is {reasons}."
-
-
-# --- tables as JSON, which knows no NaN ---
-
-
-def _to_lists(table: pd.DataFrame) -> dict[str, list[Any]]:
-    return {name: table[name].astype(object).where(table[name].notna(), None).tolist() for name in table.columns}
 
 
 def _from_lists(columns: Mapping[str, list[Any]]) -> pd.DataFrame:

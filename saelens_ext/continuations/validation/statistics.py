@@ -119,7 +119,6 @@ def compare_methods(
     n_bootstrap: int,
     n_permutations: int,
     seed: int,
-    confidence: float = 0.95,
 ) -> pd.DataFrame:
     """The reference method against each control (`NOTHING` among them, if named), by every measure and statistic.
 
@@ -142,7 +141,7 @@ def compare_methods(
             wide = own.pivot(index=["prefix", "row", "joint_cluster"], columns="method", values=statistic)
             rows = [
                 {"measure": measure, "statistic": statistic, "control": control, "unit": unit}
-                | _paired(wide, reference, control, unit, generator, n_bootstrap, n_permutations, confidence)
+                | _paired(wide, reference, control, unit, generator, n_bootstrap, n_permutations)
                 for control in controls
             ]
             adjusted = holm(np.array([row["p"] for row in rows], dtype=np.float64))
@@ -158,7 +157,6 @@ def compare_generations(
     n_bootstrap: int,
     n_permutations: int,
     seed: int,
-    confidence: float = 0.95,
 ) -> pd.DataFrame:
     """The same for the change in the fraction of generations in a cluster (measure `SHARE`, statistic ``"change"``).
 
@@ -174,17 +172,13 @@ def compare_generations(
         changes = changes[changes["method"].isin((reference, *_SAME_CLUSTERS))]
     keys = ["prefix", "cluster", "method"]
     wide = changes.set_index(keys)["change"].unstack("method").reindex(columns=[reference, *controls])
-    wide.index = pd.MultiIndex.from_tuples([(p, c, 0) for p, c in wide.index], names=["prefix", "row", "joint_cluster"])
     if unit == "prefix":
         # Clusters of different partitions do not belong together; their means over a prefix do.
         wide = wide.groupby(level="prefix").mean()
-        wide.index = pd.MultiIndex.from_tuples(
-            [(p, 0, 0) for p in wide.index], names=["prefix", "row", "joint_cluster"]
-        )
     generator = np.random.default_rng(seed)
     rows = [
         {"measure": SHARE, "statistic": "change", "control": control, "unit": unit}
-        | _paired(wide, reference, control, unit, generator, n_bootstrap, n_permutations, confidence)
+        | _paired(wide, reference, control, unit, generator, n_bootstrap, n_permutations)
         for control in controls
     ]
     return pd.DataFrame(rows).assign(p_holm=holm(np.array([row["p"] for row in rows], dtype=np.float64)))
@@ -198,16 +192,15 @@ def _paired(
     generator: np.random.Generator,
     n_bootstrap: int,
     n_permutations: int,
-    confidence: float,
 ) -> dict[str, float | int]:
     own = wide.assign(**{NOTHING: 0.0}) if control == NOTHING else wide
     pairs = own[[reference, control]].dropna()
     undefined = len(wide) - len(pairs)
-    strata = pairs.index.get_level_values("joint_cluster").to_numpy()
+    strata = pairs.index.get_level_values("joint_cluster").to_numpy() if unit == "member" else None
     if unit == "prefix":
-        pairs, strata = pairs.groupby(level="prefix").mean(), None
+        pairs = pairs.groupby(level="prefix").mean()
     differences = (pairs[reference] - pairs[control]).to_numpy()
-    low, high = bootstrap_interval(differences, n_bootstrap, generator, strata=strata, confidence=confidence)
+    low, high = bootstrap_interval(differences, n_bootstrap, generator, strata=strata)
     return {
         "reference": pairs[reference].mean(),
         "control_value": pairs[control].mean(),

@@ -77,7 +77,7 @@ def validate_clusters(
     reviewers asked for.
     """
     sources = sources_of_set(continuations)
-    _check_views(continuations)
+    continuations.both_views()
     _checks.positive(batch_size, "batch_size")
     clusterer, labels = _clusterer_and_labels(clusters, len(continuations))
     others = _checked_partitions(partitions or {}, len(continuations))
@@ -208,14 +208,6 @@ def _directions(plan: Plan, prefix: str) -> pd.DataFrame:
 
 
 # --- checks ---
-
-
-def _check_views(continuations: ContinuationSet) -> None:
-    if continuations.embeddings is None:
-        raise ValueError(
-            "The continuations have no embeddings, which medoids and the semantic-only control need; make them with "
-            "embed_continuations."
-        )
 
 
 def _clusterer_and_labels(clusters: Any, n: int) -> tuple[JointClusterer, np.ndarray]:

@@ -139,7 +139,7 @@ def test_columns_are_the_sources_with_the_largest_effect_over_the_whole_set(llam
     best = whole.signatures.abs().mean(dim=0).topk(9).indices.sort().values
     few = attribute_continuations(model, dictionaries, found, **{**ALL, "max_sources": 9})
     assert torch.equal(few.signatures, whole.signatures[:, best])
-    assert few.sources.to_dict() == whole.sources.select(best.tolist()).to_dict()
+    assert few.sources == whole.sources.select(best.tolist())
     share = float(few.signatures.abs().sum() / whole.signatures.abs().sum())
     assert few.metadata["attribution"]["share_of_effect"] == pytest.approx(share)
 
