@@ -21,7 +21,7 @@ from .concepts.detector import Detector as Detector
 from .concepts.diff_means import diff_means as diff_means
 from .continuations.attribution.attribute import attribute_continuations as attribute_continuations
 from .continuations.clustering.joint_clusterer import JointClusterer as JointClusterer
-from .continuations.clustering.path import rate_distortion_path as rate_distortion_path
+from .continuations.clustering.joint_clusterer import rate_distortion_path as rate_distortion_path
 from .continuations.continuation_set import ContinuationSet as ContinuationSet
 from .continuations.embed import embed_continuations as embed_continuations
 from .continuations.sample import sample_continuations as sample_continuations

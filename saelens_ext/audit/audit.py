@@ -21,8 +21,7 @@ from saelens_ext.analysis.profile import DictionaryProfile
 from saelens_ext.audit.config import AuditConfig
 from saelens_ext.audit.stages import Stages, describe, folder_for
 from saelens_ext.continuations.attribution.attribute import attribute_continuations
-from saelens_ext.continuations.clustering.joint_clusterer import JointClusterer
-from saelens_ext.continuations.clustering.path import rate_distortion_path
+from saelens_ext.continuations.clustering.joint_clusterer import JointClusterer, rate_distortion_path
 from saelens_ext.continuations.clustering.stability import NoEligiblePoint, choose_point
 from saelens_ext.continuations.continuation_set import ContinuationSet
 from saelens_ext.continuations.embed import embed_continuations, visible_rows

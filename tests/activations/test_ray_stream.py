@@ -9,7 +9,7 @@ import torch
 
 from saelens_ext.activations.ray_stream import RayActivationStream
 from saelens_ext.activations.stream import ActivationStream
-from saelens_ext.continuations.clustering.path import rate_distortion_path
+from saelens_ext.continuations.clustering.joint_clusterer import rate_distortion_path
 from saelens_ext.dictionaries.fit_exemplars import fit_exemplar_partitions
 from tests import models_zoo
 

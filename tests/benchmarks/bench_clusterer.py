@@ -18,7 +18,8 @@ import numpy as np
 from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 
-from saelens_ext.continuations.clustering.path import RateDistortionPath, rate_distortion_path
+from saelens_ext.continuations.clustering.joint_clusterer import rate_distortion_path
+from saelens_ext.continuations.clustering.path import RateDistortionPath
 
 
 def planted(n: int, d: int, *, noise: float, dense: bool, seed: int = 0) -> tuple[np.ndarray, ...]:

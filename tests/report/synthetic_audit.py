@@ -11,8 +11,7 @@ import pandas as pd
 import torch
 
 from saelens_ext.analysis.profile import DictionaryProfile
-from saelens_ext.continuations.clustering.joint_clusterer import JointClusterer
-from saelens_ext.continuations.clustering.path import rate_distortion_path
+from saelens_ext.continuations.clustering.joint_clusterer import JointClusterer, rate_distortion_path
 from saelens_ext.continuations.continuation_set import ContinuationSet
 from saelens_ext.continuations.prefix_audit import PrefixAudit
 from saelens_ext.continuations.source_table import SourceTable

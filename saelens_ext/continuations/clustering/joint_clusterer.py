@@ -14,7 +14,6 @@ The objective, in nats: L = H(C) + beta gamma D_e / s_e + beta (1 - gamma) D_a /
 
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.spatial.distance import cdist
@@ -24,6 +23,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from saelens_ext import _checks
+from saelens_ext.continuations.clustering.path import BETAS, GAMMAS, RateDistortionPath, sweep
 from saelens_ext.continuations.clustering.problem import (
     Problem,
     RateDistortion,
@@ -36,9 +36,6 @@ from saelens_ext.continuations.clustering.problem import (
 )
 from saelens_ext.ops.rate_distortion import CDIST_METRICS
 from saelens_ext.ops.rate_distortion_descent import Descent, Search
-
-if TYPE_CHECKING:
-    from saelens_ext.continuations.clustering.path import RateDistortionPath
 
 
 class JointClusterer(ClusterMixin, BaseEstimator):
@@ -192,19 +189,17 @@ class JointClusterer(ClusterMixin, BaseEstimator):
         self,
         X,
         y=None,
-        betas: Sequence[float | int] | None = None,
-        gammas: Sequence[float | int] | None = None,
+        betas: Sequence[float | int] = BETAS,
+        gammas: Sequence[float | int] = GAMMAS,
         *,
         sample_weight=None,
         n_jobs: int | None = None,
-    ) -> "RateDistortionPath":
-        """Clusterings over a grid of beta and gamma, with this estimator's other parameters; see ``path``."""
-        from saelens_ext.continuations.clustering.path import BETAS, GAMMAS, sweep
-
+    ) -> RateDistortionPath:
+        """Clusterings over a grid of beta and gamma, with this estimator's other parameters."""
         return sweep(
             self.problem(X, y, sample_weight=sample_weight, reset=False),
-            BETAS if betas is None else betas,
-            GAMMAS if gammas is None else gammas,
+            betas,
+            gammas,
             max_iter=self.max_iter,
             tol=float(self.tol),
             random_state=self.random_state,
@@ -253,3 +248,63 @@ class JointClusterer(ClusterMixin, BaseEstimator):
         self.n_sources_in_ = len(views.sources)
         self.history_ = np.array(found.history)
         self.n_iter_ = found.n_iter
+
+
+def rate_distortion_path(
+    X,
+    y=None,
+    betas: Sequence[float | int] = BETAS,
+    gammas: Sequence[float | int] = GAMMAS,
+    *,
+    sample_weight=None,
+    attribution_metric: str = "l1",
+    scaling: str = "balanced",
+    semantic_center: str = "mean",
+    min_cluster_size: int = 1,
+    max_iter: int = 100,
+    tol: float | int = 1e-9,
+    random_state=None,
+    n_jobs: int | None = None,
+) -> RateDistortionPath:
+    """Cluster at every pair of beta and gamma.
+
+    Args:
+        X: semantic view, ``(n, d_e)``.
+        y: attribution view, ``(n, d_a)``.
+        betas: weights of distortion, above 0, in any order.
+        gammas: fractions that the semantic view gets, in [0, 1].
+        sample_weight: ``(n,)``, above 0.
+        attribution_metric: this and the next six as for ``JointClusterer``.
+        scaling: see there.
+        semantic_center: see there.
+        min_cluster_size: see there.
+        max_iter: see there.
+        tol: see there.
+        random_state: see there.
+        n_jobs: gammas at a time, as joblib counts; a joblib backend set by ``joblib.parallel_config`` spreads them over
+            a cluster. The result does not depend on it beyond rounding, which differs where workers run on other
+            processors or with another number of threads.
+
+    Returns:
+        A point per cell. ``JointClusterer(beta, gamma, init=point.labels).fit(X, y)`` makes an estimator of one.
+
+    Raises:
+        ValueError: as ``JointClusterer.fit``, or an empty grid.
+
+    Examples:
+        >>> rng = np.random.default_rng(0)
+        >>> meaning, mechanism = rng.normal(size=(12, 3)), rng.normal(size=(12, 5))
+        >>> path = sx.rate_distortion_path(meaning, mechanism, betas=(1, 4), gammas=(0.5,))
+        >>> [point.beta for point in path.points]
+        [1.0, 4.0]
+    """
+    clusterer = JointClusterer(
+        attribution_metric=attribution_metric,
+        scaling=scaling,
+        semantic_center=semantic_center,
+        min_cluster_size=min_cluster_size,
+        max_iter=max_iter,
+        tol=tol,
+        random_state=random_state,
+    )
+    return clusterer.rate_distortion_path(X, y, betas, gammas, sample_weight=sample_weight, n_jobs=n_jobs)

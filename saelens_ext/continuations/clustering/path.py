@@ -21,7 +21,6 @@ import numpy as np
 from jaxtyping import Int
 from sklearn.utils import check_random_state
 
-from saelens_ext.continuations.clustering.joint_clusterer import JointClusterer
 from saelens_ext.continuations.clustering.problem import Problem, RateDistortion, check_beta_and_gamma
 from saelens_ext.ops.rate_distortion import partition_cost
 from saelens_ext.ops.rate_distortion_descent import Search
@@ -82,66 +81,6 @@ class RateDistortionPath:
         return pandas.DataFrame([{name: getattr(point, name) for name in columns} for point in self.points])
 
 
-def rate_distortion_path(
-    X,
-    y=None,
-    betas: Sequence[float | int] = BETAS,
-    gammas: Sequence[float | int] = GAMMAS,
-    *,
-    sample_weight=None,
-    attribution_metric: str = "l1",
-    scaling: str = "balanced",
-    semantic_center: str = "mean",
-    min_cluster_size: int = 1,
-    max_iter: int = 100,
-    tol: float | int = 1e-9,
-    random_state=None,
-    n_jobs: int | None = None,
-) -> RateDistortionPath:
-    """Cluster at every pair of beta and gamma.
-
-    Args:
-        X: semantic view, ``(n, d_e)``.
-        y: attribution view, ``(n, d_a)``.
-        betas: weights of distortion, above 0, in any order.
-        gammas: fractions that the semantic view gets, in [0, 1].
-        sample_weight: ``(n,)``, above 0.
-        attribution_metric: this and the next six as for ``JointClusterer``.
-        scaling: see there.
-        semantic_center: see there.
-        min_cluster_size: see there.
-        max_iter: see there.
-        tol: see there.
-        random_state: see there.
-        n_jobs: gammas at a time, as joblib counts; a joblib backend set by ``joblib.parallel_config`` spreads them over
-            a cluster. The result does not depend on it beyond rounding, which differs where workers run on other
-            processors or with another number of threads.
-
-    Returns:
-        A point per cell. ``JointClusterer(beta, gamma, init=point.labels).fit(X, y)`` makes an estimator of one.
-
-    Raises:
-        ValueError: as ``JointClusterer.fit``, or an empty grid.
-
-    Examples:
-        >>> rng = np.random.default_rng(0)
-        >>> meaning, mechanism = rng.normal(size=(12, 3)), rng.normal(size=(12, 5))
-        >>> path = sx.rate_distortion_path(meaning, mechanism, betas=(1, 4), gammas=(0.5,))
-        >>> [point.beta for point in path.points]
-        [1.0, 4.0]
-    """
-    clusterer = JointClusterer(
-        attribution_metric=attribution_metric,
-        scaling=scaling,
-        semantic_center=semantic_center,
-        min_cluster_size=min_cluster_size,
-        max_iter=max_iter,
-        tol=tol,
-        random_state=random_state,
-    )
-    return clusterer.rate_distortion_path(X, y, betas, gammas, sample_weight=sample_weight, n_jobs=n_jobs)
-
-
 def sweep(
     problem: Problem,
     betas: Sequence[float | int],
@@ -152,7 +91,7 @@ def sweep(
     random_state,
     n_jobs: int | None,
 ) -> RateDistortionPath:
-    """Cluster a checked problem at every pair of beta and gamma; see :func:`rate_distortion_path`."""
+    """Cluster a checked problem at every pair of beta and gamma; see ``rate_distortion_path``."""
     if not len(betas) or not len(gammas):
         raise ValueError(f"betas and gammas must not be empty, got {list(betas)} and {list(gammas)}.")
     for beta in betas:

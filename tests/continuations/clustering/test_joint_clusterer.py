@@ -12,8 +12,8 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import check_estimator
 
 from saelens_ext.continuations.clustering.baselines import single_view_kmeans
-from saelens_ext.continuations.clustering.joint_clusterer import JointClusterer
-from saelens_ext.continuations.clustering.path import BETAS, GAMMAS, rate_distortion_path
+from saelens_ext.continuations.clustering.joint_clusterer import JointClusterer, rate_distortion_path
+from saelens_ext.continuations.clustering.path import BETAS, GAMMAS
 
 
 def joint_modes(n=240, seed=0):

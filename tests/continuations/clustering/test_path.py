@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from saelens_ext.continuations.clustering.baselines import single_view_kmeans
-from saelens_ext.continuations.clustering.joint_clusterer import JointClusterer
-from saelens_ext.continuations.clustering.path import rate_distortion_path
+from saelens_ext.continuations.clustering.joint_clusterer import JointClusterer, rate_distortion_path
 from saelens_ext.continuations.clustering.stability import choose_point, stability_score
 
 
