@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, cast
+from typing import Any, Literal, TypeVar, Union
 
 import torch
 from sae_lens import SAE, HookedSAETransformer, SAETransformerBridge
