@@ -224,7 +224,8 @@ class Evidence:
         content |= {
             name: _files.json_safe(getattr(self, name)) for name in ("kinds", "descriptions", "settings", "failures")
         }
-        return self._format().write(Path(directory), content, tensors)
+        more, other = self._extra()
+        return self._format().write(Path(directory), content | more, tensors | other)
 
     @classmethod
     def load(cls: type[E], directory: str | Path) -> E:
@@ -242,13 +243,22 @@ class Evidence:
         content, tensors = own._format().read(Path(directory))
         failures = tuple(Failure(*entry) for entry in content.pop("failures"))
         cells = _columns_together(content.pop("columns"), tensors)
-        return own(cells=cells, failures=failures, **content)
+        return own(cells=cells, failures=failures, **own._with_extra(content, tensors))
 
     # --- for subclasses ---
 
     @classmethod
     def _format(cls) -> _files.Format:
         return _files.Format(stem=_STEM, kind=f"{cls.kind} evidence", version=_VERSION)
+
+    def _extra(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """What a subclass saves besides: fields that JSON can hold, and tensors."""
+        return {}, {}
+
+    @classmethod
+    def _with_extra(cls, content: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        """The fields of a subclass, from the content and the tensors that it saved."""
+        return content
 
     def _parts(self, metric: str) -> list[tuple[dict[str, Any], pd.DataFrame]]:
         """The table of :meth:`per_unit` by group."""

@@ -109,7 +109,7 @@ def unit_bootstrap(
         draws = _redraws(groups, n_bootstrap, generator)
         values = [statistic(rows([parts[unit] for unit in draw])) for draw in draws]
         limits = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
-    stretch = _student_stretch(n, confidence)
+    stretch = student_stretch(n, confidence)
     low, high = (float(np.clip(estimate + stretch * (limit - estimate), *bounds)) for limit in limits)
     return Interval(estimate, low, high, n)
 
@@ -239,7 +239,8 @@ def _redraws(groups: np.ndarray, n_bootstrap: int, generator: np.random.Generato
     return np.concatenate([own[generator.integers(len(own), size=(n_bootstrap, len(own)))] for own in members], axis=1)
 
 
-def _student_stretch(n: int, confidence: float) -> float:
+def student_stretch(n: int, confidence: float) -> float:
+    """What the arms of a percentile interval over n units are multiplied by: 1 from `SMALL_SAMPLE` on."""
     if n >= SMALL_SAMPLE:
         return 1.0
     level = (1 + confidence) / 2
