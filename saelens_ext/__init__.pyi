@@ -4,11 +4,15 @@ from .activations.kept_stream import KeptStream as KeptStream
 from .activations.ray_stream import RayActivationStream as RayActivationStream
 from .activations.stream import ActivationBatch as ActivationBatch
 from .activations.stream import ActivationStream as ActivationStream
+from .analysis.labeller import Labeller as Labeller
+from .analysis.labels import Labels as Labels
+from .analysis.labels import label_latents as label_latents
 from .analysis.logit_lens import logit_lens as logit_lens
 from .analysis.match import match_dictionaries as match_dictionaries
 from .analysis.neuron_effect import neuron_group_effect as neuron_group_effect
 from .analysis.neuron_overlap import core_and_exclusive_neurons as core_and_exclusive_neurons
 from .analysis.neuron_overlap import neuron_overlap as neuron_overlap
+from .analysis.openai_labeller import OpenAILabeller as OpenAILabeller
 from .analysis.profile import DictionaryProfile as DictionaryProfile
 from .analysis.profile import profile_dictionaries as profile_dictionaries
 from .analysis.profile import profile_dictionary as profile_dictionary

@@ -242,6 +242,17 @@ CASES: dict[str, Callable[[SimpleNamespace, Any], Any]] = {
         ext.fit_snmf(m.neurons, 5, max_iter=5, max_passes=2, held_out=0.2, **options)
         for options in ({}, {"init": "kmeans"}, {"memory_limit": 10_000})
     ],
+    "Labels": lambda m, tmp: saved_and_loaded(ext.label_latents(m.profile, m.model.tokenizer, n_null=20), tmp),
+    "label_latents": lambda m, tmp: [
+        ext.label_latents(m.profile, m.model.tokenizer, n_null=20),
+        ext.label_latents(
+            m.profile,
+            m.model.tokenizer,
+            method="promoted",
+            n_null=20,
+            lens=ext.logit_lens(m.model, m.partition.dictionary.W_dec.detach(), top_n=3),
+        ),
+    ],
     "load_from_hub": shared,
     "load_model": lambda m, tmp: [loaded_model(m, tmp, name) for name in models_zoo.MODEL_CLASSES],
     "logit_lens": lambda m, tmp: ext.logit_lens(m.model, m.direction[None], top_n=3),
@@ -290,8 +301,8 @@ CASES: dict[str, Callable[[SimpleNamespace, Any], Any]] = {
 # tried with its own tests, which have a cluster.
 WITHOUT_TORCH = {
     "AuditConfig", "DictionaryRunnerConfig", "ExemplarPartitionConfig", "ExemplarRunnerConfig", "Judge", "JudgeScore",
-    "OpenAIJudge", "RayActivationStream", "SNMFDictionaryConfig", "SNMFRunnerConfig", "SamplingOptions",
-    "ValidationOptions",
+    "Labeller", "OpenAIJudge", "OpenAILabeller", "RayActivationStream", "SNMFDictionaryConfig", "SNMFRunnerConfig",
+    "SamplingOptions", "ValidationOptions",
 }  # fmt: skip
 
 

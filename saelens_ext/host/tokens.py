@@ -1,6 +1,7 @@
 """Tokens as a person reads them, and which of them are structure rather than text."""
 
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
@@ -16,6 +17,7 @@ except ImportError:  # where earlier versions have it
     )
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_JOINERS = "\u200c\u200d"  # emoji and some scripts need them
 _WORD_START = "\u2581"  # SentencePiece writes a leading space as this character
 
 
@@ -73,3 +75,12 @@ def _read_sentence_piece(piece: str) -> str:
 def _byte_alphabet() -> dict[str, int]:
     """The byte that each character of a byte-level vocabulary stands for."""
     return {character: byte for byte, character in bytes_to_unicode().items()}
+
+
+def visible(text: str) -> str:
+    """Text with every invisible or control character but line breaks and tabs spelt out, as ``⟨U+202E⟩``."""
+
+    def hidden(character: str) -> bool:
+        return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in "\n\t" + _JOINERS
+
+    return "".join(f"⟨U+{ord(character):04X}⟩" if hidden(character) else character for character in text)

@@ -10,7 +10,7 @@ Symbols
 import math
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float64, Int
 from scipy.stats import norm, rankdata
 from torch import Tensor
 
@@ -100,7 +100,11 @@ def auroc(activating: Float[Tensor, "p k"], neutral: Float[Tensor, "q k"]) -> Fl
 
 
 def auroc_interval(
-    estimate: Float[Tensor, " k"], n_activating: int, n_neutral: int, *, confidence: float = 0.95
+    estimate: Float[Tensor, " k"],
+    n_activating: int | Int[Tensor, " k"],
+    n_neutral: int | Int[Tensor, " k"],
+    *,
+    confidence: float = 0.95,
 ) -> tuple[Float64[Tensor, " k"], Float64[Tensor, " k"]]:
     """A score interval of the AUROC: every U that is within z standard errors, at that U, of the estimate.
 
@@ -110,7 +114,7 @@ def auroc_interval(
 
     Args:
         estimate: U, in [0, 1].
-        n_activating: p.
+        n_activating: p, one for all or one each.
         n_neutral: q.
         confidence: in (0, 1).
 
@@ -126,7 +130,7 @@ def auroc_interval(
     return low, _limit(estimate.double(), 1.0, z, n_activating, n_neutral)
 
 
-def _limit(estimate: Tensor, end: float, z: float, p: int, q: int) -> Tensor:
+def _limit(estimate: Tensor, end: float, z: float, p: int | Tensor, q: int | Tensor) -> Tensor:
     """Halve the way between the estimate, which is within, and an end of [0, 1]."""
     inside, outside = estimate, torch.full_like(estimate, end)
     for _ in range(_HALVINGS):
@@ -136,6 +140,6 @@ def _limit(estimate: Tensor, end: float, z: float, p: int, q: int) -> Tensor:
     return outside
 
 
-def _variance(u: Tensor, p: int, q: int) -> Tensor:
+def _variance(u: Tensor, p: int | Tensor, q: int | Tensor) -> Tensor:
     pairs = ((p + q) / 2 - 1) * ((1 - u) / (2 - u) + u / (1 + u))
     return u * (1 - u) * (1 + pairs) / (p * q)

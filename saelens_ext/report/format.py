@@ -1,9 +1,8 @@
 """How figures are written for a reader; the page's script formats alike (``text.js``)."""
 
 import math
-import unicodedata
 
-_JOINERS = "\u200c\u200d"  # emoji and some scripts need them
+from saelens_ext.host.tokens import visible as visible
 
 
 def count(n: int) -> str:
@@ -36,12 +35,3 @@ def significant(x: float | int) -> str:
     if x != 0 and not 1e-4 <= abs(x) < 1e6:
         return f"{x:.3e}"
     return f"{x:,.0f}" if abs(x) >= 10_000 else f"{x:.4g}"
-
-
-def visible(text: str) -> str:
-    """Text with every invisible or control character but line breaks and tabs spelt out, as ``⟨U+202E⟩``."""
-
-    def hidden(character: str) -> bool:
-        return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in "\n\t" + _JOINERS
-
-    return "".join(f"⟨U+{ord(character):04X}⟩" if hidden(character) else character for character in text)

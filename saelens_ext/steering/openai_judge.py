@@ -5,23 +5,15 @@ other. An answer counts only when it holds exactly one rating in the form asked 
 the end reported as NaN, never as 0.
 """
 
-import hashlib
-import json
-import logging
 import math
-import os
 import re
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from saelens_ext import _checks, _files
+from saelens_ext.host.chat_endpoint import ChatEndpoint, EndpointUnavailableError
 from saelens_ext.steering.judges import NOTHING_SAID, JudgeScore
 
-logger = logging.getLogger(__name__)
-
-_CACHE_FORMAT = 1
 _RATING_LINE = re.compile(r"rating:\s*([012])", re.IGNORECASE)
 
 _ANSWER_FORM = (
@@ -48,7 +40,7 @@ _REMINDER = (
 )
 
 
-class JudgeUnavailableError(RuntimeError):
+class JudgeUnavailableError(EndpointUnavailableError):
     """The endpoint refused, failed or did not answer, however often it was asked."""
 
 
@@ -90,19 +82,18 @@ class OpenAIJudge:
         max_concurrency: int = 4,
         request_options: Mapping[str, Any] | None = None,
     ):
-        _checks.between(timeout, 0, math.inf, "timeout")
-        if max_retries < 0:
-            raise ValueError(f"max_retries must be at least 0, got {max_retries!r}.")
         self.base_url, self.model = base_url, model
-        self.max_attempts = _checks.positive(max_attempts, "max_attempts")
-        self.max_concurrency = _checks.positive(max_concurrency, "max_concurrency")
-        self.cache_directory = None if cache_directory is None else Path(cache_directory)
-        self.request_options = (
-            {"temperature": 0, "max_tokens": 200} if request_options is None else dict(request_options)
-        )
-        self._openai = _openai()
-        self._client = self._openai.OpenAI(
-            base_url=base_url, api_key=_api_key(api_key), timeout=float(timeout), max_retries=max_retries
+        self._endpoint = ChatEndpoint(
+            base_url,
+            model,
+            api_key,
+            cache_directory=cache_directory,
+            timeout=timeout,
+            max_retries=max_retries,
+            max_attempts=max_attempts,
+            max_concurrency=max_concurrency,
+            request_options=request_options,
+            error=JudgeUnavailableError,
         )
 
     def __call__(self, concept: str, prompt: str, continuations: list[str]) -> list[JudgeScore]:
@@ -128,66 +119,19 @@ class OpenAIJudge:
         questions += [
             (_FLUENCY_TASK, f"<beginning>{prompt}</beginning>\n<continuation>{text}</continuation>") for text in texts
         ]
-        with ThreadPoolExecutor(self.max_concurrency) as pool:
-            ratings = list(pool.map(self._rating, questions))
+        ratings = self._endpoint.map(self._rating, questions)
         pairs = zip(texts, ratings[: len(texts)], ratings[len(texts) :], strict=True)
         scores = {text: JudgeScore(concept, fluency) for text, concept, fluency in pairs}
         return [scores.get(text, NOTHING_SAID) for text in continuations]
 
     def close(self) -> None:
         """Close the connections that are kept open."""
-        self._client.close()
+        self._endpoint.close()
 
     def _rating(self, question: tuple[str, str]) -> float:
         """The answer to one question; NaN when no attempt gave one."""
-        task, material = question
-        messages = [{"role": "system", "content": task}, {"role": "user", "content": material}]
-        for _ in range(self.max_attempts):
-            answer = self._answer({"model": self.model, "messages": messages, **self.request_options})
-            rating = parse_rating(answer)
-            if rating is not None:
-                return rating
-            # The same request would mostly give the same answer, so it is told what is missing.
-            messages = [*messages, {"role": "assistant", "content": answer}, {"role": "user", "content": _REMINDER}]
-        logger.warning(
-            "The judge %s gave no rating in %d attempts; it counts as missing.", self.model, self.max_attempts
-        )
-        return math.nan
-
-    def _answer(self, request: dict[str, Any]) -> str:
-        """The text that answers a request, from the cache where it is there."""
-        path = self._cache_path(request)
-        kept = None if path is None else _kept_answer(path)
-        if kept is not None:
-            return kept
-        answer = self._ask(request)
-        # Nonsense is not kept: another day may bring a rating.
-        if path is not None and parse_rating(answer) is not None:
-            _files.write_json(path, {"format_version": _CACHE_FORMAT, "request": request, "answer": answer})
-        return answer
-
-    def _cache_path(self, request: dict[str, Any]) -> Path | None:
-        if self.cache_directory is None:
-            return None
-        text = json.dumps([self.base_url, request], sort_keys=True)
-        key = hashlib.sha256(text.encode()).hexdigest()
-        return self.cache_directory / key[:2] / f"{key}.json"
-
-    def _ask(self, request: dict[str, Any]) -> str:
-        """Make the call; the client makes it again as long as that may help."""
-        try:
-            reply = self._client.chat.completions.create(**request)
-        except (self._openai.APIError, json.JSONDecodeError) as error:
-            where = "none is kept, since no cache_directory was given"
-            if self.cache_directory is not None:
-                where = f"those are in {self.cache_directory}, and the same call goes on from there"
-            raise JudgeUnavailableError(
-                f"The judge {self.model} at {self.base_url} gave no answer ({type(error).__name__}: {error}). Check "
-                "the address, the key and the name of the model, or raise timeout and max_retries. Of the answers so "
-                f"far, {where}."
-            ) from error
-        choices = getattr(reply, "choices", None)
-        return (choices[0].message.content or "") if choices else ""
+        rating = self._endpoint.ask(*question, parse_rating, _REMINDER)
+        return math.nan if rating is None else rating
 
 
 def parse_rating(answer: str) -> float | None:
@@ -197,33 +141,3 @@ def parse_rating(answer: str) -> float | None:
     if not found or not _RATING_LINE.fullmatch(lines[-1]) or len({match[1] for match in found}) > 1:
         return None
     return float(found[0][1])
-
-
-def _kept_answer(path: Path) -> str | None:
-    if not path.exists():
-        return None
-    try:
-        content = _files.read_json(path)
-        _files.check_format_version(content.get("format_version"), _CACHE_FORMAT, path)
-        return str(content["answer"])
-    except (ValueError, KeyError) as error:
-        logger.warning("A kept answer is not readable and is asked for again: %s", error)
-        return None
-
-
-def _openai() -> Any:
-    try:
-        import openai
-    except ImportError as error:
-        raise ImportError("The judge needs the openai client: pip install 'saelens-ext[judge]'") from error
-    return openai
-
-
-def _api_key(given: str | None) -> str:
-    key = given or os.environ.get("OPENAI_API_KEY")
-    if not key:
-        raise ValueError(
-            "The judge has no API key. Set the environment variable OPENAI_API_KEY or pass api_key=; for a server of "
-            "your own that asks for none, any text will do, api_key='none' for example."
-        )
-    return key

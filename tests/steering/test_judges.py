@@ -3,8 +3,7 @@
 import importlib.util
 import json
 import math
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from saelens_ext.host.sentence_model import packaged_sentence_model
 from saelens_ext.steering.judges import EmbeddingJudge, Judge, JudgeScore, _Anchors, _rate, distinct_triples
 from saelens_ext.steering.openai_judge import JudgeUnavailableError, OpenAIJudge, parse_rating
 from saelens_ext.steering.sampling import SamplingOptions
+from tests.harnesses.openai_script import scripted
 
 HOOK = "blocks.1.hook_resid_post"
 
@@ -112,66 +112,18 @@ def test_real_text_is_rated_as_a_reader_would(smol):
 # --- the judge behind an endpoint ---
 
 
-class Script(ThreadingHTTPServer):
-    """Answers the n-th request by ``play(n, body)``: (status, text of the answer), or None for silence."""
-
-    daemon_threads = True
-
-    def __init__(self, play):
-        super().__init__(("127.0.0.1", 0), _Scripted)
-        self.play, self.bodies, self.over, self.lock = play, [], threading.Event(), threading.Lock()
-        self.keys = set()
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
-
-
-class _Scripted(BaseHTTPRequestHandler):
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.server.lock:
-            self.server.bodies.append(body)
-            self.server.keys.add(self.headers["Authorization"])
-            number = len(self.server.bodies)
-        reply = self.server.play(number, body)
-        if reply is None:
-            self.server.over.wait(10)
-            return
-        status, text = reply
-        message = {"role": "assistant", "content": text}
-        choice = {"index": 0, "finish_reason": "stop", "message": message}
-        content = {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
-        data = json.dumps(content if status == 200 else {"error": {"message": text}}).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.send_header("retry-after-ms", "5")
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *args):
-        pass
-
-
 @pytest.fixture
 def endpoint():
     pytest.importorskip("openai", reason="pip install 'saelens-ext[judge]'")
-    opened = []
+    with ExitStack() as stack:
 
-    def start(play, **options):
-        server = Script(play)
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        judge = OpenAIJudge(server.url, "m", api_key="k", **options)
-        opened.append((server, judge))
-        return server, judge
+        def start(play, **options):
+            server = stack.enter_context(scripted(play))
+            judge = OpenAIJudge(server.url, "m", api_key="k", **options)
+            stack.callback(judge.close)
+            return server, judge
 
-    yield start
-    for server, judge in opened:
-        judge.close()
-        server.over.set()
-        server.shutdown()
-        server.server_close()
+        yield start
 
 
 def by_task(number, body):
