@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from saelens_ext.audit.audit import Audit, AuditConfig, audit_continuations
 from saelens_ext.cli import opening
 from saelens_ext.cli.audit_options import AuditInputs
 from saelens_ext.cli.errors import UsageError
-from saelens_ext.cli.output import Context, Result, plain, shown, table
+from saelens_ext.cli.output import Context, Result, plain, shown, table, write_csv
 from saelens_ext.continuations.prefix_audit import PrefixAudit
 from saelens_ext.runner.config import DictionaryRunnerConfig
 from saelens_ext.runner.tracking import WandbTracker, check_login
@@ -166,10 +167,7 @@ def _mode_row(mode: dict[str, Any]) -> dict[str, Any]:
 def _write(found: Audit, folder: Path, profiles: dict[str, DictionaryProfile]) -> dict[str, Path]:
     """Tables and the report, beside the folders of the stages."""
     tables = {_CONTINUATIONS: found.to_dataframe(), _MODES: found.modes()}
-    # Each is bound at once: the writers are called after the loop.
-    _files.write_together(
-        {folder / name: lambda path, rows=rows: rows.to_csv(path, index=False) for name, rows in tables.items()}
-    )
+    _files.write_together({folder / name: partial(write_csv, rows) for name, rows in tables.items()})
     report = found.save_html(folder / _REPORT, profiles=profiles or None)
     return {"continuations": folder / _CONTINUATIONS, "modes": folder / _MODES, "report": report}
 

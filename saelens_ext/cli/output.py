@@ -1,9 +1,11 @@
 """What the command prints: results on stdout, all else on stderr."""
 
+import csv
 import json
 import logging
 import math
 import os
+import re
 import shutil
 import sys
 import warnings
@@ -12,10 +14,14 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas
 
 PROGRAM = "saelens-ext"
 _UNLIMITED = 100_000  # columns where no terminal limits them
+_NOT_IN_CSV = re.compile("[\0\ud800-\udfff]")
 
 
 @dataclass(kw_only=True)
@@ -137,3 +143,18 @@ def _show_warning(
     """Warnings for users, and none about the code of libraries."""
     if not issubclass(category, (DeprecationWarning, FutureWarning, PendingDeprecationWarning)):
         print(f"{PROGRAM}: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def write_csv(table: "pandas.DataFrame", path: Path) -> None:
+    """Write a table whose texts may hold anything.
+
+    Texts are quoted, since an unquoted carriage return ends a row for many readers. NUL and lone surrogates, which no
+    CSV file can hold, become U+FFFD.
+    """
+    texts = table.select_dtypes(include=["object", "string"]).columns
+    clean = {name: table[name].map(_clean_text) for name in texts}
+    table.assign(**clean).to_csv(path, index=False, quoting=csv.QUOTE_NONNUMERIC)
+
+
+def _clean_text(value: Any) -> Any:
+    return _NOT_IN_CSV.sub("\ufffd", value) if isinstance(value, str) else value

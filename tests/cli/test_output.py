@@ -1,6 +1,9 @@
 """Tables on the terminal and in a pipe."""
 
+import csv
 import os
+
+import pandas as pd
 
 from saelens_ext.cli import output
 
@@ -28,3 +31,14 @@ def test_a_terminals_width_is_kept(monkeypatch):
     lines = output.table(ROWS).splitlines()
     assert max(map(len, lines)) <= 50 and len(lines) > 3
     assert " ".join(" ".join(lines).split()).count("reason") == 6
+
+
+def test_any_text_survives_a_csv_file(tmp_path):
+    texts = ["a\rb", "a\nb", 'a"b', "a\\b", "a,b", "", "\x0b\u2028", "漢字"]
+    texts_and_worse = pd.Series([*texts, "a\0b", "a\ud800b", None], dtype=object)
+    table = pd.DataFrame({"text": texts_and_worse, "n": range(len(texts) + 3)})
+    output.write_csv(table, tmp_path / "t.csv")
+    with open(tmp_path / "t.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.reader(file))
+    assert [row[0] for row in rows] == ["text", *texts, "a\ufffdb", "a\ufffdb", ""]
+    assert pd.read_csv(tmp_path / "t.csv", keep_default_na=False)["n"].tolist() == table["n"].tolist()
