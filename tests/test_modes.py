@@ -274,6 +274,10 @@ CASES: dict[str, Callable[[SimpleNamespace, Any], Any]] = {
     "rate_distortion_path": lambda m, tmp: ext.rate_distortion_path(
         m.attributed.embeddings, m.attributed.signatures, [1.0], [0.5], random_state=0
     ),
+    "read_texts": lambda m, tmp: [
+        ext.read_texts(m.model, [HOOK, NEURONS], SENTENCES, positions=positions, chat_template=positions == "last")
+        for positions in ("content", "last")
+    ],
     "residual_directions": lambda m, tmp: ext.residual_directions(m.model, m.features, layer=1),
     "retarget": lambda m, tmp: ext.retarget(m.partition.dictionary, m.model),
     "sample_continuations": lambda m, tmp: ext.sample_continuations(m.model, "The", 6, max_new_tokens=3),
@@ -313,12 +317,12 @@ RUN_THE_MODEL = {
     "add_direction", "audit_continuations", "clamp_latent", "compare_detection", "concept_scores", "diff_means",
     "embed_continuations", "fit_exemplar_partition", "fit_exemplar_partitions", "fit_hierarchical_snmf", "fit_sae",
     "fit_snmf", "match_strength", "neuron_group_effect", "profile_dictionaries", "profile_dictionary",
-    "sample_continuations", "sample_steered", "scale_latent", "steer_continuations", "steer_features", "steer_with",
-    "steering_score", "validate_clusters",
+    "read_texts", "sample_continuations", "sample_steered", "scale_latent", "steer_continuations", "steer_features",
+    "steer_with", "steering_score", "validate_clusters",
 }  # fmt: skip
 
 
-STREAMS = {"ActivationBatch", "ActivationStream", "KeptStream"}  # give what the model gave
+STREAMS = {"ActivationBatch", "ActivationStream", "KeptStream", "read_texts"}  # give what the model gave
 
 
 def leaves(value, path="result"):

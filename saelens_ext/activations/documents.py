@@ -1,6 +1,8 @@
 """What users hand over as a dataset, as rows that can be read again and again, and chat messages in one form."""
 
+import random
 from collections.abc import Iterator, Mapping, Sequence, Set
+from itertools import islice
 from math import isnan
 from typing import Any
 
@@ -8,6 +10,8 @@ import datasets
 
 # How pyarrow, polars, pandas and numpy call it.
 _TO_LIST = ("to_pylist", "to_dicts", "to_list", "tolist")
+SHUFFLE_BUFFER = 10_000
+"""Documents among which rows that cannot be indexed are shuffled."""
 _ROLES = {"human": "user", "gpt": "assistant"}
 
 
@@ -29,6 +33,29 @@ def open_dataset(dataset: Any) -> Any:
     if hasattr(rows, "__len__") and len(rows) == 0:
         raise ValueError("The dataset is empty: it has no row to read a document from.")
     return rows
+
+
+def shuffled(rows: Any, seed: int | None) -> Iterator[tuple[int, Any]]:
+    """The rows with their numbers, in an order that the seed gives (None: theirs), the same on every call.
+
+    Rows that cannot be indexed go through a buffer, in which each waits for its place.
+    """
+    if seed is None:
+        yield from enumerate(rows)
+        return
+    generator = random.Random(seed)
+    if hasattr(rows, "__len__") and hasattr(rows, "__getitem__"):
+        for number in generator.sample(range(len(rows)), len(rows)):
+            yield number, rows[number]
+        return
+    numbered = enumerate(rows)
+    held = list(islice(numbered, SHUFFLE_BUFFER))
+    for row in numbered:
+        place = generator.randrange(len(held))
+        yield held[place]
+        held[place] = row
+    generator.shuffle(held)
+    yield from held
 
 
 def _columns_as_rows(columns: Mapping[Any, Any]) -> list[dict[Any, Any]]:

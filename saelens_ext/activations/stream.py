@@ -7,12 +7,11 @@ import logging
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int64, Shaped
+from jaxtyping import Bool, Int64
 from sae_lens.load_model import HookedProxyLM
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -22,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from saelens_ext._checks import positive
 from saelens_ext._modes import standard_modes
+from saelens_ext.activations.batch import NO_TOKEN, ActivationBatch
 from saelens_ext.activations.settings import checked_context_size, checked_names, excluded_ids, positions_read
 from saelens_ext.activations.windows import Window, WindowSource
 from saelens_ext.host.bos import TextStart, text_start
@@ -29,59 +29,6 @@ from saelens_ext.host.hook_pass import limits_of, run_to_last_hook
 from saelens_ext.host.models import HostModel, describe_model, resolve_hook, tokenizer_of
 
 logger = logging.getLogger(__name__)
-
-NO_TOKEN = -1
-"""What fills a window beyond its last token."""
-
-
-@dataclass(frozen=True)
-class ActivationBatch:
-    """Activations with where they come from, row by row.
-
-    Row ``i`` of everything belongs to one token. ``len(batch)`` is the number of rows.
-    """
-
-    activations: dict[str, Shaped[Tensor, "n _"]]
-    """For each hook, by the name the user gave it, one activation per row, on the model's device and in its dtype."""
-    token_ids: Int64[Tensor, " n"]
-    """The token at which the activation was read, on the CPU as all that follow."""
-    sequence_ids: Int64[Tensor, " n"]
-    """The window, counted from 0 over the whole stream."""
-    positions: Int64[Tensor, " n"]
-    """The place within the window, BOS being 0 where there is one."""
-    document_ids: Int64[Tensor, " n"]
-    """The row of the dataset."""
-    windows: Int64[Tensor, "b L"]
-    """The tokens of every window of this batch, filled up with -1."""
-    first_sequence_id: int
-    """The number of the first of ``windows``."""
-
-    def __len__(self) -> int:
-        return self.token_ids.shape[0]
-
-    @standard_modes()
-    def context(self, rows: Any) -> Int64[Tensor, "r L"]:
-        """The whole windows that rows come from.
-
-        Args:
-            rows: row numbers, or a boolean mask over the rows; anything that indexes a tensor.
-
-        Returns:
-            One window per row asked for, filled up with -1.
-        """
-        return self.windows[torch.atleast_1d(self.sequence_ids[rows]) - self.first_sequence_id]
-
-    @standard_modes()
-    def first(self, n: int) -> "ActivationBatch":
-        """The first ``n`` rows, with all the windows."""
-        return replace(
-            self,
-            activations={name: rows[:n] for name, rows in self.activations.items()},
-            token_ids=self.token_ids[:n],
-            sequence_ids=self.sequence_ids[:n],
-            positions=self.positions[:n],
-            document_ids=self.document_ids[:n],
-        )
 
 
 class ActivationStream:
@@ -109,6 +56,10 @@ class ActivationStream:
         text_column: the column of the documents.
         seqpos_slice: ``(stop,)``, ``(start, stop)`` or ``(start, stop, step)`` over the positions of a whole window, as
             in SAELens: positions outside it are not read.
+        last_token_only: read only the last token of each document, whatever token it is.
+        add_generation_prompt: end conversations with what their chat template writes before an answer.
+        shuffle_seed: read the documents in a random order that this seed gives, the same on every pass; None: in the
+            dataset's order. What cannot be indexed is shuffled within a buffer of 10,000 documents.
         progress: show a progress bar.
 
     Raises:
@@ -132,6 +83,7 @@ class ActivationStream:
 
     model: Any  # of classes that share few attributes; None where activations were read from a cache without it
     tokenizer: PreTrainedTokenizerBase | None
+    last_token_only: bool = False
 
     def __init__(
         self,
@@ -146,6 +98,9 @@ class ActivationStream:
         prepend_bos: bool | None = None,
         text_column: str = "text",
         seqpos_slice: Sequence[int | None] = (None,),
+        last_token_only: bool = False,
+        add_generation_prompt: bool = False,
+        shuffle_seed: int | None = None,
         progress: bool = False,
     ):
         if not isinstance(model, (HookedTransformer, TransformerBridge, HookedProxyLM)):
@@ -167,6 +122,7 @@ class ActivationStream:
             seqpos_slice=seqpos_slice,
             start=start,
         )
+        self.last_token_only = last_token_only
         self._windows = WindowSource(
             dataset,
             self.tokenizer,
@@ -174,6 +130,8 @@ class ActivationStream:
             start=start,
             text_column=text_column,
             vocabulary_size=d_vocab,
+            add_generation_prompt=add_generation_prompt,
+            shuffle_seed=shuffle_seed,
         )
         if prepend_bos is None:
             self._windows.leave_start_to_template()
@@ -211,8 +169,9 @@ class ActivationStream:
                 yield batch
         if not self._d_in:
             raise ValueError(
-                f"No activation to read: exclude_special_tokens={self.exclude_special_tokens!r} and "
-                f"seqpos_slice={self.seqpos_slice!r} leave out every token of all windows."
+                f"No activation to read: exclude_special_tokens={self.exclude_special_tokens!r}, "
+                f"seqpos_slice={self.seqpos_slice!r} and last_token_only={self.last_token_only!r} leave out every "
+                "token of all windows."
             )
 
     def batches(self, first_window: int = 0, n_read: int = 0) -> Iterator[ActivationBatch]:
@@ -273,6 +232,7 @@ class ActivationStream:
             "prepend_bos": self.prepend_bos,
             "exclude_special_tokens": excluded if isinstance(excluded, bool) else [int(i) for i in excluded],
             "seqpos_slice": list(self.seqpos_slice),
+            "last_token_only": self.last_token_only,
             "max_tokens": self.max_tokens,
             # SAELens' multiple_evals unpacks it, given or not.
             "model_from_pretrained_kwargs": {},
@@ -289,7 +249,10 @@ class ActivationStream:
     def _batch(self, windows: list[Window], first_sequence_id: int) -> ActivationBatch:
         tokens, real = self._padded(windows)
         keep = real & self._read_positions[: tokens.shape[1]]
-        if self._excluded.numel():
+        if self.last_token_only:
+            ends = [len(w.token_ids) - 1 if w.ends_document else NO_TOKEN for w in windows]
+            keep &= torch.arange(tokens.shape[1]) == torch.tensor(ends)[:, None]
+        elif self._excluded.numel():
             keep &= ~torch.isin(tokens, self._excluded)
         window, position = keep.nonzero(as_tuple=True)
         documents = torch.tensor([w.document_id for w in windows])[window]

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from saelens_ext.activations.documents import as_messages, is_missing, open_dataset
+from saelens_ext.activations.documents import as_messages, is_missing, open_dataset, shuffled
 from saelens_ext.activations.fingerprint import hash_texts
 from saelens_ext.host.bos import TextStart
 from saelens_ext.host.chat_template import starts_with
@@ -34,10 +34,11 @@ class Window:
 
     token_ids: list[int]
     document_id: int
+    ends_document: bool = True
 
 
 class WindowSource:
-    """The windows of a dataset, in its order; each pass starts over.
+    """The windows of a dataset, in its order or one that a seed gives; each pass starts over.
 
     Args:
         dataset: a `datasets.Dataset` or `IterableDataset`, a sequence of strings or of rows, a table or column of
@@ -50,6 +51,8 @@ class WindowSource:
         start: what stands in front of every window. A document that begins with it already gets no second.
         text_column: the column that holds the documents.
         vocabulary_size: token ids at or above it are refused; None checks nothing.
+        add_generation_prompt: end conversations with what their chat template writes before an answer.
+        shuffle_seed: of the order of the documents; None: the dataset's own.
 
     Raises:
         ValueError: when the dataset is empty, can be read only once, or has no such column.
@@ -64,6 +67,8 @@ class WindowSource:
         start: TextStart = TextStart(),
         text_column: str = _DEFAULT_COLUMN,
         vocabulary_size: int | None = None,
+        add_generation_prompt: bool = False,
+        shuffle_seed: int | None = None,
     ):
         self.name = dataset if isinstance(dataset, str) else None
         self.fingerprint: str | None = None  # of the dataset, where whoever opened it knows better than its rows
@@ -73,6 +78,8 @@ class WindowSource:
         self.start = start
         self.text_column = text_column
         self.vocabulary_size = vocabulary_size
+        self.add_generation_prompt = add_generation_prompt
+        self.shuffle_seed = shuffle_seed
         columns = getattr(self.rows, "column_names", None)
         if isinstance(columns, list):
             self._column(columns)
@@ -82,7 +89,7 @@ class WindowSource:
         n_documents = n_short = n_refused = 0
         first = ""
         try:
-            for document_id, row in enumerate(self.rows):
+            for document_id, row in shuffled(self.rows, self.shuffle_seed):
                 n_documents += 1
                 try:
                     content = self._content(row, document_id)
@@ -92,8 +99,9 @@ class WindowSource:
                 if len(content) < MIN_CONTENT:
                     n_short += 1
                     continue
-                for piece in self._cut(content):
-                    yield Window(piece, document_id)
+                pieces = list(self._cut(content))
+                for number, piece in enumerate(pieces, start=1):
+                    yield Window(piece, document_id, ends_document=number == len(pieces))
         finally:  # also where no more windows are wanted
             if n_short:
                 logger.info("%d of %d documents skipped: fewer than %d tokens.", n_short, n_documents, MIN_CONTENT)
@@ -117,6 +125,8 @@ class WindowSource:
             "dataset_fingerprint": self.fingerprint
             or getattr(self.rows, "_fingerprint", None)
             or hash_texts(self.rows),
+            "add_generation_prompt": self.add_generation_prompt,
+            "shuffle_seed": self.shuffle_seed,
         }
 
     def _cut(self, content: list[int]) -> Iterator[list[int]]:
@@ -164,7 +174,11 @@ class WindowSource:
                 "or give text."
             )
         with _refusing(document_id, "the chat template"):
-            return str(tokenizer.apply_chat_template(messages, tokenize=False))
+            return str(
+                tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=self.add_generation_prompt
+                )
+            )
 
     def _needed_tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is None:

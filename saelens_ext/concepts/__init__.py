@@ -7,5 +7,6 @@ from saelens_ext.concepts.comparison import compare_detection
 from saelens_ext.concepts.detection import concept_scores
 from saelens_ext.concepts.detector import Detector
 from saelens_ext.concepts.diff_means import diff_means
+from saelens_ext.concepts.token_activations import read_texts
 
-__all__ = ["Detector", "compare_detection", "concept_scores", "diff_means"]
+__all__ = ["Detector", "compare_detection", "concept_scores", "diff_means", "read_texts"]

@@ -1,14 +1,90 @@
-"""Activations at the tokens of sentences, which detectors score and differences of means are made of."""
+"""Activations at the tokens of texts, which detectors score and differences of means are made of."""
 
-from collections.abc import Iterator, Sequence
-
-import torch
+from collections.abc import Collection, Iterator, Sequence
+from itertools import pairwise
+from typing import Literal, get_args
 
 from saelens_ext import _checks
+from saelens_ext._modes import standard_modes
 from saelens_ext.activations.stream import ActivationBatch, ActivationStream
+from saelens_ext.host.hook_pass import limits_of
 from saelens_ext.host.models import HostModel
 
 _CONTEXT_SIZE = 128
+_NO_LIMIT = 2**16
+
+Positions = Literal["content", "all", "last"]
+
+
+@standard_modes()
+def read_texts(
+    model: HostModel,
+    hook_names: str | Sequence[str],
+    texts: Sequence[str],
+    *,
+    positions: Positions = "content",
+    chat_template: bool = False,
+    batch_size: int = 16,
+    progress: bool = False,
+) -> ActivationBatch:
+    """Read the activations of texts at all hooks in one pass, each text in a window of its own.
+
+    Memory: all activations read.
+
+    Args:
+        model: any TransformerLens model.
+        hook_names: the hook to read, or several, in any spelling.
+        texts: at least 1.
+        positions: "content": every token but special ones; "all": every token, BOS included; "last": the last token of
+            each text, one activation per text.
+        chat_template: make each text a user's message in the tokenizer's chat template, which then ends with what it
+            writes before an answer; "last" reads the token that the answer follows.
+        batch_size: texts in a forward pass.
+        progress: show a progress bar.
+
+    Returns:
+        The activations by hook, with the token and place of each; ``document_ids`` number the texts and ascend.
+
+    Raises:
+        ValueError: no text, one with fewer than two tokens or, for "content", none that is not special; for "last", one
+            that is longer than the model's limit (for the others it is cut into windows); and as
+            :class:`~saelens_ext.activations.stream.ActivationStream`.
+
+    Examples:
+        >>> read = sx.read_texts(model, "blocks.1.hook_out", ["On Monday we met.", "We met at noon."], positions="last")
+        >>> read.activations["blocks.1.hook_out"].shape == (2, model.cfg.d_model), read.document_ids.tolist()
+        (True, [0, 1])
+    """
+    _checks.choice(positions, get_args(Positions), "positions")
+    texts = _checks.texts(texts, "texts")
+    asked = [{"messages": [{"role": "user", "content": text}]} for text in texts]
+    limit = limits_of(model)[0] or _NO_LIMIT
+
+    def stream(context_size: int) -> ActivationStream:
+        return ActivationStream(
+            model,
+            asked if chat_template else texts,
+            hook_names,
+            context_size=context_size,
+            batch_size=batch_size,
+            exclude_special_tokens=positions == "content",
+            last_token_only=positions == "last",
+            add_generation_prompt=chat_template,
+            progress=progress,
+        )
+
+    windows = list(stream(limit).token_windows())
+    documents = [document for document, _ in windows]
+    _refuse_unread(documents, texts, "texts")
+    cut = next((document for document, following in pairwise(documents) if document == following), None)
+    if positions == "last" and cut is not None:
+        raise ValueError(
+            f"Text {cut} ({texts[cut]!r:.60}) is longer than the model's limit of {limit} tokens, so its last token "
+            "cannot be read together with all others. Shorten it."
+        )
+    read = ActivationBatch.join(list(stream(max(len(ids) for _, ids in windows))))
+    _refuse_unread(read.document_ids.tolist(), texts, "texts")
+    return read
 
 
 def token_activations(
@@ -30,16 +106,20 @@ def token_activations(
             pass.
     """
     sentences = _checks.texts(sentences, "sentences")
-    size = context_size or min(_CONTEXT_SIZE, getattr(model.cfg, "n_ctx", None) or _CONTEXT_SIZE)
+    size = context_size or min(_CONTEXT_SIZE, limits_of(model)[0] or _CONTEXT_SIZE)
     stream = ActivationStream(model, sentences, hook_names, context_size=size, batch_size=batch_size, progress=progress)
-    seen = torch.zeros(len(sentences), dtype=torch.bool)
+    seen: set[int] = set()
     for batch in stream:
-        seen[batch.document_ids] = True
+        seen.update(batch.document_ids.tolist())
         yield batch
-    silent = (~seen).nonzero().flatten().tolist()
-    if silent:
-        examples = ", ".join(repr(sentences[index]) for index in silent[:3])
+    _refuse_unread(seen, sentences, "sentences")
+
+
+def _refuse_unread(read: Collection[int], texts: Sequence[str], what: str) -> None:
+    unread = sorted(set(range(len(texts))).difference(read))
+    if unread:
+        examples = ", ".join(repr(texts[number]) for number in unread[:3])
         raise ValueError(
-            f"{len(silent)} of {len(sentences)} sentences have fewer than two tokens that are not special, so they "
-            f"have no score, for example {examples}. Leave them out or make them longer."
+            f"{len(unread)} of {len(texts)} {what} have fewer than two tokens that are not special, so they have no "
+            f"activation to read, for example {examples}. Leave them out or make them longer."
         )

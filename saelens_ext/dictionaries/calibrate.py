@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from saelens_ext.activations.stream import ActivationBatch
+from saelens_ext.activations.batch import COLUMNS, ActivationBatch
 from saelens_ext.ops.calibration import ThresholdEstimate, pairwise_distance_percentiles
 from saelens_ext.ops.spherical import SphericalCenter, unit_directions
 
@@ -65,16 +65,14 @@ def calibrate(
     )
 
 
-_COLUMNS = ("token_ids", "sequence_ids", "positions", "document_ids")
-
-
 def held_tensors(batches: Sequence[ActivationBatch], hook_names: Sequence[str]) -> dict[str, Tensor]:
     """Batches that are held for a calibration, as tensors that can be saved; of the activations those of some hooks."""
     if not batches:
         return {}
-    joined = {column: torch.cat([getattr(batch, column) for batch in batches]) for column in (*_COLUMNS, "windows")}
-    joined |= {f"activations.{name}": torch.cat([batch.activations[name] for batch in batches]) for name in hook_names}
-    return joined | {
+    joined = ActivationBatch.join(batches)
+    tensors = {column: getattr(joined, column) for column in (*COLUMNS, "windows")}
+    tensors |= {f"activations.{name}": joined.activations[name] for name in hook_names}
+    return tensors | {
         "n_rows": torch.tensor([len(batch) for batch in batches]),
         "n_windows": torch.tensor([len(batch.windows) for batch in batches]),
         "first_sequence_ids": torch.tensor([batch.first_sequence_id for batch in batches]),
@@ -88,7 +86,7 @@ def held_batches(
     if not tensors:
         return []
     rows, windows = tensors["n_rows"].tolist(), tensors["n_windows"].tolist()
-    columns = {name: tensors[name].split(rows) for name in _COLUMNS}
+    columns = {name: tensors[name].split(rows) for name in COLUMNS}
     columns["windows"] = tensors["windows"].split(windows)
     activations = {name: tensors[f"activations.{name}"].to(device).split(rows) for name in hook_names}
     return [

@@ -10,7 +10,7 @@ import torch
 from sae_lens import StandardSAE, StandardSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 
-from saelens_ext.activations.stream import ActivationStream
+from saelens_ext.activations.stream import ActivationBatch, ActivationStream
 from saelens_ext.host.models import describe_model, resolve_hook, retarget
 from tests.models_zoo import (
     ARCHITECTURES,
@@ -343,6 +343,38 @@ def test_a_chat_has_one_bos(llama):
 def test_seqpos_slice(tiny_bridge, tiny_texts, seqpos_slice, positions):
     stream = ActivationStream(tiny_bridge, tiny_texts, HOOK, context_size=10, seqpos_slice=seqpos_slice)
     assert collect(stream)[1]["positions"].unique().tolist() == list(positions)
+
+
+def test_only_the_last_token_of_each_document_is_read(llama, tiny_texts):
+    texts = [*tiny_texts, "It ends.</s>"]
+    every = ActivationStream(llama, texts, HOOK, context_size=16, batch_size=3, exclude_special_tokens=False)
+    rows, columns = collect(every)
+    last = [int((columns["document_ids"] == number).nonzero()[-1]) for number in range(len(texts))]
+    stream = ActivationStream(llama, texts, HOOK, context_size=16, batch_size=3, last_token_only=True)
+    found, places = collect(stream)
+    assert places["document_ids"].tolist() == list(range(len(texts))) and places["token_ids"][-1] == EOS
+    assert all(torch.equal(places[name], columns[name][last]) for name in COLUMNS)
+    close(found, rows[last])
+    assert stream.describe()["last_token_only"] and not every.describe()["last_token_only"]
+
+
+def test_a_shuffled_stream_is_resumed_where_it_was(llama, tiny_texts):
+    stream = ActivationStream(llama, tiny_texts, HOOK, context_size=16, batch_size=3, shuffle_seed=2)
+    whole = list(stream)
+    assert (documents := torch.cat([b.document_ids for b in whole])).tolist() != documents.sort().values.tolist()
+    rest = list(stream.batches(first_window=6, n_read=len(whole[0]) + len(whole[1])))
+    assert all(torch.equal(a.token_ids, b.token_ids) for a, b in zip(whole[2:], rest, strict=True))
+    assert all(torch.equal(a.activations[HOOK], b.activations[HOOK]) for a, b in zip(whole[2:], rest, strict=True))
+    assert stream.describe()["shuffle_seed"] == 2
+
+
+def test_batches_are_joined_to_one(llama, tiny_texts):
+    stream = ActivationStream(llama, tiny_texts, HOOK, context_size=16, batch_size=3)
+    batches = list(stream)[1:4]
+    joined = ActivationBatch.join(batches)
+    assert len(joined) == sum(map(len, batches)) and joined.first_sequence_id == 3
+    assert torch.equal(joined.context(slice(None)), torch.cat([batch.context(slice(None)) for batch in batches]))
+    assert torch.equal(joined.activations[HOOK], torch.cat([batch.activations[HOOK] for batch in batches]))
 
 
 # --- no trace --------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import pyarrow
 import pytest
 import torch
 
+from saelens_ext.activations import documents
 from saelens_ext.activations.windows import WindowSource
 from saelens_ext.host.bos import TextStart
 from tests.models_zoo import make_tokenizer
@@ -38,6 +39,42 @@ def test_a_document_is_cut_into_consecutive_windows(tiny_texts):
         assert [len(ids) for ids in own[:-1]] == [8] * (len(own) - 1)
         assert 2 <= len(own[-1]) <= 8
     assert [d for d, _ in found] == sorted(d for d, _ in found)
+
+
+def test_a_window_says_whether_its_document_ends_there(tiny_texts):
+    found = list(source(tiny_texts))
+    ends = [a.document_id != b.document_id for a, b in zip(found, found[1:])] + [True]
+    assert [window.ends_document for window in found] == ends and not all(ends)
+
+
+@pytest.mark.parametrize("kind", ["list", "Dataset", "IterableDataset"])
+def test_documents_are_shuffled_by_a_seed_and_keep_their_numbers(kind, tiny_texts):
+    table = datasets.Dataset.from_dict({"text": tiny_texts})
+    rows = {"list": tiny_texts, "Dataset": table, "IterableDataset": table.to_iterable_dataset()}[kind]
+    ordered, first, again, other = (windows(rows, shuffle_seed=seed) for seed in (None, 3, 3, 4))
+    assert first == again != other and sorted(first) == sorted(ordered) != first
+    for document_id in range(len(tiny_texts)):
+        assert [w for w in first if w[0] == document_id] == [w for w in ordered if w[0] == document_id]
+
+
+def test_a_stream_is_shuffled_within_a_buffer(monkeypatch, tiny_texts):
+    monkeypatch.setattr(documents, "SHUFFLE_BUFFER", 4)
+    rows = datasets.Dataset.from_dict({"text": tiny_texts}).to_iterable_dataset()
+    order = [number for number, _ in documents.shuffled(rows, 1)]
+    assert sorted(order) == list(range(12)) != order
+    # What comes n-th has been seen by then, so it is among the first n + 4.
+    assert all(number < place + 5 for place, number in enumerate(order))
+    assert [row["text"] for _, row in documents.shuffled(rows, 1)] == [tiny_texts[number] for number in order]
+
+
+def test_a_conversation_can_end_with_the_prompt_for_an_answer():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template += "{% if add_generation_prompt %}[assistant] {% endif %}"
+    rows = [{"messages": [{"role": "user", "content": "So?"}]}]
+    (without,), (asked,) = (
+        windows(rows, tokenizer, context_size=64, add_generation_prompt=prompt) for prompt in (False, True)
+    )
+    assert without == (0, [BOS, *plain("[user] So?\n")]) and asked == (0, [BOS, *plain("[user] So?\n[assistant] ")])
 
 
 def test_without_bos_windows_are_full_of_content(tiny_texts):
@@ -359,6 +396,7 @@ def test_text_without_a_tokenizer_is_an_error():
 
 def test_description_tells_datasets_apart(tiny_texts):
     described = source(tiny_texts).describe()
+    assert described != source(tiny_texts, shuffle_seed=0).describe()
     assert described == source(list(tiny_texts)).describe() != source(tiny_texts[1:]).describe()
     table = datasets.Dataset.from_dict({"text": tiny_texts})
     assert source(table).describe()["dataset_fingerprint"] == table._fingerprint

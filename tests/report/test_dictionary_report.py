@@ -299,6 +299,7 @@ def test_what_was_excluded_is_said(inputs, tmp_path):
     assert "2 chosen tokens" in excluded(exclude_special_tokens=[5, 9]) and "5, 9" in excluded(
         exclude_special_tokens=[5, 9]
     )
+    assert "All but the last token" in excluded(last_token_only=True)
     assert "positions [:7]" in excluded(seqpos_slice=[7]) and "positions [1:]" in excluded(seqpos_slice=[1, None])
 
 

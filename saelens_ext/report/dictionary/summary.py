@@ -107,7 +107,9 @@ def read_from(metadata: dict[str, Any]) -> str:
 def excluded(metadata: dict[str, Any], n_undirected: int = 0) -> tuple[str, str]:
     """Which tokens were left out, and what more there is to say of it."""
     left_out = metadata.get("exclude_special_tokens")
-    if left_out is None:
+    if metadata.get("last_token_only"):
+        value, meaning = "All but the last token of each document", ""
+    elif left_out is None:
         value, meaning = "Not recorded", ""
     elif isinstance(left_out, bool):
         value, meaning = (
