@@ -17,7 +17,7 @@ from torch import Tensor
 
 from saelens_ext._modes import standard_modes
 from saelens_ext.activations.stream import ActivationBatch
-from saelens_ext.concepts.detection import ConceptScores, compare_sentences
+from saelens_ext.concepts.detection import compare_sentences
 from saelens_ext.concepts.detector import Detector
 from saelens_ext.concepts.diff_means import difference_of, sentence_sums, split_sentences
 from saelens_ext.concepts.sentence_scores import Pooling, pool_scores, warn_of_bos
@@ -160,9 +160,9 @@ def compare_detection(
     return ConceptComparison(concept=concept, rows=tuple(rows), n_choosing=sizes[0], n_judging=sizes[1])
 
 
-def best_column(scores: ConceptScores) -> int:
+def best_column(area: Tensor, d_prime: Tensor) -> int:
     """The score with the highest AUROC, among equals the one with the largest difference in standard deviations."""
-    return int(np.lexsort((scores.d_prime.nan_to_num(0.0).numpy(), scores.auroc.numpy()))[-1])
+    return int(np.lexsort((d_prime.nan_to_num(0.0).numpy(), area.numpy()))[-1])
 
 
 def _diff_means(batches: Sequence[Iterable[ActivationBatch]], sizes: tuple[int, int], hook_name: str) -> Detector:
@@ -176,7 +176,7 @@ def _row(
     chosen, judged = (
         compare_sentences(*(table[method] for table in part), names=detector.names) for part in (tables, others)
     )
-    best = best_column(chosen)
+    best = best_column(chosen.auroc, chosen.d_prime)
     names = ("auroc", "auroc_low", "auroc_high", "log_ratio", "d_prime")
     return DetectionRow(
         method=method,

@@ -69,7 +69,7 @@ class Evidence:
     chance: ClassVar[float | None] = None
     """What the headline metric is without any knowledge."""
     bounds: ClassVar[tuple[float, float]] = (-np.inf, np.inf)
-    """Of all metrics; intervals are kept within."""
+    """Of the headline metric; its intervals are kept within."""
 
     cells: pd.DataFrame
     """Raw values in tidy form: the columns ``unit``, ``groups``, "method", "metric", "value", and any finer ones, such
@@ -122,7 +122,8 @@ class Evidence:
                 for method in table.columns:
                     values = table[method].dropna().to_numpy(dtype=np.float64)
                     if len(values):
-                        found = unit_bootstrap(np.mean, values, **self._resampling(), bounds=self.bounds)
+                        bounds = self.bounds if name == self.headline else (-np.inf, np.inf)
+                        found = unit_bootstrap(np.mean, values, **self._resampling(), bounds=bounds)
                         rows.append({**group, "metric": name, "method": method, **found._asdict()})
         return pd.DataFrame(rows, columns=[*self.groups, "metric", "method", "estimate", "low", "high", "n_units"])
 
