@@ -47,7 +47,7 @@ def test_a_planted_direction_is_found_and_controls_find_nothing(model):
         assert plain(found, rule=rule)["planted"].mean() > 0.99
         assert abs(plain(found, rule=rule)["elsewhere"].mean() - 0.5) < 0.05
         assert abs(plain(found, "permuted_auroc", rule)["elsewhere"].mean() - 0.5) < 0.05
-    # One token in twenty tells, and six sentences a side: the supervised direction is a noisy estimate of the planted one.
+    # One token in twenty tells, and six sentences a side choose: the supervised direction is noisy.
     means = plain(found).mean()
     assert means["elsewhere"] + 0.05 < means["difference of means"] < means["planted"]
     chosen = found.cells.query("method == 'planted' and rule == 'contrast' and metric == 'auroc'")
