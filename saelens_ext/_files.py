@@ -325,8 +325,7 @@ def _take_apart(name: str, value: Any, content: dict[str, Any], tensors: dict[st
     if not any(isinstance(part, torch.Tensor) for part in parts.values()):
         content[name] = dict(parts) if parts or isinstance(value, Mapping) else value
         return
-    for part, entry in parts.items():
-        tensors[f"{name}.{part}"] = entry
+    tensors |= {f"{name}.{part}": entry for part, entry in parts.items() if entry is not None}
 
 
 def _put_together(hint: Any, name: str, saved: Any, tensors: Mapping[str, torch.Tensor], missing: list[str]) -> Any:

@@ -5,10 +5,12 @@ Symbols
     n  examples kept per latent
     c  tokens of context on either side
     r  rows (activations) of a block
+    W  = 2c + 1 columns of a context
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +35,45 @@ class Examples:
     """Position in its window, BOS included: int64 ``(k, n)``."""
     contexts: Tensor
     """Token ids around it: int32 ``(k, n, 2c + 1)``, the token itself in column c, -1 beyond the window."""
+    sequence_ids: Tensor | None = None
+    """The window, counted from 0 over the whole stream: int64 ``(k, n)``; None in profiles from before they were kept.
+    """
+    token_values: Tensor | None = None
+    """The latent's code at every token of the context: float16 ``(k, n, 2c + 1)``, NaN beyond the window and at tokens
+    that were not read. Two bytes a token, at the default of 10 examples in 33 tokens 660 bytes a latent. None in
+    profiles from before they were kept.
+    """
+
+
+class TokenValues:
+    """The codes of the tokens around each row of a block.
+
+    Args:
+        parts: blocks that follow each other, each with its codes ``(r, k)``.
+        current: which of them is the block.
+        context: c.
+    """
+
+    def __init__(self, parts: Sequence[tuple["RowBlock", Tensor]], current: int, context: int):
+        self._codes = torch.cat([codes for _, codes in parts])
+        sequences, positions = (torch.cat([getattr(b, n) for b, _ in parts]) for n in ("sequence_ids", "positions"))
+        start = sum(len(block) for block, _ in parts[:current])
+        rows = start + torch.arange(len(parts[current][0]))
+        around = rows[:, None] + torch.arange(-context, context + 1)
+        there = around.clamp(0, len(positions) - 1)
+        # Rows are in order of their positions, and tokens that are not read have none.
+        columns = positions[there] - positions[rows, None] + context
+        same = (there == around) & (sequences[there] == sequences[rows, None])
+        same &= (columns >= 0) & (columns <= 2 * context)
+        self._neighbours = torch.full_like(around, -1)
+        self._neighbours[same.nonzero()[:, 0], columns[same]] = around[same]
+
+    def of(self, rows: Tensor, latents: Tensor) -> Tensor:
+        """The codes of latent ``latents[i]`` around the rows ``rows[i]``, ``(m, n)``: float16 ``(m, n, W)``."""
+        at, half = self._neighbours[rows], torch.finfo(torch.float16).max
+        device = self._codes.device
+        values = self._codes[at.clamp_min(0).to(device), latents[:, None, None].to(device)].float().cpu()
+        return values.clamp(-half, half).masked_fill(at < 0, torch.nan).half()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +88,12 @@ class RowBlock:
     """``(r,)``."""
     positions: Tensor
     """``(r,)``."""
+    sequence_ids: Tensor
+    """``(r,)``."""
     contexts: Tensor
     """``(r, 2c + 1)`` int32."""
+    values: TokenValues | None = None
+    """The codes around each row, once they are known."""
 
     @classmethod
     def of(cls, batch: ActivationBatch, hook_name: str, context: int) -> "RowBlock":
@@ -59,20 +104,24 @@ class RowBlock:
             token_ids=batch.token_ids,
             document_ids=batch.document_ids,
             positions=batch.positions,
+            sequence_ids=batch.sequence_ids,
             contexts=centred_contexts(windows, batch.positions, context),
         )
 
     def __len__(self) -> int:
         return len(self.token_ids)
 
-    def __getitem__(self, rows: slice) -> "RowBlock":
-        return RowBlock(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
+    def __getitem__(self, rows: slice | Tensor) -> "RowBlock":
+        columns: dict[str, Any] = {name: getattr(self, name)[rows] for name in _COLUMNS}
+        return RowBlock(**columns)
 
     def followed_by(self, other: "RowBlock") -> "RowBlock":
         """Both, one after the other."""
-        return RowBlock(
-            **{field.name: torch.cat([getattr(self, field.name), getattr(other, field.name)]) for field in fields(self)}
-        )
+        columns: dict[str, Any] = {n: torch.cat([getattr(self, n), getattr(other, n)]) for n in _COLUMNS}
+        return RowBlock(**columns)
+
+
+_COLUMNS = [field.name for field in fields(RowBlock) if field.name != "values"]
 
 
 def centred_contexts(windows: Tensor, positions: Tensor, context: int) -> Tensor:
@@ -136,6 +185,8 @@ class ExampleTable:
             "token_ids": torch.full((k, n), -1),
             "document_ids": torch.full((k, n), -1),
             "positions": torch.full((k, n), -1),
+            "sequence_ids": torch.full((k, n), -1),
+            "token_values": torch.full((k, n, 2 * context + 1), torch.nan, dtype=torch.float16),
             "contexts": torch.full((k, n, 2 * context + 1), -1, dtype=torch.int32),
         }
 
@@ -182,7 +233,12 @@ class ExampleTable:
         kept = torch.where(is_new, 0, origin)
         source = new_rows.gather(1, torch.where(is_new, origin - self._n, 0))
         for name, table in self._records.items():
-            old, new = table[latents[:, None], kept], getattr(block, name)[source]
+            if name == "token_values":
+                assert block.values is not None  # a block is offered once its surroundings are known
+                new = block.values.of(source, latents)
+            else:
+                new = getattr(block, name)[source]
+            old = table[latents[:, None], kept]
             mask = is_new[..., None] if old.ndim == 3 else is_new
             table[latents] = torch.where(mask, new, old)
 

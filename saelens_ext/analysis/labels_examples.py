@@ -9,10 +9,12 @@ Symbols
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from saelens_ext.analysis.background import Background
 from saelens_ext.analysis.examples import Examples
 from saelens_ext.analysis.profile import DictionaryProfile
 from saelens_ext.host.tokens import special_token_ids, token_strings, visible
@@ -74,15 +76,33 @@ class ExampleRows:
                 f"The profile holds no example of any of its {profile.d_sae} latents "
                 f"({profile.n_activations} activations were read): profile the dictionary on more text."
             )
-        pool = self._append_others(seed)
+        pool = self._others(seed)
         # What a label is made against must not be what it is scored against.
         self.making_pool, self.pool = pool[::2], pool[1::2]
         self._check_tokenizer()
 
-    def _append_others(self, seed: int) -> np.ndarray:
+    def _others(self, seed: int) -> np.ndarray:
         """Rows of random activations: those that the profile has kept, else examples of any latent."""
-        generator = np.random.default_rng(seed)
-        return np.sort(generator.permutation(self.n_examples)[:N_OTHERS])
+        background = self._profile.background
+        if background is None:
+            generator = np.random.default_rng(seed)
+            return np.sort(generator.permutation(self.n_examples)[:N_OTHERS])
+        n = len(background.positions)
+        added = (np.full(n, -1), np.full(n, -1), np.full(n, np.nan), *_places(background, slice(None)))
+        columns = [self.latents, self.source, self.values, self.contexts, self.windows, self.positions]
+        columns = [np.concatenate(pair) for pair in zip(columns, added)]
+        self.latents, self.source, self.values, self.contexts, self.windows, self.positions = columns
+        return self.n_examples + np.arange(n)
+
+    @cached_property
+    def _members(self) -> dict[int, np.ndarray]:
+        """For each latent the rows of random activations that are members of it."""
+        background = self._profile.background
+        if background is None or not len(background.active):
+            return {}
+        rows, latents = background.active[background.active[:, 1].sort(stable=True).indices].T.numpy()
+        starts = np.flatnonzero(np.diff(latents, prepend=-1))
+        return dict(zip(latents[starts].tolist(), np.split(self.n_examples + rows, starts[1:])))
 
     def _check_tokenizer(self) -> None:
         largest, known = int(self.contexts.max()), len(self._tokenizer)
@@ -136,6 +156,7 @@ class ExampleRows:
             if len(members) < 2:
                 members = self._fresh(rows, *used)
             others = self.pool[~np.isin(self._places[self.pool], self._places[rows])]
+            others = np.setdiff1d(others, self._members.get(latent, []))
             yield Split(making=making, members=members, others=others[self._is_fresh(others, *used)])
 
     @cached_property
@@ -169,8 +190,13 @@ def _flat(examples: Examples, source: int) -> tuple[np.ndarray, ...]:
     """The examples that there are, in order of latents and ranks."""
     there = examples.token_ids >= 0
     latents = there.nonzero()[:, 0].numpy()
-    columns = (examples.values, examples.contexts, examples.document_ids, examples.positions)
-    return (latents, np.full(len(latents), source), *(column[there].numpy() for column in columns))
+    return latents, np.full(len(latents), source), examples.values[there].numpy(), *_places(examples, there)
+
+
+def _places(examples: Examples | Background, there: Any) -> tuple[np.ndarray, ...]:
+    """Contexts, windows and positions; the window is the document where older profiles kept no more."""
+    windows = examples.document_ids if examples.sequence_ids is None else examples.sequence_ids
+    return tuple(column[there].numpy() for column in (examples.contexts, windows, examples.positions))
 
 
 def bare(token: str) -> str:

@@ -84,7 +84,8 @@ def _choose(
 ) -> tuple[list[list[str]], csr_matrix]:
     """The terms of every label, at most ``n``, the best first, and their l_ct ``(k, terms)``."""
     p = csr_matrix(weights @ matrix)
-    having = csr_matrix(weights.sign() @ matrix)  # how many examples have a term
+    ones = csr_matrix((np.ones_like(weights.data), weights.indices, weights.indptr), shape=weights.shape)
+    having = csr_matrix(ones @ matrix)  # how many examples have a term
     background = (np.asarray(matrix[pool].sum(axis=0)).reshape(-1) + 0.5) / (len(pool) + 1)
     idf = np.log1p(p.sum(axis=1).mean() / np.maximum(np.asarray(p.sum(axis=0)).reshape(-1), 1e-12))
     chosen: list[list[str]] = []

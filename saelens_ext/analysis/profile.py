@@ -4,7 +4,7 @@ Symbols
     k  latents (``d_sae``)
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,11 +19,12 @@ from transformers import PreTrainedTokenizerBase
 from saelens_ext import _checks, _files
 from saelens_ext._modes import standard_modes
 from saelens_ext.activations.stream import ActivationStream
-from saelens_ext.analysis.examples import BlockCutter, Examples, RowBlock
-from saelens_ext.analysis.profiled_hook import profiled_hook
-from saelens_ext.analysis.tallies import CodeTally, RandomExamples, RegionTally
-from saelens_ext.host.bos import warn_of_other_bos
-from saelens_ext.host.flat_sae import refuse_sequence_codes
+from saelens_ext.analysis.background import Background, BackgroundTally
+from saelens_ext.analysis.examples import Examples
+from saelens_ext.analysis.logit_lens import LensResult
+from saelens_ext.analysis.profiler import Profiler
+from saelens_ext.analysis.show import LatentLabels, LatentView, ShownContext, shown_contexts
+from saelens_ext.analysis.tallies import RandomExamples
 from saelens_ext.host.hook_names import BLOCKS, spellings_of
 from saelens_ext.host.tokens import token_strings
 
@@ -32,10 +33,6 @@ if TYPE_CHECKING:
 
 FORMAT = _files.Format("profile", "saelens_ext.DictionaryProfile", version=1, stated=("d_sae",))
 TABLES = ("top", "boundary", "random")
-
-# Codes held at once: 16 MB in float32, whatever the number of latents.
-_CODES_PER_BLOCK = 2**22
-_MAX_BLOCK = 4096
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -70,6 +67,10 @@ class DictionaryProfile:
     """The members farthest from the exemplar, farthest first; None for a dictionary without regions."""
     random: Examples | None = None
     """Activations drawn at random from those that ``counts`` counts; None where none were asked for."""
+    background: Background | None = None
+    """Activations drawn at random from all, which labels are scored against; None where none were asked for, and in
+    profiles from before they were kept.
+    """
     coherence: Tensor | None = None
     """|sum of the members' directions| / members, in [0, 1]: float32 ``(k,)``, NaN without members."""
     mean_distance: Tensor | None = None
@@ -124,9 +125,12 @@ class DictionaryProfile:
         shapes["latent_names"] = (len(self.latent_names),)
         for table, examples in tables.items():
             n = examples.values.shape[-1] if examples.values.ndim else 0
-            expected |= {f"{table}.{field.name}": (self.d_sae, n) for field in fields(Examples)}
-            expected[f"{table}.contexts"] = (self.d_sae, n, 2 * self.context + 1)
-            shapes |= {f"{table}.{f.name}": tuple(getattr(examples, f.name).shape) for f in fields(Examples)}
+            wide = (2 * self.context + 1,)
+            for name in (field.name for field in fields(Examples)):
+                if (column := getattr(examples, name)) is not None:
+                    shapes[f"{table}.{name}"] = tuple(column.shape)
+                    is_wide = name in ("contexts", "token_values")
+                    expected[f"{table}.{name}"] = (self.d_sae, n) + (wide if is_wide else ())
         wrong = {name: shape for name, shape in shapes.items() if shape != expected[name]}
         if wrong:
             raise ValueError(
@@ -188,20 +192,59 @@ class DictionaryProfile:
         """
         import pandas
 
+        rows = []
+        for one in self._shown(latent, tokenizer, n, which):
+            parts = one.tokens[: one.mark], one.tokens[one.mark : one.mark + 1], one.tokens[one.mark + 1 :]
+            rows.append((one.value, one.document, *map("".join, parts)))
+        return pandas.DataFrame(rows, columns=["value", "document", "before", "token", "after"])
+
+    def show(
+        self,
+        latent: int,
+        tokenizer: PreTrainedTokenizerBase,
+        n: int = 5,
+        *,
+        which: Literal["top", "boundary", "random"] = "top",
+        labels: LatentLabels | None = None,
+        lens: LensResult | None = None,
+    ) -> LatentView:
+        """One latent for a notebook or a terminal: its label, figures, promoted tokens, and examples in which every
+        token is coloured by the latent's code there.
+
+        Args:
+            latent: index, in [0, d_sae).
+            tokenizer: the model's.
+            n: how many examples at most.
+            which: "top", "boundary" or "random", as for :meth:`contexts`.
+            labels: the :class:`Labels` of this dictionary.
+            lens: the logit lens of its directions.
+
+        Raises:
+            ValueError: no such latent or examples, or labels or a lens of another dictionary.
+        """
+        contexts = self._shown(latent, tokenizer, n, which)
+        sizes = {"labels": labels, "lens": None if lens is None else lens.promoted_ids}
+        for name, given in sizes.items():
+            if given is not None and len(given) != self.d_sae:
+                raise ValueError(f"{name} is of {len(given)} latents, the profile of {self.d_sae}.")
+        label = None if labels is None else labels[latent]
+        figures = self.to_dataframe().loc[latent].drop("name")
+        return LatentView(
+            name=self.latent_names[latent],
+            label="" if label is None else label.text,
+            score="" if label is None else label.score_text,
+            statistics={name.replace("_", " "): f"{value:.4g}" for name, value in figures.items()},
+            promoted=[] if lens is None else token_strings(tokenizer, lens.promoted_ids[latent]),
+            contexts=contexts,
+        )
+
+    def _shown(self, latent: int, tokenizer: PreTrainedTokenizerBase, n: int, which: str) -> list[ShownContext]:
         if not 0 <= latent < self.d_sae:
             raise ValueError(f"latent must be one of 0 to {self.d_sae - 1}, got {latent!r}.")
         examples = getattr(self, _checks.choice(which, TABLES, "which"))
         if examples is None:
             raise ValueError(f"This profile has no {which} examples; see n_{which} of profile_dictionary.")
-        found = []
-        for number in range(min(_checks.positive(n, "n"), examples.values.shape[1])):
-            if int(examples.token_ids[latent, number]) < 0:
-                break
-            row = examples.contexts[latent, number]
-            parts = [token_strings(tokenizer, part[part >= 0]) for part in row.split([self.context, 1, self.context])]
-            where = float(examples.values[latent, number]), int(examples.document_ids[latent, number])
-            found.append((*where, *("".join(part) for part in parts)))
-        return pandas.DataFrame(found, columns=["value", "document", "before", "token", "after"])
+        return shown_contexts(examples, latent, tokenizer, _checks.positive(n, "n"))
 
 
 def profile_dictionary(
@@ -212,6 +255,7 @@ def profile_dictionary(
     n_examples: int = 10,
     n_boundary: int = 5,
     n_random: int = 0,
+    n_background: int = 512,
     context: int = 16,
     seed: int = 0,
     progress: bool = False,
@@ -223,8 +267,9 @@ def profile_dictionary(
     The result does not depend on how the activations are batched; of equal examples the first in the stream are kept.
     (Another ``batch_size`` of the stream also changes the last bits of the activations themselves.)
 
-    Memory: the examples, a few numbers per latent, a block of codes of tens of megabytes, and for a dictionary with
-    regions one float64 copy of its exemplars.
+    Memory: the examples, a few numbers per latent, a few blocks of codes of tens of megabytes each, and for a
+    dictionary with regions one float64 copy of its exemplars. Examples hold the latent's code at every token of their
+    contexts, in float16: ``2 * n * (2 * context + 1)`` bytes a latent for n examples, 660 by default.
 
     Args:
         sae: the dictionary; left as it is.
@@ -233,6 +278,7 @@ def profile_dictionary(
         n_examples: examples kept per latent, at least 1.
         n_boundary: farthest members kept per region; 0 for none.
         n_random: random examples kept per latent, as automatic explanations want them beside the top ones; 0 for none.
+        n_background: activations drawn at random from all, for labels to be scored against; 0 for none.
         context: tokens kept on either side of an example.
         seed: of the random examples.
         progress: show a progress bar.
@@ -254,6 +300,7 @@ def profile_dictionary(
         "n_examples": n_examples,
         "n_boundary": n_boundary,
         "n_random": n_random,
+        "n_background": n_background,
         "context": context,
         "seed": seed,
         "progress": progress,
@@ -272,6 +319,7 @@ def profile_dictionaries(
     n_examples: int = 10,
     n_boundary: int = 5,
     n_random: int = 0,
+    n_background: int = 512,
     context: int = 16,
     seed: int = 0,
     progress: bool = False,
@@ -285,6 +333,7 @@ def profile_dictionaries(
         n_examples: as for :func:`profile_dictionary`, as all that follow.
         n_boundary: farthest members kept per region.
         n_random: random examples kept per latent.
+        n_background: activations drawn at random from all.
         context: tokens on either side of an example.
         seed: of the random examples.
         progress: show a progress bar.
@@ -296,62 +345,19 @@ def profile_dictionaries(
         ValueError: as :func:`profile_dictionary`, and without a dictionary.
     """
     _checks.positive(n_examples, "n_examples")
-    if n_boundary < 0 or n_random < 0 or context < 0:
-        raise ValueError(
-            f"n_boundary, n_random and context must be at least 0, got {n_boundary}, {n_random} and {context}."
-        )
+    counts = {"n_boundary": n_boundary, "n_random": n_random, "n_background": n_background, "context": context}
+    if wrong := {name: value for name, value in counts.items() if value < 0}:
+        raise ValueError(f"n_boundary, n_random, n_background and context must be at least 0, got {wrong}.")
     if not saes:
         raise ValueError("saes is empty; give at least one dictionary to profile.")
     sizes = {"n_examples": n_examples, "n_boundary": n_boundary, "context": context}
     draws = [RandomExamples(sae.cfg.d_sae, n_random, context, seed) if n_random else None for sae in saes]
-    profilers = [_Profiler(sae, stream, hook_name, random, **sizes) for sae, random in zip(saes, draws, strict=True)]
+    profilers = [Profiler(sae, stream, hook_name, random, **sizes) for sae, random in zip(saes, draws, strict=True)]
+    for profiler in profilers:
+        profiler.background = BackgroundTally(n_background, seed) if n_background else None
     with tqdm(total=stream.max_tokens, unit="token", desc="profile", disable=not progress) as bar:
         for batch in stream:
             for profiler in profilers:
                 profiler.take(profiler.blocks.cut(batch))
             bar.update(len(batch))
-    return [profiler.finish() for profiler in profilers]
-
-
-class _Profiler:
-    """The profile of one dictionary while it is gathered."""
-
-    def __init__(
-        self,
-        sae: SAE[Any],
-        stream: ActivationStream,
-        hook_name: str | None,
-        random: RandomExamples | None,
-        *,
-        n_examples: int,
-        n_boundary: int,
-        context: int,
-    ):
-        refuse_sequence_codes(sae)
-        starts = getattr(stream, "prepend_bos", None)  # a stream of one's own need not know
-        warn_of_other_bos(sae.cfg.metadata.get("prepend_bos"), starts, "the texts of this stream")
-        self.sae, self.context = sae, context
-        self.key, self.aliases = profiled_hook(sae, stream, hook_name)
-        has_regions = hasattr(sae, "assign")
-        self.codes = CodeTally(sae, n_examples, context, None if has_regions else random)
-        self.regions = RegionTally(sae, n_examples, n_boundary, context, random) if has_regions else None
-        self.blocks = BlockCutter(self.key, context, max(1, min(_MAX_BLOCK, _CODES_PER_BLOCK // sae.cfg.d_sae)))
-        self.n = 0
-
-    def take(self, blocks: Iterable[RowBlock]) -> None:
-        """Add blocks of activations."""
-        for block in blocks:
-            what = f"The activation at {self.key}"
-            x = _checks.finite(_checks.width(block.x, self.sae.cfg.d_in, what), what).to(self.sae.W_dec.device)
-            self.codes.take(x, block if self.regions is None else None)
-            if self.regions is not None:
-                self.regions.take(x, block)
-            self.n += len(block)
-
-    def finish(self) -> DictionaryProfile:
-        """The profile of everything taken."""
-        self.take(self.blocks.rest())
-        results = self.codes.results() | (self.regions.results() if self.regions is not None else {})
-        return DictionaryProfile(
-            hook_name=self.key, hook_aliases=self.aliases, n_activations=self.n, context=self.context, **results
-        )
+    return [DictionaryProfile(**profiler.finish()) for profiler in profilers]

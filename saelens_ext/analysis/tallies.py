@@ -17,7 +17,6 @@ from torch import Tensor
 
 from saelens_ext import _checks
 from saelens_ext.analysis.examples import Examples, ExampleTable, RowBlock
-from saelens_ext.host.flat_sae import encode_flat
 from saelens_ext.ops.spherical import unit_directions
 
 
@@ -45,7 +44,6 @@ class CodeTally:
     """Counts, strengths and, where a block is given with the activations, the largest codes of each latent."""
 
     def __init__(self, sae: SAE[Any], n_examples: int, context: int, random: RandomExamples | None):
-        self._sae = sae
         k = sae.cfg.d_sae
         self._counts = torch.zeros(k, dtype=torch.int64)
         self._sums = torch.zeros(k, dtype=torch.float64)
@@ -53,9 +51,8 @@ class CodeTally:
         self._table = ExampleTable(k, n_examples, context, sae.W_dec.device)
         self._random = random
 
-    def take(self, x: Tensor, block: RowBlock | None) -> None:
-        """Add a block of activations ``x``, ``(r, d)`` on the dictionary's device."""
-        codes = encode_flat(self._sae, x)
+    def take(self, codes: Tensor, block: RowBlock | None) -> None:
+        """Add the codes of a block, ``(r, k)`` on the dictionary's device."""
         sums = codes.float().sum(dim=0)
         if not bool(torch.isfinite(sums).all()):
             _checks.finite(codes, "The code that the dictionary gives")
@@ -102,8 +99,10 @@ class RegionTally:
         self._boundary = ExampleTable(k, n_boundary, context, cpu) if n_boundary else None
         self._random = random
 
-    def take(self, x: Tensor, block: RowBlock) -> None:
-        """Add a block whose activations ``x``, ``(r, d)``, are on the dictionary's device."""
+    def take(self, x: Tensor, block: RowBlock) -> Tensor:
+        """Add a block whose activations ``x``, ``(r, d)``, are on the dictionary's device; gives the region of each
+        row, -1 for none.
+        """
         self._n += len(x)
         regions, distances = (part.cpu() for part in self._sae.assign(x))
         members = regions >= 0
@@ -111,6 +110,7 @@ class RegionTally:
             units = unit_directions(x, self._center)[0].cpu()
             # An activation equal to the centre has no direction, so it is nearest to no exemplar.
             members &= units.any(dim=1)
+        of_rows = torch.where(members, regions, -1)
         rows = members.nonzero().squeeze(1)
         regions, distances = regions[rows], distances[rows].float()
         self._counts += regions.bincount(minlength=len(self._counts))
@@ -124,6 +124,7 @@ class RegionTally:
             self._boundary.offer(regions, distances, rows, block, distances)
         if self._random is not None:
             self._random.offer(regions, rows, block, distances)
+        return of_rows
 
     def results(self) -> dict[str, Any]:
         """The fields of the profile that this fills; for a dictionary with regions they go before those of the

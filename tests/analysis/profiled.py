@@ -1,6 +1,6 @@
 """Dictionaries of every kind and a stream of known activations to profile them on."""
 
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from types import SimpleNamespace
 
 import torch
@@ -129,7 +129,7 @@ def assert_same(left: DictionaryProfile, right: DictionaryProfile) -> None:
     for field in fields(DictionaryProfile):
         a, b = getattr(left, field.name), getattr(right, field.name)
         pairs = [(a, b)]
-        if field.name in ("top", "boundary") and a is not None:
+        if is_dataclass(a):
             pairs = [(getattr(a, part.name), getattr(b, part.name)) for part in fields(a)]
         for one, other in pairs:
             if isinstance(one, torch.Tensor):

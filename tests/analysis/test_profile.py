@@ -11,7 +11,7 @@ from sae_lens import (
 from sae_lens.saes.sae import SAEMetadata
 
 from saelens_ext.activations.stream import ActivationStream
-from saelens_ext.analysis import profile as profile_module
+from saelens_ext.analysis import profiler as profile_module
 from saelens_ext.analysis.profile import profile_dictionaries, profile_dictionary
 from tests.analysis.profiled import (
     DICTIONARIES,
