@@ -10,32 +10,41 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from saelens_ext import _checks
+from saelens_ext.activations.matrix_stream import MatrixStream
 from saelens_ext.activations.stream import ActivationBatch, ActivationStream
 
 
 @dataclass(kw_only=True)
 class ActivationSource:
-    """What a fit reads: a stream over one hook, or a matrix."""
+    """What a fit reads: one hook of a stream."""
 
-    stream: ActivationStream | None
-    matrix: Tensor | None
+    stream: ActivationStream
     hook_name: str
-    """As given to the stream; may be empty for a matrix."""
-    held_out: float
+    """As given to the stream; empty for a matrix of which it is not known."""
+    held_out: float = 0.0
     """Share of the documents that are kept out of the fit, evenly spread."""
 
     @classmethod
-    def of(cls, source: ActivationStream | Tensor, hook_name: str | None, held_out: float | int) -> "ActivationSource":
+    def of(
+        cls,
+        source: ActivationStream | Tensor,
+        hook_name: str | None,
+        held_out: float | int = 0.0,
+        *,
+        document_ids: Tensor | None = None,
+        batch_size: int | None = None,
+    ) -> "ActivationSource":
         """Check what the user gave.
 
         Args:
             source: a stream over one hook, or activations ``(n, d)``.
             hook_name: where a matrix was read.
             held_out: share of the documents to keep out, in [0, 0.5].
+            document_ids: the document of each row of a matrix; None: each is one of its own.
+            batch_size: rows of a matrix in a batch; None: all.
 
         Raises:
-            ValueError: several hooks; documents to be held out of a matrix, which has none; a share out of range.
+            ValueError: several hooks; documents to be held out of a matrix that has none; a share out of range.
         """
         if not 0 <= held_out <= 0.5:
             raise ValueError(
@@ -46,35 +55,24 @@ class ActivationSource:
                 f"Activations must be an ActivationStream or an (n, d) tensor, got a {type(source).__name__}."
             )
         if isinstance(source, Tensor):
-            if source.ndim != 2 or not len(source) or not source.is_floating_point():
-                raise ValueError(
-                    f"A matrix of activations must be floating point and (n, d) with n >= 1, got {source.dtype} of "
-                    f"{tuple(source.shape)}."
-                )
-            if held_out:
+            if held_out and document_ids is None:
                 raise ValueError(
                     "A matrix does not say which rows are of one document; held_out must be 0, or give a stream."
                 )
-            return cls(
-                stream=None,
-                matrix=_checks.finite(source.detach(), "activations"),
-                hook_name=hook_name or "",
-                held_out=0.0,
+            source = MatrixStream(source, hook_name or "", document_ids=document_ids, batch_size=batch_size)
+        elif hook_name is not None or document_ids is not None:
+            name, value = ("hook_name", repr(hook_name)) if hook_name is not None else ("document_ids", "some")
+            raise ValueError(
+                f"The stream reads {source.requested_hook_names[0]!r}; {name} is for a matrix, got {value}."
             )
         if len(source.hook_names) != 1:
             raise ValueError(f"The stream has {len(source.hook_names)} hooks; make one stream for each dictionary.")
-        if hook_name is not None:
-            raise ValueError(
-                f"The stream reads {source.requested_hook_names[0]!r}; hook_name is for a matrix, got {hook_name!r}."
-            )
-        return cls(stream=source, matrix=None, hook_name=source.requested_hook_names[0], held_out=float(held_out))
+        return cls(stream=source, hook_name=source.requested_hook_names[0], held_out=float(held_out))
 
     def metadata(self) -> dict[str, Any]:
         """Where the activations come from, in SAELens' names."""
-        if self.stream is None:
-            return {"hook_name": self.hook_name} if self.hook_name else {}
-        names = dict(zip(self.stream.requested_hook_names, self.stream.hook_names))
-        return self.stream.describe() | {"hook_name": names[self.hook_name]}
+        name = dict(zip(self.stream.requested_hook_names, self.stream.hook_names))[self.hook_name]
+        return self.stream.describe() | ({"hook_name": name} if name else {})
 
     def blocks(self, *, held_out: bool = False) -> Iterator[Float[Tensor, "m d"]]:
         """Activations to fit, or those kept out, in stream order; float32 unless they are float64.
@@ -82,10 +80,6 @@ class ActivationSource:
         Raises:
             ValueError: at the end of a pass that was to keep documents out and met none of them.
         """
-        if self.stream is None:
-            if self.matrix is not None and not held_out:
-                yield _wide(self.matrix)
-            return
         if held_out and not self.held_out:
             return
         n_documents = n_out = 0
@@ -118,7 +112,7 @@ class ActivationSource:
         for block in self.blocks():
             parts.append(block)
             size += block.numel() * block.element_size()
-            if size > limit and self.stream is not None:
+            if size > limit and not isinstance(self.stream, MatrixStream):
                 return None
         if not parts:
             raise ValueError("There are no activations to fit: all documents were held out, or the stream is empty.")
@@ -130,7 +124,7 @@ class ActivationSource:
     @property
     def reshaping(self) -> Literal["none", "hook_z"]:
         """What a dictionary must do with what the hook gives: this host class alone keeps the heads of hook_z apart."""
-        has_heads = self.stream is not None and isinstance(self.stream.model, HookedTransformer)
+        has_heads = isinstance(self.stream.model, HookedTransformer)
         return "hook_z" if has_heads and self.metadata()["hook_name"].endswith("hook_z") else "none"
 
 

@@ -1,4 +1,4 @@
-"""Build ExemplarPartitions from a stream of activations: calibrate, then grow, in one pass over the model.
+"""Build ExemplarPartitions from activations: calibrate, then grow, in one pass over the model.
 
 Every (hook, percentile) grows from the same forward passes; see :mod:`saelens_ext.dictionaries.grow_exemplars`.
 """
@@ -7,39 +7,53 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from saelens_ext import _checks
 from saelens_ext._modes import standard_modes
 from saelens_ext.activations.stream import ActivationStream
+from saelens_ext.dictionaries.activation_matrix import ActivationSource
 from saelens_ext.dictionaries.fit_result import ExemplarFitResult
 from saelens_ext.dictionaries.grow_exemplars import ExemplarBuild, ExemplarFitConfig, OnMetrics
 
 __all__ = ["ExemplarFitConfig", "ExemplarFitResult", "OnMetrics", "fit_exemplar_partition", "fit_exemplar_partitions"]
 
+_ROWS = 4096
+"""Rows of a matrix that are clustered at once."""
+
 
 @standard_modes()
 def fit_exemplar_partition(
-    stream: ActivationStream,
+    source: ActivationStream | Tensor,
     *,
     percentile: float | int = 10.0,
     threshold: float | int | None = None,
+    calibration: str | ExemplarFitResult = "across_documents",
+    document_ids: Tensor | None = None,
+    hook_name: str | None = None,
     on_metrics: OnMetrics | None = None,
     **options: Any,
 ) -> ExemplarFitResult:
-    """Build one ExemplarPartition from a stream over one hook.
+    """Build one ExemplarPartition from a stream over one hook, or from a matrix of activations.
 
     Args:
-        stream: activations of one hook; its ``max_tokens`` is the budget.
+        source: activations of one hook, whose ``max_tokens`` is the budget; or activations ``(n, d)``, in an order.
         percentile: percentile of the pairwise distances between activations of different documents, in (0, 100),
             within which an activation joins a region. Higher means fewer, wider regions.
-        threshold: a cosine distance in (0, 2] to use instead.
+        threshold: a cosine distance in (0, 2] to use instead; the centre is still calibrated.
+        calibration: how to calibrate, as in :class:`ExemplarFitConfig`; or another fit, whose centre and threshold are
+            used as they are, so that the two partitions can be compared.
+        document_ids: the document of each row of a matrix, integers ``(n,)``; None: each is one of its own.
+        hook_name: where a matrix was read; kept in the metadata.
         on_metrics: as for :func:`fit_exemplar_partitions`.
-        **options: fields of :class:`ExemplarFitConfig`.
+        **options: further fields of :class:`ExemplarFitConfig`.
 
     Returns:
         The dictionary with its statistics and the reason why it stopped growing.
 
     Raises:
-        ValueError: as for :func:`fit_exemplar_partitions`, and for a stream over several hooks.
+        ValueError: as for :func:`fit_exemplar_partitions`; a stream over several hooks; a matrix that is not floating
+            point; a threshold beside another fit, or a fit of activations of another width.
 
     Examples:
         >>> fit = sx.fit_exemplar_partition(stream, percentile=20)
@@ -47,17 +61,28 @@ def fit_exemplar_partition(
         True
         >>> fit.threshold.low <= fit.threshold.threshold <= fit.threshold.high
         True
+        >>> again = sx.fit_exemplar_partition(activations, calibration=fit)
+        >>> again.threshold == fit.threshold
+        True
     """
-    if len(stream.hook_names) != 1:
+    if isinstance(source, ActivationStream) and len(source.hook_names) != 1:
         raise ValueError(
-            f"The stream has {len(stream.hook_names)} hooks; fit_exemplar_partitions fits several dictionaries."
+            f"The stream has {len(source.hook_names)} hooks; fit_exemplar_partitions fits several dictionaries."
         )
+    given = ActivationSource.of(source, hook_name, document_ids=document_ids, batch_size=_ROWS)
     _checks.between(percentile, 0, 100, "percentile")
-    if threshold is None:
-        (result,) = _fit(stream, (percentile,), None, ExemplarFitConfig.of(options), on_metrics)
-    else:
+    if threshold is not None:
         _checks.between(threshold, 0, 2, "threshold", closed_high=True)
-        (result,) = _fit(stream, (), threshold, ExemplarFitConfig.of(options), on_metrics)
+    like = calibration if isinstance(calibration, ExemplarFitResult) else None
+    if like is not None:
+        if threshold is not None:
+            raise ValueError("calibration is a fit, whose threshold is used: leave out threshold, or calibrate anew.")
+        d_in = given.stream.d_in[given.hook_name]
+        if d_in != like.dictionary.cfg.d_in:
+            raise ValueError(f"calibration is a fit of {like.dictionary.cfg.d_in} numbers per activation, got {d_in}.")
+    config = ExemplarFitConfig.of(options if like is not None else options | {"calibration": calibration})
+    percentiles = () if threshold is not None else (percentile,)
+    (result,) = _fit(given.stream, percentiles, threshold, config, on_metrics, like)
     return result
 
 
@@ -107,9 +132,11 @@ def _fit(
     threshold: float | int | None,
     config: ExemplarFitConfig,
     on_metrics: OnMetrics | None,
+    like: ExemplarFitResult | None = None,
 ) -> list[ExemplarFitResult]:
     percentiles = [float(_checks.between(percentile, 0, 100, "percentile")) for percentile in percentiles]
-    build = ExemplarBuild(stream.requested_hook_names, percentiles, threshold, config, on_metrics)
+    names = stream.requested_hook_names
+    build = ExemplarBuild(names, percentiles, threshold, config, on_metrics, like=like, device=stream.device)
     for batch in stream:
         build.take(batch)
         if build.done:

@@ -10,10 +10,10 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from saelens_ext import _checks
 from saelens_ext.activations.stream import ActivationBatch, ActivationStream
+from saelens_ext.dictionaries.activation_matrix import ActivationSource
 from saelens_ext.dictionaries.calibrate import Calibration, CalibrationMode, calibrate, held_batches, held_tensors
 from saelens_ext.dictionaries.exemplar_partition import Basis, ExemplarPartition, Readout
 from saelens_ext.dictionaries.fit_result import ExemplarFitResult, Provenance
@@ -84,9 +84,23 @@ class _Growth:
     threshold: ThresholdEstimate
     calibration: Calibration
     clustering: LeaderClustering
+    calibration_given: bool = False
     stopped_because: str = ""
     quiet_batches: int = 0
     founders: list[Provenance] = field(default_factory=list)
+
+    @classmethod
+    def like(cls, fit: ExemplarFitResult, hook_name: str, device: torch.device) -> "_Growth":
+        """One with the centre and the threshold of a fit."""
+        center = fit.dictionary.center.detach().to(device)
+        n = int(fit.dictionary.cfg.metadata.get("calibration_activations") or 0)
+        return cls(
+            hook_name=hook_name,
+            threshold=fit.threshold,
+            calibration=Calibration(center=center, typical_norm=fit.typical_norm, thresholds=(), n_activations=n),
+            clustering=LeaderClustering(center, fit.threshold.threshold),
+            calibration_given=True,
+        )
 
     def take(self, batch: ActivationBatch, config: ExemplarFitConfig) -> None:
         """Cluster a batch; stop at the first check that the rule passes."""
@@ -174,18 +188,16 @@ class _Growth:
             "unseen_mass_upper": self.unseen_mass.upper,
             "typical_norm": self.calibration.typical_norm,
         }
+        source = ActivationSource(stream=stream, hook_name=self.hook_name)
         metadata = (
-            stream.describe()
+            source.metadata()
             | result
             | {
-                "hook_name": dict(zip(stream.requested_hook_names, stream.hook_names))[self.hook_name],
-                "calibration": config.calibration,
+                "calibration": "given" if self.calibration_given else config.calibration,
                 "calibration_activations": self.calibration.n_activations,
                 "threshold_interval": [self.threshold.low, self.threshold.high],
             }
         )
-        # Only this host class keeps the heads of hook_z apart; a bridge gives them joined.
-        has_heads = isinstance(stream.model, HookedTransformer) and metadata["hook_name"].endswith("hook_z")
         dictionary = ExemplarPartition.from_regions(
             self.clustering.exemplars,
             self.clustering.member_means,
@@ -196,7 +208,7 @@ class _Growth:
             readout=cast(Readout, config.readout),
             k=min(config.k, self.clustering.n_regions),
             metadata=metadata,
-            reshape_activations="hook_z" if has_heads else "none",
+            reshape_activations=source.reshaping,
         )
         return ExemplarFitResult(
             dictionary=dictionary,
@@ -234,6 +246,7 @@ class ExemplarBuild:
         config: the options shared by all.
         on_metrics: called after each batch for each growing dictionary with ((hook, percentile), activations seen,
             figures).
+        like: a fit whose centre and threshold to use instead, at one hook, of activations on ``device``.
     """
 
     def __init__(
@@ -243,12 +256,15 @@ class ExemplarBuild:
         threshold: float | int | None,
         config: ExemplarFitConfig,
         on_metrics: OnMetrics | None = None,
+        *,
+        like: ExemplarFitResult | None = None,
+        device: torch.device = torch.device("cpu"),
     ) -> None:
         self._hook_names, self._config, self._on_metrics = tuple(hook_names), config, on_metrics
         self._percentiles, self._threshold = tuple(percentiles), threshold
         self._held: list[ActivationBatch] = []
         self._n_held = 0
-        self._growths: list[_Growth] = []
+        self._growths = [] if like is None else [_Growth.like(like, name, device) for name in hook_names]
 
     @property
     def calibrated(self) -> bool:

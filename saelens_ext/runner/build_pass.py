@@ -138,9 +138,7 @@ class BuildPass:
                 self._builds.append((names, growing))
                 continue
             for name, (n_components, options) in zip(names, build.settings(config.seed)):
-                source = ActivationSource(
-                    stream=stream, matrix=None, hook_name=hook_name, held_out=float(options.held_out)
-                )
+                source = ActivationSource(stream=stream, hook_name=hook_name, held_out=float(options.held_out))
                 shared = gathered.setdefault(
                     (hook_name, float(options.held_out)), _Gathered(source, options.memory_limit)
                 )

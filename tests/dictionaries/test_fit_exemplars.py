@@ -10,6 +10,7 @@ from saelens_ext import (
     ActivationStream,
     ExemplarFitResult,
     ExemplarPartition,
+    LeaderClustering,
     fit_exemplar_partition,
     fit_exemplar_partitions,
     retarget,
@@ -101,6 +102,74 @@ def test_a_given_threshold(stream):
     exemplars = result.dictionary.exemplars.detach()
     distances = 1 - exemplars @ exemplars.T
     assert float(distances.fill_diagonal_(2).min()) > 0.5 - 1e-5
+
+
+@pytest.mark.parametrize("options", [{"percentile": 10}, {"threshold": 0.5}, {"percentile": 20, "stop": "unseen_mass"}])
+def test_a_matrix_gives_what_its_stream_gives(stream, options):
+    x, batches = all_activations(stream), list(stream)
+    documents = torch.cat([batch.document_ids for batch in batches])
+    streamed = fit_exemplar_partition(stream, **options)
+    held = fit_exemplar_partition(x, document_ids=documents, hook_name=HOOK, **options)
+    for name in ("exemplar_indices", "counts", "coherence"):
+        assert torch.equal(getattr(held, name), getattr(streamed, name)), name
+    assert torch.equal(held.dictionary.exemplars, streamed.dictionary.exemplars)
+    assert torch.equal(held.dictionary.center, streamed.dictionary.center)
+    assert held.threshold == streamed.threshold and held.stopped_because == streamed.stopped_because
+    assert torch.equal(held.provenance.document_ids, streamed.provenance.document_ids)
+    assert torch.equal(held.provenance.sequence_ids, held.exemplar_indices)
+    assert held.hook_name == held.dictionary.cfg.metadata.hook_name == HOOK
+
+
+def test_each_row_of_a_matrix_is_a_document_unless_said_otherwise(stream, tmp_path):
+    x = all_activations(stream)
+    fit = fit_exemplar_partition(x)
+    expected = fit_exemplar_partition(x, document_ids=torch.arange(len(x)))
+    assert torch.equal(fit.dictionary.W_dec, expected.dictionary.W_dec) and fit.threshold == expected.threshold
+    assert (fit.provenance.token_ids == -1).all() and fit.hook_name == ""
+    again = ExemplarFitResult.load(fit.save(tmp_path))
+    assert torch.equal(again.dictionary.W_dec, fit.dictionary.W_dec) and not again.dictionary.cfg.metadata.hook_name
+
+
+def test_another_fits_centre_and_threshold_are_used_as_they_are(tiny_bridge, tiny_texts, stream):
+    first = fit_exemplar_partition(stream, percentile=10)
+    halves = [ActivationStream(tiny_bridge, texts, HOOK, context_size=16) for texts in (tiny_texts[:6], tiny_texts[6:])]
+    for source in (*halves, all_activations(stream)[200:]):
+        fit = fit_exemplar_partition(source, calibration=first, basis="mean")
+        assert torch.equal(fit.dictionary.center, first.dictionary.center) and fit.threshold == first.threshold
+        assert fit.percentile == first.percentile and fit.typical_norm == first.typical_norm
+        assert fit.dictionary.cfg.metadata.calibration == "given" and fit.dictionary.cfg.basis == "mean"
+        x = source if isinstance(source, torch.Tensor) else all_activations(source)
+        clustering = LeaderClustering(first.dictionary.center, first.threshold.threshold)
+        clustering.partial_fit(x)
+        assert torch.equal(fit.exemplar_indices, clustering.exemplar_indices)
+    # A threshold alone is of no use here: the centre is another.
+    recalibrated = fit_exemplar_partition(halves[1], threshold=first.threshold.threshold)
+    assert not torch.equal(recalibrated.dictionary.center, first.dictionary.center)
+    assert torch.equal(fit_exemplar_partition(stream, calibration=first).dictionary.W_dec, first.dictionary.W_dec)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, fit: {"source": x[:, :5], "calibration": fit}, "of 32 numbers per activation, got 5"),
+        (lambda x, fit: {"source": x, "calibration": fit, "threshold": 0.5}, "leave out threshold"),
+        (lambda x, fit: {"source": x, "document_ids": torch.zeros(3, dtype=torch.int64)}, "700 integers"),
+        (lambda x, fit: {"source": x, "document_ids": -torch.ones(len(x), dtype=torch.int64)}, "at least 0"),
+        (lambda x, fit: {"source": x.long()}, "must be floating point"),
+        (lambda x, fit: {"source": x, "document_ids": torch.zeros(len(x), dtype=torch.int64)}, "document"),
+        (lambda x, fit: {"source": x / 0}, "non-finite"),
+    ],
+)
+def test_matrices_and_calibrations_that_do_not_fit(stream, change, message):
+    x = all_activations(stream)
+    with pytest.raises(ValueError, match=message):
+        fit_exemplar_partition(**change(x, fit_exemplar_partition(x)))
+
+
+def test_what_is_for_a_matrix_is_refused_beside_a_stream(stream):
+    for options in ({"document_ids": torch.arange(3)}, {"hook_name": HOOK}):
+        with pytest.raises(ValueError, match=f"{next(iter(options))} is for a matrix"):
+            fit_exemplar_partition(stream, **options)
 
 
 def test_stop_when_little_mass_is_unseen(tiny_bridge, tiny_texts):
