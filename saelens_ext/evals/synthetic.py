@@ -30,14 +30,13 @@ from tqdm.auto import tqdm
 from saelens_ext import _checks
 from saelens_ext._modes import standard_modes
 from saelens_ext.dictionaries.exemplar_partition import ExemplarPartition
+from saelens_ext.dictionaries.fit_exemplars import fit_exemplar_partition
 from saelens_ext.dictionaries.fit_sae import fit_sae
 from saelens_ext.dictionaries.fit_snmf import fit_snmf
 from saelens_ext.evals.baselines import gaussian_directions, random_activations
 from saelens_ext.evals.evidence import Evidence, Failure
 from saelens_ext.host.flat_sae import encode_flat
-from saelens_ext.ops.calibration import pairwise_distance_percentiles
-from saelens_ext.ops.leader_clustering import LeaderClustering
-from saelens_ext.ops.spherical import spherical_center, unit_directions
+from saelens_ext.ops.spherical import spherical_center
 from saelens_ext.report.evidence_section import EvidenceSection, Line, LineFigure
 
 Fit = Callable[[Tensor, int, int], SAE[Any]]
@@ -134,8 +133,8 @@ def evaluate_on_synthetic(
     *,
     others: Mapping[str, Fit] | None = None,
     n_seeds: int = 10,
-    n_activations: int = 10_000,
-    n_judged: int = 4_000,
+    n_activations: int = 5_000,
+    n_judged: int = 2_000,
     percentile: float | int = 10.0,
     min_positives: int = 20,
     n_bootstrap: int = 2000,
@@ -220,7 +219,7 @@ def evaluate_on_synthetic(
 
 def _fits(methods: Sequence[str], others: Mapping[str, Fit], percentile: float | int) -> dict[str, Fit]:
     own: dict[str, Fit] = {
-        EXEMPLARS: lambda x, k, seed: _fit_exemplars(x, percentile, seed),
+        EXEMPLARS: lambda x, k, seed: fit_exemplar_partition(x, percentile=percentile, seed=seed).dictionary,
         "SNMF": lambda x, k, seed: (
             fit_snmf(x, k, sparsity=1.0, init="svd" if k <= min(x.shape) else "kmeans", seed=seed).dictionary
         ),
@@ -238,18 +237,6 @@ def _fits(methods: Sequence[str], others: Mapping[str, Fit], percentile: float |
     if not found:
         raise ValueError(f"methods and others are empty; give at least one of {', '.join(METHODS)}, or a fit.")
     return found
-
-
-def _fit_exemplars(x: Tensor, percentile: float | int, seed: int) -> ExemplarPartition:
-    """An exemplar partition of activations that are each a document of their own."""
-    center = spherical_center(x)
-    units = unit_directions(x, center)[0]
-    (estimate,) = pairwise_distance_percentiles(units, torch.arange(len(x)), [percentile], n_bootstrap=2, seed=seed)
-    clustering = LeaderClustering(center, estimate.threshold)
-    clustering.partial_fit(x)
-    return ExemplarPartition.from_regions(
-        clustering.exemplars, clustering.member_means, center, estimate.threshold, percentile=percentile
-    )
 
 
 def _dictionaries(
