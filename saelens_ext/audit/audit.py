@@ -7,6 +7,7 @@ that folder: an audit that was interrupted goes on where it was.
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ from saelens_ext.continuations.clustering.joint_clusterer import JointClusterer,
 from saelens_ext.continuations.clustering.stability import NoEligiblePoint, choose_point
 from saelens_ext.continuations.continuation_set import ContinuationSet
 from saelens_ext.continuations.embed import embed_continuations, visible_rows
-from saelens_ext.continuations.prefix_audit import PrefixAudit
+from saelens_ext.continuations.prefix_audit import PrefixAudit, verdict_of
 from saelens_ext.continuations.sample import sample_continuations
 from saelens_ext.continuations.validation.controls import NothingToTest
+from saelens_ext.continuations.validation.findings import Verdict
 from saelens_ext.continuations.validation.options import ValidationOptions
 from saelens_ext.continuations.validation.results import Validation, combine_validations
 from saelens_ext.continuations.validation.validate import validate_clusters
@@ -38,9 +40,9 @@ from saelens_ext.report.audit.audit_report import write_audit_report
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Audit:
-    """What an audit found."""
+    """What an audit found; printed, its verdict."""
 
     prefixes: tuple[PrefixAudit, ...]
     """One per prefix, in the order given."""
@@ -56,6 +58,16 @@ class Audit:
         """All prefixes' tests together; None where no prefix has one."""
         found = [prefix.validation for prefix in self.prefixes if prefix.validation is not None]
         return None if not found else found[0] if len(found) == 1 else combine_validations(found)
+
+    @cached_property
+    def verdict(self) -> Verdict:
+        """Does steering move continuations, mode by mode, does that need the joint clustering, are the modes stable and
+        larger than the smallest size allowed: of all prefixes together, each with its figures.
+        """
+        return verdict_of(self.prefixes)
+
+    def __repr__(self) -> str:
+        return str(self.verdict)
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per continuation: prefix, text, probabilities, mode."""

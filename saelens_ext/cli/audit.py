@@ -134,12 +134,13 @@ def _data(found: Audit) -> dict[str, Any]:
             "n_continuations": len(one.continuations),
             **_figures(one),
             "modes": one.modes().drop(columns=["prompt", "prefix"]).to_dict(orient="records"),
+            "verdict": one.verdict.to_dict(),
             "not_validated": one.not_validated or None,
         }
         for one in found.prefixes
     ]
     claim = None if found.validation is None else found.validation.claim()
-    return {"prefixes": parts, "claim": claim, "about": dict(found.about)}
+    return {"verdict": found.verdict.to_dict(), "prefixes": parts, "claim": claim, "about": dict(found.about)}
 
 
 def _text(found: Audit, data: dict[str, Any]) -> str:
@@ -149,8 +150,8 @@ def _text(found: Audit, data: dict[str, Any]) -> str:
         counts = f"{shown(part['n_continuations'])} continuations, {shown(len(part['modes']))} modes"
         lines.append(f"{one.prompt!r}: {counts} (stability {shown(part['stability'])})")
         lines.append(table([_mode_row(mode) for mode in part["modes"]]))
-        lines.append(f"Not tested by steering: {one.not_validated}" if one.not_validated else "")
-    lines.append(data["claim"] or "")
+        lines.append(part["verdict"]["headline"] if len(found.prefixes) > 1 else "")
+    lines.append(str(found.verdict))
     lines.append("".join(f"\n{name}: {path}" for name, path in data.get("files", {}).items()).strip())
     return "\n".join(line for line in lines if line)
 
@@ -158,8 +159,8 @@ def _text(found: Audit, data: dict[str, Any]) -> str:
 def _mode_row(mode: dict[str, Any]) -> dict[str, Any]:
     return {
         "mode": mode["cluster"],
-        "share": f"{mode['weight']:.0%}",
-        "members": mode["n_members"],
+        "weight": f"{mode['weight']:.0%}",
+        "members": f"{mode['n_members']} (smallest size)" if mode["at_floor"] else mode["n_members"],
         "typical": repr(mode["text"]),
     }
 

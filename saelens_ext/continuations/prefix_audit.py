@@ -1,7 +1,8 @@
 """What an audit finds about the continuations of one prefix: modes, the sources that distinguish them, and steering."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,8 @@ import pandas as pd
 from saelens_ext import _checks, _files
 from saelens_ext.continuations.clustering.joint_clusterer import JointClusterer
 from saelens_ext.continuations.continuation_set import ContinuationSet
-from saelens_ext.continuations.validation.results import Validation
+from saelens_ext.continuations.validation.findings import Verdict, sizes_finding, stability_finding, untested
+from saelens_ext.continuations.validation.results import Validation, combine_validations
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -46,6 +48,42 @@ class PrefixAudit:
         """``(n,)`` mode of each continuation, by falling weight."""
         return self.clusterer.labels_
 
+    @property
+    def stability(self) -> tuple[float, float]:
+        """Mean adjusted Rand index with the modes of bootstrap resamples, and its standard error; NaN: not measured."""
+        if "stability" not in self.path:
+            return np.nan, np.nan
+        chosen = (self.path["beta"] == self.clusterer.beta) & (self.path["gamma"] == self.clusterer.gamma)
+        found = self.path.loc[chosen, ["stability", "stability_se"]].to_numpy(dtype=np.float64)
+        return (float(found[0, 0]), float(found[0, 1])) if len(found) else (np.nan, np.nan)
+
+    @property
+    def at_floor(self) -> np.ndarray:
+        """``(K,)`` bool: modes with no more members than the clustering requires, where there are several modes."""
+        sizes = np.bincount(self.labels, minlength=self.clusterer.n_clusters_)
+        return (sizes <= self.clusterer.min_cluster_size) & (len(sizes) > 1)
+
+    @cached_property
+    def verdict(self) -> Verdict:
+        """What was found: moves by steering or not, mode by mode or not, needs the joint clustering or not, stable or
+        not, and modes at the size floor.
+        """
+        return verdict_of([self])
+
+    def effect_by_kind(self) -> pd.Series:
+        """Fraction of the absolute effect that each kind of source carries, averaged over continuations, largest first.
+
+        Over all sources of the attribution, those that are no columns of the signatures included, where that is
+        recorded; kinds that were not attributed are missing.
+        """
+        recorded = self.continuations.metadata.get("attribution", {}).get("share_by_kind")
+        if recorded is None:
+            sources, signatures = self.continuations.sources, self.continuations.both_views()[1]
+            kinds = ["source"] * signatures.shape[1] if sources is None else list(sources.kinds)
+            totals = pd.Series(np.abs(signatures).sum(axis=0)).groupby(kinds).sum()
+            recorded = totals / (totals.sum() or 1.0)
+        return pd.Series(recorded, dtype=float).sort_values(ascending=False)
+
     def to_dataframe(self) -> pd.DataFrame:
         """One row per continuation, with its mode and whether it is that mode's medoid."""
         table = self.continuations.to_dataframe()
@@ -56,7 +94,7 @@ class PrefixAudit:
         return table
 
     def modes(self) -> pd.DataFrame:
-        """One row per mode: its members, its weight (their fraction of all) and the text of its medoid."""
+        """One row per mode: its members, their weight, whether it is as small as a mode may be, and its medoid."""
         medoids = self.clusterer.medoid_indices_
         return pd.DataFrame(
             {
@@ -65,6 +103,7 @@ class PrefixAudit:
                 "cluster": np.arange(self.clusterer.n_clusters_),
                 "n_members": np.bincount(self.labels, minlength=self.clusterer.n_clusters_),
                 "weight": self.clusterer.cluster_weights_,
+                "at_floor": self.at_floor,
                 "medoid": medoids,
                 "text": [self.continuations.texts[i] for i in medoids],
             }
@@ -154,6 +193,28 @@ class PrefixAudit:
             validation=validation,
             not_validated=state["not_validated"],
         )
+
+
+def verdict_of(prefixes: Sequence[PrefixAudit]) -> Verdict:
+    """What the audits of one prefix or several found together; with several, tests are over prefixes."""
+    tested = [prefix.validation for prefix in prefixes if prefix.validation is not None]
+    if not tested:
+        steering = untested(" ".join(dict.fromkeys(prefix.not_validated for prefix in prefixes)))
+    else:
+        try:
+            steering = combine_validations(tested).findings()
+        except ValueError as error:
+            steering = untested(f"The tests of the prefixes cannot be put together: {error}")
+    return Verdict(
+        (
+            *steering,
+            stability_finding([prefix.stability for prefix in prefixes]),
+            sizes_finding(
+                np.concatenate([prefix.at_floor for prefix in prefixes]),
+                [prefix.clusterer.min_cluster_size for prefix in prefixes],
+            ),
+        )
+    )
 
 
 def _weighted_mean(values: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

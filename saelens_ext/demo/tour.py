@@ -301,8 +301,7 @@ def audit_prompt(
     )
     for mode in audit.modes().itertuples():
         say(f"  {mode.weight:.0%}: {mode.text}")
-    (found,) = audit.prefixes
-    say(f"  {found.not_validated if found.validation is None else found.validation.claim().splitlines()[-1]}")
+    say(f"  {audit.verdict.headline}")
     return audit.save_html(
         output / "audit.html",
         profiles={d.cfg.metadata.hook_name: p for d, p in zip(dictionaries, profiles, strict=True)},

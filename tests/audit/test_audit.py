@@ -59,6 +59,11 @@ def test_what_it_finds(kept):
     assert list(modes["text"]) == [prefix.continuations.texts[i] for i in modes["medoid"]]
     assert len(prefix.path) == 4 and prefix.path["stability"].notna().any()
     assert prefix.validation is not None or prefix.not_validated
+    assert audit.verdict == prefix.verdict and repr(audit).startswith(audit.verdict.headline)
+    assert (audit.verdict["moves"].answer == "untested") or prefix.validation is not None
+    assert (
+        audit.modes()["at_floor"].tolist() == (audit.modes()["n_members"] <= prefix.clusterer.min_cluster_size).tolist()
+    )
 
 
 def test_prefix_and_prompt_mean_one_thing_each_everywhere(setting):

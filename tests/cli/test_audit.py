@@ -37,6 +37,8 @@ def test_an_audit(asked, command, tmp_path):
         and sum(mode["n_members"] for mode in one["modes"]) == 16
     )
     assert found.data["claim"] or one["not_validated"]
+    verdict = found.data["verdict"]
+    assert verdict == one["verdict"] and [f["key"] for f in verdict["findings"]][:3] == ["moves", "by_mode", "joint"]
     rows = pd.read_csv(tmp_path / "continuations.csv")
     assert (
         len(rows) == 16 and rows["cluster"].nunique() == len(pd.read_csv(tmp_path / "modes.csv")) == one["n_clusters"]
@@ -45,6 +47,7 @@ def test_an_audit(asked, command, tmp_path):
     assert page.startswith("<!") and PREFIX in page
     assert set(found.data["files"]) == {"continuations", "modes", "report"}
     again = command(*asked, f"--prefix={PREFIX}", f"--output_path={tmp_path}")  # from what is there
+    assert verdict["headline"] in " ".join(again.out.split())
     assert again.status == 0 and repr(PREFIX) in again.out and f"report: {tmp_path / 'report.html'}" in again.out
     other = command(*asked, f"--prefix={PREFIX}", f"--output_path={tmp_path}", "--top_p=0.8")
     assert other.status == 1 and "top_p: 0.9 there, 0.8 now" in other.error

@@ -48,11 +48,19 @@ def tokenizer():
 
 
 def make_set(
-    n: int = 90, k: int = 3, *, prompt: str = PROMPT, template: tuple[str, str] = ("", ""), seed: int = 0
+    n: int = 90,
+    k: int = 3,
+    *,
+    prompt: str = PROMPT,
+    template: tuple[str, str] = ("", ""),
+    seed: int = 0,
+    mode: np.ndarray | None = None,
 ) -> ContinuationSet:
-    """``n`` continuations in ``k`` modes that both views show; continuation i is in planted mode ``i % k``."""
+    """``n`` continuations in ``k`` modes that both views show; continuation i is in planted mode ``i % k``, or as
+    ``mode`` says.
+    """
     rng = np.random.default_rng(seed)
-    mode = np.arange(n) % k
+    mode = np.arange(n) % k if mode is None else mode
     texts = [f"{PHRASES[m % len(PHRASES)]}, case {i}" for i, m in enumerate(mode)]
     for i, text in enumerate(synthetic.HOSTILE[: n // 3]):
         texts[3 * i] = f"{PHRASES[mode[3 * i] % len(PHRASES)]} {text}"
@@ -127,8 +135,30 @@ def make_audit(
     )
 
 
-def make_validation(prefix: str, labels: np.ndarray, slopes: dict[str, float], *, seed: int = 0) -> Validation:
-    """Up to 30 random rows are held out; effects grow linearly with the strength, with a little noise."""
+def make_weak_audit() -> PrefixAudit:
+    """Seven modes, six of them as small as allowed and found in few resamples: every direction moves the continuations,
+    of one mode alone most along its own, and directions from shuffled members do as well.
+    """
+    mode = np.repeat(np.arange(7), [60, *[6] * 6])
+    held = make_set(96, 7, mode=mode)
+    e, a = held.both_views()
+    clusterer = JointClusterer(3.0, 0.3, init=mode, min_cluster_size=6, random_state=0).fit(e, a)
+    assert sorted(np.bincount(clusterer.labels_)) == [*[6] * 6, 60]
+    path = clusterer.rate_distortion_path(e, a, (3.0,), (0.3,)).to_dataframe()
+    others = dict.fromkeys(("semantic", "attribution", "global", "single_member"), 0.05)
+    slopes = {"joint": 0.098, "random_partition": 0.101, "wrong_cluster": 0.02, **others}
+    validation = make_validation(held.prefix, clusterer.labels_, slopes, n_own=1)
+    table = path.assign(stability=0.28, stability_se=0.03)
+    return PrefixAudit(continuations=held, clusterer=clusterer, path=table, validation=validation)
+
+
+def make_validation(
+    prefix: str, labels: np.ndarray, slopes: dict[str, float], *, seed: int = 0, n_own: int | None = None
+) -> Validation:
+    """Up to 30 random rows are held out; effects grow linearly with the strength, with a little noise.
+
+    All modes are moved most by their own direction, or the first ``n_own`` alone.
+    """
     rng = np.random.default_rng(seed)
     rows = np.sort(rng.permutation(len(labels))[:30])
     found = []
@@ -144,8 +174,9 @@ def make_validation(prefix: str, labels: np.ndarray, slopes: dict[str, float], *
         found, columns=["prefix", "method", "row", "cluster", "joint_cluster", "strength", "measure", "change"]
     )
     modes = sorted(set(labels.tolist()))
+    n_own = len(modes) if n_own is None else n_own
     cells = [
-        (prefix, measure, i, j, (0.31 if i == j else -0.12 if j == i + 1 else 0.004) * (1 + i), 10)
+        (prefix, measure, i, j, (0.31 if i == j < n_own else -0.12 if j in (i, i + 1) else 0.004) * (1 + i), 10)
         for measure in MEASURES
         for i in modes
         for j in modes

@@ -14,20 +14,14 @@ import pytest
 from scipy.spatial.distance import cdist
 from sklearn.decomposition import PCA
 
-from saelens_ext.continuations.validation.results import outcome
+from saelens_ext.continuations.prefix_audit import verdict_of
+from saelens_ext.continuations.validation.figures import fixed, interval_decimals, p_value
+from saelens_ext.continuations.validation.findings import outcome
 from saelens_ext.report.audit.audit_report import write_audit_report
 from saelens_ext.report.audit.maps import MAX_POINTS, flat_map, maps_data, shown_rows
 from saelens_ext.report.audit.modes import ExampleFinder, mark_of
-from saelens_ext.report.audit.tests_section import (
-    LEVEL,
-    comparisons,
-    dose_data,
-    joint_verdict,
-    specificity_cells,
-    verdict,
-    verdict_of,
-)
-from saelens_ext.report.audit.wording import fixed, interval_decimals, p_value, plain, quoted
+from saelens_ext.report.audit.tests_section import comparisons, dose_data, specificity_cells
+from saelens_ext.report.audit.wording import plain, quoted
 from saelens_ext.report.page import _hash
 from tests.report import synthetic_audit as made
 
@@ -169,36 +163,49 @@ def test_signatures_of_the_users_own_need_no_description(audit, tmp_path):
 # --- verdicts ---
 
 
-@pytest.mark.parametrize(
-    ("slopes", "state", "says"),
-    [
-        (
-            made.SLOPES,
-            "supported",
-            "Supported: steered along their own mode’s direction, 30 held-out continuations rose by 0.3",
-        ),
-        ({}, "not_supported", "is indistinguishable from none"),
-        ({"joint": -0.3}, "against", "wrong way"),
-        (
-            {"joint": 0.3, "random_features": 0.3},
-            "partly",
-            "But this is indistinguishable from what random features did",
-        ),
-        ({"joint": 0.3, "wrong_cluster": 0.6}, "partly", "But it was less than along another mode"),
-    ],
-)
-def test_the_verdict_is_that_of_the_table_either_way(audit, slopes, state, says):
-    validation = made.make_validation(made.PROMPT, audit.labels, slopes)
-    found = verdict(validation)
-    assert found.state == state and says in found.sentence
-    assert found.claim == validation.claim().splitlines()
-    assert ("is not supported" in found.claim[-1]) == ("not shown" in found.objective)
+def test_the_page_says_no_more_than_the_weakest_finding(page, audit, tmp_path):
+    assert audit.verdict.answer == "yes" and '<p class="verdict verdict-yes">' in page
+    weak = made.make_weak_audit()
+    shown = write(tmp_path, [weak])
+    assert '<p class="verdict verdict-no">' in shown and "verdict-yes" not in shown.partition("</style>")[2]
+    text = Page(shown).text
+    assert "but not mode by mode: 1 of 7 modes is moved most by its own direction" in text
+    assert "6 of 7 are as small as a mode may be" in text and shown.count('"floor">smallest size allowed') == 6
+    for finding in weak.verdict.findings:
+        assert finding.evidence in text and f'answer-{finding.answer}">{finding.said}' in shown
+
+
+def test_no_figure_but_a_probability_is_called_one(audit, tmp_path):
+    counted = audit.continuations.with_weights("frequency")
+    for weights, held in (("uniform", audit.continuations), ("frequency", counted)):
+        text = Page(write(tmp_path, [replace(audit, continuations=held)], config={"weights": weights})).text
+        assert "Fraction of all drawn" in text and "Probability" not in text
+    assert "each mode counting once" in text and "held-out continuations, each counting once" in text
+
+
+def test_how_much_latents_carry_beside_other_sources(audit, tmp_path):
+    held, kinds = audit.continuations, np.array(audit.continuations.sources.kinds)
+    sizes = held.signatures.double().abs().sum(dim=0).numpy()
+    found = audit.effect_by_kind()
+    assert found.sum() == pytest.approx(1) and found["latent"] == pytest.approx(
+        sizes[kinds == "latent"].sum() / sizes.sum()
+    )
+    recorded = {**held.metadata["attribution"], "share_by_kind": {"latent": 0.125, "embedding": 0.875}}
+    other = replace(audit, continuations=replace(held, metadata={**held.metadata, "attribution": recorded}))
+    text = Page(write(tmp_path, [other])).text
+    assert "Effect of latents 12.5%" in text and "87.5% token embeddings" in text
+
+
+def test_what_a_latent_responds_to_stands_before_its_number(page):
+    text = Page(page).text
+    card = text[text.index("Latents that set it apart") :]
+    assert card.index("responds to") < card.index("latent ")
 
 
 def test_only_corrected_p_values_count():
     row = {"n_units": 9, "p": 0.01, "p_holm": 0.08, "difference": 1.0}
     outcomes = [
-        outcome(SimpleNamespace(**row | change), LEVEL)
+        outcome(SimpleNamespace(**row | change))
         for change in (
             {},
             {"p_holm": 0.04},
@@ -212,19 +219,10 @@ def test_only_corrected_p_values_count():
 
 def test_a_verdict_without_tests_gives_the_reason(tmp_path):
     audit = made.make_audit(validated=False)
-    assert verdict_of(audit).state == "untested"
+    assert audit.verdict.answer == "untested"
     page = write(tmp_path, [audit])
-    assert "Steering was not tested. Steering was not asked for, &lt;b&gt;by the way&lt;/b&gt;." in page
+    assert "Steering was not tested" in page and "Steering was not asked for, &lt;b&gt;by the way&lt;/b&gt;." in page
     assert 'id="p0-dose"' not in page and 'id="p0-specificity"' not in page and 'id="p0-curve"' in page
-
-
-def test_methods_that_were_not_compared_are_named(audit):
-    validation = made.make_validation(made.PROMPT, audit.labels, made.SLOPES)
-    members = validation.members
-    one = replace(validation, members=members[~members["method"].isin(["wrong_cluster", "global"])])
-    found = verdict(one)
-    assert found.state == "partly" and "was not compared with another mode" in found.sentence
-    assert "were not compared with one direction for all" in found.objective
 
 
 # --- figures ---
@@ -299,12 +297,12 @@ def test_several_prefixes_are_judged_together(audit, tmp_path):
     page = write(tmp_path, [audit, *others])
     text = Page(page).text
     assert re.findall(r'<option value="(p\d)">', page) == ["p0", "p1", "p2"]
-    assert "the continuations of 2 prefixes" in text and text.count("Not tested") == 1
-    assert joint_verdict([audit]) is None
+    assert "With the continuations of 2 prefixes" in text and "too few to detect a change" in text
     other = replace(
         others[0], validation=replace(others[0].validation, settings={**others[0].validation.settings, "top": 3})
     )
-    assert "cannot be judged together" in joint_verdict([audit, other]).sentence
+    together = verdict_of([audit, other])
+    assert "cannot be put together" in together["moves"].evidence and together.answer == "untested"
     ids = [value for name, value in Page(page).attributes if name == "id"]
     assert len(ids) == len(set(ids))
     assert {json.loads(block)["key"] for _, block in INSIDE.findall(page)} == {"p0", "p1", "p2"}

@@ -81,6 +81,7 @@ def test_growth_plot_reads_out_the_fits(visit, inputs):
     page = visit()
     ends = {text.split(" · ")[0]: text.split(" · ")[1] for text in page.texts("#growth-chart .end")}
     assert ends == {f"{fit.percentile:g}%": f"{fit.n_regions:,}" for fit in inputs.fits}
+    assert "0" in page.texts("#growth-chart .tick") and "-0" not in page.texts("#growth-chart .tick")
     for button in ("#growth-linear", "#growth-log"):
         page.page.click(button)
         assert page.page.get_attribute(button, "aria-pressed") == "true"

@@ -96,7 +96,8 @@ def attribute_continuations(
         The set with ``signatures`` (float32, in units of logits), ``sources`` in the order of hooks and positions, and
         the columns ``target``, ``prefix_effect`` and ``continuation_effect``: the target, and the sums over ALL sources
         of the cut at the prefix and at the continuation's own tokens. For the linear backend target minus both is
-        what the model's biases give; ``metadata["attribution"]`` says what fraction of the effect is in the columns.
+        what the model's biases give; ``metadata["attribution"]`` says what fraction of the
+        absolute effect is in the columns, and what fraction each kind of source has, other columns included.
 
     Raises:
         ValueError: an unknown option; a dictionary at a hook that the model lacks or of another width; two
@@ -122,13 +123,14 @@ def attribute_continuations(
             run.check(range(min(2, len(continuations))))
         sources = run.sources(kinds, special_positions, max_bytes)
         effects, columns = run.effects(sources, batch_size, progress)
-    kept = _largest(effects, max_sources)
-    table = SourceTable.joined([part.table(run.tokens) for part in sources]).select(kept.tolist())
-    total = float(effects.abs().sum())
-    fraction = float(effects[:, kept].abs().sum()) / total if total else 1.0
-    logger.info("Kept %d of %d sources: %.1f %% of the absolute effect", len(kept), effects.shape[1], 100 * fraction)
-    described = {"backend": backend, "target": target, "n_sources": effects.shape[1], "share_of_effect": fraction}
-    attributed = continuations.with_signatures(effects[:, kept], table).with_columns(columns)
+    strength = effects.abs().sum(dim=0)
+    chosen = largest_entries(strength, min(max_sources, len(strength))).sort().values
+    table = SourceTable.joined([part.table(run.tokens) for part in sources]).select(chosen.tolist())
+    fraction = float(strength[chosen].sum()) / (float(strength.sum()) or 1.0)
+    logger.info("%d of %d sources: %.1f %% of the absolute effect", len(chosen), len(strength), 100 * fraction)
+    described = {"backend": backend, "target": target, "n_sources": len(strength), "share_of_effect": fraction}
+    described |= {"share_by_kind": _fractions_by_kind(sources, strength)}
+    attributed = continuations.with_signatures(effects[:, chosen], table).with_columns(columns)
     return _with_metadata(attributed, described | {"cut": [site.hook for site in run.sites if site.in_cut]})
 
 
@@ -281,10 +283,13 @@ def _naming_what_remains(
         raise ValueError(f"backend={backend!r} does not work here. {refusal} {remain}") from refusal
 
 
-def _largest(effects: Tensor, max_sources: int) -> Tensor:
-    """The columns with the largest mean absolute effect over the set, in their own order."""
-    strength = effects.abs().mean(dim=0)
-    return largest_entries(strength, min(max_sources, len(strength))).sort().values
+def _fractions_by_kind(sources: Sequence[SiteSources], strength: Tensor) -> dict[str, float]:
+    """Each kind's fraction of the absolute effect; dictionaries that describe the same thing again do not count."""
+    totals: dict[str, float] = {}
+    for part, values in zip(sources, strength.split([len(part.kinds) for part in sources]), strict=True):
+        for kind, value in zip(part.kinds, values.tolist()) if part.site.in_cut else ():
+            totals[kind] = totals.get(kind, 0.0) + value
+    return {kind: total / (sum(totals.values()) or 1.0) for kind, total in sorted(totals.items())}
 
 
 def _check_fits(model: HostModel, continuations: ContinuationSet) -> None:

@@ -23,7 +23,7 @@ _PARTITIONS = {
     "semantic": Method("modes by meaning alone", "directions of as many k-means clusters of the embeddings alone"),
     "attribution": Method("modes by mechanism alone", "directions of as many k-means clusters of the signatures alone"),
     "random_partition": Method(
-        "members exchanged", "directions of groups of the modes’ sizes with members drawn at random"
+        "shuffled members", "directions of groups of the modes’ sizes with members drawn at random"
     ),
     "global": Method("one direction for all", "the direction of all continuations taken as one cluster"),
 }

@@ -12,6 +12,13 @@ from typing import Any
 import pandas as pd
 
 from saelens_ext import _checks, _files
+from saelens_ext.continuations.validation.findings import (
+    Finding,
+    joint_words,
+    outcome,
+    smallest_p,
+    steering_findings,
+)
 from saelens_ext.continuations.validation.methods import NOTHING, method_name
 from saelens_ext.continuations.validation.statistics import (
     cluster_statistics,
@@ -22,9 +29,6 @@ from saelens_ext.continuations.validation.statistics import (
 )
 
 FORMAT_VERSION = 1
-
-OBJECTIVE_CONTROLS = ("semantic", "attribution", "random_partition", "global", "single_member")
-"""What the joint objective must do better than, if it is what makes directions work."""
 
 _TABLES = ("members", "cells", "directions", "generations")
 
@@ -122,6 +126,11 @@ class Validation:
         """
         return self._summary.copy()
 
+    def findings(self) -> tuple[Finding, ...]:
+        """Whether steering moves continuations, whether mode by mode, and whether that needs the joint clustering."""
+        strength = float(self.settings["specificity_strength"])
+        return steering_findings(self._summary, self.specificity_summary(), strength)
+
     def claim(self, measure: str = "demeaned_logit", statistic: str = "slope", *, level: float = 0.05) -> str:
         """What the table says about the joint objective, in words.
 
@@ -143,8 +152,13 @@ class Validation:
             self._setting_line(measure, statistic, table["unit"].iloc[0]),
             *(_line(row, verdicts[row.control]) for row in table.itertuples()),
         ]
-        needed = {control: verdicts.get(control, "untested") for control in (NOTHING, *OBJECTIVE_CONTROLS)}
-        return "\n".join([*lines, *_power_line(table, level), _conclusion(needed)])
+        least = smallest_p(table.itertuples())
+        if least >= level:
+            units = f"{table['n_units'].max()} {table['unit'].iloc[0]} units"
+            lines.append(
+                f"With {units} no corrected p-value can fall below {least:.2g}: too few to detect a difference."
+            )
+        return "\n".join([*lines, f"The joint clustering {joint_words(verdicts)[1]}."])
 
     def _setting_line(self, measure: str, statistic: str, unit: str) -> str:
         members = self.members[["prefix", "row"]].drop_duplicates()
@@ -219,15 +233,6 @@ def combine_validations(validations: Sequence[Validation]) -> Validation:
 # --- words ---
 
 
-def outcome(row: Any, level: float) -> str:
-    """Of one row of :meth:`Validation.summary`: "above" or "below" the control, "same", or "untested"."""
-    if not row.n_units:
-        return "untested"
-    if not row.p_holm < level:
-        return "same"
-    return "above" if row.difference > 0 else "below"
-
-
 def _line(row: Any, verdict: str) -> str:
     if verdict == "untested":
         return f"- {method_name(row.control)}: not tested, since no {row.unit} has a value for both."
@@ -236,27 +241,6 @@ def _line(row: Any, verdict: str) -> str:
     words = {"above": "joint exceeds", "below": "joint falls short of", "same": "joint is not distinguishable from"}
     values = f"{row.reference:.3g} against {row.control_value:.3g}"
     return f"- {words[verdict]} {method_name(row.control)}: {values} ({figures})."
-
-
-def _power_line(table: pd.DataFrame, level: float) -> list[str]:
-    """A warning where no difference, however large, could be detected."""
-    n, family = int(table["n_units"].max()), int((table["n_units"] > 0).sum())
-    smallest = min(1.0, 2.0 ** (1 - n) * family)
-    if smallest < level:
-        return []
-    return [
-        f"With {n} {table['unit'].iloc[0]} units no corrected p-value can fall below {smallest:.2g}: too few to "
-        "detect any difference."
-    ]
-
-
-def _conclusion(verdicts: Mapping[str, str]) -> str:
-    named = {kind: [method_name(c) for c, v in verdicts.items() if v == kind] for kind in ("same", "below", "untested")}
-    if not any(named.values()):
-        return "That the joint objective is what makes the direction work is supported: it exceeds every control of it."
-    words = {"same": "not distinguishable from", "below": "below", "untested": "not tested against"}
-    reasons = "; ".join(f"{words[kind]} {', '.join(names)}" for kind, names in named.items() if names)
-    return f"That the joint objective is what makes the direction work is not supported: joint is {reasons}."
 
 
 def _from_lists(columns: Mapping[str, list[Any]]) -> pd.DataFrame:

@@ -9,13 +9,15 @@ from transformers import PreTrainedTokenizerBase
 
 from saelens_ext import _files
 from saelens_ext.analysis.profile import DictionaryProfile
-from saelens_ext.continuations.prefix_audit import PrefixAudit
+from saelens_ext.continuations.prefix_audit import PrefixAudit, verdict_of
+from saelens_ext.continuations.validation.figures import fixed
+from saelens_ext.continuations.validation.findings import MEASURE, STATISTIC
 from saelens_ext.report.audit import tests_section
 from saelens_ext.report.audit.maps import maps_data
 from saelens_ext.report.audit.modes import ExampleFinder, modes_of, prefix_tokens, weighs_draws
 from saelens_ext.report.audit.path import one_cluster, path_data, path_rows
 from saelens_ext.report.audit.settings import dictionary_hooks, facts, settings_rows
-from saelens_ext.report.audit.wording import fixed, quoted
+from saelens_ext.report.audit.wording import quoted
 from saelens_ext.report.format import count, percentage, visible
 from saelens_ext.report.page import embed_json, render_page
 
@@ -33,7 +35,8 @@ SCRIPTS = (
 
 
 # What the sum of a mode's weights is, by how the continuations were weighed.
-_MASSES = {"uniform": "Fraction of distinct continuations", "path": "Relative probability"}
+_MASSES = {"uniform": "Fraction of distinct continuations", "path": "Fraction of their summed probability"}
+_DRAWN = "Fraction of all drawn"
 
 
 def write_audit_report(
@@ -81,7 +84,7 @@ def write_audit_report(
         scripts=SCRIPTS,
         title=visible(title),
         prefixes=shown,
-        together=tests_section.joint_verdict(prefixes),
+        together=tests_section.shown_verdict(verdict_of(prefixes)),
         settings=settings_rows(about, config),
         version=version("saelens-ext"),
     )
@@ -121,7 +124,7 @@ def _prefix(
         "key": f"p{number}",
         "label": _shortened(quoted(audit.continuations.prompt)),
         **_prompt(audit),
-        "verdict": tests_section.verdict_of(audit),
+        "verdict": tests_section.shown_verdict(audit.verdict),
         "facts": facts(audit, config),
         "modes": modes,
         "n": count(len(audit.continuations)),
@@ -134,7 +137,7 @@ def _prefix(
         "path": path_rows(audit),
         "beta": f"{audit.clusterer.beta:g}",
         "gamma": f"{audit.clusterer.gamma:g}",
-        "mass": "Probability" if weighs_draws(audit) else _MASSES.get(str(config.get("weights")), "Weight"),
+        "mass": _DRAWN if weighs_draws(audit) else _MASSES.get(str(config.get("weights")), "Weight"),
         "drawn": "count" in audit.continuations.columns and not weighs_draws(audit),
         "least": count(audit.clusterer.min_cluster_size),
         "whole": fixed(one_cluster(audit)[0], 2),
@@ -158,7 +161,8 @@ def _tests(audit: PrefixAudit) -> dict[str, Any]:
         "n_bootstrap": count(int(settings["n_bootstrap"])),
         "columns": columns,
         "rows": rows,
-        "specificity": tests_section.specificity_sentence(validation),
+        "specificity": audit.verdict["by_mode"].evidence,
+        "claim": [line.removeprefix("- ") for line in validation.claim(MEASURE, STATISTIC).splitlines()],
         "main": groups[0],
         "others": groups[1:],
         "generated": tests_section.generated_rows(validation),

@@ -11,8 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from saelens_ext.analysis.profile import DictionaryProfile
 from saelens_ext.continuations.prefix_audit import PrefixAudit
+from saelens_ext.continuations.validation.figures import decimals_of, fixed
 from saelens_ext.host.tokens import token_strings
-from saelens_ext.report.audit.wording import decimals_of, fixed, quoted
+from saelens_ext.report.audit.wording import quoted
 from saelens_ext.report.format import count, percentage, significant
 
 N_EXEMPLARS = 5
@@ -88,6 +89,8 @@ class Mode:
     mark: int
     """Which of the page's marks stands for it."""
     n: str
+    at_floor: bool
+    """Whether it is as small as the clustering allows."""
     share: str
     drawn: str
     """Fraction of the texts drawn; empty where it is not known."""
@@ -131,6 +134,7 @@ def modes_of(audit: PrefixAudit, finder: "ExampleFinder", tokens: Sequence[str])
                 number=cluster,
                 mark=mark_of(cluster),
                 n=count(int(row["n_members"])),
+                at_floor=bool(row["at_floor"]),
                 share=percentage(weight),
                 percent=round(100 * weight, 2),
                 medoid=members[int(row["medoid"])],

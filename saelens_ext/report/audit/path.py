@@ -11,7 +11,7 @@ import numpy as np
 
 from saelens_ext import _files
 from saelens_ext.continuations.prefix_audit import PrefixAudit
-from saelens_ext.report.audit.wording import NOTHING, fixed
+from saelens_ext.continuations.validation.figures import NOTHING, fixed
 from saelens_ext.report.format import count, percentage
 
 

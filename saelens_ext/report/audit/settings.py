@@ -1,11 +1,11 @@
 """How an audit was made: the facts of a prefix, and the settings of the whole."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from saelens_ext.continuations.prefix_audit import PrefixAudit
-from saelens_ext.report.audit.wording import fixed, plain
+from saelens_ext.continuations.validation.figures import counted, fixed
+from saelens_ext.report.audit.wording import plain
 from saelens_ext.report.format import count, percentage, visible
 
 _WEIGHTS = {
@@ -13,6 +13,12 @@ _WEIGHTS = {
     "frequency": "by how often each was sampled",
     "path": "by the probability of the whole continuation",
     "length_normalised": "by the exponential of the log-probability per token",
+}
+_KINDS = {
+    "error": "errors (what dictionaries do not reconstruct)",
+    "embedding": "token embeddings",
+    "mlp": "MLP outputs without a dictionary",
+    "bias": "decoder biases",
 }
 _BACKENDS = {
     "linear": "attention patterns, norm scales and MLPs frozen: direct linear effects",
@@ -45,11 +51,7 @@ def dictionary_hooks(about: Mapping[str, Any]) -> list[str]:
 
 def facts(audit: PrefixAudit, config: Mapping[str, Any]) -> list[Fact]:
     """The figures of one prefix, in reading order."""
-    return [
-        fact
-        for fact in (_continuations(audit), _weights(audit, config), _modes(audit), _signatures(audit))
-        if fact is not None
-    ]
+    return [_continuations(audit), _weights(audit, config), _modes(audit), _signatures(audit), _carried(audit)]
 
 
 def _continuations(audit: PrefixAudit) -> Fact:
@@ -78,15 +80,9 @@ def _weights(audit: PrefixAudit, config: Mapping[str, Any]) -> Fact:
 
 
 def _modes(audit: PrefixAudit) -> Fact:
-    clusterer, table = audit.clusterer, audit.path
-    meaning = f"at beta {clusterer.beta:g} and gamma {clusterer.gamma:g}"
-    if "stability" in table:
-        own = table[(table["beta"] == clusterer.beta) & (table["gamma"] == clusterer.gamma)]
-        if len(own) and math.isfinite(own["stability"].iloc[0]):
-            meaning += (
-                f"; stability {fixed(float(own['stability'].iloc[0]), 2)} (1: the same modes from every "
-                "resample, 0: chance)"
-            )
+    clusterer = audit.clusterer
+    fewest = counted(clusterer.min_cluster_size, "continuation")
+    meaning = f"at beta {clusterer.beta:g} and gamma {clusterer.gamma:g}, of at least {fewest} each"
     return Fact("modes", "Modes", count(clusterer.n_clusters_), meaning)
 
 
@@ -104,6 +100,13 @@ def _signatures(audit: PrefixAudit) -> Fact:
         if isinstance(described.get("share_of_effect"), float):
             meaning += f"; they hold {percentage(described['share_of_effect'])} of the prefix’s effect"
     return Fact("sources", "Sources", count(signatures.shape[1]), meaning)
+
+
+def _carried(audit: PrefixAudit) -> Fact:
+    kinds = {"latent": 0.0, **audit.effect_by_kind()}
+    others = [f"{percentage(value)} {_KINDS.get(kind, kind)}" for kind, value in kinds.items() if kind != "latent"]
+    meaning = "of the absolute effect on the continuations is that of latents, which alone can be steered"
+    return Fact("carried", "Effect of latents", percentage(kinds["latent"]), "; ".join([meaning, *others]))
 
 
 def settings_rows(about: Mapping[str, Any], config: Mapping[str, Any]) -> list[Setting]:

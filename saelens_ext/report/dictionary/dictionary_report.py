@@ -247,6 +247,6 @@ def _evaluation_note(fit: ExemplarFitResult) -> str:
     )
     if config.readout == "one_hot" or (graded and config.k == 1):
         note += (
-            " With one active latent per token little of the activation is reconstructed, so low figures are expected."
+            " With one active latent per token little of the activation is reconstructed, so poor figures are expected."
         )
     return note

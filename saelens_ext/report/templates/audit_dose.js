@@ -43,7 +43,7 @@ class DosePlots extends LineChart {
     const n = this.data.n[this.group][0];
     const measure = this.data.measures[this.measure];
     byId(`${this.key}-dose-note`).textContent =
-      `${formatCount(n)} held-out continuation${n === 1 ? "" : "s"}. Up: change of the ${measure.name}, ${this.unit()} (${measure.meaning}). Across: strength ε.`;
+      `${formatCount(n)} held-out continuation${n === 1 ? "" : "s, each counting once"}. Up: change of the ${measure.name}, ${this.unit()} (${measure.meaning}). Across: strength ε.`;
     this.tabulate();
   }
 

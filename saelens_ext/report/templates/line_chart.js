@@ -70,7 +70,7 @@ function niceTicks(low, high, wanted, least = 0) {
   const step = Math.max(least, [1, 2, 5, 10].find((factor) => factor * power >= rough * 0.999) * power);
   const decimals = Math.max(0, -Math.floor(Math.log10(step) + 1e-9));
   const ticks = [];
-  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) ticks.push({ at: i * step, text: formatFixed(i * step, decimals) });
+  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) ticks.push({ at: i * step + 0, text: formatFixed(i * step, decimals) }); // never -0
   return ticks;
 }
 

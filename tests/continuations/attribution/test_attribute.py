@@ -142,6 +142,12 @@ def test_columns_are_the_sources_with_the_largest_effect_over_the_whole_set(llam
     assert few.sources == whole.sources.select(best.tolist())
     share = float(few.signatures.abs().sum() / whole.signatures.abs().sum())
     assert few.metadata["attribution"]["share_of_effect"] == pytest.approx(share)
+    # By kind over all sources, whichever of them are columns.
+    by_kind = few.metadata["attribution"]["share_by_kind"]
+    assert sum(by_kind.values()) == pytest.approx(1) and {"latent", "error", "embedding"} <= set(by_kind)
+    is_latent = torch.tensor([kind == "latent" for kind in whole.sources.kinds])
+    latents = float(whole.signatures.abs()[:, is_latent].sum() / whole.signatures.abs().sum())
+    assert by_kind["latent"] == pytest.approx(latents) == whole.metadata["attribution"]["share_by_kind"]["latent"]
 
 
 def test_what_the_columns_are(llama):
