@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from saelens_ext import _checks, _files
-from saelens_ext.report.audit.wording import MINUS, NOTHING, p_value, plain
+from saelens_ext.continuations.validation.figures import MINUS, NOTHING, p_value
+from saelens_ext.report.audit.wording import plain
 from saelens_ext.report.evidence_section import EvidenceSection, EvidenceTable, ForestPlot, LineFigure
 from saelens_ext.report.format import count, visible
 from saelens_ext.report.page import embed_json, render_page
