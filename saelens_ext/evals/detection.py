@@ -12,10 +12,9 @@ from saelens_ext._modes import standard_modes
 from saelens_ext.concepts.comparison import DIFF_MEANS
 from saelens_ext.concepts.sentence_scores import warn_of_bos
 from saelens_ext.evals.attempts import Attempts
-from saelens_ext.evals.concepts_data import Concept, check_concepts, normal_form
+from saelens_ext.evals.concepts_data import Concept, check_concepts
 from saelens_ext.evals.detection_cells import (
     Reading,
-    Split,
     concept_splits,
     difference_cells,
     method_cells,
@@ -28,8 +27,6 @@ from saelens_ext.host.models import HostModel, describe_model
 RULES = ("auroc", "contrast")
 PROBE = "logistic probe"
 TWIN = "untrained twin"
-MIN_SENTENCES = 4
-"""Different sentences of either side: two to choose and two to judge."""
 
 _Cells = Callable[[Reading], Iterable[dict[str, Any]]]
 _COLUMNS = ["concept", "rule", "method", "metric", "value", "split", "draw", "column", "chosen"]
@@ -126,7 +123,7 @@ def evaluate_detection(
     _checks.between(confidence, 0, 1, "confidence")
     for number, rule in enumerate(_checks.listed(rules, "rules", "rule")):
         _checks.choice(rule, RULES, f"rules[{number}]")
-    plan = {c.name: (c, _splits(c, n_splits, seed)) for c in check_concepts(list(concepts))}
+    plan = {c.name: (c, concept_splits(c, n_splits, seed)) for c in check_concepts(list(concepts))}
     chosen, attempts = check_methods(methods), Attempts()
     hooks = list(dict.fromkeys(method.detector.hook_name for method in attempts.usable(model, chosen)))
     references = _references(hooks, diff_means, probe, seed)
@@ -157,17 +154,6 @@ def evaluate_detection(
         | {"n_sentences": sizes, "n_columns": {method.name: len(method.detector.names) for method in chosen}},
         failures=attempts.summary(len(plan)),
     )
-
-
-def _splits(concept: Concept, n_splits: int, seed: int) -> list[Split]:
-    for side in ("positives", "negatives"):
-        n = len(set(map(normal_form, getattr(concept, side))))
-        if n < MIN_SENTENCES:
-            raise ValueError(
-                f"The concept {concept.name!r} has {n} different {side}; at least {MIN_SENTENCES} are needed, 2 to "
-                "choose a direction and 2 to judge it, and better 40. Add sentences or leave it out."
-            )
-    return concept_splits(concept, _checks.positive(n_splits, "n_splits"), seed)
 
 
 def _references(hooks: Sequence[str], diff_means: bool, probe: bool, seed: int) -> dict[str, _Cells]:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saelens_ext import _checks
 from saelens_ext.activations.stream import ActivationBatch
 from saelens_ext.concepts.comparison import best_column
 from saelens_ext.concepts.detector import Detector
@@ -38,20 +39,34 @@ class Split(NamedTuple):
     """The choosing rows under labels permuted at random."""
 
 
-def concept_splits(concept: Concept, n_splits: int, seed: int) -> list[Split]:
-    """Halve a concept's sentences, equal ones (but for case and outer spaces) never apart.
+MIN_SENTENCES = 4
+"""Different sentences of either side: two to choose and two to judge."""
+
+
+def concept_splits(concept: Concept, n_splits: int, seed: int, *, test_fraction: float = 0.5) -> list[Split]:
+    """Split a concept's sentences several times, equal ones (but for case and outer spaces) never apart.
 
     The first split is that of :func:`~saelens_ext.concepts.comparison.compare_detection` with the same seed.
+
+    Raises:
+        ValueError: fewer than `MIN_SENTENCES` different sentences a side.
     """
-    seeds = [seed, *np.random.SeedSequence(seed).generate_state(n_splits - 1).tolist()]
-    return [_split(concept, each) for each in seeds]
+    for side in ("positives", "negatives"):
+        n = len(set(map(normal_form, getattr(concept, side))))
+        if n < MIN_SENTENCES:
+            raise ValueError(
+                f"The concept {concept.name!r} has {n} different {side}; at least {MIN_SENTENCES} are needed, 2 to "
+                "choose a direction and 2 to judge it, and better 40. Add sentences or leave it out."
+            )
+    seeds = [seed, *np.random.SeedSequence(seed).generate_state(_checks.positive(n_splits, "n_splits") - 1).tolist()]
+    return [_split(concept, each, test_fraction) for each in seeds]
 
 
-def _split(concept: Concept, seed: int) -> Split:
+def _split(concept: Concept, seed: int, test_fraction: float) -> Split:
     sides = [list(map(normal_form, side)) for side in (concept.positives, concept.negatives)]
     first, second = list[Tensor](), list[Tensor]()
     for start, side in zip((0, len(sides[0])), sides):
-        judging = set(split_sentences(side, seed=seed)[1])
+        judging = set(split_sentences(side, test_fraction=test_fraction, seed=seed)[1])
         is_judging = torch.tensor([sentence in judging for sentence in side])
         first.append(start + (~is_judging).nonzero().flatten())
         second.append(start + is_judging.nonzero().flatten())
