@@ -46,6 +46,9 @@ from .dictionaries.hierarchy import HierarchicalSNMF as HierarchicalSNMF
 from .dictionaries.snmf import SNMFDictionary as SNMFDictionary
 from .dictionaries.snmf import SNMFDictionaryConfig as SNMFDictionaryConfig
 from .dictionaries.snmf_fit_result import SNMFFitResult as SNMFFitResult
+from .evals.evidence import Evidence as Evidence
+from .evals.novelty import evaluate_novelty as evaluate_novelty
+from .evals.synthetic import evaluate_on_synthetic as evaluate_on_synthetic
 from .host.mlp_output import residual_directions as residual_directions
 from .host.models import load_model as load_model
 from .host.models import retarget as retarget
@@ -54,6 +57,7 @@ from .hub import push_to_hub as push_to_hub
 from .ops.leader_clustering import LeaderClustering as LeaderClustering
 from .published.convert import convert_published_dictionary as convert_published_dictionary
 from .report.dictionary.dictionary_report import write_dictionary_report as write_dictionary_report
+from .report.evidence_report import write_evidence_report as write_evidence_report
 from .runner.config import DictionaryRunnerConfig as DictionaryRunnerConfig
 from .runner.config import ExemplarRunnerConfig as ExemplarRunnerConfig
 from .runner.config import SNMFRunnerConfig as SNMFRunnerConfig

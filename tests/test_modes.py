@@ -189,6 +189,20 @@ def shared(m, tmp):
     return found.dictionary, found.fit, found.profile
 
 
+def novelty(m):
+    inside, outside = ([f"{i} {text} {i}" for i, text in enumerate(m.texts * 2)] for _ in range(2))
+    outside = {"upside down": [text[::-1] for text in outside]}
+    options = {"n_activations": 300, "max_per_document": 10, "n_coresets": 2, "n_bootstrap": 20, "n_permutations": 50}
+    regions = ext.fit_exemplar_partition(m.residual, percentile=40).dictionary
+    return ext.evaluate_novelty(m.model, regions, m.residual, inside, outside, rates=(0.1,), **options)
+
+
+def evidence_page(m, tmp):
+    found = novelty(m)
+    page = ext.write_evidence_report(tmp / "evidence.html", [found.section()]).read_text()
+    return found.summary(), found.comparisons(), len(page) > 10_000
+
+
 CASES: dict[str, Callable[[SimpleNamespace, Any], Any]] = {
     "ActivationBatch": lambda m, tmp: [(b.context(slice(0, 3)), b.first(2)) for b in m.residual],
     "ActivationStream": lambda m, tmp: list(ext.ActivationStream(m.model, m.texts, [HOOK, NEURONS], **STREAM)),
@@ -206,6 +220,7 @@ CASES: dict[str, Callable[[SimpleNamespace, Any], Any]] = {
     "EmbeddingJudge": judge,
     "ExemplarPartition": partition_read,
     "ExemplarFitResult": lambda m, tmp: saved_and_loaded(m.partition, tmp),
+    "Evidence": lambda m, tmp: ext.Evidence.load(novelty(m).save(tmp)).summary(),
     "HierarchicalSNMF": lambda m, tmp: [saved_and_loaded(m.hierarchy, tmp), str(m.hierarchy.trees())],
     "JointClusterer": lambda m, tmp: ext.JointClusterer(random_state=0).fit(
         m.attributed.embeddings, m.attributed.signatures
@@ -232,6 +247,10 @@ CASES: dict[str, Callable[[SimpleNamespace, Any], Any]] = {
     "embed_continuations": lambda m, tmp: [
         ext.embed_continuations(m.drawn, m.embedder, mode=mode) for mode in ("contextual", "sentence")
     ],
+    "evaluate_novelty": lambda m, tmp: novelty(m),
+    "evaluate_on_synthetic": lambda m, tmp: (
+        ext.evaluate_on_synthetic(methods=("EP",), n_seeds=1, n_activations=200, n_judged=100, n_bootstrap=20).cells
+    ),
     "fit_exemplar_partition": lambda m, tmp: ext.fit_exemplar_partition(m.residual, percentile=20),
     "fit_exemplar_partitions": lambda m, tmp: ext.fit_exemplar_partitions(
         m.residual, (5, 20), calibration="within_batch"
@@ -299,6 +318,7 @@ CASES: dict[str, Callable[[SimpleNamespace, Any], Any]] = {
         ext.ValidationOptions(strengths=(-0.5, 0.5), n_bootstrap=20, n_permutations=20),
     ),
     "write_dictionary_report": report,
+    "write_evidence_report": evidence_page,
 }
 
 # Settings, protocols and records, which hold no tensor that they make, and a client of a server. The stream on Ray is
@@ -312,10 +332,11 @@ WITHOUT_TORCH = {
 
 # Under autocast a model computes in bfloat16, as its user wants, and what is read from it is rounded.
 RUN_THE_MODEL = {
+    "Evidence", "evaluate_novelty", "write_evidence_report",
     "ActivationBatch", "ActivationStream", "Audit", "DictionaryRunner", "EmbeddingJudge", "KeptStream",
     "ablate_directions",
     "add_direction", "audit_continuations", "clamp_latent", "compare_detection", "concept_scores", "diff_means",
-    "embed_continuations", "fit_exemplar_partition", "fit_exemplar_partitions", "fit_hierarchical_snmf", "fit_sae",
+    "fit_exemplar_partition", "fit_exemplar_partitions", "fit_hierarchical_snmf", "fit_sae",
     "fit_snmf", "match_strength", "neuron_group_effect", "profile_dictionaries", "profile_dictionary",
     "read_texts", "sample_continuations", "sample_steered", "scale_latent", "steer_continuations", "steer_features",
     "steer_with", "steering_score", "validate_clusters",

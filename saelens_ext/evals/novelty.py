@@ -107,7 +107,7 @@ def evaluate_novelty(
 
     Examples:
         >>> inside, news = [f"{i} {text}" for i in range(5) for text in texts], [f"{i} is new!" for i in range(20)]
-        >>> found = sx.evaluate_novelty(model, partition, stream, inside, {"news": news}, built_in=(), rates=(0.1,))
+        >>> found = sx.evaluate_novelty(model, partition, stream, inside, {"news": news}, rates=(0.1,), n_bootstrap=50)
         >>> sorted(found.summary()["metric"].unique())
         ['auroc', 'tpr_at_0.1']
 
