@@ -65,14 +65,14 @@ from .runner.runner import DictionaryRunner as DictionaryRunner
 from .steering.interventions import ablate_directions as ablate_directions
 from .steering.interventions import add_direction as add_direction
 from .steering.interventions import clamp_latent as clamp_latent
+from .steering.interventions import latent_directions as latent_directions
 from .steering.interventions import scale_latent as scale_latent
-from .steering.interventions import steer_with as steer_with
 from .steering.judges import EmbeddingJudge as EmbeddingJudge
 from .steering.judges import Judge as Judge
 from .steering.judges import JudgeScore as JudgeScore
 from .steering.openai_judge import OpenAIJudge as OpenAIJudge
 from .steering.sampling import SamplingOptions as SamplingOptions
-from .steering.sampling import sample_steered as sample_steered
+from .steering.sampling import sample_texts as sample_texts
 from .steering.score import steering_score as steering_score
 from .steering.steer_features import steer_features as steer_features
 from .steering.strength import match_strength as match_strength

@@ -272,6 +272,7 @@ CASES: dict[str, Callable[[SimpleNamespace, Any], Any]] = {
             lens=ext.logit_lens(m.model, m.partition.dictionary.W_dec.detach(), top_n=3),
         ),
     ],
+    "latent_directions": lambda m, tmp: ext.latent_directions(m.model, m.partition.dictionary, [0, 1], basis="mean"),
     "load_from_hub": shared,
     "load_model": lambda m, tmp: [loaded_model(m, tmp, name) for name in models_zoo.MODEL_CLASSES],
     "logit_lens": lambda m, tmp: ext.logit_lens(m.model, m.direction[None], top_n=3),
@@ -300,15 +301,14 @@ CASES: dict[str, Callable[[SimpleNamespace, Any], Any]] = {
     "residual_directions": lambda m, tmp: ext.residual_directions(m.model, m.features, layer=1),
     "retarget": lambda m, tmp: ext.retarget(m.partition.dictionary, m.model),
     "sample_continuations": lambda m, tmp: ext.sample_continuations(m.model, "The", 6, max_new_tokens=3),
-    "sample_steered": lambda m, tmp: ext.sample_steered(m.model, "The", HOOK, m.direction, 1.0, n=2, max_new_tokens=3),
+    "sample_texts": lambda m, tmp: ext.sample_texts(m.model, ["The", "A word"], n=2, options=SHORT),
     "scale_latent": lambda m, tmp: changed_logits(ext.scale_latent(m.model, m.dictionary, [1, 3], 3.0), m.model),
     "steer_continuations": lambda m, tmp: ext.steer_continuations(
         m.model, [m.dictionary], m.attributed, m.attributed.signatures[0], strengths=(-0.5, 0.5), generate=2
     ),
     "steer_features": lambda m, tmp: ext.steer_features(
-        m.model, m.partition.dictionary, target=0.05, features=[0, 1], options=SHORT, tolerance=0.5
+        m.model, HOOK, m.partition.dictionary.W_dec, target=0.05, features=[0, 1], options=SHORT, tolerance=0.5
     ),
-    "steer_with": lambda m, tmp: changed_logits(ext.steer_with(m.model, m.partition.dictionary, 0, 1.0), m.model),
     "steering_score": scores,
     "validate_clusters": lambda m, tmp: ext.validate_clusters(
         m.model,
@@ -338,8 +338,8 @@ RUN_THE_MODEL = {
     "add_direction", "audit_continuations", "clamp_latent", "compare_detection", "concept_scores", "diff_means",
     "fit_exemplar_partition", "fit_exemplar_partitions", "fit_hierarchical_snmf", "fit_sae",
     "fit_snmf", "match_strength", "neuron_group_effect", "profile_dictionaries", "profile_dictionary",
-    "read_texts", "sample_continuations", "sample_steered", "scale_latent", "steer_continuations", "steer_features",
-    "steer_with", "steering_score", "validate_clusters",
+    "read_texts", "sample_continuations", "sample_texts", "scale_latent", "steer_continuations", "steer_features",
+    "steering_score", "validate_clusters",
 }  # fmt: skip
 
 

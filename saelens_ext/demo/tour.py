@@ -35,7 +35,7 @@ from saelens_ext.dictionaries.snmf import SNMFDictionary
 from saelens_ext.host.models import tokenizer_of
 from saelens_ext.report.dictionary.dictionary_report import write_dictionary_report
 from saelens_ext.report.dictionary.snmf_section import SNMFLevel, SNMFSection
-from saelens_ext.steering.interventions import ablate_directions, steer_with
+from saelens_ext.steering.interventions import ablate_directions, add_direction, latent_directions
 from saelens_ext.steering.sampling import SamplingOptions
 from saelens_ext.steering.steer_features import steer_features
 
@@ -118,7 +118,7 @@ def generate_three_ways(
         return str(text).removeprefix(PROMPT)
 
     unsteered = continuation()
-    with steer_with(model, dictionary, region, STRENGTH):
+    with add_direction(model, hook, exemplar, STRENGTH * dictionary.cfg.metadata.typical_norm):
         steered = continuation()
     with ablate_directions(model, hook, exemplar, center=dictionary.center):
         ablated = continuation()
@@ -211,12 +211,15 @@ def build_neuron_features(
     fit = replace(fit, held_out_loss=alone, n_held_out=n_held_out)
     strongest = sorted(fit.shares.argsort(descending=True)[:STEERED_FEATURES].tolist())
     say(f"Steering with {len(strongest)} features to {STEER_TARGET} nats, and sampling a continuation each")
+    place, directions, norm = latent_directions(model, hierarchy.dictionaries[0])
     steered = steer_features(
         model,
-        hierarchy.dictionaries[0],
+        place,
+        directions,
         prompt=STEER_PROMPT,
         target=STEER_TARGET,
         features=strongest,
+        typical_norm=norm,
         options=SamplingOptions(max_new_tokens=NEW_TOKENS),
         progress=True,
     )

@@ -82,13 +82,17 @@ def encode_flat(sae: SAE[Any], x: Tensor) -> Tensor:
     return codes.to_dense() if codes.is_sparse else codes
 
 
+def is_one_latent(latents: SupportsIndex | Sequence[SupportsIndex] | None) -> bool:
+    """Whether a single latent is named, rather than several or (None) all."""
+    # numpy's and torch's scalars count as indices too: latents are often chosen by an argmax.
+    return latents is not None and not isinstance(latents, Sequence) and getattr(latents, "ndim", 0) == 0
+
+
 def latent_indices(sae: SAE[Any], latents: SupportsIndex | Sequence[SupportsIndex] | None) -> list[int]:
     """The latents chosen, one or several (None: all), as a list; ValueError unless each is in [0, d_sae)."""
     if latents is None:
         return list(range(sae.cfg.d_sae))
-    # numpy's and torch's scalars count as indices too: latents are often chosen by an argmax.
-    is_one = not isinstance(latents, Sequence) and getattr(latents, "ndim", 0) == 0
-    indices = [operator.index(index) for index in cast(Any, [latents] if is_one else latents)]
+    indices = [operator.index(index) for index in cast(Any, [latents] if is_one_latent(latents) else latents)]
     wrong = [index for index in indices if not 0 <= index < sae.cfg.d_sae]
     if wrong or not indices:
         raise ValueError(f"latents must be one or several of 0 to {sae.cfg.d_sae - 1}, got {wrong[:5] or indices}.")

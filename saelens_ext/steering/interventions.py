@@ -1,4 +1,4 @@
-"""Interventions on a running model: add, ablate, or turn the latents of a dictionary up and down.
+"""Interventions on a running model: add a direction, ablate directions, scale or set the codes of latents.
 
 Each is a context manager: inside it every forward pass and every generated token is changed, with or without a KV
 cache; afterwards, and after an exception, the model is as before. They nest, the outer one acting first, and they
@@ -18,17 +18,15 @@ context takes the intervention away, since the host then replaces the hook point
 
 Symbols
     x     an activation at the hook, ``(d,)``
-    v     a direction; u = v / |v|
-    s     strength, in units of the typical norm t
+    u     a unit direction; a its coefficient, in units of the activation
     c     a centre; Q orthonormal columns that span the directions to ablate
     z, z' a code, and the code after the change
 """
 
 import math
-import operator
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 from sae_lens import SAE
@@ -36,10 +34,12 @@ from torch import Tensor
 
 from saelens_ext import _checks
 from saelens_ext._modes import standard_modes
+from saelens_ext.host.bos import text_start, warn_of_other_bos
 from saelens_ext.host.flat_sae import (
     encode_flat,
     flat_activations,
     hooks_of,
+    is_one_latent,
     latent_indices,
     latent_rows,
     refuse_sequence_codes,
@@ -78,19 +78,19 @@ def add_direction(
     model: HostModel,
     hook_name: str,
     direction: Tensor,
-    strength: float | int,
+    coefficient: float | int,
     *,
-    typical_norm: float | int = 1.0,
     positions: Sequence[int] | None = None,
 ) -> Intervention:
-    """Add a multiple of a direction to an activation: x <- x + s t u.
+    """Add a multiple of a unit direction to an activation: x <- x + a u.
 
     Args:
         model: any TransformerLens model.
         hook_name: any alias of the hook.
-        direction: ``(d,)``; only its direction counts.
-        strength: s, any sign; 0 leaves the model exactly as it is.
-        typical_norm: t, in units of the activation, above 0.
+        direction: ``(d,)``; only its direction counts. :func:`latent_directions` gives those of a dictionary,
+            ``Detector.directions`` those that detect a concept.
+        coefficient: a, any sign, in units of the activation, whose typical norm is the natural scale; 0 leaves the
+            model exactly as it is. :func:`~saelens_ext.steering.strength.match_strength` finds it for a given effect.
         positions: columns of the prompt's tokens, counted from 0 with BOS and any left padding, to act on; by default
             all, generated tokens included. With it, generated tokens are left alone: inside the context, a forward
             pass over a single token after any other counts as a step of generation.
@@ -99,30 +99,72 @@ def add_direction(
         A context manager that gives the model.
 
     Raises:
-        ValueError: unknown hook, a direction that is zero or not finite, strength or norm out of range, or positions
+        ValueError: unknown hook, a direction that is zero or not finite, a coefficient that is not finite, or positions
             that are negative or beyond the prompt; in the forward pass, a direction of another width than the hook.
 
     Examples:
         >>> before = model("The assert statement")
-        >>> with sx.add_direction(model, "blocks.1.hook_out", partition.exemplars[0], strength=2.0):
+        >>> with sx.add_direction(model, "blocks.1.hook_out", partition.exemplars[0], 2.0):
         ...     after = model("The assert statement")
         >>> bool(torch.allclose(before, after)), bool(torch.equal(before, model("The assert statement")))
         (False, True)
     """
     if direction.ndim != 1:
         raise ValueError(f"direction must have shape (d,), got {tuple(direction.shape)}; pass one row of a dictionary.")
-    if not math.isfinite(strength):
-        raise ValueError(f"strength must be finite, got {strength!r}.")
-    _checks.between(typical_norm, 0, math.inf, "typical_norm")
-    vector = unit_rows(direction[None])[0] * (strength * typical_norm)
+    if not math.isfinite(coefficient):
+        raise ValueError(f"coefficient must be finite, got {coefficient!r}.")
+    vector = unit_rows(direction[None])[0] * coefficient
 
     def hooks() -> Hooks:
         hook = edit_hook(lambda x: x + vector.to(x), len(vector), hook_name, positions)
         point = edit_point(model, hook_name)
         # Some hook points of a bridge compute differently as soon as a hook returns anything.
-        return [(point, hook)] if strength != 0 else []
+        return [(point, hook)] if coefficient != 0 else []
 
     return Intervention(model, hooks)
+
+
+class LatentDirections(NamedTuple):
+    """Directions of a dictionary's latents, and where they act on a model."""
+
+    hook_name: str
+    """Where the dictionary writes."""
+    directions: Tensor
+    """``(d,)`` for one latent, ``(m, d)`` for several; of any length, 0 for a dead latent."""
+    typical_norm: float | None
+    """Median norm of the centred activations there, the natural scale of coefficients; None where the dictionary does
+    not record it, as for a transcoder, which reads elsewhere."""
+
+
+@standard_modes()
+def latent_directions(
+    model: HostModel,
+    sae: SAE[Any],
+    latents: SupportsIndex | Sequence[SupportsIndex] | None = None,
+    *,
+    basis: str | None = None,
+) -> LatentDirections:
+    """The directions of latents as interventions take them: the hook, the rows, and the scale of coefficients.
+
+    Args:
+        model: the one that is to be steered. A dictionary that was built on texts that start otherwise is a warning.
+        sae: any SAELens SAE or transcoder.
+        latents: one or several, in [0, d_sae); by default all.
+        basis: "exemplar" or "mean", of a dictionary that has both; by default its rows of ``W_dec``.
+
+    Raises:
+        ValueError: no such latent or basis, or a dictionary that does not say where it writes.
+
+    Examples:
+        >>> hook, direction, norm = sx.latent_directions(model, partition, 0)
+        >>> with sx.add_direction(model, hook, direction, 0.5 * norm):
+        ...     logits = model("The assert statement")
+    """
+    read, write = hooks_of(sae)
+    rows = latent_rows(sae, latent_indices(sae, latents), basis)
+    warn_of_other_bos(sae.cfg.metadata.get("prepend_bos"), text_start(model).prepends_bos, "this model's prompts")
+    norm = sae.cfg.metadata.typical_norm if read == write else None
+    return LatentDirections(write, rows[0] if is_one_latent(latents) else rows, norm)
 
 
 @standard_modes()
@@ -222,49 +264,6 @@ def clamp_latent(
         raise ValueError(f"value must be finite, got {value!r}.")
     chosen = _latent_mask(sae, latent)
     return _latents_edited(model, sae, lambda z: torch.where(chosen.to(z.device), value, z))
-
-
-def steer_with(
-    model: HostModel,
-    sae: SAE[Any],
-    latent: SupportsIndex,
-    strength: float | int,
-    *,
-    basis: str | None = None,
-    typical_norm: float | int | None = None,
-    positions: Sequence[int] | None = None,
-) -> Intervention:
-    """Add a dictionary's direction where the dictionary writes, in units of the activations' typical norm.
-
-    Args:
-        model: any TransformerLens model.
-        sae: any SAELens SAE; for a transcoder the direction is added at its output hook.
-        latent: index of the direction, in [0, d_sae).
-        strength: in units of the typical norm; 1 is a strong push.
-        basis: "exemplar" or "mean", of a dictionary that has both; by default its row of ``W_dec``.
-        typical_norm: in units of the activation; by default ``sae.cfg.metadata.typical_norm``, which fits of this
-            package record.
-        positions: as for :func:`add_direction`.
-
-    Returns:
-        A context manager that gives the model.
-
-    Raises:
-        ValueError: as for :func:`add_direction`; no such latent; no typical norm known; or no such basis.
-
-    Examples:
-        >>> with sx.steer_with(model, partition, 0, strength=0.5, typical_norm=3.0):
-        ...     logits = model("The assert statement")
-    """
-    (index,) = latent_indices(sae, operator.index(latent))
-    norm = typical_norm if typical_norm is not None else sae.cfg.metadata.typical_norm
-    if norm is None:
-        raise ValueError(
-            "This dictionary records no typical_norm of its activations. Pass typical_norm=, for example the median "
-            "norm of the activations at its hook, or 1.0 to give the strength in units of the activation."
-        )
-    (direction,) = latent_rows(sae, [index], basis)
-    return add_direction(model, hooks_of(sae)[1], direction, strength, typical_norm=norm, positions=positions)
 
 
 # --- from the arguments to numbers ---

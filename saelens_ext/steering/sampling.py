@@ -9,6 +9,7 @@ takes the neighbouring token). The global random state is neither read nor chang
 import hashlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -19,7 +20,6 @@ from saelens_ext.host.continued_text import ids_after, text_after
 from saelens_ext.host.models import HostModel
 from saelens_ext.host.prompt_passes import CachedPasses, evaluating, logits_of, prompt_ids, prompt_list
 from saelens_ext.host.turn_ends import end_ids
-from saelens_ext.steering.interventions import add_direction
 
 _SHORTLIST = 1024
 """The likeliest tokens that are looked at before all are sorted."""
@@ -68,54 +68,6 @@ class Drawn:
 
 
 @standard_modes()
-def sample_steered(
-    model: HostModel,
-    prompts: str | Sequence[str],
-    hook_name: str,
-    direction: Tensor,
-    coefficient: float | int,
-    *,
-    n: int = 8,
-    max_new_tokens: int = 50,
-    temperature: float | int = 1.0,
-    top_p: float | int = 1.0,
-    top_k: int | None = 30,
-    seed: int = 0,
-    batch_size: int = 32,
-) -> list[list[str]]:
-    """Sample continuations while a multiple of a unit direction is added to every token's activation.
-
-    The defaults are what the paper's code does: it also names a ``top_p`` of 0.3, but TransformerLens ignores that
-    beside a ``top_k``.
-
-    Args:
-        model: any TransformerLens model.
-        prompts: one prompt or several; BOS is added where ``model.to_tokens`` adds it.
-        hook_name: any alias of the hook.
-        direction: ``(d,)``; only its direction counts.
-        coefficient: in units of the activation, any sign, as :func:`match_strength` finds it; 0 leaves the model alone.
-        n: continuations per prompt, at least 1.
-        max_new_tokens: as in :class:`SamplingOptions`, and likewise ``temperature``, ``top_p``, ``top_k`` and ``seed``.
-        batch_size: continuations per forward pass.
-
-    Returns:
-        For each prompt, n continuations without the prompt, without BOS, and without the EOS or end of turn that ended
-        them.
-
-    Raises:
-        ValueError: unknown hook, a direction that is zero, not finite or of another width than the hook, an option out
-            of range, no prompt, or a model without a tokenizer.
-
-    Source: arXiv 2506.10920, causal steering.
-    """
-    options = SamplingOptions(
-        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
-    )
-    with add_direction(model, hook_name, direction, coefficient):
-        return sample_texts(model, prompts, n=n, options=options, batch_size=batch_size)
-
-
-@standard_modes()
 def sample_texts(
     model: HostModel,
     prompts: str | Sequence[str],
@@ -126,29 +78,45 @@ def sample_texts(
 ) -> list[list[str]]:
     """Sample continuations of prompts from the model as it is, hooks and interventions included.
 
+    Prompts of as many tokens share a forward pass. The default options are what the code of arXiv 2506.10920 does: it
+    also names a ``top_p`` of 0.3, but TransformerLens ignores that beside a ``top_k``.
+
     Args:
         model: any TransformerLens model.
-        prompts: one prompt or several.
+        prompts: one prompt or several; BOS is added where ``model.to_tokens`` adds it.
         n: continuations per prompt, at least 1.
         options: how to sample.
         batch_size: continuations per forward pass.
 
     Returns:
-        For each prompt, n continuations as :func:`sample_steered` gives them.
+        For each prompt, n continuations without the prompt, without BOS, and without the EOS or end of turn that ended
+        them.
 
     Raises:
         ValueError: a number out of range, no prompt, or a model without a tokenizer.
+
+    Examples:
+        >>> options = sx.SamplingOptions(max_new_tokens=5)
+        >>> with sx.add_direction(model, "blocks.1.hook_out", partition.exemplars[0], 2.0):
+        ...     texts = sx.sample_texts(model, ["I think that", "The assert statement"], n=3, options=options)
+        >>> [len(each) for each in texts]
+        [3, 3]
     """
     _checks.positive(n, "n")
     _checks.positive(batch_size, "batch_size")
-    found = []
+    starts = [prompt_ids(model, prompt) for prompt in prompt_list(prompts)]
+    texts: list[list[str]] = [[] for _ in starts]
+    by_length = sorted(range(len(starts)), key=lambda number: len(starts[number]))
     with evaluating(model):
-        for prompt in prompt_list(prompts):
-            ids = prompt_ids(model, prompt)
-            parts = [range(first, min(first + batch_size, n)) for first in range(0, n, batch_size)]
-            drawn = [one for part in parts for one in draw_continuations(model, ids, part, options)]
-            found.append([text_after(model, ids.tolist(), one.token_ids) for one in drawn])
-    return found
+        for _, alike in groupby(by_length, key=lambda number: len(starts[number])):
+            rows = [(prompt, number) for prompt in alike for number in range(n)]
+            for first in range(0, len(rows), batch_size):
+                numbered = rows[first : first + batch_size]
+                ids = torch.stack([starts[prompt] for prompt, _ in numbered])
+                drawn = draw_continuations(model, ids, [number for _, number in numbered], options)
+                for (prompt, _), one in zip(numbered, drawn, strict=True):
+                    texts[prompt].append(text_after(model, starts[prompt].tolist(), one.token_ids))
+    return texts
 
 
 def mean_log_likelihoods(model: HostModel, prompt: str, texts: Sequence[str], *, batch_size: int = 16) -> Tensor:
@@ -221,18 +189,19 @@ def _draws(options: SamplingOptions, ids: Tensor, number: int) -> Tensor:
 def draw_continuations(
     model: HostModel, ids: Tensor, numbers: Sequence[int], options: SamplingOptions, *, stop: Sequence[str] = ()
 ) -> list[Drawn]:
-    """Sample the continuations of one prompt that have the given numbers, as one batch.
+    """Sample continuations of one prompt, or of prompts of equal length, as one batch.
 
     Args:
         model: any TransformerLens model, in evaluation mode and without gradients (see ``evaluating``).
-        ids: the prompt, ``(length,)``, at least one token.
-        numbers: which continuations; each number is always the same one.
+        ids: the prompt, ``(length,)``, or that of each continuation ``(b, length)``; at least one token.
+        numbers: which continuations, b of them; each number of a prompt is always the same one.
         options: how to sample.
         stop: texts that end a continuation as soon as one of them is in it.
     """
     ends_turn = end_ids(model)
-    draws = torch.stack([_draws(options, ids, number) for number in numbers])
-    passes = CachedPasses(model, ids.expand(len(draws), -1))
+    prompts = ids.expand(len(numbers), -1)
+    draws = torch.stack([_draws(options, prompt, number) for prompt, number in zip(prompts, numbers, strict=True)])
+    passes = CachedPasses(model, prompts)
     tokens, scores = torch.empty(len(draws), 0, dtype=torch.int64), torch.empty(len(draws), 0)
     ends: list[tuple[str, int] | None] = [None] * len(draws)
     for step in range(options.max_new_tokens):
@@ -242,7 +211,7 @@ def draw_continuations(
         likely = logits.float().log_softmax(dim=-1).gather(-1, chosen.to(logits.device)[:, None])
         scores = torch.cat([scores, likely.cpu()], dim=1)
         for row in (row for row, end in enumerate(ends) if end is None):
-            ends[row] = _end_of(model, ids, tokens[row], ends_turn, stop)
+            ends[row] = _end_of(model, prompts[row], tokens[row], ends_turn, stop)
         if None not in ends:
             break
         passes.append(chosen)

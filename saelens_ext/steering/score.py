@@ -18,9 +18,10 @@ from saelens_ext._modes import standard_modes
 from saelens_ext.host.models import HostModel
 from saelens_ext.host.prompt_passes import prompt_list
 from saelens_ext.steering.divergence_search import MatchedStrength
+from saelens_ext.steering.interventions import add_direction
 from saelens_ext.steering.judges import Judge
-from saelens_ext.steering.sampling import SamplingOptions, sample_steered
-from saelens_ext.steering.strength import PAPER_TARGETS, StrengthSearch, match_strength
+from saelens_ext.steering.sampling import SamplingOptions, sample_texts
+from saelens_ext.steering.strength import PAPER_TARGETS, StrengthSearch, match_strengths
 
 if TYPE_CHECKING:
     import pandas
@@ -172,7 +173,7 @@ def steering_score(
         The whole table and the held-out scores that follow from it.
 
     Raises:
-        ValueError: as :func:`match_strength` and :func:`sample_steered`; another number of concepts than of directions;
+        ValueError: as :func:`match_strength` and :func:`sample_texts`; another number of concepts than of directions;
             nothing left for one of the halves; or a judge that gives another number of scores than it was asked for.
 
     Source: arXiv 2506.10920 for targets and ratings, arXiv 2501.17148 (AxBench) for choosing on one half.
@@ -183,23 +184,23 @@ def steering_score(
     texts = prompt_list(prompts)
     _check_halves(texts, _checks.positive(n, "n"), options)
     calibration = texts if calibration_prompts is None else prompt_list(calibration_prompts, "calibration_prompts")
-    searches, table = [], []
-    for index, (row, concept) in enumerate(zip(rows, concepts, strict=True)):
-        search = match_strength(
-            model,
-            hook_name,
-            row,
-            targets,
-            prompts=calibration,
-            average_over=average_over,
-            signs=signs,
-            tolerance=tolerance,
-            max_strength=max_strength,
-        )
-        searches.append(search)
+    searches = match_strengths(
+        model,
+        hook_name,
+        rows,
+        targets,
+        prompts=calibration,
+        average_over=average_over,
+        signs=signs,
+        tolerance=tolerance,
+        max_strength=max_strength,
+    )
+    table = []
+    for index, (row, concept, search) in enumerate(zip(rows, concepts, searches, strict=True)):
         for strength in search.strengths:
             if strength.reached:
-                said = _sample(model, hook_name, row, strength, texts, n, options)
+                with add_direction(model, hook_name, row, strength.coefficient):
+                    said = sample_texts(model, texts, n=n, options=options)
                 table += _judged(judge, index, _concept_of(concept, strength.sign), strength, texts, said)
     return SteeringScores(continuations=tuple(table), searches=tuple(searches))
 
@@ -220,18 +221,6 @@ def _check_halves(prompts: list[str], n: int, options: SamplingOptions) -> None:
             "temperature is 0 and there is a single prompt: its continuations are all the same, so none is held out "
             "from choosing the target. Give several prompts or a temperature above 0."
         )
-
-
-def _sample(
-    model: HostModel,
-    hook_name: str,
-    direction: Tensor,
-    strength: MatchedStrength,
-    prompts: list[str],
-    n: int,
-    options: SamplingOptions,
-) -> list[list[str]]:
-    return sample_steered(model, prompts, hook_name, direction, strength.coefficient, n=n, **asdict(options))
 
 
 def _judged(

@@ -1,42 +1,30 @@
 """One continuation for each feature of a dictionary, all steered equally far.
 
-Equally far means by one divergence of the next token's prediction, see :mod:`saelens_ext.steering.strength`. All
-continuations, the unsteered one included, are sampled with the same random numbers, so that they differ by the
-steering alone. The strengths of all features are searched for together, many to a forward pass, which is what makes a
-whole dictionary affordable; for one direction with several targets or prompts there is
-:func:`~saelens_ext.steering.strength.match_strength`, which runs the same search.
+A feature is a row of the directions given, such as a latent's. Equally far means by one divergence of the next token's
+prediction, see :mod:`saelens_ext.steering.strength`. All continuations, the unsteered one included, are sampled with
+the same random numbers, so that they differ by the steering alone. The strengths of all features are searched for
+together, many to a forward pass, which is what makes a whole dictionary affordable.
 
 t is the typical norm of the activations at the hook.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from sae_lens import SAE
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from saelens_ext import _checks, _files
+from saelens_ext import _files
 from saelens_ext._modes import standard_modes
-from saelens_ext.host.bos import text_start, warn_of_other_bos
 from saelens_ext.host.continued_text import text_after
-from saelens_ext.host.flat_sae import hooks_of, latent_indices
 from saelens_ext.host.hook_edits import edit_point, hooked
 from saelens_ext.host.models import HostModel
 from saelens_ext.host.prompt_passes import evaluating, prompt_ids
-from saelens_ext.steering.divergence_search import (
-    DivergenceMeter,
-    DivergenceSearch,
-    MatchedStrength,
-    adding_rows,
-    check_limits,
-    checked_signs,
-)
+from saelens_ext.steering.divergence_search import MatchedStrength, adding_rows
+from saelens_ext.steering.interventions import unit_rows
 from saelens_ext.steering.sampling import SamplingOptions, draw_continuations
+from saelens_ext.steering.strength import match_strengths
 
 FORMAT_VERSION = 1
 
@@ -46,7 +34,7 @@ class SteeredText:
     """What one feature does to a prompt, at one sign."""
 
     feature: int
-    """Index in the dictionary."""
+    """Row of the directions given."""
     strength: MatchedStrength
     """The coefficient found and the divergence it has."""
     text: str | None
@@ -65,7 +53,7 @@ class SteeredFeatures:
     unsteered: str
     """The continuation without steering, from the same random numbers."""
     texts: tuple[SteeredText, ...]
-    """By feature, and for each by the signs asked for. A feature that is zero has none."""
+    """By feature, and for each by the signs asked for. A feature that is 0 has none."""
 
     def save(self, path: str | Path) -> Path:
         """Write everything as one JSON file."""
@@ -78,7 +66,8 @@ class SteeredFeatures:
 @standard_modes()
 def steer_features(
     model: HostModel,
-    sae: SAE[Any],
+    hook_name: str,
+    directions: Tensor,
     *,
     prompt: str = "I think that",
     target: float | int = 0.25,
@@ -91,21 +80,21 @@ def steer_features(
     batch_size: int = 32,
     progress: bool = False,
 ) -> SteeredFeatures:
-    """Continue a prompt once for each feature, steered along it so far that the next token's prediction moves by
+    """Continue a prompt once for each direction, steered along it so far that the next token's prediction moves by
     ``target``.
 
     Args:
         model: any TransformerLens model.
-        sae: any dictionary with one direction per feature (``W_dec``), added where it writes: at its own hook, or at a
-            transcoder's output hook.
+        hook_name: where they are added.
+        directions: the directions of features ``(m, d)``, one that is 0 left out; :func:`latent_directions` gives those
+            of a dictionary, with the hook.
         prompt: what is continued, and where the divergence is measured: at its last position.
         target: divergence from the unsteered prediction in nats, above 0.
-        features: which, in [0, d_sae); by default all.
+        features: which of them, in [0, m); by default all.
         signs: +1 along a feature, -1 against it, or both.
         tolerance: largest ``|D / target - 1|`` that counts as reached, in (0, 1).
         max_strength: limit of the coefficient, in units of the typical norm.
-        typical_norm: t; by default what the metadata of a dictionary records that writes where it reads, else the
-            median over the prompt's tokens.
+        typical_norm: t; by default the median over the prompt's tokens.
         options: how to sample.
         batch_size: continuations per forward pass.
         progress: show a progress bar of the search, which takes most of the time.
@@ -114,40 +103,63 @@ def steer_features(
         A strength for every feature and sign, and a continuation for those at which the target can be reached.
 
     Raises:
-        ValueError: no such feature, an unknown hook, or an argument out of range as for
+        ValueError: no such feature, or none that is not 0, an unknown hook, or an argument out of range as for
             :func:`~saelens_ext.steering.strength.match_strength`.
+
+    Examples:
+        >>> hook, directions, norm = sx.latent_directions(model, partition)
+        >>> options = sx.SamplingOptions(max_new_tokens=3)
+        >>> steered = sx.steer_features(model, hook, directions, features=[0, 1], target=0.05, options=options)
+        >>> [text.feature for text in steered.texts]
+        [0, 1]
 
     Source: arXiv 2506.10920, causal steering.
     """
-    read, hook_name = hooks_of(sae)
-    warn_of_other_bos(sae.cfg.metadata.get("prepend_bos"), text_start(model).prepends_bos, "this model's prompts")
-    chosen = latent_indices(sae, features)
-    check_limits(target, tolerance, max_strength, batch_size)
-    signs = checked_signs(signs)
-    units = torch.nn.functional.normalize(_checks.finite(sae.W_dec.detach(), "W_dec").float(), dim=1)
-    pairs = [(index, sign) for index in chosen if bool(units[index].any()) for sign in signs]
-    rows = torch.stack([sign * units[index] for index, sign in pairs]) if pairs else units[:0]
-    with evaluating(model), tqdm(desc="matching strengths", unit="row", disable=not progress) as bar:
-        meter = DivergenceMeter(model, hook_name, rows, [prompt], batch_size, on_rows=bar.update)
-        # A transcoder's is of what it reads.
-        recorded = sae.cfg.metadata.typical_norm if hook_name == read else None
-        norm = next(value for value in (typical_norm, recorded, meter.typical_norm) if value is not None)
-        _checks.between(norm, 0, math.inf, "typical_norm")
-        search = DivergenceSearch(meter.divergences, [sign for _, sign in pairs])
-        limit = norm * max_strength
-        matched = search.run([float(target)], tolerance, norm=norm, limit=limit, batch_size=batch_size)
-    strengths = [(index, strength) for (index, _), strength in zip(pairs, matched, strict=True)]
-    reached = [(index, strength) for index, strength in strengths if strength.reached]
-    offsets = [torch.zeros_like(units[0]), *(units[index] * strength.coefficient for index, strength in reached)]
+    chosen = _checked_features(features, directions)
+    rows = directions[chosen]
+    searches = match_strengths(
+        model,
+        hook_name,
+        rows,
+        (target,),
+        prompts=prompt,
+        signs=signs,
+        tolerance=tolerance,
+        max_strength=max_strength,
+        typical_norm=typical_norm,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    strengths = [
+        (index, unit, strength)
+        for index, unit, search in zip(chosen, unit_rows(rows), searches, strict=True)
+        for strength in search.strengths
+    ]
+    reached = [(index, unit, strength) for index, unit, strength in strengths if strength.reached]
+    offsets = [torch.zeros_like(rows[0]), *(unit * strength.coefficient for _, unit, strength in reached)]
     unsteered, *texts = _continue_each(model, hook_name, prompt, offsets, options, batch_size)
-    text_of = {(index, strength.sign): text for (index, strength), text in zip(reached, texts, strict=True)}
+    text_of = {(index, strength.sign): text for (index, _, strength), text in zip(reached, texts, strict=True)}
     return SteeredFeatures(
         hook_name=hook_name,
         prompt=prompt,
         target=float(target),
         unsteered=unsteered,
-        texts=tuple(SteeredText(feature=i, strength=s, text=text_of.get((i, s.sign))) for i, s in strengths),
+        texts=tuple(SteeredText(feature=i, strength=s, text=text_of.get((i, s.sign))) for i, _, s in strengths),
     )
+
+
+def _checked_features(features: Sequence[int] | None, directions: Tensor) -> list[int]:
+    """Those of the features that are not 0."""
+    if directions.ndim != 2:
+        raise ValueError(f"directions must have shape (m, d), got {tuple(directions.shape)}.")
+    chosen = list(range(len(directions))) if features is None else [int(index) for index in features]
+    wrong = [index for index in chosen if not 0 <= index < len(directions)]
+    if wrong or not chosen:
+        raise ValueError(f"features must be one or several of 0 to {len(directions) - 1}, got {wrong[:5] or chosen}.")
+    alive = [index for index in chosen if bool(directions[index].any())]
+    if not alive:
+        raise ValueError(f"Every direction of the features {chosen[:5]} is zero: it points nowhere.")
+    return alive
 
 
 def _continue_each(

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from saelens_ext import _checks
 from saelens_ext._modes import standard_modes
@@ -132,26 +133,88 @@ def match_strength(
     Source: arXiv 2506.10920, causal steering, with its search replaced: the published one looks only at coefficients
     from 1 to 2000 and one sign, and leaves out targets that it does not hit.
     """
-    unit = _unit(direction)
+    if direction.ndim != 1 or direction.numel() == 0:
+        raise ValueError(f"direction must have shape (d,), got {tuple(direction.shape)}; pass one row of a dictionary.")
+    (search,) = match_strengths(
+        model,
+        hook_name,
+        direction[None],
+        targets,
+        prompts=prompts,
+        average_over=average_over,
+        signs=signs,
+        tolerance=tolerance,
+        max_strength=max_strength,
+        typical_norm=typical_norm,
+        batch_size=batch_size,
+    )
+    return search
+
+
+@standard_modes()
+def match_strengths(
+    model: HostModel,
+    hook_name: str,
+    directions: Tensor,
+    targets: Sequence[float | int] = PAPER_TARGETS,
+    *,
+    prompts: str | Sequence[str] = "I think that",
+    average_over: Literal["last", "all"] = "last",
+    signs: Sequence[int] = (1, -1),
+    tolerance: float = 0.01,
+    max_strength: float | int = 100.0,
+    typical_norm: float | int | None = None,
+    batch_size: int = 16,
+    progress: bool = False,
+) -> list[StrengthSearch]:
+    """:func:`match_strength` of several directions ``(m, d)`` at one hook, searched together, many to a forward pass.
+
+    Args:
+        model: as for :func:`match_strength`, as all that follow.
+        hook_name: any alias of the hook.
+        directions: ``(m, d)``.
+        targets: divergences in nats.
+        prompts: one or several.
+        average_over: "last" or "all".
+        signs: +1, -1 or both.
+        tolerance: in (0, 1).
+        max_strength: in units of the typical norm.
+        typical_norm: in units of the activation.
+        batch_size: coefficients per forward pass.
+        progress: show a progress bar.
+
+    Returns:
+        One search per direction.
+    """
+    units = unit_rows(directions.detach())
     targets = _checked_targets(targets)
     signs = checked_signs(signs)
     _checks.choice(average_over, ("last", "all"), "average_over")
     check_limits(max(targets), tolerance, max_strength, batch_size)
-    with evaluating(model):
-        rows = torch.stack([sign * unit for sign in signs])
-        meter = DivergenceMeter(model, hook_name, rows, prompt_list(prompts), batch_size, average_over=average_over)
+    rows = torch.stack([sign * unit for unit in units for sign in signs])
+    with evaluating(model), tqdm(desc="matching strengths", unit="row", disable=not progress) as bar:
+        meter = DivergenceMeter(
+            model, hook_name, rows, prompt_list(prompts), batch_size, average_over=average_over, on_rows=bar.update
+        )
         norm = meter.typical_norm if typical_norm is None else typical_norm
         _checks.between(norm, 0, math.inf, "typical_norm")
         limit = norm * max_strength
-        search = DivergenceSearch(meter.divergences, signs)
+        search = DivergenceSearch(meter.divergences, signs * len(units))
         strengths = search.run(targets, tolerance, norm=norm, limit=limit, batch_size=batch_size)
     _log_unreached(strengths, limit)
-    return StrengthSearch(
-        strengths=tuple(strengths),
-        typical_norm=float(norm),
-        max_coefficient=float(limit),
-        curves={curve.sign: tuple((curve.sign * a, kl) for a, kl in curve.points()) for curve in search.curves},
-    )
+    each, n = len(signs) * len(targets), len(signs)
+    return [
+        StrengthSearch(
+            strengths=tuple(strengths[number * each : (number + 1) * each]),
+            typical_norm=float(norm),
+            max_coefficient=float(limit),
+            curves={
+                curve.sign: tuple((curve.sign * a, kl) for a, kl in curve.points())
+                for curve in search.curves[number * n : (number + 1) * n]
+            },
+        )
+        for number in range(len(units))
+    ]
 
 
 def _log_unreached(strengths: Sequence[MatchedStrength], limit: float) -> None:
@@ -165,12 +228,6 @@ def _log_unreached(strengths: Sequence[MatchedStrength], limit: float) -> None:
                 limit,
                 strength.kl,
             )
-
-
-def _unit(direction: Tensor) -> Tensor:
-    if direction.ndim != 1 or direction.numel() == 0:
-        raise ValueError(f"direction must have shape (d,), got {tuple(direction.shape)}; pass one row of a dictionary.")
-    return unit_rows(direction.detach()[None])[0]
 
 
 def _checked_targets(targets: Sequence[float | int]) -> list[float]:

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from saelens_ext import ExemplarPartition
-from saelens_ext.steering.interventions import ablate_directions, add_direction, clamp_latent, scale_latent, steer_with
+from saelens_ext.steering.interventions import ablate_directions, add_direction, clamp_latent, scale_latent
 from tests.architectures._hosts import LAYER, normal, run
 from tests.models_zoo import D_MODEL
+from tests.steering.steered import along_latent
 
 BLOCK = f"blocks.{LAYER}"
 PRE, ATTENTION, MLP, POST = (f"{BLOCK}.hook_{end}" for end in ("resid_pre", "attn_out", "mlp_out", "resid_post"))
@@ -59,7 +60,7 @@ def test_a_direction_is_added(host, place):
     if not acts_at(host, place):
         return
     v, before = normal(D_MODEL), arrived(host.plain[1])[place]
-    after = acted(host, place, add_direction(host.model, place, v, -3.0, typical_norm=0.5))
+    after = acted(host, place, add_direction(host.model, place, v, -1.5))
     torch.testing.assert_close(after, before - 1.5 * v / v.norm(), rtol=1e-4, atol=1e-4)
 
 
@@ -99,7 +100,7 @@ def test_a_latent_is_scaled_clamped_and_added(host, place):
     contexts = [
         scale_latent(host.model, sae, latent, 3.0),
         clamp_latent(host.model, sae, latent, 1.5),
-        steer_with(host.model, sae, latent, 0.7),
+        along_latent(host.model, sae, latent, 0.7),
     ]
     for context, there in zip(contexts, expected, strict=True):
         torch.testing.assert_close(acted(host, place, context), there, rtol=1e-4, atol=2e-4)

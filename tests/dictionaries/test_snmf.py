@@ -10,8 +10,9 @@ from scipy.optimize import nnls as scipy_nnls
 from saelens_ext import ActivationStream, SNMFDictionary, SNMFDictionaryConfig, profile_dictionary
 from saelens_ext.analysis.logit_lens import logit_lens
 from saelens_ext.host.models import load_model, resolve_hook, retarget
-from saelens_ext.steering.interventions import clamp_latent, scale_latent, steer_with
+from saelens_ext.steering.interventions import clamp_latent, scale_latent
 from tests import models_zoo
+from tests.steering.steered import along_latent
 
 K, D = 20, 48
 NEURONS = "blocks.1.mlp.hook_post"
@@ -270,7 +271,7 @@ def test_interventions_on_codes(model):
         assert torch.allclose(run() - plain, 2 * codes[..., latent, None] * dictionary.W_dec[latent], atol=1e-4)
     with clamp_latent(model, dictionary, latent, 5.0):
         assert torch.allclose(run() - plain, (5 - codes[..., latent, None]) * dictionary.W_dec[latent], atol=1e-4)
-    with steer_with(model, dictionary, latent, 1.5):
+    with along_latent(model, dictionary, latent, 1.5):
         assert torch.allclose(run() - plain, (1.5 * 2.0 * unit).expand_as(plain), atol=1e-5)
     assert torch.equal(run(), plain)
 

@@ -18,8 +18,8 @@ from saelens_ext.dictionaries.fit_snmf import fit_snmf
 from saelens_ext.host.bos import text_start
 from saelens_ext.host.models import load_model, retarget
 from saelens_ext.host.prompt_passes import prompt_ids
-from saelens_ext.steering.sampling import mean_log_likelihoods, sample_steered
-from saelens_ext.steering.steer_features import steer_features
+from saelens_ext.steering.interventions import latent_directions
+from saelens_ext.steering.sampling import mean_log_likelihoods
 from saelens_ext.steering.strength import match_strength
 from tests.models_zoo import (
     CHAT_TEMPLATE,
@@ -33,6 +33,7 @@ from tests.models_zoo import (
     make_model,
     make_tokenizer,
 )
+from tests.steering.steered import sample_steered
 
 PROMPT = "I think that"
 PROMPTS = (PROMPT, " two spaces", "line\n", "é")
@@ -187,7 +188,7 @@ def uses(model, sae):
         "profile": lambda: profile_dictionary(sae, stream, n_examples=1),
         "attribute": lambda: attribute_continuations(model, sae, found, backend="gradient"),
         "detect": lambda: sentence_scores(model, detector, [PROMPT]),
-        "steer": lambda: steer_features(model, sae, prompt=PROMPT, target=0.01, features=[0]),
+        "steer": lambda: latent_directions(model, sae, [0]),
     }
 
 

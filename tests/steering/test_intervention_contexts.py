@@ -8,8 +8,9 @@ from sae_lens import StandardSAE, StandardSAEConfig, Transcoder, TranscoderConfi
 from sae_lens.saes.sae import SAEMetadata
 
 from saelens_ext.host.models import resolve_hook
-from saelens_ext.steering.interventions import ablate_directions, add_direction, clamp_latent, scale_latent, steer_with
+from saelens_ext.steering.interventions import ablate_directions, add_direction, clamp_latent, scale_latent
 from tests import models_zoo
+from tests.steering.steered import along_latent
 
 HOOK = "blocks.1.hook_resid_post"
 MIDDLE = "blocks.1.hook_resid_mid"
@@ -49,7 +50,7 @@ CONTEXTS = {
     "ablate": lambda m: ablate_directions(m, HOOK, vector()),
     "scale": lambda m: scale_latent(m, sae(), [1, 2], -3.0),
     "clamp a transcoder": lambda m: clamp_latent(m, transcoder(), 4, 5.0),
-    "steer": lambda m: steer_with(m, sae(), 3, 2.0),
+    "steer": lambda m: along_latent(m, sae(), 3, 2.0),
 }
 
 
@@ -121,7 +122,7 @@ def test_a_sae_elsewhere_does_not_matter(model):
 
 def test_a_dictionary_that_is_renamed_acts_under_its_new_name(model):
     dictionary = sae()
-    context, other = steer_with(model, dictionary, 3, 2.0), sae("blocks.0.hook_resid_post")
+    context, other = along_latent(model, dictionary, 3, 2.0), sae("blocks.0.hook_resid_post")
     with clamp_latent(model, other, 3, 4.0):
         expected = logits(model)
     moved = clamp_latent(model, dictionary, 3, 4.0)

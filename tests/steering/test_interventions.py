@@ -19,8 +19,15 @@ from sae_lens.saes.sae import SAEMetadata
 
 from saelens_ext.dictionaries.exemplar_partition import ExemplarPartition
 from saelens_ext.host.models import resolve_hook
-from saelens_ext.steering.interventions import ablate_directions, add_direction, clamp_latent, scale_latent, steer_with
+from saelens_ext.steering.interventions import (
+    ablate_directions,
+    add_direction,
+    clamp_latent,
+    latent_directions,
+    scale_latent,
+)
 from tests import models_zoo
+from tests.steering.steered import along_latent
 
 MODELS = ("tiny_hooked", "tiny_bridge", "tiny_gpt2_hooked", "tiny_gpt2_bridge")
 RESIDUAL = "blocks.1.hook_resid_post"
@@ -109,7 +116,7 @@ def transcoder(d: int) -> Transcoder:
 def test_adds_exactly(model):
     v = normal(width(model))
     _, x = run(model)
-    with add_direction(model, RESIDUAL, 7 * v, -3, typical_norm=0.5) as inside:
+    with add_direction(model, RESIDUAL, 7 * v, -1.5) as inside:
         assert inside is model
         _, moved = run(model)
     assert torch.equal(moved, x + (v * 7 / (v * 7).norm()) * -1.5)
@@ -304,7 +311,9 @@ def test_a_transcoder_reads_at_its_input_and_acts_at_its_output(model):
         with scale_latent(model, sae, 3, -4):
             assert torch.allclose(run(model, hook="blocks.1.hook_mlp_out")[1], expected, atol=1e-4)
             assert torch.equal(run(model, hook="blocks.1.hook_resid_mid")[1], source)
-    with steer_with(model, sae, 3, 2.0):
+    hook, direction, norm = latent_directions(model, sae, 3)
+    assert hook == "blocks.1.hook_mlp_out" and norm is None  # what is recorded is of what it reads
+    with add_direction(model, hook, direction, 2.0):
         _, steered = run(model, hook="blocks.1.hook_mlp_out")
     assert torch.allclose(steered - out, (2 * sae.W_dec[3] / sae.W_dec[3].norm()).detach().expand_as(out), atol=1e-5)
     sae.cfg.metadata.hook_name_out = None
@@ -329,31 +338,44 @@ def test_a_hook_z_dictionary(model):
     assert sae.hook_z_reshaping_mode
 
 
-def test_steering_is_in_units_of_the_typical_norm(either):
+def test_a_latent_steers_by_its_direction_in_units_of_the_typical_norm(either):
     for sae in (saes(width(either))[name] for name in ("standard", "partition")):
         _, x = run(either)
-        with steer_with(either, sae, 4, 2.0):
+        hook, direction, norm = latent_directions(either, sae, 4)
+        assert (hook, norm) == (RESIDUAL, 2.5) and torch.equal(direction, sae.W_dec[4].detach())
+        with add_direction(either, hook, direction, 2.0 * norm):
             _, moved = run(either)
         assert torch.allclose((moved - x).norm(dim=-1), torch.full((2, 9), 5.0), atol=1e-4)
-        with steer_with(either, sae, 4, 2.0, typical_norm=0.1, positions=[1]):
+        with add_direction(either, hook, direction, 2.0 * 0.1, positions=[1]):
             _, moved = run(either)
         assert torch.allclose((moved - x).norm(dim=-1)[:, 1], torch.full((2,), 0.2), atol=1e-4)
         assert torch.equal(moved[:, 2], x[:, 2])
         sae.cfg.metadata.typical_norm = None
-        with pytest.raises(ValueError, match="typical_norm"):
-            steer_with(either, sae, 4, 2.0)
+        assert latent_directions(either, sae, 4).typical_norm is None
+
+
+def test_the_directions_of_several_latents(llama):
+    sae = saes(32)["standard"]
+    assert torch.equal(latent_directions(llama, sae).directions, sae.W_dec.detach())
+    for chosen in ([7, 2], torch.tensor([7, 2]), (7, 2)):
+        assert torch.equal(latent_directions(llama, sae, chosen).directions, sae.W_dec[[7, 2]].detach())
+    assert latent_directions(llama, sae, [3]).directions.shape == (1, 32)
+    for one in (3, torch.tensor(3), torch.tensor([3])[0]):
+        assert torch.equal(latent_directions(llama, sae, one).directions, sae.W_dec[3].detach())
+    assert not latent_directions(llama, sae).directions.requires_grad
 
 
 def test_steering_by_either_basis(llama):
     sae = saes(32)["partition"]
     _, x = run(llama)
     for basis, rows in ((None, sae.W_dec), ("exemplar", sae.exemplars), ("mean", sae.means)):
-        with steer_with(llama, sae, 4, 1.0, basis=basis):
+        hook, direction, norm = latent_directions(llama, sae, 4, basis=basis)
+        with add_direction(llama, hook, direction, norm):
             assert torch.allclose(run(llama)[1] - x, (2.5 * rows[4]).detach().expand_as(x), atol=1e-5)
     with pytest.raises(ValueError, match="basis"):
-        steer_with(llama, sae, 4, 1.0, basis="other")
+        latent_directions(llama, sae, 4, basis="other")
     with pytest.raises(ValueError, match="no means"):
-        steer_with(llama, saes(32)["standard"], 4, 1.0, basis="mean")
+        latent_directions(llama, saes(32)["standard"], 4, basis="mean")
 
 
 # --- contexts ---
@@ -480,7 +502,7 @@ def test_an_attached_sae_makes_the_name_ambiguous(either):
             lambda: add_direction(either, RESIDUAL, v, 1.0),
             lambda: ablate_directions(either, RESIDUAL, v),
             lambda: clamp_latent(either, sae, 0, 1.0),
-            lambda: steer_with(either, sae, 0, 1.0),
+            lambda: along_latent(either, sae, 0, 1.0),
         ):
             with pytest.raises(ValueError, match="attached"):
                 attempt()
@@ -530,8 +552,7 @@ def test_a_hook_that_an_attached_transcoder_reads_is_refused(either):
         (lambda m: add_direction(m, RESIDUAL, torch.zeros(32), 1.0), "zero"),
         (lambda m: add_direction(m, RESIDUAL, torch.full((32,), torch.nan), 1.0), "non-finite"),
         (lambda m: add_direction(m, RESIDUAL, torch.ones(2, 32), 1.0), r"shape \(d,\)"),
-        (lambda m: add_direction(m, RESIDUAL, torch.ones(32), float("inf")), "strength"),
-        (lambda m: add_direction(m, RESIDUAL, torch.ones(32), 1.0, typical_norm=0), "typical_norm"),
+        (lambda m: add_direction(m, RESIDUAL, torch.ones(32), float("inf")), "coefficient"),
         (lambda m: add_direction(m, RESIDUAL, torch.ones(32), 1.0, positions=[]), "positions"),
         (lambda m: add_direction(m, RESIDUAL, torch.ones(32), 1.0, positions=[-1]), "n - 1"),
         (
@@ -546,7 +567,7 @@ def test_a_hook_that_an_attached_transcoder_reads_is_refused(either):
         (lambda m: scale_latent(m, saes(32)["standard"], [], 1.0), "0 to 39"),
         (lambda m: scale_latent(m, saes(32)["standard"], 1, float("nan")), "factor"),
         (lambda m: clamp_latent(m, saes(32)["standard"], 1, float("inf")), "value"),
-        (lambda m: steer_with(m, saes(32)["standard"], 41, 1.0), "0 to 39"),
+        (lambda m: latent_directions(m, saes(32)["standard"], 41), "0 to 39"),
         (lambda m: clamp_latent(m, StandardSAE(StandardSAEConfig(d_in=32, d_sae=4)), 1, 1.0), "names no hook"),
     ],
 )

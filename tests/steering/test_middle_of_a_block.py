@@ -9,11 +9,11 @@ from sae_lens.saes.sae import SAEMetadata
 
 from saelens_ext.host.hook_edits import edit_point
 from saelens_ext.host.models import resolve_hook, retarget
-from saelens_ext.steering.interventions import ablate_directions, add_direction, clamp_latent, steer_with
-from saelens_ext.steering.sampling import sample_steered
+from saelens_ext.steering.interventions import ablate_directions, add_direction, clamp_latent
 from saelens_ext.steering.strength import match_strength
 from tests import models_zoo
 from tests.models_zoo import ZOO
+from tests.steering.steered import along_latent, sample_steered
 
 MIDDLE = "blocks.1.hook_resid_mid"
 TOKENS = torch.randint(3, 300, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -39,7 +39,7 @@ INTERVENTIONS = {
     "add at positions": lambda m: add_direction(m, MIDDLE, normal(32), 5.0, positions=[0, 4]),
     "ablate": lambda m: ablate_directions(m, MIDDLE, normal(3, 32), center=normal(32, seed=2)),
     "clamp": lambda m: clamp_latent(m, sae(), [3, 4], 6.0),
-    "steer": lambda m: steer_with(m, sae(), 5, 3.0),
+    "steer": lambda m: along_latent(m, sae(), 5, 3.0),
 }
 
 

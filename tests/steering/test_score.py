@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from saelens_ext.steering.judges import JudgeScore
-from saelens_ext.steering.sampling import SamplingOptions, sample_steered
+from saelens_ext.steering.sampling import SamplingOptions
 from saelens_ext.steering.score import steering_score
+from tests.steering.steered import sample_steered
 
 HOOK = "blocks.1.hook_resid_post"
 

@@ -14,10 +14,10 @@ from saelens_ext.steering.sampling import (
     SamplingOptions,
     _choose,
     mean_log_likelihoods,
-    sample_steered,
     sample_texts,
 )
-from saelens_ext.steering.strength import match_strength
+from saelens_ext.steering.strength import match_strength, match_strengths
+from tests.steering.steered import sample_steered
 
 HOOK = "blocks.1.hook_resid_post"
 PROMPTS = ["I think that", "The value of an expression"]
@@ -45,6 +45,21 @@ def divergences(model, prompt, direction, coefficient, hook=HOOK):
         with add_direction(model, hook, direction, coefficient):
             steered = model(ids)[0].double().log_softmax(-1)
     return torch.nn.functional.kl_div(steered, base, reduction="none", log_target=True).sum(-1)
+
+
+def test_several_directions_are_searched_together_as_each_alone(model, direction):
+    rows = torch.stack([direction, -3 * direction.flip(0), direction.roll(5)])
+    targets = (0.02, 0.1)
+    together = match_strengths(model, HOOK, rows, targets, prompts=PROMPTS, tolerance=1e-3, batch_size=8)
+    assert len(together) == 3
+    for row, found in zip(rows, together):
+        alone = match_strength(model, HOOK, row, targets, prompts=PROMPTS, tolerance=1e-3)
+        assert found.typical_norm == pytest.approx(alone.typical_norm) and set(found.curves) == {1, -1}
+        for one, other in zip(found.strengths, alone.strengths, strict=True):
+            assert (one.sign, one.target, one.status) == (other.sign, other.target, other.status)
+            assert one.coefficient == pytest.approx(other.coefficient, rel=5e-3)
+            assert math.copysign(1, one.coefficient) == one.sign
+            assert (one.coefficient, one.kl) in found.curves[one.sign]
 
 
 # --- the search on functions of known shape ---
@@ -294,6 +309,20 @@ def test_a_continuation_depends_on_seed_prompt_and_number_alone(tiny_bridge, dir
     assert sample(PROMPTS[0], batch_size=1) == [first]
     assert sample(PROMPTS[0], seed=1) != [first]
     assert len(set(first)) > 1
+
+
+def test_prompts_of_equal_length_share_passes_and_give_the_texts_of_each_alone(model, direction):
+    prompts = ["The value of an expression", "call 1", "call 2", "A cat sat here", "call 3"]
+    lengths = [len(ids_of(model, prompt)) for prompt in prompts]
+    assert lengths[1] == lengths[2] == lengths[4] and len(set(lengths)) == 3
+    options = SamplingOptions(max_new_tokens=5, seed=2)
+    sizes = []
+    with add_direction(model, HOOK, direction, 3.0):
+        alone = [sample_texts(model, prompt, n=4, options=options)[0] for prompt in prompts]
+        with hooked(model, [("unembed.hook_out", lambda x, hook: sizes.append(len(x)))]):
+            together = sample_texts(model, prompts, n=4, options=options, batch_size=8)
+    assert together == alone and len({tuple(texts) for texts in together}) == 5
+    assert set(sizes) == {4, 8} and sizes.count(8) == 5 and sizes.count(4) == 15
 
 
 def test_both_hosts_sample_the_same(tiny_bridge, tiny_hooked, direction):
