@@ -150,20 +150,24 @@ def refuse_file(name: str) -> None:
         raise NotADirectoryError(f"{name} is a file; give the folder that the dictionary is in: {Path(name).parent}.")
 
 
-def open_dictionary(name: str, device: str = "cpu") -> SAE[Any]:
-    """A dictionary by its folder, ``repo_id:sae_id`` of the Hub or ``release:sae_id`` of SAELens."""
+def open_contents(name: str, device: str = "cpu") -> Contents:
+    """A dictionary by its folder, ``repo_id:sae_id`` of the Hub or ``release:sae_id`` of SAELens, and what lies beside
+    it.
+    """
     refuse_file(name)
     if Path(name).is_dir():
-        found = read_contents(Path(name), device).dictionary
-    else:
-        repo_id, _, sae_id = name.partition(":")
-        if not (repo_id and sae_id):
-            raise FileNotFoundError(f"There is no folder {name}, and it is not written as repo_id:sae_id.")
-        found = (
-            load_from_hub(repo_id, sae_id, device=device).dictionary
-            if "/" in repo_id
-            else SAE.from_pretrained(repo_id, sae_id, device=device)
-        )
+        return read_contents(Path(name), device)
+    repo_id, _, sae_id = name.partition(":")
+    if not (repo_id and sae_id):
+        raise FileNotFoundError(f"There is no folder {name}, and it is not written as repo_id:sae_id.")
+    if "/" in repo_id:
+        return load_from_hub(repo_id, sae_id, device=device)
+    return Contents(dictionary=SAE.from_pretrained(repo_id, sae_id, device=device))
+
+
+def open_dictionary(name: str, device: str = "cpu") -> SAE[Any]:
+    """The dictionary alone, by its folder or name."""
+    found = open_contents(name, device).dictionary
     if isinstance(found, HierarchicalSNMF):
         raise ValueError(
             f"{name} is a hierarchy of {len(found.dictionaries)} dictionaries: name the folder of one, {name}/level_0 "

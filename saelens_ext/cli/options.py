@@ -83,20 +83,29 @@ class ReportOptions:
 
     dictionary: str = place("FOLDER")
     """Folder of a saved dictionary with its profile, any that SAELens loads, or of a hierarchy of SNMF dictionaries
-    with a profile in each level's folder.
+    with a profile in each level's folder; or repo_id:sae_id on the Hub, or release:sae_id of SAELens, which is profiled
+    if no profile lies beside it.
     """
     html: str | None = field(default=None, type=str, metavar="FILE")
-    """Where to write it; by default report.html in the folder."""
+    """Where to write it; by default report.html in the folder, or here for what is not in a folder."""
     title: str | None = None
     """Heading; by default the hook and the model."""
     compare: Any = field(default_factory=list, action="append", type=str, metavar="FOLDER")
-    """Another partition, whose growth is shown beside this one's; may be repeated."""
+    """Another dictionary of the same hook, by its folder or name: the directions of the first are matched with this
+    one's, and the growth of partitions is shown beside this one's; may be repeated.
+    """
     model_name: str | None = None
     """Hugging Face name of the model, the folder of a saved one, or demo; by default as when the dictionary was
     built.
     """
     model_class_name: str | None = None
     """SAETransformerBridge or HookedTransformer."""
+    dataset_path: str | None = None
+    """What to profile a dictionary on that has no profile; by default as it was built from."""
+    training_tokens: int | None = None
+    """Activations to profile such a dictionary on, 200000 by default."""
+    labels: bool = True
+    """Label latents by their contexts where no labels are saved beside the profile."""
     lens: bool = True
     """Show the tokens that directions promote. Without it only the model's tokenizer is loaded."""
     device: str = "cpu"

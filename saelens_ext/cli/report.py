@@ -1,19 +1,24 @@
 """``report``: the HTML page about a saved dictionary."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from sae_lens import SAE
 from transformers import AutoTokenizer
 
 from saelens_ext import _files
+from saelens_ext.analysis.labels import FORMAT as LABELS
+from saelens_ext.analysis.labels import Labels, label_latents
 from saelens_ext.analysis.logit_lens import LensResult, logit_lens
-from saelens_ext.analysis.profile import DictionaryProfile
+from saelens_ext.analysis.match import match_dictionaries
+from saelens_ext.analysis.profile import DictionaryProfile, profile_dictionary
 from saelens_ext.cli import opening
 from saelens_ext.cli.errors import UsageError
-from saelens_ext.cli.options import DEMO, ReportOptions
+from saelens_ext.cli.options import DEMO, ReadingOptions, ReportOptions
 from saelens_ext.cli.output import Context, Result
 from saelens_ext.dictionaries.fit_result import ExemplarFitResult
 from saelens_ext.dictionaries.hierarchy import HierarchicalSNMF
@@ -21,43 +26,85 @@ from saelens_ext.dictionaries.snmf_fit_result import SNMFFitResult
 from saelens_ext.host.hook_names import is_in_stream
 from saelens_ext.host.models import tokenizer_of
 from saelens_ext.hub.contents import Contents
+from saelens_ext.report.dictionary.compared import ComparedWith
 from saelens_ext.report.dictionary.dictionary_report import write_dictionary_report
-from saelens_ext.report.dictionary.latents import LatentSection
 from saelens_ext.report.dictionary.snmf_section import SNMFLevel, SNMFSection
 from saelens_ext.runner.config import DictionaryRunnerConfig
 from saelens_ext.runner.results import EVALS_FILENAME
+
+N_RANDOM = 10
+"""Random examples kept of each latent, which labels are scored on."""
 
 logger = logging.getLogger(__name__)
 
 
 def report(options: ReportOptions, context: Context) -> Result:
-    """Write the report on a saved dictionary."""
-    folder = Path(options.dictionary)
-    contents = opening.read_folder(options.dictionary)
-    profiles = [_profile(path, sae) for sae, path in opening.dictionaries_in(contents, options.dictionary)]
-    others = [_other(name) for name in options.compare] if isinstance(contents.fit, ExemplarFitResult) else []
+    """Write the report on a dictionary."""
+    contents = opening.open_contents(options.dictionary, options.device)
+    is_folder = Path(options.dictionary).is_dir()
+    profiles = _profiles(options, contents, context) if is_folder or contents.profile is None else [contents.profile]
+    others = [opening.open_contents(_name(name), options.device) for name in options.compare]
     model, tokenizer, name = _host(options, contents)
-    target = Path(options.html) if options.html is not None else folder / "report.html"
-    common = {"tokenizer": tokenizer, "title": options.title or f"{_first(contents).cfg.metadata.hook_name} of {name}"}
-    evals = _files.read_json(folder / EVALS_FILENAME) if (folder / EVALS_FILENAME).exists() else None
+    target = Path(options.html or (Path(options.dictionary) / "report.html" if is_folder else "report.html"))
+    first = _first(contents)
+    shown = {"tokenizer": tokenizer, "title": options.title or f"{first.cfg.metadata.hook_name} of {name}"}
+    paths = [path for _, path in opening.dictionaries_in(contents, options.dictionary)]
+    labels = [_labels(options, path, one, tokenizer, contents) for path, one in zip(paths, profiles)]
+    if others:
+        shown["compared"] = _compared(first, others[0], _name(options.compare[0]), options, tokenizer)
+    evals = Path(options.dictionary) / EVALS_FILENAME
+    found = {"evals": _files.read_json(evals) if evals.exists() else None}
     if isinstance(contents.fit, ExemplarFitResult):
         fit = replace(contents.fit, dictionary=opening.attach(contents.fit.dictionary, model))
-        path = write_dictionary_report(
-            target,
-            fits=[*others, fit],
-            chosen=fit,
-            profile=profiles[0],
-            lens=_lens(model, fit.dictionary),
-            evals=evals,
-            **common,
-        )
+        fits = [other.fit for other in others if isinstance(other.fit, ExemplarFitResult)]
+        found |= {"fits": [*fits, fit], "chosen": fit, "profile": profiles[0], "labels": labels[0]}
+        path = write_dictionary_report(target, lens=_lens(model, fit.dictionary), **found, **shown)
     elif contents.fit is None and not isinstance(contents.dictionary, HierarchicalSNMF):
-        dictionary = opening.attach(contents.dictionary, model)
-        latents = LatentSection(dictionary=dictionary, profile=profiles[0], lens=_lens(model, dictionary), evals=evals)
-        path = write_dictionary_report(target, latents=latents, **common)
+        sae = opening.attach(contents.dictionary, model)
+        found |= {"sae": sae, "profile": profiles[0], "labels": labels[0]}
+        path = write_dictionary_report(target, lens=_lens(model, sae), **found, **shown)
     else:
-        path = write_dictionary_report(target, snmf=_section(contents, profiles, model), **common)
+        path = write_dictionary_report(target, snmf=_section(contents, profiles, labels, model), **shown)
     return Result(data={"report": path.resolve()}, text=f"The report: {path.resolve()}")
+
+
+def _profiles(options: ReportOptions, contents: Contents, context: Context) -> list[DictionaryProfile]:
+    """The profiles beside the dictionaries of a folder, or one made now of a dictionary that has a name only."""
+    if Path(options.dictionary).is_dir():
+        return [_profile(path, sae) for sae, path in opening.dictionaries_in(contents, options.dictionary)]
+    names = ("dictionary", "model_name", "model_class_name", "dataset_path", "device")
+    reading = ReadingOptions(**{name: getattr(options, name) for name in names})
+    config = opening.reading_config(contents, _first(contents), reading, training_tokens=options.training_tokens)
+    stream = opening.open_stream(config)
+    logger.info(
+        "No profile lies beside it: reading %s activations of %s", f"{config.training_tokens:,}", stream.hook_names[0]
+    )
+    sae = opening.attach(_first(contents), stream.model)
+    return [profile_dictionary(sae, stream, n_random=N_RANDOM, progress=context.progress)]
+
+
+def _labels(
+    options: ReportOptions, path: Path, profile: DictionaryProfile, tokenizer: Any, contents: Contents
+) -> Labels | None:
+    """The labels saved beside a profile, else labels by contexts."""
+    if (path / LABELS.names[0]).exists():
+        return Labels.load(path, profile)
+    if contents.labels is not None:
+        return contents.labels
+    if not options.labels or not bool((profile.top.token_ids >= 0).any()):
+        return None
+    return label_latents(profile, tokenizer)
+
+
+def _compared(first: SAE[Any], other: Contents, name: str, options: ReportOptions, tokenizer: Any) -> ComparedWith:
+    """How the directions of another dictionary match those of the first."""
+    second = _first(other)
+    with torch.no_grad():
+        match = match_dictionaries(first, second)
+    labels = other.labels
+    if labels is None and other.profile is not None:
+        labels = _labels(options, Path(name), other.profile, tokenizer, other)
+    return ComparedWith(name=name, match=match, labels=labels)
 
 
 def _profile(path: Path, sae: SAE[Any]) -> DictionaryProfile:
@@ -68,13 +115,8 @@ def _profile(path: Path, sae: SAE[Any]) -> DictionaryProfile:
     return DictionaryProfile.load(path, sae)
 
 
-def _other(name: str | list[str]) -> ExemplarFitResult:
-    """A partition to compare with."""
-    folder = name[0] if isinstance(name, list) else name
-    fit = opening.read_folder(folder).fit
-    if not isinstance(fit, ExemplarFitResult):
-        raise ValueError(f"--compare={folder}: it holds no fit of an ExemplarPartition.")
-    return fit
+def _name(given: str | list[str]) -> str:
+    return given[0] if isinstance(given, list) else given
 
 
 def _first(contents: Contents) -> SAE[Any]:
@@ -121,7 +163,9 @@ def _lens(model: Any, dictionary: SAE[Any]) -> LensResult | None:
     return logit_lens(model, dictionary.W_dec)
 
 
-def _section(contents: Contents, profiles: list[DictionaryProfile], model: Any) -> SNMFSection:
+def _section(
+    contents: Contents, profiles: list[DictionaryProfile], labels: Sequence[Labels | None], model: Any
+) -> SNMFSection:
     """The part on SNMF dictionaries."""
     hierarchy = contents.dictionary if isinstance(contents.dictionary, HierarchicalSNMF) else None
     fit = contents.fit if isinstance(contents.fit, SNMFFitResult) else None

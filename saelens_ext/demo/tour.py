@@ -19,6 +19,7 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from saelens_ext import _files
 from saelens_ext.activations.kept_stream import KeptStream
 from saelens_ext.activations.stream import ActivationStream
+from saelens_ext.analysis.labels import label_latents
 from saelens_ext.analysis.logit_lens import logit_lens
 from saelens_ext.analysis.profile import profile_dictionaries
 from saelens_ext.audit.audit import audit_continuations
@@ -49,6 +50,7 @@ CHOSEN_PERCENTILE = 2
 STEER_LIKE = "define a new class"
 PROMPT = "The best way to spend a free afternoon is"
 STRENGTH = 0.6
+N_RANDOM = 10  # examples of each region, which its label is scored on
 
 NEURON_HOOK = "blocks.15.mlp.hook_post"
 RANKS = (100, 50, 25)
@@ -157,10 +159,14 @@ def build_regions(
     stream = kept.only(HOOK)
     say(f"Building dictionaries of {HOOK} at percentiles {PERCENTILES}, and profiling them")
     fits = fit_exemplar_partitions(stream, PERCENTILES)
-    profiles = profile_dictionaries([fit.dictionary for fit in fits.values()], stream)
+    profiles = profile_dictionaries([fit.dictionary for fit in fits.values()], stream, n_random=N_RANDOM)
     for ((_, percentile), fit), profile in zip(fits.items(), profiles):
         profile.save(fit.save(output / f"percentile_{percentile}"))
     chosen = fits[HOOK, CHOSEN_PERCENTILE]
+    profile = profiles[PERCENTILES.index(CHOSEN_PERCENTILE)]
+    labels = label_latents(profile, tokenizer_of(model))
+    labels.save(output / f"percentile_{CHOSEN_PERCENTILE}")
+    say(f"  {int(labels.distinguishes.sum())} of {len(labels)} labels detect members better than chance, held out")
     say("Evaluating one with SAELens' run_evals on held-out documents")
     evals = evaluate(chosen.dictionary, model, held_out)
     _files.write_json(output / "evals.json", finite_or_none(evals))
@@ -173,7 +179,8 @@ def build_regions(
     return {
         "fits": list(fits.values()),
         "chosen": chosen,
-        "profile": profiles[PERCENTILES.index(CHOSEN_PERCENTILE)],
+        "profile": profile,
+        "labels": labels,
         "lens": logit_lens(model, chosen.dictionary.exemplars),
         "evals": evals,
         "generations": generations,
@@ -202,6 +209,7 @@ def build_neuron_features(
     fit = fit_snmf(stream, RANKS[0], progress=True)
     hierarchy = fit_hierarchical_snmf(stream, RANKS, start=fit.dictionary, progress=True)
     profiles = profile_dictionaries(hierarchy.dictionaries, stream)
+    labels = [label_latents(profile, tokenizer_of(model)) for profile in profiles]
     unseen = ActivationStream(
         model, held_out, NEURON_HOOK, context_size=CONTEXT_SIZE, batch_size=16, max_tokens=HELD_OUT_TOKENS
     )
@@ -232,12 +240,13 @@ def build_neuron_features(
     fit.save(output / "snmf")
     hierarchy.save(output / "snmf_hierarchy")
     for number, profile in enumerate(profiles):
-        profile.save(output / "snmf_hierarchy" / f"level_{number}")
+        labels[number].save(profile.save(output / "snmf_hierarchy" / f"level_{number}"))
     steered.save(output / "steered.json")
     lenses = [logit_lens(model, dictionary.residual_directions(model)) for dictionary in hierarchy.dictionaries]
-    parts = zip(hierarchy.dictionaries, profiles, lenses, losses, strict=True)
+    parts = zip(hierarchy.dictionaries, profiles, lenses, losses, labels, strict=True)
     levels = [
-        SNMFLevel(dictionary=d, profile=profile, lens=lens, held_out_loss=loss) for d, profile, lens, loss in parts
+        SNMFLevel(dictionary=d, profile=profile, lens=lens, held_out_loss=loss, labels=named)
+        for d, profile, lens, loss, named in parts
     ]
     return SNMFSection(levels=levels, fit=fit, hierarchy=hierarchy, steered=steered, concept=concept)
 

@@ -8,6 +8,7 @@ from huggingface_hub import EvalResult
 from sae_lens import SAE
 from sae_lens import __version__ as sae_lens_version
 
+from saelens_ext.analysis.labels import Labels
 from saelens_ext.analysis.profile import DictionaryProfile
 from saelens_ext.dictionaries.architecture_names import OWN
 from saelens_ext.dictionaries.fit_result import ExemplarFitResult
@@ -33,6 +34,9 @@ _KINDS = {"exemplar_partition": "ExemplarPartition", "snmf": "SNMFDictionary"}
 _NOT_SHOWN = {"d_in", "d_sae", "device", "metadata", "format_version", "architecture", "apply_b_dec_to_input"}
 
 Metrics = Mapping[str, Any]
+
+N_LABELS = 10
+"""Labels shown on a card."""
 
 
 def describe(contents: Contents, repo_id: str, sae_id: str, metrics: Metrics | None, revision: str | None) -> Section:
@@ -65,6 +69,7 @@ def describe(contents: Contents, repo_id: str, sae_id: str, metrics: Metrics | N
     ]
     if figures:
         parts += ["### Metrics", table(["metric", "value"], figures.items())]
+    parts += _labelled(contents.labels)
     if files := _beside(contents, sae_id):
         parts.append("Beside it: " + ", ".join(files) + ".")
     return Section(sae_id=sae_id, kind=kind, size=f"{widths} × {sae.cfg.d_in}", place=place, text="\n\n".join(parts))
@@ -157,7 +162,7 @@ def _figures(contents: Contents) -> dict[str, Any]:
             for rank, loss in zip(whole.ranks, whole.encode_losses)
         }
         figures["activations fitted"] = whole.n_seen
-    return figures | (_of_profile(profile) if profile is not None else {})
+    return figures | (_of_profile(profile) if profile is not None else {}) | _of_labels(contents.labels)
 
 
 def _of_profile(profile: DictionaryProfile) -> dict[str, Any]:
@@ -167,10 +172,37 @@ def _of_profile(profile: DictionaryProfile) -> dict[str, Any]:
     }
 
 
+def _of_labels(labels: Labels | None) -> dict[str, Any]:
+    if labels is None:
+        return {}
+    return {
+        "latents with a label": sum(map(bool, labels.texts)),
+        "of them labels that detect members better than chance, held out (5% level)": int(labels.distinguishes.sum()),
+    }
+
+
+def _labelled(labels: Labels | None) -> list[str]:
+    """The labels that detect their latents best, as a table."""
+    if labels is None:
+        return []
+    order = labels.auroc.nan_to_num(-1).argsort(descending=True, stable=True).tolist()
+    best = [(latent, labels[latent]) for latent in order if labels[latent].distinguishes][:N_LABELS]
+    rows = [
+        [latent, _text(label.text), f"{label.auroc:.2f} [{label.low:.2f}, {label.high:.2f}]"] for latent, label in best
+    ]
+    return ["### Labels", table(["latent", "label", "held-out AUROC"], rows)] if rows else []
+
+
+def _text(text: str) -> str:
+    """Text of the corpus as it can stand in Markdown that shows HTML."""
+    return "".join(f"&#{ord(c)};" if c in "<>&[]`*_|\\~!#" else c for c in text)
+
+
 def _beside(contents: Contents, sae_id: str) -> list[str]:
     found = {
         "statistics of the fit (`fit.json`, `fit.safetensors`)": contents.fit,
         "what each latent responds to (`profile.json`, `profile.safetensors`)": contents.profile,
+        "a label per latent (`labels.json`, `labels.safetensors`)": contents.labels,
         "the config of the run (`runner_cfg.json`)": contents.runner_config,
         f"[a report]({sae_id}/report.html)": contents.report,
     }

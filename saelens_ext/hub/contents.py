@@ -18,6 +18,8 @@ from sae_lens.registry import SAE_CLASS_REGISTRY
 from safetensors import SafetensorError, safe_open
 
 from saelens_ext import _checks, _files
+from saelens_ext.analysis.labels import FORMAT as LABELS
+from saelens_ext.analysis.labels import Labels
 from saelens_ext.analysis.profile import FORMAT as PROFILE
 from saelens_ext.analysis.profile import DictionaryProfile
 from saelens_ext.dictionaries import hierarchy
@@ -37,7 +39,7 @@ _KNOWN = re.compile(
     "|".join(
         [
             rf"(level_\d+/)?({'|'.join(map(re.escape, SAE_FILENAMES))})",
-            *map(re.escape, (*hierarchy.FORMAT.names, *FIT.names, *PROFILE.names)),
+            *map(re.escape, (*hierarchy.FORMAT.names, *FIT.names, *PROFILE.names, *LABELS.names)),
             *map(re.escape, (RUNNER_CFG_FILENAME, SPARSITY_FILENAME, REPORT_FILENAME)),
         ]
     )
@@ -54,6 +56,8 @@ class Contents:
     """Statistics of the fit."""
     profile: DictionaryProfile | None = None
     """What the latents respond to."""
+    labels: Labels | None = None
+    """What the latents could be called."""
     runner_config: dict[str, Any] | None = None
     """The config of the run that built it."""
     report: Path | None = None
@@ -115,6 +119,7 @@ def _dtype(name: str) -> Any:
 def _sidecars(folder: Path, names: set[str], sae: SAE[Any] | None) -> dict[str, Any]:
     return {
         "profile": DictionaryProfile.load(folder, sae) if names.issuperset(PROFILE.names) else None,
+        "labels": Labels.load(folder) if names.issuperset(LABELS.names) else None,
         "runner_config": _files.read_json(folder / RUNNER_CFG_FILENAME) if RUNNER_CFG_FILENAME in names else None,
         "report": folder / REPORT_FILENAME if REPORT_FILENAME in names else None,
     }

@@ -29,6 +29,7 @@ from sae_lens.util import dtype_to_str
 
 from saelens_ext import _files
 from saelens_ext._modes import standard_modes
+from saelens_ext.analysis.labels import Labels
 from saelens_ext.analysis.profile import DictionaryProfile
 from saelens_ext.dictionaries.architecture_names import plain_name, written_name
 from saelens_ext.dictionaries.fit_result import ExemplarFitResult
@@ -71,6 +72,7 @@ def push_to_hub(
     sae_id: str,
     *,
     profile: DictionaryProfile | None = None,
+    labels: Labels | None = None,
     runner_config: Mapping[str, Any] | str | Path | None = None,
     report: str | Path | None = None,
     metrics: Mapping[str, Any] | None = None,
@@ -93,6 +95,7 @@ def push_to_hub(
         repo_id: "owner/name" or, for your own account, "name".
         sae_id: the folder, such as "blocks.6.hook_resid_post/percentile_2".
         profile: what the latents respond to.
+        labels: what the latents could be called; needs no profile beside it.
         runner_config: the config of the run that built it, or a JSON file of it.
         report: an HTML page about it.
         metrics: further numbers for the card, such as those of ``run_evals``; those of the fit are there anyway.
@@ -121,7 +124,7 @@ def push_to_hub(
     lost = "Nothing was published: the repository is as before. Push again; what had arrived is not sent twice."
     with TemporaryDirectory(prefix="saelens_ext_") as staging:
         with clear_errors(repo_id, "write", lost):
-            contents, files = _stage(dictionary, Path(staging), profile, runner_config, report)
+            contents, files = _stage(dictionary, Path(staging), profile, labels, runner_config, report)
             additions = [CommitOperationAdd(f"{sae_id}/{name}", file) for name, file in files.items()]
             repo_id = _ensure_branch(api, repo_id, private, revision)
             section = describe(contents, repo_id, sae_id, metrics, revision)
@@ -219,6 +222,7 @@ def _stage(
     pushed: Pushable,
     staging: Path,
     profile: DictionaryProfile | None,
+    labels: Labels | None,
     runner_config: Mapping[str, Any] | str | Path | None,
     report: str | Path | None,
 ) -> tuple[Contents, dict[str, Path | bytes]]:
@@ -251,6 +255,12 @@ def _stage(
         DictionaryProfile.load(staging / "profile", contents.dictionary)
         files |= hub_files.files_in(staging / "profile")
         contents = replace(contents, profile=profile)
+    if labels is not None:
+        if isinstance(contents.dictionary, HierarchicalSNMF) or len(labels) != contents.dictionary.cfg.d_sae:
+            raise ValueError(f"The labels are of {len(labels)} latents, and not of the dictionary that is pushed.")
+        labels.save(staging / "labels")
+        files |= hub_files.files_in(staging / "labels")
+        contents = replace(contents, labels=labels)
     if runner_config is not None:
         config = _files.read_json(runner_config) if isinstance(runner_config, str | Path) else dict(runner_config)
         files[RUNNER_CFG_FILENAME] = hub_files.json_bytes(config)

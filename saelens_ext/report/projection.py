@@ -24,11 +24,12 @@ class Projection(NamedTuple):
     """What may be read off it and what may not."""
 
 
-def project(directions: Float[np.ndarray, "k d"]) -> Projection:
+def project(directions: Float[np.ndarray, "k d"], what: str = "exemplars") -> Projection:
     """Lay unit directions out in the plane; the same directions always give the same picture.
 
     Args:
         directions: unit rows.
+        what: what they are.
 
     Returns:
         t-SNE under the cosine distance for 50 to 3,000 directions, else the first two principal components.
@@ -36,24 +37,23 @@ def project(directions: Float[np.ndarray, "k d"]) -> Projection:
     # One thread: sums then have one order on every machine, and on a busy one threads waiting for each other are
     # several times slower.
     with threadpool_limits(1):
-        return _project(directions)
+        return _project(directions, what)
 
 
-def _project(directions: Float[np.ndarray, "k d"]) -> Projection:
+def _project(directions: Float[np.ndarray, "k d"], what: str) -> Projection:
     if len(directions) in TSNE_SIZES:
         perplexity = min(30.0, (len(directions) - 1) / 3)
         points = TSNE(metric="cosine", init="pca", perplexity=perplexity, random_state=0).fit_transform(directions)
-        name = "t-SNE of the cosine distances between exemplars"
+        name = f"t-SNE of the cosine distances between {what}"
         caution = (
             "t-SNE keeps near neighbours together and little else: the size of a gap, the size of a cluster and the "
             "axes mean nothing."
         )
     else:
         points, explained = _principal_components(directions)
-        name = "first two principal components of the exemplars"
+        name = f"first two principal components of the {what}"
         caution = (
-            f"They hold {explained:.1%} of the variance between exemplars; regions that differ in the "
-            "rest can overlap here."
+            f"They hold {explained:.1%} of the variance between {what}; what differs in the rest can overlap here."
         )
     points = _lengthwise(points.astype(np.float64))
     points -= (points.max(axis=0) + points.min(axis=0)) / 2

@@ -3,12 +3,14 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import pandas as pd
 import pytest
 import torch
 from sae_lens import SAE
 
+from saelens_ext.analysis.labels import label_latents
 from saelens_ext.analysis.match import match_dictionaries
 from saelens_ext.analysis.profile import DictionaryProfile
 from saelens_ext.cli.report import _lens
@@ -175,6 +177,42 @@ def test_reports(name, more, copied, command, tmp_path):
     assert ("Of neurons" if "--title=Of neurons" in more else f"{HOOK if name == 'fine' else NEURONS} of") in page
     elsewhere = command("report", copied[name], f"--html={tmp_path / 'x' / 'page.html'}", "--lens=false")
     assert elsewhere.status == 0 and (tmp_path / "x" / "page.html").exists()
+
+
+def test_a_released_sae_is_profiled_labelled_and_reported_on(foreign, command, place, tmp_path, monkeypatch):
+    """By the name of a release, of which SAELens knows where to get it; no file of ours lies beside it."""
+    asked = []
+
+    def from_pretrained(release, sae_id, device):
+        asked.append((release, sae_id))
+        return SAE.load_from_disk(foreign, device=device)
+
+    monkeypatch.setattr(SAE, "from_pretrained", from_pretrained)
+    monkeypatch.chdir(tmp_path)
+    named = ["report", "some-release:layer_1", f"--dataset_path={place / 'text.jsonl'}", "--training_tokens=300"]
+    found = command(*named, f"--compare={foreign}", "--json")
+    assert found.status == 0, found.err
+    assert asked == [("some-release", "layer_1")] and found.data == {"report": str(tmp_path / "report.html")}
+    assert "reading 300 activations" in found.err
+    data = data_of(tmp_path)
+    assert data["n_profiled"] == 300 and any(label and label["text"] for label in data["labels"])
+    page = (tmp_path / "report.html").read_text()
+    assert 'id="compared-pairs"' in page and "Mutual pairs" in page
+    bare = command(*named, "--labels=false", "--json")
+    assert bare.status == 0 and set(data_of(tmp_path)["labels"]) == {None}
+    nowhere = command("report", "some-release")
+    assert nowhere.status == 1 and "not written as repo_id:sae_id" in nowhere.error
+
+
+def test_saved_labels_are_those_of_the_report(copied, command):
+    profile = DictionaryProfile.load(copied["fine"])
+    labels = label_latents(profile, models_zoo.make_tokenizer())
+    replace(labels, texts=tuple(f"named {i}" for i in range(len(labels)))).save(copied["fine"])
+    found = command("report", copied["fine"], "--lens=false")
+    assert found.status == 0, found.err
+    assert '"named 0"' in (copied["fine"] / "report.html").read_text()
+    replace(labels, hook_name="elsewhere").save(copied["fine"])
+    assert "do not belong together" in command("report", copied["fine"], "--lens=false").error
 
 
 def test_the_lens_is_of_directions_in_the_stream(tiny_bridge):

@@ -49,7 +49,7 @@ def token_of(inputs, region) -> str:
 
 
 def test_summary_and_builds_are_those_of_the_fits(visit, inputs):
-    page = visit()
+    page = visit("#summary")  # the address unfolds it
     fit, theta = inputs.chosen, inputs.chosen.threshold
     assert page.text("#fact-model b") == "tiny-llama"
     assert page.text("#fact-hook b") == fit.hook_name and "blocks.2.hook_out" in page.text("#fact-hook")
@@ -97,7 +97,7 @@ def test_growth_plot_reads_out_the_fits(visit, inputs):
 
 
 def test_evaluation_is_shown_with_meanings(visit):
-    page = visit()
+    page = visit("#evaluation")
     rows = page.page.locator("#evaluation-table tbody tr")
     keys = [key for group in synthetic.EVALS.values() for key in group]
     assert [code.strip() for code in page.texts("#evaluation-table code")] == keys
@@ -278,6 +278,7 @@ def test_invisible_tokens_get_a_sign(visit, inputs):
 
 def test_map_discs_show_mass_and_select(visit, inputs):
     page = visit()
+    page.page.click("#map .reading summary")
     assert "t-SNE" in page.text("#map-projection") and "indicative" in page.text("#map-projection")
     discs = page.page.eval_on_selector_all(
         ".disc", "all => all.map((d) => [Number(d.dataset.region), Number(d.getAttribute('r'))])"

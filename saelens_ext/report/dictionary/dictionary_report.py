@@ -5,14 +5,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from sae_lens import SAE
 from transformers import PreTrainedTokenizerBase
 
 from saelens_ext import _checks, _files
 from saelens_ext._modes import standard_modes
+from saelens_ext.analysis.labels import Labels
 from saelens_ext.analysis.logit_lens import LensResult
 from saelens_ext.analysis.profile import DictionaryProfile
 from saelens_ext.dictionaries.fit_result import ExemplarFitResult
 from saelens_ext.report.dictionary import evaluation, snmf_summary, summary
+from saelens_ext.report.dictionary.compared import ComparedWith, compared_part
 from saelens_ext.report.dictionary.features import feature_data
 from saelens_ext.report.dictionary.growth import growth_data
 from saelens_ext.report.dictionary.latents import LatentSection, latent_part
@@ -28,6 +31,7 @@ SCRIPTS = (
     "growth.js",
     "item_map.js",
     "map.js",
+    "feature_map.js",
     "table.js",
     "region_table.js",
     "detail.js",
@@ -53,12 +57,16 @@ def write_dictionary_report(
     generations: Sequence[Mapping[str, str]] = (),
     snmf: SNMFSection | None = None,
     latents: LatentSection | None = None,
+    sae: SAE[Any] | None = None,
+    labels: Labels | None = None,
+    compared: ComparedWith | None = None,
 ) -> Path:
     """Write a report on an exemplar partition, on SNMF dictionaries, or on both, as one self-contained HTML file; or on
     the latents of any other SAE.
 
     For an exemplar partition, pass ``chosen``, the ``fits`` whose growth it is compared with, and its ``profile``; for
-    SNMF pass ``snmf``. With both, the page has a part for each. For any other SAE pass ``latents`` alone.
+    SNMF pass ``snmf``. With both, the page has a part for each. For any other SAE or transcoder pass ``sae`` and its
+    ``profile``, or ``latents`` alone.
 
     The page shows text of the corpus as text only: it carries a content security policy under which nothing but its own
     script runs and nothing is fetched. The same arguments give the same file, on one machine.
@@ -76,6 +84,9 @@ def write_dictionary_report(
             ``text`` that begins with the prompt is shown without it.
         snmf: the SNMF dictionaries, with what is known of their features.
         latents: any SAE, with what is known of its latents.
+        sae: any SAELens SAE or transcoder, which ``profile``, ``lens``, ``evals`` and ``labels`` are then of.
+        compared: another dictionary of the same hook, to be put beside the first one of the page.
+        labels: of ``profile``; the table, the map and the details show them with their scores.
 
     Returns:
         The path written.
@@ -85,6 +96,11 @@ def write_dictionary_report(
             profile or lens is of another dictionary, or a generation lacks one of its texts.
     """
     path = Path(path)
+    if sae is not None:
+        if profile is None or chosen is not None or latents is not None:
+            raise ValueError("sae= goes with its profile=, and with neither fits, chosen nor latents.")
+        latents = LatentSection(dictionary=sae, profile=profile, lens=lens, evals=evals, labels=labels)
+        profile = lens = evals = None
     has_regions = chosen is not None or profile is not None or len(fits) > 0
     if has_regions and (chosen is None or profile is None):
         missing = "chosen" if chosen is None else "profile"
@@ -98,9 +114,11 @@ def write_dictionary_report(
             "There is nothing to report on: pass fits, chosen and profile of an exemplar partition, or snmf=, or both; "
             "or latents= of any SAE."
         )
-    if not has_regions and (lens is not None or evals is not None or generations):
+    if not has_regions and (
+        lens is not None or evals is not None or generations or (labels is not None and sae is None)
+    ):
         raise ValueError(
-            "lens, evals and generations are those of an exemplar partition: they need fits, chosen and profile."
+            "lens, evals, generations and labels are those of an exemplar partition: pass fits, chosen and profile."
         )
     page = render_page(
         "dictionary.html",
@@ -109,12 +127,13 @@ def write_dictionary_report(
         title=visible(title),
         regions=None
         if chosen is None or profile is None
-        else _regions(fits, chosen, profile, lens, tokenizer, evals, generations),
+        else _regions(fits, chosen, profile, lens, tokenizer, evals, generations, labels),
         features=_features(snmf, tokenizer)
         if snmf is not None
         else None
         if latents is None
         else latent_part(latents, tokenizer),
+        compared=None if compared is None else compared_part(compared, labels),
         version=version("saelens-ext"),
     )
     _files.write_together({path: lambda temporary: temporary.write_bytes(page.encode("utf-8"))})
@@ -129,8 +148,11 @@ def _regions(
     tokenizer: PreTrainedTokenizerBase,
     evals: Mapping[str, Any] | None,
     generations: Sequence[Mapping[str, str]],
+    labels: Labels | None,
 ) -> dict[str, Any]:
     """What the template shows of an exemplar partition."""
+    if labels is not None:
+        labels.check_belongs(profile)
     _check_same_dictionary(fits, chosen, profile, lens)
     shown, shared_prompt = _generations(generations)
     return {
@@ -144,7 +166,7 @@ def _regions(
         "generations": shown,
         "shared_prompt": shared_prompt,
         "growth": embed_json(growth_data(fits, chosen)),
-        "data": embed_json(region_data(chosen, profile, lens, tokenizer)),
+        "data": embed_json(region_data(chosen, profile, lens, tokenizer, labels)),
     }
 
 

@@ -7,7 +7,8 @@ Symbols
 Figures that do not exist are null.
 """
 
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import fields, replace
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from sae_lens import SAE
@@ -15,16 +16,21 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from saelens_ext._files import json_safe
+from saelens_ext.analysis.examples import Examples
+from saelens_ext.analysis.labels import Labels
 from saelens_ext.analysis.logit_lens import LensResult
 from saelens_ext.analysis.neuron_overlap import NeuronOverlap, neuron_overlap
 from saelens_ext.analysis.profile import DictionaryProfile
 from saelens_ext.dictionaries.hierarchy import HierarchicalSNMF
 from saelens_ext.dictionaries.snmf import SNMFDictionary
 from saelens_ext.host.tokens import token_strings
-from saelens_ext.report.dictionary.regions import Vocabulary, example_columns, lens_columns
+from saelens_ext.report.dictionary.regions import Vocabulary, example_columns, label_column, lens_columns, map_columns
 from saelens_ext.report.dictionary.snmf_section import SNMFLevel, SNMFSection
 from saelens_ext.report.format import visible
+from saelens_ext.report.projection import project
 from saelens_ext.steering.steer_features import SteeredFeatures
+
+Table = TypeVar("Table", Examples, LensResult)
 
 MAX_NEURONS = 40
 """Neurons listed per feature, the heaviest; the page says how many there are in all."""
@@ -54,6 +60,7 @@ def feature_data(section: SNMFSection, tokenizer: PreTrainedTokenizerBase) -> di
     }
     columns = [_level_columns(level, start, vocabulary) for level, start in zip(levels, starts, strict=True)]
     data |= {name: [row for level in columns for row in level[name]] for name in columns[0]}
+    data |= latent_map(levels[0].dictionary)
     data |= _tree_columns(section.hierarchy, starts, sum(sizes))
     data["steered"] = _steered(section.steered, sum(sizes))
     return data
@@ -83,20 +90,38 @@ class Profiled(Protocol):
     def profile(self) -> DictionaryProfile: ...
     @property
     def lens(self) -> LensResult | None: ...
+    @property
+    def labels(self) -> Labels | None: ...
 
 
-def latent_columns(level: Profiled, vocabulary: Vocabulary) -> dict[str, list[Any]]:
-    """The columns that the latents of any dictionary have."""
+def latent_columns(level: Profiled, vocabulary: Vocabulary, rows: Tensor | None = None) -> dict[str, list[Any]]:
+    """The columns that the latents of any dictionary have; ``rows`` are those shown, all by default."""
     profile = level.profile
-    examples = example_columns(profile.top, vocabulary)
+    rows = torch.arange(profile.d_sae) if rows is None else rows
+    examples = example_columns(of_rows(profile.top, rows), vocabulary)
+    labels = label_column(level.labels, rows.tolist())
     return {
-        "firing": json_safe(profile.counts.double() / max(1, profile.n_activations), 6),
-        "activity": json_safe(activity_fractions(level), 6),
-        "largest": json_safe(profile.max_activation, 6),
+        "labels": [None] * len(rows) if labels is None else labels,
+        "members": profile.counts[rows].tolist(),
+        "firing": json_safe(profile.counts[rows].double() / max(1, profile.n_activations), 6),
+        "activity": json_safe(activity_fractions(level)[rows], 6),
+        "largest": json_safe(profile.max_activation[rows], 6),
         "examples": examples,
         "top_token": [columns["tokens"][0][columns["mark"][0]] if columns["tokens"] else None for columns in examples],
-        **_lens(level.lens, profile.d_sae, vocabulary),
+        **_lens(None if level.lens is None else of_rows(level.lens, rows), len(rows), vocabulary),
     }
+
+
+def of_rows(table: Table, rows: Tensor) -> Table:
+    """The rows of every tensor of a dataclass."""
+    columns = {field.name: getattr(table, field.name) for field in fields(table)}
+    return replace(table, **{name: column[rows] for name, column in columns.items() if isinstance(column, Tensor)})
+
+
+def latent_map(dictionary: SAE[Any], rows: Tensor | None = None) -> dict[str, Any]:
+    """The map of a dictionary's directions."""
+    directions = torch.nn.functional.normalize(dictionary.W_dec.detach().float().cpu(), dim=1)
+    return map_columns(project((directions if rows is None else directions[rows]).double().numpy(), "directions"))
 
 
 def activity_fractions(level: Profiled) -> Tensor:

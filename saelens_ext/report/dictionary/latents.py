@@ -7,16 +7,20 @@ from typing import Any
 from sae_lens import SAE
 from transformers import PreTrainedTokenizerBase
 
+from saelens_ext.analysis.labels import Labels
 from saelens_ext.analysis.logit_lens import LensResult
 from saelens_ext.analysis.profile import DictionaryProfile
 from saelens_ext.dictionaries.architecture_names import plain_name
 from saelens_ext.host.tokens import token_strings
 from saelens_ext.report.dictionary.evaluation import evaluation_rows
-from saelens_ext.report.dictionary.features import latent_columns
+from saelens_ext.report.dictionary.features import latent_columns, latent_map, of_rows
 from saelens_ext.report.dictionary.regions import Vocabulary
 from saelens_ext.report.dictionary.summary import Fact, excluded, hook_fact, model_fact, read_from
 from saelens_ext.report.format import count
 from saelens_ext.report.page import embed_json
+
+MAX_LATENTS = 3000
+"""Latents shown, those active most often; the page says so."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -35,6 +39,8 @@ class LatentSection:
     """The logit lens of its decoder's rows; None where they are not in the residual stream."""
     evals: Mapping[str, Any] | None = None
     """What ``sae_lens.evals.run_evals`` gave for it."""
+    labels: Labels | None = None
+    """Of the profile."""
 
     def __post_init__(self) -> None:
         k = self.dictionary.cfg.d_sae
@@ -42,6 +48,8 @@ class LatentSection:
             raise ValueError(f"The profile is of {self.profile.d_sae} latents, the dictionary of {k}.")
         if self.lens is not None and len(self.lens.promoted_ids) != k:
             raise ValueError(f"The lens is of {len(self.lens.promoted_ids)} directions, the dictionary of {k} latents.")
+        if self.labels is not None:
+            self.labels.check_belongs(self.profile)
 
 
 def latent_part(section: LatentSection, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -76,32 +84,37 @@ def _facts(section: LatentSection) -> list[Fact]:
     metadata: dict[str, Any] = config.metadata.to_dict()
     silent = int((profile.counts == 0).sum())
     active = f"{int(profile.counts.sum()) / max(1, profile.n_activations):.1f}"
+    cut = f"; shown are the {count(MAX_LATENTS)} active most often" if config.d_sae > MAX_LATENTS else ""
     never = "every feature is active somewhere" if silent == 0 else f"{count(silent)} are active nowhere"
     return [
         model_fact(metadata),
         hook_fact(str(metadata.get("hook_name") or profile.hook_name), config.d_in, metadata),
         Fact("seen", "Activations profiled", count(profile.n_activations), read_from(metadata)),
         Fact("excluded", "Excluded", *excluded(metadata)),
-        Fact("features", "Features", count(config.d_sae), f"architecture {plain_name(config.architecture())}"),
+        Fact("features", "Features", count(config.d_sae), f"architecture {plain_name(config.architecture())}{cut}"),
         Fact("active", "Features active", active, f"on a token; {never}"),
     ]
 
 
 def _data(section: LatentSection, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     profile, lens, k = section.profile, section.lens, section.dictionary.cfg.d_sae
-    ids = [profile.top.contexts, *([] if lens is None else [lens.promoted_ids, lens.suppressed_ids])]
+    rows = profile.counts.argsort(descending=True, stable=True)[:MAX_LATENTS].sort().values
+    top, lens = of_rows(profile.top, rows), None if lens is None else of_rows(lens, rows)
+    ids = [top.contexts, *([] if lens is None else [lens.promoted_ids, lens.suppressed_ids])]
     vocabulary = Vocabulary(tensor.cpu() for tensor in ids)
     return {
         "n_profiled": profile.n_activations,
         "context": [profile.context],
         "width": section.dictionary.cfg.d_in,
-        "sizes": [k],
-        "level": [0] * k,
-        "index": list(range(k)),
+        "sizes": [len(rows)],
+        "last": k - 1,
+        "level": [0] * len(rows),
+        "index": rows.tolist(),
         "vocabulary": token_strings(tokenizer, vocabulary.token_ids),
         "distances": profile.max_distance is not None,
         "neurons": None,
         "overlaps": None,
         "steered": None,
-        **latent_columns(section, vocabulary),
+        **latent_map(section.dictionary, rows),
+        **latent_columns(section, vocabulary, rows),
     }

@@ -6,7 +6,7 @@ Symbols
 Distances are cosine distances in [0, 2]. Figures that do not exist are null.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,11 +16,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from saelens_ext._files import json_safe
+from saelens_ext.analysis.labels import Labels
 from saelens_ext.analysis.logit_lens import LensResult
 from saelens_ext.analysis.profile import DictionaryProfile, Examples
 from saelens_ext.dictionaries.fit_result import ExemplarFitResult, Provenance
 from saelens_ext.host.tokens import token_strings
-from saelens_ext.report.projection import project
+from saelens_ext.report.format import visible
+from saelens_ext.report.projection import Projection, project
 
 CONTEXT_REACH = 64
 """Tokens shown on either side of an exemplar: a whole window of the usual 128, but not all of a window of 8,192."""
@@ -53,7 +55,11 @@ def _without_padding(nested: list[Any]) -> list[Any]:
 
 
 def region_data(
-    fit: ExemplarFitResult, profile: DictionaryProfile, lens: LensResult | None, tokenizer: PreTrainedTokenizerBase
+    fit: ExemplarFitResult,
+    profile: DictionaryProfile,
+    lens: LensResult | None,
+    tokenizer: PreTrainedTokenizerBase,
+    labels: Labels | None = None,
 ) -> dict[str, Any]:
     """Everything the page shows of the regions of one dictionary, JSON-safe.
 
@@ -62,12 +68,12 @@ def region_data(
         profile: of the same dictionary.
         lens: of its exemplars, K rows.
         tokenizer: of the model.
+        labels: of the profile.
     """
     ids = [fit.provenance.windows, fit.provenance.token_ids, profile.top.contexts]
     ids += [profile.boundary.contexts] if profile.boundary is not None else []
     ids += [lens.promoted_ids, lens.suppressed_ids] if lens is not None else []
     vocabulary = Vocabulary(tensor.cpu() for tensor in ids)
-    projection = project(_exemplars(fit).numpy().astype(np.float64))
     neighbours, distances = nearest_others(_exemplars(fit), N_NEIGHBOURS)
     return {
         "n_profiled": profile.n_activations,
@@ -75,9 +81,8 @@ def region_data(
         "context": profile.context,
         "threshold": json_safe(fit.threshold.threshold, 6),
         "vocabulary": token_strings(tokenizer, vocabulary.token_ids),
-        "projection": {"name": projection.name, "caution": projection.caution},
-        "x": json_safe(projection.points[:, 0], 4),
-        "y": json_safe(projection.points[:, 1], 4),
+        **map_columns(project(_exemplars(fit).numpy().astype(np.float64))),
+        "labels": label_column(labels),
         "members": profile.counts.tolist(),
         "joined": fit.counts.tolist(),
         "started": fit.exemplar_indices.tolist(),
@@ -139,6 +144,32 @@ def _exemplar_contexts(provenance: Provenance, vocabulary: Vocabulary) -> dict[s
         "cut_before": (starts > 0).tolist(),
         "cut_after": (lengths > positions + CONTEXT_REACH + 1).tolist(),
     }
+
+
+def map_columns(projection: Projection) -> dict[str, Any]:
+    """Where each latent lies on the map, and how it got there."""
+    return {
+        "projection": {"name": projection.name, "caution": projection.caution},
+        "x": json_safe(projection.points[:, 0], 4),
+        "y": json_safe(projection.points[:, 1], 4),
+    }
+
+
+def label_column(labels: Labels | None, rows: Sequence[int] | None = None) -> list[dict[str, Any]] | None:
+    """Each latent's label, its score in words, and whether it detects members at all; None without labels."""
+    if labels is None:
+        return None
+    chosen = [labels[latent] for latent in (range(len(labels)) if rows is None else rows)]
+    return [
+        {
+            "text": visible(one.text),
+            "output": visible(one.output),
+            "score": one.score_text,
+            "sure": one.distinguishes,
+            "auroc": json_safe(one.auroc, 3),
+        }
+        for one in chosen
+    ]
 
 
 def example_columns(examples: Examples, vocabulary: Vocabulary) -> list[dict[str, list[Any]]]:

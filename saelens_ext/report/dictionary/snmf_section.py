@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from saelens_ext.analysis.labels import Labels
 from saelens_ext.analysis.logit_lens import LensResult
 from saelens_ext.analysis.profile import DictionaryProfile
 from saelens_ext.concepts.comparison import ConceptComparison
@@ -23,6 +24,8 @@ class SNMFLevel:
     """The logit lens of its :meth:`~SNMFDictionary.residual_directions`, k rows."""
     held_out_loss: float | None = None
     """Squared error over the sum of squares of activations that it was not fitted to."""
+    labels: Labels | None = None
+    """Of the profile."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

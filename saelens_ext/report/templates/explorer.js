@@ -38,7 +38,8 @@ class Explorer {
     });
   }
 
-  ordered() {
+  ordered(matching) {
+    this.map.match(matching);
     this.detail.steps(this.selected);
   }
 
@@ -73,6 +74,7 @@ class Explorer {
 
   show(id) {
     this.selected = id;
+    this.map.select(id);
     this.table.select(id);
     this.detail.show(id);
   }
@@ -95,26 +97,18 @@ class RegionExplorer extends Explorer {
     this.start(largestOf(data.members));
   }
 
-  ordered(matching) {
-    this.map.match(matching);
-    super.ordered();
-  }
-
   find(name) {
     const id = /^\d+$/.test(name) ? Number(name) : -1;
     return id >= 0 && id < this.data.members.length ? id : null;
   }
 
-  show(id) {
-    this.map.select(id);
-    super.show(id);
-  }
 }
 
 class FeatureExplorer extends Explorer {
   constructor(data) {
     super("feature", "feature-");
     this.data = data;
+    this.map = new FeatureMap(data, (id) => this.go(id));
     this.table = new FeatureTable(data, this.listeners);
     this.detail = new FeatureDetail(data, "feature", "feature-", (id, step) => this.table.beside(id, step));
     this.start(largestOf(data.activity.slice(0, data.sizes[0])));

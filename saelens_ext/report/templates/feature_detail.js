@@ -6,12 +6,12 @@ class FeatureDetail extends Detail {
   }
 
   parts(id) {
-    return [this.measures(id), this.neurons(id), this.steered(id), this.contexts(id), this.lens(id), this.tree(id), this.overlaps(id)];
+    return [labelPart(this.data, id), this.measures(id), this.neurons(id), this.steered(id), this.contexts(id), this.lens(id), this.tree(id), this.overlaps(id)];
   }
 
   range() {
     const { sizes } = this.data;
-    return sizes.map((size, level) => (sizes.length > 1 ? `${level}.0 to ${level}.${size - 1}` : `0 to ${size - 1}`)).join(", ");
+    return sizes.map((size, level) => (sizes.length > 1 ? `${level}.0 to ${level}.${size - 1}` : `0 to ${this.data.last ?? size - 1}`)).join(", ");
   }
 
   measures(id) {

@@ -67,7 +67,7 @@ class FeatureTable extends ExploreTable {
     const { data } = this;
     const lens = [data.promoted[id], data.suppressed[id]].flatMap((tokens) => tokens ?? []).map((v) => data.vocabulary[v]);
     const contexts = data.examples[id].tokens.slice(0, 3).map((tokens) => tokens.map((v) => data.vocabulary[v]).join(""));
-    return [...contexts, ...lens, ...lens.map((token) => tokenLabel(token))];
+    return [labelOf(data, id)?.text ?? "", ...contexts, ...lens, ...lens.map((token) => tokenLabel(token))];
   }
 
   cells(id) {
@@ -76,7 +76,7 @@ class FeatureTable extends ExploreTable {
     const largest = Math.max(...this.ids.map((other) => data.activity[other]));
     const promoted = data.promoted[id]?.[0];
     return {
-      token: [featureToken(data, id, 32), active ? contextText(...exampleContext(data, id, 0).slice(0, 2), { before: 30, after: 60 }) : null],
+      token: [labelChip(data, id), featureToken(data, id, 32), active ? contextText(...exampleContext(data, id, 0).slice(0, 2), { before: 30, after: 60 }) : null],
       promoted: [promoted === undefined ? "–" : tokenChip(data.vocabulary[promoted], 18)],
       activity: [formatPercentage(data.activity[id]), this.bar(data.activity[id], largest)],
       firing: [formatPercentage(data.firing[id])],

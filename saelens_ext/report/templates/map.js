@@ -7,11 +7,13 @@ const MARGIN = 26;
 const CROWD = 800; // regions from which on discs are drawn smaller
 
 class RegionMap extends ItemMap {
-  constructor(data, onSelect) {
+  // `prefix` comes before the ids of its elements, `ids` are those drawn.
+  constructor(data, onSelect, prefix = "", ids = data.members.map((_, id) => id)) {
     super();
     this.data = data;
+    this.prefix = prefix;
     this.onSelect = onSelect;
-    this.ids = data.members.map((_, id) => id);
+    this.ids = ids;
     this.bySize = [...this.ids].sort((a, b) => data.members[b] - data.members[a] || a - b);
     this.crowding = Math.min(1, (CROWD / this.ids.length) ** 0.25);
     this.view = { zoom: 1, x: 0, y: 0 };
@@ -24,22 +26,62 @@ class RegionMap extends ItemMap {
     onWidthChange(this.holder, () => this.resize());
   }
 
+  element(name) {
+    return byId(this.prefix + name);
+  }
+
+  // --- what is drawn; the map of features says it in its own words ---
+
+  get noun() {
+    return "region";
+  }
+
+  shades() {
+    return shadeScale(this.data.coherence, "Coherence", formatDistance);
+  }
+
+  shade(id) {
+    return this.data.coherence[id];
+  }
+
+  token(id) {
+    return tokenText(this.data, id);
+  }
+
+  context(id) {
+    return exemplarContext(this.data, id);
+  }
+
+  figures(id) {
+    return `mass ${formatPercentage(massOf(this.data, id))}, coherence ${formatDistance(this.data.coherence[id])}`;
+  }
+
+  number(id) {
+    return String(id);
+  }
+
+  // What an item is called on the map: the first words of a label that can be relied on, else its token.
+  nameOf(id) {
+    const label = labelOf(this.data, id);
+    return label?.sure ? label.text.split("…")[0].trim() || label.text.replace("…", "").trim() : tokenLabel(this.token(id), 14);
+  }
+
   build() {
     const { data } = this;
-    const shades = shadeScale(data.coherence);
-    this.holder = byId("map-chart");
+    const shades = this.shades();
+    this.holder = this.element("map-chart");
     this.tooltip = make("div", { class: "tooltip", hidden: "" });
     this.labels = draw("g", { class: "map-labels" });
     this.halo = draw("circle", { class: "halo", visibility: "hidden" });
     this.ring = draw("circle", { class: "ring" });
-    this.discs = this.ids.map((id) => draw("circle", { class: `disc ${shades.of(data.coherence[id])}`, "data-region": id }));
-    const hint = "Map of the regions. The arrow keys go to the next region in their direction, plus and minus zoom.";
+    this.discs = this.ids.map((id) => draw("circle", { class: `disc ${shades.of(this.shade(id))}`, [`data-${this.noun}`]: id }));
+    const hint = `Map of the ${this.noun}s. The arrow keys go to the next region in their direction, plus and minus zoom.`;
     // Small discs last, so that no large one hides them.
     const layer = draw("g", {}, ...this.bySize.map((id) => this.discs[id]));
     this.svg = draw("svg", { tabindex: "0", role: "group", "aria-label": hint }, layer, this.labels, this.halo, this.ring);
     this.holder.append(this.svg, this.tooltip);
-    byId("map-legend").replaceChildren(...shades.legend());
-    byId("map-projection").textContent =
+    this.element("map-legend").replaceChildren(...shades.legend());
+    this.element("map-projection").textContent =
       `Projection: ${data.projection.name}. ${data.projection.caution} Distances on the map are only indicative; those in the table are exact.`;
   }
 
@@ -47,10 +89,10 @@ class RegionMap extends ItemMap {
 
   select(id) {
     this.selected = id;
-    this.encircle(this.ring, id, 4);
-    byId("map-readout").replaceChildren(
+    this.encircle(this.ring, this.ids.includes(id) ? id : null, 4);
+    this.element("map-readout").replaceChildren(
       make("span", {}, `Selected: ${this.caption(id)}. `),
-      make("a", { href: "#detail", class: "narrow-only" }, "Details ↓"),
+      make("a", { href: `#${this.prefix}detail`, class: "narrow-only" }, "Details ↓"),
     );
   }
 
@@ -67,8 +109,9 @@ class RegionMap extends ItemMap {
     this.width = Math.max(260, this.holder.clientWidth);
     const extent = (list) => Math.max(Math.abs(list[largestOf(list.map(Math.abs))]), 1e-9);
     const [across, along] = [extent(this.data.x), extent(this.data.y)];
+    const tallest = Math.max(260, 0.33 * innerHeight); // so that the table below begins in the same view
     const wanted = across > 1e-6 ? ((this.width - 2 * MARGIN) * along) / across + 2 * MARGIN : 0;
-    this.height = Math.round(Math.min(600, Math.max(260, wanted)));
+    this.height = Math.round(Math.min(tallest, Math.max(260, wanted)));
     this.fit = Math.min((this.width / 2 - MARGIN) / across, (this.height / 2 - MARGIN) / along);
     this.svg.setAttribute("width", this.width);
     this.svg.setAttribute("height", this.height);
@@ -77,7 +120,7 @@ class RegionMap extends ItemMap {
 
   render() {
     for (const id of this.ids) this.encircle(this.discs[id], id, 0);
-    this.encircle(this.ring, this.selected, 4);
+    this.encircle(this.ring, this.ids.includes(this.selected) ? this.selected : null, 4);
     this.name();
     this.svg.classList.toggle("zoomed", this.view.zoom > 1);
   }
@@ -114,7 +157,7 @@ class RegionMap extends ItemMap {
 
   // Where a region's name would stand, on a large disc or beside a small one; null where it would leave the map.
   labelArea(id) {
-    const words = tokenLabel(tokenText(this.data, id), 14);
+    const words = shortName(this.nameOf(id));
     const length = 6.8 * Array.from(words).length + 6;
     const [x, y] = this.place(id);
     const r = this.radius(id);
@@ -124,13 +167,14 @@ class RegionMap extends ItemMap {
   }
 
   caption(id) {
-    const { data } = this;
-    return `Region ${id} ${tokenLabel(tokenText(data, id), 32)} — mass ${formatPercentage(massOf(data, id))}, coherence ${formatDistance(data.coherence[id])}`;
+    const label = labelOf(this.data, id);
+    const called = label === null ? tokenLabel(this.token(id), 32) : label.text;
+    return `${capitalised(this.noun)} ${this.number(id)} ${called} — ${this.figures(id)}`;
   }
 
   hover(id) {
     this.encircle(this.halo, id, 2);
-    const context = id === null ? null : contextText(...exemplarContext(this.data, id), { before: 50, after: 50 });
+    const context = id === null ? null : contextText(...this.context(id).slice(0, 2), { before: 50, after: 50 });
     this.explain(id, ...(id === null ? [] : [make("b", {}, this.caption(id)), context]));
   }
 
@@ -145,9 +189,9 @@ class RegionMap extends ItemMap {
     svg.addEventListener("pointercancel", () => (this.drag = null));
     svg.addEventListener("pointerleave", () => this.hover(null));
     svg.addEventListener("wheel", (event) => this.onWheel(event), { passive: false });
-    byId("map-in").addEventListener("click", () => this.zoomBy(ZOOM_STEP));
-    byId("map-out").addEventListener("click", () => this.zoomBy(1 / ZOOM_STEP));
-    byId("map-reset").addEventListener("click", () => this.zoomBy(0));
+    this.element("map-in").addEventListener("click", () => this.zoomBy(ZOOM_STEP));
+    this.element("map-out").addEventListener("click", () => this.zoomBy(1 / ZOOM_STEP));
+    this.element("map-reset").addEventListener("click", () => this.zoomBy(0));
   }
 
   onKey(event) {
@@ -226,8 +270,17 @@ function overlap(a, b) {
   return a.left < b.right && a.right > b.left && a.top < b.bottom && a.bottom > b.top;
 }
 
-// Five shades over the range of the coherence, and a legend that names its limits.
-function shadeScale(values) {
+function shortName(text) {
+  const characters = Array.from(text);
+  return characters.length > 16 ? `${characters.slice(0, 15).join("")}…` : text;
+}
+
+function capitalised(word) {
+  return word[0].toUpperCase() + word.slice(1);
+}
+
+// Five shades over the range of a figure, and a legend that names its limits.
+function shadeScale(values, name, format) {
   const known = values.filter((value) => value !== null);
   const low = known.reduce((a, b) => Math.min(a, b), Infinity);
   const high = known.reduce((a, b) => Math.max(a, b), -Infinity);
@@ -237,9 +290,9 @@ function shadeScale(values) {
   return {
     of: (value) => (value === null ? "shade-none" : `shade-${index(value)}`),
     legend() {
-      if (known.length === 0) return ["No coherence was measured."];
+      if (known.length === 0) return [`No ${name.toLowerCase()} was measured.`];
       const swatches = shades.map((i) => make("span", { class: `swatch shade-${i}` }));
-      return [`Coherence ${formatDistance(low)} `, ...swatches, several ? ` ${formatDistance(high)}` : ""];
+      return [`${name} ${format(low)} `, ...swatches, several ? ` ${format(high)}` : ""];
     },
   };
 }

@@ -30,6 +30,19 @@ class Parts {
 }
 
 document.documentElement.classList.add("scripted");
+
+// Sections that fold are open without scripts and on paper, and open when the address leads to them.
+const folds = [...document.querySelectorAll("details.fold")];
+const unfold = () => {
+  const section = location.hash.length > 1 ? byId(location.hash.slice(1)) : null;
+  const fold = section?.querySelector?.(":scope > details.fold");
+  if (fold) fold.open = true;
+};
+for (const fold of folds) fold.open = false;
+addEventListener("hashchange", unfold);
+addEventListener("beforeprint", () => folds.forEach((fold) => (fold.open = true)));
+unfold();
+
 const parts = [...document.querySelectorAll(".part")];
 if (parts.length > 1) new Parts(parts);
 if (byId("region-data") !== null) {

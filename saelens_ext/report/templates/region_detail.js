@@ -8,6 +8,7 @@ class RegionDetail extends Detail {
   parts(id) {
     const { data } = this;
     return [
+      labelPart(data, id),
       this.provenance(id),
       this.exemplar(id),
       this.measures(id),

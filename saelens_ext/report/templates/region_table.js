@@ -46,13 +46,13 @@ class RegionTable extends ExploreTable {
 
   textsOf(id) {
     const token = tokenText(this.data, id);
-    return [exemplarContext(this.data, id)[0].join(""), token, tokenLabel(token)];
+    return [labelOf(this.data, id)?.text ?? "", exemplarContext(this.data, id)[0].join(""), token, tokenLabel(token)];
   }
 
   cells(id) {
     const { data } = this;
     return {
-      token: [tokenChip(tokenText(data, id), 32), contextText(...exemplarContext(data, id), { before: 30, after: 60 })],
+      token: [labelChip(data, id), tokenChip(tokenText(data, id), 32), contextText(...exemplarContext(data, id), { before: 30, after: 60 })],
       mass: [formatPercentage(massOf(data, id)), this.bar(data.members[id], this.largest)],
       coherence: [formatDistance(data.coherence[id])],
       mean: [formatDistance(data.mean_distance[id])],

@@ -96,6 +96,28 @@ function contextText(tokens, mark, { before = Infinity, after = Infinity, cutBef
   );
 }
 
+// --- labels ---
+
+// A latent's label, or null; one that is not distinguishable from chance is marked as such.
+function labelOf(data, id) {
+  return data.labels?.[id]?.text ? data.labels[id] : null;
+}
+
+function labelChip(data, id) {
+  const label = labelOf(data, id);
+  if (label === null) return null;
+  const doubt = label.sure ? null : make("small", {}, label.auroc === null ? " not scored" : " may be chance");
+  return make("div", { class: label.sure ? "label" : "label weak", title: label.score }, make("bdi", {}, label.text), doubt);
+}
+
+// The label with its score, for the details.
+function labelPart(data, id) {
+  const label = labelOf(data, id);
+  if (label === null) return null;
+  const output = label.output ? make("p", {}, "Makes the model say: ", make("bdi", {}, label.output)) : null;
+  return make("div", { class: "labelled" }, labelChip(data, id), output, make("p", { class: "hint" }, `Held-out score of the label: ${label.score}.`));
+}
+
 // --- figures ---
 
 // Index of the largest entry, the first of equal ones.
