@@ -160,7 +160,7 @@ def _moves(rows: Mapping[str, Any], outcomes: Mapping[str, str]) -> Finding:
         evidence = f"{evidence}, more than along random features ({_value(rows['random_features'])})."
         return Finding("moves", "yes", "Steering moves the continuations", evidence)
     but = {
-        "same": "but no more than random features do",
+        "same": "but not detectably more than random features do",
         "below": "but less than random features do",
         "untested": "and was not compared with random features",
     }[random]
@@ -251,7 +251,7 @@ def joint_words(outcomes: Mapping[str, str]) -> tuple[str, str]:
         kind: [control for control in OBJECTIVE_CONTROLS if outcomes.get(control, "untested") == kind]
         for kind in ("above", "same", "below", "untested")
     }
-    kinds = {"same": "no better than", "below": "worse than", "untested": "not compared with"}
+    kinds = {"same": "not detectably better than", "below": "worse than", "untested": "not compared with"}
     reasons = [
         f"{words} {listed(map(method_name, by_outcome[kind]))}" for kind, words in kinds.items() if by_outcome[kind]
     ]

@@ -73,7 +73,7 @@ def test_the_case_that_was_called_supported():
     assert answers(found) == ["yes", "no", "no", "no", "no"] and found.answer == "no"
     assert found.headline == (
         "Steering moves the continuations, but not mode by mode: 1 of 7 modes is moved most by its own direction. "
-        "The joint clustering is not shown to be needed: no better than shuffled members. "
+        "The joint clustering is not shown to be needed: not detectably better than shuffled members. "
         "The modes are unstable (adjusted Rand index 0.28), and 6 of 7 are as small as a mode may be."
     )
     assert "shuffled members +0.101 (no difference shown" in found["joint"].evidence
@@ -89,7 +89,12 @@ def test_only_evidence_without_a_gap_is_a_yes():
 
 
 WEAKER = [
-    ("moves", {"table": summary({"random_features": OWN})}, "partly", "but no more than random features do"),
+    (
+        "moves",
+        {"table": summary({"random_features": OWN})},
+        "partly",
+        "but not detectably more than random features do",
+    ),
     ("moves", {"table": summary({"random_features": 0.3})}, "partly", "but less than random features do"),
     ("moves", {"table": summary({"random_features": None})}, "partly", "was not compared with random features"),
     ("moves", {"table": summary(own=0.001)}, "no", "is not shown to move the continuations, and so not mode by mode"),
@@ -100,10 +105,15 @@ WEAKER = [
     ("by_mode", {"table": summary({"wrong_cluster": OWN})}, "partly", "another mode’s direction is not shown to move"),
     ("by_mode", {"table": summary({"wrong_cluster": 0.2})}, "no", "another mode’s direction moves them more"),
     ("by_mode", {"matrix": specificity(1, 1)}, "untested", "whether mode by mode could not be tested"),
-    ("joint", {"table": summary({"semantic": OWN})}, "partly", "needed in part: no better than modes by meaning alone"),
+    (
+        "joint",
+        {"table": summary({"semantic": OWN})},
+        "partly",
+        "needed in part: not detectably better than modes by meaning alone",
+    ),
     ("joint", {"table": summary({"attribution": 0.2})}, "partly", "worse than modes by mechanism alone"),
     ("joint", {"table": summary({"semantic": OWN, "attribution": OWN})}, "no", "is not shown to be needed"),
-    ("joint", {"table": summary({"random_partition": OWN})}, "no", "no better than shuffled members"),
+    ("joint", {"table": summary({"random_partition": OWN})}, "no", "not detectably better than shuffled members"),
     ("joint", {"table": summary(dict.fromkeys(OBJECTIVE_CONTROLS))}, "untested", "not compared with"),
     ("stability", {"stability": 0.7}, "partly", "are moderately stable"),
     ("stability", {"stability": 0.5}, "no", "are unstable"),
