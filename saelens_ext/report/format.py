@@ -1,8 +1,18 @@
 """How figures are written for a reader; the page's script formats alike (``text.js``)."""
 
 import math
+from typing import NamedTuple
 
 from saelens_ext.host.tokens import visible as visible
+
+
+class Fact(NamedTuple):
+    """One figure of a summary."""
+
+    key: str
+    name: str
+    value: str
+    meaning: str
 
 
 def count(n: int) -> str:

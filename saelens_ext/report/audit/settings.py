@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from saelens_ext.continuations.prefix_audit import PrefixAudit
 from saelens_ext.continuations.validation.figures import counted, fixed
 from saelens_ext.report.audit.wording import plain
-from saelens_ext.report.format import count, percentage, visible
+from saelens_ext.report.format import Fact, count, percentage, visible
 
 _WEIGHTS = {
     "uniform": "each counts alike",
@@ -25,15 +25,6 @@ _BACKENDS = {
     "gradient": "activation times gradient through the model as it is",
     "relp": "norms frozen and nonlinear parts replaced by their local slopes",
 }
-
-
-class Fact(NamedTuple):
-    """One figure of a prefix's summary."""
-
-    key: str
-    name: str
-    value: str
-    meaning: str
 
 
 class Setting(NamedTuple):

@@ -176,27 +176,15 @@ def _comparison(row: Any) -> Comparison:
     )
 
 
-class Generated(NamedTuple):
-    """Open-ended samples under one direction."""
-
-    method: str
-    mode: str
-    share: str
-    unsteered: str
-    n: str
-
-
-def generated_rows(validation: Validation) -> list[Generated]:
+def generated_rows(validation: Validation) -> list[dict[str, str]]:
     """Fractions of open-ended samples in a mode, steered along its own direction and not steered."""
-    own = validation.generations
-    own = own[own["method"] == "joint"] if len(own) else own
+    rows = validation.generations
     return [
-        Generated(
-            words.method_name(row["method"]),
-            str(int(row["cluster"])),
-            percentage(row["share"]),
-            percentage(row["unsteered"]),
-            count(int(row["n"])),
-        )
-        for row in own.to_dict("records")
+        {
+            "mode": str(int(row["cluster"])),
+            "steered": percentage(row["share"]),
+            "unsteered": percentage(row["unsteered"]),
+            "n": count(int(row["n"])),
+        }
+        for row in rows[rows["method"] == "joint"].to_dict("records")
     ]

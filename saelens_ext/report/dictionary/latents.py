@@ -15,8 +15,8 @@ from saelens_ext.host.tokens import token_strings
 from saelens_ext.report.dictionary.evaluation import evaluation_rows
 from saelens_ext.report.dictionary.features import latent_columns, latent_map, of_rows
 from saelens_ext.report.dictionary.regions import Vocabulary
-from saelens_ext.report.dictionary.summary import Fact, excluded, hook_fact, model_fact, read_from
-from saelens_ext.report.format import count
+from saelens_ext.report.dictionary.summary import excluded, hook_fact, model_fact, read_from
+from saelens_ext.report.format import Fact, count
 from saelens_ext.report.page import embed_json
 
 MAX_LATENTS = 3000

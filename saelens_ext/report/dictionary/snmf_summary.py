@@ -9,8 +9,8 @@ from saelens_ext.dictionaries.hierarchy import HierarchicalSNMF
 from saelens_ext.dictionaries.snmf import SNMFDictionary
 from saelens_ext.dictionaries.snmf_fit_result import SNMFFitResult
 from saelens_ext.report.dictionary.snmf_section import SNMFLevel, SNMFSection
-from saelens_ext.report.dictionary.summary import Fact, excluded, hook_fact, model_fact, read_from
-from saelens_ext.report.format import count, significant
+from saelens_ext.report.dictionary.summary import excluded, hook_fact, model_fact, read_from
+from saelens_ext.report.format import Fact, count, significant
 
 _STOPPED = {
     "converged": ("Convergence", "the objective fell no further"),

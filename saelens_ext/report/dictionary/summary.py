@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from saelens_ext.analysis.profile import DictionaryProfile
 from saelens_ext.dictionaries.fit_result import ExemplarFitResult
 from saelens_ext.report.dictionary.growth import fit_label
-from saelens_ext.report.format import angle, count, distance, percentage
+from saelens_ext.report.format import Fact, angle, count, distance, percentage
 
 _STOPPED = {
     "end_of_stream": (
@@ -16,15 +16,6 @@ _STOPPED = {
     "unseen_mass": ("Unseen mass", "the upper limit of the unseen mass fell below the tolerance"),
     "paper": ("Quiet batches", "the paper's rule: no region was started in several batches in a row"),
 }
-
-
-class Fact(NamedTuple):
-    """One figure of the summary."""
-
-    key: str
-    name: str
-    value: str
-    meaning: str
 
 
 class Build(NamedTuple):
