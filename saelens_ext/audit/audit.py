@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from saelens_ext import _checks
 from saelens_ext._modes import standard_modes
+from saelens_ext.analysis.labels import Labels
 from saelens_ext.analysis.profile import DictionaryProfile
 from saelens_ext.audit.config import AuditConfig
 from saelens_ext.audit.stages import Stages, describe, folder_for
@@ -78,13 +79,19 @@ class Audit:
         return pd.concat([prefix.modes() for prefix in self.prefixes], ignore_index=True)
 
     def save_html(
-        self, path: str | Path, *, profiles: Mapping[str, DictionaryProfile] | None = None, title: str = ""
+        self,
+        path: str | Path,
+        *,
+        profiles: Mapping[str, DictionaryProfile] | None = None,
+        labels: Mapping[str, Labels] | None = None,
+        title: str = "",
     ) -> Path:
         """Write the report on it, one page that needs nothing else.
 
         Args:
             path: the file to write.
             profiles: of the dictionaries, by the name of their hook, to show what distinguishing latents respond to.
+            labels: of the profiles' latents, by the same names, from :func:`label_latents`.
             title: heading of the page.
 
         Returns:
@@ -96,6 +103,7 @@ class Audit:
             about=self.about,
             config=asdict(self.config),
             profiles=profiles,
+            labels=labels,
             tokenizer=self.tokenizer,
             title=title or "Why the model continues in different ways",
         )

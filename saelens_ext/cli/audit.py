@@ -11,6 +11,7 @@ import numpy as np
 from sae_lens import SAE
 
 from saelens_ext import _files
+from saelens_ext.analysis.labels import Labels
 from saelens_ext.analysis.profile import DictionaryProfile
 from saelens_ext.audit.audit import Audit, AuditConfig, audit_continuations
 from saelens_ext.cli import opening
@@ -49,9 +50,7 @@ def audit(inputs: AuditInputs, settings: AuditConfig, context: Context) -> Resul
     )
     data = _data(found)
     if folder is not None:
-        data["files"] = {
-            name: str(path) for name, path in _write(found, folder, _profiles(inputs.dictionaries, saes)).items()
-        }
+        data["files"] = {name: str(path) for name, path in _write(found, folder, inputs.dictionaries, saes).items()}
     _log(inputs, settings, found)
     return Result(data=data, text=_text(found, data))
 
@@ -103,11 +102,11 @@ def _model_config(inputs: AuditInputs, saes: list[SAE[Any]]) -> DictionaryRunner
     )
 
 
-def _profiles(names: list[str], saes: list[SAE[Any]]) -> dict[str, DictionaryProfile]:
-    """The profiles that lie beside the dictionaries, by the name of the hook."""
+def _beside(names: list[str], saes: list[SAE[Any]], kind: Any, file: str) -> dict[str, Any] | None:
+    """What lies beside the dictionaries, their profiles or labels, by the name of the hook; None for nothing."""
     folders = [Path(name) for name in names]
-    held = [(sae, path) for sae, path in zip(saes, folders) if (path / "profile.json").exists()]
-    return {sae.cfg.metadata.hook_name: DictionaryProfile.load(path) for sae, path in held}
+    present = [(sae, path) for sae, path in zip(saes, folders) if (path / file).exists()]
+    return {sae.cfg.metadata.hook_name: kind.load(path) for sae, path in present} or None
 
 
 # --- what is told ---
@@ -165,11 +164,13 @@ def _mode_row(mode: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _write(found: Audit, folder: Path, profiles: dict[str, DictionaryProfile]) -> dict[str, Path]:
+def _write(found: Audit, folder: Path, names: list[str], saes: list[SAE[Any]]) -> dict[str, Path]:
     """Tables and the report, beside the folders of the stages."""
     tables = {_CONTINUATIONS: found.to_dataframe(), _MODES: found.modes()}
     _files.write_together({folder / name: partial(write_csv, rows) for name, rows in tables.items()})
-    report = found.save_html(folder / _REPORT, profiles=profiles or None)
+    profiles = _beside(names, saes, DictionaryProfile, "profile.json")
+    labels = _beside(names, saes, Labels, "labels.json")
+    report = found.save_html(folder / _REPORT, profiles=profiles, labels=labels)
     return {"continuations": folder / _CONTINUATIONS, "modes": folder / _MODES, "report": report}
 
 

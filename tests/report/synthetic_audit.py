@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from saelens_ext.analysis.labels import Labels
 from saelens_ext.analysis.profile import DictionaryProfile
 from saelens_ext.continuations.clustering.joint_clusterer import JointClusterer, rate_distortion_path
 from saelens_ext.continuations.continuation_set import ContinuationSet
@@ -216,4 +217,21 @@ def make_profile(hook: str = HOOKS[0]) -> DictionaryProfile:
         mean_distance=None,
         max_distance=None,
         latent_names=tuple(f"latent {i}" for i in range(12)),
+    )
+
+
+def make_labels(profile: DictionaryProfile, hook: str = HOOKS[0]) -> Labels:
+    """A label that is markup for each latent of a profile."""
+    k = profile.d_sae
+    figures = {"auroc": 0.9, "auroc_low": 0.8, "auroc_high": 0.95, "null_high": 0.7, "p_value": 0.001}
+    return Labels(
+        method="contexts",
+        hook_name=hook,
+        texts=tuple(f"label {i} </i>" for i in range(k)),
+        outputs=(),
+        sentences=(),
+        n_members=torch.full((k,), 9),
+        n_others=torch.full((k,), 9),
+        settings={},
+        **{name: torch.full((k,), value, dtype=torch.float64) for name, value in figures.items()},
     )

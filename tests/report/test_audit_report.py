@@ -196,10 +196,17 @@ def test_how_much_latents_carry_beside_other_sources(audit, tmp_path):
     assert "Effect of latents 12.5%" in text and "87.5% token embeddings" in text
 
 
-def test_what_a_latent_responds_to_stands_before_its_number(page):
+def test_label_and_context_of_a_latent_stand_before_its_number(page, audit, tmp_path):
     text = Page(page).text
     card = text[text.index("Latents that set it apart") :]
     assert card.index("responds to") < card.index("latent ")
+    profile = made.make_profile()
+    options = {"profiles": {made.HOOKS[0]: profile}, "labels": {made.HOOKS[0]: made.make_labels(profile)}}
+    shown = write(tmp_path, [audit], **options)
+    names = re.findall(r"(label \d+ </i>) AUROC 0.90 .*?latent (\d+) · layer 1", Page(shown).text)
+    assert names and all(name == f"label {number} </i>" for name, number in names) and "</i>" not in shown
+    with pytest.raises(ValueError, match="do not belong together"):
+        write(tmp_path, [audit], **options | {"labels": {made.HOOKS[0]: made.make_labels(profile, made.HOOKS[1])}})
 
 
 def test_only_corrected_p_values_count():

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from saelens_ext import _files
+from saelens_ext.analysis.labels import Labels
 from saelens_ext.analysis.profile import DictionaryProfile
 from saelens_ext.continuations.prefix_audit import PrefixAudit, verdict_of
 from saelens_ext.continuations.validation.figures import fixed
@@ -46,6 +47,7 @@ def write_audit_report(
     about: Mapping[str, Any],
     config: Mapping[str, Any],
     profiles: Mapping[str, DictionaryProfile] | None = None,
+    labels: Mapping[str, Labels] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     title: str = "Audit of continuations",
 ) -> Path:
@@ -63,6 +65,7 @@ def write_audit_report(
         about: the model, the dictionaries and the embedder, as ``Audit.about`` has them; what is missing is not shown.
         config: settings of the audit, by name.
         profiles: of the dictionaries, by the name of their hook, to show what the distinguishing latents respond to.
+        labels: of the profiles' latents, by the same names.
         tokenizer: of the model, which turns ids into text; needed for ``profiles``. Without it the prefix's tokens are
             those that the sources name.
         title: heading of the page.
@@ -76,7 +79,7 @@ def write_audit_report(
     """
     path = Path(path)
     _check(prefixes, profiles, tokenizer)
-    finder = ExampleFinder(profiles, tokenizer, dictionary_hooks(about))
+    finder = ExampleFinder(profiles, tokenizer, dictionary_hooks(about), labels)
     shown = [_prefix(number, audit, finder, tokenizer, config) for number, audit in enumerate(prefixes)]
     page = render_page(
         "audit.html",

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from saelens_ext.analysis.labels import Labels
 from saelens_ext.analysis.profile import DictionaryProfile
 from saelens_ext.continuations.prefix_audit import PrefixAudit
 from saelens_ext.continuations.validation.figures import decimals_of, fixed
@@ -47,6 +48,10 @@ class Example(NamedTuple):
 class Responds(NamedTuple):
     """What a latent responds to, from a profile."""
 
+    label: str
+    """What it could be called; empty where it has no label."""
+    score: str
+    """How far the label can be trusted."""
     rate: str
     heading: str
     examples: list[Example]
@@ -267,6 +272,7 @@ class ExampleFinder:
 
     Args:
         profiles: by the hook that the dictionary reads or writes at, under any of its names.
+        labels: of their latents, by the same names.
         tokenizer: of the model; needed where there are profiles.
         hooks: of the audit's dictionaries, in their order.
     """
@@ -276,21 +282,29 @@ class ExampleFinder:
         profiles: Mapping[str, DictionaryProfile] | None,
         tokenizer: PreTrainedTokenizerBase | None,
         hooks: Sequence[str],
+        labels: Mapping[str, Labels] | None = None,
     ) -> None:
-        self._profiles: dict[str, DictionaryProfile] = {}
+        self._known: dict[str, tuple[DictionaryProfile, Labels | None]] = {}
         for key, profile in (profiles or {}).items():
-            for name in (key, profile.hook_name, *profile.hook_aliases):
-                self._profiles.setdefault(name, profile)
+            names = (key, profile.hook_name, *profile.hook_aliases)
+            own = next((labels[name] for name in names if labels and name in labels), None)
+            if own is not None:
+                own.check_belongs(profile)
+            for name in names:
+                self._known.setdefault(name, (profile, own))
         self._tokenizer, self._hooks = tokenizer, hooks
 
     def of(self, hook: str, dictionary: int, latent: int) -> Responds | None:
         """What is known of a latent; None where no profile is of its hook, or the profile has no such latent."""
         read_at = self._hooks[dictionary] if 0 <= dictionary < len(self._hooks) else hook
-        profile = self._profiles.get(hook) or self._profiles.get(read_at)
+        profile, labels = self._known.get(hook) or self._known.get(read_at) or (None, None)
         if profile is None or not 0 <= latent < profile.d_sae:
             return None
+        label = None if labels is None or not labels.texts[latent] else labels[latent]
         rate = int(profile.counts[latent]) / max(1, profile.n_activations)
         return Responds(
+            "" if label is None else quoted(label.text),
+            "" if label is None else label.score_text,
             f"{percentage(rate)} of {count(profile.n_activations)} activations profiled",
             "Nearest tokens, each after its cosine distance"
             if profile.coherence is not None
