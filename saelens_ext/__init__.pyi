@@ -46,8 +46,14 @@ from .dictionaries.hierarchy import HierarchicalSNMF as HierarchicalSNMF
 from .dictionaries.snmf import SNMFDictionary as SNMFDictionary
 from .dictionaries.snmf import SNMFDictionaryConfig as SNMFDictionaryConfig
 from .dictionaries.snmf_fit_result import SNMFFitResult as SNMFFitResult
+from .evals.concepts_data import Concept as Concept
+from .evals.concepts_data import packaged_concepts as packaged_concepts
+from .evals.concepts_data import read_concepts as read_concepts
+from .evals.detection import evaluate_detection as evaluate_detection
 from .evals.evidence import Evidence as Evidence
+from .evals.methods import Method as Method
 from .evals.novelty import evaluate_novelty as evaluate_novelty
+from .evals.probing import evaluate_probes as evaluate_probes
 from .evals.synthetic import evaluate_on_synthetic as evaluate_on_synthetic
 from .host.mlp_output import residual_directions as residual_directions
 from .host.models import load_model as load_model

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import saelens_ext as ext
 from saelens_ext.continuations.embed import visible_rows
+from saelens_ext.evals import baselines
 from saelens_ext.host import edit_effects, mlp_output
 from saelens_ext.host.sentence_model import load_sentence_model
 from tests import models_zoo
@@ -31,6 +32,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload ra
 HOOK, NEURONS = "blocks.1.hook_out", "blocks.1.mlp.out.hook_in"
 STREAM = {"context_size": 16, "batch_size": 4, "max_tokens": 300}
 SENTENCES = ["The cat sat on the mat.", "A dog ran to the sea.", "Ships sail at noon.", "Bread is baked at night."]
+CONCEPTS = [
+    ext.Concept(
+        name=word,
+        positives=[f"The {word} sat on the mat {n}." for n in range(4)],
+        negatives=[f"Ships sail at noon {n}." for n in range(4)],
+    )
+    for word in ("cat", "dog")
+]
 SHORT = ext.SamplingOptions(max_new_tokens=3)
 AUDIT = {
     "n": 12, "max_new_tokens": 3, "betas": (1.0,), "gammas": (0.5,), "n_clusters": (1, 12), "min_cluster_size": 1,
@@ -90,6 +99,26 @@ def made(tiny_texts):
         attributed=ext.attribute_continuations(model, [dictionary], embedded, backend="gradient"),
         labels=np.arange(10) % 3,
     )
+
+
+def methods(m):
+    """A dictionary's latents, and every kind of baseline."""
+    options = {"center": m.partition.dictionary.b_dec.detach()}
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(60, m.model.cfg.d_model, generator=generator, dtype=torch.float32)
+    made = [baselines.random_activations, baselines.gaussian_directions, baselines.principal_directions]
+    made += [baselines.kmeans_directions, baselines.single_neurons]
+    return [
+        ext.Method.from_dictionary("regions", m.partition.dictionary),
+        ext.Method.from_dictionary("codes", m.dictionary, similarity="code"),
+        *(make_baseline(x, 4, HOOK, **options) for make_baseline in made),
+    ]
+
+
+def method(m, tmp):
+    made = methods(m)
+    found = [(each.directions, each.origin, each.detector.score(m.direction[None]).tolist()) for each in made]
+    return found, changed_logits(made[0].intervention(m.model, 0, 2.0), m.model)
 
 
 def changed_logits(context, model):
@@ -225,6 +254,7 @@ CASES: dict[str, Callable[[SimpleNamespace, Any], Any]] = {
     "JointClusterer": lambda m, tmp: ext.JointClusterer(random_state=0).fit(
         m.attributed.embeddings, m.attributed.signatures
     ),
+    "Method": method,
     "KeptStream": lambda m, tmp: list(ext.KeptStream(m.residual).only(HOOK)),
     "LeaderClustering": clustered,
     "SNMFDictionary": snmf_read,
@@ -243,6 +273,10 @@ CASES: dict[str, Callable[[SimpleNamespace, Any], Any]] = {
     "concept_scores": lambda m, tmp: ext.concept_scores(m.model, detectors(m)["b"], SENTENCES[:2], SENTENCES[2:]),
     "convert_published_dictionary": convert,
     "core_and_exclusive_neurons": lambda m, tmp: ext.core_and_exclusive_neurons(m.snmf.dictionary.features, [0, 1]),
+    "evaluate_detection": lambda m, tmp: ext.evaluate_detection(m.model, methods(m), CONCEPTS, n_splits=1),
+    "evaluate_probes": lambda m, tmp: ext.evaluate_probes(
+        m.model, {"regions": m.partition.dictionary, "sae": m.dictionary}, CONCEPTS, ks=(2,), n_splits=1
+    ),
     "diff_means": lambda m, tmp: ext.diff_means(m.model, HOOK, SENTENCES[:2], SENTENCES[2:]),
     "embed_continuations": lambda m, tmp: [
         ext.embed_continuations(m.drawn, m.embedder, mode=mode) for mode in ("contextual", "sentence")
@@ -324,9 +358,9 @@ CASES: dict[str, Callable[[SimpleNamespace, Any], Any]] = {
 # Settings, protocols and records, which hold no tensor that they make, and a client of a server. The stream on Ray is
 # tried with its own tests, which have a cluster.
 WITHOUT_TORCH = {
-    "AuditConfig", "DictionaryRunnerConfig", "ExemplarPartitionConfig", "ExemplarRunnerConfig", "Judge", "JudgeScore",
-    "Labeller", "OpenAIJudge", "OpenAILabeller", "RayActivationStream", "SNMFDictionaryConfig", "SNMFRunnerConfig",
-    "SamplingOptions", "ValidationOptions",
+    "AuditConfig", "Concept", "DictionaryRunnerConfig", "ExemplarPartitionConfig", "ExemplarRunnerConfig", "Judge",
+    "JudgeScore", "Labeller", "OpenAIJudge", "OpenAILabeller", "RayActivationStream", "SNMFDictionaryConfig",
+    "SNMFRunnerConfig", "SamplingOptions", "ValidationOptions", "packaged_concepts", "read_concepts",
 }  # fmt: skip
 
 
@@ -338,6 +372,7 @@ RUN_THE_MODEL = {
     "add_direction", "audit_continuations", "clamp_latent", "compare_detection", "concept_scores", "diff_means",
     "fit_exemplar_partition", "fit_exemplar_partitions", "fit_hierarchical_snmf", "fit_sae",
     "fit_snmf", "match_strength", "neuron_group_effect", "profile_dictionaries", "profile_dictionary",
+    "Method", "evaluate_detection", "evaluate_probes",
     "read_texts", "sample_continuations", "sample_texts", "scale_latent", "steer_continuations", "steer_features",
     "steering_score", "validate_clusters",
 }  # fmt: skip

@@ -112,11 +112,17 @@ def evaluate_detection(
 
     Examples:
         >>> concepts = [
-        ...     sx.Concept(name=word, positives=[f"The {word} is {n}." for n in numbers], negatives=without)
+        ...     sx.Concept(
+        ...         name=word,
+        ...         positives=[f"The {word} is number {n}." for n in range(8)],
+        ...         negatives=[f"Nothing is number {n}." for n in range(8)],
+        ...     )
         ...     for word in ("cat", "sea", "law", "sun", "car", "oak")
         ... ]
-        >>> found = sx.evaluate_detection(model, [sx.Method.from_dictionary("regions", partition)], concepts)
-        >>> sentence = found.claim()
+        >>> methods = [sx.Method.from_dictionary("regions", partition)]
+        >>> found = sx.evaluate_detection(model, methods, concepts, rules=["auroc"], n_splits=2, probe=False)
+        >>> found.claim().startswith("Over 6 concepts (rule: auroc), regions (mean held-out AUROC ")
+        True
 
     Source: the detection of arXiv 2605.14347 and of AxBench (arXiv 2501.17148), with selection and judging apart.
     """

@@ -104,7 +104,11 @@ def evaluate_probes(
 
     Examples:
         >>> concepts = [
-        ...     sx.Concept(name=word, positives=[f"The {word} is {n}." for n in numbers], negatives=without)
+        ...     sx.Concept(
+        ...         name=word,
+        ...         positives=[f"The {word} is number {n}." for n in range(8)],
+        ...         negatives=[f"Nothing is number {n}." for n in range(8)],
+        ...     )
         ...     for word in ("cat", "sea")
         ... ]
         >>> found = sx.evaluate_probes(model, {"regions": partition}, concepts, ks=(1,), n_splits=1)
