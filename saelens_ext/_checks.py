@@ -4,9 +4,10 @@ Each names what it received, what it allows and what to do about it.
 """
 
 import difflib
+import inspect
 import math
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import cache
@@ -16,6 +17,7 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get
 import torch
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 Text = TypeVar("Text", bound=str)
 
 
@@ -107,6 +109,36 @@ def known_keys(given: Iterable[str], allowed: Sequence[str], what: str) -> None:
     if unknown:
         hints = "; ".join(f"{key!r}{near_matches(key, allowed)}" for key in unknown)
         raise ValueError(f"{what} does not know {hints}. It knows: {', '.join(allowed)}.")
+
+
+def from_options(kind: type[T], options: Mapping[str, Any], what: str) -> T:
+    """A config from its fields by name; one that it does not have is a ValueError with near matches."""
+    known_keys(options, [field.name for field in fields(cast(Any, kind))], what)
+    return kind(**options)
+
+
+def names_options(defaults: Callable[..., Any] | None = None) -> Callable[[F], F]:
+    """Decorate a function of ``**options: Unpack[SomeTypedDict]`` so that help and notebooks list the options too.
+
+    Args:
+        defaults: what has parameters of these names, from which their defaults are taken.
+    """
+
+    def decorate(function: F) -> F:
+        signature = inspect.signature(function)
+        *others, options = signature.parameters.values()
+        (kind,) = get_args(options.annotation)
+        known = {} if defaults is None else inspect.signature(defaults).parameters
+        named = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=hint, default=known[name].default)
+            if name in known
+            else inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=hint, default=...)
+            for name, hint in get_type_hints(kind).items()
+        ]
+        cast(Any, function).__signature__ = signature.replace(parameters=[*others, *named])
+        return function
+
+    return decorate
 
 
 def near_matches(name: str, names: Iterable[str], n: int = 5) -> str:

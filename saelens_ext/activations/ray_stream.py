@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import torch
+from typing_extensions import Unpack
 
 from saelens_ext import _checks
 from saelens_ext._modes import standard_modes
+from saelens_ext.activations.settings import StreamOptions
 from saelens_ext.activations.stream import ActivationBatch, ActivationStream
 from saelens_ext.activations.windows import Window
 from saelens_ext.host.models import HostModel
@@ -47,6 +49,7 @@ class RayActivationStream(ActivationStream):
     _own_node: ClassVar[str | None] = None
     _open: ClassVar[set[int]] = set()
 
+    @_checks.names_options(ActivationStream)
     def __init__(
         self,
         load_model: Callable[[], HostModel],
@@ -55,14 +58,14 @@ class RayActivationStream(ActivationStream):
         *,
         n_workers: int = 2,
         actor_options: dict[str, Any] | None = None,
-        **options: Any,
+        **options: Unpack[StreamOptions],
     ):
         self._ray = _ray()
         self.n_workers = _checks.positive(n_workers, "n_workers")
         super().__init__(load_model(), dataset, hook_name, **options)
         self._load_model = load_model
         self._options = options
-        self._actor_options = {"num_cpus": 1} if actor_options is None else actor_options
+        self._actor_options: dict[str, Any] = {"num_cpus": 1} if actor_options is None else actor_options
         self._actors: list[Any] = []
 
     def __enter__(self) -> "RayActivationStream":
@@ -145,14 +148,13 @@ class _Worker:
     """An actor: a model, and a stream that is asked for single batches."""
 
     def __init__(
-        self, load_model: Callable[[], HostModel], hook_names: tuple[str, ...], options: dict[str, Any], n_threads: int
+        self, load_model: Callable[[], HostModel], hook_names: tuple[str, ...], options: StreamOptions, n_threads: int
     ):
         # Sums are cut by thread, and would differ in their last bits.
         torch.set_num_threads(n_threads)
         # The windows come with each batch; a stream wants a dataset all the same.
-        self._stream = ActivationStream(
-            load_model(), [{"input_ids": [0]}], list(hook_names), **options | {"progress": False}
-        )
+        options["progress"] = False
+        self._stream = ActivationStream(load_model(), [{"input_ids": [0]}], list(hook_names), **options)
 
     def batch(self, windows: list[Window], first: int) -> ActivationBatch:
         """Activations of some windows."""

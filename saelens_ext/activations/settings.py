@@ -6,10 +6,24 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from saelens_ext._checks import positive
 from saelens_ext.host.bos import TextStart
 from saelens_ext.host.tokens import special_token_ids
+
+
+class StreamOptions(TypedDict, total=False):
+    """How a stream reads: options of ``ActivationStream``."""
+
+    context_size: int
+    batch_size: int
+    max_tokens: int | None
+    exclude_special_tokens: bool | Sequence[int]
+    prepend_bos: bool | None
+    text_column: str
+    seqpos_slice: Sequence[int | None]
+    progress: bool
 
 
 def checked_names(hook_name: str | Sequence[str]) -> tuple[str, ...]:

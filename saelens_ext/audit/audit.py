@@ -15,12 +15,13 @@ import pandas as pd
 import torch
 from sae_lens import SAE
 from transformers import PreTrainedTokenizerBase
+from typing_extensions import Unpack
 
 from saelens_ext import _checks
 from saelens_ext._modes import standard_modes
 from saelens_ext.analysis.labels import Labels
 from saelens_ext.analysis.profile import DictionaryProfile
-from saelens_ext.audit.config import AuditConfig
+from saelens_ext.audit.config import AuditConfig, AuditOptions
 from saelens_ext.audit.stages import Stages, describe, folder_for
 from saelens_ext.continuations.attribution.attribute import attribute_continuations
 from saelens_ext.continuations.clustering.joint_clusterer import JointClusterer, rate_distortion_path
@@ -109,6 +110,7 @@ class Audit:
         )
 
 
+@_checks.names_options(AuditConfig)
 @standard_modes()
 def audit_continuations(
     model: HostModel,
@@ -118,7 +120,7 @@ def audit_continuations(
     *,
     folder: str | Path | None = None,
     progress: bool = False,
-    **options: Any,
+    **options: Unpack[AuditOptions],
 ) -> Audit:
     """Ask why a model continues a prefix in different ways, and test the answer.
 
@@ -148,7 +150,7 @@ def audit_continuations(
     given = _checks.texts([prefixes] if isinstance(prefixes, str) else prefixes, "prefixes")
     if len(set(given)) != len(given):
         raise ValueError(f"prefixes must all be different, got {given!r}.")
-    config = AuditConfig.of(options)
+    config = _checks.from_options(AuditConfig, options, "The audit")
     saes = [dictionaries] if isinstance(dictionaries, SAE) else list(dictionaries)
     embedder = load_sentence_model(embedder)
     about = describe(model, saes, embedder)

@@ -1,8 +1,9 @@
 """Settings of an audit of continuations, checked before anything is computed."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from typing_extensions import TypedDict
 
 from saelens_ext import _checks
 from saelens_ext.continuations.attribution.sites import BACKENDS
@@ -81,8 +82,27 @@ class AuditConfig:
             for gamma in self.gammas:
                 check_beta_and_gamma(beta, gamma)
 
-    @classmethod
-    def of(cls, options: Mapping[str, Any]) -> "AuditConfig":
-        """The config from keyword options; an option it does not know is a ValueError with near matches."""
-        _checks.known_keys(options, [field.name for field in fields(cls)], "The audit")
-        return cls(**options)
+
+class AuditOptions(TypedDict, total=False):
+    """Fields of :class:`AuditConfig`, as keywords."""
+
+    n: int
+    temperature: float | int
+    top_p: float | int
+    max_new_tokens: int
+    stop: str | Sequence[str]
+    chat_template: bool
+    weights: str
+    embedding: str
+    backend: str
+    max_sources: int
+    betas: Sequence[float | int]
+    gammas: Sequence[float | int]
+    n_clusters: Sequence[int]
+    min_cluster_size: int | None
+    n_resamples: int
+    validate: bool
+    strengths: Sequence[float | int]
+    top: int
+    max_rows: int
+    seed: int

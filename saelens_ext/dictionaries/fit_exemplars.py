@@ -5,16 +5,22 @@ Every (hook, percentile) grows from the same forward passes; see :mod:`saelens_e
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 from saelens_ext import _checks
 from saelens_ext._modes import standard_modes
 from saelens_ext.activations.stream import ActivationStream
 from saelens_ext.dictionaries.activation_matrix import ActivationSource
 from saelens_ext.dictionaries.fit_result import ExemplarFitResult
-from saelens_ext.dictionaries.grow_exemplars import ExemplarBuild, ExemplarFitConfig, OnMetrics
+from saelens_ext.dictionaries.grow_exemplars import (
+    ExemplarBuild,
+    ExemplarFitConfig,
+    ExemplarFitOptions,
+    ExemplarGrowthOptions,
+    OnMetrics,
+)
 
 __all__ = ["ExemplarFitConfig", "ExemplarFitResult", "OnMetrics", "fit_exemplar_partition", "fit_exemplar_partitions"]
 
@@ -22,6 +28,7 @@ _ROWS = 4096
 """Rows of a matrix that are clustered at once."""
 
 
+@_checks.names_options(ExemplarFitConfig)
 @standard_modes()
 def fit_exemplar_partition(
     source: ActivationStream | Tensor,
@@ -32,7 +39,7 @@ def fit_exemplar_partition(
     document_ids: Tensor | None = None,
     hook_name: str | None = None,
     on_metrics: OnMetrics | None = None,
-    **options: Any,
+    **options: Unpack[ExemplarGrowthOptions],
 ) -> ExemplarFitResult:
     """Build one ExemplarPartition from a stream over one hook, or from a matrix of activations.
 
@@ -80,19 +87,21 @@ def fit_exemplar_partition(
         d_in = given.stream.d_in[given.hook_name]
         if d_in != like.dictionary.cfg.d_in:
             raise ValueError(f"calibration is a fit of {like.dictionary.cfg.d_in} numbers per activation, got {d_in}.")
-    config = ExemplarFitConfig.of(options if like is not None else options | {"calibration": calibration})
+    fields = options if like is not None else {**options, "calibration": calibration}
+    config = _checks.from_options(ExemplarFitConfig, fields, "The fit")
     percentiles = () if threshold is not None else (percentile,)
     (result,) = _fit(given.stream, percentiles, threshold, config, on_metrics, like)
     return result
 
 
+@_checks.names_options(ExemplarFitConfig)
 @standard_modes()
 def fit_exemplar_partitions(
     stream: ActivationStream,
     percentiles: Sequence[float | int] = (1, 2, 4, 8, 10),
     *,
     on_metrics: OnMetrics | None = None,
-    **options: Any,
+    **options: Unpack[ExemplarFitOptions],
 ) -> dict[tuple[str, float | int], ExemplarFitResult]:
     """Build an ExemplarPartition for every (hook, percentile), in one pass over the model.
 
@@ -122,7 +131,8 @@ def fit_exemplar_partitions(
     """
     if len(percentiles) == 0 or len(set(percentiles)) != len(percentiles):
         raise ValueError(f"percentiles must be at least one number and all different, got {tuple(percentiles)}.")
-    results = _fit(stream, tuple(percentiles), None, ExemplarFitConfig.of(options), on_metrics)
+    config = _checks.from_options(ExemplarFitConfig, options, "The fit")
+    results = _fit(stream, tuple(percentiles), None, config, on_metrics)
     return {(result.hook_name, percentile): result for result, percentile in zip(results, itertools.cycle(percentiles))}
 
 

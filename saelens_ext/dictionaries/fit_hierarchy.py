@@ -1,17 +1,18 @@
 """Recursive semi-NMF: factorise activations, then the features, then theirs, and refine all levels together."""
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
+from typing_extensions import Unpack
 
 from saelens_ext import _checks
 from saelens_ext._modes import standard_modes
 from saelens_ext.activations.stream import ActivationStream
 from saelens_ext.dictionaries.activation_matrix import ActivationSource
-from saelens_ext.dictionaries.fit_snmf import SNMFFitConfig, reconstruction_loss
+from saelens_ext.dictionaries.fit_snmf import SNMFFitConfig, SNMFFitOptions, reconstruction_loss
 from saelens_ext.dictionaries.hierarchy import HierarchicalSNMF
 from saelens_ext.dictionaries.snmf import SNMFDictionary
 from saelens_ext.ops.deep_semi_nmf import DeepFactors, damped_codes, level_errors, refine
@@ -22,6 +23,7 @@ _REFINE_TOL = 1e-4
 _LINK_DAMPING = 0.1
 
 
+@_checks.names_options(SNMFFitConfig)
 @standard_modes()
 def fit_hierarchical_snmf(
     source: ActivationStream | Tensor,
@@ -31,7 +33,7 @@ def fit_hierarchical_snmf(
     hook_name: str | None = None,
     refine_iter: int = 30,
     progress: bool = False,
-    **options: Any,
+    **options: Unpack[SNMFFitOptions],
 ) -> HierarchicalSNMF:
     """Build dictionaries of falling size in which each feature is a non-negative mix of features of the one below.
 
@@ -62,7 +64,7 @@ def fit_hierarchical_snmf(
     :mod:`saelens_ext.ops.deep_semi_nmf`.
     """
     ranks = _checked_ranks(ranks)
-    config = SNMFFitConfig.of(options)
+    config = _checks.from_options(SNMFFitConfig, options, "The fit")
     if config.held_out:
         raise ValueError("fit_hierarchical_snmf keeps no documents out; leave held_out at 0 and measure with fit_snmf.")
     given = ActivationSource.of(source, hook_name, 0.0)

@@ -14,6 +14,7 @@ from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
+from typing_extensions import TypedDict, Unpack
 
 from saelens_ext import _checks
 from saelens_ext._modes import standard_modes
@@ -23,6 +24,38 @@ from saelens_ext.dictionaries.activation_matrix import ActivationSource
 _DEFAULT_K = 32
 
 
+class SAETrainingOptions(TypedDict, total=False):
+    """Fields of SAELens' training configs; which of them there are depends on the architecture."""
+
+    dtype: str
+    apply_b_dec_to_input: bool
+    normalize_activations: str
+    decoder_init_norm: float | None
+    l1_coefficient: float
+    l1_warm_up_steps: int
+    lp_norm: float
+    k: int
+    aux_loss_coefficient: float
+    rescale_acts_by_decoder_norm: bool
+    use_sparse_activations: bool
+    topk_threshold_lr: float
+    matryoshka_widths: list[int]
+    use_matryoshka_aux_loss: bool
+    l0_coefficient: float
+    l0_warm_up_steps: int
+    pre_act_loss_coefficient: float | None
+    target_l0: float | None
+    jumprelu_init_threshold: float
+    jumprelu_bandwidth: float
+    jumprelu_sparsity_loss_mode: str
+    jumprelu_tanh_scale: float
+    jumprelu_ste_to_input: bool
+    residual_threshold: float
+    max_iterations: int | None
+    stop_on_duplicate_support: bool
+
+
+@_checks.names_options()
 @standard_modes()
 def fit_sae(
     source: ActivationStream | Tensor,
@@ -36,7 +69,7 @@ def fit_sae(
     held_out: float | int = 0.0,
     memory_limit: int = 4 * 2**30,
     seed: int = 0,
-    **sae_options: Any,
+    **sae_options: Unpack[SAETrainingOptions],
 ) -> SAE[Any]:
     """Train a SAE on activations held in memory, which are gone through in random order as often as needed.
 
@@ -57,8 +90,7 @@ def fit_sae(
             out.
         memory_limit: bytes of activations (as float32) that may be held.
         seed: of the initial weights and the order.
-        **sae_options: further fields of SAELens' training config of that architecture, such as ``k`` (32 by default) or
-            ``l1_coefficient``.
+        **sae_options: fields of SAELens' training config of that architecture, by default as there; ``k`` is 32.
 
     Returns:
         The SAE for inference, in evaluation mode, with its metadata.
@@ -79,7 +111,7 @@ def fit_sae(
         if name not in ("d_in", "d_sae", "metadata", "device", "reshape_activations")
     ]
     _checks.known_keys(sae_options, known, f"SAELens' config of {architecture!r}")
-    options = {"normalize_activations": "expected_average_only_in", "dtype": "float32", **sae_options}
+    options: dict[str, Any] = {"normalize_activations": "expected_average_only_in", "dtype": "float32", **sae_options}
     if "k" in known and not 1 <= options.setdefault("k", min(_DEFAULT_K, d_sae)) <= d_sae:
         raise ValueError(f"k must lie between 1 and d_sae={d_sae}, got {options['k']!r}.")
     x = given.in_memory(memory_limit)

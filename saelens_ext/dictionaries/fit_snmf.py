@@ -7,12 +7,13 @@ the model (one to draw a sample, then up to ``max_passes``, then one for the fin
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from typing_extensions import TypedDict, Unpack
 
 from saelens_ext import _checks
 from saelens_ext._modes import standard_modes
@@ -62,13 +63,22 @@ class SNMFFitConfig:
         for name in ("max_iter", "max_passes", "memory_limit"):
             _checks.positive(getattr(self, name), name)
 
-    @classmethod
-    def of(cls, options: dict[str, Any]) -> "SNMFFitConfig":
-        """The config from keyword options; an option it does not know is a ValueError with near matches."""
-        _checks.known_keys(options, [field.name for field in fields(cls)], "The fit")
-        return cls(**options)
+
+class SNMFFitOptions(TypedDict, total=False):
+    """Fields of :class:`SNMFFitConfig`, as keywords."""
+
+    sparsity: float | int
+    init: str
+    damping: float | int
+    max_iter: int
+    max_passes: int
+    tol: float
+    held_out: float | int
+    memory_limit: int
+    seed: int
 
 
+@_checks.names_options(SNMFFitConfig)
 @standard_modes()
 def fit_snmf(
     source: ActivationStream | Tensor,
@@ -77,7 +87,7 @@ def fit_snmf(
     hook_name: str | None = None,
     progress: bool = False,
     on_metrics: OnMetrics | None = None,
-    **options: Any,
+    **options: Unpack[SNMFFitOptions],
 ) -> SNMFFitResult:
     """Build an SNMFDictionary.
 
@@ -106,7 +116,7 @@ def fit_snmf(
 
     Source: arXiv 2506.10920, for features and codes; the fit and its damping are this package's.
     """
-    config = SNMFFitConfig.of(options)
+    config = _checks.from_options(SNMFFitConfig, options, "The fit")
     n_components = _checks.positive(n_components, "n_components")
     given = ActivationSource.of(source, hook_name, config.held_out)
     x = given.in_memory(config.memory_limit)

@@ -10,6 +10,7 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from saelens_ext import _checks
 from saelens_ext.activations.stream import ActivationBatch, ActivationStream
@@ -69,11 +70,24 @@ class ExemplarFitConfig:
         ):
             raise ValueError("calibration_activations must be at least 2, the fewest that have a distance.")
 
-    @classmethod
-    def of(cls, options: dict[str, Any]) -> "ExemplarFitConfig":
-        """The config from keyword options; an option it does not know is a ValueError with near matches."""
-        _checks.known_keys(options, [field.name for field in fields(cls)], "The fit")
-        return cls(**options)
+
+class ExemplarGrowthOptions(TypedDict, total=False):
+    """Fields of :class:`ExemplarFitConfig`, as keywords, without ``calibration``."""
+
+    calibration_activations: int | None
+    stop: Stop
+    unseen_mass_tolerance: float
+    saturation_window: int
+    basis: Basis
+    readout: Readout
+    k: int
+    seed: int
+
+
+class ExemplarFitOptions(ExemplarGrowthOptions, total=False):
+    """Fields of :class:`ExemplarFitConfig`, as keywords."""
+
+    calibration: CalibrationMode
 
 
 @dataclass(kw_only=True)

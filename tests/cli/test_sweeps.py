@@ -144,7 +144,7 @@ def test_a_text_that_is_missing_is_no_name():
     assert options[0].model_name == options[0].dataset_path == ""
     with pytest.raises(ValueError, match="hook_name must name at least one hook"):
         parse(COMMANDS["snmf"], ["--hook_name=null"])
-    with pytest.raises(UsageError, match="--training_tokens takes a whole number, got 'None'"):
+    with pytest.raises(UsageError, match="--training_tokens: takes a whole number, got 'None'"):
         parse(COMMANDS["exemplars"], ["--hook_name=a", "--training_tokens=None"])
 
 
@@ -152,4 +152,4 @@ def test_the_configs_are_those_of_the_package():
     assert COMMANDS["exemplars"].option_classes() == [ExemplarRunnerConfig]
     assert COMMANDS["snmf"].option_classes() == [SNMFRunnerConfig]
     (_, settings), _ = parse(COMMANDS["audit"], [])
-    assert isinstance(settings, AuditConfig) and AuditConfig.of(vars(settings)) == AuditConfig()
+    assert isinstance(settings, AuditConfig) and AuditConfig(**vars(settings)) == AuditConfig()
