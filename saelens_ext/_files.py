@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -113,8 +113,10 @@ def json_safe(value: Any, digits: int | None = None) -> Any:
     return value if digits is None else float(f"{value:.{digits}g}")
 
 
-def read_json(path: str | Path, format_version: int | None = None) -> dict[str, Any]:
-    """Read a JSON object, of at most this format version; ValueError names the file when it is not one."""
+def read_json(path: str | Path, format_version: int | None = None, keys: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a JSON object, of at most this format version and with these keys; ValueError names the file when it is not
+    one.
+    """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist.")
@@ -126,6 +128,14 @@ def read_json(path: str | Path, format_version: int | None = None) -> dict[str, 
         raise ValueError(f"{path} holds a {type(content).__name__} where a JSON object is expected; it is not ours.")
     if format_version is not None:
         check_format_version(content.pop(_VERSION, None), format_version, path)
+    return having(content, keys, path)
+
+
+def having(content: dict[str, Any], keys: Sequence[str], path: Path) -> dict[str, Any]:
+    """Return what a file holds; ValueError unless all of these keys are in it."""
+    missing = [key for key in keys if key not in content]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}; it is not ours, or not whole.")
     return content
 
 

@@ -23,6 +23,9 @@ class StreamOptions(TypedDict, total=False):
     prepend_bos: bool | None
     text_column: str
     seqpos_slice: Sequence[int | None]
+    last_token_only: bool
+    add_generation_prompt: bool
+    shuffle_seed: int | None
     progress: bool
 
 

@@ -16,6 +16,8 @@ from saelens_ext.continuations.validation.results import Validation
 from saelens_ext.host.models import HostModel, describe_model
 
 FORMAT_VERSION = 1
+# What is saved of a clustering: ``PrefixAudit.clustering_state``.
+STATE_KEYS = ("params", "labels", "path", "not_validated")
 JSON_FILENAME = "audit.json"
 
 # Entries of each tensor that go into a fingerprint.
@@ -71,12 +73,11 @@ def folder_for(
     if folder is None:
         return None
     own = Path(folder) / f"prefix_{number:03d}"
-    settings = {"prefix": prefix, "config": _plain(asdict(config)), "about": _plain(about)}
+    settings = _files.json_safe({"prefix": prefix, "config": asdict(config), "about": about})
     path = own / JSON_FILENAME
     # Until the first stage is through, there is nothing that other settings would not fit.
     if path.exists() and (own / "continuations").exists():
-        content = _files.read_json(path)
-        _files.check_format_version(content.pop("format_version", None), FORMAT_VERSION, path)
+        content = _files.read_json(path, FORMAT_VERSION)
         changed = [name for name in settings if content.get(name) != settings[name]]
         if changed:
             detail = _differences(content, settings)
@@ -106,24 +107,20 @@ def _differences(content: Mapping[str, Any], settings: Mapping[str, Any]) -> dic
     }
 
 
-def _plain(value: Any) -> Any:
-    """As JSON gives it back: lists for tuples."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
-
-
 class Stages:
     """Results of the stages of one prefix, in its folder if there is one."""
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
 
+    def _saved(self, name: str) -> Path | None:
+        path = None if self._folder is None else self._folder / name
+        return path if path is not None and path.exists() else None
+
     def continuations(self) -> ContinuationSet | None:
         """The set as far as it got."""
-        if self._folder is None or not (self._folder / "continuations").exists():
-            return None
-        return ContinuationSet.load(self._folder / "continuations")
+        path = self._saved("continuations")
+        return None if path is None else ContinuationSet.load(path)
 
     def keep(self, continuations: ContinuationSet) -> ContinuationSet:
         """Save the set."""
@@ -133,19 +130,19 @@ class Stages:
 
     def clustering(self) -> dict[str, Any] | None:
         """The clustering, if that far."""
-        path = None if self._folder is None else self._folder / "clustering.json"
-        return None if path is None or not path.exists() else _files.read_json(path)
+        path = self._saved("clustering.json")
+        return None if path is None else _files.read_json(path, FORMAT_VERSION, STATE_KEYS)
 
     def keep_clustering(self, state: dict[str, Any]) -> dict[str, Any]:
         """Save the clustering."""
         if self._folder is not None:
-            _files.write_json(self._folder / "clustering.json", state)
+            _files.write_json(self._folder / "clustering.json", {"format_version": FORMAT_VERSION, **state})
         return state
 
     def validation(self) -> Validation | None:
         """The tests by steering, if that far."""
-        path = None if self._folder is None else self._folder / "validation.json"
-        return None if path is None or not path.exists() else Validation.load(path)
+        path = self._saved("validation.json")
+        return None if path is None else Validation.load(path)
 
     def keep_validation(self, validation: Validation) -> Validation:
         """Save the tests."""

@@ -17,7 +17,7 @@ from saelens_ext.audit.audit import Audit, AuditConfig, audit_continuations
 from saelens_ext.cli import opening
 from saelens_ext.cli.audit_options import AuditInputs
 from saelens_ext.cli.errors import UsageError
-from saelens_ext.cli.output import Context, Result, plain, shown, table, write_csv
+from saelens_ext.cli.output import Context, Result, shown, table, write_csv
 from saelens_ext.continuations.prefix_audit import PrefixAudit
 from saelens_ext.runner.config import DictionaryRunnerConfig
 from saelens_ext.runner.tracking import WandbTracker, check_login
@@ -192,7 +192,7 @@ def _log(inputs: AuditInputs, settings: AuditConfig, found: Audit) -> None:
             if np.isfinite(value)
         }
     content = {name: value for name, value in asdict(inputs).items() if name != "logger"}
-    config = plain(content | asdict(settings) | {"logger": asdict(inputs.logger)})
+    config = _files.json_safe(content | asdict(settings) | {"logger": asdict(inputs.logger)})
     with WandbTracker(inputs.logger, config) as tracker:
         tracker.open(["audit"])
         tracker.log_result("audit", figures)

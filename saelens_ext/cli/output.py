@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pandas
 
+from saelens_ext._files import json_safe
+
 PROGRAM = "saelens-ext"
 _UNLIMITED = 100_000  # columns where no terminal limits them
 _NOT_IN_CSV = re.compile("[\0\ud800-\udfff]")
@@ -46,27 +48,12 @@ class Context:
 
 def print_result(result: Result, as_json: bool) -> None:
     """Print a result; a reader that has gone away is no error."""
-    text = json.dumps(plain(result.data), allow_nan=False) if as_json else result.text
+    text = json.dumps(json_safe(result.data), allow_nan=False) if as_json else result.text
     try:
         print(text, flush=True)
     except BrokenPipeError:
         # Python would try to flush again at its exit, and complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def plain(value: Any) -> Any:
-    """As JSON has it: numbers that are not finite become null, paths text."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(entry) for entry in value]
-    if isinstance(value, bool) or value is None or isinstance(value, (int, str)):
-        return value
-    if isinstance(value, Path):
-        return str(value)
-    if hasattr(value, "item"):  # a number of numpy or torch
-        return plain(value.item())
-    return value if not isinstance(value, float) or math.isfinite(value) else None
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

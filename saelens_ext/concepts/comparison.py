@@ -5,7 +5,6 @@ so. Sentences are therefore split once; every method chooses one score on the fi
 score on the second.
 """
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saelens_ext import _files
 from saelens_ext._modes import standard_modes
 from saelens_ext.activations.stream import ActivationBatch
 from saelens_ext.concepts.detection import compare_sentences
@@ -85,11 +85,8 @@ class ConceptComparison:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe, without the directions."""
-        rows = [
-            {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in _plain(row).items()}
-            for row in self.rows
-        ]
-        return {field.name: getattr(self, field.name) for field in fields(self)} | {"rows": rows}
+        content = {field.name: getattr(self, field.name) for field in fields(self)}
+        return _files.json_safe(content | {"rows": [_plain(row) for row in self.rows]})
 
 
 @standard_modes()

@@ -1,7 +1,6 @@
 """The tour: dictionaries of both kinds built, inspected, evaluated, steered with and saved, and one prompt audited."""
 
 import argparse
-import math
 import sys
 import time
 import warnings
@@ -169,7 +168,7 @@ def build_regions(
     say(f"  {int(labels.distinguishes.sum())} of {len(labels)} labels detect members better than chance, held out")
     say("Evaluating one with SAELens' run_evals on held-out documents")
     evals = evaluate(chosen.dictionary, model, held_out)
-    _files.write_json(output / "evals.json", finite_or_none(evals))
+    _files.write_json(output / "evals.json", _files.json_safe(evals))
     region = region_of(STEER_LIKE, chosen.dictionary, model)
     say(f"Steering with region {region}, where the last token of {STEER_LIKE!r} falls")
     generations = generate_three_ways(model, chosen.dictionary, region)
@@ -184,14 +183,6 @@ def build_regions(
         "lens": logit_lens(model, chosen.dictionary.exemplars),
         "evals": evals,
         "generations": generations,
-    }
-
-
-def finite_or_none(evals: dict[str, dict[str, float]]) -> dict[str, dict[str, float | None]]:
-    """Evaluations as JSON can hold them."""
-    return {
-        group: {name: value if math.isfinite(value) else None for name, value in values.items()}
-        for group, values in evals.items()
     }
 
 

@@ -54,8 +54,9 @@ class RunIdentity:
     @classmethod
     def load(cls, folder: Path) -> "RunIdentity":
         """Read what :meth:`save` wrote."""
-        content = _files.read_json(folder / RUN_FILENAME, FORMAT_VERSION)
-        return cls(**{name: _held(content, name, folder / RUN_FILENAME) for name in ("run_id", "config", "source")})
+        keys = ("run_id", "config", "source")
+        content = _files.read_json(folder / RUN_FILENAME, FORMAT_VERSION, keys)
+        return cls(**{key: content[key] for key in keys})
 
     def check_same(self, config: Mapping[str, Any], source: Mapping[str, Any], where: Path) -> None:
         """Raise ValueError, naming every field that differs, unless a run of this config on this source continues
@@ -116,8 +117,9 @@ class Checkpoint:
             ValueError: a file is truncated, foreign, or newer than this package.
         """
         content, tensors = FORMAT.read(path)
+        _files.having(content, _CONTENT, path / FORMAT.names[0])
         tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-        return cls(tensors=tensors, **{name: _held(content, name, path / FORMAT.names[0]) for name in _CONTENT})
+        return cls(tensors=tensors, **{name: content[name] for name in _CONTENT})
 
     def tensors_of(self, number: int, kind: str = "") -> dict[str, Tensor]:
         """The tensors of one build, or of what is "gathered/"."""
@@ -177,12 +179,6 @@ def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
     for name, value in pairs:
         flat |= _flat(value, f"{prefix}.{name}" if prefix else str(name))
     return flat
-
-
-def _held(content: Mapping[str, Any], name: str, path: Path) -> Any:
-    if name not in content:
-        raise ValueError(f"{path} lacks {name}; it is not ours.")
-    return content[name]
 
 
 _CONTENT = ("n_windows", "n_activations", "last_document", "complete", "builds", "gathered")

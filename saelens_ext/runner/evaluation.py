@@ -2,7 +2,6 @@
 
 import itertools
 import logging
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from sae_lens.evals import EvalConfig
 from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.util import dtype_to_str
 
+from saelens_ext import _files
 from saelens_ext.activations.cached_stream import CachedStream
 from saelens_ext.activations.stream import ActivationStream
 from saelens_ext.host.hook_names import output_behind
@@ -143,7 +143,7 @@ def evaluate(dictionary: SAE[Any], stream: ActivationStream, given: EvalWindows)
     groups, _ = run_evals(
         dictionary, store, model, ActivationScaler(), config, exclude_special_tokens=stream.excluded_ids or False
     )
-    finite = {group: {name: _finite(value) for name, value in figures.items()} for group, figures in groups.items()}
+    finite = _files.json_safe(groups)
     finite.setdefault("token_stats", {})["unseen_documents"] = given.unseen
     if not bool(stream._read_positions.all()):
         finite["token_stats"][ALL_POSITIONS] = True
@@ -171,7 +171,3 @@ def _whole(pieces: Iterator[list[int]], length: int) -> Iterator[list[int]]:
         if len(rest) >= length:
             yield rest[:length]
             rest = []
-
-
-def _finite(value: Any) -> Any:
-    return value if not isinstance(value, float) or math.isfinite(value) else None

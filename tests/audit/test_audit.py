@@ -283,3 +283,18 @@ def test_what_is_refused(kept, setting, tmp_path):
     with pytest.raises(ValueError, match="99"):
         audit_continuations(model, PREFIX, dictionaries, folder=folder, **OPTIONS)
     path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"labels": ...}, "clustering.json lacks labels"), ({"format_version": 99}, "format_version 99")],
+)
+def test_a_damaged_clustering_is_named(change, message, kept, setting):
+    folder, _ = kept
+    path = folder / "prefix_000" / "clustering.json"
+    whole = path.read_text()
+    content = json.loads(whole) | change
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not ...}))
+    with pytest.raises(ValueError, match=message):
+        audit_continuations(setting[0], PREFIX, setting[1], folder=folder, **OPTIONS)
+    path.write_text(whole)

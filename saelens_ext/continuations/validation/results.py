@@ -188,8 +188,7 @@ class Validation:
             FileNotFoundError: no such file.
             ValueError: a file that is truncated, not ours, or of a newer format.
         """
-        content = _files.read_json(Path(path))
-        _files.check_format_version(content.pop("format_version", None), FORMAT_VERSION, Path(path))
+        content = _files.read_json(path, FORMAT_VERSION, ("settings", *_TABLES))
         return cls(settings=content["settings"], **{name: _from_lists(content[name]) for name in _TABLES})
 
 

@@ -1,5 +1,6 @@
 """Intervention tests of clusters: are held-out members held out, are controls what they say, is the verdict right?"""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -228,6 +229,12 @@ def test_a_saved_test_is_the_same(several, tmp_path):
     for name in ("members", "cells", "directions"):
         pd.testing.assert_frame_equal(getattr(again, name), getattr(together, name))
     assert again.claim("log_prob", "spearman") == together.claim("log_prob", "spearman")
+    whole = json.loads((tmp_path / "validation.json").read_text())
+    for name in ("members", "cells", "directions", "settings"):
+        lacking = tmp_path / f"without_{name}.json"
+        lacking.write_text(json.dumps({key: value for key, value in whole.items() if key != name}))
+        with pytest.raises(ValueError, match=f"{lacking.name} lacks {name}"):
+            Validation.load(lacking)
 
 
 def test_bad_input_is_named(model, dictionaries, tested, several):
