@@ -50,6 +50,13 @@ def _general(arguments: Sequence[str]) -> int:
         print(overview())
     elif first == "--version":
         print(f"{PROGRAM} {version('saelens-ext')}")
+    elif first is not None and first.partition("=")[0] == "--print-completion":
+        from saelens_ext.cli.completion import SHELLS, completion
+
+        shell = first.partition("=")[2] or next(iter(arguments[1:]), "")
+        if shell not in SHELLS:
+            raise UsageError(f"--print-completion takes {' or '.join(SHELLS)}, got {shell!r}.")
+        print(completion(shell))
     elif first is None:
         raise UsageError(f"No command was given; there are {', '.join(COMMANDS)}. See {PROGRAM} --help.")
     elif first.startswith("-"):

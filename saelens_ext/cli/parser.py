@@ -90,6 +90,8 @@ def overview() -> str:
             "options:",
             "  -h, --help  show this help",
             "  --version   show the version",
+            "  --print-completion=SHELL",
+            "              print what makes bash, zsh, fish, … complete commands and options",
             "",
             "of every command:",
             "  --json      print the result as one JSON object",
@@ -123,7 +125,18 @@ class CommandParser(simple_parsing.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong with an option, and where its options are explained."""
-        raise UsageError(f"{self._clear(message)} See {self.prog} --help.")
+        if unknown := re.fullmatch(r"unrecognized arguments: (.*)", message, re.DOTALL):
+            message = self._unknown(unknown[1])
+        stop = "" if message.endswith((".", "?")) else "."
+        raise UsageError(f"{message[0].upper()}{message[1:]}{stop} See {self.prog} --help.")
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        # argparse names the function that failed; what the option takes says more.
+        try:
+            return super()._get_value(action, arg_string)
+        except argparse.ArgumentError as error:
+            takes = _IN_WORDS.get(_metavar(action), _metavar(action))
+            raise argparse.ArgumentError(action, f"takes {takes}, got {arg_string!r}") from error
 
     def format_usage(self) -> str:
         """One line, whatever the number of options."""
@@ -148,24 +161,6 @@ class CommandParser(simple_parsing.ArgumentParser):
     def _short_usage(self) -> str:
         places = [str(action.metavar) for action in self._actions if not action.option_strings]
         return " ".join([self.prog, *places, "[OPTIONS]"])
-
-    def _clear(self, message: str) -> str:
-        """argparse's message in our words."""
-        if match := re.fullmatch(r"unrecognized arguments: (.*)", message, re.DOTALL):
-            return self._unknown(match[1])
-        if match := re.fullmatch(r"argument ([^:]+): (.*)", message, re.DOTALL):
-            action = next(a for a in self._actions if "/".join(a.option_strings) == match[1] or a.metavar == match[1])
-            name, takes, problem = _option(action), _metavar(action), match[2]
-            if problem.startswith("expected one argument"):
-                return f"{name} needs a value: {name}={takes}."
-            if value := re.fullmatch(r"invalid choice: (.*) \(choose from .*", problem, re.DOTALL):
-                return f"{name} takes {takes.replace('|', ' or ')}, got {value[1]}.{near(value[1], takes.split('|'))}"
-            if value := re.fullmatch(
-                r"(?:invalid \S+ value: |Boolean value expected for argument, received )(.*)", problem, re.DOTALL
-            ):
-                return f"{name} takes {_IN_WORDS.get(takes, takes)}, got {value[1]}."
-            return f"{name}: {problem}."
-        return f"{message[0].upper()}{message[1:]}."
 
     def _unknown(self, rest: str) -> str:
         option = re.match(r"--?[A-Za-z][^\s=]*", rest)

@@ -45,7 +45,7 @@ def test_an_audit_takes_one_too(tmp_path):
     [
         ("hook_name: x\nmodel_nam: y", "There is no option --model_nam. Did you mean --model_name"),
         ("hook_name: x\ndictionary: {percentil: 3}", "no option --dictionary.percentil. Did you mean"),
-        ("hook_name: x\ntraining_tokens: many", "--training_tokens takes a whole number, got 'many'"),
+        ("hook_name: x\ntraining_tokens: many", "--training_tokens: takes a whole number, got 'many'"),
         ("[1", "cannot be read"),
         ("word", "a mapping of options to values"),
     ],

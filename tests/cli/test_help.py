@@ -1,5 +1,7 @@
 """What the command says of itself."""
 
+import subprocess
+
 import pytest
 
 from saelens_ext.cli.commands import COMMANDS
@@ -104,3 +106,27 @@ def test_a_switch_does_not_take_the_word_behind_it():
     assert output.json and not output.debug
     (options,), _ = parse(COMMANDS["push"], ["folder", "a/b", "x", "--private", "false"])
     assert not options.private
+
+
+def completed(script, *words):
+    """What bash offers for the last of some words behind the program's name."""
+    ask = """
+    source "$0"
+    COMP_WORDS=(saelens-ext "$@"); COMP_CWORD=$#; COMP_LINE="saelens-ext $*"; COMP_POINT=${#COMP_LINE}; COMPREPLY=()
+    $(complete -p saelens-ext | sed 's/.*-F \\([^ ]*\\).*/\\1/')
+    echo "${COMPREPLY[@]}"
+    """
+    return subprocess.run(["bash", "-c", ask, str(script), *words], capture_output=True, text=True).stdout.split()
+
+
+def test_a_shell_completes_commands_options_and_choices(command, tmp_path):
+    script = tmp_path / "completion"
+    script.write_text(command("--print-completion=bash").out)
+    assert completed(script, "ex") == ["exemplars"]
+    assert completed(script, "exemplars", "--dictionary.perc") == ["--dictionary.percentile"]
+    assert set(completed(script, "audit", "--max_")) == {"--max_new_tokens", "--max_sources", "--max_rows"}
+    assert completed(script, "match", "a", "b", "--center", "o") == ["own"]
+    assert "eval_every_n_wandb_logs" not in script.read_text(), "options that mean nothing here are not offered"
+    assert command("--print-completion", "zsh").out.startswith("#compdef saelens-ext")
+    refused = command("--print-completion=cmd")
+    assert refused.status == 2 and "--print-completion takes bash or" in refused.error and "got 'cmd'" in refused.error
