@@ -1,6 +1,5 @@
 """``audit``: why a model continues texts in different ways."""
 
-import json
 import os
 from dataclasses import asdict, fields
 from functools import partial
@@ -59,24 +58,10 @@ def _prefixes(inputs: AuditInputs) -> list[str]:
     """The texts given one by one, then those of the file."""
     given = [text for one in inputs.prefix for text in (one if isinstance(one, list) else [one])]
     if inputs.prefixes is not None:
-        given += _listed(Path(inputs.prefixes))
+        given += opening.texts_in(Path(inputs.prefixes))
     if not given:
         raise UsageError("No prefix was given: --prefix=TEXT, which may be repeated, or --prefixes=FILE.")
     return given
-
-
-def _listed(path: Path) -> list[str]:
-    """The texts in a file, without empty ones."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        listed = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path} must hold a JSON list of texts, or a text in each line; it is not readable as either ({error})."
-        ) from error
-    if not all(isinstance(entry, str) for entry in listed):
-        raise ValueError(f"{path} must hold a JSON list of texts, or a text in each line; it lists something else.")
-    return [entry for entry in listed if entry]
 
 
 def _folder(inputs: AuditInputs) -> Path | None:

@@ -24,11 +24,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = any(argument in ("--debug", "--debug=true") for argument in arguments)
-    command, context = COMMANDS.get(arguments[0] if arguments else ""), Context()
+    command, context = _named(arguments), Context()
     if "--version" in arguments[:2]:
         command, arguments = None, ["--version"]
     try:
-        return _general(arguments) if command is None else _run(command, arguments[1:], context, debug)
+        return _general(arguments) if command is None else _run(command, arguments, context, debug)
     except SystemExit as ending:  # after --help
         return int(ending.code or 0)
     except KeyboardInterrupt as error:
@@ -39,6 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(one_line(error), 2, debug)
     except Exception as error:
         return _fail(one_line(error), 1, debug)
+
+
+def _named(arguments: Sequence[str]) -> Command | None:
+    """The command that the first words name."""
+    return next((COMMANDS[name] for n in (2, 1) if (name := " ".join(arguments[:n])) in COMMANDS), None)
 
 
 def _general(arguments: Sequence[str]) -> int:
@@ -74,7 +79,7 @@ def _run(command: Command, arguments: Sequence[str], context: Context, debug: bo
     from saelens_ext.cli.parser import parse
 
     try:
-        options, output = parse(command, arguments)
+        options, output = parse(command, arguments[len(command.name.split()) :])
     except ValueError as error:
         raise UsageError(one_line(error)) from error
     context.progress = not output.quiet and sys.stderr.isatty()

@@ -275,6 +275,20 @@ def recorded_settings(contents: Contents, dictionary: SAE[Any]) -> dict[str, Any
     return {name: value for name, value in found.items() if value not in (None, "")}
 
 
+def texts_in(path: Path) -> list[str]:
+    """The texts in a file, without empty ones."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        listed = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path} must hold a JSON list of texts, or a text in each line; it is not readable as either ({error})."
+        ) from error
+    if not all(isinstance(entry, str) for entry in listed):
+        raise ValueError(f"{path} must hold a JSON list of texts, or a text in each line; it lists something else.")
+    return [entry for entry in listed if entry]
+
+
 def _json_object(text: str) -> dict[str, Any]:
     try:
         found = json.loads(text)

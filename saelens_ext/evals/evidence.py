@@ -187,6 +187,16 @@ class Evidence:
             )
         return self.verdict(reference)
 
+    def figures(self) -> dict[str, float]:
+        """The estimates by name, ``evidence/<kind>/<group>/<method>/<metric>``, as trackers and cards take them."""
+        found = {}
+        for row in self.summary().to_dict("records"):
+            parts = [self.kind, *(str(row[name]) for name in self.groups), row["method"], row["metric"]]
+            found["/".join(["evidence", *(part.replace("/", "-").replace(" ", "_") for part in parts)])] = row[
+                "estimate"
+            ]
+        return {name: float(value) for name, value in found.items() if np.isfinite(value)}
+
     def section(self) -> EvidenceSection:
         """What a page shows of this evidence."""
         summary = self.summary()

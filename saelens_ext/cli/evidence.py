@@ -1,0 +1,171 @@
+"""``evidence detection``, ``probes``, ``novelty`` and ``synthetic``: evaluations that end in a claim."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens import SAE
+from torch import Tensor
+
+from saelens_ext.activations.kept_stream import KeptStream
+from saelens_ext.activations.stream import ActivationStream
+from saelens_ext.cli import opening
+from saelens_ext.cli.errors import UsageError
+from saelens_ext.cli.evidence_options import ConceptInputs, DocumentInputs, EvidenceInputs, ResultOptions
+from saelens_ext.cli.output import Context, Result, plain, table
+from saelens_ext.dictionaries.exemplar_partition import ExemplarPartition
+from saelens_ext.evals.baselines import matched_controls
+from saelens_ext.evals.concepts_data import Concept, packaged_concepts, read_concepts
+from saelens_ext.evals.detection import evaluate_detection
+from saelens_ext.evals.evidence import Evidence
+from saelens_ext.evals.methods import Method
+from saelens_ext.evals.novelty import evaluate_novelty
+from saelens_ext.evals.probing import evaluate_probes
+from saelens_ext.evals.results import save_evidence, write_beside
+from saelens_ext.evals.synthetic import evaluate_on_synthetic
+from saelens_ext.runner.tracking import WandbTracker, check_login
+
+logger = logging.getLogger(__name__)
+
+
+def detection(
+    inputs: EvidenceInputs, concepts: ConceptInputs, settings: Any, results: ResultOptions, context: Context
+) -> Result:
+    """Judge what dictionaries detect over many concepts."""
+    _prepare(results)
+    given = _concepts(concepts)
+    stream, saes = _opened(inputs)
+    methods = [
+        Method.from_dictionary(f"{name} {basis}" if basis else name, sae, basis=basis)
+        for name, sae in saes.items()
+        for basis in (("exemplar", "mean") if isinstance(sae, ExemplarPartition) else (None,))
+    ]
+    x = _activations(stream, inputs)
+    for name, sae in saes.items():
+        controls = matched_controls(sae, x, n_draws=concepts.n_coresets, seed=settings.seed)
+        methods += [_renamed(control, name) for control in controls] if len(saes) > 1 else controls
+    found = evaluate_detection(stream.model, methods, given, progress=context.progress, **vars(settings))
+    return _finish(found, inputs, results, settings)
+
+
+def probes(
+    inputs: EvidenceInputs, concepts: ConceptInputs, settings: Any, results: ResultOptions, context: Context
+) -> Result:
+    """Probe for many concepts through dictionaries."""
+    _prepare(results)
+    given = _concepts(concepts)
+    stream, saes = _opened(inputs)
+    activations = dict.fromkeys(saes, _activations(stream, inputs))
+    found = evaluate_probes(
+        stream.model, saes, given, activations=activations, progress=context.progress, **vars(settings)
+    )
+    return _finish(found, inputs, results, settings)
+
+
+def novelty(
+    inputs: EvidenceInputs, documents: DocumentInputs, settings: Any, results: ResultOptions, context: Context
+) -> Result:
+    """Judge how well the distance to the nearest exemplar finds unfamiliar text."""
+    _prepare(results)
+    if documents.inside is None:
+        raise UsageError(
+            "No documents were named that the dictionary was not fitted to: --inside=FILE, a JSON list of texts or a "
+            "text in each line, of the kind that it was fitted to."
+        )
+    inside, outside = opening.texts_in(Path(documents.inside)), _named_files(documents.outside)
+    stream, saes = _opened(inputs)
+    found = evaluate_novelty(stream.model, saes, stream, inside, outside, progress=context.progress, **vars(settings))
+    return _finish(found, inputs, results, settings)
+
+
+def synthetic(settings: Any, results: ResultOptions, context: Context) -> Result:
+    """Compare dictionaries with the features of SAELens' synthetic models."""
+    _prepare(results)
+    found = evaluate_on_synthetic(progress=context.progress, **vars(settings))
+    return _finish(found, None, results, settings)
+
+
+# --- what is read ---
+
+
+def _prepare(results: ResultOptions) -> None:
+    opening.check_writable(results.output_path, "output_path")
+    if results.logger.log_to_wandb:
+        check_login()
+
+
+def _concepts(inputs: ConceptInputs) -> list[Concept]:
+    if inputs.concepts is not None:
+        return read_concepts(inputs.concepts)
+    return packaged_concepts(inputs.names or None, n_per_side=inputs.n_per_side)
+
+
+def _opened(inputs: EvidenceInputs) -> tuple[ActivationStream, dict[str, SAE[Any]]]:
+    """The stream that the first dictionary was fitted to, and all dictionaries by the names of their folders."""
+    folders = [inputs.dictionary, *inputs.compare]
+    names = [Path(folder).name for folder in folders]
+    if len(set(names)) < len(names):
+        names = folders
+    contents = opening.read_folder(inputs.dictionary)
+    first = opening.open_dictionary(inputs.dictionary, inputs.device)
+    saes = [first, *(opening.open_dictionary(folder, inputs.device) for folder in inputs.compare)]
+    config = opening.reading_config(contents, first, inputs, **_given(inputs))
+    stream = opening.open_stream(config)
+    return stream, {name: opening.attach(sae, stream.model) for name, sae in zip(names, saes, strict=True)}
+
+
+def _given(inputs: EvidenceInputs) -> dict[str, Any]:
+    return {"training_tokens": inputs.training_tokens}
+
+
+def _activations(stream: ActivationStream, inputs: EvidenceInputs) -> Tensor:
+    """What controls are made of."""
+    kept = KeptStream(stream)
+    return torch.cat([rows for batch in kept for rows in batch.activations.values()])
+
+
+def _renamed(control: Method, name: str) -> Method:
+    from dataclasses import replace
+
+    return replace(control, name=f"{control.name} of {name}")
+
+
+def _named_files(given: Sequence[str]) -> dict[str, list[str]]:
+    found = {}
+    for entry in given:
+        name, separator, file = entry.partition("=")
+        if not (name and separator and file):
+            raise UsageError(f"--outside takes NAME=FILE, got {entry!r}.")
+        found[name] = opening.texts_in(Path(file))
+    return found
+
+
+# --- what is told ---
+
+
+def _finish(found: Evidence, inputs: EvidenceInputs | None, results: ResultOptions, settings: Any) -> Result:
+    """Write the page and the results, put the figures where people look, and say what was found."""
+    about = {} if inputs is None else {"dictionary": inputs.dictionary, "model": found.settings.get("model", "")}
+    files = save_evidence([found], Path(results.output_path), about={k: v for k, v in about.items() if v})
+    if inputs is not None and inputs.save:
+        write_beside(found, Path(inputs.dictionary))
+    _log(found, inputs, results, settings)
+    summary = found.summary()
+    rows = summary[summary["metric"] == found.headline].drop(columns="metric").to_dict("records")
+    data = {"verdict": found.verdict(), "summary": rows, "failures": list(map(str, found.failures)), "files": files}
+    lines = [table([plain(row) for row in rows]), "", found.verdict(), *map(str, found.failures)]
+    return Result(data=data, text="\n".join([*lines, "", *(f"{name}: {path}" for name, path in files.items())]))
+
+
+def _log(found: Evidence, inputs: EvidenceInputs | None, results: ResultOptions, settings: Any) -> None:
+    """Log the estimates to a wandb run, under ``metrics/evidence/``."""
+    if not results.logger.log_to_wandb:
+        return
+    content = {} if inputs is None else {field.name: getattr(inputs, field.name) for field in fields(inputs)}
+    config = plain(content | vars(settings) | {"logger": asdict(results.logger)})
+    with WandbTracker(results.logger, config) as tracker:
+        tracker.open(["evidence"])
+        tracker.log_result("evidence", {f"metrics/{name}": value for name, value in found.figures().items()})

@@ -1,0 +1,121 @@
+"""Options of ``evidence``: what is evaluated, and the options of the evaluations themselves, from their signatures."""
+# ruff: noqa: RUF009  `parsed` and `simple_parsing.field` make fields.
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import simple_parsing
+from sae_lens import LoggingConfig
+
+from saelens_ext.cli.options import ReadingOptions
+from saelens_ext.evals.detection import evaluate_detection
+from saelens_ext.evals.novelty import evaluate_novelty
+from saelens_ext.evals.probing import evaluate_probes
+from saelens_ext.evals.synthetic import evaluate_on_synthetic
+from saelens_ext.runner.parsing import items, number, text_or_none, whole_number
+
+
+def _quiet_logger() -> LoggingConfig:
+    return LoggingConfig(log_to_wandb=False, wandb_project="saelens_ext")
+
+
+def _texts(text: str) -> tuple[str, ...]:
+    return tuple(str(item) for item in items(text))
+
+
+@dataclass(kw_only=True)
+class ResultOptions:
+    """Where the results go."""
+
+    output_path: str = "evidence"
+    """Folder of the page (evidence.html), the results (results.json) and the raw values."""
+    logger: LoggingConfig = dataclasses.field(default_factory=_quiet_logger)
+    """SAELens' logging config; log_to_wandb is off by default."""
+
+
+@dataclass(kw_only=True)
+class EvidenceInputs(ReadingOptions):
+    """What is evaluated, and where the results go. What is not given is as when the dictionary was built."""
+
+    training_tokens: int | None = None
+    """Activations to read; by default those that the dictionary was built from, or 200000."""
+    compare: Any = simple_parsing.field(default_factory=list, action="append", type=str, metavar="FOLDER")
+    """Another dictionary of the same hook, judged beside this one; may be repeated."""
+    save: bool = True
+    """Put the verdict and the figures beside the dictionary, for its card."""
+
+
+@dataclass(kw_only=True)
+class ConceptInputs:
+    """Which concepts are to be detected."""
+
+    concepts: str | None = simple_parsing.field(default=None, type=text_or_none, metavar="FILE")
+    """JSONL file of concepts: name, positives, negatives, hard_negatives, description; by default those packaged with
+    sae-probes."""
+    names: Any = simple_parsing.field(default=(), type=_texts, metavar="NAME[,NAME…]")
+    """Sets of sae-probes instead of its 24 default ones, such as 96_spam_is."""
+    n_per_side: int = 100
+    """Sentences with and without each packaged concept."""
+    n_coresets: int = 5
+    """Draws of as many random activations, which each dictionary is compared with."""
+
+
+@dataclass(kw_only=True)
+class DocumentInputs:
+    """Documents that the dictionary was not fitted to."""
+
+    inside: str | None = simple_parsing.field(default=None, type=text_or_none, metavar="FILE")
+    """Documents of the kind that it was fitted to: a JSON list of texts, or a text in each line."""
+    outside: Any = simple_parsing.field(default_factory=list, action="append", type=str, metavar="NAME=FILE")
+    """Documents of another kind, likewise; may be repeated."""
+
+
+_TUPLES: dict[str, tuple[Callable[[str], Any], str]] = {
+    "rates": (number, "X[,X…]"),
+    "ks": (whole_number, "N[,N…]"),
+}
+
+
+def _settings(name: str, function: Callable[..., Any], about: str, leave_out: Sequence[str] = ()) -> type:
+    """A dataclass of the keyword options of a function that can be written on a command line, with their docstrings."""
+    helps = _explained(inspect.getdoc(function) or "")
+    made = []
+    for option in inspect.signature(function).parameters.values():
+        default = option.default
+        if option.name in ("progress", *leave_out) or default is option.empty or default is None:
+            continue
+        explained = helps.get(option.name, "")
+        if isinstance(default, tuple):
+            convert, metavar = _TUPLES.get(option.name, (str, "NAME[,NAME…]"))
+            kind, given = Any, {"type": _tuple_of(convert), "metavar": metavar}
+        else:
+            kind, given = (float if "float" in str(option.annotation) else type(default)), {}
+        made.append((option.name, kind, simple_parsing.field(default=default, help=explained, **given)))
+    return dataclasses.make_dataclass(name, made, kw_only=True, namespace={"__doc__": about, "__module__": __name__})
+
+
+def _tuple_of(convert: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    def values(text: str) -> tuple[Any, ...]:
+        return tuple(convert(item) for item in items(text))
+
+    return values
+
+
+def _explained(docstring: str) -> dict[str, str]:
+    """What a docstring says of each argument, on one line."""
+    (_, _, rest), found = docstring.partition("\nArgs:\n"), {}
+    arguments = re.split(r"\n(?=\S)", rest)[0]
+    for name, text in re.findall(r"^    (\w+): ((?:.*\n?)(?:        .*\n?)*)", arguments, re.MULTILINE):
+        sentence = " ".join(text.replace("``", "").replace("`", "").split())
+        found[name] = re.sub(r":(?:class|func|meth):~?", "", sentence).capitalize() if sentence else ""
+    return found
+
+
+DetectionSettings = _settings("DetectionSettings", evaluate_detection, "How methods are judged.", ("untrained_twin",))
+ProbeSettings = _settings("ProbeSettings", evaluate_probes, "How probes are judged.", ("activations",))
+NoveltySettings = _settings("NoveltySettings", evaluate_novelty, "How novelty is judged.", ("outside",))
+SyntheticSettings = _settings("SyntheticSettings", evaluate_on_synthetic, "What is fitted and how it is judged.")

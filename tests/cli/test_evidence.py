@@ -1,0 +1,137 @@
+"""Evaluations through the command: one page, one JSON file, and figures where people look."""
+
+import json
+
+import numpy as np
+import pytest
+
+from saelens_ext.cli.commands import COMMANDS
+from saelens_ext.evals import Evidence
+from tests.report.test_evidence_report import Page
+
+WORDS = ["assert", "raises", "object", "name", "value", "class", "method", "number", "string", "module", "index"]
+FAST = ["--n_permutations=200", "--quiet", "--json"]
+
+
+def sentences(n, seed, extra=()):
+    generator = np.random.default_rng(seed)
+    return [f"{' '.join(generator.choice(WORDS, size=6))} {seed} {i} {' '.join(extra)}" for i in range(n)]
+
+
+@pytest.fixture(scope="module")
+def concepts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("concepts") / "concepts.jsonl"
+    made = [
+        {"name": f"concept {i}", "positives": sentences(6, i, ("end", "!")), "negatives": sentences(6, 50 + i)}
+        for i in range(6)
+    ]
+    path.write_text("".join(json.dumps(one) + "\n" for one in made))
+    return path
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("documents")
+    (folder / "inside.txt").write_text("\n".join(sentences(25, 7)))
+    (folder / "digits.json").write_text(json.dumps([" ".join("3141592653"[i % 7 :]) + f" {i}" for i in range(22)]))
+    return folder
+
+
+def check(found, kind, folder, copied):
+    """What every evaluation leaves."""
+    assert found.status == 0, found.err
+    page, results = ((folder / name).read_text() for name in ("evidence.html", "results.json"))
+    content = json.loads(results)
+    assert content[kind]["verdict"] == found.data["verdict"] and content[kind]["summary"]
+    assert found.data["verdict"][:60] in Page(page).text
+    assert Evidence.load(folder / kind).verdict() == found.data["verdict"]
+    if copied is not None:
+        beside = json.loads((copied / "evidence_results.json").read_text())[kind]
+        assert beside["verdict"] == found.data["verdict"] and all(
+            name.startswith(f"evidence/{kind}/") for name in beside["figures"]
+        )
+    return content
+
+
+@pytest.fixture
+def copied(built, tmp_path):
+    import shutil
+
+    return shutil.copytree(built["coarse"], tmp_path / "coarse")
+
+
+def test_novelty(command, copied, documents, tmp_path):
+    found = command(
+        "evidence", "novelty", copied, f"--inside={documents / 'inside.txt'}", "--built_in=reversed_tokens",
+        f"--outside=digits={documents / 'digits.json'}", "--n_bootstrap=50", "--rates=0.1", "--n_coresets=2",
+        f"--output_path={tmp_path / 'out'}", *FAST,
+    )  # fmt: skip
+    content = check(found, "novelty", tmp_path / "out", copied)
+    assert {row["set"] for row in found.data["summary"]} == {"digits", "reversed_tokens"}
+    assert content["novelty"]["settings"]["rates"] == [0.1]
+
+
+def test_detection_beside_another_dictionary(command, copied, built, concepts, tmp_path):
+    found = command(
+        "evidence", "detection", copied, f"--compare={built['fine']}", f"--concepts={concepts}", "--n_splits=1",
+        "--n_coresets=2", f"--output_path={tmp_path / 'out'}", *FAST,
+    )  # fmt: skip
+    content = check(found, "detection", tmp_path / "out", copied)
+    methods = {row["method"] for row in content["detection"]["summary"]}
+    assert {"coarse exemplar", "coarse mean"} < methods and any("random activations" in name for name in methods)
+
+
+def test_probes(command, copied, concepts, tmp_path):
+    found = command(
+        "evidence", "probes", copied, f"--concepts={concepts}", "--ks=1,2", f"--output_path={tmp_path / 'out'}", *FAST
+    )
+    check(found, "probes", tmp_path / "out", copied)
+
+
+def test_synthetic(command, tmp_path):
+    found = command(
+        "evidence", "synthetic", "--methods=EP", "--n_seeds=2", "--n_activations=300", "--n_judged=200",
+        f"--output_path={tmp_path / 'out'}", *FAST,
+    )  # fmt: skip
+    check(found, "synthetic", tmp_path / "out", None)
+
+
+def test_estimates_go_to_wandb(command, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    logged = {}
+    from saelens_ext.runner.tracking import WandbTracker
+
+    original = WandbTracker.log_result
+
+    def watched(self, key, figures, *rest, **more):
+        logged.update(figures)
+        return original(self, key, figures, *rest, **more)
+
+    monkeypatch.setattr(WandbTracker, "log_result", watched)
+    found = command(
+        "evidence", "synthetic", "--methods=EP", "--n_seeds=1", "--n_activations=300", "--n_judged=200",
+        f"--output_path={tmp_path / 'out'}", "--logger.log_to_wandb", *FAST,
+    )  # fmt: skip
+    assert found.status == 0, found.err
+    assert 0 < logged["metrics/evidence/synthetic/EP/mcc"] <= 1
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name.startswith("evidence ")])
+def test_help_lists_the_options_of_the_evaluation(command, name):
+    found = command(*name.split(), "--help")
+    assert found.status == 0 and f"usage: saelens-ext {name}" in found.out
+    for option in ("--output_path", "--n_permutations", "--seed", "--json"):
+        assert option in found.out
+    assert "of everything random" in found.out.lower() or "seed" in found.out
+
+
+def test_what_is_missing_is_said(command, copied, documents):
+    assert "--inside=FILE" in command("evidence", "novelty", copied).error
+    given = f"--inside={documents / 'inside.txt'}"
+    assert (
+        "--outside takes NAME=FILE, got 'digits'"
+        in command("evidence", "novelty", copied, given, "--outside=digits").error
+    )
+    assert "There is no command evidence" in command("evidence").error
+    assert "There is no option --rate" in command("evidence", "novelty", copied, given, "--rate=0.1").error
