@@ -3,10 +3,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-kernels tutorials lint docs bench clean
+.PHONY: demo evidence test test-slow test-kernels tutorials lint docs bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m saelens_ext.demo
+
+# Novelty, detection, probes and synthetic models, on one page with one JSON file; about a quarter of an hour.
+evidence: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps sae-probes==0.4.2
+	$(BIN)/python -m saelens_ext.demo.evidence
 
 # A worker takes one core, also in numpy's products. Idle workers take over tests that others have not begun.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal

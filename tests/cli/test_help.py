@@ -19,7 +19,7 @@ def test_the_overview_names_every_command(command):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_explains_every_option(name, command):
-    found = command(name, "--help")
+    found = command(*name.split(), "--help")
     assert (found.status, found.err) == (0, "")
     head, *rest = found.out.splitlines()
     assert head.startswith(f"usage: saelens-ext {name} ") and head.endswith("[OPTIONS]")
@@ -62,7 +62,7 @@ def test_options_come_with_their_kind_and_default(name, shown, command):
 def test_the_examples_are_understood(name):
     import shlex
 
-    _, *arguments = shlex.split(COMMANDS[name].example)
+    arguments = shlex.split(COMMANDS[name].example)[len(name.split()) :]
     options, output = parse(COMMANDS[name], arguments)
     assert len(options) == len(COMMANDS[name].option_classes()) and not output.json
 
