@@ -47,7 +47,11 @@ def report(options: ReportOptions, context: Context) -> Result:
     model, tokenizer, name = _host(options, contents)
     target = Path(options.html or (Path(options.dictionary) / "report.html" if is_folder else "report.html"))
     first = _first(contents)
-    shown = {"tokenizer": tokenizer, "title": options.title or f"{first.cfg.metadata.hook_name} of {name}"}
+    shown = {
+        "evidence": contents.evidence,
+        "tokenizer": tokenizer,
+        "title": options.title or f"{first.cfg.metadata.hook_name} of {name}",
+    }
     paths = [path for _, path in opening.dictionaries_in(contents, options.dictionary)]
     labels = [_labels(options, path, one, tokenizer, contents) for path, one in zip(paths, profiles)]
     if others:

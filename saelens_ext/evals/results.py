@@ -7,10 +7,9 @@ from typing import Any
 from saelens_ext import _files
 from saelens_ext.evals.evidence import Evidence
 from saelens_ext.report.evidence_report import write_evidence_report
+from saelens_ext.report.evidence_section import BESIDE_FILENAME
 
 PAGE_FILENAME, RESULTS_FILENAME = "evidence.html", "results.json"
-BESIDE_FILENAME = "evidence_results.json"
-"""Beside a dictionary: the verdict and the figures of every evaluation of it, by kind."""
 
 
 def save_evidence(

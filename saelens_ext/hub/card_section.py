@@ -70,6 +70,8 @@ def describe(contents: Contents, repo_id: str, sae_id: str, metrics: Metrics | N
     if figures:
         parts += ["### Metrics", table(["metric", "value"], figures.items())]
     parts += _labelled(contents.labels)
+    for found in (contents.evidence or {}).values():
+        parts += [f"### {cell(str(found.get('title')))}", cell(str(found.get("verdict")))]
     if files := _beside(contents, sae_id):
         parts.append("Beside it: " + ", ".join(files) + ".")
     return Section(sae_id=sae_id, kind=kind, size=f"{widths} × {sae.cfg.d_in}", place=place, text="\n\n".join(parts))
@@ -108,7 +110,9 @@ def results(contents: Contents, sae_id: str, metrics: Metrics | None) -> list[Ev
     whole = contents.dictionary
     sae = whole.dictionaries[0] if isinstance(whole, HierarchicalSNMF) else whole
     dataset = str(sae.cfg.metadata.get("dataset_path") or "unknown")
-    found = {name: value.item() if hasattr(value, "item") else value for name, value in (metrics or {}).items()}
+    given = {name: value for one in (contents.evidence or {}).values() for name, value in one["figures"].items()}
+    given |= dict(metrics or {})
+    found = {name: value.item() if hasattr(value, "item") else value for name, value in given.items()}
     return [
         EvalResult(
             task_type="feature-extraction",
@@ -205,5 +209,6 @@ def _beside(contents: Contents, sae_id: str) -> list[str]:
         "a label per latent (`labels.json`, `labels.safetensors`)": contents.labels,
         "the config of the run (`runner_cfg.json`)": contents.runner_config,
         f"[a report]({sae_id}/report.html)": contents.report,
+        "the figures of its evaluations (`evidence_results.json`)": contents.evidence,
     }
     return [name for name, value in found.items() if value is not None]

@@ -30,6 +30,7 @@ from saelens_ext.dictionaries.fit_result import ExemplarFitResult
 from saelens_ext.dictionaries.hierarchy import HierarchicalSNMF
 from saelens_ext.dictionaries.snmf import SNMFDictionary
 from saelens_ext.dictionaries.snmf_fit_result import SNMFFitResult
+from saelens_ext.report.evidence_section import BESIDE_FILENAME
 
 REPORT_FILENAME = "report.html"
 SAE_FILENAMES = (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME)
@@ -40,7 +41,7 @@ _KNOWN = re.compile(
         [
             rf"(level_\d+/)?({'|'.join(map(re.escape, SAE_FILENAMES))})",
             *map(re.escape, (*hierarchy.FORMAT.names, *FIT.names, *PROFILE.names, *LABELS.names)),
-            *map(re.escape, (RUNNER_CFG_FILENAME, SPARSITY_FILENAME, REPORT_FILENAME)),
+            *map(re.escape, (RUNNER_CFG_FILENAME, SPARSITY_FILENAME, REPORT_FILENAME, BESIDE_FILENAME)),
         ]
     )
 )
@@ -62,6 +63,8 @@ class Contents:
     """The config of the run that built it."""
     report: Path | None = None
     """A page about it."""
+    evidence: dict[str, dict[str, Any]] | None = None
+    """By kind of evaluation, its "title", "verdict" and "figures"."""
 
 
 def known_names(names: Iterable[str]) -> list[str]:
@@ -122,6 +125,7 @@ def _sidecars(folder: Path, names: set[str], sae: SAE[Any] | None) -> dict[str, 
         "labels": Labels.load(folder) if names.issuperset(LABELS.names) else None,
         "runner_config": _files.read_json(folder / RUNNER_CFG_FILENAME) if RUNNER_CFG_FILENAME in names else None,
         "report": folder / REPORT_FILENAME if REPORT_FILENAME in names else None,
+        "evidence": _files.read_json(folder / BESIDE_FILENAME) if BESIDE_FILENAME in names else None,
     }
 
 

@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+BESIDE_FILENAME = "evidence_results.json"
+"""Beside a dictionary: by kind of evaluation, its "title", the "verdict" and the "figures" by name."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ForestRow:

@@ -212,6 +212,20 @@ def test_metrics_are_read_by_the_hubs_own_reader(hub, made):
     assert read() == [("a", "l0", 4)]
 
 
+def test_evidence_beside_a_dictionary_goes_to_its_card_and_to_its_metrics(hub, made, tmp_path):
+    folder = made.partition.save(tmp_path / "d")
+    figures = {"evidence/novelty/news/EP_p1/auroc": 0.87, "evidence/novelty/code/EP_p1/auroc": None}
+    verdict = "EP p1 is no better than as many random activations."
+    evidence = {"novelty": {"title": "Novelty", "verdict": verdict, "figures": figures}}
+    (folder / "evidence_results.json").write_text(json.dumps(evidence))
+    push_to_hub(folder, REPO, "x", metrics={"l0": 3})
+    front, body = card(hub)
+    assert f"### Novelty\n\n{verdict}" in body and "evidence_results.json" in body
+    results = ModelCardData(**{"model-index": front["model-index"]}).eval_results
+    assert {r.metric_type: r.metric_value for r in results} == {"evidence/novelty/news/EP_p1/auroc": 0.87, "l0": 3}
+    assert load_from_hub(REPO, "x").evidence == evidence
+
+
 @pytest.mark.parametrize("revision", [None, "trial"])
 @pytest.mark.parametrize("kind", ["partition", "hierarchy", "standard"])
 def test_the_snippet_runs(hub, made, kind, revision):

@@ -73,6 +73,13 @@ def test_the_two_counts_of_regions_with_one_member_say_which_they_are(inputs, tm
     assert "Single-member, when built" in page and "The summary counts anew, with every profiled activation" in page
 
 
+def test_the_verdicts_of_evaluations_are_shown_as_text(inputs, tmp_path):
+    verdict = "EP is no better than as many random activations.<script>"
+    given = vars(inputs) | {"evidence": {"novelty": {"title": "Novelty", "verdict": verdict, "figures": {}}}}
+    page = write_dictionary_report(tmp_path / "report.html", **given).read_text(encoding="utf-8")
+    assert "as many random activations.&lt;script&gt;" in page and "<h3><bdi>Novelty</bdi></h3>" in page
+
+
 def test_growth_is_drawn_on_a_linear_axis_at_first(page):
     assert 'id="growth-linear" aria-pressed="true"' in page and "this.logarithmic = false;" in page
 

@@ -60,6 +60,7 @@ def write_dictionary_report(
     sae: SAE[Any] | None = None,
     labels: Labels | None = None,
     compared: ComparedWith | None = None,
+    evidence: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Path:
     """Write a report on an exemplar partition, on SNMF dictionaries, or on both, as one self-contained HTML file; or on
     the latents of any other SAE.
@@ -87,6 +88,7 @@ def write_dictionary_report(
         sae: any SAELens SAE or transcoder, which ``profile``, ``lens``, ``evals`` and ``labels`` are then of.
         compared: another dictionary of the same hook, to be put beside the first one of the page.
         labels: of ``profile``; the table, the map and the details show them with their scores.
+        evidence: by kind, the "title" and the "verdict" of its evaluations, from ``evidence_results.json`` beside it.
 
     Returns:
         The path written.
@@ -134,6 +136,7 @@ def write_dictionary_report(
         if latents is None
         else latent_part(latents, tokenizer),
         compared=None if compared is None else compared_part(compared, labels),
+        evidence=[(visible(str(one["title"])), visible(str(one["verdict"]))) for one in (evidence or {}).values()],
         version=version("saelens-ext"),
     )
     _files.write_together({path: lambda temporary: temporary.write_bytes(page.encode("utf-8"))})
