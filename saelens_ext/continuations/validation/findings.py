@@ -314,6 +314,9 @@ def sizes_finding(at_floor: Sequence[bool] | np.ndarray, smallest: Sequence[int]
         smallest: that number, one per prefix.
     """
     n, k = len(at_floor), int(np.sum(at_floor))
+    if n == len(smallest):
+        words = "there is one mode only" if n == 1 else "every prefix has one mode only"
+        return Finding("sizes", "untested", words, f"{words[0].upper()}{words[1:]}, of all continuations.")
     floors = listed([str(size) for size in sorted(set(smallest))], "or")
     answer = "yes" if k == 0 else "partly" if 2 * k < n else "no"
     count = "none is" if k == 0 else f"{k} of {n} {'is' if k == 1 else 'are'}"

@@ -159,4 +159,6 @@ def test_a_verdict_is_json_and_agrees_with_its_parts():
     assert saved["answer"] == "yes" and [one["key"] for one in saved["findings"]] == [f.key for f in found.findings]
     assert joint_words({NOTHING: "above"} | dict.fromkeys(OBJECTIVE_CONTROLS, "above"))[0] == "yes"
     without = Verdict((*untested("Not asked for."), stability_finding([]), sizes_finding([False], [2])))
+    assert without.headline.endswith("and there is one mode only.") and without["sizes"].answer == "untested"
+    assert "every prefix has one mode only" in sizes_finding([False] * 3, [2, 2, 2]).words
     assert without.answer == "untested" and without.headline.startswith("Steering was not tested. ")
