@@ -10,12 +10,13 @@ import torch
 from sae_lens import SAE
 from torch import Tensor
 
+from saelens_ext._files import json_safe
 from saelens_ext.activations.kept_stream import KeptStream
 from saelens_ext.activations.stream import ActivationStream
 from saelens_ext.cli import opening
 from saelens_ext.cli.errors import UsageError
 from saelens_ext.cli.evidence_options import ConceptInputs, DocumentInputs, EvidenceInputs, ResultOptions
-from saelens_ext.cli.output import Context, Result, plain, table
+from saelens_ext.cli.output import Context, Result, table
 from saelens_ext.dictionaries.exemplar_partition import ExemplarPartition
 from saelens_ext.evals.baselines import matched_controls
 from saelens_ext.evals.concepts_data import Concept, packaged_concepts, read_concepts
@@ -156,7 +157,7 @@ def _finish(found: Evidence, inputs: EvidenceInputs | None, results: ResultOptio
     summary = found.summary()
     rows = summary[summary["metric"] == found.headline].drop(columns="metric").to_dict("records")
     data = {"verdict": found.verdict(), "summary": rows, "failures": list(map(str, found.failures)), "files": files}
-    lines = [table([plain(row) for row in rows]), "", found.verdict(), *map(str, found.failures)]
+    lines = [table([json_safe(row) for row in rows]), "", found.verdict(), *map(str, found.failures)]
     return Result(data=data, text="\n".join([*lines, "", *(f"{name}: {path}" for name, path in files.items())]))
 
 
@@ -165,7 +166,7 @@ def _log(found: Evidence, inputs: EvidenceInputs | None, results: ResultOptions,
     if not results.logger.log_to_wandb:
         return
     content = {} if inputs is None else {field.name: getattr(inputs, field.name) for field in fields(inputs)}
-    config = plain(content | vars(settings) | {"logger": asdict(results.logger)})
+    config = json_safe(content | vars(settings) | {"logger": asdict(results.logger)})
     with WandbTracker(results.logger, config) as tracker:
         tracker.open(["evidence"])
         tracker.log_result("evidence", {f"metrics/{name}": value for name, value in found.figures().items()})
