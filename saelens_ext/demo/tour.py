@@ -305,10 +305,9 @@ def audit_prompt(
     for mode in audit.modes().itertuples():
         say(f"  {mode.weight:.0%}: {mode.text}")
     say(f"  {audit.verdict.headline}")
-    return audit.save_html(
-        output / "audit.html",
-        profiles={d.cfg.metadata.hook_name: p for d, p in zip(dictionaries, profiles, strict=True)},
-    )
+    by_hook = {str(d.cfg.metadata.hook_name): p for d, p in zip(dictionaries, profiles, strict=True)}
+    labels = {hook: label_latents(profile, tokenizer_of(model)) for hook, profile in by_hook.items()}
+    return audit.save_html(output / "audit.html", profiles=by_hook, labels=labels)
 
 
 def run_demo(output: Path, max_tokens: int = 24_000, say: Callable[[str], Any] = print) -> tuple[Path, Path]:
