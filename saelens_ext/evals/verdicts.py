@@ -85,7 +85,7 @@ def _phrases(table: pd.DataFrame, subject: str) -> list[str]:
 
 
 def _p_text(p: float) -> str:
-    return f"{p:.2f}" if p >= 0.1 else f"{p:.1g}"
+    return f"{p:.2f}" if p >= 0.1 else f"{p:.2g}"
 
 
 def _listed(texts: Sequence[str]) -> str:

@@ -25,7 +25,8 @@ SMALLER = [
     (r"context_size=32, max_tokens=600, context_size=32", "max_tokens=600, context_size=32"),
     (r"held_out=0\.1", "held_out=0.25"),
     (r"n=200", "n=32, max_new_tokens=6"),
-    (r"percentile=2\b", "percentile=20"),
+    (r"percentile=[24]\b", "percentile=20"),
+    (r"packaged_concepts\(\)", "packaged_concepts(n_per_side=5)[:6]"),
     (r"percentiles=\(2, 8\)", "percentiles=(20, 30)"),
     (r'_out", 2\]', '_out", 20]'),
 ]

@@ -1,5 +1,7 @@
 """What is planted is detected, what is not is not, and nothing is judged where it was chosen."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -236,6 +238,12 @@ def test_it_is_saved_and_loaded(model, tmp_path):
     loaded = Evidence.load(tmp_path)
     assert isinstance(loaded, DetectionEvidence) and loaded.claim() == found.claim()
     pd.testing.assert_frame_equal(loaded.cells, found.cells)
+    # In a process that has imported nothing else.
+    code = "from saelens_ext.evals.evidence import Evidence; print(type(Evidence.load({!r})).__name__)"
+    fresh = subprocess.run(
+        [sys.executable, "-c", code.format(str(tmp_path))], capture_output=True, text=True, check=True
+    )
+    assert fresh.stdout.strip() == "DetectionEvidence"
 
 
 def test_what_is_refused(model):
