@@ -18,6 +18,7 @@ def names(tiny_bridge, tiny_texts):
     texts = tiny_texts * 2
     stream = sx.ActivationStream(tiny_bridge, texts, "blocks.1.hook_out", context_size=16, max_tokens=300)
     neuron_stream = sx.ActivationStream(tiny_bridge, texts, "blocks.1.mlp.hook_post", context_size=16, max_tokens=300)
+    partition = sx.fit_exemplar_partition(stream, percentile=20, calibration_activations=200).dictionary
     return {
         "sx": sx,
         "np": np,
@@ -28,7 +29,8 @@ def names(tiny_bridge, tiny_texts):
         "neuron_stream": neuron_stream,
         "activations": next(iter(stream)).activations["blocks.1.hook_out"],
         "neurons": next(iter(neuron_stream)).activations["blocks.1.mlp.hook_post"],
-        "partition": sx.fit_exemplar_partition(stream, percentile=20, calibration_activations=200).dictionary,
+        "partition": partition,
+        "profile": sx.profile_dictionary(partition, stream),
     }
 
 
