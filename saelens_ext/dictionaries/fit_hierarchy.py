@@ -15,12 +15,15 @@ from saelens_ext.dictionaries.activation_matrix import ActivationSource
 from saelens_ext.dictionaries.fit_snmf import SNMFFitConfig, SNMFFitOptions, reconstruction_loss
 from saelens_ext.dictionaries.hierarchy import HierarchicalSNMF
 from saelens_ext.dictionaries.snmf import SNMFDictionary
-from saelens_ext.ops.deep_semi_nmf import DeepFactors, damped_codes, level_errors, refine
+from saelens_ext.ops.deep_semi_nmf import DeepFactors, level_errors, refine
+from saelens_ext.ops.nnls import solve_codes
+from saelens_ext.ops.nnls_kernels import FeatureGram
 from saelens_ext.ops.semi_nmf import semi_nmf
-from saelens_ext.ops.semi_nmf_updates import CodeStatistics, normalised, support_size
+from saelens_ext.ops.semi_nmf_rows import Rows
+from saelens_ext.ops.semi_nmf_updates import normalised, support_size
 
 _REFINE_TOL = 1e-4
-_LINK_DAMPING = 0.1
+_LINK_L1 = 0.1
 
 
 @_checks.names_options(SNMFFitConfig)
@@ -75,30 +78,22 @@ def fit_hierarchical_snmf(
             "memory. Lower the stream's max_tokens, or raise memory_limit (the fit needs about three times that)."
         )
     with torch.no_grad():
-        factors = _recursive(x, ranks, _checked_start(start, ranks[0], x), config, progress)
-        before = _relative_errors(x, factors)
-        count = support_size(config.sparsity, x.shape[1])
+        _check_start(start, ranks[0], x, config)
+        rows = _rows(x, start, config)
+        factors = _recursive(rows.values, ranks, start, config, progress)
+        before = _relative_errors(rows, factors)
         history = []
         if refine_iter:
-            bar = tqdm(
-                total=_checks.positive(refine_iter, "refine_iter"), desc="refining all levels", disable=not progress
-            )
-            factors, history = refine(
-                x, factors, count, float(config.damping), refine_iter, _REFINE_TOL, on_iteration=lambda _: bar.update()
-            )
-            bar.close()
-    total = float(x.double().square().sum())
-    dictionaries = [
-        _dictionary(given, features, level, ranks, config, x) for level, features in enumerate(factors.features)
-    ]
+            factors, history = _refined(rows.values, factors, config, refine_iter, progress)
+    dictionaries = _dictionaries(given, factors, rows, config, x)
     return HierarchicalSNMF(
         dictionaries=dictionaries,
         links=factors.links,
         hook_name=given.hook_name,
-        losses=_relative_errors(x, factors),
+        losses=_relative_errors(rows, factors),
         losses_before=before,
         encode_losses=[cast(float, reconstruction_loss(dictionary, [x])[0]) for dictionary in dictionaries],
-        history=[value / total for value in history],
+        history=history,
         n_seen=len(x),
     )
 
@@ -113,33 +108,80 @@ def _checked_ranks(ranks: Sequence[int]) -> tuple[int, ...]:
     return ranks
 
 
-def _checked_start(start: SNMFDictionary | None, rank: int, x: Tensor) -> Tensor | None:
-    """Unit features to begin with."""
+def _rows(x: Tensor, start: SNMFDictionary | None, config: SNMFFitConfig) -> Rows:
+    """The activations as the objective takes them: from the origin of the features to begin with, if there are any."""
+    equal = config.l1 > 0
     if start is None:
-        return None
+        return Rows.of(x, center=equal, equal=equal)
+    return Rows.around(x, start.b_dec.detach().to(x), equal=equal)
+
+
+def _refined(
+    x: Tensor, factors: DeepFactors, config: SNMFFitConfig, refine_iter: int, progress: bool
+) -> tuple[DeepFactors, list[float]]:
+    """The levels refined together, and the objective over the sum of squares."""
+    count = support_size(config.sparsity, x.shape[1])
+    total = float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
+    bar = tqdm(total=_checks.positive(refine_iter, "refine_iter"), desc="refining all levels", disable=not progress)
+    factors, history = refine(
+        x, factors, count, float(config.l1), refine_iter, _REFINE_TOL, on_iteration=lambda _: bar.update()
+    )
+    bar.close()
+    return factors, [value / total for value in history]
+
+
+def _dictionaries(
+    given: ActivationSource, factors: DeepFactors, rows: Rows, config: SNMFFitConfig, x: Tensor
+) -> list[SNMFDictionary]:
+    metadata = given.metadata() | {
+        "n_seen": len(x),
+        "l1": float(config.l1),
+        "init": config.init,
+        "ranks": [len(features) for features in factors.features],
+        "typical_norm": float(torch.linalg.vector_norm(x, dim=1).median()),
+    }
+    return [
+        SNMFDictionary.from_features(
+            features,
+            sparsity=config.sparsity,
+            l1=config.l1,
+            center=rows.center,
+            metadata=metadata | {"level": level},
+            reshape_activations=given.reshaping,
+        )
+        for level, features in enumerate(factors.features)
+    ]
+
+
+def _check_start(start: SNMFDictionary | None, rank: int, x: Tensor, config: SNMFFitConfig) -> None:
+    """Refuse features to begin with that are of another model than the levels will be."""
+    if start is None:
+        return
     if (start.cfg.d_sae, start.cfg.d_in) != (rank, x.shape[1]):
         raise ValueError(
             f"start has {start.cfg.d_sae} features over {start.cfg.d_in} neurons; the finest level needs {rank} over "
             f"{x.shape[1]}."
         )
-    return normalised(start.features.detach().to(x))[0]
+    if start.cfg.l1 != config.l1:
+        raise ValueError(f"start was fitted with l1={start.cfg.l1:g}, not {config.l1:g}; give the same l1 here.")
 
 
 def _recursive(
-    x: Tensor, ranks: tuple[int, ...], start: Tensor | None, config: SNMFFitConfig, progress: bool
+    x: Tensor, ranks: tuple[int, ...], start: SNMFDictionary | None, config: SNMFFitConfig, progress: bool
 ) -> DeepFactors:
     """Each level by itself, on the unit features of the one below."""
     features, links = [], []
-    codes, below = x.new_empty(0), x
+    codes, below, l1 = x.new_empty(0), x, float(config.l1)
     if start is not None:
-        features, below, codes = [start], start, damped_codes(x, start, float(config.damping))
+        below = normalised(start.features.detach().to(x))[0]
+        features, codes = [below], solve_codes(x, FeatureGram.of(below), l1=l1)
     for rank in ranks[len(features) :]:
         fit = semi_nmf(
             below,
             rank,
             sparsity=config.sparsity,
             init=config.init,
-            damping=config.damping,
+            l1=l1,
             max_iter=config.max_iter,
             tol=config.tol,
             generator=torch.Generator().manual_seed(config.seed),
@@ -151,27 +193,11 @@ def _recursive(
             codes = fit.codes * length
         else:
             # Exact codes may be large ones that cancel each other, whose errors would add up over the levels.
-            links.append(damped_codes(features[-2], below, max(float(config.damping), _LINK_DAMPING)))
+            links.append(solve_codes(features[-2], FeatureGram.of(below), l1=max(l1, _LINK_L1)))
     return DeepFactors(codes, features, links)
 
 
-def _relative_errors(x: Tensor, factors: DeepFactors) -> list[float]:
+def _relative_errors(rows: Rows, factors: DeepFactors) -> list[float]:
     """The loss of each level through the links."""
-    statistics = CodeStatistics.of(x, factors.codes.T)
-    return [error / statistics.total if statistics.total > 0 else 0.0 for error in level_errors(factors, statistics)]
-
-
-def _dictionary(
-    given: ActivationSource, features: Tensor, level: int, ranks: tuple[int, ...], config: SNMFFitConfig, x: Tensor
-) -> SNMFDictionary:
-    metadata = given.metadata() | {
-        "n_seen": len(x),
-        "damping": float(config.damping),
-        "init": config.init,
-        "level": level,
-        "ranks": list(ranks),
-        "typical_norm": float(torch.linalg.vector_norm(x, dim=1).median()),
-    }
-    return SNMFDictionary.from_features(
-        features, sparsity=config.sparsity, metadata=metadata, reshape_activations=given.reshaping
-    )
+    errors = level_errors(factors, rows.statistics(factors.codes))
+    return [error / rows.total if rows.total > 0 else 0.0 for error in errors]

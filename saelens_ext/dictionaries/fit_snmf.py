@@ -21,7 +21,8 @@ from saelens_ext.activations.stream import ActivationStream
 from saelens_ext.dictionaries.activation_matrix import ActivationSource, Restartable
 from saelens_ext.dictionaries.snmf import SNMFDictionary
 from saelens_ext.dictionaries.snmf_fit_result import SNMFFitResult
-from saelens_ext.ops.semi_nmf import INITS, SemiNMFResult, check_damping, semi_nmf
+from saelens_ext.ops.nnls import check_l1
+from saelens_ext.ops.semi_nmf import INITS, SemiNMFResult, semi_nmf
 from saelens_ext.ops.semi_nmf_streaming import StreamingSemiNMFResult, semi_nmf_streaming
 
 logger = logging.getLogger(__name__)
@@ -38,9 +39,11 @@ class SNMFFitConfig:
     """Fraction of the neurons that a feature may use, in (0, 1], rounded up to whole neurons."""
     init: str = "svd"
     """"svd", "kmeans" or "random"."""
-    damping: float | int = 0.2
-    """Charge for features that cancel each other, >= 0; see :mod:`saelens_ext.ops.semi_nmf`. 0 gives the lowest loss,
-    but then nearly all features are active on nearly all tokens."""
+    l1: float | int = 0.1
+    """Weight of the L1 penalty on the codes, in [0, 1): the cosine that a feature must have with what the others leave
+    of an activation to be active. Activations are then taken from their mean, and weigh the same whatever their norm,
+    so that a few of enormous norm (right behind BOS, at delimiters) do not decide the features. 0 gives the lowest
+    loss, but then nearly all features are active on nearly all tokens, and large activations count for more."""
     max_iter: int = 100
     """Iterations of a fit in memory, or to the sample of a stream."""
     max_passes: int = 5
@@ -59,7 +62,7 @@ class SNMFFitConfig:
         _checks.between(self.sparsity, 0, 1, "sparsity", closed_high=True)
         _checks.choice(self.init, INITS, "init")
         _checks.between(self.tol, 0, 1, "tol")
-        check_damping(self.damping)
+        check_l1(self.l1)
         for name in ("max_iter", "max_passes", "memory_limit"):
             _checks.positive(getattr(self, name), name)
 
@@ -114,7 +117,7 @@ def fit_snmf(
         >>> bool((fit.dictionary.encode(neurons) >= 0).all())
         True
 
-    Source: arXiv 2506.10920, for features and codes; the fit and its damping are this package's.
+    Source: arXiv 2506.10920, for features and codes; the fit and its L1 penalty are this package's.
     """
     config = _checks.from_options(SNMFFitConfig, options, "The fit")
     n_components = _checks.positive(n_components, "n_components")
@@ -150,7 +153,8 @@ def fit_snmf_rows(
     shared = {
         "sparsity": config.sparsity,
         "init": config.init,
-        "damping": config.damping,
+        "l1": config.l1,
+        "center": config.l1 > 0,
         "max_iter": config.max_iter,
         "generator": torch.Generator().manual_seed(config.seed),
         "on_metrics": on_metrics,
@@ -209,12 +213,17 @@ def _dictionary(
     metadata = given.metadata() | {
         "n_seen": n_seen,
         "loss": fit.loss,
-        "damping": float(config.damping),
+        "l1": float(config.l1),
         "init": config.init,
         "typical_norm": typical_norm,
     }
     dictionary = SNMFDictionary.from_features(
-        fit.features[order], sparsity=config.sparsity, metadata=metadata, reshape_activations=given.reshaping
+        fit.features[order],
+        sparsity=config.sparsity,
+        l1=config.l1,
+        center=fit.center,
+        metadata=metadata,
+        reshape_activations=given.reshaping,
     )
     dictionary.fold_W_dec_norm()
     return dictionary, shares[order].float().cpu()

@@ -3,8 +3,8 @@
 Symbols
     x   an activation over neurons, ``(d,)``
     F   features, ``(k, d)``: ``W_dec``; signed, each non-zero at few neurons
-    b   the origin, ``b_dec``: zero unless set by hand, since the factorisation has no intercept
-    g   the code of an activation, ``(k,)``, the g >= 0 that minimises |x - b - g F|^2
+    b   the origin, ``b_dec``: the mean activation where ``l1`` is not 0, else zero unless set by hand
+    g   the code of an activation, ``(k,)``, the g >= 0 that minimises |x - b - g F|^2 + 2 l1 |x - b| sum_i g_i |F_i|
 
 Source: Shafran, Geiger and Geva, "Decomposing MLP activations into interpretable features via semi-nonnegative matrix
 factorization", arXiv 2506.10920.
@@ -26,7 +26,7 @@ from saelens_ext._modes import standard_modes, without_autocast
 from saelens_ext.dictionaries.decoder_only import UNSET, DecoderOnlyConfig, DecoderOnlySAE, Metadata
 from saelens_ext.host import mlp_output
 from saelens_ext.host.models import HostModel
-from saelens_ext.ops.nnls import nnls, solve_codes
+from saelens_ext.ops.nnls import check_l1, nnls, solve_codes
 from saelens_ext.ops.nnls_kernels import FeatureGram
 from saelens_ext.ops.semi_nmf_updates import support_size
 
@@ -50,6 +50,9 @@ class SNMFDictionaryConfig(DecoderOnlyConfig):
     sparsity: float | int = UNSET
     """Fraction of the ``d_in`` neurons that a feature may use, in (0, 1], rounded up to whole neurons; 1 by default. A
     record of how the features were made: nothing enforces it on features that are changed later."""
+    l1: float | int = UNSET
+    """Weight of the L1 penalty on the codes, in [0, 1): the cosine that a feature must have with what the others leave
+    of an activation to be active, so that few are. 0, the default, is plain non-negative least squares."""
 
     @classmethod
     def architecture(cls) -> str:
@@ -59,11 +62,12 @@ class SNMFDictionaryConfig(DecoderOnlyConfig):
     @classmethod
     def defaults(cls) -> dict[str, Any]:
         """As for the base."""
-        return {"sparsity": 1.0}
+        return {"sparsity": 1.0, "l1": 0.0}
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _checks.between(self.sparsity, 0, 1, "sparsity", closed_high=True)
+        check_l1(self.l1)
 
 
 class _TopKOfAll(TopK):
@@ -80,8 +84,9 @@ class _TopKOfAll(TopK):
 class SNMFDictionary(DecoderOnlySAE):
     """Sparse signed features over neurons with non-negative codes, with SAELens' encode / decode / hook API.
 
-    ``encode`` is exact non-negative least squares of any activation on the features, held-out ones included: it is
-    deterministic and differentiable, in the activation and in ``W_dec`` (first derivatives). ``decode`` is
+    ``encode`` is exact non-negative least squares of any activation on the features, with the L1 penalty of ``cfg.l1``,
+    held-out ones included: it is deterministic and differentiable, in the activation and in ``W_dec`` (first
+    derivatives), and the codes grow in proportion to the activation's distance from ``b_dec``. ``decode`` is
     ``code @ W_dec + b_dec``. At ``hook_sae_acts_pre`` is the solution itself, and what a hook makes of it passes a
     ReLU: without a hook, that changes nothing.
 
@@ -106,6 +111,8 @@ class SNMFDictionary(DecoderOnlySAE):
         features: Float[Tensor, "k d"],
         *,
         sparsity: float | int | None = None,
+        l1: float | int = 0.0,
+        center: Float[Tensor, " d"] | None = None,
         metadata: dict[str, Any] | None = None,
         reshape_activations: Literal["none", "hook_z"] = "none",
     ) -> "SNMFDictionary":
@@ -114,6 +121,8 @@ class SNMFDictionary(DecoderOnlySAE):
         Args:
             features: signed rows over neurons. Rows of zeros are allowed and get zero codes; see :attr:`n_dead`.
             sparsity: fraction of neurons that a feature may use; by default the largest that one does.
+            l1: weight of the L1 penalty on the codes, in [0, 1).
+            center: ``(d,)`` what becomes ``b_dec``; zero by default.
             metadata: SAELens metadata, such as ``model_name``, ``hook_name`` and ``context_size``.
             reshape_activations: "hook_z" where the hook gives ``(…, heads, d_head)``.
 
@@ -143,16 +152,18 @@ class SNMFDictionary(DecoderOnlySAE):
             dtype=dtype_to_str(features.dtype),
             device=str(features.device),
             sparsity=sparsity,
+            l1=l1,
             metadata=Metadata(**(metadata or {})),
             reshape_activations=reshape_activations,
         )
         dictionary = cls(config)
-        dictionary.load_state_dict({"W_dec": features.detach(), "b_dec": features.new_zeros(d_in)})
+        origin = features.new_zeros(d_in) if center is None else _checks.finite(center.detach(), "center").to(features)
+        dictionary.load_state_dict({"W_dec": features.detach(), "b_dec": origin})
         return dictionary
 
     @without_autocast()
     def encode(self, x: Tensor) -> Tensor:
-        """The codes ``(…, d_sae)``, >= 0, that reconstruct activations ``(…, d_in)`` best.
+        """The codes ``(…, d_sae)``, >= 0, that reconstruct activations ``(…, d_in)`` best under the penalty.
 
         Memory beyond input and output is bounded: 4,096 activations are solved at a time.
 
@@ -175,8 +186,8 @@ class SNMFDictionary(DecoderOnlySAE):
         if not bool(x.sum().isfinite()):
             _checks.finite(x, "The activation")
         if torch.is_grad_enabled() and (x.requires_grad or self.W_dec.requires_grad):
-            return nnls(x, self.W_dec.to(working), tol=_TOL[working])
-        return solve_codes(x, self._gram(working), _TOL[working])
+            return nnls(x, self.W_dec.to(working), l1=self.cfg.l1, tol=_TOL[working])
+        return solve_codes(x, self._gram(working), _TOL[working], l1=self.cfg.l1)
 
     @standard_modes()
     @torch.no_grad()

@@ -31,7 +31,7 @@ class SNMFFitResult:
     held_out_loss: float | None
     """The same on the documents kept out; None if there were none."""
     history: list[float]
-    """The objective after each iteration (or pass); never rises. With damping it is above the loss."""
+    """The objective after each iteration (or pass); never rises. With an L1 penalty it is above the loss."""
     n_dead: int
     """Features that are zero or whose codes all are."""
     n_duplicate: int

@@ -4,8 +4,8 @@ Symbols:
     X: ``(n, d)`` activations. G: ``(n, r_0)`` codes >= 0. H_l: ``(r_l, d)`` signed features of level l, sparse, unit
     rows.
     W_l: ``(r_(l-1), r_l)`` links >= 0, for l >= 1. M_l = W_1 ... W_l, M_0 = 1: what level l makes of the codes.
-    objective = sum over levels of |X - G M_l H_l|^2 + damping * sum_i |G M_l column i|^2 |H_l row i|^2.
-    A = G'G, B = G'X. S_l = H_l H_l' + damping * diag(H_l H_l').
+    objective = sum over levels of |X - G M_l H_l|^2 + 2 l1 sum_ti |x_t| (G M_l)_ti |H_l row i|.
+    A = G'G, B = G'X, S_i = sum_t |x_t| g_ti.
 
 Each level factorises the features of the one below, and all are then refined together by steps that keep the signs and
 the supports' size: codes by non-negative least squares, features as in :mod:`.semi_nmf_updates`, links by projected
@@ -16,14 +16,13 @@ refinement by Adam fits the last level only and leaves the constraints; this one
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from saelens_ext.ops.nnls import solve_codes
 from saelens_ext.ops.nnls_kernels import FeatureGram
 from saelens_ext.ops.semi_nmf_updates import CHUNK_ROWS, CodeStatistics, normalised, update_codes, update_features
 
@@ -50,15 +49,16 @@ class DeepFactors:
 
 
 def level_errors(factors: DeepFactors, statistics: CodeStatistics) -> list[float]:
-    """|X - G M_l H_l|^2 of each level, from the statistics of the codes (not damped)."""
-    return [_of_level(statistics, m).error(h) for m, h in zip(factors.maps(), factors.features, strict=True)]
+    """|X - G M_l H_l|^2 of each level, from the statistics of the codes."""
+    plain = replace(statistics, l1=0.0)
+    return [_of_level(plain, m).error(h) for m, h in zip(factors.maps(), factors.features, strict=True)]
 
 
 def refine(
     x: Float[Tensor, "n d"],
     factors: DeepFactors,
     count: int,
-    damping: float,
+    l1: float,
     max_iter: int,
     tol: float,
     on_iteration: Callable[[float], object] | None = None,
@@ -69,7 +69,7 @@ def refine(
         x: ``(n, d)`` activations.
         factors: where to start; left as they are.
         count: neurons that a feature may use.
-        damping: charge for features that cancel each other.
+        l1: weight of the L1 penalty on the codes of every level.
         max_iter: iterations at most.
         tol: stop when an iteration lowers the objective by less than this fraction.
         on_iteration: called with the objective after each.
@@ -77,17 +77,17 @@ def refine(
     Returns:
         The factors, and the objective at the start and after each iteration, which never rises.
     """
-    statistics = CodeStatistics.of(x, factors.codes.T)
-    history = [objective(factors, statistics, damping)]
+    statistics = CodeStatistics.of(x, factors.codes.T, l1)
+    history = [objective(factors, statistics)]
     for _ in range(max_iter):
         new = DeepFactors(factors.codes, list(factors.features), list(factors.links))
         for level in range(len(new.features)):
-            _update_features(new, statistics, level, count, damping)
+            _update_features(new, statistics, level, count)
         for level in range(1, len(new.features)):
-            _update_links(new, statistics, level, damping)
-        new.codes = _update_codes(x, new, damping)
-        new_statistics = CodeStatistics.of(x, new.codes.T)
-        value = objective(new, new_statistics, damping)
+            _update_links(new, statistics, level)
+        new.codes = _update_codes(x, new, l1)
+        new_statistics = CodeStatistics.of(x, new.codes.T, l1)
+        value = objective(new, new_statistics)
         if value > history[-1]:  # by rounding: there is nothing left to gain
             break
         factors, statistics = new, new_statistics
@@ -99,63 +99,49 @@ def refine(
     return factors, history
 
 
-def objective(factors: DeepFactors, statistics: CodeStatistics, damping: float) -> float:
+def objective(factors: DeepFactors, statistics: CodeStatistics) -> float:
     """The objective, from the statistics of the codes."""
-    levels = zip(factors.maps(), factors.features, strict=True)
-    return sum(_of_level(statistics, m, damping).error(h) for m, h in levels)
+    return sum(_of_level(statistics, m).error(h) for m, h in zip(factors.maps(), factors.features, strict=True))
 
 
-def damped_codes(x: Float[Tensor, "n d"], features: Float[Tensor, "k d"], damping: float) -> Float[Tensor, "n k"]:
-    """Codes >= 0 that minimise the damped error of each row."""
-    return solve_codes(x, FeatureGram.of(features, damping))
-
-
-def _of_level(statistics: CodeStatistics, m: Tensor, damping: float = 0.0) -> CodeStatistics:
+def _of_level(statistics: CodeStatistics, m: Tensor) -> CodeStatistics:
     """The statistics of the codes G M."""
-    gram, product = m.T @ statistics.gram @ m, m.T @ statistics.product
-    level = CodeStatistics(gram, product, statistics.squares, statistics.rounding)
-    level.damp(damping)
-    return level
+    gram, product, sums = m.T @ statistics.gram @ m, m.T @ statistics.product, m.T @ statistics.sums
+    return replace(statistics, gram=gram, product=product, sums=sums)
 
 
-def _update_features(factors: DeepFactors, statistics: CodeStatistics, level: int, count: int, damping: float) -> None:
+def _update_features(factors: DeepFactors, statistics: CodeStatistics, level: int, count: int) -> None:
     """New features of one level; their lengths go into what multiplies them, so that rows stay of unit length."""
-    mine = _of_level(statistics, factors.maps()[level], damping)
+    mine = _of_level(statistics, factors.maps()[level])
     unit, length = normalised(update_features(mine, factors.features[level], count))
     factors.features[level] = unit
     if level == 0:
         factors.codes = factors.codes * length
         statistics.gram *= length.double() * length.double()[:, None]
         statistics.product *= length.double()[:, None]
+        statistics.sums *= length.double()
     else:
         factors.links[level - 1] = factors.links[level - 1] * length
     if level < len(factors.links):
         factors.links[level] = factors.links[level] / length[:, None]
 
 
-def _charge(features: Tensor, damping: float) -> Tensor:
-    """S_l."""
-    gram = features.double() @ features.double().T
-    gram.diagonal().mul_(1 + damping)
-    return gram
-
-
-def _update_links(factors: DeepFactors, statistics: CodeStatistics, level: int, damping: float) -> None:
+def _update_links(factors: DeepFactors, statistics: CodeStatistics, level: int) -> None:
     """W_l given all else: minimise <P W S, W> - 2 <C, W> over W >= 0."""
     below = factors.maps()[level - 1]
     p = below.T @ statistics.gram @ below
-    size = len(factors.features[level])
-    above = torch.eye(size, dtype=torch.float64, device=below.device)
-    s, reached = (
-        torch.zeros_like(above),
-        torch.zeros(size, statistics.product.shape[1], dtype=torch.float64, device=below.device),
-    )
+    size, width = len(factors.features[level]), statistics.product.shape[1]
+    options = {"dtype": torch.float64, "device": below.device}
+    above = torch.eye(size, **options)
+    s, reached, lengths = torch.zeros_like(above), torch.zeros(size, width, **options), torch.zeros(size, **options)
     for later in range(level, len(factors.features)):
         if later > level:
             above = above @ factors.links[later - 1].double()
-        s += above @ _charge(factors.features[later], damping) @ above.T
-        reached += above @ factors.features[later].double()
-    c = below.T @ statistics.product @ reached.T
+        features = factors.features[later].double()
+        s += above @ features @ features.T @ above.T
+        reached += above @ features
+        lengths += above @ torch.linalg.vector_norm(features, dim=1)
+    c = below.T @ (statistics.product @ reached.T - statistics.l1 * torch.outer(statistics.sums, lengths))
     links = factors.links[level - 1]
     factors.links[level - 1] = nonnegative_quadratic(links.double(), p, c, s, _LINK_STEPS).to(links.dtype)
 
@@ -193,12 +179,17 @@ def nonnegative_quadratic(
     return w / left / right
 
 
-def _update_codes(x: Tensor, factors: DeepFactors, damping: float) -> Tensor:
+def _update_codes(x: Tensor, factors: DeepFactors, l1: float) -> Tensor:
     """G given all else: the levels' problems add up to one of non-negative least squares."""
-    maps = factors.maps()
-    levels = list(zip(maps, factors.features, strict=True))
-    gram = reduce(torch.add, (m @ _charge(h, damping) @ m.T for m, h in levels))
-    targets = reduce(torch.add, (m @ h.double() for m, h in levels))
+    levels = [(m, h.double()) for m, h in zip(factors.maps(), factors.features, strict=True)]
+    gram = reduce(torch.add, (m @ h @ h.T @ m.T for m, h in levels))
+    targets = reduce(torch.add, (m @ h for m, h in levels))
+    lengths = reduce(torch.add, (m @ torch.linalg.vector_norm(h, dim=1) for m, h in levels))
     problem = FeatureGram.from_gram(targets, gram, factors.codes.dtype)
-    parts = zip(x.split(CHUNK_ROWS), factors.codes.split(CHUNK_ROWS), strict=True)
-    return torch.cat([update_codes(rows, problem, codes.T.contiguous(), dual=False)[0].T for rows, codes in parts])
+    weights = (l1 * lengths.to(problem.norm) / problem.norm)[:, None]
+    new = torch.empty_like(factors.codes)
+    for start in range(0, len(x), CHUNK_ROWS):
+        rows = slice(start, start + CHUNK_ROWS)
+        codes, sizes = factors.codes[rows].T.contiguous(), torch.linalg.vector_norm(x[rows], dim=1)
+        new[rows] = update_codes(x[rows], problem, codes, dual=False, sizes=sizes, l1=weights)[0].T
+    return new

@@ -6,15 +6,15 @@ from torch import Tensor
 
 
 def largest_entries(
-    x: Float[Tensor, " d"],
+    x: Float[Tensor, "*rows d"],
     count: int,
-    error: Float[Tensor, " d"] | None = None,
-    preferred: Bool[Tensor, " d"] | None = None,
+    error: Float[Tensor, "*rows d"] | None = None,
+    preferred: Bool[Tensor, "*rows d"] | None = None,
 ) -> Tensor:
-    """Indices of the ``count`` entries of largest magnitude.
+    """Indices of the ``count`` entries of largest magnitude of each row, without waiting for the device.
 
     Args:
-        x: ``(d,)`` values.
+        x: ``(…, d)`` values.
         count: how many, at most d.
         error: by how much each value may be off; values that may be equal to the smallest of the largest are tied.
             By default only equal values are.
@@ -22,13 +22,8 @@ def largest_entries(
     """
     size = x.abs()
     values, indices = size.topk(count)
-    cut = values[-1]
-    reach = torch.zeros_like(size) if error is None else error + error[indices[-1]]
-    possible = size >= cut - reach
-    if int(possible.sum()) == count:
-        return indices
-    sure = size > cut + reach
-    sure, tied = sure.nonzero()[:, 0], (possible & ~sure).nonzero()[:, 0]
-    if preferred is not None:
-        tied = torch.cat((tied[preferred[tied]], tied[~preferred[tied]]))
-    return torch.cat((sure, tied[: count - len(sure)]))
+    cut = values[..., -1:]
+    reach = torch.zeros_like(size) if error is None else error + error.gather(-1, indices[..., -1:])
+    tied = size >= cut - reach
+    rank = tied.long() + (size > cut + reach) * 2 + (0 if preferred is None else tied & preferred)
+    return (rank * size.shape[-1] - torch.arange(size.shape[-1], device=x.device)).topk(count).indices

@@ -3,7 +3,7 @@
 Symbols:
     k: features; m: activations of one chunk. Everything here is per unit feature, so that tolerances mean something.
     Q: ``(k, k)`` Gram of the unit features, its diagonal 1 (for a feature that is zero, too: nothing else touches it).
-    T: ``(k, m)`` targets, the products of unit features with activations.
+    T: ``(k, m)`` targets, the products of unit features with activations, less what an L1 penalty takes off.
     C: ``(k, m)`` codes >= 0, with multipliers M = Q C - T >= 0 at the optimum, zero where C is not.
     KKT residual: |Q C - T| where C > 0 and max(T - Q C, 0) where C = 0; zero exactly at the optimum.
     K: the inverse of Q. The multipliers are themselves the solution of a non-negative least squares with Gram K and
@@ -50,18 +50,13 @@ class FeatureGram:
     """K scaled to a unit diagonal, in the working dtype."""
 
     @classmethod
-    def of(cls, features: Float[Tensor, "k d"], damping: float = 0.0) -> "FeatureGram":
-        """Prepare features of float32 or float64. Rows shorter than 1e-30 count as zero.
-
-        With ``damping`` e the problem has e times the sum of the squared contributions of the features as a penalty,
-        which is the same as each unit feature having another neuron to itself, with weight sqrt(e).
-        """
+    def of(cls, features: Float[Tensor, "k d"]) -> "FeatureGram":
+        """Prepare features of float32 or float64. Rows shorter than 1e-30 count as zero."""
         wide = features.double()
         norm = wide.square().sum(dim=1).sqrt()
         zero = norm < _SHORTEST
         norm = torch.where(zero, 1.0, norm)
         unit = torch.where(zero[:, None], 0.0, wide / norm[:, None])
-        norm, unit = norm * (1 + damping) ** 0.5, unit / (1 + damping) ** 0.5
         return cls._of(unit, norm, unit @ unit.T, features.dtype)
 
     @classmethod
@@ -120,6 +115,13 @@ def sweep(
             if i < len(block):
                 moved[i:].addr_(column[i:], old.sub_(new))
         block.copy_(moved)
+
+
+def penalised(
+    products: Float[Tensor, "k m"], sizes: Float[Tensor, " m"], l1: float | int | Float[Tensor, "k 1"]
+) -> Float[Tensor, "k m"]:
+    """T - l1 |x|: the targets under an L1 penalty on the codes, whose weight is a cosine, or one for each feature."""
+    return products - l1 * sizes if isinstance(l1, Tensor) or l1 else products
 
 
 def descent(

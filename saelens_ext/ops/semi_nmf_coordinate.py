@@ -1,23 +1,24 @@
-"""The default fit of semi-nonnegative matrix factorisation: block-coordinate steps with revival and escapes.
+"""The default fit of semi-nonnegative matrix factorisation: a search for the groups, then block-coordinate steps.
 
 Symbols: those of :mod:`.semi_nmf_updates`.
 
-One iteration: features given codes (supports, values, refit); dead features get a new direction and zero codes, which
-leaves the error as it is; codes given features. Each can only lower the error. Two features that point the same way are
-merged on trial: the surplus one becomes a new direction and its codes go to the other. Should the iteration then not
-lower the error, it is undone.
+The search comes first. A step that finds the best support of one feature given the others is only as good as the
+others: while their supports are wrong it fills the gaps that they leave, each such step lowers the error, and none of
+them is ever undone. In the search, features are therefore fitted together as if they could use all neurons, which
+depends on the codes alone, and are only then cut to their largest entries; the number of entries falls from all to the
+final one. Codes carry an L1 penalty, without which features may stay rotations of the groups. Then, in rounds, the
+features that the others could replace at least cost become new directions, and the round is undone unless the error,
+penalty included, is lower after some more such iterations. The search counts only if it ends below the start.
 
-Supports grow from a quarter of their size to all of it over the first iterations. Features that may take all their
-neurons at once take the strongest ones, and several of them the same; grown, they use more neurons and end at a lower
-error. Growing never raises the error: a small support is a member of the larger set.
-
-An escape, when iterations no longer help: the features that the others could replace at least cost become new
-directions, some iterations are made, and all of it is undone unless the error is lower at the end.
+Then iterations, each of which can only lower the error: features given codes (supports, values, refit); dead features
+get a new direction and zero codes, which leaves the error as it is; codes given features. Two features that point the
+same way are merged on trial: the surplus one becomes a new direction and its codes go to the other. Should the
+iteration then not lower the error, it is undone.
 
 A new direction is a sparse rank-one fit to what is left of the activations, begun at one that is badly reconstructed.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -33,6 +34,7 @@ from saelens_ext.ops.semi_nmf_updates import (
     duplicates,
     keep_largest,
     normalised,
+    refit,
     update_codes,
     update_features,
 )
@@ -41,9 +43,14 @@ _PILOT_EVERY = 8
 _PILOT_ROWS = 128
 _REST_AFTER_FAILED_MERGE = 10
 _POWER_ITERATIONS = 3
-_ESCAPE_ITERATIONS = 6
-_ESCAPE_FRACTION = 0.05
-_FIRST_COUNT = 4
+_SEARCH_L1 = 0.05
+_SHRINKING = 0.8
+_ROUNDS = 6
+_ROUND_ITERATIONS = 4
+_ROUND_STEPS = 2
+_FAILED_ROUNDS = 2
+_REPLACED = 0.05
+_LEAST_GAIN = 1e-4
 
 
 @dataclass(frozen=True)
@@ -59,15 +66,15 @@ class _State:
 
 
 class CoordinateFit:
-    """Codes and features whose error, damping included, never rises.
+    """Codes and features whose error, the L1 penalty included, never rises after the search.
 
     Args:
         x: ``(n, d)`` activations.
         codes: ``(n, k)`` to start from, >= 0.
         features: ``(k, d)`` to start from; they may be dense.
         count: non-zeros of each feature.
-        growth: iterations over which the supports grow to ``count``.
-        damping: charge for features that cancel each other; all that is called error here includes it.
+        l1: weight of the L1 penalty; all that is called error here includes it.
+        search: iterations of the search.
     """
 
     def __init__(
@@ -76,28 +83,27 @@ class CoordinateFit:
         codes: Float[Tensor, "n k"],
         features: Float[Tensor, "k d"],
         count: int,
-        growth: int = 0,
-        damping: float = 0.0,
+        l1: float = 0.0,
+        search: int = 0,
     ) -> None:
-        self._damping = damping
-        self._x, self._full_count = x, count
-        # Features that may use all neurons, or hardly any, have no choice to make.
-        self._growth = growth if _FIRST_COUNT < count < x.shape[1] else 0
-        self._iteration = 0
+        self._x, self._count, self._l1 = x, count, l1
+        self._iteration = self._n_passes = 0
         self._dual = False
         self._no_merge_before = 0
         self.n_revived = 0
+        self._sizes = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
         columns = codes.T.contiguous()
-        statistics = CodeStatistics.of(x, columns)
-        statistics.damp(damping)
+        statistics = CodeStatistics.of(x, columns, l1)
         # Dense features to start from are no member of the set: the first sparse ones may be of higher error than they.
         # Rows with hardly any codes are not updated, but must be sparse too.
-        features = keep_largest(update_features(statistics, features, self._count), self._count)
+        features = keep_largest(update_features(statistics, features, count), count)
         errors = [
             (rows - part.T @ features).square().sum(dim=1)
             for rows, part in zip(x.split(CHUNK_ROWS), columns.split(CHUNK_ROWS, dim=1), strict=True)
         ]
         self._state = _State(features, columns, statistics, statistics.error(features), torch.cat(errors))
+        if search:
+            self._search(search)
 
     @property
     def codes(self) -> Float[Tensor, "n k"]:
@@ -111,32 +117,18 @@ class CoordinateFit:
 
     @property
     def statistics(self) -> CodeStatistics:
-        """The statistics of the codes, damped."""
+        """The statistics of the codes."""
         return self._state.statistics
 
     @property
     def error(self) -> float:
-        """The squared error and the charge for cancelling."""
+        """The squared error and the penalty."""
         return self._state.error
 
     @property
     def squared_error(self) -> float:
         """The squared error alone."""
-        own = self.statistics.gram.diagonal() @ self.features.double().square().sum(dim=1)
-        return self.error - self._damping / (1 + self._damping) * float(own)
-
-    @property
-    def growing(self) -> bool:
-        """Whether the supports are still smaller than they may be."""
-        return self._iteration < self._growth
-
-    @property
-    def _count(self) -> int:
-        """Non-zeros that a feature may have at this iteration."""
-        if not self.growing:
-            return self._full_count
-        first = min(self._full_count, max(_FIRST_COUNT, self._full_count // 4))
-        return first + (self._full_count - first) * self._iteration // self._growth
+        return self.error - self.statistics.penalty(self.features)
 
     def step(self) -> None:
         """One iteration; nothing changes unless it lowers the error."""
@@ -146,29 +138,62 @@ class CoordinateFit:
             self._attempt(merge=False)
         self._iteration += 1
 
-    def escape(self) -> int:
-        """Try to leave a local minimum; nothing changes unless it lowers the error. Returns the iterations it took."""
-        before, n_revived = self._state, self.n_revived
-        problem = FeatureGram.of(before.features)
-        if problem.inverse is None:
-            return 0
-        # With all codes free, dropping feature i and refitting the others costs |g_i|^2 / (Q^-1)_ii.
-        cost = before.statistics.gram.diagonal() * problem.norm.double().square() / problem.inverse.diagonal()
-        weakest = cost.sort(stable=True).indices[: max(1, int(_ESCAPE_FRACTION * len(cost)))].tolist()
-        features, length = normalised(before.features)
-        codes = before.codes * length[:, None]
-        codes[weakest] = 0
-        features = self._with_new_directions(features, weakest, codes)
-        self._state = self._pass(features, codes)
-        for _ in range(_ESCAPE_ITERATIONS - 1):
-            self.step()
-        if self._state.error >= before.error:
+    def _search(self, n_iterations: int) -> None:
+        """Fit the features together, with ever fewer neurons; kept if the error is lower at the end."""
+        before, n_revived, l1 = self._state, self.n_revived, self._l1
+        self._l1, d = max(l1, _SEARCH_L1), self._x.shape[1]
+        for iteration in range(n_iterations):
+            progress = min(1.0, (iteration + 1) / (_SHRINKING * n_iterations))
+            self._fit_together(max(self._count, round(d * (self._count / d) ** progress)))
+        self._round(0)
+        failed = 0
+        for _ in range(_ROUNDS):
+            best, n_best = self._state, self.n_revived
+            self._replace_weakest(failed)
+            self._round(_ROUND_ITERATIONS)
+            if self._state.error >= (1 - _LEAST_GAIN) * best.error:
+                self._state, self.n_revived = best, n_best
+                failed += 1
+                if failed == _FAILED_ROUNDS:
+                    break
+        if self._l1 != l1:
+            self._l1 = l1
+            self._state = self._pass(self.features, self._state.codes, l1)
+        if self._state.error > before.error:
             self._state, self.n_revived = before, n_revived
-        return _ESCAPE_ITERATIONS
+
+    def _round(self, n_together: int) -> None:
+        """Iterations of the search, and then some that lower the error for sure, so that errors compare."""
+        for _ in range(n_together):
+            self._fit_together(self._count)
+        for _ in range(_ROUND_STEPS):
+            self._attempt(merge=False)
+
+    def _fit_together(self, count: int) -> None:
+        """An iteration of the search."""
+        statistics = self._state.statistics
+        dense = refit(statistics, torch.ones_like(self.features, dtype=torch.bool), self.features)
+        features, length = normalised(keep_largest(dense, count))
+        unused = set(dead(features * length[:, None], statistics)) | {surplus for _, surplus in duplicates(features)}
+        self._state = self._replaced(features, self._state.codes * length[:, None], sorted(unused))
+
+    def _replace_weakest(self, skipped: int) -> None:
+        """New directions for the features that the others could replace at least cost, after some that were tried."""
+        features, length = normalised(self.features)
+        problem = FeatureGram.of(features)
+        inverse = torch.ones_like(problem.norm) if problem.inverse is None else problem.inverse.diagonal()
+        # With all codes free, dropping feature i and refitting the others costs |g_i|^2 / (Q^-1)_ii.
+        cost = self.statistics.gram.diagonal() * length.double().square() / inverse
+        size = max(1, int(_REPLACED * len(cost)))
+        weakest = cost.sort(stable=True).indices[skipped * size :][:size].tolist()
+        # Without the penalty, what is left of the activations is what no feature has, and not what it took from all.
+        features[weakest] = 0
+        self._state = self._pass(features, self._state.codes * length[:, None], 0.0)
+        self._state = self._replaced(features, self._state.codes, weakest)
 
     def _attempt(self, *, merge: bool) -> bool:
         """An iteration; whether it was kept. True where nothing was merged: there is nothing else to try."""
-        before = self._state
+        before, n_revived = self._state, self.n_revived
         features = update_features(before.statistics, before.features, self._count)
         unused = set(dead(features, before.statistics))
         features, length = normalised(features)
@@ -177,28 +202,33 @@ class CoordinateFit:
         for kept, surplus in pairs:
             codes[kept] += codes[surplus]
             unused.add(surplus)
-        places = sorted(unused)
-        codes[places] = 0
-        after = self._pass(self._with_new_directions(features, places, codes), codes)
+        after = self._replaced(features, codes, sorted(unused))
         if after.error >= before.error:
+            self.n_revived = n_revived
             return not pairs
         self._state = after
-        self.n_revived += len(places)
         return True
 
-    def _pass(self, features: Tensor, codes: Tensor) -> _State:
+    def _replaced(self, features: Tensor, codes: Tensor, places: list[int]) -> _State:
+        """New codes after some features have become new directions; ``codes`` is overwritten."""
+        codes[places] = 0
+        self.n_revived += len(places)
+        return self._pass(self._with_new_directions(features, places, codes), codes, self._l1)
+
+    def _pass(self, features: Tensor, codes: Tensor, l1: float) -> _State:
         """New codes for all activations, starting from some, and what follows from them."""
-        problem = FeatureGram.of(features, self._damping)
-        if self._iteration % _PILOT_EVERY == 0:
-            self._dual = dual_is_faster(self._x[:: max(1, len(self._x) // _PILOT_ROWS)], problem)
+        problem = FeatureGram.of(features)
+        if self._n_passes % _PILOT_EVERY == 0:
+            self._dual = dual_is_faster(self._x[:: max(1, len(self._x) // _PILOT_ROWS)], problem, l1)
+        self._n_passes += 1
         dual = self._dual and problem.inverse is not None
-        statistics = CodeStatistics.empty(len(features), features.shape[1], features.device)
+        statistics = replace(self._state.statistics.of_no_codes(), l1=l1)
         new, errors = torch.empty_like(codes), torch.empty_like(self._x[:, 0])
         for start in range(0, len(self._x), CHUNK_ROWS):
             rows = slice(start, start + CHUNK_ROWS)
-            new[:, rows], errors[rows] = update_codes(self._x[rows], problem, codes[:, rows], dual)
-            statistics.add(self._x[rows], new[:, rows])
-        statistics.damp(self._damping)
+            x, sizes = self._x[rows], self._sizes[rows]
+            new[:, rows], errors[rows] = update_codes(x, problem, codes[:, rows], dual, sizes.to(x.dtype), l1)
+            statistics.add(x, new[:, rows], sizes)
         return _State(features, new, statistics, statistics.error(features), errors)
 
     def _with_new_directions(self, features: Tensor, places: list[int], codes: Tensor) -> Tensor:

@@ -4,16 +4,15 @@ Symbols:
     X: ``(n, d)`` activations. G: ``(n, k)`` codes >= 0. H: ``(k, d)`` features, dense here.
 
 Source: the three starts of Shafran et al. (arXiv 2506.10920), with the sign of each singular component chosen as in
-NNDSVD (Boutsidis and Gallopoulos 2008).
+NNDSVD (Boutsidis and Gallopoulos 2008), and k-means of directions (Dhillon and Modha 2001), to which large activations
+are no more than others.
 """
-
-import warnings
 
 import torch
 from jaxtyping import Float
-from sklearn.cluster import KMeans
-from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
+
+from saelens_ext.ops.semi_nmf_updates import CHUNK_ROWS, normalised
 
 _OVERSAMPLING = 16
 _POWER_ITERATIONS = 4
@@ -74,24 +73,32 @@ def _singular_components(x: Tensor, k: int, generator: torch.Generator) -> tuple
 
 
 def _kmeans(x: Tensor, k: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Centroids as features; each activation's code on its own centroid is the least-squares one.
+    """Directions of spherical k-means as features; each activation has a code on its own alone, the least-squares one.
 
-    Clusters do not depend on where the origin is, but rounding does, so they are found about the mean. The
-    features are the centroids themselves, since the factorisation has no intercept.
+    A direction that no activation is nearest to starts again at the activation that is farthest from its own.
     """
-    mean = x.double().mean(dim=0)
-    seed = int(torch.randint(2**31 - 1, (1,), generator=generator))
-    # scikit-learn's default, the text "auto", hides from type checkers that a number may be given.
-    model = KMeans(n_clusters=k, n_init=1, max_iter=_LLOYD_ITERATIONS, random_state=seed)  # pyright: ignore[reportArgumentType]
-    with warnings.catch_warnings():
-        # Fewer distinct activations than clusters: the surplus features are duplicates, which the fit deals with.
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        labels = torch.from_numpy(model.fit_predict((x.double() - mean).to(x.dtype).cpu().numpy())).to(x.device).long()
-    features = (torch.from_numpy(model.cluster_centers_).to(mean) + mean).to(x.dtype)
-    own = features[labels]
-    size = own.square().sum(dim=1)
-    code = torch.where(size > 0, (x * own).sum(dim=1) / size, 0.0).clamp(min=0)
-    return torch.zeros(len(x), k, dtype=x.dtype, device=x.device).scatter_(1, labels[:, None], code[:, None]), features
+    first = torch.randperm(len(x), generator=generator)[:k].sort().values
+    features = normalised(x[first.to(x.device)])[0]
+    for _ in range(_LLOYD_ITERATIONS):
+        labels, products = _nearest(x, features)
+        # Activations weigh the same, however large: their directions are averaged, not they.
+        size = torch.linalg.vector_norm(x, dim=1).clamp(min=torch.finfo(x.dtype).tiny)
+        sums = torch.zeros_like(features, dtype=torch.float64)
+        for rows, label, length in zip(*(part.split(CHUNK_ROWS) for part in (x, labels, size)), strict=True):
+            sums.index_add_(0, label, (rows / length[:, None]).double())
+        empty = (torch.bincount(labels, minlength=k) == 0).nonzero()[:, 0]
+        farthest = (products / size).sort(stable=True).indices[: len(empty)]
+        sums[empty[: len(farthest)]] = x[farthest].double()
+        features = normalised(sums.to(x.dtype))[0]
+    labels, products = _nearest(x, features)
+    codes = torch.zeros(len(x), k, dtype=x.dtype, device=x.device)
+    return codes.scatter_(1, labels[:, None], products.clamp(min=0)[:, None]), features
+
+
+def _nearest(x: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each activation: which unit feature it has the largest product with, and that product."""
+    parts = [(rows @ features.T).max(dim=1) for rows in x.split(CHUNK_ROWS)]
+    return torch.cat([part.indices for part in parts]), torch.cat([part.values for part in parts])
 
 
 def _random(x: Tensor, k: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

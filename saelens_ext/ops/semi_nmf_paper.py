@@ -36,7 +36,6 @@ class PaperFit:
     """
 
     n_revived = 0
-    growing = False
 
     def __init__(
         self, x: Float[Tensor, "n d"], codes: Float[Tensor, "n k"], features: Float[Tensor, "k d"], count: int
@@ -65,10 +64,6 @@ class PaperFit:
         error = self._of_current.error(features)
         if error < self.error:
             self.codes, self.features, self.statistics, self.error = self._current, features, self._of_current, error
-
-    def escape(self) -> int:
-        """The published rule has no way out of a local minimum: it took no iterations."""
-        return 0
 
 
 def _multiplied(products: Tensor, gram: Tensor, codes: Tensor) -> Tensor:

@@ -5,8 +5,9 @@ Symbols:
     H: ``(k, d)`` features. A = G'G, B = G'X: sums over blocks, all that is kept of a pass.
 
 A pass finds the exact codes of every activation for the current features, and so their objective; the features' step
-then uses A and B alone. The objective at the next pass cannot be higher: its codes are the best for features that were
-better already with the old codes. The first features come from a fit in memory to a uniform sample.
+then uses A, B and the sums of the codes alone. The objective at the next pass cannot be higher: its codes are the best
+for features that were better already with the old codes. The first features come from a fit in memory to a uniform
+sample, and so does the centre: its error is that of a mean over the sample.
 
 Cost: memory is one block and its codes, 8 (k^2 + 4 k d) bytes of sums and features, and the sample. A pass is
 4 n k d floating-point operations in products plus the non-negative least squares, which is several times n k^2 more.
@@ -24,9 +25,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saelens_ext._checks import finite, positive, width
-from saelens_ext.ops.nnls import solve_codes
+from saelens_ext.ops.nnls import check_l1, solve_codes
 from saelens_ext.ops.nnls_kernels import FeatureGram
-from saelens_ext.ops.semi_nmf import check_damping, check_options, semi_nmf
+from saelens_ext.ops.semi_nmf import SemiNMFResult, check_options, semi_nmf
+from saelens_ext.ops.semi_nmf_rows import Rows
 from saelens_ext.ops.semi_nmf_updates import (
     CHUNK_ROWS,
     CodeStatistics,
@@ -49,16 +51,18 @@ class StreamingSemiNMFResult:
 
     features: Float[Tensor, "k d"]
     """Signed features, at most ceil(sparsity * d) non-zeros each."""
+    center: Float[Tensor, " d"]
+    """What was subtracted from the activations; zero unless asked for."""
     loss: float
-    """Squared error of the features with exact codes, over the sum of squares of the activations (0 if that is 0)."""
+    """Squared error of the features with exact codes, and of the centre, over the sum of squares of the activations (0
+    if that is 0).
+    """
     history: list[float]
-    """The objective of the best features after each pass, which is the loss where ``damping`` is 0; never rises."""
+    """The objective of the best features after each pass, which is the loss where ``l1`` is 0; never rises."""
     converged: bool
     """Whether the objective had stopped falling, as against the passes having run out."""
     n_passes: int
-    """Passes made to evaluate and improve the features. One more made the sample, and with damping one the final
-    codes.
-    """
+    """Passes made to evaluate and improve the features. One more made the sample."""
     n_samples: int
     """Activations in the stream."""
     code_gram: Float[Tensor, "k k"]
@@ -66,9 +70,9 @@ class StreamingSemiNMFResult:
     code_product: Float[Tensor, "k d"]
     """G'X, float64."""
     total: float
-    """|X|^2."""
+    """Sum of squares of the activations."""
     typical_norm: float
-    """Median norm of the sampled activations."""
+    """Median norm of the sampled activations, not from the centre."""
     n_dead: int
     """Features that are zero or whose codes all are."""
     n_duplicate: int
@@ -83,7 +87,8 @@ def semi_nmf_streaming(
     *,
     sparsity: float = 0.01,
     init: str = "svd",
-    damping: float | int = 0.0,
+    l1: float | int = 0.0,
+    center: bool = False,
     max_iter: int | None = None,
     max_passes: int = 5,
     tol: float = 1e-3,
@@ -98,7 +103,8 @@ def semi_nmf_streaming(
         n_components: k, the number of features.
         sparsity: fraction of neurons that a feature may use, in (0, 1].
         init: ``"svd"``, ``"kmeans"`` or ``"random"``, of the fit to the sample.
-        damping: charge for features that cancel each other, >= 0, as for :func:`~saelens_ext.ops.semi_nmf.semi_nmf`.
+        l1: weight of the L1 penalty on the codes, in [0, 1), as for :func:`~saelens_ext.ops.semi_nmf.semi_nmf`.
+        center: whether to factorise the activations from their mean, as there.
         max_iter: iterations of the fit to the sample.
         max_passes: passes after the one that draws the sample.
         tol: stop when a pass lowers the objective by less than this fraction.
@@ -117,29 +123,37 @@ def semi_nmf_streaming(
             "__iter__."
         )
     positive(max_passes, "max_passes")
-    check_damping(damping)
+    check_l1(l1)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     with torch.no_grad():
         sample, n_samples = _sample(batches, positive(sample_size, "sample_size"), generator)
         count = check_options(sample, n_components, sparsity, init, tol)
         first = semi_nmf(
-            sample, n_components, sparsity=sparsity, init=init, damping=damping, max_iter=max_iter, generator=generator
+            sample,
+            n_components,
+            sparsity=sparsity,
+            init=init,
+            l1=l1,
+            center=center,
+            max_iter=max_iter,
+            generator=generator,
         )
         typical_norm = float(torch.linalg.vector_norm(sample, dim=1).median())
         del sample
-        fit = _StreamFit(batches, first.features, count, n_samples, first.n_revived, float(damping))
+        fit = _StreamFit(batches, first, count, n_samples, float(l1))
         history, converged = _passes(fit, max_passes, tol, on_metrics)
-        statistics = fit.evaluate(fit.features)[0] if damping else fit.statistics
+    statistics = fit.unweighted
     return StreamingSemiNMFResult(
         features=fit.features,
-        loss=statistics.error(fit.features) / statistics.total if statistics.total > 0 else 0.0,
+        center=first.center,
+        loss=statistics.error(fit.features) / fit.total if fit.total > 0 else 0.0,
         history=history,
         converged=converged,
         n_passes=len(history),
         n_samples=n_samples,
         code_gram=statistics.gram,
         code_product=statistics.product,
-        total=statistics.total,
+        total=fit.total,
         typical_norm=typical_norm,
         n_dead=len(dead(fit.features, statistics)),
         n_duplicate=len(duplicates(fit.features)),
@@ -147,47 +161,77 @@ def semi_nmf_streaming(
     )
 
 
+@dataclass(frozen=True)
+class _Pass:
+    """What a pass over the stream leaves of the exact codes for some features."""
+
+    statistics: CodeStatistics
+    """Of the rows as the objective weighs them."""
+    unweighted: CodeStatistics
+    """Of the activations from the centre; the same where no penalty makes all weigh alike."""
+    total: float
+    """Sum of squares of the activations."""
+    worst: Tensor
+    """``(k, d)`` at most, what the codes leave of the worst reconstructed rows."""
+
+
 class _StreamFit:
     """The best features so far, with the statistics of their exact codes."""
 
-    def __init__(
-        self, batches: Iterable[Tensor], features: Tensor, count: int, n_samples: int, n_revived: int, damping: float
-    ) -> None:
-        self._damping = damping
-        self._batches, self._count, self._n_samples = batches, count, n_samples
-        self.features, self.n_revived = features, n_revived
-        self.statistics, self._worst = self.evaluate(features, damping)
-        self.error = self.statistics.error(features)
+    def __init__(self, batches: Iterable[Tensor], first: SemiNMFResult, count: int, n_samples: int, l1: float) -> None:
+        self._batches, self._count, self._n_samples, self._l1 = batches, count, n_samples, l1
+        self.features, self._center, self.n_revived = first.features, first.center, first.n_revived
+        self._pass = self.evaluate(self.features)
+        self.error = self._pass.statistics.error(self.features)
+
+    @property
+    def statistics(self) -> CodeStatistics:
+        """Of the best features' codes, as the objective weighs them."""
+        return self._pass.statistics
+
+    @property
+    def unweighted(self) -> CodeStatistics:
+        """Of the same, for the activations as they are."""
+        return self._pass.unweighted
+
+    @property
+    def total(self) -> float:
+        """Sum of squares of the activations."""
+        return self._pass.total
 
     def step(self) -> None:
         """Improve the features and evaluate them by a pass; they are kept if their error is lower."""
         features = update_features(self.statistics, self.features, self._count, _FEATURE_SWEEPS)
-        unused = dead(features, self.statistics)[: len(self._worst)]
+        unused = dead(features, self.statistics)[: len(self._pass.worst)]
         if unused:
             features = features.clone()
-            features[unused] = keep_largest(self._worst[: len(unused)], self._count)
+            features[unused] = keep_largest(self._pass.worst[: len(unused)], self._count)
         features, _ = normalised(features)
-        statistics, worst = self.evaluate(features, self._damping)
-        error = statistics.error(features)
+        evaluated = self.evaluate(features)
+        error = evaluated.statistics.error(features)
         if error < self.error:
-            self.features, self.statistics, self.error, self._worst = features, statistics, error, worst
+            self.features, self._pass, self.error = features, evaluated, error
             self.n_revived += len(unused)
 
-    def evaluate(self, features: Tensor, damping: float = 0.0) -> tuple[CodeStatistics, Tensor]:
-        """A pass: statistics of the exact codes, and what they leave of the worst reconstructed activations, ``(k,
-        d)``.
-        """
-        problem = FeatureGram.of(features, damping)
-        statistics = CodeStatistics.empty(len(features), features.shape[1], features.device)
+    def evaluate(self, features: Tensor) -> _Pass:
+        """A pass with exact codes."""
+        problem = FeatureGram.of(features)
+        k, d = features.shape
+        statistics = CodeStatistics.empty(k, d, features.device, self._l1)
+        unweighted = CodeStatistics.empty(k, d, features.device) if self._l1 else statistics
         worst, sizes = features[:0], features[:0, 0]
-        seen = 0
+        seen, total = 0, 0.0
         for block in _blocks(self._batches, features):
-            codes = solve_codes(block, problem, _CODES_TOL)
-            statistics.add(block, codes.T)
-            left = block - codes @ features
+            rows = Rows.around(block, self._center, equal=self._l1 > 0)
+            codes = solve_codes(rows.values, problem, _CODES_TOL, l1=self._l1)
+            total += rows.total
+            statistics.add(rows.values, codes.T)
+            if self._l1:
+                unweighted.add(rows.values * rows.lengths, (codes * rows.lengths).T)
+            left = rows.values - codes @ features
             worst = torch.cat((worst, left))
             sizes = torch.cat((sizes, torch.linalg.vector_norm(left, dim=1)))
-            keep = sizes.sort(descending=True, stable=True).indices[: len(features)]
+            keep = sizes.sort(descending=True, stable=True).indices[:k]
             worst, sizes = worst[keep], sizes[keep]
             seen += len(block)
         if seen != self._n_samples:
@@ -195,8 +239,7 @@ class _StreamFit:
                 f"batches gave {self._n_samples} activations on the first pass and {seen} on a later one; "
                 "every pass must give the same activations."
             )
-        statistics.damp(damping)
-        return statistics, worst
+        return _Pass(statistics, unweighted, total, worst)
 
 
 def _passes(

@@ -1,14 +1,16 @@
-"""The steps of semi-nonnegative matrix factorisation, each of which lowers the squared error or leaves it.
+"""The steps of semi-nonnegative matrix factorisation, each of which lowers the error or leaves it.
 
 Symbols:
     X: ``(n, d)`` activations. G: ``(n, k)`` codes >= 0. H: ``(k, d)`` signed features, at most s non-zeros in each row.
-    A = G'G ``(k, k)`` and B = G'X ``(k, d)``: all that the features' step needs to know of codes and activations.
-    error = |X - G H|^2 = |X|^2 - 2 <B, H> + <A H, H>, from float64 sums.
+    A = G'G ``(k, k)``, B = G'X ``(k, d)`` and S_i = sum_t |x_t| g_ti: all that the features' step needs to know.
+    error = |X - G H|^2 + 2 l1 sum_ti |x_t| g_ti |h_i| = |X|^2 - 2 <B, H> + <A H, H> + 2 l1 sum_i S_i |h_i|, from
+        float64 sums.
 
-The features' step takes the rows of H in turn. Given the others, the error is ``A_ii |h - v|^2`` plus a constant, with
-``v = H_i + (B_i - A_i H) / A_ii``; it separates over neurons, so keeping the s largest |v| is the exact minimiser over
-all rows with s non-zeros, support included. This is why hard sparsity need not make the error rise. Then all rows are
-refitted together on the supports: one least squares per neuron.
+The features' step takes the rows of H in turn. Given the others, the error is ``A_ii |h - v|^2 + 2 l1 S_i |h|`` plus a
+constant, with ``v = H_i + (B_i - A_i H) / A_ii``. The square separates over neurons, so keeping the s largest |v| and
+shortening what is kept by l1 S_i / A_ii is the exact minimiser over all rows with s non-zeros, support included. This
+is why hard sparsity need not make the error rise. Without an L1 penalty all rows are then refitted together on the
+supports: one least squares per neuron.
 
 B is a float32 product, whose last bits depend on the kernel, on the number of threads and on the column: two equal
 neurons need not get equal entries. Entries of v that are no further apart than the rounding of B allows count as tied;
@@ -21,16 +23,16 @@ Source: hierarchical alternating least squares (Cichocki and Phan 2009) with the
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from saelens_ext.ops.grid_products import summation_error
 from saelens_ext.ops.largest_entries import largest_entries
 from saelens_ext.ops.nnls_active_set import SupportSolver
-from saelens_ext.ops.nnls_kernels import DualIteration, FeatureGram, PrimalIteration, descent
+from saelens_ext.ops.nnls_kernels import DualIteration, FeatureGram, PrimalIteration, descent, penalised
 
 CHUNK_ROWS = 4096
 DUPLICATE_COSINE = 0.99
@@ -38,6 +40,7 @@ _SUM_ROWS = 1024
 _SWEEPS = 3
 _REFIT_RIDGE = 1e-8
 _FAINT = 1e-12
+_SHORTEST = 1e-300
 
 
 @dataclass
@@ -50,14 +53,23 @@ class CodeStatistics:
     """B, float64."""
     squares: Float[Tensor, " d"]
     """Sum of squares of each neuron, float64."""
+    sums: Float[Tensor, " k"]
+    """S, float64."""
+    l1: float = 0.0
+    """Weight of the L1 penalty that the error includes."""
     rounding: float = 0.0
     """Bound on the error of an entry of B, as a fraction of the norm of the codes times the norm of the neuron."""
 
     @classmethod
-    def empty(cls, k: int, d: int, device: torch.device) -> "CodeStatistics":
+    def empty(cls, k: int, d: int, device: torch.device, l1: float = 0.0) -> "CodeStatistics":
         """Of no activations."""
-        options = {"dtype": torch.float64, "device": device}
-        return cls(torch.zeros(k, k, **options), torch.zeros(k, d, **options), torch.zeros(d, **options))
+        shapes = (k, k), (k, d), (d,), (k,)
+        return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes), l1)
+
+    def of_no_codes(self) -> "CodeStatistics":
+        """For other codes of the same activations, which are then added with their sizes."""
+        gram, product, sums = (torch.zeros_like(part) for part in (self.gram, self.product, self.sums))
+        return replace(self, gram=gram, product=product, sums=sums)
 
     @property
     def total(self) -> float:
@@ -65,34 +77,49 @@ class CodeStatistics:
         return float(self.squares.sum())
 
     @classmethod
-    def of(cls, x: Float[Tensor, "n d"], codes: Float[Tensor, "k n"]) -> "CodeStatistics":
+    def of(cls, x: Float[Tensor, "n d"], codes: Float[Tensor, "k n"], l1: float = 0.0) -> "CodeStatistics":
         """Of some activations and their codes."""
-        statistics = cls.empty(len(codes), x.shape[1], x.device)
+        statistics = cls.empty(len(codes), x.shape[1], x.device, l1)
         statistics.add(x, codes)
         return statistics
 
-    def add(self, x: Float[Tensor, "m d"], codes: Float[Tensor, "k m"]) -> None:
-        """Take in some activations and their codes.
+    def add(
+        self, x: Float[Tensor, "m d"], codes: Float[Tensor, "k m"], sizes: Float64[Tensor, " m"] | None = None
+    ) -> None:
+        """Take in some activations and their codes; with the activations' sizes, only the codes.
 
         Products of short blocks, summed in float64, carry no bias. A is float64 throughout: it is inverted, and rounded
         to float32 it would not be positive definite where codes are nearly dependent.
         """
-        for rows, columns in zip(x.split(_SUM_ROWS), codes.split(_SUM_ROWS, dim=1), strict=True):
+        if sizes is None:
+            sizes = self._sizes_added(x)
+        parts = zip(x.split(_SUM_ROWS), codes.split(_SUM_ROWS, dim=1), sizes.split(_SUM_ROWS), strict=True)
+        for rows, columns, size in parts:
             wide = columns.double()
             self.gram += wide @ wide.T
             self.product += columns @ rows
-            # In float64, since the float32 reductions of torch on the CPU understate by up to 1%.
-            self.squares += rows.double().square().sum(dim=0)
+            self.sums += wide @ size
             self.rounding = max(self.rounding, summation_error(len(rows), rows.dtype))
 
-    def damp(self, damping: float) -> None:
-        """Add to the error ``damping`` times the sum over features of |g_i|^2 |h_i|^2, by a heavier diagonal of A."""
-        self.gram.diagonal().mul_(1 + damping)
+    def _sizes_added(self, x: Tensor) -> Tensor:
+        """The sizes of activations, after their squares were added."""
+        sizes = []
+        for rows in x.split(_SUM_ROWS):
+            # In float64, since the float32 reductions of torch on the CPU understate by up to 1%.
+            squares = rows.double().square()
+            self.squares += squares.sum(dim=0)
+            sizes.append(squares.sum(dim=1).sqrt())
+        return torch.cat(sizes)
+
+    def penalty(self, features: Float[Tensor, "k d"]) -> float:
+        """The L1 penalty of these codes with some features."""
+        return 2 * self.l1 * float(self.sums @ torch.linalg.vector_norm(features.double(), dim=1))
 
     def error(self, features: Float[Tensor, "k d"]) -> float:
-        """The squared error of these codes with some features."""
+        """The error of these codes with some features."""
         wide = features.double()
-        error = self.total + float((wide * (self.gram @ wide - 2 * self.product)).sum())
+        change = float((wide * (self.gram @ wide - 2 * self.product)).sum())
+        error = self.total + change + self.penalty(features)
         if not math.isfinite(error):
             raise ValueError(
                 "The squared error is not finite: the activations are too large for their dtype. Scale them down."
@@ -112,11 +139,8 @@ def keep_largest(
     """A copy with only the ``count`` entries of largest magnitude in each row; ``error`` as of ``largest_entries``."""
     if count >= features.shape[1]:
         return features.clone()
-    kept = torch.zeros_like(features)
-    for i, (row, target) in enumerate(zip(features, kept, strict=True)):
-        indices = largest_entries(row, count, None if error is None else error[i])
-        target[indices] = row[indices]
-    return kept
+    indices = largest_entries(features, count, error)
+    return torch.zeros_like(features).scatter_(1, indices, features.gather(1, indices))
 
 
 def update_features(
@@ -126,10 +150,12 @@ def update_features(
 
     Rows whose codes are all zero are left as they are.
     """
-    if count >= features.shape[1]:
+    if count >= features.shape[1] and not statistics.l1:
         candidate = refit(statistics, torch.ones_like(features, dtype=torch.bool), features)
         return candidate if statistics.error(candidate) <= statistics.error(features) else features
     swept = _sweep_features(statistics, features.double(), count, n_sweeps).to(features.dtype)
+    if statistics.l1:
+        return swept
     refitted = refit(statistics, swept != 0, swept)
     return refitted if statistics.error(refitted) <= statistics.error(swept) else swept
 
@@ -138,16 +164,21 @@ def _sweep_features(statistics: CodeStatistics, features: Tensor, count: int, n_
     """Each row in turn to its exact minimiser; float64."""
     features = features.clone()
     residual = statistics.product - statistics.gram @ features
-    weights = statistics.gram.diagonal().tolist()
-    error = statistics.rounding * statistics.squares.sqrt()
-    for i in _live(statistics).nonzero()[:, 0].tolist() * n_sweeps:
+    live = _live(statistics)
+    weights = torch.where(live, statistics.gram.diagonal(), 1.0)
+    shortened = statistics.l1 * statistics.sums / weights
+    error = statistics.rounding * statistics.squares.sqrt() / weights.sqrt()[:, None]
+    # No step waits for a number to arrive from the device, so places are kept, and not looked for.
+    dense = int((features != 0).sum(dim=1).max()) > count
+    for i in live.nonzero()[:, 0].tolist() * n_sweeps:
         best = features[i] + residual[i] / weights[i]
-        kept = largest_entries(best, count, error / math.sqrt(weights[i]), features[i] != 0)
-        change = -features[i]
-        change[kept] += best[kept]
-        moved = change.nonzero()[:, 0]
-        features[i, moved] += change[moved]
-        residual[:, moved] -= statistics.gram[:, i, None] * change[moved]
+        old = slice(None) if dense else features[i].abs().topk(min(count, len(best))).indices
+        new = largest_entries(best, count, error[i], features[i] != 0)
+        values = best[new]
+        values = values * (1 - shortened[i] / torch.linalg.vector_norm(values).clamp(min=_SHORTEST)).clamp(min=0)
+        residual[:, old] += statistics.gram[:, i, None] * features[i, old]
+        residual[:, new] -= statistics.gram[:, i, None] * values
+        features[i] = torch.zeros_like(best).scatter_(0, new, values)
     return features
 
 
@@ -183,7 +214,12 @@ def normalised(features: Float[Tensor, "k d"]) -> tuple[Float[Tensor, "k d"], Fl
 
 
 def update_codes(
-    x: Float[Tensor, "m d"], problem: FeatureGram, codes: Float[Tensor, "k m"], dual: bool
+    x: Float[Tensor, "m d"],
+    problem: FeatureGram,
+    codes: Float[Tensor, "k m"],
+    dual: bool,
+    sizes: Float[Tensor, " m"],
+    l1: float | Float[Tensor, "k 1"] = 0.0,
 ) -> tuple[Float[Tensor, "k m"], Float[Tensor, " m"]]:
     """Codes for one block of activations that are at least as good as the given ones, row by row.
 
@@ -192,11 +228,13 @@ def update_codes(
         problem: of the features.
         codes: ``(k, m)`` the codes so far, for these features.
         dual: whether to look for new codes through their multipliers, or to improve the old ones directly.
+        sizes: ``(m,)`` norms of the activations.
+        l1: weight of the L1 penalty, or one for each unit feature.
 
     Returns:
-        ``(k, m)`` codes and ``(m,)`` the squared errors they leave, short of rounding.
+        ``(k, m)`` codes and ``(m,)`` the errors they leave, short of rounding.
     """
-    target = problem.unit @ x.T
+    target = penalised(problem.unit @ x.T, sizes, l1)
     scaled = codes * problem.norm[:, None]
     if not dual:
         new = PrimalIteration(problem, target, scaled).advance(_SWEEPS)
@@ -207,11 +245,11 @@ def update_codes(
         # A few sweeps need not have reached the optimum: an activation keeps its codes where they are better.
         new = torch.where(gain >= before, new, scaled)
         gain = torch.maximum(gain, before)
-    return new / problem.norm[:, None], torch.linalg.vector_norm(x, dim=1).square() - gain
+    return new / problem.norm[:, None], sizes.square() - gain
 
 
 def _gain(codes: Tensor, target: Tensor, problem: FeatureGram) -> Tensor:
-    """By how much the codes lower each activation's squared error: <C, 2 T - Q C>."""
+    """By how much the codes lower each activation's error: <C, 2 T - Q C>."""
     return (codes * descent(codes, target, problem.gram).add_(target)).sum(dim=0)
 
 

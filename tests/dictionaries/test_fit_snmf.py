@@ -27,14 +27,13 @@ def rows_of(stream: ActivationStream, keep=lambda documents: documents >= 0) -> 
     return torch.cat([batch.activations[HOOK][keep(batch.document_ids)] for batch in stream])
 
 
-def relative_error(x, features):
-    return float(
-        (x.double() - nnls(x, features).double() @ features.double()).square().sum() / x.double().square().sum()
-    )
+def relative_error(x, features, center=0.0, l1=0.0):
+    left = x - center - nnls(x - center, features, l1=l1) @ features
+    return float(left.double().square().sum() / x.double().square().sum())
 
 
 def test_the_dictionary_is_the_factorisation(stream):
-    result = fit_snmf(stream, 8, damping=0, **OPTIONS)
+    result = fit_snmf(stream, 8, l1=0, **OPTIONS)
     x = rows_of(stream)
     plain = semi_nmf(x, 8, sparsity=0.2, max_iter=15)
     dictionary = result.dictionary
@@ -51,7 +50,7 @@ def test_the_dictionary_is_the_factorisation(stream):
 
 def test_metadata(stream):
     metadata = fit_snmf(stream, 4, **OPTIONS).dictionary.cfg.metadata
-    assert metadata.hook_name == "blocks.1.mlp.out.hook_in" and metadata.context_size == 16 and metadata.damping == 0.2
+    assert metadata.hook_name == "blocks.1.mlp.out.hook_in" and metadata.context_size == 16 and metadata.l1 == 0.1
     assert metadata.model_class_name == "SAETransformerBridge" and metadata.typical_norm > 0
 
 
@@ -67,7 +66,9 @@ def test_held_out_documents(stream):
     kept = rows_of(stream, lambda documents: documents % 4 != 3)
     assert (result.n_seen, result.n_held_out) == (len(kept), len(out)) and len(out) > 0
     assert torch.equal(result.dictionary.features, fit_snmf(kept, 5, **OPTIONS).dictionary.features)
-    assert result.held_out_loss == pytest.approx(relative_error(out, result.dictionary.features.detach()), abs=1e-5)
+    features, center = result.dictionary.features.detach(), result.dictionary.b_dec.detach()
+    torch.testing.assert_close(center, kept.mean(dim=0))
+    assert result.held_out_loss == pytest.approx(relative_error(out, features, center, 0.1), abs=1e-5)
     assert fit_snmf(stream, 5, **OPTIONS).held_out_loss is None
 
 
@@ -89,16 +90,19 @@ def test_a_trained_sae_has_documents_held_out_or_an_error(tiny_bridge, tiny_text
         fit_sae(stream, 8, held_out=0.1, training_samples=64, batch_size=16)
 
 
-def test_more_than_fits_in_memory_takes_several_passes(stream):
-    whole = fit_snmf(stream, 5, held_out=0.25, sparsity=0.2)
-    passes = fit_snmf(stream, 5, held_out=0.25, sparsity=0.2, memory_limit=10_000)
+@pytest.mark.parametrize("l1", [0, 0.1])
+def test_more_than_fits_in_memory_takes_several_passes(stream, l1):
+    whole = fit_snmf(stream, 5, held_out=0.25, sparsity=0.2, l1=l1)
+    passes = fit_snmf(stream, 5, held_out=0.25, sparsity=0.2, memory_limit=10_000, l1=l1)
     assert passes.stopped_because in ("converged", "max_passes") and len(passes.history) <= 5
     assert (passes.n_seen, passes.n_held_out) == (whole.n_seen, whole.n_held_out)
     assert passes.loss == pytest.approx(whole.loss, rel=0.05)
     kept = rows_of(stream, lambda documents: documents % 4 != 3)
-    assert passes.loss == pytest.approx(relative_error(kept, passes.dictionary.features.detach()), abs=1e-5)
-    own = nnls(kept, passes.dictionary.features.detach()).square().sum(dim=0) / kept.square().sum()
-    torch.testing.assert_close(passes.shares, own, rtol=1e-3, atol=1e-5)
+    features, center = passes.dictionary.features.detach(), passes.dictionary.b_dec.detach()
+    torch.testing.assert_close(center, kept.mean(dim=0) if l1 else torch.zeros_like(center), atol=1e-6, rtol=1e-5)
+    assert passes.loss == pytest.approx(relative_error(kept, features, center, l1), abs=1e-4)
+    own = nnls(kept - center, features, l1=l1).square().sum(dim=0) / kept.square().sum()
+    torch.testing.assert_close(passes.shares, own, rtol=1e-2, atol=1e-5)
 
 
 def test_why_it_stopped(stream):
@@ -175,7 +179,7 @@ def test_heads_are_joined(tiny_hooked, tiny_texts):
 
 def test_a_dictionary_of_another_fit_is_noticed(stream, tmp_path):
     path = fit_snmf(stream, 4, **OPTIONS).save(tmp_path)
-    fit_snmf(stream, 4, damping=1, **OPTIONS).dictionary.save_model(path)
+    fit_snmf(stream, 4, l1=0.3, **OPTIONS).dictionary.save_model(path)
     with pytest.raises(ValueError, match="do not belong together"):
         SNMFFitResult.load(path)
 
@@ -186,7 +190,7 @@ def test_what_can_be_refused_at_once_is(stream):
             raise AssertionError("the model was run")
 
     unread = Unread(stream.model, ["text"], HOOK, context_size=16)
-    for wrong in ({"n_components": 0}, {"damping": -1}, {"sparsity": 2}, {"init": "nmf"}):
+    for wrong in ({"n_components": 0}, {"l1": -1}, {"sparsity": 2}, {"init": "nmf"}):
         with pytest.raises(ValueError):
             fit_snmf(unread, **wrong)
     with pytest.raises(ValueError, match="k must lie between 1 and d_sae=4"):
@@ -201,8 +205,8 @@ def test_bad_input(stream, tiny_bridge, tiny_texts):
         fit_snmf(stream, 4, sparsity=0)
     with pytest.raises(ValueError, match=r"'sparsty'.*sparsity"):
         fit_snmf(stream, 4, sparsty=0.1)
-    with pytest.raises(ValueError, match="damping must be"):
-        fit_snmf(stream, 4, damping=-1)
+    with pytest.raises(ValueError, match="l1 must lie in"):
+        fit_snmf(stream, 4, l1=1)
     with pytest.raises(ValueError, match="held_out must lie in"):
         fit_snmf(stream, 4, held_out=0.7)
     with pytest.raises(ValueError, match="which rows are of one document"):

@@ -52,40 +52,105 @@ def test_laws(init, method, sparsity):
     assert result.loss == pytest.approx(true_loss(x, result), abs=1e-6)
 
 
-def cancelling(codes, features):
-    """Sum of squares of the features' own contributions over that of what they add up to."""
-    own = codes.double().square().sum(0) @ features.double().square().sum(1)
-    return float(own / (codes.double() @ features.double()).square().sum())
+@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("sparsity", [0.1, 1.0])
+def test_l1_objective(init, sparsity):
+    """The objective is what it says, and its codes are those of the convex problem for the features."""
+    x, _ = planted(n=200)
+    x = x.double() + 3.0
+    seen = []
+    result = semi_nmf(
+        x, 6, sparsity=sparsity, init=init, l1=0.1, center=True, tol=1e-9, max_iter=60, on_metrics=seen.append
+    )
+    assert never_rises(result.history) and seen[-1]["objective"] == result.history[-1]
+    torch.testing.assert_close(result.center, x.mean(0))
+    total = float(x.square().sum())
+    x = x - result.center
+    torch.testing.assert_close(result.features.norm(dim=1), torch.ones(6).double())
+    codes = nnls(x, result.features, l1=0.1)
+    torch.testing.assert_close(result.codes, codes, atol=1e-3, rtol=1e-3)
+    error = (x - codes @ result.features).square().sum(1)
+    sizes = x.norm(dim=1)
+    assert result.loss == pytest.approx(float(error.sum()) / total, abs=1e-6)
+    assert result.history[-1] == pytest.approx(
+        float((error / sizes.square() + 0.2 * codes.sum(1) / sizes).mean()), rel=1e-3
+    )
+    assert seen[-1]["loss"] == pytest.approx(float((error / sizes.square()).mean()), rel=1e-2)
+
+
+def test_l1_makes_codes_zero_that_the_least_loss_makes_cancel():
+    """Fewer components than the planted: the least loss shifts all codes up along features that cancel."""
+    x, _ = planted(n=600, d=60, k=20, s=20, noise=0.1)
+    plain, sparse = (semi_nmf(x, 10, sparsity=1.0, l1=l1) for l1 in (0, 0.1))
+    active = [float((result.codes > 0).double().mean()) for result in (plain, sparse)]
+    assert active[1] < 0.6 * active[0] and sparse.loss < 2 * plain.loss
+
+
+def test_features_under_an_l1_penalty_are_the_best_over_all_supports():
+    """One feature, by brute force: every support, and on it the least of a convex function."""
+    g = generator()
+    x, codes = torch.randn(20, 6, generator=g).double(), torch.rand(1, 20, generator=g).double()
+    statistics = CodeStatistics.of(x, codes, l1=0.05)
+    updated = update_features(statistics, torch.zeros(1, 6).double(), 2)
+    best = math.inf
+    for support in itertools.combinations(range(6), 2):
+        h = torch.zeros(1, 6).double()
+        h[0, support] = statistics.product[0, support] / statistics.gram[0, 0]
+        for scale in torch.linspace(0, 1, 2001).double():
+            best = min(best, statistics.error(scale * h))
+    assert statistics.error(updated) == pytest.approx(best, rel=1e-5) and statistics.error(updated) <= best
+    sizes = x.norm(dim=1)
+    direct = (x - codes.T @ updated).square().sum() + 0.1 * (sizes @ codes[0]) * updated.norm()
+    assert statistics.error(updated) == pytest.approx(float(direct))
+    assert not update_features(CodeStatistics.of(x, codes, l1=0.99), updated, 2).any()
 
 
 @pytest.mark.parametrize("init", INITS)
-@pytest.mark.parametrize("sparsity", [0.1, 1.0])
-def test_damping(init, sparsity):
-    """The objective is what it says, and at its end neither codes nor features can be scaled to lower it."""
+def test_no_activation_is_large_enough_to_decide_the_features(init):
+    """Fifteen of 1e4 times the size of the others, in a direction of their own, and one of 1e12 times."""
+    x, _ = planted(n=300)
+    others = torch.arange(300) % 20 != 0
+    x[~others] = torch.nn.functional.normalize(torch.ones(1, 40) + 0.1 * torch.randn(15, 40, generator=generator()))
+    large = x * torch.where(others, 1.0, 1e4)[:, None]
+    options = {"sparsity": 0.1, "init": init, "l1": 0.1}
+    small, same = (semi_nmf(rows, 7, **options) for rows in (x, large))
+    torch.testing.assert_close(small.features, same.features, atol=1e-4, rtol=1e-4)
+    large[0] *= 1e8
+    # One of the seven features is theirs.
+    found, without = semi_nmf(large, 7, center=True, **options), semi_nmf(x[others], 6, center=True, **options)
+    assert bool(found.codes.isfinite().all()) and never_rises(found.history)
+
+    def left(result):
+        rows = x[others] - result.center
+        return float((rows - nnls(rows, result.features, l1=0.1) @ result.features).square().sum())
+
+    assert left(found) < 1.1 * left(without)
+
+
+def test_center():
     x, _ = planted()
-    seen = []
-    result = semi_nmf(
-        x.double(), 6, sparsity=sparsity, init=init, damping=0.3, tol=1e-9, max_iter=200, on_metrics=seen.append
-    )
-    assert never_rises(result.history) and seen[-1]["objective"] == result.history[-1]
-    # The charge is what a neuron of its own for each feature would cost.
-    own_neurons = 0.3**0.5 * result.features.norm(dim=1).diag()
-    codes = nnls(torch.cat((x, torch.zeros(300, 6)), dim=1).double(), torch.cat((result.features, own_neurons), dim=1))
-    own = 0.3 * float(codes.square().sum(0) @ result.features.square().sum(1)) / float(x.double().square().sum())
-    error = float((x - codes @ result.features).square().sum() / x.double().square().sum())
-    assert result.history[-1] == pytest.approx(error + own, rel=1e-3)
-    assert seen[-1]["loss"] == pytest.approx(error, rel=1e-2)
-    torch.testing.assert_close(result.codes, nnls(x.double(), result.features), atol=1e-3, rtol=1e-3)
-    assert result.loss == pytest.approx(true_loss(x, result), abs=1e-6) and result.loss < error
+    x = x + 2
+    assert not semi_nmf(x, 3, max_iter=2).center.any()
+    torch.testing.assert_close(semi_nmf(x, 3, max_iter=2, center=True).center, x.mean(0))
+    torch.testing.assert_close(semi_nmf(x, 3, max_iter=2, l1=0.1, center=True).center, x.mean(0))
+    centered, shifted = (semi_nmf(rows, 3, max_iter=2, center=True) for rows in (x, x - 5))
+    assert centered.history == pytest.approx(shifted.history, rel=1e-4)
+    large = x.clone()
+    large[5] = 1e30
+    middle = semi_nmf(large, 3, max_iter=2, l1=0.1, center=True).center
+    assert float((middle - x[torch.arange(300) != 5].mean(0)).norm()) < 0.05 * float(x.norm(dim=1).median())
 
 
-def test_damping_keeps_features_from_cancelling():
-    """Fewer components than the planted: the least loss shifts all codes up along features that cancel."""
-    x, _ = planted(n=600, d=60, k=20, s=20, noise=0.1)
-    plain, damped = (semi_nmf(x, 10, sparsity=1.0, damping=damping, max_iter=300) for damping in (0, 0.1))
-    assert cancelling(damped.codes, damped.features) < 0.6 * cancelling(plain.codes, plain.features)
-    assert float((damped.codes > 0).double().mean()) < float((plain.codes > 0).double().mean())
-    assert damped.loss < 1.25 * plain.loss
+@pytest.mark.parametrize("l1", [0, 0.1])
+@pytest.mark.parametrize("init", INITS)
+def test_activations_without_much_to_find(init, l1):
+    g = generator()
+    sphere = torch.nn.functional.normalize(torch.randn(80, 20, generator=g), dim=1)
+    few = torch.randn(3, 20, generator=g)[torch.arange(80) % 3]
+    for x in (sphere, few, few[:1].repeat(80, 1), sphere * torch.where(torch.arange(80) == 4, 1e9, 1.0)[:, None]):
+        result = semi_nmf(x, 6, sparsity=0.2, init=init, l1=l1, center=l1 > 0)
+        assert bool(result.codes.isfinite().all()) and bool(result.features.isfinite().all())
+        assert never_rises(result.history) and 0 <= result.loss <= 1 + 1e-6
 
 
 @pytest.mark.parametrize("init", INITS)
@@ -284,12 +349,6 @@ def test_sizes_whose_squares_leave_float32(scale, method):
     assert scaled.loss == pytest.approx(float(left), abs=1e-5)
 
 
-def test_repeated_features_are_pointed_out(caplog):
-    x = torch.rand(50, 1, generator=generator()) @ torch.ones(1, 4)
-    result = semi_nmf(x, 3, sparsity=1.0, init="random", damping=0.1)
-    assert result.n_duplicate > 0 and "repeat another" in caplog.text
-
-
 def test_what_is_started_from_is_made_sparse_even_where_it_does_not_count():
     x, _ = planted()
     codes, features = initialise(x, 6, "svd", generator())
@@ -327,11 +386,11 @@ def test_bad_input():
         semi_nmf(x, 3, init="svdd")
     with pytest.raises(ValueError, match="method must be one of"):
         semi_nmf(x, 3, method="mu")
-    for damping in (-0.1, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="damping must be a finite number >= 0"):
-            semi_nmf(x, 3, damping=damping)
-    with pytest.raises(ValueError, match="published rule has no damping"):
-        semi_nmf(x, 3, damping=0.1, method="paper")
+    for l1 in (-0.1, 1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"l1 must lie in \[0, 1\)"):
+            semi_nmf(x, 3, l1=l1)
+    with pytest.raises(ValueError, match="published rule has no L1 penalty"):
+        semi_nmf(x, 3, l1=0.1, method="paper")
     with pytest.raises(ValueError, match="n_components must be a whole number"):
         semi_nmf(x, 0)
     with pytest.raises(ValueError, match="at least one activation"):
@@ -360,14 +419,22 @@ def test_streaming_reaches_the_fit_in_memory():
     assert int((streamed.features != 0).sum(1).max()) <= 4
 
 
-def test_streaming_with_damping():
+def test_streaming_with_l1():
     x, _ = planted(n=1000)
-    streamed = semi_nmf_streaming(x.split(300), 6, sparsity=0.1, sample_size=400, max_passes=4, damping=0.1)
-    codes = nnls(x, streamed.features)
-    left = (x.double() - codes.double() @ streamed.features.double()).square().sum() / x.double().square().sum()
-    assert never_rises(streamed.history) and streamed.loss < streamed.history[-1]
-    assert streamed.loss == pytest.approx(float(left), abs=1e-5)
-    torch.testing.assert_close(streamed.code_gram, (codes.T @ codes).double(), rtol=1e-3, atol=0.1)
+    x = x + 1
+    options = {"sparsity": 0.1, "l1": 0.1, "center": True}
+    streamed = semi_nmf_streaming(x.split(300), 6, sample_size=400, max_passes=6, **options)
+    assert never_rises(streamed.history) and streamed.history[-1] < streamed.history[0]
+    assert streamed.history[-1] < 1.05 * semi_nmf(x, 6, **options).history[-1]
+    assert float((streamed.center - x.mean(0)).norm()) < 0.1 * float(x.norm(dim=1).median())
+    total = x.double().square().sum()
+    x = x - streamed.center
+    codes = nnls(x, streamed.features, l1=0.1)
+    left = (x.double() - codes.double() @ streamed.features.double()).square().sum() / total
+    assert streamed.loss == pytest.approx(float(left), abs=1e-4)
+    torch.testing.assert_close(streamed.code_gram, (codes.T @ codes).double(), rtol=1e-2, atol=0.1)
+    whole = semi_nmf_streaming([x], 6, sample_size=5000, max_passes=1, **options)
+    torch.testing.assert_close(whole.center, x.mean(0), atol=1e-6, rtol=1e-5)
 
 
 def test_streaming_does_not_depend_on_the_cut():

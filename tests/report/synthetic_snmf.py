@@ -34,11 +34,10 @@ def make_dictionary(k: int, seed: int, **metadata: object) -> SNMFDictionary:
         "context_size": 96,
         "prepend_bos": True,
         "exclude_special_tokens": True,
-        "damping": 0.1,
         "typical_norm": 3.0,
     } | metadata
     return SNMFDictionary.from_features(
-        torch.nn.functional.normalize(features, dim=1), sparsity=0.1, metadata=described
+        torch.nn.functional.normalize(features, dim=1), sparsity=0.1, l1=0.1, metadata=described
     )
 
 

@@ -114,7 +114,7 @@ def test_continuations_are_with_their_feature(data):
 def test_the_summary_has_every_figure(section):
     facts = {fact.key: fact for fact in snmf_summary.snmf_facts(section)}
     assert facts["hook"].value == synthetic_snmf.HOOK and "blocks.2.mlp.out.hook_in" in facts["hook"].meaning
-    assert (facts["features"].value, facts["loss"].value, facts["damping"].value) == ("60", "0.490", "0.1")
+    assert (facts["features"].value, facts["loss"].value, facts["l1"].value) == ("60", "0.490", "0.1")
     assert "0.600 on documents" in facts["loss"].meaning and "at most 9 neurons" in facts["features"].meaning
     assert "1 are active nowhere" in facts["active"].meaning
     rows = snmf_summary.level_rows(section)

@@ -10,7 +10,7 @@ from saelens_ext.dictionaries.snmf import SNMFDictionary
 from saelens_ext.dictionaries.snmf_fit_result import SNMFFitResult
 from saelens_ext.report.dictionary.snmf_section import SNMFLevel, SNMFSection
 from saelens_ext.report.dictionary.summary import excluded, hook_fact, model_fact, read_from
-from saelens_ext.report.format import Fact, count, significant
+from saelens_ext.report.format import Fact, count
 
 _STOPPED = {
     "converged": ("Convergence", "the objective fell no further"),
@@ -18,6 +18,10 @@ _STOPPED = {
     "max_passes": ("Passes", "max_passes was reached; the loss might still fall"),
 }
 _DUPLICATE = 0.99
+_PENALTY = (
+    "the cosine that a feature must have with what the others leave of an activation to be active; unless it is 0, "
+    "activations of any norm weigh the same in the fit"
+)
 
 
 class LevelRow(NamedTuple):
@@ -79,7 +83,7 @@ def snmf_facts(section: SNMFSection) -> list[Fact]:
         Fact("excluded", "Excluded", *excluded(metadata)),
         _features(level),
         _loss(section),
-        Fact("damping", "Damping", *_damping(metadata)),
+        Fact("l1", "L1 penalty", f"{config.l1:g}", _PENALTY),
         _active(level),
     ]
     return facts if isinstance(made, HierarchicalSNMF) else [*facts, _stopped(made)]
@@ -114,12 +118,6 @@ def _own_loss(section: SNMFSection, level: int) -> float:
 def _held_out(section: SNMFSection, level: int) -> float | None:
     measured, made = section.levels[level].held_out_loss, section.made
     return made.held_out_loss if measured is None and not isinstance(made, HierarchicalSNMF) else measured
-
-
-def _damping(metadata: dict[str, Any]) -> tuple[str, str]:
-    damping = metadata.get("damping")
-    meaning = "penalty during the fit on features whose contributions cancel; 0 is plain semi-NMF"
-    return ("Not recorded", "") if damping is None else (significant(float(damping)), meaning)
 
 
 def _active(level: SNMFLevel) -> Fact:

@@ -1,0 +1,89 @@
+"""Activations as a semi-nonnegative factorisation takes them: from their centre, and each of the same weight."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saelens_ext.ops.semi_nmf_updates import CHUNK_ROWS, CodeStatistics
+
+_LONGEST = 10.0
+_ROUNDING = 64.0
+
+
+def center_of(x: Float[Tensor, "n d"]) -> Float[Tensor, " d"]:
+    """The mean of the activations, without those of more than ten times the median norm; float64."""
+    norms = _lengths(x)[:, 0]
+    positive = norms[norms > 0]
+    if not len(positive):
+        return torch.zeros_like(x[0], dtype=torch.float64)
+    counted = (norms <= _LONGEST * positive.median()).double()
+    parts = zip(x.split(CHUNK_ROWS), counted.split(CHUNK_ROWS), strict=True)
+    return torch.stack([weight @ rows.double() for rows, weight in parts]).sum(dim=0) / counted.sum()
+
+
+def _lengths(x: Float[Tensor, "n d"]) -> Float[Tensor, "n 1"]:
+    """In float64: beside one enormous activation, the squares of the others may vanish in float32."""
+    return torch.cat([torch.linalg.vector_norm(rows.double(), dim=1, keepdim=True) for rows in x.split(CHUNK_ROWS)])
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a fit, and the way back."""
+
+    values: Float[Tensor, "n d"]
+    """The rows: of unit length or zero if all are to weigh the same, else in units of their size."""
+    center: Float[Tensor, " d"]
+    """What was subtracted, in the activations' own units."""
+    lengths: Float[Tensor, "n 1"]
+    """The lengths by which the rows were divided, in units of their size; 1 if they were not."""
+    unit: float
+    """Their size: a power of two, by which dividing rounds nothing. Squares in these units do not overflow or vanish.
+    """
+    equal: bool
+    """Whether all rows weigh the same."""
+    total: float
+    """Sum of squares of the activations before the centre was subtracted, in units of their size."""
+
+    @classmethod
+    def of(cls, x: Float[Tensor, "n d"], *, center: bool, equal: bool) -> "Rows":
+        """From activations, in float32 or float64; one copy of them is made."""
+        x = x.detach()
+        x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+        unit = 2.0 ** math.floor(math.log2(max(-float(x.min()), float(x.max())) or 1.0))
+        values = x / unit
+        middle = center_of(values).to(values) if center else torch.zeros_like(values[0])
+        return cls._of(values, middle, unit, equal)
+
+    @classmethod
+    def around(cls, x: Float[Tensor, "n d"], center: Float[Tensor, " d"], *, equal: bool) -> "Rows":
+        """From some of the activations, in their own units, given the centre of all."""
+        return cls._of(x.clone(), center, 1.0, equal)
+
+    @classmethod
+    def _of(cls, values: Tensor, center: Tensor, unit: float, equal: bool) -> "Rows":
+        """From a copy of the activations, which is overwritten, and the centre, both in units of ``unit``."""
+        total = sum(float(rows.double().square().sum()) for rows in values.split(CHUNK_ROWS))
+        lengths = torch.ones_like(values[:, :1])
+        if bool(center.any()):
+            rounding = _ROUNDING * torch.finfo(values.dtype).eps * _lengths(values)
+            values -= center
+        else:
+            rounding = torch.zeros_like(lengths, dtype=torch.float64)
+        if equal:
+            lengths = _lengths(values)
+            # What differs from the centre by rounding alone has no direction.
+            none = lengths <= rounding
+            lengths = torch.where(none, 0.0, lengths).to(values)
+            values.div_(torch.where(none, 1.0, lengths)).masked_fill_(none, 0.0)
+        return cls(values, center * unit, lengths, unit, equal, total)
+
+    def statistics(self, codes: Float[Tensor, "n k"]) -> CodeStatistics:
+        """Of the rows in their own lengths, in units of their size, with codes of the fit."""
+        statistics = CodeStatistics.empty(codes.shape[1], self.values.shape[1], codes.device)
+        parts = (part.split(CHUNK_ROWS) for part in (self.values, self.lengths, codes))
+        for values, length, code in zip(*parts, strict=True):
+            statistics.add(values * length, (code * length).T)
+        return statistics
