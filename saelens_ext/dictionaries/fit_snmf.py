@@ -72,7 +72,7 @@ class SNMFFitOptions(TypedDict, total=False):
 
     sparsity: float | int
     init: str
-    damping: float | int
+    l1: float | int
     max_iter: int
     max_passes: int
     tol: float
