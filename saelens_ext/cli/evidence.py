@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +129,6 @@ def _activations(stream: ActivationStream, inputs: EvidenceInputs) -> Tensor:
 
 
 def _renamed(control: Method, name: str) -> Method:
-    from dataclasses import replace
-
     return replace(control, name=f"{control.name} of {name}")
 
 

@@ -40,7 +40,6 @@ OUTSIDE = {
     "news": "139_news_class_Politics",
     "code": "159_code_Python",
     "tweets": "149_twt_emotion_happiness",
-    "sums in Polish notation": "40_arith_rpn",
 }
 """Sets of sae-probes whose prompts are unlike the corpus."""
 
@@ -85,8 +84,10 @@ def collect_evidence(
         say("Loading SmolLM2-135M-Instruct and reading activations")
         model = load_demo_model()
         build, held_out = split_corpus(load_demo_corpus())
-        options = {"context_size": CONTEXT_SIZE, "batch_size": 16, "max_tokens": n_activations}
-        kept = KeptStream(ActivationStream(model, excerpts(build), HOOK, **options))
+        stream = ActivationStream(
+            model, excerpts(build), HOOK, context_size=CONTEXT_SIZE, batch_size=16, max_tokens=n_activations
+        )
+        kept = KeptStream(stream)
         fits = fit_exemplar_partitions(kept, PERCENTILES)
         partitions = {f"EP p{percentile}": fit.dictionary for (_, percentile), fit in fits.items()}
     if "novelty" in kinds:

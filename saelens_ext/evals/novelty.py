@@ -278,21 +278,21 @@ def _methods(
 
     for name, sae in named.items():
         if isinstance(sae, ExemplarPartition):
-            what = f"Cosine distance to the nearest of {sae.cfg.d_sae} exemplars."
-            add(name, "unsupervised", what, lambda: [scoring.exemplar_distance(name, sae)])
+            what, partition = f"Cosine distance to the nearest of {sae.cfg.d_sae} exemplars.", sae
+            add(name, "unsupervised", what, lambda: [scoring.exemplar_distance(name, partition)])
         else:
             what = f"Squared error of the reconstruction by {sae.cfg.d_sae} latents over the square of the activation."
             add(name, "unsupervised", what, lambda: [scoring.reconstruction_error(name, sae)])
     for name, sae in named.items():
         if "coreset" in baselines and isinstance(sae, ExemplarPartition):
-            own, n = f"coreset of {name}", sae.cfg.d_sae
+            own, n, origin = f"coreset of {name}", sae.cfg.d_sae, sae.b_dec
             draws = [_generator(seed, f"{own} {draw}") for draw in range(n_coresets)]
             what = f"Cosine distance to the nearest of {n} random reference activations; {n_coresets} draws."
             add(
                 own,
                 "control",
                 what,
-                lambda: [scoring.coreset_distance(own, reference, n, sae.center, draw) for draw in draws],
+                lambda: [scoring.coreset_distance(own, reference, n, origin, draw) for draw in draws],
             )
     makers: dict[str, Callable[[], list[scoring.NoveltyScore]]] = {
         "knn": lambda: [scoring.neighbour_distance("knn", reference, k, center, _generator(seed, "knn"))],

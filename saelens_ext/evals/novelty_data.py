@@ -172,7 +172,7 @@ def built_in_set(
             "shuffled_words needs a tokenizer, and the model has none: leave it out of built_in, or load the model "
             "with tokenizer=..."
         )
-    texts = [" ".join(generator.permutation(reference.tokenizer.decode(ids).split())) for ids in inside]
+    texts = [" ".join(generator.permutation(str(reference.tokenizer.decode(ids)).split())) for ids in inside]
     encoded = reference.tokenizer(texts, add_special_tokens=False)["input_ids"]
     return [ids[: len(before)] for ids, before in zip(encoded, inside, strict=True)]
 
@@ -208,9 +208,9 @@ def _opening(stream: ActivationStream, content: Sequence[int], length: int) -> s
     ids = [i for i in content if i not in excluded]
     if tokenizer is None:
         return " ".join(map(str, ids[:length]))
-    while ids and not tokenizer.decode(ids[0]).strip():
+    while ids and not str(tokenizer.decode(ids[:1])).strip():
         ids = ids[1:]
-    return " ".join(tokenizer.decode(ids[:length]).lower().split())[: 2 * length]
+    return " ".join(str(tokenizer.decode(ids[:length])).lower().split())[: 2 * length]
 
 
 def _opening_length(stream: ActivationStream, n_start: int, max_per_document: int) -> int:

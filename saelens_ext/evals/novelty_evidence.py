@@ -92,9 +92,8 @@ class NoveltyEvidence(Evidence):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.metrics = type(self).metrics | {
-            f"tpr_at_{rate:g}": f"TPR at {rate:.0%} FPR" for rate in self.settings.get("rates", ())
-        }
+        rates = {f"tpr_at_{rate:g}": f"TPR at {rate:.0%} FPR" for rate in self.settings.get("rates", ())}
+        self.metrics = dict(type(self).metrics) | rates  # pyright: ignore[reportAttributeAccessIssue]  # by its rates
 
     @property
     def outside(self) -> list[str]:

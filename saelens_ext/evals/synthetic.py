@@ -257,6 +257,7 @@ def _dictionaries(
     gaussian = gaussian_directions(x, k, _HOOK, center=center, seed=control_seed)
     truth = drawn.directions / drawn.directions.norm(dim=1, keepdim=True)
     for name, rows in ((CORESET, random.directions), (GAUSSIAN, gaussian.directions), (TRUTH, truth)):
+        assert rows is not None
         yield name, ExemplarPartition.from_regions(rows, rows, center, 1.0), ""
 
 
