@@ -78,4 +78,6 @@ def _side(key: str, name: str, side: SideMatch, chance: str) -> Fact:
 
 
 def _label(labels: Labels | None, latent: int) -> str:
-    return "" if labels is None else visible(labels.texts[latent])
+    if labels is None or not labels.texts[latent]:
+        return ""
+    return visible(labels.texts[latent]) + ("" if labels[latent].distinguishes else " (may be chance)")
