@@ -66,6 +66,28 @@ def test_codes_are_those_of_scipy(x, k):
         assert torch.allclose(codes.double(), exact, atol=1e-3)
 
 
+def test_an_l1_penalty_is_saved_and_used(x, tmp_path):
+    center = torch.linspace(-1, 1, D)
+    dictionary = make(l1=0.2, center=center)
+    codes = dictionary.encode(x).detach()
+    units = torch.nn.functional.normalize(dictionary.W_dec.detach(), dim=1)
+    rows = x - center
+    slope = (rows - codes @ dictionary.W_dec.detach()) @ units.T - 0.2 * rows.norm(dim=1)[:, None]
+    off = torch.where(codes > 0, slope.abs(), slope.clamp(min=0)).amax(dim=1) / (rows @ units.T).abs().amax(dim=1)
+    assert float(off.max()) <= 2e-5 and float((codes > 0).float().mean()) < 0.7 * float(
+        (make(center=center).encode(x) > 0).float().mean()
+    )
+    dictionary.save_model(tmp_path)
+    again = SAE.load_from_disk(tmp_path)
+    assert again.cfg.l1 == 0.2 and torch.equal(again.b_dec, center) and torch.equal(again.encode(x), codes)
+    before = dictionary(x).detach()
+    dictionary.fold_W_dec_norm()
+    torch.testing.assert_close(dictionary(x).detach(), before, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(dictionary.encode(center + 5 * rows), 5 * dictionary.encode(x), atol=1e-3, rtol=1e-3)
+    with pytest.raises(ValueError, match=r"l1 must lie in \[0, 1\)"):
+        make(l1=1)
+
+
 @pytest.mark.parametrize("shape", [(D,), (0, D), (3, 0, D), (2, 3, 5, D)])
 def test_any_leading_shape(shape):
     codes = make().encode(torch.randn(shape))

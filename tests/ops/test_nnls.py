@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import minimize
 from scipy.optimize import nnls as scipy_nnls
 
 from saelens_ext.ops.nnls import nnls
@@ -189,3 +190,65 @@ def test_bad_input():
         nnls(x, features)
     with pytest.raises(ValueError, match="features has"):
         nnls(features, x)
+
+
+# --- under an L1 penalty ---
+
+
+def penalised_problem(n=40, k=12, d=20, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(n, d, generator=g).double(), 3 * torch.randn(k, d, generator=g).double()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("k", "d"), [(12, 20), (40, 20), (3, 20)])
+def test_optimality_under_an_l1_penalty(k, d, dtype):
+    x, features = (part.to(dtype) for part in penalised_problem(k=k, d=d))
+    codes = nnls(x, features, l1=0.2).double()
+    x, features = x.double(), features.double()
+    length = features.norm(dim=1)
+    unit = features / length[:, None]
+    slope = (x - codes @ features) @ unit.T - 0.2 * x.norm(dim=1)[:, None]
+    scale = (x @ unit.T).abs().amax(1)
+    off = torch.where(codes > 0, slope.abs(), slope.clamp(min=0)).amax(1) / scale
+    assert float(off.max()) <= 2e-5
+    assert bool((codes == 0).any()) and bool((codes > 0).any())
+
+
+def test_codes_under_an_l1_penalty_are_those_of_a_general_solver():
+    x, features = penalised_problem(n=5, k=6)
+    codes = nnls(x, features, l1=0.15)
+    for row, code in zip(x, codes, strict=True):
+        weights = 0.15 * row.norm() * features.norm(dim=1)
+
+        def objective(g, row=row, weights=weights):
+            left = row - torch.from_numpy(g) @ features
+            return float(0.5 * left.square().sum() + weights @ torch.from_numpy(g))
+
+        start = np.full(6, 0.1)
+        found = minimize(objective, start, bounds=[(0, None)] * 6, method="L-BFGS-B", options={"ftol": 1e-15})
+        assert objective(code.numpy()) <= found.fun + 1e-8
+
+
+def test_codes_under_an_l1_penalty_scale_with_the_activation_and_against_the_features():
+    x, features = penalised_problem()
+    codes = nnls(x, features, l1=0.2)
+    torch.testing.assert_close(nnls(7 * x, features, l1=0.2), 7 * codes)
+    torch.testing.assert_close(nnls(x, features / 4, l1=0.2), 4 * codes)
+    assert not nnls(torch.zeros(2, 20), features.float(), l1=0.2).any()
+    # A lone feature is active from a cosine of l1 on.
+    feature = torch.eye(2)[:1]
+    angled = torch.tensor([[0.19, (1 - 0.19**2) ** 0.5], [0.21, (1 - 0.21**2) ** 0.5]])
+    assert (nnls(angled, feature, l1=0.2) > 0).flatten().tolist() == [False, True]
+
+
+def test_gradient_under_an_l1_penalty():
+    x, features = penalised_problem(n=6, k=5)
+    x.requires_grad_(), features.requires_grad_()
+    assert torch.autograd.gradcheck(lambda *parts: nnls(*parts, l1=0.1), (x, features), eps=1e-7, atol=1e-5)
+
+
+@pytest.mark.parametrize("l1", [-0.1, 1.0, float("nan")])
+def test_an_l1_penalty_out_of_range(l1):
+    with pytest.raises(ValueError, match=r"l1 must lie in \[0, 1\)"):
+        nnls(*penalised_problem(), l1=l1)
