@@ -37,7 +37,7 @@ class Command:
 
 def _named(name: str) -> Any:
     module, _, attribute = name.partition(":")
-    return getattr(import_module(f"saelens_ext.cli.{module}"), attribute)
+    return getattr(import_module(module if "." in module else f"saelens_ext.cli.{module}"), attribute)
 
 
 _DEMO = (
@@ -53,7 +53,7 @@ _ALL = (
             "exemplars --model_name=gpt2 --hook_name=blocks.6.hook_out "
             "--dataset_path=NeelNanda/pile-10k --dictionary.percentile=1,2,4"
         ),
-        options=("build_options:ExemplarRunnerConfig",),
+        options=("saelens_ext.runner.config:ExemplarRunnerConfig",),
         runs="build:build",
         takes_config=True,
         note=_DEMO,
@@ -66,7 +66,7 @@ _ALL = (
             "snmf --model_name=gpt2 --hook_name=blocks.6.mlp.out.hook_in "
             "--dataset_path=NeelNanda/pile-10k --dictionary.n_components=100"
         ),
-        options=("build_options:SNMFRunnerConfig",),
+        options=("saelens_ext.runner.config:SNMFRunnerConfig",),
         runs="build:build",
         takes_config=True,
         note=_DEMO,

@@ -64,7 +64,7 @@ class CodeStatistics:
     def empty(cls, k: int, d: int, device: torch.device, l1: float = 0.0) -> "CodeStatistics":
         """Of no activations."""
         shapes = (k, k), (k, d), (d,), (k,)
-        return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes), l1)
+        return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes), l1=l1)
 
     def of_no_codes(self) -> "CodeStatistics":
         """For other codes of the same activations, which are then added with their sizes."""

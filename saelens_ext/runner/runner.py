@@ -22,9 +22,8 @@ from saelens_ext.runner.build_pass import BuildPass
 from saelens_ext.runner.checkpoints import SNMF_FOLDER, Checkpoint, RunIdentity, find_run, list_checkpoints
 from saelens_ext.runner.config import DictionaryRunnerConfig
 from saelens_ext.runner.evaluation import default_eval_size, eval_windows, evaluate
-from saelens_ext.runner.resolve import resolved
 from saelens_ext.runner.results import BuiltDictionary, RunResult
-from saelens_ext.runner.sources import open_stream
+from saelens_ext.runner.sources import open_stream, resolved
 from saelens_ext.runner.tracking import WandbTracker, check_login
 
 logger = logging.getLogger(__name__)

@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from saelens_ext.activations.cached_stream import CachedStream
 from saelens_ext.activations.fingerprint import fingerprint_files
 from saelens_ext.activations.stream import ActivationStream
 from saelens_ext.host.models import describe_model, load_model
-from saelens_ext.runner.config import DictionaryRunnerConfig
+from saelens_ext.runner.config import MODEL_CLASSES, DictionaryRunnerConfig
 from saelens_ext.runner.dictionary_configs import ExemplarBuildConfig, SNMFBuildConfig
 
 logger = logging.getLogger(__name__)
@@ -145,6 +146,27 @@ def open_stream(
         if Path(config.dataset_path).exists() and not _saved_to_disk(config.dataset_path):
             stream._windows.fingerprint = fingerprint_files(config.dataset_path)
     return stream
+
+
+def resolved(config: DictionaryRunnerConfig, stream: ActivationStream) -> DictionaryRunnerConfig:
+    """The config with the model, the device and the beginning of sequences that the stream turned out to have."""
+    changes = {"device": str(stream.device), "prepend_bos": stream.prepend_bos}
+    if stream.model is not None:
+        found = describe_model(stream.model)
+        changes |= {
+            "model_name": config.model_name or str(found["model_name"]),
+            "model_class_name": _class_name(found["model_class_name"]),
+        }
+    if not config.dataset_path and config.cached_activations_path is None:
+        changes["dataset_path"] = str(stream.describe().get("dataset_path") or "")
+    return replace(config, **changes)
+
+
+def _class_name(found: str) -> str:
+    """The way of loading that gives a class."""
+    if found in MODEL_CLASSES:
+        return found
+    return "SAETransformerBridge" if "Bridge" in found else "HookedTransformer"
 
 
 def _saved_to_disk(path: str) -> bool:
