@@ -33,3 +33,27 @@ def test_two_evaluations_of_one_kind_have_no_place_in_one_folder(tmp_path):
     assert isinstance(found, SyntheticEvidence)
     with pytest.raises(ValueError, match="different kinds, got synthetic, synthetic"):
         evidence.save_evidence([found, found], tmp_path)
+
+
+@pytest.mark.slow
+def test_detection_and_probes(tiny, tmp_path, monkeypatch):
+    few = (
+        "96_spam_is",
+        "105_click_bait",
+        "113_movie_sent",
+        "69_blood-pressure",
+        "80_side-effects",
+        "72_gene-expression",
+    )
+    original = evidence.packaged_concepts
+
+    def six(names=None, *, n_per_side=100, words=(4, 60), seed=0):
+        return original(names or few, n_per_side=n_per_side, words=words, seed=seed)
+
+    monkeypatch.setattr(evidence, "packaged_concepts", six)
+    options = ["--n-activations=1500", "--n-per-side=8", f"--output={tmp_path}"]
+    assert evidence.main(["--kinds=detection,probes", *options]) == 0
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert {"detection", "probes"} < set(content)
+    methods = {row["method"] for row in content["detection"]["summary"]}
+    assert {"EP p40 exemplar", "EP p40 mean", "SAE"} < methods and len(methods) > 4
