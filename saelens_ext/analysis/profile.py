@@ -233,7 +233,7 @@ class DictionaryProfile:
             name=self.latent_names[latent],
             label="" if label is None else label.text,
             score="" if label is None else label.score_text,
-            statistics={name.replace("_", " "): f"{value:.4g}" for name, value in figures.items()},
+            statistics={str(name).replace("_", " "): f"{value:.4g}" for name, value in figures.items()},
             promoted=[] if lens is None else token_strings(tokenizer, lens.promoted_ids[latent]),
             contexts=contexts,
         )

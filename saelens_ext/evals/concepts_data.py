@@ -165,7 +165,8 @@ def _packaged(name: str, table: pd.DataFrame, n_per_side: int, words: tuple[int,
             f"The set {name!r} has the labels {labels[:5]}, {len(labels)} in all; a concept needs a set of two labels, "
             "one of them such as 1, True or yes."
         )
-    rows = rows[rows["prompt"].str.split().str.len().between(*words)]
+    words_in = [len(str(text).split()) for text in rows["prompt"]]
+    rows = rows[pd.Series(words_in, index=rows.index).between(*words)]
     rows = rows.assign(key=rows["prompt"].map(normal_form))
     # A sentence that is there with both labels teaches nothing.
     rows = rows[rows.groupby("key")["target"].transform("nunique") == 1].drop_duplicates("key")

@@ -49,7 +49,7 @@ def verdict(
         for subject in subjects:
             phrases = _phrases(part, subject)
             if phrases:
-                row = estimates.loc[subject]
+                row: Any = estimates.loc[subject]
                 where = f" ({group_text(group)})" if group else ""
                 sentences.append(
                     f"Over {int(row['n_units'])} {unit}s{where}, {subject} ({metric} {row['estimate']:.3f}, "
@@ -67,7 +67,9 @@ def group_text(group: Mapping[str, Any]) -> str:
 def _by_group(table: pd.DataFrame, groups: Sequence[str]) -> list[tuple[dict[str, Any], pd.DataFrame]]:
     if not groups:
         return [({}, table)]
-    return [(part[list(groups)].iloc[0].to_dict(), part) for _, part in table.groupby(list(groups), sort=False)]
+    return [
+        ({name: part[name].iloc[0] for name in groups}, part) for _, part in table.groupby(list(groups), sort=False)
+    ]
 
 
 def _phrases(table: pd.DataFrame, subject: str) -> list[str]:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -211,7 +211,8 @@ def _sources(
     largest = max((float(part["value"].abs().max()) for part in shown if len(part)), default=0.0) or 1.0
     decimals = decimals_of(*(x for part in shown for name in ("effect", "elsewhere") for x in part[name]))
     first, second = (
-        [_source_row(row._asdict(), largest, decimals, finder, tokens) for row in part.itertuples()] for part in shown
+        [_source_row(cast(Any, row), largest, decimals, finder, tokens) for row in part.to_dict("records")]
+        for part in shown
     )
     return first, second
 

@@ -5,7 +5,7 @@ Symbols
     D / D_0        distortion of a partition over that of one cluster for all, in [0, 1]
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -46,7 +46,7 @@ def path_data(audit: PrefixAudit) -> dict[str, Any] | None:
             "stability_se": getattr(row, "stability_se", None),
             "chosen": _is_chosen(audit, row),
         }
-        for row in table.sort_values(["gamma", "beta"]).itertuples()
+        for row in cast(Any, table.sort_values(["gamma", "beta"]).itertuples())
     ]
     return {"points": _files.json_safe(points, 6)}
 

@@ -1,7 +1,7 @@
 """The part of a report that puts a dictionary beside another of the same hook: which directions both have."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from saelens_ext.analysis.labels import Labels
 from saelens_ext.analysis.match import DictionaryMatch, SideMatch
@@ -48,7 +48,7 @@ def compared_part(other: ComparedWith, labels: Labels | None) -> dict[str, Any]:
             cosine=f"{row.cosine:.3f}",
             above=bool(row.above_both_cutoffs),
         )
-        for row in frame.head(MAX_PAIRS).itertuples()
+        for row in cast(Any, frame.head(MAX_PAIRS).itertuples())
     ]
     above = count(int(frame["above_both_cutoffs"].sum()))
     chance = percentage(1 - match.settings["level"])
