@@ -267,7 +267,7 @@ class BuildPass:
         gathered = one.gathered
         logger.info("Factorising %s", one.name)
         x = gathered.matrix()
-        figures = _Figures(one.name, x, self._on_metrics)
+        figures = _Figures(one.name, x, float(one.config.l1), self._on_metrics)
         held_out = gathered.held_out if x is not None else None
         return fit_snmf_rows(
             gathered.source,
@@ -300,12 +300,16 @@ class BuildPass:
 
 
 class _Figures:
-    """The progress of a factorisation under SAELens' names: losses are squared errors per activation, as its own."""
+    """The progress of a factorisation under SAELens' names: losses are squared errors per activation, as its own.
 
-    def __init__(self, name: str, x: Tensor | None, on_metrics: OnMetrics) -> None:
+    With an L1 penalty there are none before the fit has ended: meanwhile all activations weigh the same whatever their
+    norm, and its errors are in no units of theirs.
+    """
+
+    def __init__(self, name: str, x: Tensor | None, l1: float, on_metrics: OnMetrics) -> None:
         self._name, self._on_metrics, self._step = name, on_metrics, 0
         self._n = 0 if x is None else len(x)
-        self._scale = None if x is None else sum_of_squares(x) / len(x)
+        self._scale = None if x is None or l1 else sum_of_squares(x) / len(x)
 
     def __call__(self, figures: Mapping[str, float | int]) -> None:
         self._step = int(figures.get("iteration", self._step + 1))
@@ -314,9 +318,10 @@ class _Figures:
             "metrics/n_revived": float(figures["n_revived"]),
             "sparsity/dead_features": float(figures["n_dead"]),
         }
+        if self._n:
+            found["details/n_training_samples"] = float(self._n)
         if self._scale is not None:
             found |= {
-                "details/n_training_samples": float(self._n),
                 "losses/overall_loss": figures["objective"] * self._scale,
                 "losses/mse_loss": figures["loss"] * self._scale,
                 "metrics/relative_squared_error": figures["loss"],

@@ -65,10 +65,10 @@ def test_no_option_is_taken_for_its_beginning(name, command):
     places = {"match": ["a", "b"], "convert": ["a", "b"], "push": ["a", "b", "c"], "pull": ["a", "b", "c"]}
     words = {"audit": "--model_nam=", "demo": "--output_pat=", "match": "--cente=own", "convert": "--hook_nam=x"}
     word = words.get(name, "--revisio=x" if name in ("push", "pull") else "--model_nam=gpt2")
-    given = places.get(name, [] if name in ("exemplars", "snmf", "audit", "demo") else ["a"])
-    found = (
-        command(name, *given, word, "--hook_name=a") if name in ("exemplars", "snmf") else command(name, *given, word)
-    )
+    bare = ("exemplars", "snmf", "audit", "demo", "evidence synthetic")
+    given = places.get(name, [] if name in bare else ["a"])
+    required = ["--hook_name=a"] if name in ("exemplars", "snmf") else []
+    found = command(*name.split(), *given, word, *required)
     assert found.status == 2 and f"There is no option {word.partition('=')[0]}." in found.error
 
 
@@ -82,7 +82,7 @@ FAILURES = [
     (["match", "{fine}", "nowhere"], "There is no folder nowhere, and it is not written as repo_id:sae_id"),
     (["profile", "nowhere"], "There is no folder nowhere"),
     (["profile", "{place}/model"], "holds no SAELens dictionary: cfg.json and sae_weights.safetensors are not there"),
-    (["report", "{fine}", "--compare={snmf}"], "it holds no fit of an ExemplarPartition"),
+    (["report", "{fine}", "--compare={snmf}"], "first has directions of width 32 and second of 64"),
     (["convert", "nosuch", "{tmp}/o"], "nosuch is neither a file nor a build"),
     (["convert", "{fine}/cfg.json", "{tmp}/o"], "is refused: it breaks off or is damaged at byte 0"),
     (["convert", "nosuch", "{fine}/cfg.json/o"], "cfg.json is a file, and results go into a folder"),

@@ -96,9 +96,7 @@ def test_synthetic(command, tmp_path):
     check(found, "synthetic", tmp_path / "out", None)
 
 
-def test_estimates_go_to_wandb(command, tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+def test_estimates_go_to_wandb(command, tmp_path, monkeypatch, offline):
     logged = {}
     from saelens_ext.runner.tracking import WandbTracker
 

@@ -15,7 +15,7 @@ from saelens_ext.runner.tracking import WandbTracker, check_login
 from tests.runner.runs import HOOK, NEURONS, TEXTS, config
 from tests.wandb_files import read_run
 
-FACTORS = SNMFBuildConfig(n_components=3, sparsity=0.2, held_out=0.2, max_iter=4, hook_name=NEURONS)
+FACTORS = SNMFBuildConfig(n_components=3, sparsity=0.2, held_out=0.2, max_iter=4, l1=0.0, hook_name=NEURONS)
 
 # Keys that SAELens' trainer logs (sae_lens.training.sae_trainer); what it has under them means the same here.
 SAELENS_KEYS = {
