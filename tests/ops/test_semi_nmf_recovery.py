@@ -31,7 +31,10 @@ def test_as_many_groups_as_the_published_rule_and_no_higher_error(name, seed, in
     assert recovered(features, ours.features) >= recovered(features, paper.features)
     assert ours.loss <= paper.loss * (1 + 1e-4)
     if init == "svd":
-        assert recovered(features, ours.features) >= 0.97
+        # In one draw of groups of two neurons the least error is not at the planted groups: a fit that starts from them
+        # ends higher. Then the search is not to blame.
+        from_planted = fitted(x, shape, start=(codes, features))
+        assert recovered(features, ours.features) >= 0.97 or ours.loss < from_planted.loss
         # What was planted is a member of the set: with noise, the least error is below its own.
         planted = float((x - codes @ features).square().sum() / x.square().sum())
         assert ours.loss <= planted * 1.02 + 1e-3
