@@ -410,7 +410,7 @@ def test_streaming_reaches_the_fit_in_memory():
     streamed = semi_nmf_streaming(x.split(300), 6, sparsity=0.1, sample_size=400, max_passes=8)
     whole = semi_nmf(x, 6, sparsity=0.1)
     assert streamed.loss < whole.loss * 1.1 and streamed.loss < streamed.history[0] and never_rises(streamed.history)
-    assert streamed.n_samples == 2000 and streamed.history[-1] == streamed.loss
+    assert streamed.n_samples == 2000 and streamed.history[-1] == pytest.approx(streamed.loss, rel=1e-12)
     codes = nnls(x, streamed.features)
     left = (x.double() - codes.double() @ streamed.features.double()).square().sum() / x.double().square().sum()
     assert streamed.loss == pytest.approx(float(left), abs=1e-5)
