@@ -128,6 +128,7 @@ def stream_like(
         exclude_special_tokens=reference.exclude_special_tokens,
         prepend_bos=reference.prepend_bos,
         seqpos_slice=reference.seqpos_slice,
+        last_token_only=reference.last_token_only,
         max_tokens=max_tokens,
     )
 

@@ -476,3 +476,11 @@ def test_what_cannot_be_compared_is_refused(model, partition, reference, inside,
     both = sx.ActivationStream(model, documents(40, 0), [HOOK, "blocks.0.hook_out"], **STREAM)
     with pytest.raises(ValueError, match="one hook, got ActivationStream"):
         evaluate_novelty(model, partition, both, inside, outside)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_documents_are_read_at_the_positions_of_the_reference(model, kept):
+    reference = sx.ActivationStream(model, documents(6, 0), HOOK, last_token_only=True, **STREAM)
+    reference = sx.KeptStream(reference) if kept else reference
+    batches = list(data.stream_like(model, reference, documents(5, 1)))
+    assert torch.cat([batch.document_ids for batch in batches]).tolist() == list(range(5))
