@@ -53,9 +53,7 @@ def random_activations(
     Raises:
         ValueError: k above the number of activations that differ from c.
     """
-    rows, origin = _centered(x, center)
-    rows = rows[has_direction(rows.norm(dim=1))]
-    _at_most(k, len(rows), "activations that differ from the centre")
+    rows, origin = _from_center(x, center, k)
     generator = torch.Generator().manual_seed(_seed_of(seed, draw))
     chosen = rows[torch.randperm(len(rows), generator=generator)[:k].to(rows.device)]
     what = f"{k} activations drawn at random, in place of those that a dictionary chose."
@@ -111,9 +109,7 @@ def kmeans_directions(
     Raises:
         ValueError: k above the number of activations that differ from c.
     """
-    rows, origin = _centered(x, center)
-    rows = rows[has_direction(rows.norm(dim=1))]
-    _at_most(k, len(rows), "activations that differ from the centre")
+    rows, origin = _from_center(x, center, k)
     units = torch.nn.functional.normalize(rows.float(), dim=1)
     clustering: Any = KMeans(k, n_init="auto", random_state=seed)
     found = clustering.fit(units.numpy(force=True))
@@ -236,6 +232,14 @@ def _centered(x: Tensor, center: Tensor | None) -> tuple[Tensor, Tensor]:
     rows = _checks.finite(x.detach(), "activations").to(torch.promote_types(x.dtype, torch.float32))
     origin = rows.mean(dim=0) if center is None else _checks.width(center.detach(), x.shape[1], "center").to(rows)
     return rows - origin, origin
+
+
+def _from_center(x: Tensor, center: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    """The differences from c that have a direction, at least k of them, and c."""
+    rows, origin = _centered(x, center)
+    rows = rows[has_direction(rows.norm(dim=1))]
+    _at_most(k, len(rows), "activations that differ from the centre")
+    return rows, origin
 
 
 def _at_most(k: int, n: int, what: str) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from saelens_ext.cli.commands import COMMANDS
 from saelens_ext.evals import Evidence
-from tests.report.test_evidence_report import Page
+from tests.report.parsed_page import Page
 
 WORDS = ["assert", "raises", "object", "name", "value", "class", "method", "number", "string", "module", "index"]
 FAST = ["--n_permutations=200", "--quiet", "--json"]

@@ -5,7 +5,6 @@ refused.
 import json
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,6 +23,7 @@ from saelens_ext.report.audit.tests_section import comparisons, dose_data, speci
 from saelens_ext.report.audit.wording import plain, quoted
 from saelens_ext.report.page import _hash
 from tests.report import synthetic_audit as made
+from tests.report.parsed_page import Page
 
 INSIDE = re.compile(r'<script type="application/json" id="([a-z0-9-]+)">(.*?)</script>', re.DOTALL)
 TEMPLATE = ("<|user|>\n", "\n<|assistant|>")
@@ -47,28 +47,6 @@ def page(audit, tmp_path_factory):
         profiles={made.HOOKS[0]: made.make_profile()},
         title="Audit of <b>",
     )
-
-
-class Page(HTMLParser):
-    """Elements, attributes and the text of each element of a page."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str | None]] = []
-        self.data: list[str] = []
-        self.feed(page)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-
-    def handle_data(self, data):
-        self.data.append(data)
-
-    @property
-    def text(self):
-        return re.sub(r"\s+", " ", " ".join(self.data))
 
 
 # --- safety ---

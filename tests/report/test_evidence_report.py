@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 
 import pytest
 
@@ -10,6 +9,7 @@ from saelens_ext.report.evidence_report import _axis, _cell, write_evidence_repo
 from saelens_ext.report.evidence_section import EvidenceTable, ForestPlot, ForestRow, Line, LineFigure
 from saelens_ext.report.page import _hash
 from tests.report import synthetic_evidence as made
+from tests.report.parsed_page import Page
 
 
 def write(folder, sections, **options):
@@ -20,26 +20,6 @@ def write(folder, sections, **options):
 def page(tmp_path_factory):
     sections = [made.make_section(), made.make_section(hostile=False, kind="detection", title="Detection")]
     return write(tmp_path_factory.mktemp("evidence"), sections, about=made.ABOUT, title="Evidence of <b>")
-
-
-class Page(HTMLParser):
-    """Elements, attributes and text of a page."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.tags, self.attributes, self.data = [], [], []
-        self.feed(page)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-
-    def handle_data(self, data):
-        self.data.append(data)
-
-    @property
-    def text(self):
-        return re.sub(r"\s+", " ", " ".join(self.data))
 
 
 def test_no_text_becomes_markup(page):
