@@ -83,10 +83,10 @@ class Visit:
             found += self.rows()
         return found
 
-    def go_to(self, region: int) -> None:
-        """Name a region in the address and wait for its details."""
-        self.page.evaluate(f"location.hash = 'region-{region}'")
-        self.wait_for(region)
+    def go_to(self, latent: object, noun: str = "region") -> None:
+        """Name a region or a feature in the address and wait for its details."""
+        self.page.evaluate(f"location.hash = '{noun}-{latent}'")
+        self.wait_for(latent, noun)
 
     def until(self, expression: str, arg: object = None, seconds: float = 30.0) -> None:
         """Wait until an expression, or a function of ``arg``, is true in the page.
@@ -99,9 +99,11 @@ class Visit:
             assert time.monotonic() < end, f"not so within {seconds} s: {expression}"
             self.page.wait_for_timeout(20)
 
-    def wait_for(self, region: int) -> None:
-        """Wait for the details of a region."""
-        self.until(f"document.querySelector('#detail-title').textContent.startsWith('Region {region} ')")
+    def wait_for(self, latent: object, noun: str = "region") -> None:
+        """Wait for the details of a region or a feature: a browser announces a change of the address a moment later."""
+        title = {"region": "detail-title", "feature": "feature-detail-title"}[noun]
+        start = f"{noun.capitalize()} {latent} "
+        self.until("([title, start]) => document.getElementById(title).textContent.startsWith(start)", [title, start])
 
     def overflow(self) -> int:
         """Pixels by which the page is wider than its window."""

@@ -40,10 +40,6 @@ def rows(page):
     return page.texts("#feature-rows th a")
 
 
-def wait_for(page, label):
-    page.until(f"document.querySelector('#feature-detail-title').textContent.startsWith('Feature {label} ')")
-
-
 # --- safety ---
 
 
@@ -52,8 +48,7 @@ def test_corpus_text_is_inert_and_nothing_is_wider_than_the_window(features, bot
     page = features(size=size)
     assert page.overflow() == 0
     for label in ("0.0", "0.3", "0.16", "0.59", "1.4", "1.11", "2.0", "2.4"):
-        page.page.evaluate(f"location.hash = 'feature-{label}'")
-        wait_for(page, label)
+        page.go_to(label, "feature")
         assert page.overflow() == 0
     assert page.page.evaluate("window.pwned") is None
     assert page.page.locator("img, iframe, object, embed, link[rel=stylesheet], base, form").count() == 0
@@ -80,16 +75,14 @@ def test_one_part_is_shown_and_the_address_chooses_it(features):
     page.page.click(".tabs a[data-part=part-features]")
     assert shown(page) == ["part-features"] and page.page.is_visible("a[href='#snmf-fit']")
     assert page.page.get_attribute(".tabs a[data-part=part-features]", "aria-current") == "true"
-    page.page.evaluate("location.hash = 'region-3'")
-    page.wait_for(3)
+    page.go_to(3)
     assert shown(page) == ["part-regions"] and page.text("#detail-title").startswith("Region 3")
-    page.page.evaluate("location.hash = 'feature-1.2'")
-    wait_for(page, "1.2")
+    page.go_to("1.2", "feature")
     assert shown(page) == ["part-features"]
     page.page.evaluate("location.hash = 'evaluation'")
     page.until("!document.querySelector('#part-regions').hidden")
     page.page.go_back()
-    wait_for(page, "1.2")
+    page.wait_for("1.2", "feature")
     page.until("!document.querySelector('#part-features').hidden")
 
 
@@ -137,15 +130,15 @@ def test_links_lead_through_the_tree_and_back(features, section):
     page = features("#feature-2.1")
     child = section.hierarchy.trees(2)[1].children[0]
     page.page.locator(".tree .branch a").first.click()
-    wait_for(page, f"1.{child.feature}")
+    page.wait_for(f"1.{child.feature}", "feature")
     assert page.page.input_value("#feature-level") == "1" and f"1.{child.feature}" in rows(page)
     # Under its parents this one is named among those it lies beside.
     assert "this feature" in page.text(".tree") and "Feature 2.1" in page.text(".tree")
     grandchild = section.hierarchy.trees(1)[child.feature].children[0]
     page.page.locator(f".tree a[href='#feature-0.{grandchild.feature}']").last.click()
-    wait_for(page, f"0.{grandchild.feature}")
+    page.wait_for(f"0.{grandchild.feature}", "feature")
     page.page.go_back()
-    wait_for(page, f"1.{child.feature}")
+    page.wait_for(f"1.{child.feature}", "feature")
 
 
 @pytest.mark.parametrize("name", ["0.60", "3.0", "7", "-1", "<img src=x onerror=alert(1)>", ""])
@@ -170,7 +163,7 @@ def test_the_table_can_be_used_by_keyboard(features):
     page.page.keyboard.press("Tab")
     target = page.page.evaluate("document.activeElement.getAttribute('href')")
     page.page.keyboard.press("Enter")
-    wait_for(page, target.removeprefix("#feature-"))
+    page.wait_for(target.removeprefix("#feature-"), "feature")
     page.page.focus("#feature-detail-on")
     page.page.keyboard.press("Enter")
     page.until(f"location.hash !== '{target}'")

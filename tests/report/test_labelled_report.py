@@ -54,12 +54,12 @@ def test_table_details_and_map_name_regions_by_their_labels(visit, labelled, inp
     page = visit("#region-4", file=labelled)
     assert page.text("#detail .label") == "word4 … topic4"
     assert "AUROC 0.97 [0.87, 1.00], up to 0.64 by chance" in page.text("#detail .labelled")
-    page.page.goto(page.url + "#region-5")
+    page.go_to(5)
     assert page.text("#detail .label") == "word5 … topic5 may be chance"
     assert "not distinguishable from chance" in page.text("#detail .labelled")
-    page.page.goto(page.url + f"#region-{inputs.profile.d_sae - 1}")
+    page.go_to(inputs.profile.d_sae - 1)
     assert page.page.locator("#detail .label").count() == 0
-    page.page.goto(page.url + "#region-2")
+    page.go_to(2)
     assert page.text("#detail .label") == "<script>window.pwned=1</script> ⟨U+202E⟩left"
     assert page.page.evaluate("window.pwned") is None
     names = page.texts(".map-labels text")
@@ -109,9 +109,8 @@ def test_any_sae_has_a_map_that_selects(visit, any_sae, inputs, tmp_path):
         assert page.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         page.page.focus("#feature-map-chart svg")
         page.page.keyboard.press("ArrowRight")
-        page.page.wait_for_function("location.hash !== '#feature-4'")
-        number = page.page.evaluate("location.hash.slice(9)")
-        assert page.text("#feature-detail h2").startswith(f"Feature {number}")
+        page.until("location.hash !== '#feature-4'")
+        page.wait_for(page.page.evaluate("location.hash.slice(9)"), "feature")
 
 
 def test_large_dictionaries_show_the_latents_that_are_active_most_often(visit, any_sae, inputs, tmp_path, monkeypatch):
@@ -126,7 +125,7 @@ def test_large_dictionaries_show_the_latents_that_are_active_most_often(visit, a
     most = inputs.profile.counts.argsort(descending=True, stable=True)[:20].tolist()
     assert sorted(int(text) for text in page.texts("#feature-rows th a")) == sorted(most)
     for latent in most[:3]:
-        page.page.goto(page.url + f"#feature-{latent}")
+        page.go_to(latent, "feature")
         assert page.text("#feature-detail h2").startswith(f"Feature {latent}")
         if labels.texts[latent].startswith("word"):
             assert page.text("#feature-detail .label").startswith(labels.texts[latent])
