@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -38,54 +39,6 @@ class Marked(NamedTuple):
     after: str
 
 
-class Example(NamedTuple):
-    """A token that a latent responds to, in its context."""
-
-    value: str
-    text: Marked
-
-
-class Responds(NamedTuple):
-    """What a latent responds to, from a profile."""
-
-    label: str
-    """What it could be called; empty where it has no label."""
-    score: str
-    """How far the label can be trusted."""
-    rate: str
-    heading: str
-    examples: list[Example]
-
-
-class SourceRow(NamedTuple):
-    """One distinguishing source."""
-
-    name: str
-    layer: str
-    hook: str
-    position: str
-    context: Marked | None
-    effect: str
-    elsewhere: str
-    difference: str
-    is_positive: bool
-    bar: float
-    """|difference| over the largest of the mode, in percent."""
-    t: str
-    responds: Responds | None
-
-
-class Member(NamedTuple):
-    """One continuation."""
-
-    row: int
-    text: str
-    weight: str
-    log_prob: str
-    n_tokens: str
-    seen: str
-
-
 @dataclass(frozen=True)
 class Mode:
     """One mode."""
@@ -100,12 +53,12 @@ class Mode:
     drawn: str
     """Fraction of the texts drawn; empty where it is not known."""
     percent: float
-    medoid: Member
-    exemplars: list[Member]
-    members: list[Member]
-    latents: list[SourceRow]
+    medoid: SimpleNamespace
+    exemplars: list[SimpleNamespace]
+    members: list[SimpleNamespace]
+    latents: list[SimpleNamespace]
     """Those that can be steered."""
-    others: list[SourceRow]
+    others: list[SimpleNamespace]
     """Errors, MLP outputs, biases, embeddings, and whatever a matrix of the user's has."""
 
 
@@ -166,19 +119,19 @@ def _by_weight(audit: PrefixAudit, cluster: int) -> list[int]:
     return sorted(rows.tolist(), key=lambda i: (-weights[i], -scores[i], i))
 
 
-def _members(audit: PrefixAudit) -> list[Member]:
-    held = audit.continuations
-    counts = held.columns.get("count")
+def _members(audit: PrefixAudit) -> list[SimpleNamespace]:
+    rows = audit.continuations
+    counts = rows.columns.get("count")
     return [
-        Member(
+        SimpleNamespace(
             row=i,
-            text=quoted(held.texts[i]),
-            weight=percentage(float(held.weights[i])),
-            log_prob=fixed(float(held.total_log_probs[i]), 1),
-            n_tokens=count(int(held.lengths[i])),
+            text=quoted(rows.texts[i]),
+            weight=percentage(float(rows.weights[i])),
+            log_prob=fixed(float(rows.total_log_probs[i]), 1),
+            n_tokens=count(int(rows.lengths[i])),
             seen="" if counts is None or int(counts[i]) < 2 else count(int(counts[i])),
         )
-        for i in range(len(held))
+        for i in range(len(rows))
     ]
 
 
@@ -199,7 +152,7 @@ def prefix_tokens(audit: PrefixAudit, tokenizer: PreTrainedTokenizerBase | None)
 
 def _sources(
     audit: PrefixAudit, cluster: int, finder: "ExampleFinder", tokens: Sequence[str], *, several: bool
-) -> tuple[list[SourceRow], list[SourceRow]]:
+) -> tuple[list[SimpleNamespace], list[SimpleNamespace]]:
     """The latents and the other sources that set a mode apart, each by falling size; bars of both on one scale."""
     table = audit.distinguishing_sources(cluster, audit.continuations.both_views()[1].shape[1])
     table["value"] = table["difference"] if several else table["effect"]
@@ -219,11 +172,11 @@ def _sources(
 
 def _source_row(
     row: Mapping[str, Any], largest: float, decimals: int, finder: "ExampleFinder", tokens: Sequence[str]
-) -> SourceRow:
+) -> SimpleNamespace:
     value = float(row["value"])
     hook, position = str(row.get("hook", "")), int(row.get("position", -1))
     layer = _LAYER.search(hook)
-    return SourceRow(
+    return SimpleNamespace(
         name=_source_name(row),
         layer=layer.group(1) if layer else "",
         hook=hook,
@@ -295,7 +248,7 @@ class ExampleFinder:
                 self._known.setdefault(name, (profile, own))
         self._tokenizer, self._hooks = tokenizer, hooks
 
-    def of(self, hook: str, dictionary: int, latent: int) -> Responds | None:
+    def of(self, hook: str, dictionary: int, latent: int) -> SimpleNamespace | None:
         """What is known of a latent; None where no profile is of its hook, or the profile has no such latent."""
         read_at = self._hooks[dictionary] if 0 <= dictionary < len(self._hooks) else hook
         profile, labels = self._known.get(hook) or self._known.get(read_at) or (None, None)
@@ -303,24 +256,24 @@ class ExampleFinder:
             return None
         label = None if labels is None or not labels.texts[latent] else labels[latent]
         rate = int(profile.counts[latent]) / max(1, profile.n_activations)
-        return Responds(
-            "" if label is None else quoted(label.text),
-            "" if label is None else label.score_text,
-            f"{percentage(rate)} of {count(profile.n_activations)} activations profiled",
-            "Nearest tokens, each after its cosine distance"
-            if profile.coherence is not None
-            else "Strongest tokens, each after its activation",
-            self._examples(profile, latent),
+        return SimpleNamespace(
+            label="" if label is None else quoted(label.text),
+            score="" if label is None else label.score_text,
+            rate=f"{percentage(rate)} of {count(profile.n_activations)} activations profiled",
+            heading="Strongest tokens, each after its activation"
+            if profile.coherence is None
+            else "Nearest tokens, each after its cosine distance",
+            examples=self._examples(profile, latent),
         )
 
-    def _examples(self, profile: DictionaryProfile, latent: int) -> list[Example]:
-        kept = (profile.top.positions[latent] >= 0).nonzero().flatten()[:N_EXAMPLES].tolist()
+    def _examples(self, profile: DictionaryProfile, latent: int) -> list[SimpleNamespace]:
+        places = (profile.top.positions[latent] >= 0).nonzero().flatten()[:N_EXAMPLES].tolist()
         return [
-            Example(
-                significant(float(f"{float(profile.top.values[latent, i]):.3g}")),
-                self._text(profile.top.contexts[latent, i]),
+            SimpleNamespace(
+                value=significant(float(f"{float(profile.top.values[latent, i]):.3g}")),
+                text=self._text(profile.top.contexts[latent, i]),
             )
-            for i in kept
+            for i in places
         ]
 
     def _text(self, context: torch.Tensor) -> Marked:

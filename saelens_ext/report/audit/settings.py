@@ -1,7 +1,7 @@
 """How an audit was made: the facts of a prefix, and the settings of the whole."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from saelens_ext.continuations.prefix_audit import PrefixAudit
 from saelens_ext.continuations.validation.figures import counted, fixed
@@ -25,13 +25,6 @@ _BACKENDS = {
     "gradient": "activation times gradient through the model as it is",
     "relp": "norms frozen and nonlinear parts replaced by their local slopes",
 }
-
-
-class Setting(NamedTuple):
-    """One line of the settings."""
-
-    name: str
-    value: str
 
 
 def dictionary_hooks(about: Mapping[str, Any]) -> list[str]:
@@ -100,31 +93,32 @@ def _carried(audit: PrefixAudit) -> Fact:
     return Fact("carried", "Effect of latents", percentage(kinds["latent"]), "; ".join([meaning, *others]))
 
 
-def settings_rows(about: Mapping[str, Any], config: Mapping[str, Any]) -> list[Setting]:
-    """Everything about how the audit was made, a line each."""
+def settings_rows(about: Mapping[str, Any], config: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Everything about how the audit was made: names and values."""
     by_default = {"min_cluster_size": "a sixteenth of the continuations, at least 2"}
     shown = {key: by_default[key] if value is None and key in by_default else value for key, value in config.items()}
     return [
         *_about_rows(about),
-        *(Setting(visible(str(key).replace("_", " ")), plain(value)) for key, value in shown.items()),
+        *((_spaced(key), plain(value)) for key, value in shown.items()),
     ]
 
 
-def _about_rows(about: Mapping[str, Any]) -> list[Setting]:
+def _spaced(key: Any) -> str:
+    return visible(str(key).replace("_", " "))
+
+
+def _about_rows(about: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = []
     for key, value in about.items():
         entries: Sequence[Any] = value if isinstance(value, list | tuple) else [value]
         for number, entry in enumerate(entries):
-            name = visible(str(key).replace("_", " "))
-            rows.append(Setting(f"{_singular(name)} {number}" if len(entries) > 1 else name, _entry(entry)))
+            name = _spaced(key)
+            singular = f"{name[:-3]}y" if name.endswith("ies") else name.removesuffix("s")
+            rows.append((f"{singular} {number}" if len(entries) > 1 else name, _entry(entry)))
     return rows
-
-
-def _singular(name: str) -> str:
-    return f"{name[:-3]}y" if name.endswith("ies") else name.removesuffix("s")
 
 
 def _entry(entry: Any) -> str:
     if isinstance(entry, Mapping):
-        return "; ".join(f"{visible(str(key).replace('_', ' '))} {plain(value)}" for key, value in entry.items())
+        return "; ".join(f"{_spaced(key)} {plain(value)}" for key, value in entry.items())
     return plain(entry)

@@ -1,8 +1,8 @@
 """The verdict and the tests by steering as the page shows them: effects by strength, the matrix, the comparisons."""
 
 import math
-from collections.abc import Iterable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -18,21 +18,6 @@ from saelens_ext.report.audit import wording as words
 from saelens_ext.report.format import count, percentage
 
 ALL_MODES = -1
-
-
-class Comparison(NamedTuple):
-    """One line of the table of paired tests, formatted."""
-
-    control: str
-    meaning: str
-    reference: str
-    value: str
-    difference: str
-    interval: str
-    p: str
-    p_holm: str
-    n: str
-    outcome: str
 
 
 class Cell(NamedTuple):
@@ -68,13 +53,10 @@ def dose_data(validation: Validation) -> dict[str, Any]:
     )
     methods, measures = list(members["method"].unique()), list(members["measure"].unique())
     strengths = sorted(float(strength) for strength in members["strength"].unique())
-    cells = {
-        (row["measure"], int(row["cluster"]), row["method"], float(row["strength"])): [
-            row[name] for name in ("change", "low", "high")
-        ]
-        for row in table.to_dict("records")
-    }
-    n = {(int(row["cluster"]), row["method"]): int(row["n_members"]) for row in table.to_dict("records")}
+    cells, n = {}, {}
+    for row in cast(Any, table.itertuples()):
+        cells[row.measure, int(row.cluster), row.method, float(row.strength)] = [row.change, row.low, row.high]
+        n[int(row.cluster), row.method] = int(row.n_members)
     groups = [ALL_MODES, *modes]
     return {
         "strengths": strengths,
@@ -98,17 +80,12 @@ def specificity_cells(validation: Validation) -> tuple[list[int], list[tuple[int
     finite = np.abs(values[np.isfinite(values)])
     largest, decimals = (float(finite.max()) if finite.size else 0.0) or 1.0, decimals_of(*finite.tolist())
     columns = [int(name) for name in matrix.columns]
-    rows = [
-        (
-            int(name),
-            [
-                Cell(fixed(x, decimals, plus=True), _shade(x, largest), int(name) == column)
-                for x, column in zip(row, columns)
-            ],
-        )
-        for name, row in zip(matrix.index, values, strict=True)
-    ]
-    return columns, rows
+
+    def cell(x: float, is_own: bool) -> Cell:
+        return Cell(fixed(x, decimals, plus=True), _shade(x, largest), is_own)
+
+    names = [int(name) for name in matrix.index]
+    return columns, [(i, [cell(x, i == j) for x, j in zip(row, columns)]) for i, row in zip(names, values, strict=True)]
 
 
 def _shade(x: float, largest: float) -> str:
@@ -120,31 +97,16 @@ def _shade(x: float, largest: float) -> str:
 # --- the comparisons ---
 
 
-def comparisons(validation: Validation) -> list[tuple[str, str, list[Comparison]]]:
+def comparisons(validation: Validation) -> list[tuple[str, str, list[SimpleNamespace]]]:
     """For each measure and statistic a heading, its key and its lines; the one that the verdict goes by comes first."""
     found = []
-    for (measure, statistic), rows in _groups(validation.summary()):
+    for (measure, statistic), rows in cast(Any, validation.summary().groupby(["measure", "statistic"], sort=False)):
         named = words.measure_name(measure)
         heading = f"{words.STATISTICS.get(statistic, statistic)} of {named.name}".capitalize()
-        unit = _unit_of(statistic, named.unit)
-        found.append(
-            (
-                f"{heading}{f', {unit}' if unit else ''}",
-                f"{measure}/{statistic}",
-                [_comparison(row) for row in rows.itertuples()],
-            )
-        )
+        unit = {"slope": f"{named.unit} per unit of strength", "change": named.unit}.get(statistic, "")
+        lines = [_comparison(row) for row in rows.itertuples()]
+        found.append((f"{heading}{f', {unit}' if unit else ''}", f"{measure}/{statistic}", lines))
     return sorted(found, key=lambda group: group[1] != f"{MEASURE}/{STATISTIC}")
-
-
-def _groups(table: pd.DataFrame) -> Iterable[tuple[tuple[str, str], pd.DataFrame]]:
-    return cast(Any, table.groupby(["measure", "statistic"], sort=False))
-
-
-def _unit_of(statistic: str, unit: str) -> str:
-    if statistic == "slope":
-        return f"{unit} per unit of strength"
-    return unit if statistic == "change" else ""
 
 
 _OUTCOMES = {
@@ -155,14 +117,14 @@ _OUTCOMES = {
 }
 
 
-def _comparison(row: Any) -> Comparison:
+def _comparison(row: Any) -> SimpleNamespace:
     shown = _OUTCOMES[outcome(row)]
     decimals = interval_decimals(row.low, row.high, row.reference, row.control_value)
     low, high, difference = (fixed(x, decimals, plus=True) for x in (row.low, row.high, row.difference))
     if row.n_units and row.low == row.high == row.difference == 0:
         low = high = difference = "0"
         shown = "no difference at all"
-    return Comparison(
+    return SimpleNamespace(
         control=words.method_name(row.control),
         meaning=method_meaning(row.control),
         reference=fixed(row.reference, decimals, plus=True),

@@ -1,7 +1,8 @@
 """The part of a report that puts a dictionary beside another of the same hook: which directions both have."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from types import SimpleNamespace
+from typing import Any, cast
 
 from saelens_ext.analysis.labels import Labels
 from saelens_ext.analysis.match import DictionaryMatch, SideMatch
@@ -24,23 +25,12 @@ class ComparedWith:
     """Of the other."""
 
 
-class Pair(NamedTuple):
-    """Two latents that are each other's nearest, formatted."""
-
-    first: int
-    first_label: str
-    second: int
-    second_label: str
-    cosine: str
-    above: bool
-
-
 def compared_part(other: ComparedWith, labels: Labels | None) -> dict[str, Any]:
     """What the template shows of a comparison; ``labels`` are those of the dictionary reported on."""
     match = other.match
     frame = match.pairs_dataframe()
     pairs = [
-        Pair(
+        SimpleNamespace(
             first=int(row.first),
             first_label=_label(labels, int(row.first)),
             second=int(row.second),
@@ -57,12 +47,7 @@ def compared_part(other: ComparedWith, labels: Labels | None) -> dict[str, Any]:
         "facts": [
             _side("first", "This dictionary", match.first, chance),
             _side("second", visible(other.name), match.second, chance),
-            Fact(
-                "pairs",
-                "Mutual pairs",
-                count(len(frame)),
-                f"{above} of them above both cutoffs",
-            ),
+            Fact("pairs", "Mutual pairs", count(len(frame)), f"{above} of them above both cutoffs"),
         ],
         "pairs": pairs,
         "cut": f"The {count(MAX_PAIRS)} nearest of {count(len(frame))} pairs." if len(frame) > MAX_PAIRS else "",

@@ -1,6 +1,7 @@
 """The summary of an SNMF section: its figures, its levels, and how its fits went, all formatted."""
 
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -22,34 +23,6 @@ _PENALTY = (
     "the cosine that a feature must have with what the others leave of an activation to be active; unless it is 0, "
     "activations of any norm weigh the same in the fit"
 )
-
-
-class LevelRow(NamedTuple):
-    """One line of the table of dictionaries, formatted; empty where there is no such figure."""
-
-    label: str
-    note: str
-    chosen: bool
-    features: str
-    loss: str
-    held_out: str
-    through_links: str
-    before: str
-    active: str
-    dead: str
-    duplicate: str
-    revived: str
-
-
-class LossPlot(NamedTuple):
-    """A falling curve in a box of 100 by 40."""
-
-    title: str
-    points: str
-    """For an SVG polyline."""
-    first: str
-    last: str
-    steps: str
 
 
 def snmf_lead(section: SNMFSection) -> str:
@@ -144,13 +117,14 @@ def _stopped(fit: SNMFFitResult) -> Fact:
 # --- the table ---
 
 
-def level_rows(section: SNMFSection) -> list[LevelRow]:
-    """One line per dictionary: the levels, and with a hierarchy the dictionary fitted without one, if it was given."""
+def level_rows(section: SNMFSection) -> list[SimpleNamespace]:
+    """One line per dictionary, formatted, empty where there is no such figure: the levels, and with a hierarchy the
+    dictionary fitted without one, if it was given."""
     rows = [_level_row(section, number) for number in range(len(section.levels))]
     if section.hierarchy is None or section.fit is None:
         return rows
     fit = section.fit
-    flat = LevelRow(
+    flat = SimpleNamespace(
         label="Without a tree",
         note="fitted on its own, to compare",
         chosen=False,
@@ -167,11 +141,11 @@ def level_rows(section: SNMFSection) -> list[LevelRow]:
     return [*rows, flat]
 
 
-def _level_row(section: SNMFSection, number: int) -> LevelRow:
+def _level_row(section: SNMFSection, number: int) -> SimpleNamespace:
     level, hierarchy = section.levels[number], section.hierarchy
     fit = section.fit if hierarchy is None else None
     dead = fit.n_dead if fit is not None else int((level.profile.counts == 0).sum())
-    return LevelRow(
+    return SimpleNamespace(
         label=f"Level {number}" if hierarchy is not None else "This dictionary",
         note="the finest" if hierarchy is not None and number == 0 else "",
         chosen=number == 0,
@@ -200,27 +174,7 @@ def n_duplicates(dictionary: SNMFDictionary) -> int:
 # --- the concept ---
 
 
-class DetectionLine(NamedTuple):
-    """One line of the table of detection, formatted."""
-
-    method: str
-    n_scores: str
-    chosen: str
-    chosen_auroc: str
-    auroc: str
-    interval: str
-    log_ratio: str
-
-
-class ConceptTable(NamedTuple):
-    """The table of detection."""
-
-    name: str
-    lead: str
-    rows: list[DetectionLine]
-
-
-def concept_table(comparison: ConceptComparison | None) -> ConceptTable | None:
+def concept_table(comparison: ConceptComparison | None) -> SimpleNamespace | None:
     """How well methods detect a concept, formatted."""
     if comparison is None:
         return None
@@ -231,24 +185,24 @@ def concept_table(comparison: ConceptComparison | None) -> ConceptTable | None:
         "sentences: the best of many looks better than it is on those that chose it."
     )
     rows = [
-        DetectionLine(
-            row.method,
-            count(row.n_scores),
-            row.chosen,
-            f"{row.chosen_auroc:.2f}",
-            f"{row.auroc:.2f}",
-            f"[{row.auroc_low:.2f}, {row.auroc_high:.2f}]",
-            f"{row.log_ratio:.2f}",
+        SimpleNamespace(
+            method=row.method,
+            n_scores=count(row.n_scores),
+            chosen=row.chosen,
+            chosen_auroc=f"{row.chosen_auroc:.2f}",
+            auroc=f"{row.auroc:.2f}",
+            interval=f"[{row.auroc_low:.2f}, {row.auroc_high:.2f}]",
+            log_ratio=f"{row.log_ratio:.2f}",
         )
         for row in comparison.rows
     ]
-    return ConceptTable(comparison.concept, lead, rows)
+    return SimpleNamespace(name=comparison.concept, lead=lead, rows=rows)
 
 
 # --- the curves ---
 
 
-def loss_plots(section: SNMFSection) -> list[LossPlot]:
+def loss_plots(section: SNMFSection) -> list[SimpleNamespace]:
     """How the objectives of the fits fell."""
     plots = []
     if section.fit is not None:
@@ -261,10 +215,12 @@ def loss_plots(section: SNMFSection) -> list[LossPlot]:
     return [plot for plot in plots if plot is not None]
 
 
-def _plot(title: str, history: list[float]) -> LossPlot | None:
+def _plot(title: str, history: list[float]) -> SimpleNamespace | None:
+    """A falling curve as the points of an SVG polyline in a box of 100 by 40, with its ends."""
     if not history:
         return None
     low, high = min(history), max(history)
     across, down = max(1, len(history) - 1), max(high - low, torch.finfo(torch.float32).tiny)
     points = " ".join(f"{100 * i / across:.2f},{2 + 36 * (high - value) / down:.2f}" for i, value in enumerate(history))
-    return LossPlot(title, points, f"{history[0]:.4f}", f"{history[-1]:.4f}", count(len(history)))
+    first, last = f"{history[0]:.4f}", f"{history[-1]:.4f}"
+    return SimpleNamespace(title=title, points=points, first=first, last=last, steps=count(len(history)))

@@ -1,7 +1,8 @@
 """The summary of a build in sentences: what was read, how finely it was divided, and how much may be missing."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 from saelens_ext.analysis.profile import DictionaryProfile
 from saelens_ext.dictionaries.fit_result import ExemplarFitResult
@@ -16,21 +17,6 @@ _STOPPED = {
     "unseen_mass": ("Unseen mass", "the upper limit of the unseen mass fell below the tolerance"),
     "paper": ("Quiet batches", "the paper's rule: no region was started in several batches in a row"),
 }
-
-
-class Build(NamedTuple):
-    """One line of the table of builds, formatted."""
-
-    label: str
-    chosen: bool
-    threshold: str
-    interval: str
-    angle: str
-    n_seen: str
-    n_regions: str
-    singletons: str
-    unseen: str
-    stopped: str
 
 
 def lead(fit: ExemplarFitResult) -> str:
@@ -171,16 +157,16 @@ def _profiled(profile: DictionaryProfile) -> Fact:
     return Fact("profiled", "Activations profiled", count(profile.n_activations), meaning)
 
 
-def builds(fits: Sequence[ExemplarFitResult], chosen: ExemplarFitResult) -> list[Build]:
-    """One line per fit, in the order of their thresholds."""
+def builds(fits: Sequence[ExemplarFitResult], chosen: ExemplarFitResult) -> list[SimpleNamespace]:
+    """One line per fit, formatted, in the order of their thresholds."""
     several_hooks = len({fit.hook_name for fit in fits}) > 1
     return [_build(fit, chosen, several_hooks) for fit in sorted(fits, key=lambda fit: fit.threshold.threshold)]
 
 
-def _build(fit: ExemplarFitResult, chosen: ExemplarFitResult, with_hook: bool) -> Build:
+def _build(fit: ExemplarFitResult, chosen: ExemplarFitResult, with_hook: bool) -> SimpleNamespace:
     theta = fit.threshold
     known = theta.percentile is not None and not (theta.low <= 0 and theta.high >= 2)
-    return Build(
+    return SimpleNamespace(
         label=fit_label(fit, with_hook),
         chosen=fit is chosen,
         threshold=distance(theta.threshold),
