@@ -68,6 +68,7 @@ from .runner.config import DictionaryRunnerConfig as DictionaryRunnerConfig
 from .runner.config import ExemplarRunnerConfig as ExemplarRunnerConfig
 from .runner.config import SNMFRunnerConfig as SNMFRunnerConfig
 from .runner.runner import DictionaryRunner as DictionaryRunner
+from .steering.export import export_direction as export_direction
 from .steering.interventions import ablate_directions as ablate_directions
 from .steering.interventions import add_direction as add_direction
 from .steering.interventions import clamp_latent as clamp_latent

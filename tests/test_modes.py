@@ -8,6 +8,7 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import gguf
 import numpy as np
 import pandas
 import pytest
@@ -185,6 +186,11 @@ def views(m):
     return m.attributed.embeddings, m.attributed.signatures
 
 
+def exported(path):
+    """The tensors of a control vector."""
+    return {tensor.name: tensor.data.tolist() for tensor in gguf.GGUFReader(path).tensors}
+
+
 def detectors(m):
     return {
         "a": ext.Detector.from_directions(m.direction, HOOK),
@@ -261,6 +267,7 @@ CASES: dict[str, Callable[[SimpleNamespace, Any], Any]] = {
     "SNMFFitResult": lambda m, tmp: saved_and_loaded(m.snmf, tmp),
     "ablate_directions": lambda m, tmp: changed_logits(ext.ablate_directions(m.model, HOOK, m.direction), m.model),
     "add_direction": lambda m, tmp: changed_logits(ext.add_direction(m.model, HOOK, m.direction, 2.0), m.model),
+    "export_direction": lambda m, tmp: exported(ext.export_direction(m.model, HOOK, m.direction, 2.0, tmp / "v.gguf")),
     "attribute_continuations": lambda m, tmp: [
         ext.attribute_continuations(m.model, [m.dictionary], m.embedded, backend=backend)
         for backend in ("linear", "gradient", "relp")

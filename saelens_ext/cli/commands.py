@@ -164,6 +164,13 @@ _ALL = (
         kept="Nothing was written.",
     ),
     Command(
+        name="export",
+        summary="write a latent's direction as a control vector for llama.cpp or repeng",
+        example="export my_partition --latent=3 --output_path=latent_3.gguf",
+        options=("options:ReadingOptions", "export:ExportOptions"),
+        runs="export:export",
+    ),
+    Command(
         name="convert",
         summary="convert a published exemplar partition (a pickle, read without running it)",
         example="convert gemma-2-2b_L12_p10 my_partition",
