@@ -58,8 +58,11 @@ from .evals.synthetic import evaluate_on_synthetic as evaluate_on_synthetic
 from .host.mlp_output import residual_directions as residual_directions
 from .host.models import load_model as load_model
 from .host.models import retarget as retarget
+from .hub import list_on_hub as list_on_hub
 from .hub import load_from_hub as load_from_hub
 from .hub import push_to_hub as push_to_hub
+from .hub.neuronpedia import neuronpedia_labels as neuronpedia_labels
+from .hub.neuronpedia import push_to_neuronpedia as push_to_neuronpedia
 from .ops.leader_clustering import LeaderClustering as LeaderClustering
 from .published.convert import convert_published_dictionary as convert_published_dictionary
 from .report.dictionary.dictionary_report import write_dictionary_report as write_dictionary_report

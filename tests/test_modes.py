@@ -191,6 +191,12 @@ def exported(path):
     return {tensor.name: tensor.data.tolist() for tensor in gguf.GGUFReader(path).tensors}
 
 
+def uploaded(m, tmp):
+    """The batches that would be sent."""
+    ext.push_to_neuronpedia(m.profile, m.model.tokenizer, "tiny", "1-res-ep", dry_run=tmp / "batches")
+    return [path.read_text() for path in sorted((tmp / "batches").iterdir())]
+
+
 def detectors(m):
     return {
         "a": ext.Detector.from_directions(m.direction, HOOK),
@@ -268,6 +274,7 @@ CASES: dict[str, Callable[[SimpleNamespace, Any], Any]] = {
     "ablate_directions": lambda m, tmp: changed_logits(ext.ablate_directions(m.model, HOOK, m.direction), m.model),
     "add_direction": lambda m, tmp: changed_logits(ext.add_direction(m.model, HOOK, m.direction, 2.0), m.model),
     "export_direction": lambda m, tmp: exported(ext.export_direction(m.model, HOOK, m.direction, 2.0, tmp / "v.gguf")),
+    "push_to_neuronpedia": uploaded,
     "attribute_continuations": lambda m, tmp: [
         ext.attribute_continuations(m.model, [m.dictionary], m.embedded, backend=backend)
         for backend in ("linear", "gradient", "relp")
@@ -367,7 +374,8 @@ CASES: dict[str, Callable[[SimpleNamespace, Any], Any]] = {
 WITHOUT_TORCH = {
     "AuditConfig", "Concept", "DictionaryRunnerConfig", "ExemplarPartitionConfig", "ExemplarRunnerConfig", "Judge",
     "JudgeScore", "Labeller", "OpenAIJudge", "OpenAILabeller", "RayActivationStream", "SNMFDictionaryConfig",
-    "SNMFRunnerConfig", "SamplingOptions", "ValidationOptions", "packaged_concepts", "read_concepts",
+    "SNMFRunnerConfig", "SamplingOptions", "ValidationOptions", "list_on_hub", "neuronpedia_labels",
+    "packaged_concepts", "read_concepts",
 }  # fmt: skip
 
 

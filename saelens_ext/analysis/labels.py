@@ -71,7 +71,7 @@ class Label:
         if not self.text:
             return "no label"
         if np.isnan(self.auroc):
-            return "not scored: no example was left that did not make it"
+            return "not scored: no example was set aside for it"
         figures = f"AUROC {self.auroc:.2f} [{self.low:.2f}, {self.high:.2f}]"
         chance = f"up to {self.null_high:.2f} by chance"
         return f"{figures}, {chance}" if self.distinguishes else f"not distinguishable from chance: {figures}, {chance}"

@@ -171,6 +171,14 @@ _ALL = (
         runs="export:export",
     ),
     Command(
+        name="neuronpedia",
+        summary="upload a profiled dictionary and its labels to Neuronpedia",
+        example="neuronpedia my_partition --model_id=gpt2-small --source=6-res-ep --dry_run=batches",
+        options=("options:ReadingOptions", "export:NeuronpediaOptions"),
+        runs="export:neuronpedia",
+        kept="What arrived is noted in the folder; the same command sends the rest.",
+    ),
+    Command(
         name="convert",
         summary="convert a published exemplar partition (a pickle, read without running it)",
         example="convert gemma-2-2b_L12_p10 my_partition",
@@ -193,6 +201,13 @@ _ALL = (
         options=("options:PullOptions",),
         runs="share:pull",
         kept="The folder is as it was; what had arrived is in the cache, and the same command goes on from there.",
+    ),
+    Command(
+        name="list",
+        summary="list the dictionaries of a repository on the Hugging Face Hub",
+        example="list my-name/my-dictionaries",
+        options=("options:ListOptions",),
+        runs="share:listed",
     ),
     Command(
         name="demo",

@@ -201,6 +201,18 @@ class PullOptions:
 
 
 @dataclass(kw_only=True)
+class ListOptions:
+    """Where to look."""
+
+    repo_id: str = place("REPO_ID")
+    """Repository, owner/name."""
+    revision: str | None = None
+    """Branch, tag or commit; by default main."""
+    token: str | None = None
+    """By default the one of `hf auth login` or HF_TOKEN, where other users of this machine cannot see it."""
+
+
+@dataclass(kw_only=True)
 class DemoOptions:
     """What the demo does."""
 

@@ -24,6 +24,7 @@ from saelens_ext.dictionaries.fit_result import ExemplarFitResult
 from saelens_ext.dictionaries.hierarchy import HierarchicalSNMF
 from saelens_ext.dictionaries.snmf_fit_result import SNMFFitResult
 from saelens_ext.host.hook_names import is_in_stream
+from saelens_ext.host.mlp_output import residual_directions
 from saelens_ext.host.models import tokenizer_of
 from saelens_ext.hub.contents import Contents
 from saelens_ext.report.dictionary.compared import ComparedWith
@@ -62,11 +63,11 @@ def report(options: ReportOptions, context: Context) -> Result:
         fit = replace(contents.fit, dictionary=opening.attach(contents.fit.dictionary, model))
         fits = [other.fit for other in others if isinstance(other.fit, ExemplarFitResult)]
         found |= {"fits": [*fits, fit], "chosen": fit, "profile": profiles[0], "labels": labels[0]}
-        path = write_dictionary_report(target, lens=_lens(model, fit.dictionary), **found, **shown)
+        path = write_dictionary_report(target, lens=lens_of(model, fit.dictionary), **found, **shown)
     elif contents.fit is None and not isinstance(contents.dictionary, HierarchicalSNMF):
         sae = opening.attach(contents.dictionary, model)
         found |= {"sae": sae, "profile": profiles[0], "labels": labels[0]}
-        path = write_dictionary_report(target, lens=_lens(model, sae), **found, **shown)
+        path = write_dictionary_report(target, lens=lens_of(model, sae), **found, **shown)
     else:
         path = write_dictionary_report(target, snmf=_section(contents, profiles, labels, model), **shown)
     return Result(data={"report": path.resolve()}, text=f"The report: {path.resolve()}")
@@ -159,12 +160,19 @@ def _host(options: ReportOptions, contents: Contents) -> tuple[Any, Any, str]:
         raise ValueError(f"The tokenizer of {name!r} could not be loaded: {str(error).splitlines()[0]}") from error
 
 
-def _lens(model: Any, dictionary: SAE[Any]) -> LensResult | None:
-    """What directions in the residual stream promote; None for those of other activations."""
+def lens_of(model: Any, dictionary: SAE[Any]) -> LensResult | None:
+    """What a dictionary's directions promote, those over an MLP's neurons by what they write into the residual stream;
+    None where they are of other activations.
+    """
     written = dictionary.cfg.metadata.hook_name_out or dictionary.cfg.metadata.hook_name
-    if model is None or not written or not is_in_stream(model, written):
+    if model is None or not written:
         return None
-    return logit_lens(model, dictionary.W_dec)
+    try:
+        in_stream = is_in_stream(model, written)
+        return logit_lens(model, dictionary.W_dec if in_stream else residual_directions(model, dictionary))
+    except ValueError as error:
+        logger.warning("There is no logit lens: %s", error)
+        return None
 
 
 def _section(
@@ -176,18 +184,7 @@ def _section(
     saved: list[Any] = [contents.dictionary] if hierarchy is None else hierarchy.dictionaries
     losses = [None] * len(saved) if fit is None else [fit.held_out_loss]
     levels = [
-        SNMFLevel(
-            dictionary=one, profile=profile, lens=_neuron_lens(model, opening.attach(one, model)), held_out_loss=loss
-        )
+        SNMFLevel(dictionary=one, profile=profile, lens=lens_of(model, opening.attach(one, model)), held_out_loss=loss)
         for one, profile, loss in zip(saved, profiles, losses)
     ]
     return SNMFSection(levels=levels, fit=fit, hierarchy=hierarchy)
-
-
-def _neuron_lens(model: Any, dictionary: Any) -> LensResult | None:
-    """What features of neurons promote; None for a dictionary of other activations."""
-    try:
-        return None if model is None else logit_lens(model, dictionary.residual_directions(model))
-    except ValueError as error:
-        logger.warning("The report has no logit lens: %s", error)
-        return None

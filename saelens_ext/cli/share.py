@@ -1,13 +1,15 @@
-"""``convert``, ``push``, ``pull`` and ``demo``."""
+"""``convert``, ``push``, ``pull``, ``list`` and ``demo``."""
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from saelens_ext.cli import opening
 from saelens_ext.cli.errors import UsageError
-from saelens_ext.cli.options import ConvertOptions, DemoOptions, PullOptions, PushOptions
-from saelens_ext.cli.output import Context, Result, shown
+from saelens_ext.cli.options import ConvertOptions, DemoOptions, ListOptions, PullOptions, PushOptions
+from saelens_ext.cli.output import Context, Result, shown, table
 from saelens_ext.demo.tour import run_demo
+from saelens_ext.hub.listing import list_on_hub
 from saelens_ext.hub.share import pull_from_hub, push_to_hub
 from saelens_ext.published.convert import MAX_BYTES, PUBLISHED_REVISION, convert_published_dictionary
 
@@ -66,6 +68,16 @@ def pull(options: PullOptions, context: Context) -> Result:
     return Result(
         data={"path": path, "repo_id": options.repo_id, "sae_id": options.sae_id, "files": files},
         text=f"Pulled into {path}: {', '.join(files)}",
+    )
+
+
+def listed(options: ListOptions, context: Context) -> Result:
+    """List the dictionaries of a repository."""
+    found = list_on_hub(options.repo_id, revision=options.revision, token=options.token).reset_index().astype(object)
+    rows: list[Any] = found.where(found.notna(), None).to_dict("records")
+    return Result(
+        data={"repo_id": options.repo_id, "dictionaries": rows},
+        text=table(rows) if rows else f"{options.repo_id} holds no dictionary that SAELens loads.",
     )
 
 

@@ -34,6 +34,21 @@ def test_push_and_pull(pushed, hub, built, command, tmp_path):  # noqa: F811
     assert people.out.startswith(f"Pulled into {tmp_path / 'there'}: ")
 
 
+def test_list_what_a_repository_holds(pushed, hub, built, command):  # noqa: F811
+    assert command("push", built["snmf"], REPO, "neurons", "--license=mit").status == 0
+    found = command("list", REPO, "--json")
+    assert found.status == 0, found.err
+    partition, snmf = found.data["dictionaries"]
+    ours = SAE.load_from_disk(built["fine"])
+    assert (partition["sae_id"], snmf["sae_id"]) == ("blocks.1/p5", "neurons")
+    assert (partition["architecture"], snmf["architecture"]) == ("exemplar_partition", "snmf")
+    assert partition["d_sae"] == ours.cfg.d_sae and partition["hook_name"] == ours.cfg.metadata.hook_name
+    assert partition["percentile"] == 5 and snmf["percentile"] is None
+    people = command("list", REPO)
+    assert people.out.splitlines()[0].split()[:2] == ["sae_id", "architecture"] and len(people.out.splitlines()) == 3
+    assert "There is no model repository" in command("list", "lab/nothing").error
+
+
 def test_a_dictionary_of_the_hub_has_a_name(pushed, built, command):
     found = command("match", built["fine"], f"{REPO}:blocks.1/p5", "--json")
     assert found.status == 0 and found.data["first"]["share_mutual"] == 1
