@@ -144,6 +144,14 @@ def read_tensors(path: str | Path, device: str = "cpu") -> dict[str, torch.Tenso
     return _read_tensors(Path(path), device)[0]
 
 
+def read_tensors_of(path: str | Path, metadata: Mapping[str, str]) -> dict[str, torch.Tensor] | None:
+    """What :func:`write_tensors` wrote with this metadata; None where there is no file, or one of other metadata."""
+    if not Path(path).exists():
+        return None
+    tensors, stated = _read_tensors(Path(path), "cpu")
+    return tensors if stated == dict(metadata) else None
+
+
 def _read_tensors(path: Path, device: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist.")

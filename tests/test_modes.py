@@ -244,6 +244,27 @@ def evidence_page(m, tmp):
     return found.summary(), found.comparisons(), len(page) > 10_000
 
 
+ASKED = [f"{i} {sentence}" for i in range(4) for sentence in SENTENCES]
+ODDS = {"shows": [" the"], "lacks": [" a"]}
+
+
+def localised(m):
+    """Prompts, log-odds with a threshold in the middle of a wide gap, and where they are high."""
+    split = ext.PromptSplit(build=ASKED[:4], choose=ASKED[4:12], test=ASKED[12:14], contrast=ASKED[14:])
+    measured = ext.measure_behaviour(m.model, split.choose, ext.OpeningOdds(**ODDS), chat_template=False)
+    values = sorted(measured["odds"])
+    gap = max(range(1, len(values)), key=lambda place: values[place] - values[place - 1])
+    odds = ext.OpeningOdds(**ODDS, threshold=(values[gap - 1] + values[gap]) / 2)
+    options = {"chat_template": False, "min_members": 1, "min_rate": 0.01}
+    return split, odds, ext.localise_behaviour(m.model, m.partition.dictionary, split, odds, **options)
+
+
+def ablated(m, tmp):
+    split, odds, found = localised(m)
+    options = {"neutral_texts": SENTENCES[:1], "n_random": 2, "n_bootstrap": 20, "n_permutations": 20}
+    return ext.ablate_behaviour(m.model, found, split, odds, **options)
+
+
 CASES: dict[str, Callable[[SimpleNamespace, Any], Any]] = {
     "ActivationBatch": lambda m, tmp: [(b.context(slice(0, 3)), b.first(2)) for b in m.residual],
     "ActivationStream": lambda m, tmp: list(ext.ActivationStream(m.model, m.texts, [HOOK, NEURONS], **STREAM)),
@@ -271,6 +292,7 @@ CASES: dict[str, Callable[[SimpleNamespace, Any], Any]] = {
     "LeaderClustering": clustered,
     "SNMFDictionary": snmf_read,
     "SNMFFitResult": lambda m, tmp: saved_and_loaded(m.snmf, tmp),
+    "ablate_behaviour": ablated,
     "ablate_directions": lambda m, tmp: changed_logits(ext.ablate_directions(m.model, HOOK, m.direction), m.model),
     "add_direction": lambda m, tmp: changed_logits(ext.add_direction(m.model, HOOK, m.direction, 2.0), m.model),
     "export_direction": lambda m, tmp: exported(ext.export_direction(m.model, HOOK, m.direction, 2.0, tmp / "v.gguf")),
@@ -323,12 +345,16 @@ CASES: dict[str, Callable[[SimpleNamespace, Any], Any]] = {
     "latent_directions": lambda m, tmp: ext.latent_directions(m.model, m.partition.dictionary, [0, 1], basis="mean"),
     "load_from_hub": shared,
     "load_model": lambda m, tmp: [loaded_model(m, tmp, name) for name in models_zoo.MODEL_CLASSES],
+    "localise_behaviour": lambda m, tmp: localised(m)[2],
     "logit_lens": lambda m, tmp: ext.logit_lens(m.model, m.direction[None], top_n=3),
     "match_dictionaries": lambda m, tmp: ext.match_dictionaries(
         m.partition.dictionary, m.partition.dictionary, n_null=20
     ),
     "match_strength": lambda m, tmp: ext.match_strength(
         m.model, HOOK, m.direction, [0.05], prompts=SENTENCES[:2], tolerance=0.5
+    ),
+    "measure_behaviour": lambda m, tmp: ext.measure_behaviour(
+        m.model, SENTENCES, ext.begins_with(["a"]), chat_template=False, max_new_tokens=3
     ),
     "neuron_group_effect": lambda m, tmp: ext.neuron_group_effect(
         m.model, NEURONS, torch.tensor([1, 5]), torch.tensor([3.0, -2.0]), [5, 77], SENTENCES[:2], n_random=4
@@ -372,10 +398,10 @@ CASES: dict[str, Callable[[SimpleNamespace, Any], Any]] = {
 # Settings, protocols and records, which hold no tensor that they make, and a client of a server. The stream on Ray is
 # tried with its own tests, which have a cluster.
 WITHOUT_TORCH = {
-    "AuditConfig", "Concept", "DictionaryRunnerConfig", "ExemplarPartitionConfig", "ExemplarRunnerConfig", "Judge",
-    "JudgeScore", "Labeller", "OpenAIJudge", "OpenAILabeller", "RayActivationStream", "SNMFDictionaryConfig",
-    "SNMFRunnerConfig", "SamplingOptions", "ValidationOptions", "list_on_hub", "neuronpedia_labels",
-    "packaged_concepts", "read_concepts",
+    "AuditConfig", "Behaviour", "Concept", "DictionaryRunnerConfig", "ExemplarPartitionConfig",
+    "ExemplarRunnerConfig", "Judge", "JudgeScore", "Labeller", "OpenAIJudge", "OpenAILabeller", "OpeningOdds",
+    "PromptSplit", "RayActivationStream", "SNMFDictionaryConfig", "SNMFRunnerConfig", "SamplingOptions",
+    "ValidationOptions", "begins_with", "list_on_hub", "neuronpedia_labels", "packaged_concepts", "read_concepts",
 }  # fmt: skip
 
 
@@ -387,7 +413,7 @@ RUN_THE_MODEL = {
     "add_direction", "audit_continuations", "clamp_latent", "compare_detection", "concept_scores", "diff_means",
     "fit_exemplar_partition", "fit_exemplar_partitions", "fit_hierarchical_snmf", "fit_sae",
     "fit_snmf", "match_strength", "neuron_group_effect", "profile_dictionaries", "profile_dictionary",
-    "Method", "evaluate_detection", "evaluate_probes",
+    "Method", "ablate_behaviour", "evaluate_detection", "evaluate_probes", "localise_behaviour", "measure_behaviour",
     "read_texts", "sample_continuations", "sample_texts", "scale_latent", "steer_continuations", "steer_features",
     "steering_score", "validate_clusters",
 }  # fmt: skip

@@ -18,6 +18,7 @@ from saelens_ext import _checks
 from saelens_ext._modes import standard_modes
 from saelens_ext.continuations.continuation_set import PADDING, WEIGHTINGS, ContinuationSet, pad_rows
 from saelens_ext.host.bos import begins_with_bos
+from saelens_ext.host.chat_template import as_user_message
 from saelens_ext.host.continued_text import ids_after, text_after
 from saelens_ext.host.models import HostModel, describe_model, tokenizer_of
 from saelens_ext.host.prompt_passes import evaluating, prompt_ids
@@ -90,7 +91,7 @@ def sample_continuations(
     limit = 10 * n if max_draws is None else _checks.positive(max_draws, "max_draws")
     stops = _stop_texts(stop)
     prefix = _checks.text(prefix, "prefix")
-    text = _templated(model, prefix, chat_template_options or {}) if chat_template else prefix
+    text = as_user_message(tokenizer_of(model), prefix, chat_template_options) if chat_template else prefix
     ids = _fitting_prefix(model, text, options.max_new_tokens, chat_template)
     collected = _Collected(model, ids, n, deduplicate)
     with evaluating(model), tqdm(total=n, desc="sampling", unit="continuation", disable=not progress) as bar:
@@ -135,7 +136,7 @@ def score_continuations(
     """
     _checks.positive(batch_size, "batch_size")
     prefix = _checks.text(prefix, "prefix")
-    text = _templated(model, prefix, chat_template_options or {}) if chat_template else prefix
+    text = as_user_message(tokenizer_of(model), prefix, chat_template_options) if chat_template else prefix
     given = [_text_or_ids(one, number) for number, one in enumerate(_checks.listed(continuations, "continuations"))]
     rows = [ids_after(model, text, [one], templated=chat_template)[0] if isinstance(one, str) else one for one in given]
     _check_given(model, rows)
@@ -250,16 +251,6 @@ def _stop_texts(stop: str | Sequence[str]) -> list[str]:
     if "" in stops:
         raise ValueError("stop holds an empty text, which is in every text; leave it out.")
     return stops
-
-
-def _templated(model: HostModel, prompt: str, options: Mapping[str, Any]) -> str:
-    tokenizer = tokenizer_of(model)
-    if not tokenizer.chat_template:
-        raise ValueError(
-            "This model's tokenizer has no chat template; set chat_template=False, or tokenizer.chat_template."
-        )
-    messages = [{"role": "user", "content": prompt}]
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options))
 
 
 def _fitting_prefix(model: HostModel, text: str, room: int, templated: bool) -> Tensor:

@@ -1,5 +1,7 @@
 """The public names and where they are defined."""
 
+from .ablation import AblationEvidence as AblationEvidence
+from .ablation import ablate_behaviour as ablate_behaviour
 from .baselines import gaussian_directions as gaussian_directions
 from .baselines import kmeans_directions as kmeans_directions
 from .baselines import matched_controls as matched_controls
@@ -8,12 +10,20 @@ from .baselines import random_activations as random_activations
 from .baselines import single_neurons as single_neurons
 from .baselines import trained_sae as trained_sae
 from .baselines import untrained_twin as untrained_twin
+from .behaviour import REFUSALS as REFUSALS
+from .behaviour import Behaviour as Behaviour
+from .behaviour import OpeningOdds as OpeningOdds
+from .behaviour import PromptSplit as PromptSplit
+from .behaviour import begins_with as begins_with
+from .behaviour_passes import measure_behaviour as measure_behaviour
 from .concepts_data import Concept as Concept
 from .concepts_data import packaged_concepts as packaged_concepts
 from .concepts_data import read_concepts as read_concepts
 from .detection import DetectionEvidence as DetectionEvidence
 from .detection import evaluate_detection as evaluate_detection
 from .evidence import Evidence as Evidence
+from .localisation import Localisation as Localisation
+from .localisation import localise_behaviour as localise_behaviour
 from .methods import Method as Method
 from .novelty import evaluate_novelty as evaluate_novelty
 from .probing import ProbeEvidence as ProbeEvidence

@@ -180,7 +180,7 @@ class Evidence:
         Raises:
             ValueError: no such method, or fewer than `MIN_CLAIM_UNITS` units.
         """
-        n_units = self.cells[self.unit].nunique()
+        n_units = self.per_unit().index.get_level_values(self.unit).nunique()
         if n_units < MIN_CLAIM_UNITS:
             raise ValueError(
                 f"A claim needs at least {MIN_CLAIM_UNITS} {self.unit}s, got {n_units}: with fewer no p-value can fall "
@@ -212,10 +212,12 @@ class Evidence:
         ]
         words = dict(self.metrics)
         tables = (
-            _table(
+            evidence_table(
                 "Estimates", summary.assign(metric=summary["metric"].map(words)), "Means over units, with intervals."
             ),
-            _table("Comparisons", self.comparisons(), "Paired differences; p_holm is corrected over this table."),
+            evidence_table(
+                "Comparisons", self.comparisons(), "Paired differences; p_holm is corrected over this table."
+            ),
         )
         return EvidenceSection(
             kind=self.kind,
@@ -302,7 +304,7 @@ class Evidence:
         return {name: self.settings[name] for name in ("n_bootstrap", "confidence")} | {"generator": generator}
 
 
-def _table(title: str, table: pd.DataFrame, note: str) -> EvidenceTable:
+def evidence_table(title: str, table: pd.DataFrame, note: str) -> EvidenceTable:
     rows = tuple(tuple(row) for row in table.astype(object).itertuples(index=False))
     return EvidenceTable(title=title, columns=tuple(map(str, table.columns)), rows=rows, note=note)
 

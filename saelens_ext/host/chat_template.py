@@ -1,11 +1,32 @@
 """What a chat template writes at the start of a conversation and behind an answer."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 _ANSWER = "zqANSWERqz"
 _ASKED, _ANSWERED = {"role": "user", "content": "a"}, {"role": "assistant", "content": _ANSWER}
+
+
+def as_user_message(tokenizer: PreTrainedTokenizerBase, prompt: str, options: Mapping[str, Any] | None = None) -> str:
+    """A prompt as a user's message, up to where the answer begins.
+
+    Args:
+        tokenizer: of the model.
+        prompt: the message.
+        options: passed to the template.
+
+    Raises:
+        ValueError: the tokenizer has no chat template.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError(
+            "This model's tokenizer has no chat template; set chat_template=False, or tokenizer.chat_template."
+        )
+    messages = [{"role": "user", "content": prompt}]
+    made = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **(options or {}))
+    return str(made)
 
 
 def starts_with(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> bool:

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from scipy.stats import chi2, permutation_test
+from scipy.stats import binomtest, chi2, permutation_test
 
 from saelens_ext import _checks
 
@@ -128,3 +128,19 @@ def sign_flip_p_value(
     options: dict[str, Any] = {"permutation_type": "samples", "alternative": "greater", "vectorized": True}
     options |= {"n_resamples": n_permutations, "batch": _BATCH, "rng": generator}
     return float(permutation_test((differences,), size, **options).pvalue)
+
+
+def one_size_sign_flip_p_value(differences: Float[np.ndarray, " n"]) -> float:
+    """:func:`sign_flip_p_value` exactly, whatever n is, where all differences but zeros are of one size; else NaN.
+
+    Those of yes and no are: it is then a binomial test of the signs (McNemar's exact test).
+
+    Args:
+        differences: finite.
+    """
+    moved = differences[differences != 0]
+    if len(differences) and not len(moved):
+        return 1.0
+    if not len(moved) or np.abs(moved).min() != np.abs(moved).max():
+        return float("nan")
+    return float(binomtest(int((moved > 0).sum()), len(moved)).pvalue)

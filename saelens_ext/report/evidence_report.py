@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from saelens_ext import _checks, _files
 from saelens_ext.continuations.validation.figures import MINUS, NOTHING, p_value
 from saelens_ext.report.audit.wording import plain
-from saelens_ext.report.evidence_section import EvidenceSection, EvidenceTable, ForestPlot, LineFigure
+from saelens_ext.report.evidence_section import EvidenceSection, EvidenceTable, ForestPlot, HeatMap, LineFigure
 from saelens_ext.report.format import count, visible
 from saelens_ext.report.page import embed_json, render_page
 
@@ -108,6 +108,17 @@ def _check(section: EvidenceSection) -> None:
                     f"The line {line.label!r} of {figure.title!r} has {len(line.x)} x and {len(line.y)} y values; "
                     "give as many of both, all finite."
                 )
+    for heat_map in section.heat_maps:
+        rows, columns = len(heat_map.rows), len(heat_map.columns)
+        for name in ("values", "texts"):
+            given = getattr(heat_map, name)
+            if (given or name == "values") and [len(row) for row in given] != [columns] * rows:
+                raise ValueError(
+                    f"The {name} of the heat map {heat_map.title!r} have rows of {[len(row) for row in given]}; give "
+                    f"{rows} rows of {columns}."
+                )
+        if heat_map.low == heat_map.high:
+            raise ValueError(f"The heat map {heat_map.title!r} has low and high {heat_map.low}; give two values.")
     for row in section.forest.rows:
         _checks.choice(row.kind, tuple(_KINDS), "kind of a forest row")
         if not math.isfinite(row.estimate):
@@ -129,6 +140,11 @@ def _section(key: str, section: EvidenceSection) -> dict[str, Any]:
         "forest": _forest(section.forest),
         "tables": [_table(table) for table in section.tables],
         "figures": [{"title": visible(one.title), "note": visible(one.note)} for one in section.figures],
+        "heat_maps": [_heat_map(one) for one in section.heat_maps],
+        "answers": [
+            (visible(one.prompt), [(visible(name), visible(text)) for name, text in one.answers.items()])
+            for one in section.answers
+        ],
         "units": visible(section.units),
         "controls": [(visible(name), visible(text)) for name, text in section.controls.items()],
         "failures": [visible(text) for text in section.failures],
@@ -234,6 +250,22 @@ def _cell(value: str | float | int | None, column: str) -> str:
     if column == "p" or column.startswith("p_"):
         return p_value(value)
     return _number(value, 3) if abs(value) >= 0.001 or value == 0 else f"{value:.1e}".replace("-", MINUS)
+
+
+def _heat_map(given: HeatMap) -> dict[str, Any]:
+    """Rows of cells: a figure, a text and a strength in 0 to 10."""
+    rows = []
+    for i, name in enumerate(given.rows):
+        cells = []
+        for j, value in enumerate(given.values[i]):
+            known = value is not None and math.isfinite(value)
+            strength = (float(value) - given.low) / (given.high - given.low) if known else 0.0  # pyright: ignore
+            figure = _number(value, 2) if known else NOTHING  # pyright: ignore[reportArgumentType]  # known
+            text = visible(given.texts[i][j]) if given.texts else ""
+            cells.append((figure, text, round(10 * min(1.0, max(0.0, strength)))))
+        rows.append((visible(name), cells))
+    words = {name: visible(getattr(given, name)) for name in ("title", "note", "row_label", "column_label")}
+    return words | {"columns": [visible(name) for name in given.columns], "rows": rows}
 
 
 def _figure(figure: LineFigure) -> dict[str, Any]:

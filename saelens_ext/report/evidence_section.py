@@ -77,6 +77,35 @@ class LineFigure:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HeatMap:
+    """Values over two settings, each cell coloured by its value and with it in figures."""
+
+    title: str
+    row_label: str
+    column_label: str
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    values: tuple[tuple[float | None, ...], ...]
+    """One tuple per row; None or NaN where there is no value."""
+    low: float | int
+    """The value of the palest colour."""
+    high: float | int
+    """The value of the strongest; may be below ``low``."""
+    texts: tuple[tuple[str, ...], ...] = ()
+    """What stands under the figure in each cell; by default nothing."""
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerSet:
+    """What a model says to one prompt under several conditions, side by side."""
+
+    prompt: str
+    answers: Mapping[str, str]
+    """By condition."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvidenceSection:
     """One evaluation, as the page shows it from top to bottom."""
 
@@ -90,6 +119,8 @@ class EvidenceSection:
     forest: ForestPlot
     tables: tuple[EvidenceTable, ...] = ()
     figures: tuple[LineFigure, ...] = ()
+    heat_maps: tuple[HeatMap, ...] = ()
+    answers: tuple[AnswerSet, ...] = ()
     units: str = ""
     """What was drawn independently, that intervals and tests are over."""
     controls: Mapping[str, str] = field(default_factory=dict)

@@ -198,7 +198,7 @@ def ablate_directions(
     Source: arXiv 2605.14347, refusal ablation.
     """
     rows = unit_rows(directions[None] if directions.ndim == 1 else directions).detach()
-    basis = _orthonormal_basis(rows)
+    basis = orthonormal_basis(rows)
     origin = torch.zeros_like(rows[0]) if center is None else center.detach()
     if origin.shape != rows[0].shape:
         raise ValueError(f"center must have shape {tuple(rows[0].shape)}, got {tuple(origin.shape)}.")
@@ -280,7 +280,7 @@ def unit_rows(directions: Tensor) -> Tensor:
     return rows / norms
 
 
-def _orthonormal_basis(rows: Tensor) -> Tensor:
+def orthonormal_basis(rows: Tensor) -> Tensor:
     """Orthonormal columns ``(d, rank)`` that span unit rows ``(m, d)``, dependent ones counted once."""
     # On the CPU, since not every accelerator has float64.
     _, values, vectors = torch.linalg.svd(rows.cpu().double(), full_matrices=False)

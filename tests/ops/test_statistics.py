@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from saelens_ext.ops.statistics import bootstrap_interval, holm, sign_flip_p_value
+from saelens_ext.ops.statistics import (
+    bootstrap_interval,
+    holm,
+    one_size_sign_flip_p_value,
+    sign_flip_p_value,
+)
 
 
 def rng(seed=0):
@@ -71,3 +76,17 @@ def test_strata_are_resampled_within_themselves():
     low, high = bootstrap_interval(values, 500, rng())
     assert low < 4 and high > 5
     assert np.isnan(bootstrap_interval(values[:1], 500, rng())).all()
+
+
+@pytest.mark.parametrize("values", [[1, 1, -1, 0, 1, 1, 1, 0], [-0.5] * 9, [0, 0, 2], [1, -1]])
+def test_sign_flips_of_one_size_are_exact(values):
+    differences = np.array(values, dtype=np.float64)
+    expected = sign_flip_p_value(differences, 2**10, rng())
+    assert one_size_sign_flip_p_value(differences) == pytest.approx(expected)
+
+
+def test_sign_flips_of_one_size_have_no_floor_and_no_answer_for_other_sizes():
+    assert one_size_sign_flip_p_value(np.ones(60)) == pytest.approx(2.0**-59)
+    assert one_size_sign_flip_p_value(np.zeros(3)) == 1.0
+    assert np.isnan(one_size_sign_flip_p_value(np.array([1.0, 0.5])))
+    assert np.isnan(one_size_sign_flip_p_value(np.zeros(0)))
