@@ -60,6 +60,7 @@ from .evals.evidence import Evidence as Evidence
 from .evals.localisation import localise_behaviour as localise_behaviour
 from .evals.methods import Method as Method
 from .evals.novelty import evaluate_novelty as evaluate_novelty
+from .evals.pathways import pathway_check as pathway_check
 from .evals.probing import evaluate_probes as evaluate_probes
 from .evals.synthetic import evaluate_on_synthetic as evaluate_on_synthetic
 from .host.mlp_output import residual_directions as residual_directions
@@ -83,6 +84,7 @@ from .steering.interventions import ablate_directions as ablate_directions
 from .steering.interventions import add_direction as add_direction
 from .steering.interventions import clamp_latent as clamp_latent
 from .steering.interventions import latent_directions as latent_directions
+from .steering.interventions import replace_direction as replace_direction
 from .steering.interventions import scale_latent as scale_latent
 from .steering.judges import EmbeddingJudge as EmbeddingJudge
 from .steering.judges import Judge as Judge

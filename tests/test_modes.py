@@ -297,6 +297,10 @@ CASES: dict[str, Callable[[SimpleNamespace, Any], Any]] = {
     "add_direction": lambda m, tmp: changed_logits(ext.add_direction(m.model, HOOK, m.direction, 2.0), m.model),
     "export_direction": lambda m, tmp: exported(ext.export_direction(m.model, HOOK, m.direction, 2.0, tmp / "v.gguf")),
     "push_to_neuronpedia": uploaded,
+    "pathway_check": lambda m, tmp: ext.pathway_check(
+        m.model, HOOK, m.direction, SENTENCES * 5, coefficient=2.0, prompts="I think"
+    ),
+    "replace_direction": lambda m, tmp: changed_logits(ext.replace_direction(m.model, HOOK, m.direction), m.model),
     "attribute_continuations": lambda m, tmp: [
         ext.attribute_continuations(m.model, [m.dictionary], m.embedded, backend=backend)
         for backend in ("linear", "gradient", "relp")
@@ -414,6 +418,7 @@ RUN_THE_MODEL = {
     "fit_exemplar_partition", "fit_exemplar_partitions", "fit_hierarchical_snmf", "fit_sae",
     "fit_snmf", "match_strength", "neuron_group_effect", "profile_dictionaries", "profile_dictionary",
     "Method", "ablate_behaviour", "evaluate_detection", "evaluate_probes", "localise_behaviour", "measure_behaviour",
+    "pathway_check", "replace_direction",
     "read_texts", "sample_continuations", "sample_texts", "scale_latent", "steer_continuations", "steer_features",
     "steering_score", "validate_clusters",
 }  # fmt: skip

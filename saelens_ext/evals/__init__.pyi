@@ -26,6 +26,8 @@ from .localisation import Localisation as Localisation
 from .localisation import localise_behaviour as localise_behaviour
 from .methods import Method as Method
 from .novelty import evaluate_novelty as evaluate_novelty
+from .pathways import PathwayCheck as PathwayCheck
+from .pathways import pathway_check as pathway_check
 from .probing import ProbeEvidence as ProbeEvidence
 from .probing import evaluate_probes as evaluate_probes
 from .synthetic import evaluate_on_synthetic as evaluate_on_synthetic

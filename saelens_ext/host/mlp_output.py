@@ -121,6 +121,18 @@ def _neuron_hook(model: HostModel, layer: int) -> str | None:
         return None
 
 
+def output_weights(model: HostModel, hook_name: str) -> Tensor | None:
+    """``W_out`` as ``(d_mlp, d_model)`` where the hook is that of an MLP's neurons, else None.
+
+    Raises:
+        ValueError: no such hook, or neurons without a single output matrix.
+    """
+    layer = hook_layer(model, hook_name)
+    if layer is None or locate(model, hook_name)[0] != _neuron_hook(model, layer):
+        return None
+    return _output_weights(model, layer)
+
+
 def _output_weights(model: HostModel, layer: int) -> Tensor:
     """``W_out`` as ``(d_mlp, d_model)``."""
     mlp = getattr(model.blocks[layer], "mlp", None)

@@ -199,16 +199,60 @@ def ablate_directions(
     """
     rows = unit_rows(directions[None] if directions.ndim == 1 else directions).detach()
     basis = orthonormal_basis(rows)
-    origin = torch.zeros_like(rows[0]) if center is None else center.detach()
-    if origin.shape != rows[0].shape:
-        raise ValueError(f"center must have shape {tuple(rows[0].shape)}, got {tuple(origin.shape)}.")
-    _checks.finite(origin, "center")
+    origin = _origin(center, rows[0])
 
     def edit(x: Tensor) -> Tensor:
         q = basis.to(x)
         return x - ((x - origin.to(x)) @ q) @ q.T
 
     return Intervention(model, lambda: [(edit_point(model, hook_name), edit_hook(edit, rows.shape[1], hook_name))])
+
+
+@standard_modes()
+def replace_direction(
+    model: HostModel,
+    hook_name: str,
+    direction: Tensor,
+    *,
+    positions: Sequence[int] | None = None,
+    center: Tensor | None = None,
+) -> Intervention:
+    """Turn activations into a direction, keeping their distance from a centre: x <- c + |x - c| u.
+
+    With an exemplar as direction and the partition's centre this patches in the exemplar: everything that the token's
+    activation says apart from its size is replaced by what the exemplar says.
+
+    Args:
+        model: any TransformerLens model.
+        hook_name: any alias of the hook.
+        direction: ``(d,)``; only its direction counts.
+        positions: as for :func:`add_direction`.
+        center: c, ``(d,)``; 0 by default.
+
+    Returns:
+        A context manager that gives the model.
+
+    Raises:
+        ValueError: as :func:`add_direction`, or a centre of another width or not finite.
+
+    Examples:
+        >>> with sx.replace_direction(
+        ...     model, "blocks.1.hook_out", partition.exemplars[0], positions=[2], center=partition.center
+        ... ):
+        ...     logits = model("The assert statement")
+    """
+    if direction.ndim != 1:
+        raise ValueError(f"direction must have shape (d,), got {tuple(direction.shape)}; pass one row of a dictionary.")
+    unit = unit_rows(direction[None])[0].detach()
+    origin = _origin(center, unit)
+
+    def edit(x: Tensor) -> Tensor:
+        c = origin.to(x)
+        return c + (x - c).norm(dim=-1, keepdim=True) * unit.to(x)
+
+    return Intervention(
+        model, lambda: [(edit_point(model, hook_name), edit_hook(edit, len(unit), hook_name, positions))]
+    )
 
 
 @standard_modes()
@@ -278,6 +322,14 @@ def unit_rows(directions: Tensor) -> Tensor:
     if bool((norms == 0).any()):
         raise ValueError(f"Direction {int((norms == 0).flatten().nonzero()[0])} is zero: it points nowhere.")
     return rows / norms
+
+
+def _origin(center: Tensor | None, direction: Tensor) -> Tensor:
+    """The centre of an edit, ``(d,)``; 0 where none is given."""
+    origin = torch.zeros_like(direction) if center is None else center.detach()
+    if origin.shape != direction.shape:
+        raise ValueError(f"center must have shape {tuple(direction.shape)}, got {tuple(origin.shape)}.")
+    return _checks.finite(origin, "center")
 
 
 def orthonormal_basis(rows: Tensor) -> Tensor:
