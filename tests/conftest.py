@@ -17,8 +17,16 @@ THREADS = int(os.environ.get("OMP_NUM_THREADS", "1"))
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if "smol" in item.fixturenames:
+        in_browser = "browser" in item.fixturenames and not item.get_closest_marker("quick")
+        if "smol" in item.fixturenames or in_browser or _is_of_a_variation(item):
             item.add_marker("slow")
+
+
+def _is_of_a_variation(item) -> bool:
+    """Whether a test is of an architecture that is put together like another of the zoo."""
+    values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    parts = [part for value in values for part in (value if isinstance(value, tuple) else (value,))]
+    return any(isinstance(part, str) and part in models_zoo.VARIATIONS for part in parts)
 
 
 @pytest.fixture(scope="session", autouse=True)

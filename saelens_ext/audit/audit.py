@@ -59,7 +59,7 @@ class Audit:
     def validation(self) -> Validation | None:
         """All prefixes' tests together; None where no prefix has one."""
         found = [prefix.validation for prefix in self.prefixes if prefix.validation is not None]
-        return None if not found else found[0] if len(found) == 1 else combine_validations(found)
+        return combine_validations(found) if found else None
 
     @cached_property
     def verdict(self) -> Verdict:

@@ -36,12 +36,15 @@ from saelens_ext.host.models import tokenizer_of
 from saelens_ext.report.dictionary.dictionary_report import write_dictionary_report
 from saelens_ext.report.dictionary.snmf_section import SNMFLevel, SNMFSection
 from saelens_ext.steering.interventions import ablate_directions, add_direction, latent_directions
-from saelens_ext.steering.sampling import SamplingOptions
+from saelens_ext.steering.sampling import SamplingOptions, sample_texts
 from saelens_ext.steering.steer_features import steer_features
 
 # --- the demo itself ---
 
+MAX_TOKENS = 12_000
 CONTEXT_SIZE = 128
+EVALUATED_AT_ONCE = 2
+READ_AT_ONCE = 4  # windows; more of them leave the processor's cache
 HOOK = "blocks.15.hook_out"
 PERCENTILES = (1, 2, 4, 8, 10)
 CHOSEN_PERCENTILE = 2
@@ -49,13 +52,14 @@ CHOSEN_PERCENTILE = 2
 STEER_LIKE = "define a new class"
 PROMPT = "The best way to spend a free afternoon is"
 STRENGTH = 0.6
+LIKELIEST = SamplingOptions(max_new_tokens=30, temperature=0)
 N_RANDOM = 10  # examples of each region, which its label is scored on
 
 NEURON_HOOK = "blocks.15.mlp.hook_post"
 RANKS = (100, 50, 25)
-EXCERPT = 2_000  # characters
-HELD_OUT_TOKENS = 4_000
-STEERED_FEATURES = 40  # those that explain most
+EXCERPT = 1_000  # characters
+HELD_OUT_TOKENS = 2_000
+STEERED_FEATURES = 20  # those that explain most
 STEER_TARGET = 0.25
 STEER_PROMPT = "I think that"
 NEW_TOKENS = 20
@@ -65,8 +69,7 @@ SAE_K = 16
 SAE_SAMPLES = 100_000
 
 AUDIT_PROMPT = "Why did the old man cry?"
-AUDIT_HOOKS = [f"blocks.{layer}.mlp.hook_post" for layer in (5, 10, 20, 25)]
-AUDIT_TOKENS = 8_000
+AUDIT_HOOKS = [f"blocks.{layer}.mlp.hook_post" for layer in (5, 10)]
 AUDIT_BETAS = (1.5, 2.0, 2.5)
 AUDIT_GAMMAS = (0.3, 0.5, 0.7)
 AUDIT_MODES = (3, 10)
@@ -77,7 +80,7 @@ ANSWER_TOKENS = 14
 def evaluate(
     dictionary: ExemplarPartition, model: SAETransformerBridge, corpus: Dataset
 ) -> dict[str, dict[str, float]]:
-    """SAELens' own evaluation of a dictionary on a corpus, on 16 windows, as ``run_evals`` gives it."""
+    """SAELens' own evaluation of a dictionary on a corpus, on 8 windows, as ``run_evals`` gives it."""
     # The store warns that a corpus with fewer rows than tokens will repeat, and the reshuffle of few rows does not
     # matter here.
     with warnings.catch_warnings():
@@ -87,14 +90,14 @@ def evaluate(
             dictionary,
             corpus,
             streaming=False,
-            store_batch_size_prompts=8,
-            total_tokens=2048,
+            store_batch_size_prompts=EVALUATED_AT_ONCE,
+            total_tokens=1024,
             n_batches_in_buffer=2,
-            train_batch_size_tokens=512,
+            train_batch_size_tokens=256,
             device=str(dictionary.device),
         )
     config = get_eval_everything_config(
-        batch_size_prompts=8, n_eval_reconstruction_batches=2, n_eval_sparsity_variance_batches=2
+        batch_size_prompts=EVALUATED_AT_ONCE, n_eval_reconstruction_batches=4, n_eval_sparsity_variance_batches=4
     )
     metrics, _ = run_evals(dictionary, store, cast(Any, model), ActivationScaler(), config)
     return metrics
@@ -115,8 +118,8 @@ def generate_three_ways(
     exemplar = dictionary.exemplars[region]
 
     def continuation() -> str:
-        text = model.generate(PROMPT, max_new_tokens=40, do_sample=False, verbose=False)
-        return str(text).removeprefix(PROMPT)
+        ((text,),) = sample_texts(model, PROMPT, n=1, options=LIKELIEST)
+        return text
 
     unsteered = continuation()
     with add_direction(model, hook, exemplar, STRENGTH * dictionary.cfg.metadata.typical_norm):
@@ -134,12 +137,12 @@ def generate_three_ways(
     ]
 
 
-def keep_excerpts(model: SAETransformerBridge, build: Dataset, hooks: str | list[str], max_tokens: int) -> KeptStream:
+def keep_excerpts(model: SAETransformerBridge, build: Dataset, hooks: list[str], max_tokens: int) -> KeptStream:
     """Activations of the beginning of every document, rather than of the whole of a few, read once."""
     excerpts = Dataset.from_dict({"text": [text[:EXCERPT] for text in build["text"]]})
     return KeptStream(
         ActivationStream(
-            model, excerpts, hooks, context_size=CONTEXT_SIZE, batch_size=16, max_tokens=max_tokens, progress=True
+            model, excerpts, hooks, context_size=CONTEXT_SIZE, batch_size=READ_AT_ONCE, max_tokens=max_tokens, progress=True
         )
     )
 
@@ -202,7 +205,7 @@ def build_neuron_features(
     profiles = profile_dictionaries(hierarchy.dictionaries, stream)
     labels = [label_latents(profile, tokenizer_of(model)) for profile in profiles]
     unseen = ActivationStream(
-        model, held_out, NEURON_HOOK, context_size=CONTEXT_SIZE, batch_size=16, max_tokens=HELD_OUT_TOKENS
+        model, held_out, NEURON_HOOK, context_size=CONTEXT_SIZE, batch_size=READ_AT_ONCE, max_tokens=HELD_OUT_TOKENS
     )
     blocks = [batch.activations[NEURON_HOOK] for batch in unseen]
     losses = [reconstruction_loss(dictionary, blocks)[0] for dictionary in hierarchy.dictionaries]
@@ -269,12 +272,7 @@ def detect_a_concept(
 
 
 def audit_prompt(
-    model: SAETransformerBridge,
-    build: Dataset,
-    known: SNMFDictionary,
-    output: Path,
-    max_tokens: int,
-    say: Callable[[str], Any],
+    model: SAETransformerBridge, kept: KeptStream, known: SNMFDictionary, output: Path, say: Callable[[str], Any]
 ) -> Path:
     """Ask why the model answers one question in different ways, by features of the neurons of several layers.
 
@@ -284,7 +282,6 @@ def audit_prompt(
         f"Auditing {N_CONTINUATIONS} answers to {AUDIT_PROMPT!r}, with {known.cfg.d_sae} neuron features at each of "
         f"{1 + len(AUDIT_HOOKS)} layers"
     )
-    kept = keep_excerpts(model, build, [NEURON_HOOK, *AUDIT_HOOKS], max_tokens)
     dictionaries = [known, *(fit_snmf(kept.only(hook), known.cfg.d_sae).dictionary for hook in AUDIT_HOOKS)]
     profiles = profile_dictionaries(dictionaries, kept)
     audit = audit_continuations(
@@ -310,7 +307,7 @@ def audit_prompt(
     return audit.save_html(output / "audit.html", profiles=by_hook, labels=labels)
 
 
-def run_demo(output: Path, max_tokens: int = 24_000, say: Callable[[str], Any] = print) -> tuple[Path, Path]:
+def run_demo(output: Path, max_tokens: int = MAX_TOKENS, say: Callable[[str], Any] = print) -> tuple[Path, Path]:
     """Build, inspect, evaluate, steer with and save dictionaries of the demo model, of both kinds, and audit one
     prompt.
 
@@ -325,8 +322,9 @@ def run_demo(output: Path, max_tokens: int = 24_000, say: Callable[[str], Any] =
     say("Loading SmolLM2-135M-Instruct")
     model = load_demo_model()
     build, held_out = split_corpus(load_demo_corpus())
-    say(f"Reading {max_tokens:,} activations of {HOOK} and {NEURON_HOOK}, in one pass")
-    kept = keep_excerpts(model, build, [HOOK, NEURON_HOOK], max_tokens)
+    neurons = [NEURON_HOOK, *AUDIT_HOOKS]
+    say(f"Reading {max_tokens:,} activations of {HOOK} and the neurons of {len(neurons)} layers, in one pass")
+    kept = keep_excerpts(model, build, [HOOK, *neurons], max_tokens)
 
     def write(**parts: Any) -> Path:
         return write_dictionary_report(
@@ -340,7 +338,7 @@ def run_demo(output: Path, max_tokens: int = 24_000, say: Callable[[str], Any] =
     say(f"The first report is there, and will grow: {write(**regions)}")
     snmf = build_neuron_features(model, kept.only(NEURON_HOOK), held_out, output, say)
     report = write(**regions, snmf=snmf)
-    return report, audit_prompt(model, build, snmf.levels[0].dictionary, output, min(max_tokens, AUDIT_TOKENS), say)
+    return report, audit_prompt(model, kept.only(neurons), snmf.levels[0].dictionary, output, say)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -352,7 +350,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--output", type=Path, default=Path("demo_output"), help="where to write (default: %(default)s)"
     )
     parser.add_argument(
-        "--max-tokens", type=int, default=24_000, help="activations to build from (default: %(default)s)"
+        "--max-tokens", type=int, default=MAX_TOKENS, help="activations to build from (default: %(default)s)"
     )
     options = parser.parse_args(arguments)
     start = time.perf_counter()

@@ -64,6 +64,7 @@ def test_labels_of_noise_are_shown_as_such(labels):
     assert poor.score_text.startswith("not distinguishable from chance: AUROC")
 
 
+@pytest.mark.slow
 def test_the_null_is_calibrated_over_many_latents_that_mean_nothing(tokenizer):
     profile = planted.make_profile(n_noise=500, seed=5)
     labels = label_latents(profile, tokenizer)
@@ -93,6 +94,7 @@ def test_what_made_a_label_never_scores_it(tokenizer, n_random):
         assert not places & set(zip(rows.windows[split.others].tolist(), rows.positions[split.others].tolist()))
 
 
+@pytest.mark.slow
 def test_a_label_cannot_be_scored_by_heart(tokenizer):
     """Were a label scored on what made it, noise would look meaningful; the same noise held out does not."""
     profile = planted.make_profile(n_noise=200, seed=9)

@@ -16,11 +16,11 @@ from tests.models_zoo import make_model
 
 PREFIX = "The assert statement"
 OPTIONS = {
-    "n": 24,
+    "n": 16,
     "max_new_tokens": 5,
     "betas": (1.0, 1.25),
     "gammas": (0.3, 0.7),
-    "n_clusters": (1, 24),
+    "n_clusters": (1, 16),
     "min_cluster_size": 1,
     "n_resamples": 2,
     "max_rows": 6,
@@ -53,7 +53,7 @@ def test_what_it_finds(kept):
     _, audit = kept
     (prefix,) = audit.prefixes
     table, modes = audit.to_dataframe(), audit.modes()
-    assert len(table) == 24 and set(table["cluster"]) == set(range(prefix.clusterer.n_clusters_))
+    assert len(table) == 16 and set(table["cluster"]) == set(range(prefix.clusterer.n_clusters_))
     assert list(modes["n_members"]) == list(np.bincount(table["cluster"])) and modes["weight"].sum() == pytest.approx(1)
     assert table["is_medoid"].sum() == len(modes)
     assert list(modes["text"]) == [prefix.continuations.texts[i] for i in modes["medoid"]]
@@ -130,7 +130,7 @@ def test_an_audit_that_failed_at_once_gives_way_to_another(setting, tmp_path):
     with pytest.raises(ValueError, match="temperature"):
         audit_continuations(setting[0], PREFIX, setting[1], folder=tmp_path, **OPTIONS, temperature=-1)
     sampled = audit_continuations(setting[0], PREFIX, setting[1], folder=tmp_path, **OPTIONS, validate=False)
-    assert len(sampled.to_dataframe()) == 24
+    assert len(sampled.to_dataframe()) == 16
 
 
 def test_settings_are_checked_before_anything_is_computed(setting):
@@ -210,7 +210,7 @@ def test_continuations_without_text_are_left_out(setting, monkeypatch, caplog):
 
     monkeypatch.setattr(audit_module, "sample_continuations", with_blanks)
     audit = audit_continuations(setting[0], PREFIX, setting[1], **OPTIONS | {"validate": False})
-    assert len(audit.to_dataframe()) == 23 and "1 of 24 continuations are left out" in caplog.text
+    assert len(audit.to_dataframe()) == 15 and "1 of 16 continuations are left out" in caplog.text
 
 
 def planted():

@@ -80,6 +80,7 @@ def test_prefixes_from_a_file(tmp_path):
         audit_command._prefixes(inputs)
 
 
+@pytest.mark.slow
 def test_figures_are_logged_under_one_run(asked, command, offline):
     more = ["--validate=false", "--logger.log_to_wandb=true", f"--output_path={offline / 'out'}"]
     found = command(*asked, f"--prefix={PREFIX}", "--prefix=A, or b", *more, "--json")

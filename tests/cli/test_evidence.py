@@ -71,6 +71,7 @@ def test_novelty(command, copied, documents, tmp_path):
     assert content["novelty"]["settings"]["rates"] == [0.1]
 
 
+@pytest.mark.slow
 def test_detection_beside_another_dictionary(command, copied, built, concepts, tmp_path):
     found = command(
         "evidence", "detection", copied, f"--compare={built['fine']}", f"--concepts={concepts}", "--n_splits=1",
@@ -81,6 +82,7 @@ def test_detection_beside_another_dictionary(command, copied, built, concepts, t
     assert {"coarse exemplar", "coarse mean"} < methods and any("random activations" in name for name in methods)
 
 
+@pytest.mark.slow
 def test_probes(command, copied, concepts, tmp_path):
     found = command(
         "evidence", "probes", copied, f"--concepts={concepts}", "--ks=1,2", f"--output_path={tmp_path / 'out'}", *FAST

@@ -14,7 +14,7 @@ import saelens_ext as sx
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-SLOW = {"docs/how-to/answers.md"}
+SLOW = {"README.md", "docs/how-to/answers.md", "docs/how-to/controls.md"}
 BLOCK = re.compile(r"```python *(no-run)?\n(.*?)```", re.DOTALL)
 # What a tiny model with three layers of width 32 can do stands in for what a page asks of GPT-2.
 SMALLER = [
@@ -24,7 +24,7 @@ SMALLER = [
     (r"max_tokens=[\d_]+", "max_tokens=600, context_size=32"),
     (r"context_size=32, max_tokens=600, context_size=32", "max_tokens=600, context_size=32"),
     (r"held_out=0\.1", "held_out=0.25"),
-    (r"n=200", "n=32, max_new_tokens=6"),
+    (r"n=200", "n=20, max_new_tokens=6"),
     (r"percentile=[24]\b", "percentile=20"),
     (r"packaged_concepts\(\)", "packaged_concepts(n_per_side=5)[:6]"),
     (r"percentiles=\(2, 8\)", "percentiles=(20, 30)"),

@@ -87,6 +87,7 @@ def test_a_claim_can_go_either_way():
     assert "cannot be told from theirs" in nothing and "above" not in nothing and "below" not in nothing
 
 
+@pytest.mark.slow
 def test_claims_without_a_difference_are_as_rare_as_promised():
     false = 0
     for seed in range(120):

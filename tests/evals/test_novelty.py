@@ -110,6 +110,7 @@ def test_a_shift_of_gaussians_has_the_auroc_that_theory_gives(delta):
     assert row["estimate"] == pytest.approx(norm.cdf(delta / math.sqrt(2)), abs=0.02)
 
 
+@pytest.mark.slow
 def test_inside_against_inside_covers_a_half_in_95_of_100_runs():
     generator, covered, runs = np.random.default_rng(1), 0, 300
     for _ in range(runs):
@@ -136,6 +137,7 @@ def test_a_coreset_equal_to_the_exemplars_differs_by_exactly_nothing(found):
     assert same.verdict().startswith("EP (9 exemplars) is no better than as many random activations")
 
 
+@pytest.mark.slow
 def test_two_scores_that_are_equally_good_are_told_apart_in_about_5_of_100_runs():
     generator, n_below, runs = np.random.default_rng(2), 0, 300
     sizes = {INSIDE: [5] * 25, "shifted": [5] * 25}
@@ -146,6 +148,7 @@ def test_two_scores_that_are_equally_good_are_told_apart_in_about_5_of_100_runs(
     assert 0.02 <= n_below / runs <= 0.08
 
 
+@pytest.mark.slow
 def test_one_more_coreset_is_told_from_coresets_in_few_runs_however_many_documents_there_are():
     """Over documents alone, each draw is a little better or worse, and certainly so with enough of them."""
     generator, over_documents, over_both, runs = np.random.default_rng(3), 0, 0, 60

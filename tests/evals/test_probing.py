@@ -62,6 +62,7 @@ def plain(evidence, probe, metric="accuracy"):
     return evidence.per_unit(metric).loc[probe].mean()
 
 
+@pytest.mark.slow
 def test_codes_that_hold_the_concept_keep_it_and_others_do_not(model):
     found = evaluate_probes(model, {"planted": planted(), "elsewhere": elsewhere()}, concepts(12), ks=(1, 3))
     assert not found.failures
@@ -91,6 +92,7 @@ def test_retention_is_a_ratio_to_the_raw_probe(model):
             assert np.isnan(row["retention_above_chance"])
 
 
+@pytest.mark.slow
 def test_nothing_is_retained_of_nothing(model):
     noise = [concept(200 + i, None, n_per_side=24) for i in range(10)]
     found = evaluate_probes(model, {"elsewhere": elsewhere()}, noise, ks=(1,), controls=())

@@ -163,3 +163,5 @@ D_MLP = {name: row.d_mlp for name, row in ZOO.items()}
 ARCHITECTURES = ("llama", "gpt2")
 # Norms before and behind each sublayer, and known to TransformerLens by name only.
 GEMMAS = {name: ZOO[name].host_name for name in ("gemma2", "gemma3")}
+# Those that differ from another row in details only: `make test` leaves their laws to `make test-slow`.
+VARIATIONS = {"gemma3", "qwen3", "mistral", "phi3", "olmo2", "gptj", "gpt_neo", "bloom", "qwen3_moe", "gpt_oss"}

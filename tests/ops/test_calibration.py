@@ -124,6 +124,7 @@ def test_interval_is_of_documents_not_of_pairs() -> None:
     assert few.high - few.low > 2 * (many.high - many.low)
 
 
+@pytest.mark.slow
 def test_interval_covers_the_truth() -> None:
     truth = pairwise_distance_percentiles(*documents(800, 2, seed=1000), [10], n_bootstrap=1)[0].threshold
     for confidence, fewest, most in ((0.95, 34, 40), (0.5, 10, 30)):  # of 40, where 38 and 20 are expected

@@ -65,6 +65,7 @@ def test_active_set_method_and_coordinate_descent_agree(max_sweeps):
     torch.testing.assert_close(nnls(x, features, max_sweeps=max_sweeps), nnls(x, features), atol=1e-8, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("iteration", [PrimalIteration, DualIteration])
 def test_both_coordinate_descents_reach_the_optimum(iteration):
     x, features = CASES["sparse features"]

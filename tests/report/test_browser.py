@@ -12,6 +12,7 @@ from tests.report.browser import PHONE, REGIONS, WIDE
 # --- safety ---
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("size", [WIDE, PHONE])
 def test_corpus_text_is_inert_and_nothing_is_requested(visit, path, inputs, size):
     page = visit(size=size)
@@ -44,6 +45,7 @@ def test_title_and_generations_are_shown_as_they_are(visit, inputs):
 # --- ways to a region ---
 
 
+@pytest.mark.quick
 def test_links_rows_and_the_back_button_select(visit, inputs):
     page = visit("#region-3")
     assert page.text("#detail-title").startswith("Region 3")

@@ -17,6 +17,7 @@ def path(browser, tmp_path_factory):
     return write_evidence_report(tmp_path_factory.mktemp("evidence") / "evidence.html", sections, about=made.ABOUT)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("size", [WIDE, PHONE])
 def test_texts_are_inert(visit, size):
     page = visit(size=size)

@@ -43,6 +43,7 @@ def rows(page):
 # --- safety ---
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("size", [WIDE, PHONE])
 def test_corpus_text_is_inert_and_nothing_is_wider_than_the_window(features, both, size):
     page = features(size=size)

@@ -204,6 +204,8 @@ def combine_validations(validations: Sequence[Validation]) -> Validation:
     if not validations:
         raise ValueError("validations is empty; give at least one.")
     first = validations[0]
+    if len(validations) == 1:
+        return first  # with its comparisons, where they were made before
     prefixes = [prefix for one in validations for prefix in one.prefixes]
     twice = {prefix for prefix in prefixes if prefixes.count(prefix) > 1}
     if twice:
