@@ -13,6 +13,8 @@ from saelens_ext.dictionaries.hierarchy import HierarchicalSNMF
 from saelens_ext.dictionaries.snmf_fit_result import SNMFFitResult
 from tests import models_zoo
 
+pytestmark = pytest.mark.slow  # all stages at once
+
 TINY = {
     "CONTEXT_SIZE": 32,
     "HOOK": "blocks.1.hook_resid_post",
