@@ -27,6 +27,7 @@ from saelens_ext.evals.novelty import evaluate_novelty
 from saelens_ext.evals.probing import evaluate_probes
 from saelens_ext.evals.results import save_evidence, write_beside
 from saelens_ext.evals.synthetic import evaluate_on_synthetic
+from saelens_ext.host.flat_sae import hooks_of
 from saelens_ext.runner.tracking import WandbTracker, check_login
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ def detection(
         for name, sae in saes.items()
         for basis in (("exemplar", "mean") if isinstance(sae, ExemplarPartition) else (None,))
     ]
-    x = _activations(stream, inputs)
+    x = _activations(stream)
     for name, sae in saes.items():
         controls = matched_controls(sae, x, n_draws=concepts.n_coresets, seed=settings.seed)
         methods += [_renamed(control, name) for control in controls] if len(saes) > 1 else controls
@@ -59,7 +60,7 @@ def probes(
     _prepare(results)
     given = _concepts(concepts)
     stream, saes = _opened(inputs)
-    activations = dict.fromkeys(saes, _activations(stream, inputs))
+    activations = dict.fromkeys((hooks_of(sae)[0] for sae in saes.values()), _activations(stream))
     found = evaluate_probes(
         stream.model, saes, given, activations=activations, progress=context.progress, **vars(settings)
     )
@@ -122,7 +123,7 @@ def _given(inputs: EvidenceInputs) -> dict[str, Any]:
     return {"training_tokens": inputs.training_tokens}
 
 
-def _activations(stream: ActivationStream, inputs: EvidenceInputs) -> Tensor:
+def _activations(stream: ActivationStream) -> Tensor:
     """What controls are made of."""
     kept = KeptStream(stream)
     return torch.cat([rows for batch in kept for rows in batch.activations.values()])

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import torch
 from tqdm.auto import tqdm
@@ -10,29 +10,31 @@ from tqdm.auto import tqdm
 from saelens_ext import _checks
 from saelens_ext._modes import standard_modes
 from saelens_ext.concepts.comparison import DIFF_MEANS
-from saelens_ext.concepts.sentence_scores import warn_of_bos
+from saelens_ext.concepts.sentence_scores import Pooling, warn_of_bos
 from saelens_ext.evals.attempts import Attempts
 from saelens_ext.evals.concepts_data import Concept, check_concepts
 from saelens_ext.evals.detection_cells import (
     Reading,
     concept_splits,
     difference_cells,
+    length_cells,
     method_cells,
     probe_cells,
 )
-from saelens_ext.evals.evidence import Evidence
+from saelens_ext.evals.evidence import Evidence, OverConcepts
 from saelens_ext.evals.methods import Method, check_methods
 from saelens_ext.host.models import HostModel, describe_model
 
 RULES = ("auroc", "contrast")
 PROBE = "logistic probe"
 TWIN = "untrained twin"
+LENGTH = "number of tokens"
 
 _Cells = Callable[[Reading], Iterable[dict[str, Any]]]
 _COLUMNS = ["concept", "rule", "method", "metric", "value", "split", "draw", "column", "chosen"]
 
 
-class DetectionEvidence(Evidence):
+class DetectionEvidence(OverConcepts, Evidence):
     """Held-out detection of concepts by several methods; a unit is a concept."""
 
     kind: ClassVar[str] = "detection"
@@ -41,7 +43,6 @@ class DetectionEvidence(Evidence):
         "Does a method, choosing one of its directions on some sentences, detect a concept in others better than "
         "matched controls do?"
     )
-    unit: ClassVar[str] = "concept"
     unit_text: ClassVar[str] = (
         "A unit is a concept. Its sentences are split in halves several times; each method chooses a direction on one "
         "half and is judged on the other, and the results are averaged within the concept. Intervals and tests are "
@@ -53,10 +54,10 @@ class DetectionEvidence(Evidence):
         "chosen_auroc": "AUROC on the sentences that chose",
         "optimism": "optimism (AUROC where chosen - held out)",
         "permuted_auroc": "held-out AUROC of what permuted labels choose",
+        "any_auroc": "held-out AUROC, mean over all directions",
+        "equal_length_auroc": "held-out AUROC between sentences of about equal length",
         "hard_negative_auroc": "held-out AUROC against hard negatives",
     }
-    chance: ClassVar[float | None] = 0.5
-    bounds: ClassVar[tuple[float, float]] = (0.0, 1.0)
 
 
 @standard_modes()
@@ -68,8 +69,10 @@ def evaluate_detection(
     *,
     rules: Sequence[str] = RULES,
     n_splits: int = 5,
+    pooling: Pooling = "max",
     diff_means: bool = True,
     probe: bool = True,
+    length: bool = True,
     untrained_twin: HostModel | None = None,
     n_permutations: int = 10_000,
     confidence: float = 0.95,
@@ -87,12 +90,16 @@ def evaluate_detection(
         methods: with different names; see :class:`~saelens_ext.evals.methods.Method` and
             :mod:`~saelens_ext.evals.baselines`. Draws of one control are averaged.
         concepts: at least 1, and 6 for a claim, with 4 different sentences a side.
-        rules: how a direction is chosen: "auroc", the highest AUROC of the sentence maximum, and "contrast", the
+        rules: how a direction is chosen: "auroc", the highest AUROC of the sentences' scores, and "contrast", the
             largest mean score over positive tokens minus that over negative ones. Both are judged by the AUROC of the
-            sentence maximum.
+            sentences' scores.
         n_splits: halvings of each concept's sentences.
+        pooling: what a sentence's score is, over its tokens but special ones: the largest ("max"), the mean ("mean"),
+            or that of the last ("last"). The largest of more tokens is larger, so "max" responds to length.
         diff_means: add the difference of means, made from the choosing half, at every hook: the supervised reference.
         probe: add an L2 logistic probe of mean-pooled activations, fitted on the choosing half.
+        length: add the number of tokens of a sentence as a score, more or fewer as the choosing half has it: what is
+            detected without the model.
         untrained_twin: a model of the same kind with untrained weights, such as
             :func:`~saelens_ext.evals.baselines.untrained_twin` gives; ``diff_means`` and ``probe`` are then made on it
             too, which shows what is to be detected without learning.
@@ -103,8 +110,11 @@ def evaluate_detection(
         progress: show a progress bar.
 
     Returns:
-        The evidence: AUROCs on held-out and on choosing halves, optimism (their difference), the AUROC of what permuted
-        labels choose, and that against hard negatives where a concept has some.
+        The evidence: AUROCs on held-out and on choosing halves, and optimism (their difference). Of held-out AUROCs
+        besides: of the direction that permuted labels choose; the mean over all directions, chosen by nothing; of the
+        chosen one between sentences whose numbers of tokens differ by at most a tenth (NaN where too few do); and
+        against hard negatives where a concept has some. The second and third depart from 0.5 where the two sides differ
+        in something that most directions respond to, such as length.
 
     Raises:
         ValueError: no method or concept, a name used twice, fewer than 4 different sentences a side, an unknown rule,
@@ -129,32 +139,38 @@ def evaluate_detection(
     _checks.between(confidence, 0, 1, "confidence")
     for number, rule in enumerate(_checks.listed(rules, "rules", "rule")):
         _checks.choice(rule, RULES, f"rules[{number}]")
+    _checks.choice(pooling, get_args(Pooling), "pooling")
     plan = {c.name: (c, concept_splits(c, n_splits, seed)) for c in check_concepts(list(concepts))}
     chosen, attempts = check_methods(methods), Attempts()
     hooks = list(dict.fromkeys(method.detector.hook_name for method in attempts.usable(model, chosen)))
-    references = _references(hooks, diff_means, probe, seed)
+    references = _references(hooks, diff_means, probe, pooling, seed)
     twins = {f"{TWIN}: {name}": cells for name, cells in references.items() if untrained_twin is not None}
-    usable = [method for method in check_methods(chosen, *references, *twins) if method.detector.hook_name in hooks]
+    fixed: dict[str, _Cells] = {LENGTH: length_cells} if length else {}
+    named = check_methods(chosen, *references, *twins, *fixed)
+    usable = [method for method in named if method.detector.hook_name in hooks]
     warn_of_bos(model, [method.detector for method in usable])
     for name, (concept, splits) in tqdm(plan.items(), desc="concepts", disable=not progress):
-        for host, methods, fitted in ((model, usable, references), (untrained_twin, [], twins)):
+        for host, methods, fitted in ((model, usable, references | fixed), (untrained_twin, [], twins)):
             if host is None or not (methods or fitted):
                 continue
             with attempts.of("", name):
                 reading = Reading.of(host, hooks, concept, splits, batch_size)
-                tried = {(m.name, m.draw): partial(method_cells, method=m, rules=rules) for m in methods}
+                tried = {
+                    (m.name, m.draw): partial(method_cells, method=m, rules=rules, pooling=pooling) for m in methods
+                }
                 tried |= {(reference, 0): partial(_by_rule, cells, rules) for reference, cells in fitted.items()}
                 for (method, draw), cells in tried.items():
                     with attempts.of(method, name):
                         made = [{"concept": name, "method": method, "draw": draw} | row for row in cells(reading)]
                         attempts.rows += made
     kinds = {method.name: str(method.kind) for method in chosen} | dict.fromkeys(references, "supervised")
-    settings = {"rules": list(rules), "n_splits": n_splits, "confidence": confidence, "n_permutations": n_permutations}
+    settings = {"rules": list(rules), "n_splits": n_splits, "pooling": pooling}
+    settings |= {"confidence": confidence, "n_permutations": n_permutations}
     sizes = {name: [len(concept.positives), len(concept.negatives)] for name, (concept, _) in plan.items()}
     return DetectionEvidence(
         cells=attempts.cells(_COLUMNS, column=-1, chosen=None),
-        kinds=kinds | dict.fromkeys(twins, "control"),
-        descriptions={method.name: method.description for method in chosen} | _explained(references, twins),
+        kinds=kinds | dict.fromkeys([*fixed, *twins], "control"),
+        descriptions={method.name: method.description for method in chosen} | _explained(references, fixed, twins),
         settings=settings
         | {"seed": seed, "hooks": hooks, "model": describe_model(model)}
         | {"n_sentences": sizes, "n_columns": {method.name: len(method.detector.names) for method in chosen}},
@@ -162,13 +178,13 @@ def evaluate_detection(
     )
 
 
-def _references(hooks: Sequence[str], diff_means: bool, probe: bool, seed: int) -> dict[str, _Cells]:
+def _references(hooks: Sequence[str], diff_means: bool, probe: bool, pooling: Pooling, seed: int) -> dict[str, _Cells]:
     """What is fitted to the choosing half at each hook, by name."""
     made = dict[str, _Cells]()
     for hook in hooks:
         where = f" at {hook}" if len(hooks) > 1 else ""
         if diff_means:
-            made[DIFF_MEANS + where] = partial(difference_cells, hook_name=hook)
+            made[DIFF_MEANS + where] = partial(difference_cells, hook_name=hook, pooling=pooling)
         if probe:
             made[PROBE + where] = partial(probe_cells, hook_name=hook, seed=seed)
     return made
@@ -180,10 +196,12 @@ def _by_rule(cells: _Cells, rules: Sequence[str], reading: Reading) -> Iterator[
         yield from ({"rule": rule} | row for rule in rules)
 
 
-def _explained(references: Iterable[str], twins: Iterable[str]) -> dict[str, str]:
+def _explained(*added: Iterable[str]) -> dict[str, str]:
     texts = {
         DIFF_MEANS: "The difference of the mean activations of the choosing half: a direction made with the labels.",
         PROBE: "An L2 logistic regression on the mean activation of a sentence, fitted to the choosing half.",
         TWIN: "The same made on a model with untrained weights: what is detected without learning.",
+        LENGTH: "How many tokens a sentence has, more or fewer as the choosing half has it: what is detected without "
+        "the model.",
     }
-    return {name: texts[next(key for key in texts if name.startswith(key))] for name in (*references, *twins)}
+    return {name: texts[next(key for key in texts if name.startswith(key))] for names in added for name in names}

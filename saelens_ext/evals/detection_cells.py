@@ -3,10 +3,13 @@
 Symbols
     rows     of a concept's sentences: its positives, then its negatives, then its hard negatives
     columns  of a method's scores
+    lengths  tokens of each sentence
 """
 
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,8 +20,8 @@ from saelens_ext import _checks
 from saelens_ext.activations.stream import ActivationBatch
 from saelens_ext.concepts.comparison import best_column
 from saelens_ext.concepts.detector import Detector
-from saelens_ext.concepts.diff_means import difference_of, sentence_sums, split_sentences
-from saelens_ext.concepts.sentence_scores import pool_scores
+from saelens_ext.concepts.diff_means import SentenceSums, difference_of, sentence_sums, split_sentences
+from saelens_ext.concepts.sentence_scores import Pooling, pool_scores
 from saelens_ext.concepts.token_activations import token_activations
 from saelens_ext.evals.concepts_data import Concept, normal_form
 from saelens_ext.evals.methods import Method
@@ -28,6 +31,10 @@ from saelens_ext.ops.detection import auroc, standardised_difference
 
 Rows = tuple[Tensor, Tensor]
 """Numbers of positive and of negative rows."""
+Choice = Callable[[Rows], int]
+"""The column that rows choose."""
+LENGTH_TOLERANCE = 0.1
+"""Sentences are of about equal length if their numbers of tokens differ by at most this fraction of the larger."""
 
 
 class Split(NamedTuple):
@@ -36,7 +43,7 @@ class Split(NamedTuple):
     choosing: Rows
     judging: Rows
     permuted: Rows
-    """The choosing rows under labels permuted at random."""
+    """The choosing rows under labels that have nothing to do with the true ones."""
 
 
 MIN_SENTENCES = 4
@@ -70,9 +77,22 @@ def _split(concept: Concept, seed: int, test_fraction: float) -> Split:
         is_judging = torch.tensor([sentence in judging for sentence in side])
         first.append(start + (~is_judging).nonzero().flatten())
         second.append(start + is_judging.nonzero().flatten())
-    order = torch.randperm(sum(map(len, first)), generator=torch.Generator().manual_seed(seed))
-    permuted = torch.cat(first)[order]
-    return Split((first[0], first[1]), (second[0], second[1]), (permuted[: len(first[0])], permuted[len(first[0]) :]))
+    choosing = first[0], first[1]
+    return Split(choosing, (second[0], second[1]), _permuted(choosing, seed, concept.name))
+
+
+def _permuted(rows: Rows, seed: int, name: str) -> Rows:
+    """Two halves of the rows, each with half of either true side (one of an odd number is left out).
+
+    Labels that were merely shuffled put a few true positives too many on one side, and what separates the true labels
+    is then chosen; one permutation for all concepts would even favour the same side in each of them.
+    """
+    mixed = np.random.SeedSequence([seed, zlib.crc32(name.encode())]).generate_state(1)
+    generator = torch.Generator().manual_seed(int(mixed[0]))
+    shuffled = [side[torch.randperm(len(side), generator=generator)] for side in rows]
+    halves = [side[: len(side) // 2 * 2].split(len(side) // 2) for side in shuffled]
+    first, second = map(torch.cat, zip(*halves))
+    return first, second
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +102,8 @@ class Reading:
     concept: Concept
     splits: Sequence[Split]
     batches: list[ActivationBatch]
+    places: Tensor
+    """Of each sentence, its number in the order in which they were read."""
 
     @classmethod
     def of(
@@ -89,7 +111,10 @@ class Reading:
     ) -> "Reading":
         """Read a concept's sentences, each once."""
         sentences = [*concept.positives, *concept.negatives, *concept.hard_negatives]
-        return cls(concept, splits, list(token_activations(model, hooks, sentences, batch_size=batch_size)))
+        # Short ones together, so that little of a batch is padding.
+        order = sorted(range(len(sentences)), key=lambda number: len(sentences[number]))
+        read = token_activations(model, hooks, [sentences[number] for number in order], batch_size=batch_size)
+        return cls(concept, splits, list(read), torch.tensor(order).argsort())
 
     @property
     def n(self) -> int:
@@ -101,59 +126,76 @@ class Reading:
         """Rows of the hard negatives."""
         return torch.arange(self.n - len(self.concept.hard_negatives), self.n)
 
-    def pooled(self, detector: Detector, pooling: Any) -> Tensor:
+    def pooled(self, detector: Detector, pooling: Pooling) -> Tensor:
         """Scores of the sentences, ``(n, k)``."""
-        return pool_scores(self.batches, {"": detector}, self.n, pooling)[""]
+        return pool_scores(self.batches, {"": detector}, self.n, pooling)[""][self.places]
 
-    def counts(self) -> Tensor:
-        """Tokens of each sentence, float32 ``(n, 1)``."""
+    def sums(self, hook_name: str, *, equal_norms: bool) -> SentenceSums:
+        """Sums of the activations of each sentence at a hook."""
+        return sentence_sums(self.batches, hook_name, self.n, equal_norms=equal_norms).of(self.places)
+
+    def lengths(self) -> Tensor:
+        """Tokens of each sentence, float32 ``(n,)``."""
         documents = torch.cat([batch.document_ids for batch in self.batches])
-        return torch.bincount(documents, minlength=self.n)[:, None].float()
+        return torch.bincount(documents, minlength=self.n)[self.places].float()
 
 
-def method_cells(reading: Reading, method: Method, rules: Sequence[str]) -> Iterator[dict[str, Any]]:
+def method_cells(reading: Reading, method: Method, rules: Sequence[str], pooling: Pooling) -> Iterator[dict[str, Any]]:
     """Choose a column by each rule on each choosing half, and judge it on the other half.
 
-    Rule "auroc" takes the column with the highest AUROC of the sentence maximum; "contrast" the one with the largest
-    mean score over positive tokens minus that over negative ones. Both are judged by the sentence maximum.
+    Rule "auroc" takes the column with the highest AUROC of the sentences' scores; "contrast" the one with the largest
+    mean score over positive tokens minus that over negative ones. Both are judged by the sentences' scores.
 
     Yields:
         One row per split, rule and metric.
     """
-    largest = reading.pooled(method.detector, "max")
-    sums, counts = None, reading.counts()
+    scores, lengths = reading.pooled(method.detector, pooling), reading.lengths()
+    choices: dict[str, Choice] = {}
+    if "auroc" in rules:
+        choices["auroc"] = partial(_by_auroc, scores)
     if "contrast" in rules:
-        sums = reading.pooled(method.detector, "mean") * counts
+        means = scores if pooling == "mean" else reading.pooled(method.detector, "mean")
+        choices["contrast"] = partial(_by_contrast, means * lengths[:, None], lengths)
+    names = method.detector.names
+    for rule in rules:
+        for row in _chosen_cells(reading, scores, choices[rule]):
+            yield {"rule": rule, "draw": method.draw, "chosen": names[row["column"]]} | row
+
+
+def length_cells(reading: Reading) -> Iterator[dict[str, Any]]:
+    """The same for the number of tokens of a sentence, as it is or negated, whichever the choosing half prefers."""
+    lengths = reading.lengths()
+    scores = torch.stack([lengths, -lengths], dim=1)
+    for row in _chosen_cells(reading, scores, partial(_by_auroc, scores)):
+        yield row | {"chosen": ("longer", "shorter")[row["column"]]}
+
+
+def _chosen_cells(reading: Reading, scores: Tensor, choose: Choice) -> Iterator[dict[str, Any]]:
+    """Rows for columns of which one is chosen on each choosing half."""
     for number, split in enumerate(reading.splits):
-        for rule in rules:
-            columns = [
-                _by_auroc(largest, rows) if sums is None or rule == "auroc" else _by_contrast(sums, counts, rows)
-                for rows in (split.choosing, split.permuted)
-            ]
-            chosen, permuted = (largest[:, [column]] for column in columns)
-            values = _judged(chosen, split, reading.hard)
-            values["permuted_auroc"] = _area(permuted, split.judging)
-            where = {"rule": rule, "method": method.name, "draw": method.draw, "split": number}
-            where |= {"column": columns[0], "chosen": method.detector.names[columns[0]]}
-            yield from ({**where, "metric": metric, "value": value} for metric, value in values.items())
+        column, permuted = choose(split.choosing), choose(split.permuted)
+        values = _judged(reading, scores[:, [column]], split)
+        values["permuted_auroc"] = _area(scores[:, [permuted]], split.judging)
+        values["any_auroc"] = float(auroc(*(scores[side] for side in split.judging)).mean())
+        where = {"split": number, "column": column}
+        yield from ({**where, "metric": metric, "value": value} for metric, value in values.items())
 
 
-def difference_cells(reading: Reading, hook_name: str) -> Iterator[dict[str, Any]]:
+def difference_cells(reading: Reading, hook_name: str, pooling: Pooling) -> Iterator[dict[str, Any]]:
     """The same for the difference of means of each choosing half, at a hook."""
-    sums = sentence_sums(reading.batches, hook_name, reading.n, equal_norms=True)
+    sums = reading.sums(hook_name, equal_norms=True)
     options: dict[str, Any] = {"weighting": "sentence", "equal_norms": True}
     made = [
         difference_of(sums.of(split.choosing[0]), sums.of(split.choosing[1]), hook_name, **options)
         for split in reading.splits
     ]
     detector = Detector.from_directions(torch.stack([each.direction for each in made]), hook_name)
-    scores = reading.pooled(detector, "max")
-    yield from _fitted_cells(reading, scores)
+    yield from _fitted_cells(reading, reading.pooled(detector, pooling))
 
 
 def probe_cells(reading: Reading, hook_name: str, seed: int) -> Iterator[dict[str, Any]]:
     """The same for an L2 logistic probe of mean-pooled activations, fitted on each choosing half."""
-    sums = sentence_sums(reading.batches, hook_name, reading.n, equal_norms=False)
+    sums = reading.sums(hook_name, equal_norms=False)
     x = (sums.vectors / sums.counts[:, None]).numpy()
     scores = []
     for split in reading.splits:
@@ -166,15 +208,16 @@ def probe_cells(reading: Reading, hook_name: str, seed: int) -> Iterator[dict[st
 def _fitted_cells(reading: Reading, scores: Tensor) -> Iterator[dict[str, Any]]:
     """Rows for what was fitted on each choosing half: one column of scores per split."""
     for number, split in enumerate(reading.splits):
-        values = _judged(scores[:, [number]], split, reading.hard)
+        values = _judged(reading, scores[:, [number]], split)
         yield from ({"split": number, "metric": metric, "value": value} for metric, value in values.items())
 
 
-def _judged(scores: Tensor, split: Split, hard: Tensor) -> dict[str, float]:
+def _judged(reading: Reading, scores: Tensor, split: Split) -> dict[str, float]:
     values = {"auroc": _area(scores, split.judging), "chosen_auroc": _area(scores, split.choosing)}
     values["optimism"] = values["chosen_auroc"] - values["auroc"]
-    if len(hard):
-        values["hard_negative_auroc"] = _area(scores, (split.judging[0], hard))
+    values["equal_length_auroc"] = _area_at_equal_length(scores[:, 0], reading.lengths(), split.judging)
+    if len(reading.hard):
+        values["hard_negative_auroc"] = _area(scores, (split.judging[0], reading.hard))
     return values
 
 
@@ -182,11 +225,20 @@ def _area(scores: Tensor, rows: Rows) -> float:
     return float(auroc(*(scores[side] for side in rows)))
 
 
-def _by_auroc(largest: Tensor, rows: Rows) -> int:
-    sides = [largest[side] for side in rows]
+def _area_at_equal_length(scores: Tensor, lengths: Tensor, rows: Rows) -> float:
+    """AUROC among pairs of sentences of about equal length; NaN where there are fewer pairs than sentences."""
+    (up, down), (first, second) = ([values[side].double() for side in rows] for values in (scores, lengths))
+    pairs = (first[:, None] - second).abs() <= LENGTH_TOLERANCE * torch.maximum(first[:, None], second)
+    if int(pairs.sum()) < len(up) + len(down):
+        return float("nan")
+    return float((((up[:, None] - down).sign() + 1) / 2)[pairs].mean())
+
+
+def _by_auroc(scores: Tensor, rows: Rows) -> int:
+    sides = [scores[side] for side in rows]
     return best_column(auroc(*sides), standardised_difference(*sides))
 
 
-def _by_contrast(sums: Tensor, counts: Tensor, rows: Rows) -> int:
-    up, down = (sums[side].double().sum(0) / counts[side].sum() for side in rows)
+def _by_contrast(sums: Tensor, lengths: Tensor, rows: Rows) -> int:
+    up, down = (sums[side].double().sum(0) / lengths[side].sum() for side in rows)
     return int((up - down).argmax())

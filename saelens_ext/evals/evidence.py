@@ -304,6 +304,14 @@ class Evidence:
         return {name: self.settings[name] for name in ("n_bootstrap", "confidence")} | {"generator": generator}
 
 
+class OverConcepts:
+    """What evaluations have in common whose units are concepts and whose headline is 0.5 without knowledge."""
+
+    unit: ClassVar[str] = "concept"
+    chance: ClassVar[float | None] = 0.5
+    bounds: ClassVar[tuple[float, float]] = (0.0, 1.0)
+
+
 def evidence_table(title: str, table: pd.DataFrame, note: str) -> EvidenceTable:
     rows = tuple(tuple(row) for row in table.astype(object).itertuples(index=False))
     return EvidenceTable(title=title, columns=tuple(map(str, table.columns)), rows=rows, note=note)

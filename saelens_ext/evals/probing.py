@@ -18,7 +18,7 @@ from saelens_ext.evals.attempts import Attempts
 from saelens_ext.evals.baselines import random_activations
 from saelens_ext.evals.concepts_data import Concept, check_concepts
 from saelens_ext.evals.detection_cells import Reading, concept_splits
-from saelens_ext.evals.evidence import Evidence
+from saelens_ext.evals.evidence import Evidence, OverConcepts
 from saelens_ext.host.flat_sae import hooks_of
 from saelens_ext.host.models import HostModel, describe_model, resolve_hook
 
@@ -27,7 +27,7 @@ RAW, CORESET = "raw activations", "coreset"
 _COLUMNS = ["concept", "probe", "method", "metric", "value", "split", "column"]
 
 
-class ProbeEvidence(Evidence):
+class ProbeEvidence(OverConcepts, Evidence):
     """Held-out probes on the codes of dictionaries; a unit is a concept."""
 
     kind: ClassVar[str] = "probes"
@@ -36,7 +36,6 @@ class ProbeEvidence(Evidence):
         "How much of what a linear probe reads from the activations is left in a few codes of a dictionary, or in a "
         "histogram of its latents, and is it more than in as many random activations?"
     )
-    unit: ClassVar[str] = "concept"
     unit_text: ClassVar[str] = (
         "A unit is a concept. Probes are fitted to part of its sentences and judged on the others; results of several "
         "splits are averaged within the concept. Intervals and tests are over concepts."
@@ -48,8 +47,6 @@ class ProbeEvidence(Evidence):
         "retention": "accuracy / accuracy of the raw probe",
         "retention_above_chance": "(accuracy - 0.5) / (raw accuracy - 0.5), where the raw probe has 0.6 or more",
     }
-    chance: ClassVar[float | None] = 0.5
-    bounds: ClassVar[tuple[float, float]] = (0.0, 1.0)
 
 
 @standard_modes()
@@ -128,8 +125,8 @@ def evaluate_probes(
     attempts = Attempts()
     tried = _tried(model, _named(dictionaries, ks), attempts)
     if CORESET in controls:
-        spare = cells.training_sentences(listed, splits)
-        tried += _coresets(model, tried, activations or {}, spare, seed, attempts)
+        spare, given = cells.training_sentences(listed, splits), _by_hook(model, activations or {}, tried)
+        tried += _coresets(model, tried, given, spare, seed, attempts)
     warn_of_bos(model, [detector for each in tried for detector in each.representations.values()])
     hooks = list(dict.fromkeys(each.hook_name for each in tried))
     for concept, own in tqdm(list(zip(listed, splits)), desc="concepts", disable=not (progress and hooks)):
@@ -197,6 +194,18 @@ def _tried(model: HostModel, named: Mapping[str, SAE[Any]], attempts: Attempts) 
                 )
             )
     return found
+
+
+def _by_hook(model: HostModel, activations: Mapping[str, Tensor], tried: Sequence[_Tried]) -> dict[str, Tensor]:
+    """The activations by the hook's name in the dictionaries, however it is spelt where they are given."""
+    given = {resolve_hook(model, name): x for name, x in activations.items()}
+    read = {each.hook_name: resolve_hook(model, each.hook_name) for each in tried}
+    unread = [name for name in activations if resolve_hook(model, name) not in read.values()]
+    if unread and read:
+        raise ValueError(
+            f"activations are given at {unread[0]!r}, where no dictionary reads; they read at {', '.join(read)}."
+        )
+    return {name: given[place] for name, place in read.items() if place in given}
 
 
 def _coresets(

@@ -12,6 +12,7 @@ import torch
 from saelens_ext.concepts.comparison import compare_detection
 from saelens_ext.concepts.detector import Detector
 from saelens_ext.concepts.diff_means import split_sentences
+from saelens_ext.concepts.sentence_scores import sentence_scores
 from saelens_ext.evals import baselines
 from saelens_ext.evals.concepts_data import Concept
 from saelens_ext.evals.detection import DetectionEvidence, evaluate_detection
@@ -19,7 +20,7 @@ from saelens_ext.evals.detection_cells import concept_splits
 from saelens_ext.evals.evidence import Evidence
 from saelens_ext.evals.methods import Method
 from tests.continuations._dictionaries import make
-from tests.evals.planted import HOOK, N_TRIGGERS, TRIGGERS, D, concept, model_with_directions
+from tests.evals.planted import HOOK, N_TRIGGERS, TRIGGERS, D, concept, model_with_directions, words
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +59,76 @@ def test_a_planted_direction_is_found_and_controls_find_nothing(model):
     claim = found.claim("planted")
     assert "planted (mean held-out AUROC 0.9" in claim or "planted (mean held-out AUROC 1.0" in claim
     assert "is above elsewhere (+0." in claim and not found.failures
+
+
+def test_permuted_labels_choose_without_knowledge_where_a_column_separates_perfectly(model):
+    # One permutation for all concepts, with a positive too many on one side, gave means from 0.51 to 0.68.
+    concepts = [concept(i, TRIGGERS[i % N_TRIGGERS], n_per_side=n) for i, n in enumerate([12] * 12 + [10] * 12)]
+    for seed in range(2):
+        found = evaluate_detection(model, [directions("planted", torch.eye(D))], concepts, seed=seed, probe=False)
+        for rule in ("auroc", "contrast"):
+            assert abs(plain(found, "permuted_auroc", rule)["planted"].mean() - 0.5) < 0.05
+
+
+def test_permuted_labels_say_nothing_of_the_true_ones_and_differ_between_concepts():
+    for n_up, n_down in ((12, 12), (26, 16), (10, 30)):
+        sides = [tuple(f"{sign} {j}" for j in range(n)) for sign, n in (("yes", n_up), ("no", n_down))]
+        concepts = [Concept(name=f"c{i}", positives=sides[0], negatives=sides[1]) for i in range(40)]
+        splits = [concept_splits(each, 1, 3)[0] for each in concepts]
+        for split in splits:
+            for side in split.choosing:
+                halves = [set(half.tolist()) & set(side.tolist()) for half in split.permuted]
+                assert len(halves[0]) == len(halves[1]) == len(side) // 2 and not halves[0] & halves[1]
+        assert len({tuple(split.permuted[0].sort().values.tolist()) for split in splits}) > 35
+
+
+def longer(number, *, n_more, size=40):
+    """Noise on both sides, the positives longer by up to so many words: on average, not always."""
+    generator = np.random.default_rng([7, number])
+    n_words = [generator.integers(4, 9 + more, size=size) for more in (n_more, 0)]
+    sides = [tuple("We " + " ".join(words(generator, n)) + "." for n in side) for side in n_words]
+    return Concept(name=f"concept {number}", positives=sides[0], negatives=sides[1])
+
+
+def test_where_one_side_is_longer_any_direction_detects_its_length(model):
+    concepts = [longer(i, n_more=6) for i in range(20)]
+    noise = [gaussian(60, first=N_TRIGGERS)]
+    found = evaluate_detection(model, noise, concepts, n_splits=3, probe=False, diff_means=False)
+    for rule in ("auroc", "contrast"):
+        means = {m: plain(found, m, rule)["gaussian 60"].mean() for m in ("auroc", "permuted_auroc", "any_auroc")}
+        # A choice without knowledge, and none at all, detect length alike; so does one made with the labels.
+        assert min(means.values()) > 0.55
+        assert abs(means["permuted_auroc"] - means["any_auroc"]) < 0.06
+        assert abs(plain(found, "equal_length_auroc", rule)["gaussian 60"].mean() - 0.5) < 0.05
+        assert plain(found, rule=rule)["number of tokens"].mean() > 0.75
+        assert plain(found, "equal_length_auroc", rule)["number of tokens"].mean() < 0.6
+    assert (
+        found.kinds["number of tokens"] == "control" and "without the model" in found.descriptions["number of tokens"]
+    )
+    averaged = evaluate_detection(model, noise, concepts, n_splits=3, probe=False, diff_means=False, pooling="mean")
+    assert abs(plain(averaged, "any_auroc")["gaussian 60"].mean() - 0.5) < 0.03
+    assert abs(plain(averaged, "permuted_auroc")["gaussian 60"].mean() - 0.5) < 0.05
+    same = evaluate_detection(model, noise, [longer(i, n_more=0) for i in range(20)], n_splits=3, rules=["auroc"])
+    assert abs(plain(same, "any_auroc")["gaussian 60"].mean() - 0.5) < 0.03
+    assert abs(plain(same)["number of tokens"].mean() - 0.5) < 0.06
+
+
+def test_pairs_of_about_equal_length_by_a_double_loop(model):
+    one = longer(3, n_more=0, size=20)
+    found = evaluate_detection(model, [gaussian(7)], [one], n_splits=1, rules=["auroc"], probe=False)
+    column = int(found.cells.query("method == 'gaussian 7'")["column"].iloc[0])
+    sides = []
+    for side in (one.positives, one.negatives):
+        judging = split_sentences([s.lower() for s in side], seed=0)[1]
+        texts = [s for s in side if s.lower() in judging]
+        scores = sentence_scores(model, gaussian(7).detector, texts)[:, column]
+        sides.append([(len(model.to_tokens(t)[0]) - 1, float(score)) for t, score in zip(texts, scores)])
+    wins = [(a > b) + (a == b) / 2 for n, a in sides[0] for m, b in sides[1] if abs(n - m) <= 0.1 * max(n, m)]
+    assert 20 <= len(wins) < 100
+    assert plain(found, "equal_length_auroc")["gaussian 7"].item() == pytest.approx(np.mean(wins))
+    apart = Concept(name="apart", positives=[f"{s} {s}" for s in one.positives], negatives=one.negatives)
+    none = evaluate_detection(model, [gaussian(7)], [apart], n_splits=1, rules=["auroc"], probe=False)
+    assert np.isnan(plain(none, "equal_length_auroc")["gaussian 7"].item())
 
 
 def test_many_columns_of_noise_look_good_where_they_were_chosen(model):
@@ -216,7 +287,7 @@ def test_a_method_that_always_fails_is_named_once(model):
     found = evaluate_detection(model, [gaussian(5), wide], concepts, n_splits=1)
     assert [(f.method, f.unit) for f in found.failures] == [("too wide", "")]
     with pytest.raises(ValueError, match="Nothing could be computed. too wide on concept 0: ValueError"):
-        evaluate_detection(model, [wide], concepts, n_splits=1, diff_means=False, probe=False)
+        evaluate_detection(model, [wide], concepts, n_splits=1, diff_means=False, probe=False, length=False)
 
 
 def test_sentences_that_differ_by_case_only_stay_together(model):
@@ -227,9 +298,8 @@ def test_sentences_that_differ_by_case_only_stay_together(model):
     for split in concept_splits(doubled, 4, 0):
         first, second = ({doubled.positives[i].strip().lower() for i in rows[0]} for rows in split[:2])
         assert first and second and not first & second
-        assert sorted([*split.permuted[0].tolist(), *split.permuted[1].tolist()]) == sorted(
-            [*split.choosing[0].tolist(), *split.choosing[1].tolist()]
-        )
+        permuted, choosing = (set(torch.cat(rows).tolist()) for rows in (split.permuted, split.choosing))
+        assert permuted <= choosing and len(choosing - permuted) <= 2
 
 
 def test_it_is_saved_and_loaded(model, tmp_path):
@@ -257,6 +327,7 @@ def test_what_is_refused(model):
         ([gaussian(3)], [few], {}, "'few' has 3 different positives; at least 4 are needed.*Add sentences"),
         ([gaussian(3)], [one], {"rules": ["best"]}, r"rules\[0\] must be one of 'auroc', 'contrast', got 'best'"),
         ([gaussian(3)], [one], {"rules": []}, "rules is empty"),
+        ([gaussian(3, name="number of tokens")], [one], {}, "called 'number of tokens'.*rename it"),
         ([gaussian(3)], [one], {"n_splits": 0}, "n_splits must be a whole number of at least 1, got 0"),
         ([gaussian(3)], [one], {"confidence": 95.0}, "confidence must lie in"),
         ([gaussian(3, name="difference of means")], [one], {}, "called 'difference of means'.*rename it"),

@@ -141,6 +141,9 @@ def test_coresets_are_drawn_from_what_is_given_or_from_sentences_not_judged_on(m
     # As many activations as are given: the coreset is the partition, triggers and all.
     table = found.per_unit("auroc").loc["one-hot"]
     assert table["random activations for regions"].min() > 0.95 < table["regions"].min()
+    for name, message in (("blocks.1.hook_resid_pre", "no dictionary reads; they read at"), ("regions", "regions")):
+        with pytest.raises(ValueError, match=message):
+            evaluate_probes(model, {"regions": regions()}, few, ks=(1,), activations={name: given[HOOK]}, n_splits=1)
     splits = [concept_splits(each, 3, 0, test_fraction=0.3) for each in few]
     spare = set(training_sentences(few, splits))
     for each, own in zip(few, splits):
