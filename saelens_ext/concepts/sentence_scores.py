@@ -91,7 +91,9 @@ def sentence_scores(
     context_size: int | None = ...,
     batch_size: int = ...,
     progress: bool = ...,
-) -> Tensor: ...
+) -> Tensor:
+    """Score sentences by one detector, ``(n, k)``."""
+    ...
 
 
 @overload
@@ -104,7 +106,9 @@ def sentence_scores(
     context_size: int | None = ...,
     batch_size: int = ...,
     progress: bool = ...,
-) -> dict[str, Tensor]: ...
+) -> dict[str, Tensor]:
+    """Score sentences by several detectors, one table ``(n, k)`` by name."""
+    ...
 
 
 @torch.no_grad()

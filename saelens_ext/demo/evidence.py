@@ -7,7 +7,9 @@ import argparse
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +20,11 @@ from torch import Tensor
 from saelens_ext.activations.kept_stream import KeptStream
 from saelens_ext.activations.stream import ActivationStream
 from saelens_ext.demo.packaged import load_demo_corpus, load_demo_model, split_corpus
+from saelens_ext.dictionaries.exemplar_partition import ExemplarPartition
 from saelens_ext.dictionaries.fit_exemplars import fit_exemplar_partitions
 from saelens_ext.dictionaries.fit_sae import fit_sae
-from saelens_ext.evals.baselines import matched_controls
-from saelens_ext.evals.concepts_data import packaged_concepts
+from saelens_ext.evals.baselines import kmeans_directions, matched_controls, principal_directions, single_neurons
+from saelens_ext.evals.concepts_data import Concept, packaged_concepts, packaged_texts
 from saelens_ext.evals.detection import evaluate_detection
 from saelens_ext.evals.evidence import Evidence
 from saelens_ext.evals.methods import Method
@@ -29,17 +32,20 @@ from saelens_ext.evals.novelty import evaluate_novelty
 from saelens_ext.evals.probing import evaluate_probes
 from saelens_ext.evals.results import save_evidence
 from saelens_ext.evals.synthetic import evaluate_on_synthetic
+from saelens_ext.host.models import HostModel
 
 logger = logging.getLogger(__name__)
 
+KINDS = ("novelty", "detection", "probes", "synthetic")
 HOOK = "blocks.15.hook_out"
 CONTEXT_SIZE = 128
 EXCERPT = 1_000  # characters of a document, so that there are many
 PERCENTILES = (1, 4)
 OUTSIDE = {
-    "news": "139_news_class_Politics",
+    "news": "97_news_class",
     "code": "159_code_Python",
-    "tweets": "149_twt_emotion_happiness",
+    "tweets": "102_twt_emotion",
+    "sums in RPN": "40_arith_rpn",
 }
 """Sets of sae-probes whose prompts are unlike the corpus."""
 
@@ -54,119 +60,131 @@ def excerpts(corpus: Dataset) -> list[str]:
     ]
 
 
-def outside_sets(n_per_side: int) -> dict[str, list[str]]:
-    """Prompts by kind; a set that cannot be read is left out, with a warning."""
-    found = {}
-    for name, dataset in OUTSIDE.items():
-        try:
-            (concept,) = packaged_concepts((dataset,), n_per_side=n_per_side, words=(3, 2_000))
-        except (ValueError, ImportError) as error:
-            logger.warning("The outside set %s is left out: %s", name, error)
-            continue
-        found[name] = [*concept.positives, *concept.negatives]
-    return found
+class Prepared:
+    """The demo model, its dictionaries and what they were fitted to, each made when it is first asked for."""
 
+    def __init__(self, n_activations: int, n_per_side: int, n_seeds: int):
+        self.n_activations, self.n_per_side, self.n_seeds = n_activations, n_per_side, n_seeds
 
-def collect_evidence(
-    kinds: Sequence[str], *, n_activations: int, n_per_side: int, n_seeds: int, say: Callable[[str], Any]
-) -> dict[str, Evidence]:
-    """Run evaluations of dictionaries of the demo model.
+    @cached_property
+    def model(self) -> HostModel:
+        """SmolLM2-135M-Instruct."""
+        return load_demo_model()
 
-    Args:
-        kinds: of "detection", "probes", "novelty" and "synthetic".
-        n_activations: to fit dictionaries to.
-        n_per_side: sentences with and without each concept.
-        n_seeds: synthetic models.
-        say: called with a line about each stage.
-    """
-    found: dict[str, Evidence] = {}
-    if set(kinds) - {"synthetic"}:
-        say("Loading SmolLM2-135M-Instruct and reading activations")
-        model = load_demo_model()
+    @cached_property
+    def texts(self) -> tuple[list[str], list[str]]:
+        """Documents to fit to, and held-out ones."""
         build, held_out = split_corpus(load_demo_corpus())
-        stream = ActivationStream(
-            model, excerpts(build), HOOK, context_size=CONTEXT_SIZE, batch_size=16, max_tokens=n_activations
-        )
-        kept = KeptStream(stream)
-        fits = fit_exemplar_partitions(kept, PERCENTILES)
-        partitions = {f"EP p{percentile}": fit.dictionary for (_, percentile), fit in fits.items()}
-    if "novelty" in kinds:
-        say("Novelty: does the distance to the nearest exemplar find unfamiliar text?")
-        found["novelty"] = evaluate_novelty(
-            model,
-            partitions,
-            kept,
-            excerpts(held_out),
-            outside_sets(n_per_side // 2),
-            n_activations=n_activations // 2,
+        return excerpts(build), excerpts(held_out)
+
+    @cached_property
+    def kept(self) -> KeptStream:
+        """The activations to fit to."""
+        options: dict[str, Any] = {"context_size": CONTEXT_SIZE, "batch_size": 16, "max_tokens": self.n_activations}
+        return KeptStream(ActivationStream(self.model, self.texts[0], HOOK, **options))
+
+    @cached_property
+    def x(self) -> Tensor:
+        """The same as a matrix."""
+        return torch.cat([rows for batch in self.kept for rows in batch.activations.values()])
+
+    @cached_property
+    def partitions(self) -> dict[str, ExemplarPartition]:
+        """By name, the finest first."""
+        fits = fit_exemplar_partitions(self.kept, PERCENTILES)
+        return {f"EP p{percentile}": fit.dictionary for (_, percentile), fit in fits.items()}
+
+    @cached_property
+    def dictionaries(self) -> dict[str, SAE[Any]]:
+        """The coarsest partition and an SAE of equal width, trained on the same activations."""
+        name, partition = list(self.partitions.items())[-1]
+        sae = fit_sae(self.kept, partition.cfg.d_sae, training_samples=10 * len(self.x))
+        return {name: partition, "SAE": sae}
+
+    @cached_property
+    def concepts(self) -> list[Concept]:
+        """Those packaged."""
+        return packaged_concepts(n_per_side=self.n_per_side)
+
+    def novelty(self) -> Evidence:
+        """Does the distance to the nearest exemplar find unfamiliar text?"""
+        return evaluate_novelty(
+            self.model,
+            self.partitions,
+            self.kept,
+            self.texts[1],
+            {name: packaged_texts(dataset) for name, dataset in OUTSIDE.items()},
+            n_activations=self.n_activations // 2,
             max_per_document=60,
         )
-        say(found["novelty"].verdict())
-    if set(kinds) & {"detection", "probes"}:
-        x = torch.cat([rows for batch in kept for rows in batch.activations.values()])
-        dictionaries = compared(partitions, x, kept)
-        concepts = packaged_concepts(n_per_side=n_per_side)
-    if "detection" in kinds:
-        say("Detection: do regions detect concepts better than as many random activations and an SAE?")
-        found["detection"] = evaluate_detection(model, detection_methods(dictionaries, x), concepts)
-        say(found["detection"].verdict())
-    if "probes" in kinds:
-        say("Probes: how much of a linear probe is left in a dictionary's codes?")
-        found["probes"] = evaluate_probes(model, dictionaries, concepts, activations=dict.fromkeys(dictionaries, x))
-        say(found["probes"].verdict())
-    if "synthetic" in kinds:
-        say("Synthetic models: are features that are known recovered?")
-        found["synthetic"] = evaluate_on_synthetic(n_seeds=n_seeds)
-        say(found["synthetic"].verdict())
-    return found
 
+    def detection(self) -> Evidence:
+        """Do regions detect concepts better than as many random activations and an SAE?"""
+        methods = detection_methods(self.dictionaries, self.x)
+        return evaluate_detection(self.model, methods, self.concepts)
 
-def compared(partitions: Mapping[str, SAE[Any]], x: Tensor, kept: KeptStream) -> dict[str, SAE[Any]]:
-    """The coarser partition and an SAE of equal width, trained on the same activations."""
-    name = list(partitions)[-1]
-    return {name: partitions[name], "SAE": fit_sae(kept, partitions[name].cfg.d_sae, training_samples=10 * len(x))}
+    def probes(self) -> Evidence:
+        """How much of a linear probe is left in a dictionary's codes?"""
+        activations = dict.fromkeys([HOOK], self.x)
+        return evaluate_probes(self.model, self.dictionaries, self.concepts, activations=activations)
+
+    def synthetic(self) -> Evidence:
+        """Are features that are known recovered?"""
+        return evaluate_on_synthetic(n_seeds=self.n_seeds)
 
 
 def detection_methods(dictionaries: Mapping[str, SAE[Any]], x: Tensor) -> list[Method]:
-    """Both bases of the partition, the SAE by its codes, and as many random activations and directions."""
+    """Both bases of the partition, the SAE by its codes, and as many of every baseline."""
     (name, partition), (_, sae) = dictionaries.items()
+    k, options = partition.cfg.d_sae, {"center": partition.b_dec.detach()}
     return [
         Method.from_dictionary(f"{name} exemplar", partition, basis="exemplar"),
         Method.from_dictionary(f"{name} mean", partition, basis="mean"),
         Method.from_dictionary("SAE", sae, similarity="code"),
         *matched_controls(partition, x),
+        kmeans_directions(x, k, HOOK, **options),
+        *(make(x, min(k, x.shape[1]), HOOK, **options) for make in (principal_directions, single_neurons)),
     ]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write ``evidence.html`` and ``results.json`` into a folder."""
+    """Write ``evidence.html`` and ``results.json`` into a folder, anew after each evaluation; 1 if one failed."""
     parser = argparse.ArgumentParser(prog="python -m saelens_ext.demo.evidence", description=__doc__)
     parser.add_argument("--output", default="evidence_output", help="folder to write")
-    parser.add_argument(
-        "--kinds", default="novelty,detection,probes,synthetic", help="evaluations to run, with commas between"
-    )
+    parser.add_argument("--kinds", default=",".join(KINDS), help="evaluations to run, with commas between")
     parser.add_argument("--n-activations", type=int, default=5_000, help="activations to fit dictionaries to")
     parser.add_argument("--n-per-side", type=int, default=40, help="sentences with and without each concept")
     parser.add_argument("--n-seeds", type=int, default=8, help="synthetic models")
     options = parser.parse_args(arguments)
-    begin, cpu = time.perf_counter(), time.process_time()
-    found = collect_evidence(
-        options.kinds.split(","),
-        n_activations=options.n_activations,
-        n_per_side=options.n_per_side,
-        n_seeds=options.n_seeds,
-        say=print,
-    )
+    kinds = options.kinds.split(",")
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown:
+        parser.error(f"--kinds takes any of {','.join(KINDS)}, got {unknown[0]!r}")
     about = {
         "model": "SmolLM2-135M-Instruct",
         "hook": HOOK,
         "activations": options.n_activations,
         "corpus": "Python's own documentation",
     }
-    files = save_evidence(list(found.values()), options.output, about=about, title="Evidence on SmolLM2-135M-Instruct")
-    print(f"{time.perf_counter() - begin:.0f} s, of which {time.process_time() - cpu:.0f} s of computing")
-    print(f"The page: {files['page'].resolve()}\nThe figures: {files['results'].resolve()}")
-    return 0
+    prepared = Prepared(options.n_activations, options.n_per_side, options.n_seeds)
+    found: list[Evidence] = []
+    files, failed = dict[str, Path](), False
+    for kind in kinds:
+        begin, cpu = time.perf_counter(), time.process_time()
+        evaluate = getattr(prepared, kind)
+        print(f"{kind.capitalize()}: {evaluate.__doc__}")
+        try:
+            found.append(evaluate())
+        except Exception as error:  # what the others find is not lost
+            logger.error("%s failed: %s", kind, error, exc_info=True)
+            failed = True
+            continue
+        files = save_evidence(found, options.output, about=about, title="Evidence on SmolLM2-135M-Instruct")
+        print(found[-1].verdict())
+        print(f"{time.perf_counter() - begin:.0f} s, of which {time.process_time() - cpu:.0f} s of computing")
+    for name, path in files.items():
+        print(f"{name}: {path.resolve()}")
+    return int(failed)
 
 
 if __name__ == "__main__":

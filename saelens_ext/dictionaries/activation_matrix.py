@@ -57,7 +57,8 @@ class ActivationSource:
         if isinstance(source, Tensor):
             if held_out and document_ids is None:
                 raise ValueError(
-                    "A matrix does not say which rows are of one document; held_out must be 0, or give a stream."
+                    "A matrix does not say which rows are of one document; give document_ids or a stream, or leave "
+                    "held_out at 0."
                 )
             source = MatrixStream(source, hook_name or "", document_ids=document_ids, batch_size=batch_size)
         elif hook_name is not None or document_ids is not None:

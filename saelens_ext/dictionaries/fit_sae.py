@@ -63,6 +63,7 @@ def fit_sae(
     *,
     architecture: str = "topk",
     hook_name: str | None = None,
+    document_ids: Tensor | None = None,
     training_samples: int = 200_000,
     batch_size: int = 1024,
     lr: float | int = 1e-3,
@@ -83,6 +84,7 @@ def fit_sae(
         architecture: any that SAELens trains, such as "standard", "topk", "batchtopk" or "jumprelu". Some need options
             of their own ("matryoshka_batchtopk" its widths).
         hook_name: where a matrix was read; kept in the metadata.
+        document_ids: the document of each row of a matrix, integers ``(n,)``, which ``held_out`` needs.
         training_samples: activations to train on, repeats included.
         batch_size: activations per step.
         lr: Adam's learning rate.
@@ -103,7 +105,7 @@ def fit_sae(
     _checks.positive(d_sae, "d_sae")
     if _checks.positive(training_samples, "training_samples") < _checks.positive(batch_size, "batch_size"):
         raise ValueError(f"training_samples must be at least one batch of {batch_size}, got {training_samples}.")
-    given = ActivationSource.of(source, hook_name, held_out)
+    given = ActivationSource.of(source, hook_name, held_out, document_ids=document_ids)
     sae_class, config_class = SAE_TRAINING_CLASS_REGISTRY[architecture]
     known = [
         name

@@ -88,6 +88,7 @@ def fit_snmf(
     n_components: int = 100,
     *,
     hook_name: str | None = None,
+    document_ids: Tensor | None = None,
     progress: bool = False,
     on_metrics: OnMetrics | None = None,
     **options: Unpack[SNMFFitOptions],
@@ -99,6 +100,7 @@ def fit_snmf(
             ``blocks.L.mlp.out.hook_in``), whose ``max_tokens`` is the budget; or activations ``(n, d)``.
         n_components: k, the number of features.
         hook_name: where a matrix was read; kept in the dictionary's metadata.
+        document_ids: the document of each row of a matrix, integers ``(n,)``, which ``held_out`` needs.
         progress: show a progress bar.
         on_metrics: called after each iteration (or pass) with its figures.
         **options: fields of :class:`SNMFFitConfig`.
@@ -121,7 +123,7 @@ def fit_snmf(
     """
     config = _checks.from_options(SNMFFitConfig, options, "The fit")
     n_components = _checks.positive(n_components, "n_components")
-    given = ActivationSource.of(source, hook_name, config.held_out)
+    given = ActivationSource.of(source, hook_name, config.held_out, document_ids=document_ids)
     x = given.in_memory(config.memory_limit)
     return fit_snmf_rows(given, x, n_components, config, progress=progress, on_metrics=on_metrics)
 

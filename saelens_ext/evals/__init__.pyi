@@ -18,6 +18,7 @@ from .behaviour import begins_with as begins_with
 from .behaviour_passes import measure_behaviour as measure_behaviour
 from .concepts_data import Concept as Concept
 from .concepts_data import packaged_concepts as packaged_concepts
+from .concepts_data import packaged_texts as packaged_texts
 from .concepts_data import read_concepts as read_concepts
 from .detection import DetectionEvidence as DetectionEvidence
 from .detection import evaluate_detection as evaluate_detection

@@ -145,19 +145,45 @@ def packaged_concepts(
     sets are those of its authors and have licences of their own.
     """
     _checks.positive(n_per_side, "n_per_side")
-    folder = _folder()
-    known = [path.name.removesuffix(".csv.zst") for path in sorted(folder.glob("*.csv.zst"))]
     chosen = list(DEFAULT_CONCEPTS) if names is None else _checks.listed(names, "names", "name")
-    found = []
-    for number, name in enumerate(chosen):
-        path = folder / f"{_checks.choice(name, known, f'names[{number}]')}.csv.zst"
-        table = pd.read_csv(pyarrow.input_stream(str(path), compression="zstd"))
-        found.append(_packaged(name, table, n_per_side, words, seed))
+    found = [_packaged(each, _rows(each, f"names[{i}]"), n_per_side, words, seed) for i, each in enumerate(chosen)]
     return check_concepts(found, "names")
 
 
-def _packaged(name: str, table: pd.DataFrame, n_per_side: int, words: tuple[int, int], seed: int) -> Concept:
-    rows = table[["prompt", "target"]].dropna().astype(str)
+def packaged_texts(name: str, *, n: int = 100, words: tuple[int, int] = (4, 2_000), seed: int = 0) -> list[str]:
+    """Different texts of a set of sae-probes, whatever their labels; read where they lie.
+
+    Args:
+        name: of the set, such as ``"97_news_class"``; any of them, of however many labels.
+        n: how many at most, drawn at random.
+        words: the fewest and the most words of a text.
+        seed: of the draw.
+
+    Raises:
+        ImportError: the wheel is not installed.
+        ValueError: no such set.
+    """
+    rows = _of_length(_rows(name, "name"), words).drop_duplicates("key")
+    order = np.random.default_rng(seed).permutation(len(rows))[: _checks.positive(n, "n")]
+    return rows["prompt"].iloc[order].tolist()
+
+
+def _rows(name: str, what: str) -> pd.DataFrame:
+    """The texts of a set with their labels."""
+    folder = _folder()
+    known = [path.name.removesuffix(".csv.zst") for path in sorted(folder.glob("*.csv.zst"))]
+    path = folder / f"{_checks.choice(name, known, what)}.csv.zst"
+    table = pd.read_csv(pyarrow.input_stream(str(path), compression="zstd"))
+    return table[["prompt", "target"]].dropna().astype(str)
+
+
+def _of_length(rows: pd.DataFrame, words: tuple[int, int]) -> pd.DataFrame:
+    """The rows of so many words, each with the normal form of its text as "key"."""
+    is_allowed = [words[0] <= len(text.split()) <= words[1] for text in rows["prompt"]]
+    return rows[is_allowed].assign(key=lambda own: own["prompt"].map(normal_form))
+
+
+def _packaged(name: str, rows: pd.DataFrame, n_per_side: int, words: tuple[int, int], seed: int) -> Concept:
     labels = sorted(set(rows["target"]))
     positive = [label for label in labels if label in _POSITIVE_LABELS]
     if len(labels) != 2 or not positive:
@@ -165,9 +191,7 @@ def _packaged(name: str, table: pd.DataFrame, n_per_side: int, words: tuple[int,
             f"The set {name!r} has the labels {labels[:5]}, {len(labels)} in all; a concept needs a set of two labels, "
             "one of them such as 1, True or yes."
         )
-    words_in = [len(str(text).split()) for text in rows["prompt"]]
-    rows = rows[pd.Series(words_in, index=rows.index).between(*words)]
-    rows = rows.assign(key=rows["prompt"].map(normal_form))
+    rows = _of_length(rows, words)
     # A sentence that is there with both labels teaches nothing.
     rows = rows[rows.groupby("key")["target"].transform("nunique") == 1].drop_duplicates("key")
     is_positive = rows["target"] == positive[0]

@@ -129,6 +129,7 @@ def stream_like(
         prepend_bos=reference.prepend_bos,
         seqpos_slice=reference.seqpos_slice,
         last_token_only=reference.last_token_only,
+        add_generation_prompt=bool(reference.describe().get("add_generation_prompt", False)),
         max_tokens=max_tokens,
     )
 

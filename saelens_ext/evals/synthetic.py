@@ -86,7 +86,8 @@ class SyntheticEvidence(Evidence):
 
     def section(self) -> EvidenceSection:
         """What a page shows of this evidence."""
-        return replace(super().section(), figures=tuple(self._by_rate(metric) for metric in _PER_FEATURE))
+        known = [metric for metric in _PER_FEATURE if (self.cells["metric"] == metric).any()]
+        return replace(super().section(), figures=tuple(map(self._by_rate, known)))
 
     def _by_rate(self, metric: str) -> LineFigure:
         """How a metric of features depends on how often they fire."""

@@ -23,7 +23,7 @@ def test_one_page_and_one_file_of_figures(tiny, tmp_path, capsys):
     content = json.loads((tmp_path / "results.json").read_text())
     assert list(content) == ["about", "novelty"] and content["about"]["hook"] == "blocks.1.hook_out"
     sets = {row["set"] for row in content["novelty"]["summary"]}
-    assert {"code", "tweets", "random_tokens", "shuffled_words", "reversed_tokens"} <= sets
+    assert {"code", "tweets", "sums in RPN", "random_tokens", "shuffled_words", "reversed_tokens"} <= sets
     assert content["novelty"]["verdict"] in capsys.readouterr().out
     assert "AUROC by percentile" in (tmp_path / "evidence.html").read_text()
 
@@ -33,6 +33,22 @@ def test_two_evaluations_of_one_kind_have_no_place_in_one_folder(tmp_path):
     assert isinstance(found, SyntheticEvidence)
     with pytest.raises(ValueError, match="different kinds, got synthetic, synthetic"):
         evidence.save_evidence([found, found], tmp_path)
+
+
+def test_what_fails_loses_nothing_else(monkeypatch, tmp_path, capsys):
+    def fails(*_, **__):
+        raise ImportError("pip install --no-deps something")
+
+    monkeypatch.setattr(evidence, "load_demo_model", fails)
+    original = evidence.evaluate_on_synthetic
+    small = {"methods": ("EP",), "n_seeds": 2, "n_activations": 200, "n_judged": 100, "n_bootstrap": 20}
+    monkeypatch.setattr(evidence, "evaluate_on_synthetic", lambda n_seeds: original(**small))
+    assert evidence.main(["--kinds=novelty,synthetic,probes", f"--output={tmp_path}"]) == 1
+    assert list(json.loads((tmp_path / "results.json").read_text())) == ["about", "synthetic"]
+    assert str(tmp_path / "evidence.html") in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        evidence.main(["--kinds=novelty,surprise"])
+    assert "got 'surprise'" in capsys.readouterr().err
 
 
 @pytest.mark.slow

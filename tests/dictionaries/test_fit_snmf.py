@@ -72,6 +72,27 @@ def test_held_out_documents(stream):
     assert fit_snmf(stream, 5, **OPTIONS).held_out_loss is None
 
 
+def test_documents_of_a_matrix_can_be_held_out(stream):
+    documents, x = torch.cat([batch.document_ids for batch in stream]), rows_of(stream)
+    streamed = fit_snmf(stream, 5, held_out=0.25, **OPTIONS)
+    held = fit_snmf(x, 5, document_ids=documents, held_out=0.25, **OPTIONS)
+    assert torch.equal(held.dictionary.features, streamed.dictionary.features)
+    assert held.n_held_out == streamed.n_held_out > 0
+    assert held.held_out_loss == pytest.approx(streamed.held_out_loss)
+    trained = [
+        fit_sae(source, 8, held_out=0.25, training_samples=256, batch_size=64, **options)
+        for source, options in ((stream, {}), (x, {"document_ids": documents}))
+    ]
+    assert torch.equal(trained[0].W_dec, trained[1].W_dec)
+    for fit in (fit_snmf, fit_sae):
+        with pytest.raises(ValueError, match=r"which rows are of one document; give document_ids or a stream"):
+            fit(x, 5, held_out=0.25)
+        with pytest.raises(ValueError, match=r"document_ids must be \d+ integers of at least 0, one per row, got"):
+            fit(x, 5, document_ids=documents[:3], held_out=0.25)
+        with pytest.raises(ValueError, match="document_ids is for a matrix"):
+            fit(stream, 5, document_ids=documents)
+
+
 @pytest.mark.parametrize("options", [{}, {"memory_limit": 10_000}])
 @pytest.mark.parametrize(("n_documents", "share"), [(9, 0.1), (2, 0.4), (1, 0.5)])
 def test_too_few_documents_to_hold_any_out_are_an_error(tiny_bridge, tiny_texts, n_documents, share, options):

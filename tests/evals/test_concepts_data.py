@@ -10,6 +10,7 @@ from saelens_ext.evals.concepts_data import (
     Concept,
     normal_form,
     packaged_concepts,
+    packaged_texts,
     read_concepts,
 )
 
@@ -92,6 +93,18 @@ def test_the_draw_depends_on_the_seed_only(packaged):
     assert again == packaged[0] and set(other.positives) != set(again.positives)
     (few,) = packaged_concepts(["92_glue_sst2"], n_per_side=5, words=(10, 12))
     assert len(few.positives) == 5 and all(10 <= len(s.split()) <= 12 for s in few.positives + few.negatives)
+
+
+def test_texts_of_any_set_whatever_its_labels():
+    sums = packaged_texts("40_arith_rpn", n=30)
+    assert len(set(sums)) == 30 == len(sums) and all(len(text.split()) == 5 for text in sums)
+    assert packaged_texts("40_arith_rpn", n=30) == sums != packaged_texts("40_arith_rpn", n=30, seed=1)
+    short = packaged_texts("102_twt_emotion", n=10**6, words=(1, 3))
+    assert 20 < len(short) < 5000 and max(len(text.split()) for text in short) == 3
+    with pytest.raises(ValueError, match="name must be one of .*got '40_arith'"):
+        packaged_texts("40_arith")
+    with pytest.raises(ValueError, match="n must be a whole number of at least 1, got 0"):
+        packaged_texts("40_arith_rpn", n=0)
 
 
 def test_what_is_refused_of_packaged_concepts(monkeypatch):

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from datasets import Dataset
 from scipy.stats import norm
 from sklearn.metrics import roc_auc_score
 
@@ -487,3 +488,18 @@ def test_documents_are_read_at_the_positions_of_the_reference(model, kept):
     reference = sx.KeptStream(reference) if kept else reference
     batches = list(data.stream_like(model, reference, documents(5, 1)))
     assert torch.cat([batch.document_ids for batch in batches]).tolist() == list(range(5))
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("prompt", [False, True])
+def test_conversations_end_as_those_of_the_reference(prompt, kept):
+    chatty = models_zoo.make_model("llama", "SAETransformerBridge")
+    chatty.tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %} [assistant] Well,{% endif %}"
+    )
+    first, second = ([{"messages": [{"role": "user", "content": f"{n} {i}"}]} for i in range(3)] for n in ("a", "b"))
+    reference = sx.ActivationStream(chatty, Dataset.from_list(first), HOOK, add_generation_prompt=prompt, **STREAM)
+    reference = sx.KeptStream(reference) if kept else reference
+    ids = data.documents_of(chatty, reference, Dataset.from_list(second), n_tokens=10_000, max_per_document=100)
+    assert [chatty.tokenizer.decode(each).endswith("Well,") for each in ids] == [prompt] * 3

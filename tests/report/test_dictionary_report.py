@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from saelens_ext.activations.stream import ActivationStream
+from saelens_ext.analysis.profile import profile_dictionary
+from saelens_ext.dictionaries.fit_exemplars import fit_exemplar_partition
 from saelens_ext.host.tokens import token_strings
 from saelens_ext.report.dictionary.dictionary_report import write_dictionary_report
 from saelens_ext.report.dictionary.evaluation import evaluation_rows
@@ -331,3 +334,24 @@ def test_a_window_of_another_stream_is_refused(inputs, tmp_path):
     fit = replace(inputs.chosen, provenance=provenance)
     with pytest.raises(ValueError, match="not of the same stream"):
         write_dictionary_report(tmp_path / "r.html", **vars(inputs) | {"fits": [fit], "chosen": fit})
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_what_was_fitted_to_a_matrix_is_reported_on(known, tiny_bridge, tiny_texts, tmp_path):
+    hook = "blocks.1.hook_out"
+    stream = ActivationStream(tiny_bridge, tiny_texts, hook, context_size=16)
+    batches = list(stream)
+    x = torch.cat([batch.activations[hook] for batch in batches])
+    options = {"hook_name": hook, "document_ids": torch.cat([b.document_ids for b in batches])} if known else {}
+    fit = fit_exemplar_partition(x, percentile=20, **options)
+    page = write_dictionary_report(
+        tmp_path / "matrix.html",
+        tokenizer=tiny_bridge.tokenizer,
+        title="matrix",
+        fits=[fit],
+        chosen=fit,
+        profile=profile_dictionary(fit.dictionary, stream),
+    ).read_text(encoding="utf-8")
+    assert "Not recorded" in page and f"{fit.dictionary.cfg.d_sae} regions" in page
+    found = json.loads(dict(INSIDE.findall(page))["region-data"])
+    assert sum(found["members"]) == len(x) and found["n_seen"] == len(x)
