@@ -58,6 +58,7 @@ from .evals.concepts_data import read_concepts as read_concepts
 from .evals.detection import evaluate_detection as evaluate_detection
 from .evals.evidence import Evidence as Evidence
 from .evals.localisation import localise_behaviour as localise_behaviour
+from .evals.localisation_sweep import localisation_sweep as localisation_sweep
 from .evals.methods import Method as Method
 from .evals.novelty import evaluate_novelty as evaluate_novelty
 from .evals.pathways import pathway_check as pathway_check

@@ -265,6 +265,13 @@ def ablated(m, tmp):
     return ext.ablate_behaviour(m.model, found, split, odds, **options)
 
 
+def swept(m, tmp):
+    split, odds, _ = localised(m)
+    options = {"chat_template": False, "min_members": 1, "min_rate": 0.01, "n_bootstrap": 20, "n_permutations": 20}
+    found = ext.localisation_sweep(m.model, HOOK, split, odds, percentiles=(20,), seeds=(0,), **options)
+    return found.cells, found.grid
+
+
 CASES: dict[str, Callable[[SimpleNamespace, Any], Any]] = {
     "ActivationBatch": lambda m, tmp: [(b.context(slice(0, 3)), b.first(2)) for b in m.residual],
     "ActivationStream": lambda m, tmp: list(ext.ActivationStream(m.model, m.texts, [HOOK, NEURONS], **STREAM)),
@@ -349,6 +356,7 @@ CASES: dict[str, Callable[[SimpleNamespace, Any], Any]] = {
     "latent_directions": lambda m, tmp: ext.latent_directions(m.model, m.partition.dictionary, [0, 1], basis="mean"),
     "load_from_hub": shared,
     "load_model": lambda m, tmp: [loaded_model(m, tmp, name) for name in models_zoo.MODEL_CLASSES],
+    "localisation_sweep": swept,
     "localise_behaviour": lambda m, tmp: localised(m)[2],
     "logit_lens": lambda m, tmp: ext.logit_lens(m.model, m.direction[None], top_n=3),
     "match_dictionaries": lambda m, tmp: ext.match_dictionaries(
@@ -417,8 +425,8 @@ RUN_THE_MODEL = {
     "add_direction", "audit_continuations", "clamp_latent", "compare_detection", "concept_scores", "diff_means",
     "fit_exemplar_partition", "fit_exemplar_partitions", "fit_hierarchical_snmf", "fit_sae",
     "fit_snmf", "match_strength", "neuron_group_effect", "profile_dictionaries", "profile_dictionary",
-    "Method", "ablate_behaviour", "evaluate_detection", "evaluate_probes", "localise_behaviour", "measure_behaviour",
-    "pathway_check", "replace_direction",
+    "Method", "ablate_behaviour", "evaluate_detection", "evaluate_probes", "localisation_sweep", "localise_behaviour",
+    "measure_behaviour", "pathway_check", "replace_direction",
     "read_texts", "sample_continuations", "sample_texts", "scale_latent", "steer_continuations", "steer_features",
     "steering_score", "validate_clusters",
 }  # fmt: skip

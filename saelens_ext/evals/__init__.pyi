@@ -25,6 +25,8 @@ from .detection import evaluate_detection as evaluate_detection
 from .evidence import Evidence as Evidence
 from .localisation import Localisation as Localisation
 from .localisation import localise_behaviour as localise_behaviour
+from .localisation_sweep import SweepEvidence as SweepEvidence
+from .localisation_sweep import localisation_sweep as localisation_sweep
 from .methods import Method as Method
 from .novelty import evaluate_novelty as evaluate_novelty
 from .pathways import PathwayCheck as PathwayCheck

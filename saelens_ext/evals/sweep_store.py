@@ -1,0 +1,74 @@
+"""The cells of a sweep that are done, in a folder or in memory."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from saelens_ext import _files
+from saelens_ext.evals.behaviour_passes import Verdict
+
+_SETTINGS = "sweep.json"
+
+
+@dataclass
+class SweepStore:
+    """Cells by percentile and seed, each in a file of its own that is whole or absent."""
+
+    folder: Path | None = None
+    known: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def at(cls, folder: str | Path | None, settings: dict[str, Any]) -> "SweepStore":
+        """The cells of a folder, which is made where there is none; without one they are kept in memory.
+
+        Raises:
+            ValueError: the folder holds a sweep of other settings.
+        """
+        if folder is None:
+            return cls()
+        path, own = Path(folder), _files.json_safe(settings)
+        if (path / _SETTINGS).exists():
+            there = _files.read_json(path / _SETTINGS)
+            apart = [name for name in own if there.get(name) != own[name]]
+            if apart:
+                raise ValueError(
+                    f"{path} holds a sweep of another {apart[0]} ({str(there.get(apart[0]))[:80]}, now "
+                    f"{str(own[apart[0]])[:80]}); give the same, or another folder."
+                )
+        else:
+            _files.write_json(path / _SETTINGS, own)
+        return cls(path)
+
+    def verdicts(self, name: str, make: Callable[[], Sequence[Verdict]]) -> list[Verdict]:
+        """Verdicts that are there, or made now."""
+        found = self._get(name)
+        if found is None:
+            found = {"verdicts": _files.json_safe([list(one) for one in make()])}
+            self._put(name, found)
+        number = lambda value: np.nan if value is None else float(value)  # noqa: E731
+        return [Verdict(number(shown), number(odds), text) for shown, odds, text in found["verdicts"]]
+
+    def cell(self, percentile: float, seed: int) -> dict[str, Any] | None:
+        """A cell that is done."""
+        return self._get(_file(percentile, seed))
+
+    def put(self, percentile: float, seed: int, cell: dict[str, Any]) -> None:
+        """Keep a cell."""
+        self._put(_file(percentile, seed), _files.json_safe(cell))
+
+    def _get(self, name: str) -> dict[str, Any] | None:
+        if self.folder is not None and name not in self.known and (self.folder / f"{name}.json").exists():
+            self.known[name] = _files.read_json(self.folder / f"{name}.json")
+        return self.known.get(name)
+
+    def _put(self, name: str, content: dict[str, Any]) -> None:
+        if self.folder is not None:
+            _files.write_json(self.folder / f"{name}.json", content)
+        self.known[name] = content
+
+
+def _file(percentile: float, seed: int) -> str:
+    return f"cell p{percentile:g} seed {seed}"
