@@ -15,6 +15,13 @@ class Fact(NamedTuple):
     meaning: str
 
 
+class Line(NamedTuple):
+    """One line of a table, by the names of its columns; a cell is a text, or a text and a note."""
+
+    cells: dict[str, str | tuple[str, str]]
+    chosen: bool = False
+
+
 def count(n: int) -> str:
     """A whole number with its thousands separated: 12,345."""
     return f"{n:,}"

@@ -22,17 +22,11 @@ def embed_json(value: Any) -> Markup:
 
 
 def render_page(template: str, *, styles: Sequence[str], scripts: Sequence[str], **values: Any) -> str:
-    """Render ``template`` with the files of ``styles`` and ``scripts`` inlined.
+    """Render ``template`` with the files of ``styles`` and ``scripts`` inlined, in their order, scripts as one module.
 
     The page carries a content security policy that names the hashes of its own style and script, so that nothing else
-    runs in it and nothing is fetched, whatever text it shows.
-
-    Args:
-        template: file in ``templates/``; gets ``style``, ``script``, ``policy`` and ``values``, all escaped unless
-            Markup.
-        styles: CSS files in ``templates/``, inlined in this order.
-        scripts: JavaScript files in ``templates/``, joined in this order into one module.
-        **values: what the template shows.
+    runs in it and nothing is fetched, whatever text it shows. The template gets ``style``, ``script``, ``policy`` and
+    ``values``, all escaped unless Markup.
     """
     environment = Environment(
         loader=PackageLoader("saelens_ext.report"),

@@ -27,12 +27,7 @@ class Projection(NamedTuple):
 def project(directions: Float[np.ndarray, "k d"], what: str = "exemplars") -> Projection:
     """Lay unit directions out in the plane; the same directions always give the same picture.
 
-    Args:
-        directions: unit rows.
-        what: what they are.
-
-    Returns:
-        t-SNE under the cosine distance for 50 to 3,000 directions, else the first two principal components.
+    t-SNE under the cosine distance for 50 to 3,000 directions, else the first two principal components.
     """
     # One thread: sums then have one order on every machine, and on a busy one threads waiting for each other are
     # several times slower.

@@ -316,7 +316,7 @@ def test_what_was_excluded_is_said(inputs, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda i: {"chosen": replace(i.chosen)}, "not one of the 3 fits"),
+        (lambda i: {"chosen": replace(i.chosen)}, "none of the 3 fits"),
         (lambda i: {"profile": synthetic.make_profile(i.fits[0])}, "profile is of 80 latents"),
         (lambda i: {"lens": synthetic.make_lens(i.fits[0], i.tokenizer)}, "lens is of 80 directions"),
         (lambda i: {"generations": [{"label": "a", "text": "b"}]}, "Generation 0 lacks prompt"),

@@ -60,18 +60,14 @@ def write_audit_report(
     script runs and nothing is fetched. The same arguments give the same file, on one machine.
 
     Args:
-        path: the file to write, replaced in one step; missing directories are made.
+        path: the file to write, replaced in one step and returned; missing directories are made.
         prefixes: the audits, at least one, each of another prefix.
         about: the model, the dictionaries and the embedder, as ``Audit.about`` has them; what is missing is not shown.
         config: settings of the audit, by name.
-        profiles: of the dictionaries, by the name of their hook, to show what the distinguishing latents respond to.
-        labels: of the profiles' latents, by the same names.
+        profiles: of the dictionaries, by the name of their hook, to show what the distinguishing latents respond to,
+            and ``labels`` of their latents, by the same names.
         tokenizer: of the model, which turns ids into text; needed for ``profiles``. Without it the prefix's tokens are
             those that the sources name.
-        title: heading of the page.
-
-    Returns:
-        The path written.
 
     Raises:
         ValueError: no prefix; profiles without a tokenizer; or a prefix whose continuations have no embeddings or

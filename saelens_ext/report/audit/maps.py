@@ -45,9 +45,7 @@ def shown_rows(audit: PrefixAudit) -> np.ndarray:
 def flat_map(costs: Float[np.ndarray, "n n"], weights: Float[np.ndarray, " n"]) -> FlatMap:
     """Classical multidimensional scaling: the weighted principal components behind a matrix of squared distances.
 
-    Args:
-        costs: D, symmetric, zero on the diagonal.
-        weights: w, above 0.
+    D is symmetric and zero on the diagonal, the weights w are above 0.
     """
     w = weights / weights.sum()
     mean = costs @ w

@@ -73,13 +73,7 @@ def mark_of(mode: int) -> int:
 
 
 def modes_of(audit: PrefixAudit, finder: "ExampleFinder", tokens: Sequence[str]) -> list[Mode]:
-    """All modes by falling weight.
-
-    Args:
-        audit: of one prefix.
-        finder: of examples.
-        tokens: of the prefix, by position; see :func:`prefix_tokens`.
-    """
+    """All modes of one prefix by falling weight; ``tokens`` are the prefix's, by position (:func:`prefix_tokens`)."""
     table = audit.modes()
     members, counts = _members(audit), audit.continuations.columns.get("count")
     found = []
@@ -222,13 +216,10 @@ def token_label(token: str, longest: int = 80) -> str:
 
 
 class ExampleFinder:
-    """Looks up what a latent responds to, in the profiles that there are.
+    """Looks up what a latent responds to, in the profiles and labels that there are.
 
-    Args:
-        profiles: by the hook that the dictionary reads or writes at, under any of its names.
-        labels: of their latents, by the same names.
-        tokenizer: of the model; needed where there are profiles.
-        hooks: of the audit's dictionaries, in their order.
+    Both are by the hook that the dictionary reads or writes at, under any of its names; ``hooks`` are those of the
+    audit's dictionaries, in their order. Profiles need the model's tokenizer.
     """
 
     def __init__(

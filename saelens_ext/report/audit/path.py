@@ -5,7 +5,6 @@ Symbols
     D / D_0        distortion of a partition over that of one cluster for all, in [0, 1]
 """
 
-from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -13,7 +12,7 @@ import numpy as np
 from saelens_ext import _files
 from saelens_ext.continuations.prefix_audit import PrefixAudit
 from saelens_ext.continuations.validation.figures import NOTHING, fixed
-from saelens_ext.report.format import count, percentage
+from saelens_ext.report.format import Line, count, percentage
 
 
 def path_data(audit: PrefixAudit) -> dict[str, Any] | None:
@@ -39,27 +38,27 @@ def path_data(audit: PrefixAudit) -> dict[str, Any] | None:
     return {"points": _files.json_safe(points, 6)}
 
 
-def path_rows(audit: PrefixAudit) -> list[SimpleNamespace]:
-    """The same as a table, formatted, by gamma and then beta."""
+def path_rows(audit: PrefixAudit) -> list[Line]:
+    """The same as a table, by gamma and then beta."""
     data = path_data(audit)
-    return [] if data is None else [_row(point) for point in data["points"]]
+    return [] if data is None else [_line(point) for point in data["points"]]
 
 
-def _row(point: dict[str, Any]) -> SimpleNamespace:
+def _line(point: dict[str, Any]) -> Line:
     stability = NOTHING
     if point["stability"] is not None:
         error = "" if point["stability_se"] is None else f" ± {fixed(point['stability_se'], 2)}"
         stability = f"{fixed(point['stability'], 2)}{error}"
-    return SimpleNamespace(
-        beta=f"{point['beta']:g}",
-        gamma=f"{point['gamma']:g}",
-        chosen=point["chosen"],
-        n_clusters=count(point["n"]),
-        rate=fixed(point["rate"], 2),
-        semantic=percentage(point["meaning"]),
-        attribution=percentage(point["mechanism"]),
-        stability=stability,
-    )
+    cells = {
+        "γ": (f"γ {point['gamma']:g}", "this report" if point["chosen"] else ""),
+        "β": f"{point['beta']:g}",
+        "Modes": count(point["n"]),
+        "Rate, nats": fixed(point["rate"], 2),
+        "Meaning unexplained": percentage(point["meaning"]),
+        "Mechanism unexplained": percentage(point["mechanism"]),
+        "Stability": stability,
+    }
+    return Line(cells, point["chosen"])
 
 
 def one_cluster(audit: PrefixAudit) -> tuple[float, float]:

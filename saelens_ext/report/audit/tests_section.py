@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -15,7 +14,7 @@ from saelens_ext.continuations.validation.methods import method_meaning
 from saelens_ext.continuations.validation.results import Validation
 from saelens_ext.continuations.validation.statistics import mean_effects
 from saelens_ext.report.audit import wording as words
-from saelens_ext.report.format import count, percentage
+from saelens_ext.report.format import Line, count, percentage
 
 ALL_MODES = -1
 
@@ -97,16 +96,17 @@ def _shade(x: float, largest: float) -> str:
 # --- the comparisons ---
 
 
-def comparisons(validation: Validation) -> list[tuple[str, str, list[SimpleNamespace]]]:
+def comparisons(validation: Validation) -> list[tuple[str, str, list[Line]]]:
     """For each measure and statistic a heading, its key and its lines; the one that the verdict goes by comes first."""
-    found = []
+    groups = []
     for (measure, statistic), rows in cast(Any, validation.summary().groupby(["measure", "statistic"], sort=False)):
         named = words.measure_name(measure)
         heading = f"{words.STATISTICS.get(statistic, statistic)} of {named.name}".capitalize()
         unit = {"slope": f"{named.unit} per unit of strength", "change": named.unit}.get(statistic, "")
-        lines = [_comparison(row) for row in rows.itertuples()]
-        found.append((f"{heading}{f', {unit}' if unit else ''}", f"{measure}/{statistic}", lines))
-    return sorted(found, key=lambda group: group[1] != f"{MEASURE}/{STATISTIC}")
+        is_main = (measure, statistic) == (MEASURE, STATISTIC)
+        lines = [_comparison(row, explained=is_main) for row in rows.itertuples()]
+        groups.append((f"{heading}{f', {unit}' if unit else ''}", f"{measure}/{statistic}", lines))
+    return sorted(groups, key=lambda group: group[1] != f"{MEASURE}/{STATISTIC}")
 
 
 _OUTCOMES = {
@@ -117,36 +117,39 @@ _OUTCOMES = {
 }
 
 
-def _comparison(row: Any) -> SimpleNamespace:
+def _comparison(row: Any, *, explained: bool) -> Line:
     shown = _OUTCOMES[outcome(row)]
     decimals = interval_decimals(row.low, row.high, row.reference, row.control_value)
     low, high, difference = (fixed(x, decimals, plus=True) for x in (row.low, row.high, row.difference))
     if row.n_units and row.low == row.high == row.difference == 0:
         low = high = difference = "0"
         shown = "no difference at all"
-    return SimpleNamespace(
-        control=words.method_name(row.control),
-        meaning=method_meaning(row.control),
-        reference=fixed(row.reference, decimals, plus=True),
-        value=fixed(row.control_value, decimals, plus=True),
-        difference=difference,
-        interval=f"{low} to {high}" if row.n_units else NOTHING,
-        p=p_value(row.p),
-        p_holm=p_value(row.p_holm),
-        n=count(int(row.n_units)),
-        outcome=shown,
+    return Line(
+        {
+            "Control": (words.method_name(row.control), method_meaning(row.control) if explained else ""),
+            "Own mode": fixed(row.reference, decimals, plus=True),
+            "Control’s": fixed(row.control_value, decimals, plus=True),
+            "Difference": difference,
+            "95% interval": f"{low} to {high}" if row.n_units else NOTHING,
+            "p": p_value(row.p),
+            "p, corrected": p_value(row.p_holm),
+            "Pairs": count(int(row.n_units)),
+            "Outcome": shown,
+        }
     )
 
 
-def generated_rows(validation: Validation) -> list[dict[str, str]]:
+def generated_rows(validation: Validation) -> list[Line]:
     """Fractions of open-ended samples in a mode, steered along its own direction and not steered."""
     rows = validation.generations
     return [
-        {
-            "mode": str(int(row["cluster"])),
-            "steered": percentage(row["share"]),
-            "unsteered": percentage(row["unsteered"]),
-            "n": count(int(row["n"])),
-        }
+        Line(
+            {
+                "Mode": f"mode {int(row['cluster'])}",
+                "Steered": percentage(row["share"]),
+                "Not steered": percentage(row["unsteered"]),
+                "Samples each": count(int(row["n"])),
+            }
+        )
         for row in rows[rows["method"] == "joint"].to_dict("records")
     ]

@@ -106,22 +106,15 @@ def write_dictionary_report(
     has_regions = chosen is not None or profile is not None or len(fits) > 0
     if has_regions and (chosen is None or profile is None):
         missing = "chosen" if chosen is None else "profile"
-        raise ValueError(
-            f"A report on an exemplar partition needs fits, chosen and profile together; {missing} is missing."
-        )
+        raise ValueError(f"An exemplar partition takes fits, chosen and profile together; {missing} is missing.")
     if latents is not None and (has_regions or snmf is not None):
         raise ValueError("latents= is for a report on that SAE alone: write another for exemplar partitions or SNMF.")
     if not has_regions and snmf is None and latents is None:
-        raise ValueError(
-            "There is nothing to report on: pass fits, chosen and profile of an exemplar partition, or snmf=, or both; "
-            "or latents= of any SAE."
-        )
+        raise ValueError("There is nothing to report on: pass fits, chosen and profile, or snmf=, or latents=.")
     if not has_regions and (
         lens is not None or evals is not None or generations or (labels is not None and sae is None)
     ):
-        raise ValueError(
-            "lens, evals, generations and labels are those of an exemplar partition: pass fits, chosen and profile."
-        )
+        raise ValueError("lens, evals, generations and labels need a partition: pass fits, chosen and profile.")
     page = render_page(
         "dictionary.html",
         styles=STYLES,
@@ -163,7 +156,6 @@ def _regions(
         "facts": summary.facts(chosen, profile),
         "growth_note": _growth_note(chosen),
         "builds": summary.builds(fits, chosen),
-        "builds_by": "Percentile" if all(fit.percentile is not None for fit in fits) else "Dictionary",
         "evaluation": evaluation.evaluation_rows(evals) if evals is not None else [],
         "evaluation_note": _evaluation_note(chosen),
         "generations": shown,
@@ -208,9 +200,7 @@ def _check_same_dictionary(
 ) -> None:
     """Raise ValueError unless all parts are of one dictionary."""
     if not any(fit is chosen for fit in fits):
-        raise ValueError(
-            f"chosen is not one of the {len(fits)} fits; pass one of those very objects, for example chosen=fits[0]."
-        )
+        raise ValueError(f"chosen is none of the {len(fits)} fits; pass one of those very objects, such as fits[0].")
     k = chosen.n_regions
     if len(profile.counts) != k:
         raise ValueError(

@@ -39,12 +39,7 @@ N_OVERLAPS = 6
 
 
 def feature_data(section: SNMFSection, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Everything the page shows of the features of a section, JSON-safe.
-
-    Args:
-        section: the dictionaries.
-        tokenizer: of the model.
-    """
+    """Everything the page shows of the features of a section's dictionaries, JSON-safe."""
     levels = section.levels
     vocabulary = Vocabulary(ids.cpu() for level in levels for ids in _token_ids(level))
     sizes = [level.dictionary.cfg.d_sae for level in levels]

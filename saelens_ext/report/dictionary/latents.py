@@ -25,11 +25,7 @@ MAX_LATENTS = 3000
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LatentSection:
-    """A dictionary of which no fit is known.
-
-    Raises:
-        ValueError: the profile or the lens is of another dictionary.
-    """
+    """A dictionary of which no fit is known; ValueError if the profile or the lens is of another one."""
 
     dictionary: SAE[Any]
     """Any SAELens SAE or transcoder, k latents."""

@@ -61,14 +61,9 @@ def region_data(
     tokenizer: PreTrainedTokenizerBase,
     labels: Labels | None = None,
 ) -> dict[str, Any]:
-    """Everything the page shows of the regions of one dictionary, JSON-safe.
+    """Everything the page shows of the K regions of one dictionary, JSON-safe.
 
-    Args:
-        fit: the dictionary and where its exemplars came from; K regions.
-        profile: of the same dictionary.
-        lens: of its exemplars, K rows.
-        tokenizer: of the model.
-        labels: of the profile.
+    ``fit`` says where its exemplars came from, ``lens`` is the logit lens of its exemplars, K rows.
     """
     ids = [fit.provenance.windows, fit.provenance.token_ids, profile.top.contexts]
     ids += [profile.boundary.contexts] if profile.boundary is not None else []
@@ -108,10 +103,7 @@ def nearest_others(
 ) -> tuple[Int[Tensor, "k m"], Float[Tensor, "k m"]]:
     """The ``m = min(n, k - 1)`` nearest other rows of each unit row, nearest first, and their cosine distances.
 
-    Args:
-        directions: unit rows.
-        n: how many others.
-        max_entries: similarities held at a time.
+    At most ``max_entries`` similarities are held at a time.
     """
     k = len(directions)
     n = min(n, k - 1)

@@ -11,7 +11,7 @@ from saelens_ext.dictionaries.snmf import SNMFDictionary
 from saelens_ext.dictionaries.snmf_fit_result import SNMFFitResult
 from saelens_ext.report.dictionary.snmf_section import SNMFLevel, SNMFSection
 from saelens_ext.report.dictionary.summary import excluded, hook_fact, model_fact, read_from
-from saelens_ext.report.format import Fact, count
+from saelens_ext.report.format import Fact, Line, count
 
 _STOPPED = {
     "converged": ("Convergence", "the objective fell no further"),
@@ -117,52 +117,50 @@ def _stopped(fit: SNMFFitResult) -> Fact:
 # --- the table ---
 
 
-def level_rows(section: SNMFSection) -> list[SimpleNamespace]:
-    """One line per dictionary, formatted, empty where there is no such figure: the levels, and with a hierarchy the
-    dictionary fitted without one, if it was given."""
-    rows = [_level_row(section, number) for number in range(len(section.levels))]
-    if section.hierarchy is None or section.fit is None:
-        return rows
-    fit = section.fit
-    flat = SimpleNamespace(
-        label="Without a tree",
-        note="fitted on its own, to compare",
-        chosen=False,
-        features=count(fit.n_components),
-        loss=f"{fit.loss:.3f}",
-        held_out=_optional(fit.held_out_loss),
-        through_links="",
-        before="",
-        active="",
-        dead=count(fit.n_dead),
-        duplicate=count(fit.n_duplicate),
-        revived=count(fit.n_revived),
-    )
-    return [*rows, flat]
+def level_rows(section: SNMFSection) -> list[Line]:
+    """One line per dictionary: the levels, and with a hierarchy the dictionary fitted without one, if it was given."""
+    hierarchy, fit = section.hierarchy, section.fit
+    if hierarchy is None:
+        return [_line("This dictionary", section, 0, fit)]
+    names = [(f"Level {number}", "the finest" if number == 0 else "") for number in range(len(section.levels))]
+    lines = [
+        _line(name, section, number, None, (hierarchy.losses[number], hierarchy.losses_before[number]))
+        for number, name in enumerate(names)
+    ]
+    alone = ("Without a tree", "fitted on its own, to compare")
+    return lines if fit is None else [*lines, _line(alone, section, None, fit, (None, None))]
 
 
-def _level_row(section: SNMFSection, number: int) -> SimpleNamespace:
-    level, hierarchy = section.levels[number], section.hierarchy
-    fit = section.fit if hierarchy is None else None
-    dead = fit.n_dead if fit is not None else int((level.profile.counts == 0).sum())
-    return SimpleNamespace(
-        label=f"Level {number}" if hierarchy is not None else "This dictionary",
-        note="the finest" if hierarchy is not None and number == 0 else "",
-        chosen=number == 0,
-        features=count(level.dictionary.cfg.d_sae),
-        loss=f"{_own_loss(section, number):.3f}",
-        held_out=_optional(_held_out(section, number)),
-        through_links=f"{hierarchy.losses[number]:.3f}" if hierarchy is not None else "",
-        before=f"{hierarchy.losses_before[number]:.3f}" if hierarchy is not None else "",
-        active=_per_token(level),
-        dead=count(dead),
-        duplicate=count(fit.n_duplicate if fit is not None else n_duplicates(level.dictionary)),
-        revived=count(fit.n_revived) if fit is not None else "",
-    )
+def _line(
+    name: str | tuple[str, str],
+    section: SNMFSection,
+    number: int | None,
+    fit: SNMFFitResult | None,
+    of_tree: tuple[float | None, ...] = (),
+) -> Line:
+    """A line about a level, or about ``fit`` alone; ``of_tree`` are the losses through the tree and before."""
+    level = None if number is None else section.levels[number]
+    made = fit if level is None else level
+    assert made is not None
+    losses = (_own_loss(section, number or 0), _held_out(section, number or 0))
+    if level is None and fit is not None:
+        losses = (fit.loss, fit.held_out_loss)
+    silent = 0 if level is None else int((level.profile.counts == 0).sum())
+    cells = {
+        "Dictionary": name,
+        "Features": count(made.dictionary.cfg.d_sae),
+        **{key: _loss_text(value) for key, value in zip(("Loss", "Held out"), losses)},
+        **{key: _loss_text(value) for key, value in zip(("Through the tree", "Before refinement"), of_tree)},
+        "Active per token": "–" if level is None else _per_token(level),
+        "Dead": count(fit.n_dead if fit is not None else silent),
+        "Duplicates": count(fit.n_duplicate if fit is not None else n_duplicates(made.dictionary)),
+        "Revived": "–" if fit is None else count(fit.n_revived),
+    }
+    return Line(cells, number == 0)
 
 
-def _optional(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
+def _loss_text(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
 
 
 def n_duplicates(dictionary: SNMFDictionary) -> int:
@@ -184,19 +182,20 @@ def concept_table(comparison: ConceptComparison | None) -> SimpleNamespace | Non
         f"{count(down)} without. What counts is how that score does on {count(other_up)} and {count(other_down)} other "
         "sentences: the best of many looks better than it is on those that chose it."
     )
-    rows = [
-        SimpleNamespace(
-            method=row.method,
-            n_scores=count(row.n_scores),
-            chosen=row.chosen,
-            chosen_auroc=f"{row.chosen_auroc:.2f}",
-            auroc=f"{row.auroc:.2f}",
-            interval=f"[{row.auroc_low:.2f}, {row.auroc_high:.2f}]",
-            log_ratio=f"{row.log_ratio:.2f}",
+    lines = [
+        Line(
+            {
+                "Method": row.method,
+                "Chose from": count(row.n_scores),
+                "Chosen": row.chosen,
+                "AUROC where it chose": f"{row.chosen_auroc:.2f}",
+                "AUROC on the others": (f"{row.auroc:.2f}", f"[{row.auroc_low:.2f}, {row.auroc_high:.2f}]"),
+                "Log ratio": f"{row.log_ratio:.2f}",
+            }
         )
         for row in comparison.rows
     ]
-    return SimpleNamespace(name=comparison.concept, lead=lead, rows=rows)
+    return SimpleNamespace(name=comparison.concept, lead=lead, lines=lines)
 
 
 # --- the curves ---

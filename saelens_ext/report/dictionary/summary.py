@@ -1,13 +1,12 @@
 """The summary of a build in sentences: what was read, how finely it was divided, and how much may be missing."""
 
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 from saelens_ext.analysis.profile import DictionaryProfile
 from saelens_ext.dictionaries.fit_result import ExemplarFitResult
 from saelens_ext.report.dictionary.growth import fit_label
-from saelens_ext.report.format import Fact, angle, count, distance, percentage
+from saelens_ext.report.format import Fact, Line, angle, count, distance, percentage
 
 _STOPPED = {
     "end_of_stream": (
@@ -157,24 +156,23 @@ def _profiled(profile: DictionaryProfile) -> Fact:
     return Fact("profiled", "Activations profiled", count(profile.n_activations), meaning)
 
 
-def builds(fits: Sequence[ExemplarFitResult], chosen: ExemplarFitResult) -> list[SimpleNamespace]:
-    """One line per fit, formatted, in the order of their thresholds."""
+def builds(fits: Sequence[ExemplarFitResult], chosen: ExemplarFitResult) -> list[Line]:
+    """One line per fit, in the order of their thresholds."""
     several_hooks = len({fit.hook_name for fit in fits}) > 1
-    return [_build(fit, chosen, several_hooks) for fit in sorted(fits, key=lambda fit: fit.threshold.threshold)]
-
-
-def _build(fit: ExemplarFitResult, chosen: ExemplarFitResult, with_hook: bool) -> SimpleNamespace:
-    theta = fit.threshold
-    known = theta.percentile is not None and not (theta.low <= 0 and theta.high >= 2)
-    return SimpleNamespace(
-        label=fit_label(fit, with_hook),
-        chosen=fit is chosen,
-        threshold=distance(theta.threshold),
-        interval=f"{distance(theta.low)}–{distance(theta.high)}" if known else "",
-        angle=angle(theta.threshold),
-        n_seen=count(fit.n_seen),
-        n_regions=count(fit.n_regions),
-        singletons=count(int((fit.counts == 1).sum())),
-        unseen=percentage(fit.unseen_mass),
-        stopped=_STOPPED.get(fit.stopped_because, (fit.stopped_because, ""))[0],
-    )
+    by = "Percentile" if all(fit.percentile is not None for fit in fits) else "Dictionary"
+    lines = []
+    for fit in sorted(fits, key=lambda fit: fit.threshold.threshold):
+        theta = fit.threshold
+        known = theta.percentile is not None and not (theta.low <= 0 and theta.high >= 2)
+        cells = {
+            by: (fit_label(fit, several_hooks), "this report" if fit is chosen else ""),
+            "Threshold": (distance(theta.threshold), f"{distance(theta.low)}–{distance(theta.high)}" if known else ""),
+            "Angle": angle(theta.threshold),
+            "Activations": count(fit.n_seen),
+            "Regions": count(fit.n_regions),
+            "Single-member, when built": count(int((fit.counts == 1).sum())),
+            "Unseen mass": percentage(fit.unseen_mass),
+            "Stopped by": _STOPPED.get(fit.stopped_because, (fit.stopped_because, ""))[0],
+        }
+        lines.append(Line(cells, fit is chosen))
+    return lines
