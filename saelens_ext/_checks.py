@@ -120,8 +120,7 @@ def from_options(kind: type[T], options: Mapping[str, Any], what: str) -> T:
 def names_options(defaults: Callable[..., Any] | None = None) -> Callable[[F], F]:
     """Decorate a function of ``**options: Unpack[SomeTypedDict]`` so that help and notebooks list the options too.
 
-    Args:
-        defaults: what has parameters of these names, from which their defaults are taken.
+    Their default values are those of the parameters of these names that ``defaults`` has.
     """
 
     def decorate(function: F) -> F:
@@ -170,12 +169,8 @@ def normalise_fields(config: Any, prefix: str = "") -> None:
     Numbers and arrays of numpy and torch become Python's, paths and devices texts, dtypes their names, and the texts
     "None" and "null" None in a field that may be None, or the empty text where that is the default.
 
-    Args:
-        config: an object of a dataclass, frozen or not.
-        prefix: of the fields' names in errors.
-
     Raises:
-        ValueError: a field cannot hold its value; it is named.
+        ValueError: a field cannot hold its value; it is named, behind ``prefix``.
     """
     hints = _hints(type(config))
     for field in fields(config):
@@ -186,11 +181,7 @@ def normalise_fields(config: Any, prefix: str = "") -> None:
 
 
 def plain(value: Any, name: str) -> Any:
-    """A value in the form that JSON can hold.
-
-    Raises:
-        ValueError: it has none; ``name`` and where in it the trouble lies are named.
-    """
+    """A value in the form that JSON can hold; ValueError names where in ``name`` one stands that has none."""
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
     if isinstance(value, (os.PathLike, torch.device)):

@@ -30,13 +30,10 @@ _JSON_TYPES |= {float: (int, float), tuple: list, Mapping: dict}
 
 
 def write_together(files: Mapping[Path, Writer]) -> None:
-    """Write several files that belong together.
+    """Write several files that belong together, each by a function that writes to the path it is given.
 
     Every file is written under a temporary name beside its place first; only when all are whole are they put in the
     place of the old ones, one right after the other. Whatever interrupts the writing leaves the old files as they were.
-
-    Args:
-        files: for each path, a function that writes its content to the path it is given.
     """
     temporaries = {path: path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp") for path in files}
     try:
@@ -94,9 +91,7 @@ def write_tensors(
 def json_safe(value: Any, digits: int | None = None) -> Any:
     """A value as JSON has it: numbers that are not finite become null, paths text, tensors and arrays lists.
 
-    Args:
-        value: of any of these, or mappings and sequences of them.
-        digits: significant digits to which fractions are rounded; all by default.
+    Fractions are rounded to ``digits`` significant digits, if given.
     """
     if isinstance(value, Mapping):
         return {str(key): json_safe(entry, digits) for key, entry in value.items()}
@@ -114,15 +109,13 @@ def json_safe(value: Any, digits: int | None = None) -> Any:
 
 
 def read_json(path: str | Path, format_version: int | None = None, keys: Sequence[str] = ()) -> dict[str, Any]:
-    """Read a JSON object, of at most this format version and with these keys; ValueError names the file when it is not
-    one.
-    """
+    """Read a JSON object of at most this format version, with these keys; ValueError names the file otherwise."""
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not readable as JSON ({error}); it is truncated or not ours.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__} where a JSON object is expected; it is not ours.")
@@ -241,13 +234,7 @@ class Format:
     def load(
         self, result: type[T], directory: Path, dictionaries: Mapping[str, Any] | None = None, device: str = "cpu"
     ) -> T:
-        """Read what :meth:`save` wrote.
-
-        Args:
-            result: the dataclass.
-            directory: where it is.
-            dictionaries: the field that holds the dictionary or the list of them.
-            device: of the tensors.
+        """Read what :meth:`save` wrote; ``dictionaries`` are those that belong to it, by their field.
 
         Raises:
             FileNotFoundError: a file is missing.
@@ -282,9 +269,7 @@ class Format:
         content = read_json(json_path)
         check_format_version(content.pop(_VERSION, None), self.version, json_path, self.oldest)
         if content.pop(_KIND, None) != self.kind:
-            raise ValueError(
-                f"{json_path} is not a {self.kind}: it was not written by saelens-ext, or for something else."
-            )
+            raise ValueError(f"{json_path} is not a {self.kind}: it is of another kind, or not ours.")
         save_id = content.pop(_ID, None)
         if not isinstance(save_id, str):
             raise ValueError(f"{json_path} has no {_ID}; it is not a whole {self.kind}.")

@@ -18,12 +18,8 @@ def standard_modes(*, model_too: bool = False) -> Iterator[None]:
 
     Inference mode is left, gradients staying off: a tensor made in it can never be changed or differentiated outside.
     New tensors are float32, and nothing is cast by autocast, which rounds sums and distances to bfloat16. Only models
-    run under the caller's autocast (:func:`callers_autocast`).
-
-    The default dtype is one for all threads. It is touched only where the caller has set another.
-
-    Args:
-        model_too: run models without autocast as well, for what is exact only then.
+    run under the caller's autocast (:func:`callers_autocast`), unless ``model_too`` is set. The default dtype is one
+    for all threads; it is touched only where the caller has set another.
     """
     found = _autocast()
     with ExitStack() as stack:

@@ -13,7 +13,6 @@ reading even where they are not asked for.
 """
 
 import hashlib
-import json
 import logging
 import mmap
 import re
@@ -25,7 +24,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from saelens_ext import _checks
+from saelens_ext import _checks, _files
 from saelens_ext._modes import standard_modes
 from saelens_ext.dictionaries.exemplar_partition import ExemplarPartition
 from saelens_ext.published.dictionary import PublishedDictionary, first_of_each
@@ -45,7 +44,6 @@ MAX_BYTES = 8 * 2**30
 _MAX_METADATA_BYTES = 64 * 2**20
 _BUILD = re.compile(r"(?P<model>[\w.-]+)_L(?P<layer>\d+)_p(?P<percentile>\d+(?:\.\d+)?)(?:/(?P<file>[\w.-]+\.pkl))?")
 _FILE = re.compile(r"(?P<model>[\w.-]+)_layer(?P<layer>\d+)\.pkl")
-_HASH_CHUNK = 2**24
 
 
 def read_published_dictionary(
@@ -85,9 +83,8 @@ def read_published_dictionary(
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file; give the .pkl file of a published dictionary.")
-    build = _read_metadata(
-        metadata if metadata is not None else path.with_name(f"{path.stem}_metadata.json"), metadata is None
-    )
+    beside = path.with_name(f"{path.stem}_metadata.json")
+    build = _read_metadata((beside if beside.exists() else {}) if metadata is None else metadata)
     try:
         with _mapped(path, _checks.positive(max_bytes, "max_bytes")) as data:
             digest = _checked_digest(data, sha256, path)
@@ -102,8 +99,8 @@ def read_published_dictionary(
         raise UnsafePickleError(f"{path} is refused: {error}.") from None
     if regions.ignored:
         logger.warning("%s holds attributes that are not known and were left out: %s", path, ", ".join(regions.ignored))
-    given = {"hook_name": hook_name, "model_name": model_name, "percentile": percentile}
-    return _published(regions, build, source, _settings(path, build.get("discovery_config", {}), given))
+    options = {"hook_name": hook_name, "model_name": model_name, "percentile": percentile}
+    return _published(regions, build, source, _settings(path, build.get("discovery_config", {}), options))
 
 
 @standard_modes()
@@ -177,65 +174,43 @@ def _mapped(path: Path, max_bytes: int) -> Iterator[mmap.mmap]:
         yield data
 
 
-def _checked_digest(data: mmap.mmap, wanted: str | None, path: Path) -> str:
-    if wanted is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", wanted):
-        raise ValueError(f"sha256 must be 64 hexadecimal digits, got {wanted!r}.")
-    digest = hashlib.sha256()
-    for start in range(0, len(data), _HASH_CHUNK):
-        digest.update(data[start : start + _HASH_CHUNK])
-    if wanted is not None and digest.hexdigest() != wanted.lower():
-        raise ValueError(
-            f"{path} has SHA-256 {digest.hexdigest()}, not {wanted.lower()}: it is damaged or another file. Fetch it "
-            "again."
-        )
-    return digest.hexdigest()
+def _checked_digest(data: mmap.mmap, sha256: str | None, path: Path) -> str:
+    if sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
+        raise ValueError(f"sha256 must be 64 hexadecimal digits, got {sha256!r}.")
+    digest = hashlib.sha256(data).hexdigest()
+    if sha256 is not None and digest != sha256.lower():
+        raise ValueError(f"{path} has SHA-256 {digest}, not {sha256}: it is damaged or another file. Fetch it again.")
+    return digest
 
 
 def _named_by(path: Path) -> dict[str, Any]:
     """What the published names of a file and its folder say."""
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     if match := _FILE.fullmatch(path.name):
-        found |= {"model_name": match["model"], "hook_name": f"blocks.{match['layer']}.hook_resid_post"}
+        settings |= {"model_name": match["model"], "hook_name": f"blocks.{match['layer']}.hook_resid_post"}
     if match := _BUILD.fullmatch(path.absolute().parent.name):
-        found |= {"percentile": float(match["percentile"])}
-    return found
+        settings |= {"percentile": float(match["percentile"])}
+    return settings
 
 
-def _read_metadata(metadata: Mapping[str, Any] | str | Path, optional: bool) -> dict[str, Any]:
+def _read_metadata(metadata: Mapping[str, Any] | str | Path) -> dict[str, Any]:
     """The author's settings and figures, without the growth curve."""
     if not isinstance(metadata, Mapping):
         path = Path(metadata)
-        if optional and not path.exists():
-            return {}
         if path.exists() and path.stat().st_size > _MAX_METADATA_BYTES:
-            raise ValueError(
-                f"{path} has {path.stat().st_size} bytes; a metadata file has at most {_MAX_METADATA_BYTES}."
-            )
-        metadata = _parsed(path)
+            raise ValueError(f"{path} is too large: a metadata file has at most {_MAX_METADATA_BYTES} bytes.")
+        metadata = _files.read_json(path)
     build = {key: metadata[key] for key in ("discovery_config", "discovery") if isinstance(metadata.get(key), Mapping)}
-    build |= {key: metadata[key] for key in ("n_forward_passes", "n_prompts", "n_tokens") if key in metadata}
-    return json.loads(json.dumps(build, default=str), parse_constant=lambda _: None)
-
-
-def _parsed(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path} is not a JSON file ({type(error).__name__}); fetch it again, or pass metadata={{}} to do without."
-        ) from None
-    if not isinstance(content, dict):
-        raise ValueError(
-            f"{path} holds a {type(content).__name__} where a JSON object is expected; it is no metadata file."
-        )
-    return content
+    return _files.json_safe(
+        build | {key: metadata[key] for key in ("n_forward_passes", "n_prompts", "n_tokens") if key in metadata}
+    )
 
 
 # --- the result ---
 
 
-def _settings(path: Path, config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Hook, model and percentile: as given, else as the metadata say, else as the names of file and folder say."""
+def _settings(path: Path, config: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Hook, model and percentile: the options, else as the metadata say, else as the names of file and folder say."""
     layer = config.get("layer")
     recorded = {
         "hook_name": config.get("hook_name") or (f"blocks.{layer}.hook_resid_post" if isinstance(layer, int) else None),
@@ -245,14 +220,10 @@ def _settings(path: Path, config: Mapping[str, Any], given: Mapping[str, Any]) -
     kinds = {"hook_name": str, "model_name": str, "percentile": (int, float)}
     wrong = [key for key, value in recorded.items() if value is not None and not isinstance(value, kinds[key])]
     if wrong:
-        raise ValueError(
-            f"The metadata of {path} hold something else than names and a number for {', '.join(wrong)}; pass "
-            f"metadata={{}}."
-        )
-    settings = _named_by(path)
-    for source in (recorded, given):
-        settings |= {key: value for key, value in source.items() if value is not None}
-    return settings
+        names = ", ".join(wrong)
+        raise ValueError(f"The metadata of {path} hold something else than names and a number for {names}.")
+    known = [{key: value for key, value in source.items() if value is not None} for source in (recorded, options)]
+    return _named_by(path) | known[0] | known[1]
 
 
 def _published(
@@ -316,9 +287,7 @@ def _download(
     from huggingface_hub.errors import EntryNotFoundError
 
     if not re.fullmatch(r"[0-9a-f]{40}", revision):
-        raise ValueError(
-            f"revision must be a commit, 40 hexadecimal digits, got {revision!r}: branches and tags can change."
-        )
+        raise ValueError(f"revision must be a commit, 40 hexadecimal digits, got {revision!r}: others can change.")
     match = _BUILD.fullmatch(source)
     if match is None:
         raise FileNotFoundError(f"{source} is neither a file nor a build of {repo_id} such as 'gemma-2-2b_L12_p10'.")
@@ -329,28 +298,19 @@ def _download(
     try:
         hf_hub_download(filename=f"{file.removesuffix('.pkl')}_metadata.json", **fetch)
     except EntryNotFoundError as error:
-        logger.warning(
-            "No metadata of %s could be had from %s (%s); the build's settings stay unknown.",
-            file,
-            repo_id,
-            type(error).__name__,
-        )
+        logger.warning("%s has no metadata of %s (%s).", repo_id, file, type(error).__name__)
     return Path(hf_hub_download(filename=file, **fetch)), sha256
 
 
 def _stated_checksum(file: str, repo_id: str, revision: str, max_bytes: int) -> str:
     from huggingface_hub import HfApi
 
-    found = HfApi().get_paths_info(repo_id, [file], revision=revision, repo_type="dataset")
-    if not found:
-        raise FileNotFoundError(
-            f"{repo_id} has no {file} at commit {revision}; see huggingface.co/datasets/{repo_id}/tree/{revision}."
-        )
-    stored = getattr(found[0], "lfs", None)
+    paths = HfApi().get_paths_info(repo_id, [file], revision=revision, repo_type="dataset")
+    if not paths:
+        raise FileNotFoundError(f"huggingface.co/datasets/{repo_id}/tree/{revision} has no {file}.")
+    stored = getattr(paths[0], "lfs", None)
     if stored is None:
         raise ValueError(f"The hub states no SHA-256 for {file} of {repo_id}; pass sha256= as its author gives it.")
     if stored.size > max_bytes:
-        raise ValueError(
-            f"{file} has {stored.size} bytes, more than max_bytes={max_bytes}; raise it to download the file."
-        )
+        raise ValueError(f"{file} has {stored.size} bytes, more than max_bytes={max_bytes}; raise it to download it.")
     return stored.sha256

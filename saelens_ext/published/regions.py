@@ -34,30 +34,11 @@ _BLOCK_BYTES = 2**26
 # Attributes under which the regions were kept, and what the classes are known to hold; others are reported and left
 # out.
 _REGION_KEYS = ("partitions", "concepts")
-_DICTIONARY_STATE = {
-    "center",
-    "threshold",
-    "merge_close",
-    *_REGION_KEYS,
-    "_last_batch_new_partition_rate",
-    "_last_batch_new_concept_rate",
-    "_exemplars",
-    "_exemplars_capacity",
-}
-_REGION_STATE = {
-    "member_count",
-    "exemplar_direction",
-    "mean_member_direction",
-    "member_coherence",
-    "sum_dist_to_exemplar",
-    "sum_sq_dist_to_exemplar",
-    "source_iterations",
-    "constituent_sample_indices",
-    "sample_prompts",
-    "boundary_prompts",
-    "sample_members",
-    "label",
-}
+_DICTIONARY_STATE = {"center", "threshold", "merge_close", "_exemplars", "_exemplars_capacity", *_REGION_KEYS}
+_DICTIONARY_STATE |= {"_last_batch_new_partition_rate", "_last_batch_new_concept_rate"}
+_REGION_STATE = {"member_count", "exemplar_direction", "mean_member_direction", "member_coherence", "label"}
+_REGION_STATE |= {"sum_dist_to_exemplar", "sum_sq_dist_to_exemplar", "source_iterations", "constituent_sample_indices"}
+_REGION_STATE |= {"sample_prompts", "boundary_prompts", "sample_members"}
 
 
 class Ragged(NamedTuple):
@@ -117,7 +98,7 @@ class RegionStatistics:
     merge_close: bool | None
     """Whether near regions were merged while it was built."""
     last_founding_rate: float | None
-    """Share of the activations of the last batch that founded a region."""
+    """Fraction of the activations of the last batch that started a region."""
 
 
 @dataclass(kw_only=True, frozen=True, eq=False)
@@ -165,13 +146,13 @@ class Contents:
 
     def numbers(self, value: Any, kind: type, name: str) -> np.ndarray:
         """Whole numbers of at least 0, int64; those of a set rising."""
-        found = value.items if kind is set and type(value) is Numbers else value
-        if type(found) not in (kind, list) or (found is value and type(value) is not kind):
+        if type(value) is not kind and not (kind is set and type(value) is Numbers):
             raise UnsafePickleError(f"{name} is {short(value)}")
-        self.spend("list items", len(found))
-        if set(map(type, found)) - {int}:
+        entries = value.items if type(value) is Numbers else value
+        self.spend("list items", len(entries))
+        if set(map(type, entries)) - {int}:
             raise UnsafePickleError(f"{name} holds something else than whole numbers")
-        numbers = np.fromiter(found, dtype=np.int64, count=len(found))
+        numbers = np.fromiter(entries, dtype=np.int64, count=len(entries))
         if len(numbers) and numbers.min() < 0:
             raise UnsafePickleError(f"{name} holds the negative number {numbers.min()}")
         return np.sort(numbers) if kind is set else numbers
@@ -192,13 +173,9 @@ def number(value: Any, name: str) -> float:
 
 
 def read_regions(root: Any, size: int, n_items: int, *, reservoir: bool) -> Regions:
-    """Make tensors of what :func:`~saelens_ext.published.restricted_pickle.load` has read.
+    """Make tensors of what ``restricted_pickle.load`` has read from a file of ``size`` bytes.
 
-    Args:
-        root: its value.
-        size: bytes of the file.
-        n_items: list items in it.
-        reservoir: keep the sampled members, which are most of the file.
+    ``n_items`` is the number of list items in it; ``reservoir`` keeps the sampled members, which are most of the file.
 
     Raises:
         UnsafePickleError: the value is no published dictionary, or breaks a rule of one: a finite centre, a threshold
@@ -226,7 +203,7 @@ def read_regions(root: Any, size: int, n_items: int, *, reservoir: bool) -> Regi
         threshold=threshold,
         exemplars=_directions(contents, states, "exemplar_direction", d),
         means=_directions(contents, states, "mean_member_direction", d),
-        counts=_counts(states),
+        counts=torch.tensor([_count(state, i) for i, state in enumerate(states)], dtype=torch.int64),
         coherence=_coherence(states),
         distance_sums=_column(states, "sum_dist_to_exemplar"),
         squared_distance_sums=_column(states, "sum_sq_dist_to_exemplar"),
@@ -260,13 +237,11 @@ def _directions(contents: Contents, states: Sequence[dict[str, Any]], key: str, 
     return rows
 
 
-def _counts(states: Sequence[dict[str, Any]]) -> Tensor:
-    for i, state in enumerate(states):
-        if type(state.get("member_count")) is not int or state["member_count"] < 1:
-            raise UnsafePickleError(
-                f"member_count of region {i} is {short(state.get('member_count'))}; at least 1 is expected"
-            )
-    return torch.tensor([state["member_count"] for state in states], dtype=torch.int64)
+def _count(state: dict[str, Any], i: int) -> int:
+    value = state.get("member_count")
+    if type(value) is not int or value < 1:
+        raise UnsafePickleError(f"member_count of region {i} is {short(value)}; at least 1 is expected")
+    return value
 
 
 def _coherence(states: Sequence[dict[str, Any]]) -> Tensor:
@@ -278,13 +253,12 @@ def _coherence(states: Sequence[dict[str, Any]]) -> Tensor:
 
 
 def _column(states: Sequence[dict[str, Any]], key: str, default: float = 0.0) -> Tensor:
-    return torch.tensor(
-        [number(state.get(key, default), f"{key} of region {i}") for i, state in enumerate(states)], dtype=torch.float64
-    )
+    entries = [number(state.get(key, default), f"{key} of region {i}") for i, state in enumerate(states)]
+    return torch.tensor(entries, dtype=torch.float64)
 
 
 def _examples(contents: Contents, states: Sequence[dict[str, Any]], key: str, sign: int) -> PublishedExamples:
-    """Prompts by rising (``sample_prompts``) or falling distance; the former were kept with their sign turned."""
+    """Prompts by rising (``sample_prompts``) or falling distance; the former were saved with a negative sign."""
     rows = [sorted(_entries(contents, state.get(key), sign), key=lambda entry: -sign * entry[0]) for state in states]
     n = max(map(len, rows))
     # Padding to the longest must not cost more than the lists themselves could.
@@ -310,16 +284,13 @@ def _entries(contents: Contents, value: Any, sign: int) -> Iterable[tuple[float,
             raise UnsafePickleError(f"a prompt is {short(entry)} instead of (distance, text, position)")
         distance = sign * number(entry[0], "the distance of a prompt")
         if not -_SEPARATION_TOLERANCE <= distance <= 2 + _SEPARATION_TOLERANCE:
-            raise UnsafePickleError(
-                f"a prompt is at distance {distance:g} from its exemplar; cosine distances lie in [0, 2]"
-            )
+            raise UnsafePickleError(f"a prompt is at distance {distance:g}; cosine distances lie in [0, 2]")
         yield max(0.0, distance), entry[2], contents.prompt(entry[1])
 
 
 def _ragged(rows: Iterable[np.ndarray]) -> Ragged:
-    found = list(rows)
-    lengths = [0, *(len(row) for row in found)]
-    return Ragged(torch.from_numpy(np.concatenate(found)), torch.tensor(lengths).cumsum(0))
+    arrays = list(rows)
+    return Ragged(torch.from_numpy(np.concatenate(arrays)), torch.tensor([0, *map(len, arrays)]).cumsum(0))
 
 
 def _reservoir(contents: Contents, states: Sequence[dict[str, Any]], d: int) -> Ragged:
@@ -337,13 +308,8 @@ def _reservoir(contents: Contents, states: Sequence[dict[str, Any]], d: int) -> 
 
 
 def check_separation(exemplars: Tensor, threshold: float) -> None:
-    """Refuse exemplars of which two are not farther apart than the threshold: no leader clustering makes such.
-
-    Memory: 64 MB.
-
-    Raises:
-        UnsafePickleError: a pair is nearer, by more than rounding.
-    """
+    """Raise UnsafePickleError if two exemplars are not farther apart than the threshold, as leader clustering makes
+    them, by more than rounding. Memory: 64 MB."""
     k = len(exemplars)
     rows = max(1, min(k, _BLOCK_BYTES // (4 * k)))
     limit = 1 - threshold + _SEPARATION_TOLERANCE

@@ -55,10 +55,7 @@ class Limits:
 def load(data: Any, limits: Limits, on_progress: Callable[[int], Any] | None = None) -> tuple[Any, int]:
     """The value that a pickle describes, and the number of items in its lists, sets and dictionaries.
 
-    Args:
-        data: bytes or an open memory map.
-        limits: see :meth:`Limits.of_size`.
-        on_progress: called with the number of bytes checked, every so often.
+    ``on_progress`` is called with the number of bytes checked, every so often.
 
     Raises:
         UnsafePickleError: it is refused, with where and why.
@@ -156,9 +153,9 @@ class _Check:
     def _step(self, name: str, argument: Any, at: int) -> None:
         limits = self._limits
         if name in _PUTS:
-            place = len(self._memo) if argument is None else argument
-            if place != len(self._memo):
-                raise UnsafePickleError(f"it remembers a value as number {place} where {len(self._memo)} is next")
+            place = len(self._memo)
+            if argument not in (None, place):
+                raise UnsafePickleError(f"it remembers a value as number {argument} where {place} is next")
             if place >= limits.objects:
                 raise UnsafePickleError(f"it remembers more than {limits.objects} values, too many for its size")
             self._memo.append(self._stack[-1])
@@ -181,7 +178,7 @@ class _Check:
             if self._below or len(self._stack) != 1:
                 raise UnsafePickleError("it ends with something else than one value")
         else:
-            made = self._made(name, argument)
+            made = self._made(name, argument)  # which replaces the stack
             self._stack.append(made)
         if len(self._stack) > limits.stack:
             raise UnsafePickleError(f"it piles up more than {limits.stack} values")
@@ -204,9 +201,9 @@ class _Check:
         if len(self._stack) < len(takes):
             raise IndexError
         taken = [self._stack.pop() for _ in takes][::-1]
-        for kind, wanted in zip(taken, takes):
-            if wanted != "any" and not kind.endswith(wanted):
-                raise UnsafePickleError(f"it gives {name} the kind {kind} where a {wanted} is needed")
+        for kind, needed in zip(taken, takes):
+            if needed != "any" and not kind.endswith(needed):
+                raise UnsafePickleError(f"it gives {name} the kind {kind} where a {needed} is needed")
         items = taken[name in _CHANGES :] + items
         if made in ("list", "set", "dict"):
             self.items += len(items)

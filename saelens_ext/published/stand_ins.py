@@ -8,7 +8,6 @@ from math import prod
 from struct import unpack
 from typing import Any
 
-_MAX_DIMENSIONS = 4
 # Names of numpy's plain dtypes, and the letters that struct has for them.
 _FORMATS = dict(zip(("b1", "i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f2", "f4", "f8"), "?bBhHiIqQefd"))
 
@@ -68,14 +67,9 @@ class Dtype(StandIn):
 
     def __setstate__(self, state: Any) -> None:
         # Version, byte order, sub-array, names, fields, size, alignment, flags: only the byte order may say anything.
-        orders = ("|",) if self.itemsize == 1 else ("<", ">")
-        plain = (
-            type(state) is tuple and len(state) == 8 and state[0] == 3 and state[2:] == (None, None, None, -1, -1, 0)
-        )
-        if self.order or not plain or state[1] not in orders:
-            raise UnsafePickleError(
-                f"it describes numbers {self.code!r} by {short(state)}: only plain numbers are read"
-            )
+        plain = [(3, order, None, None, None, -1, -1, 0) for order in ("|" if self.itemsize == 1 else "<>")]
+        if self.order or type(state) is not tuple or state not in plain:
+            raise UnsafePickleError(f"it describes numbers {self.code!r} by {short(state)}: only plain ones are read")
         self.order = state[1]
 
 
@@ -92,16 +86,13 @@ class Array(StandIn):
     def fill(self, content: Any, dtype: Any, shape: Any) -> "Array":
         """Set bytes, dtype and shape, which must fit each other."""
         whole = type(shape) is tuple and all(type(n) is int and n >= 0 for n in shape)
-        if not whole or not 0 < len(shape) <= _MAX_DIMENSIONS or hasattr(self, "shape"):
-            raise UnsafePickleError(
-                f"it fills an array twice, or its shape is not 1 to {_MAX_DIMENSIONS} whole numbers of at least 0: "
-                f"{short(shape)}"
-            )
+        if not whole or not 0 < len(shape) <= 4 or hasattr(self, "shape"):
+            raise UnsafePickleError(f"it fills an array twice, or its shape is no 1 to 4 whole numbers: {short(shape)}")
         if type(dtype) is not Dtype or not dtype.order:
             raise UnsafePickleError("it holds an array without a whole dtype")
-        found, wanted = _size(content), prod(shape) * dtype.itemsize
-        if found != wanted:
-            raise UnsafePickleError(f"it holds an array of shape {shape} that needs {wanted} bytes, with {found}")
+        size, needed = _size(content), prod(shape) * dtype.itemsize
+        if size != needed:
+            raise UnsafePickleError(f"it holds an array of shape {shape} that needs {needed} bytes, with {size}")
         self.content, self.dtype, self.shape = content, dtype, shape
         return self
 
@@ -143,9 +134,7 @@ def _set(items: Any) -> Numbers:
 
 def _dtype(code: Any, align: Any, copy: Any) -> Dtype:
     if type(code) is not str or code not in _FORMATS or (align, copy) != (False, True):
-        raise UnsafePickleError(
-            f"it holds an array of dtype {short(code)}: only plain numbers are read, no structures or objects"
-        )
+        raise UnsafePickleError(f"it holds an array of dtype {short(code)}: only plain numbers are read")
     made = Dtype()
     made.code, made.itemsize, made.order = code, int(code[1:]), ""
     return made

@@ -281,7 +281,8 @@ def test_file_errors_are_clear(folder, tmp_path):
     (tmp_path / "empty.pkl").touch()
     with pytest.raises(ValueError, match="0 bytes"):
         read_published_dictionary(tmp_path / "empty.pkl")
-    for content, message in (("{", "not a JSON file"), ("[" * 10**5, "not a JSON file"), ("[]", "JSON object")):
+    unreadable = "not readable as JSON"
+    for content, message in (("{", unreadable), ("[" * 10**5, unreadable), ("[]", "JSON object")):
         (folder / "gemma-2-2b_layer12_metadata.json").write_text(content)
         with pytest.raises(ValueError, match=message):
             read_published_dictionary(path)
