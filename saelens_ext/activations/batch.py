@@ -60,14 +60,8 @@ class ActivationBatch:
     @standard_modes()
     def first(self, n: int) -> "ActivationBatch":
         """The first ``n`` rows, with all the windows."""
-        return replace(
-            self,
-            activations={name: rows[:n] for name, rows in self.activations.items()},
-            token_ids=self.token_ids[:n],
-            sequence_ids=self.sequence_ids[:n],
-            positions=self.positions[:n],
-            document_ids=self.document_ids[:n],
-        )
+        columns = {name: getattr(self, name)[:n] for name in COLUMNS}
+        return replace(self, activations={name: rows[:n] for name, rows in self.activations.items()}, **columns)
 
     @classmethod
     def join(cls, batches: "Sequence[ActivationBatch]") -> "ActivationBatch":

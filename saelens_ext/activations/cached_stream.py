@@ -34,14 +34,11 @@ class CachedStream(ActivationStream):
     Args:
         path: the folder of the cache.
         hook_name: the hook or hooks to read.
-        model: the model that the activations came from, if at hand.
-        tokenizer: the model's, for special tokens; by default that of ``model``.
-        context_size: tokens in a window of the cache.
-        batch_size: windows in a batch.
+        model: the model that the activations came from, if at hand, and ``tokenizer`` its tokenizer by default.
+        context_size: tokens in a window of the cache, and ``batch_size`` windows in a batch.
         max_tokens: activations after which a pass ends.
         exclude_special_tokens: leave out special tokens, the listed token ids, or none.
         seqpos_slice: positions of a window that are read.
-        device: where the activations go.
     """
 
     def __init__(
@@ -59,31 +56,22 @@ class CachedStream(ActivationStream):
         device: str | torch.device = "cpu",
     ) -> None:
         if not Path(path).is_dir():
-            raise FileNotFoundError(
-                f"{path} is not a folder: cached_activations_path is the new_cached_activations_path of the "
-                "CacheActivationsRunner."
-            )
+            raise FileNotFoundError(f"{path} is not a folder; give the new_cached_activations_path of the cache.")
         rows = datasets.load_from_disk(str(path))
         if isinstance(rows, datasets.DatasetDict):
             raise ValueError(f"{path} holds a dataset of several splits; activations in a cache have none.")
         names = checked_names(hook_name)
         self._columns = {name: _column(name, rows.column_names, path) for name in names}
         self.has_tokens = TOKEN_IDS in rows.column_names
-        self._rows = rows.with_format(
-            "torch", columns=[*self._columns.values(), *([TOKEN_IDS] if self.has_tokens else [])]
-        )
+        tokens = [TOKEN_IDS] if self.has_tokens else []
+        self._rows = rows.with_format("torch", columns=[*self._columns.values(), *tokens])
         windows = {name: tuple(self._rows.features[column].shape) for name, column in self._columns.items()}
         length = next(iter(windows.values()))[0]
         if context_size != length:
-            raise ValueError(
-                f"The activations in {path} are in windows of {length} tokens, got context_size={context_size}."
-            )
+            raise ValueError(f"{path} holds windows of {length} tokens, got context_size={context_size}.")
         self.model, self.tokenizer = model, tokenizer or getattr(model, "tokenizer", None)
         if exclude_special_tokens and not self.has_tokens:
-            raise ValueError(
-                f"The activations in {path} come without token ids, so none can be left out: set "
-                "exclude_special_tokens=False."
-            )
+            raise ValueError(f"{path} holds no token ids, so none can be left out: set exclude_special_tokens=False.")
         if exclude_special_tokens is True and self.tokenizer is None:
             raise ValueError(
                 "exclude_special_tokens=True needs the tokenizer: name the model (model_name), list the token ids, or "
@@ -150,9 +138,8 @@ class CachedStream(ActivationStream):
         windows = rows[TOKEN_IDS].long() if self.has_tokens else torch.full((n, self.context_size), NO_TOKEN)
         keep = self._read_positions.expand(n, -1) & ~torch.isin(windows, self._excluded)
         window, position = keep.nonzero(as_tuple=True)
-        activations = {
-            name: rows[column].to(self._device)[keep.to(self._device)] for name, column in self._columns.items()
-        }
+        on_device = keep.to(self._device)
+        activations = {name: rows[column].to(self._device)[on_device] for name, column in self._columns.items()}
         self._check_activations(activations, window + start, position)
         return ActivationBatch(
             activations=activations,
@@ -166,9 +153,7 @@ class CachedStream(ActivationStream):
 
     @standard_modes()
     def _comes_from(self, model: HostModel | HookedProxyLM) -> bool:
-        """Whether the model gives the activations of the first window for its tokens, up to the rounding of a
-        half-precision cache.
-        """
+        """Whether the model gives the first window's activations for its tokens, up to half-precision rounding."""
         row: dict[str, Tensor] = self._rows[0]
         again = ActivationStream(
             model,
@@ -179,24 +164,17 @@ class CachedStream(ActivationStream):
             prepend_bos=self.prepend_bos,
         )
         computed = next(again.batches()).activations
-        pairs = [
-            (row[self._columns[name]].float(), computed[new].float().cpu())
-            for name, new in zip(self._columns, self.hook_names)
-        ]
+        columns = zip(self._columns.values(), self.hook_names)
+        pairs = [(row[column].float(), computed[name].float().cpu()) for column, name in columns]
         return all(old.shape == new.shape and bool((old - new).norm() <= 0.02 * new.norm()) for old, new in pairs)
 
 
 def _column(hook_name: str, columns: Sequence[str], path: str | Path) -> str:
     """The column of a cache that holds a hook, by any of its spellings."""
-    found = [
-        name
-        for name in (hook_name, *spellings_of(hook_name, "plain"), *spellings_of(hook_name, "norms_around"))
-        if name in columns
-    ]
-    if not found:
+    spellings = (hook_name, *spellings_of(hook_name, "plain"), *spellings_of(hook_name, "norms_around"))
+    found = next((name for name in spellings if name in columns), None)
+    if found is None:
         hooks = [name for name in columns if name != TOKEN_IDS]
-        raise ValueError(
-            f"The activations in {path} are of {', '.join(hooks)}, not of "
-            f"{hook_name!r}.{near_matches(hook_name, hooks)}"
-        )
-    return found[0]
+        near = near_matches(hook_name, hooks)
+        raise ValueError(f"The activations in {path} are of {', '.join(hooks)}, not of {hook_name!r}.{near}")
+    return found

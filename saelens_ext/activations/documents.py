@@ -18,8 +18,7 @@ _ROLES = {"human": "user", "gpt": "assistant"}
 def open_dataset(dataset: Any) -> Any:
     """An object whose iteration starts over each time and gives one document, or one row of columns, at a time.
 
-    Raises:
-        ValueError: it holds no documents, or can be read only once.
+    ValueError: it holds no documents, or can be read only once.
     """
     if isinstance(dataset, str):
         return datasets.load_dataset(dataset, split="train", streaming=True)

@@ -14,9 +14,8 @@ def fingerprint_files(path: str | Path) -> str:
     size goes unnoticed.
     """
     path = Path(path)
-    inside = (
-        [(file.relative_to(path), file) for file in path.rglob("*")] if path.is_dir() else [(Path(path.name), path)]
-    )
+    root, files = (path, path.rglob("*")) if path.is_dir() else (path.parent, [path])
+    inside = [(file.relative_to(root), file) for file in files]
     digest = hashlib.sha256()
     for name, file in sorted(inside):
         if not file.is_file() or any(part.startswith(".") for part in name.parts):

@@ -38,10 +38,7 @@ class KeptStream(ActivationStream):
             kept.append(batch)
             size += sum(rows.numel() * rows.element_size() for rows in batch.activations.values())
             if size > memory_limit:
-                raise ValueError(
-                    f"The stream gives more than memory_limit={memory_limit} bytes of activations: set max_tokens on "
-                    "it, read fewer hooks, or raise memory_limit."
-                )
+                raise ValueError(f"The stream exceeds memory_limit={memory_limit} bytes: set max_tokens, or raise it.")
         self._take_over(stream, kept)
 
     @classmethod
@@ -69,15 +66,12 @@ class KeptStream(ActivationStream):
         names = checked_names(hook_name)
         unknown = [name for name in names if name not in self.requested_hook_names]
         if unknown:
-            raise ValueError(
-                f"{unknown[0]!r} was not read; the stream was given {', '.join(map(repr, self.requested_hook_names))}."
-            )
+            raise ValueError(f"{unknown[0]!r} was not read, only {', '.join(map(repr, self.requested_hook_names))}.")
         fewer = copy(self)
         fires = dict(zip(self.requested_hook_names, self.hook_names, strict=True))
         fewer.requested_hook_names, fewer.hook_names = names, tuple(fires[name] for name in names)
-        fewer._kept = [
-            replace(batch, activations={name: batch.activations[name] for name in names}) for batch in self._kept
-        ]
+        parts = [{name: batch.activations[name] for name in names} for batch in self._kept]
+        fewer._kept = [replace(batch, activations=part) for batch, part in zip(self._kept, parts, strict=True)]
         fewer._d_in = {name: self._d_in[name] for name in names}
         return fewer
 

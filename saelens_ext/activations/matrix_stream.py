@@ -19,25 +19,18 @@ class MatrixStream(ActivationStream):
         hook_name: where they were read; may be empty.
         document_ids: the document of each row, integers ``(n,)``; None: each row is a document of its own.
         batch_size: rows in a batch; None: all.
-
-    Raises:
-        ValueError: a matrix or documents of another kind or shape.
     """
 
     def __init__(
         self, x: Tensor, hook_name: str = "", *, document_ids: Tensor | None = None, batch_size: int | None = None
     ):
         if x.ndim != 2 or not len(x) or not x.is_floating_point():
-            raise ValueError(
-                f"A matrix of activations must be floating point and (n, d) with n >= 1, got {x.dtype} of "
-                f"{tuple(x.shape)}."
-            )
+            kind = f"{x.dtype} of {tuple(x.shape)}"
+            raise ValueError(f"A matrix of activations must be floating point and (n, d) with n >= 1, got {kind}.")
         documents = torch.arange(len(x)) if document_ids is None else document_ids
         if documents.shape != (len(x),) or documents.is_floating_point() or bool((documents < 0).any()):
-            raise ValueError(
-                f"document_ids must be {len(x)} integers of at least 0, one per row, got {documents.dtype} of "
-                f"{tuple(documents.shape)}."
-            )
+            kind = f"{documents.dtype} of {tuple(documents.shape)}"
+            raise ValueError(f"document_ids must be {len(x)} integers of at least 0, one per row, got {kind}.")
         self.model, self.tokenizer, self.progress, self.prepend_bos = None, None, False, None
         self._x, self._documents = _checks.finite(x.detach(), "activations"), documents.cpu().long()
         self._set_up(

@@ -128,10 +128,10 @@ class RayActivationStream(ActivationStream):
     def _check_resources(self) -> None:
         """Raise where Ray would wait for ever for resources that it has not."""
         options = self._actor_options
-        wanted = {"CPU": options.get("num_cpus"), "GPU": options.get("num_gpus"), **(options.get("resources") or {})}
-        there = self._ray.cluster_resources()
-        for name, each in wanted.items():
-            needed, found = (each or 0) * self.n_workers, there.get(name, 0)
+        asked_for = {"CPU": options.get("num_cpus"), "GPU": options.get("num_gpus"), **(options.get("resources") or {})}
+        available = self._ray.cluster_resources()
+        for name, each in asked_for.items():
+            needed, found = (each or 0) * self.n_workers, available.get(name, 0)
             if needed > found:
                 self.close()
                 raise ValueError(

@@ -44,9 +44,7 @@ def checked_context_size(context_size: int, limit: int | None) -> int:
     """The size, if it lies from 2 to the model's own limit."""
     size = positive(context_size, "context_size")
     if size < 2 or (limit is not None and size > limit):
-        raise ValueError(
-            f"context_size must lie from 2 (BOS and a token) to {limit}, the model's own limit, got {context_size}."
-        )
+        raise ValueError(f"context_size must lie from 2 (BOS and a token) to {limit}, the model's, got {context_size}.")
     return size
 
 

@@ -306,10 +306,7 @@ class ActivationStream:
         run_to_last_hook(self.model, tokens, real, [(name, reader(name)) for name in dict.fromkeys(names.values())])
         for name in names.values():
             if name not in read:
-                raise ValueError(
-                    f"The hook {name!r} did not fire in a forward pass of this {type(self.model).__name__}: it is one "
-                    "that the model only has under other settings."
-                )
+                raise ValueError(f"The hook {name!r} does not fire on this {type(self.model).__name__} as it is set.")
         return {given: read[name] for given, name in names.items()}
 
     def _check_activations(

@@ -41,15 +41,11 @@ class WindowSource:
     """The windows of a dataset, in its order or one that a seed gives; each pass starts over.
 
     Args:
-        dataset: a `datasets.Dataset` or `IterableDataset`, a sequence of strings or of rows, a table or column of
-            pandas, polars, pyarrow or numpy, a dict of columns, or the name of a dataset (its train split is streamed).
-            A row's document is text, token ids (``input_ids`` or ``tokens``, read with the row's ``attention_mask``
-            when it has one), or chat ``messages`` (``conversations``) with role and content, or ShareGPT's from and
-            value. A document that the tokenizer or the chat template refuses is skipped, counted and logged.
+        dataset: as for :class:`~saelens_ext.activations.stream.ActivationStream`. A document that the tokenizer or the
+            chat template refuses is skipped, counted and logged.
         tokenizer: what turns text into tokens; None when the rows hold token ids.
         context_size: tokens in a whole window, BOS included.
         start: what stands in front of every window. A document that begins with it already gets no second.
-        text_column: the column that holds the documents.
         vocabulary_size: token ids at or above it are refused; None checks nothing.
         add_generation_prompt: end conversations with what their chat template writes before an answer.
         shuffle_seed: of the order of the documents; None: the dataset's own.
@@ -155,11 +151,9 @@ class WindowSource:
         if not self.start.ids or not getattr(self.tokenizer, "chat_template", None):
             return
         # The first row is looked at only where it matters: a stream may have to fetch it.
-        if not starts_with(self._needed_tokenizer(), self.start.ids) and self._holds_conversations():
+        starts = starts_with(self._needed_tokenizer(), self.start.ids)
+        if not starts and _is_conversation(self._document(next(iter(self.rows), ""))):
             self.start = TextStart()
-
-    def _holds_conversations(self) -> bool:
-        return _is_conversation(self._document(next(iter(self.rows), "")))
 
     def _tokenise(self, text: str, document_id: int) -> list[int]:
         tokenizer = self._needed_tokenizer()
@@ -169,16 +163,10 @@ class WindowSource:
     def _apply_chat_template(self, conversation: Any, document_id: int) -> str:
         tokenizer, messages = self._needed_tokenizer(), as_messages(conversation, document_id)
         if not tokenizer.chat_template:
-            raise ValueError(
-                "The dataset holds chat messages, and the tokenizer has no chat template: set tokenizer.chat_template, "
-                "or give text."
-            )
+            raise ValueError("The dataset holds chat messages: set tokenizer.chat_template, or give text.")
+        options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": self.add_generation_prompt}
         with _refusing(document_id, "the chat template"):
-            return str(
-                tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=self.add_generation_prompt
-                )
-            )
+            return str(tokenizer.apply_chat_template(messages, **options))
 
     def _needed_tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is None:
@@ -230,10 +218,8 @@ def _is_conversation(document: Any) -> bool:
 
 def _fields(row: Any) -> Mapping[str, Any]:
     if not isinstance(row, Mapping):
-        raise ValueError(
-            "A document must be a string, or a row with a column of text, token ids or chat messages; got a "
-            f"{type(row).__name__}."
-        )
+        allowed = "a string, or a row with a column of text, token ids or chat messages"
+        raise ValueError(f"A document must be {allowed}; got a {type(row).__name__}.")
     return row
 
 

@@ -180,52 +180,32 @@ def _audit(
     progress: bool,
 ) -> PrefixAudit:
     """All stages of one prefix."""
-    held = stages.continuations()
-    if held is None:
-        held = stages.keep(
-            sample_continuations(
-                model,
-                prefix,
-                config.n,
-                temperature=config.temperature,
-                top_p=config.top_p,
-                max_new_tokens=config.max_new_tokens,
-                stop=config.stop,
-                seed=config.seed,
-                weights=config.weights,
-                chat_template=config.chat_template,
-                progress=progress,
-            )
-        )
-    if held.embeddings is None:
-        held = _only(held, visible_rows(held, embedder), "the embedder sees no text in them")
-        held = stages.keep(embed_continuations(held, embedder, mode=config.embedding, progress=progress))
-    if held.signatures is None:
-        held = attribute_continuations(
-            model, saes, held, backend=config.backend, max_sources=config.max_sources, progress=progress
-        )
-        has_effect = torch.as_tensor(held.both_views()[1].any(axis=1))
-        held = stages.keep(_only(held, has_effect, "no source of the prefix has an effect on them"))
+    rows = stages.continuations()
+    if rows is None:
+        names = ("temperature", "top_p", "max_new_tokens", "stop", "seed", "weights", "chat_template")
+        options = {name: getattr(config, name) for name in names}
+        rows = stages.keep(sample_continuations(model, prefix, config.n, progress=progress, **options))
+    if rows.embeddings is None:
+        rows = _only(rows, visible_rows(rows, embedder), "the embedder sees no text in them")
+        rows = stages.keep(embed_continuations(rows, embedder, mode=config.embedding, progress=progress))
+    if rows.signatures is None:
+        options = {"backend": config.backend, "max_sources": config.max_sources}
+        rows = attribute_continuations(model, saes, rows, progress=progress, **options)
+        has_effect = torch.as_tensor(rows.both_views()[1].any(axis=1))
+        rows = stages.keep(_only(rows, has_effect, "no source of the prefix has an effect on them"))
     state = stages.clustering()
     if state is None:
-        state = stages.keep_clustering(_cluster(held, config).clustering_state())
-    found = PrefixAudit.with_clusters(held, state, None)
+        state = stages.keep_clustering(_cluster(rows, config).clustering_state())
+    found = PrefixAudit.with_clusters(rows, state, None)
     reason = found.not_validated or ("" if config.validate else "Steering was not asked for.")
     validation = stages.validation()
     if validation is None and not reason:
+        how = {name: getattr(config, name) for name in ("strengths", "top", "max_rows", "seed")}
         try:
-            validation = stages.keep_validation(
-                validate_clusters(
-                    model,
-                    saes,
-                    held,
-                    found.clusterer,
-                    ValidationOptions(
-                        strengths=config.strengths, top=config.top, max_rows=config.max_rows, seed=config.seed
-                    ),
-                    progress=progress,
-                )
+            validation = validate_clusters(
+                model, saes, rows, found.clusterer, ValidationOptions(**how), progress=progress
             )
+            stages.keep_validation(validation)
         except NothingToTest as error:
             # Modes without two members or without a latent are a finding, not the end of the audit.
             logger.warning("The modes of %r could not be tested by steering: %s", prefix, error)
@@ -233,52 +213,44 @@ def _audit(
     return replace(found, validation=validation, not_validated=reason)
 
 
-def _only(held: ContinuationSet, rows: torch.Tensor, why_not: str) -> ContinuationSet:
+def _only(continuations: ContinuationSet, usable: torch.Tensor, why_not: str) -> ContinuationSet:
     """The continuations that can be clustered; a ValueError if they are fewer than two."""
-    left_out = [held.texts[row] for row in (~rows).nonzero().flatten().tolist()]
+    left_out = [continuations.texts[row] for row in (~usable).nonzero().flatten().tolist()]
     if left_out:
-        logger.warning(
-            "%d of %d continuations are left out, such as %r: %s.", len(left_out), len(held), left_out[0], why_not
-        )
-    if int(rows.sum()) < 2:
+        said = "%d of %d continuations are left out, such as %r: %s."
+        logger.warning(said, len(left_out), len(continuations), left_out[0], why_not)
+    if (n := int(usable.sum())) < 2:
         raise ValueError(
-            f"{held.prompt!r} gave {int(rows.sum())} continuation(s) to cluster; an audit needs at least two. Raise "
+            f"{continuations.prompt!r} gave {n} continuation(s) to cluster; an audit needs at least two. Raise "
             "temperature, top_p or max_new_tokens."
         )
-    return held.select(rows) if left_out else held
+    return continuations.select(usable) if left_out else continuations
 
 
-def _cluster(held: ContinuationSet, config: AuditConfig) -> PrefixAudit:
+def _cluster(continuations: ContinuationSet, config: AuditConfig) -> PrefixAudit:
     """Cluster at every beta and gamma and take the most stable clustering within the numbers of modes allowed."""
-    e, a = held.both_views()
-    weights = held.weights.double().numpy()
-    common: dict[str, Any] = {
-        "min_cluster_size": config.min_cluster_size or max(2, len(held) // 16),
-        "random_state": config.seed,
-    }
+    e, a = continuations.both_views()
+    weights = continuations.weights.double().numpy()
+    smallest = config.min_cluster_size or max(2, len(continuations) // 16)
+    common: dict[str, Any] = {"min_cluster_size": smallest, "random_state": config.seed}
     path = rate_distortion_path(e, a, config.betas, config.gammas, sample_weight=weights, **common)
     table, scores, reason = path.to_dataframe(), {}, ""
+    how = {"n_resamples": config.n_resamples, "random_state": config.seed}
     try:
-        choice = choose_point(
-            path, clusters=config.n_clusters, n_resamples=config.n_resamples, random_state=config.seed
-        )
+        choice = choose_point(path, clusters=config.n_clusters, **how)
         point, scores = choice.point, {(point.beta, point.gamma): stability for point, stability in choice.table}
     except NoEligiblePoint as error:
         # That there are not so many modes at these weights is a finding, which the nearest clustering shows.
-        fewest, most = config.n_clusters
-        point = min(
-            path.points, key=lambda point: (max(fewest - point.n_clusters, point.n_clusters - most), point.n_clusters)
-        )
-        found = (
-            "No modes were found."
-            if point.n_clusters == 1
-            else f"The nearest to the number of modes asked for, {point.n_clusters}, is shown."
-        )
-        reason = f"{found} {error}"
-        logger.warning("%r: %s", held.prompt, reason)
+        (fewest, most), sizes = config.n_clusters, [point.n_clusters for point in path.points]
+        n, point = min(zip(sizes, path.points), key=lambda pair: (max(fewest - pair[0], pair[0] - most), pair[0]))
+        nearest = f"The nearest to the number of modes asked for, {n}, is shown."
+        reason = f"{'No modes were found.' if n == 1 else nearest} {error}"
+        logger.warning("%r: %s", continuations.prompt, reason)
     cells = list(zip(table["beta"], table["gamma"], strict=True))
     table["stability"] = [scores[cell].mean if cell in scores else float("nan") for cell in cells]
     table["stability_se"] = [scores[cell].standard_error if cell in scores else float("nan") for cell in cells]
     clusterer = JointClusterer(point.beta, point.gamma, init=point.labels, **common)
     clusterer.fit(e, a, sample_weight=weights)
-    return PrefixAudit(continuations=held, clusterer=clusterer, path=table, validation=None, not_validated=reason)
+    return PrefixAudit(
+        continuations=continuations, clusterer=clusterer, path=table, validation=None, not_validated=reason
+    )

@@ -73,9 +73,7 @@ class AuditConfig:
         if self.min_cluster_size is not None:
             _checks.positive(self.min_cluster_size, "min_cluster_size")
         if len(self.n_clusters) != 2 or not 1 <= self.n_clusters[0] <= self.n_clusters[1]:
-            raise ValueError(
-                f"n_clusters must be the fewest and the most, with 1 <= fewest <= most, got {self.n_clusters!r}."
-            )
+            raise ValueError(f"n_clusters must be 1 <= fewest <= most, got {self.n_clusters!r}.")
         if not self.betas or not self.gammas:
             raise ValueError(f"betas and gammas must not be empty, got {self.betas!r} and {self.gammas!r}.")
         for beta in self.betas:

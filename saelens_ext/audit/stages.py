@@ -26,11 +26,11 @@ _SAMPLED = 4096
 
 def describe(model: HostModel, dictionaries: list[SAE[Any]], embedder: Any) -> dict[str, Any]:
     """What an audit is of, enough to know it again; JSON-safe."""
+    weights = {"weights": _fingerprint(embedder)} if isinstance(embedder, torch.nn.Module) else {}
     return {
         "model": describe_model(model) | {"weights": _fingerprint(model)},
         "dictionaries": [_describe_dictionary(sae) for sae in dictionaries],
-        "embedder": {"name": _name_of(embedder)}
-        | ({"weights": _fingerprint(embedder)} if isinstance(embedder, torch.nn.Module) else {}),
+        "embedder": {"name": _name_of(embedder)} | weights,
     }
 
 
@@ -80,31 +80,21 @@ def folder_for(
         content = _files.read_json(path, FORMAT_VERSION)
         changed = [name for name in settings if content.get(name) != settings[name]]
         if changed:
-            detail = _differences(content, settings)
-            raise ValueError(
-                f"{own} holds an audit with another {' and '.join(changed)}"
-                + (
-                    f" ({', '.join(f'{k}: {old!r} there, {new!r} now' for k, (old, new) in detail.items())})"
-                    if detail
-                    else ""
-                )
-                + ". Use another folder, or the same settings."
-            )
+            changes = _differences(content, settings)
+            detail = ", ".join(f"{key}: {old!r} there, {new!r} now" for key, old, new in changes)
+            kinds = " and ".join(changed) + (f" ({detail})" if detail else "")
+            raise ValueError(f"{own} holds an audit with another {kinds}. Use another folder, or the same settings.")
     else:
         own.mkdir(parents=True, exist_ok=True)
         _files.write_json(path, {"format_version": FORMAT_VERSION, **settings})
     return own
 
 
-def _differences(content: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """What was and what is, by name, of the settings and of what was audited."""
+def _differences(content: Mapping[str, Any], settings: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Name, what was and what is, of the settings and of what was audited."""
     parts = [(content.get(part, {}), settings[part]) for part in ("config", "about")]
-    return {
-        name: (old.get(name, "nothing"), value)
-        for old, new in parts
-        for name, value in new.items()
-        if old.get(name, "nothing") != value
-    }
+    entries = [(name, old.get(name, "nothing"), value) for old, new in parts for name, value in new.items()]
+    return [entry for entry in entries if entry[1] != entry[2]]
 
 
 class Stages:

@@ -46,12 +46,9 @@ class TextStart:
 
 
 def text_start(model: Any, prepend_bos: bool | None = None) -> TextStart:
-    """What stands in front of a model's texts.
+    """What stands in front of a model's texts; ``prepend_bos`` overrides the model's own policy.
 
-    Args:
-        model: any TransformerLens model, or a `HookedProxyLM`, for which it is what a bridge of the same architecture
-            does.
-        prepend_bos: instead of the model's own policy.
+    For a `HookedProxyLM` it is what a bridge of the same architecture does.
 
     Raises:
         ValueError: BOS is asked for, and the tokenizer has none.
@@ -65,13 +62,11 @@ def text_start(model: Any, prepend_bos: bool | None = None) -> TextStart:
     # Told to, BOS is put there whatever the host believes about a tokenizer that was set after the model was made.
     if prepend and own[:1] != [bos] and (prepend_bos or not adds) and _is_atom(tokenizer):
         return TextStart((cast(int, bos), *own), cast(Any, tokenizer).bos_token, True)
-    kept = own if prepend or own[:1] != [bos] else own[1:]
-    found = TextStart(tuple(kept), "", begins_with_bos(tokenizer, kept))
-    if prepend_bos and not found.prepends_bos:
-        raise ValueError(
-            "prepend_bos=True, and the tokenizer has no BOS token: leave prepend_bos at None or set it to False."
-        )
-    return found
+    ids = own if prepend or own[:1] != [bos] else own[1:]
+    start = TextStart(tuple(ids), "", begins_with_bos(tokenizer, ids))
+    if prepend_bos and not start.prepends_bos:
+        raise ValueError("prepend_bos=True, and the tokenizer has no BOS token: leave prepend_bos at None or False.")
+    return start
 
 
 def begins_with_bos(tokenizer: PreTrainedTokenizerBase | None, ids: Sequence[int]) -> bool:
@@ -83,10 +78,8 @@ def begins_with_bos(tokenizer: PreTrainedTokenizerBase | None, ids: Sequence[int
 def warn_of_other_bos(built: bool | None, prepends_bos: bool | None, here: str) -> None:
     """Warn when a dictionary was built on texts that started otherwise; what is not recorded is not judged.
 
-    Args:
-        built: the ``prepend_bos`` that the dictionary's metadata records.
-        prepends_bos: whether texts start with BOS where it is used.
-        here: what those texts are, such as "this model's texts".
+    ``built`` is the ``prepend_bos`` that its metadata records, ``prepends_bos`` that of the texts it is used on, which
+    ``here`` names, such as "this model's texts".
     """
     if built is None or prepends_bos is None or bool(built) == prepends_bos:
         return

@@ -32,8 +32,7 @@ def hooked_by_name(
 ) -> HookedSAETransformer:
     """A model by the host's own loader, under the published name of its configuration.
 
-    Raises:
-        ValueError: neither its name nor its sizes are those of a model on the host's list.
+    ValueError: neither its name nor its sizes are those of a model on the host's list.
     """
     official = official_name(name_or_path, hf_model)
     model = HookedSAETransformer.from_pretrained_no_processing(
@@ -48,19 +47,15 @@ def hooked_by_name(
 def official_name(name_or_path: str | Path, hf_model: PreTrainedModel) -> str:
     """The name on the host's list: that which was given or recorded, otherwise that of a model of the same sizes.
 
-    Raises:
-        ValueError: there is none, or the model of that name has other sizes.
+    ValueError: there is none, or the model of that name has other sizes.
     """
     known = make_model_alias_map()
     for given in (str(name_or_path), str(hf_model.config.name_or_path)):
         official = known.get(given.lower()) or known.get(Path(given).name.lower())
         if official is not None:
-            differing = _differences(official, hf_model)
-            if differing:
-                raise ValueError(
-                    f"TransformerLens knows {given!r} as {official}, and this model differs from that: {differing}. "
-                    f"{_REMEDY}"
-                )
+            if differing := _differences(official, hf_model):
+                known_as = f"TransformerLens knows {given!r} as {official}"
+                raise ValueError(f"{known_as}, and this model differs from that: {differing}. {_REMEDY}")
             return official
     # Of these alone the host has the sizes without asking the hub.
     for official in OFFICIAL_MODEL_NAMES:
@@ -83,21 +78,17 @@ def same_model(name: str, other: str) -> bool:
 def _differences(official: str, hf_model: PreTrainedModel) -> str:
     """How the sizes of a model differ from those that the host has for a name; empty if they do not."""
     try:
-        held = convert_hf_model_config(official)
+        known = convert_hf_model_config(official)
     except NotImplementedError as error:
         return str(error)
     except OSError as error:
-        raise ValueError(
-            f"TransformerLens asks the model hub for the configuration of {official}, and could not reach it. {_REMEDY}"
-        ) from error
-    own = hf_model.config.get_text_config()
-    pairs: dict[str, tuple[Any, Any]] = {"architecture": (held["original_architecture"], _architecture(hf_model))}
-    pairs |= {size: (held.get(size), getattr(own, name, None)) for size, name in _SIZES.items()}
-    return ", ".join(
-        f"{name} {mine} instead of {theirs}"
-        for name, (theirs, mine) in pairs.items()
-        if None not in (theirs, mine) and theirs != mine
-    )
+        unreached = f"TransformerLens asks the model hub for the configuration of {official}, and could not reach it."
+        raise ValueError(f"{unreached} {_REMEDY}") from error
+    config = hf_model.config.get_text_config()
+    pairs: dict[str, tuple[Any, Any]] = {"architecture": (known["original_architecture"], _architecture(hf_model))}
+    pairs |= {size: (known.get(size), getattr(config, name, None)) for size, name in _SIZES.items()}
+    differing = {name: pair for name, pair in pairs.items() if None not in pair and pair[0] != pair[1]}
+    return ", ".join(f"{name} {mine} instead of {theirs}" for name, (theirs, mine) in differing.items())
 
 
 def _architecture(hf_model: PreTrainedModel) -> str:

@@ -11,6 +11,8 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from typing_extensions import TypedDict
+
 from saelens_ext import _checks, _files
 
 logger = logging.getLogger(__name__)
@@ -23,6 +25,17 @@ _CACHE_FORMAT = 1
 
 class EndpointUnavailableError(RuntimeError):
     """The endpoint refused, failed or did not answer, however often it was asked."""
+
+
+class EndpointOptions(TypedDict, total=False):
+    """Fields of :class:`ChatEndpoint`, as keywords."""
+
+    cache_directory: str | Path | None
+    timeout: float | int
+    max_retries: int
+    max_attempts: int
+    max_concurrency: int
+    request_options: Mapping[str, Any] | None
 
 
 @dataclass(eq=False)
@@ -99,11 +112,8 @@ class ChatEndpoint:
     def ask(self, task: str, material: str, read: Callable[[str], Answer | None], reminder: str) -> Answer | None:
         """The answer to one question; None when no attempt gave one that ``read`` can read.
 
-        Args:
-            task: what to do, the system's message.
-            material: the user's message.
-            read: the answer in a text, or None where it has not the form asked for.
-            reminder: what is said after such a text.
+        ``task`` is the system's message, ``material`` the user's, ``reminder`` what is said after a text that ``read``
+        gives None for.
 
         Raises:
             EndpointUnavailableError: the endpoint refused, failed or did not answer.
@@ -116,12 +126,8 @@ class ChatEndpoint:
                 return answer
             # The same request would mostly give the same answer, so it is told what is missing.
             messages = [*messages, {"role": "assistant", "content": text}, {"role": "user", "content": reminder}]
-        logger.warning(
-            "The %s %s gave no answer in the form asked for in %d attempts; it counts as missing.",
-            self.role,
-            self.model,
-            self.max_attempts,
-        )
+        said = "The %s %s gave no answer in the form asked for in %d attempts; it counts as missing."
+        logger.warning(said, self.role, self.model, self.max_attempts)
         return None
 
     def close(self) -> None:
@@ -131,9 +137,9 @@ class ChatEndpoint:
     def _answer(self, request: dict[str, Any], read: Callable[[str], Any]) -> str:
         """The text that answers a request, from the cache where it is there."""
         path = self._cache_path(request)
-        kept = None if path is None else _kept_answer(path)
-        if kept is not None:
-            return kept
+        cached = None if path is None else _cached_answer(path)
+        if cached is not None:
+            return cached
         answer = self._call(request)
         # Nonsense is not kept: another day may bring an answer.
         if path is not None and read(answer) is not None:
@@ -164,13 +170,11 @@ class ChatEndpoint:
         return (choices[0].message.content or "") if choices else ""
 
 
-def _kept_answer(path: Path) -> str | None:
-    if not path.exists():
-        return None
+def _cached_answer(path: Path) -> str | None:
     try:
-        content = _files.read_json(path)
-        _files.check_format_version(content.get("format_version"), _CACHE_FORMAT, path)
-        return str(content["answer"])
-    except (ValueError, KeyError) as error:
+        return str(_files.read_json(path, _CACHE_FORMAT, ["answer"])["answer"])
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
         logger.warning("A kept answer is not readable and is asked for again: %s", error)
         return None

@@ -30,7 +30,7 @@ def text_after(model: HostModel, prompt: Sequence[int], tokens: Sequence[int]) -
 
 
 def ids_after(model: HostModel, prompt: str, texts: Sequence[str], *, templated: bool = False) -> list[list[int]]:
-    """Tokens of texts that go on from a prompt.
+    """Tokens of texts that go on from a prompt, each with its leading space where there is one.
 
     The prompt keeps its own tokens. Where the tokens of prompt and text together begin with them, the rest are the
     text's. Elsewhere, where the two would merge ("cat" and "s" to "cats"), the text is cut into tokens as it is within
@@ -38,13 +38,7 @@ def ids_after(model: HostModel, prompt: str, texts: Sequence[str], *, templated:
 
     So tokens that a model gave come back from their text if the tokenizer cuts that text so. A text can be cut in
     other ways, which a model may sample, and special tokens and bytes that are no whole character have no text: such
-    continuations are known by their token ids alone.
-
-    Args:
-        model: any TransformerLens model, with a tokenizer.
-        prompt: its text.
-        texts: what follows, each with its leading space where there is one.
-        templated: the prompt was written by a chat template, which decides about BOS.
+    continuations are known by their token ids alone. A ``templated`` prompt has the BOS that its chat template decides.
 
     Raises:
         ValueError: a prompt without a token, or a model without a tokenizer.

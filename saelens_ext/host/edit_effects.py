@@ -33,10 +33,6 @@ _LEVEL = 2**31  # of our own hooks, by which they are removed; the hosts count c
 def check_takes_effect(model: HostModel, name: str) -> None:
     """Check that a change at a hook is a change of the model, and in the middle of a block that it can be made whole.
 
-    Args:
-        model: any TransformerLens model.
-        name: the name that fires on it.
-
     Raises:
         ValueError: the hook does not fire, or only shows what is computed elsewhere, or shows the residual stream on a
             branch; or the middle of a block whose output is not what stands there plus what the MLP adds.
@@ -143,9 +139,7 @@ def _short_pass(model: TransformerBridge, functions: Mapping[str, Callable[[Tens
 def without_hooks(module: nn.Module, *, keep_permanent: bool = False) -> Iterator[None]:
     """Keep the hooks of a module's hook points from running inside the context.
 
-    Args:
-        module: a model or a part of it.
-        keep_permanent: let permanent hooks run; the hosts attach transcoders by these.
+    Permanent hooks, by which the hosts attach transcoders, run with ``keep_permanent``.
     """
     points = [part for part in module.modules() if isinstance(part, HookPoint)]
     kept = [point._forward_hooks for point in points]

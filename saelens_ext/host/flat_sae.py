@@ -20,20 +20,13 @@ def refuse_sequence_codes(sae: SAE[Any]) -> None:
     Such a code has no meaning on rows taken out of their sequence, nor at one step of cached generation.
     """
     if sae.cfg.architecture() == "temporal":
-        raise ValueError(
-            "A temporal SAE codes a token together with all tokens before it, so it cannot be used token by token. "
-            "Any other SAELens architecture can."
-        )
+        raise ValueError("A temporal SAE codes a token with all before it, so it cannot be used token by token.")
 
 
 def hooks_of(sae: SAE[Any], what: str = "This dictionary") -> tuple[str, str]:
     """The hooks at which a dictionary reads and at which it writes; one and the same but for transcoders.
 
-    Its decoder's rows are directions at the second.
-
-    Args:
-        sae: any SAELens SAE.
-        what: how to speak of it in messages.
+    Its decoder's rows are directions at the second. Messages call it ``what``.
 
     Raises:
         ValueError: the dictionary does not record them.
@@ -42,10 +35,7 @@ def hooks_of(sae: SAE[Any], what: str = "This dictionary") -> tuple[str, str]:
     if not read:
         raise ValueError(f"{what} names no hook. Set sae.cfg.metadata.hook_name to where it was built.")
     if isinstance(sae, Transcoder) and not write:
-        raise ValueError(
-            f"{what} is a transcoder that does not say where it writes. Set sae.cfg.metadata.hook_name_out to its "
-            "output hook."
-        )
+        raise ValueError(f"{what} is a transcoder without sae.cfg.metadata.hook_name_out: set it to its output hook.")
     return read, write or read
 
 
@@ -71,11 +61,7 @@ def flat_activations(sae: SAE[Any]) -> Iterator[None]:
 
 @without_autocast()
 def encode_flat(sae: SAE[Any], x: Tensor) -> Tensor:
-    """Encode flat activations ``(…, d_in)`` as dense codes ``(…, d_sae)``.
-
-    Raises:
-        ValueError: wrong width.
-    """
+    """Encode flat activations ``(…, d_in)`` as dense codes ``(…, d_sae)``; ValueError for another width."""
     _checks.width(x, sae.cfg.d_in, "The activation")
     with flat_activations(sae):
         codes = sae.encode(x)
@@ -102,10 +88,7 @@ def latent_indices(sae: SAE[Any], latents: SupportsIndex | Sequence[SupportsInde
 def latent_rows(sae: SAE[Any], latents: list[int], basis: str | None = None) -> Tensor:
     """The directions of latents ``(m, d)``, detached.
 
-    Args:
-        sae: any SAELens SAE.
-        latents: in [0, d_sae).
-        basis: "exemplar" or "mean", of a dictionary that has both; None: its rows of ``W_dec``.
+    ``basis`` is "exemplar" or "mean", of a dictionary that has both; None: its rows of ``W_dec``.
 
     Raises:
         ValueError: the dictionary has no such rows.

@@ -27,16 +27,12 @@ _levels = itertools.count(-1, -1)
 def hooked(
     model: HostModel, hooks: Sequence[tuple[str, HookFunction]], direction: Literal["fwd", "bwd"] = "fwd"
 ) -> Iterator[HostModel]:
-    """Run functions at hook points inside the context, behind the hooks that are there already.
+    """Run functions at hook points inside the context, behind the hooks that are there already; "bwd": on gradients.
 
     Goes to the hook points themselves: ``TransformerBridge.hooks`` runs a function once per name of a point in
     compatibility mode, and skips a name it does not know without a word. What a function changes in the middle of a
-    bridge's block is changed at the block's output as well, since the skip connection runs past the middle.
-
-    Args:
-        model: any TransformerLens model.
-        hooks: names that fire on this model, as :func:`edit_point` gives them, and functions in the hosts' form.
-        direction: ``"bwd"`` runs them on gradients instead.
+    bridge's block is changed at the block's output as well, since the skip connection runs past the middle. Names are
+    those that fire on this model, as :func:`edit_point` gives them.
     """
     level = next(_levels)
     points = {name: model.hook_dict[name] for name, _ in hooks}
@@ -112,13 +108,7 @@ def edit_point(model: HostModel, hook_name: str) -> str:
 
 
 def edit_hook(edit: Edit, d: int, hook_name: str, positions: Sequence[int] | None = None) -> HookFunction:
-    """Wrap a function of activations ``(…, d)`` in float32 or wider as a hook.
-
-    Args:
-        edit: gives the changed activations.
-        d: width.
-        hook_name: for messages.
-        positions: columns of the prompt to change; by default every token.
+    """Wrap a function of activations ``(…, d)`` in float32 or wider as a hook, at every token or at some ``positions``.
 
     Raises:
         ValueError: positions that are empty or negative; in the forward pass, another width or positions beyond the
@@ -144,11 +134,7 @@ def edit_hook(edit: Edit, d: int, hook_name: str, positions: Sequence[int] | Non
 
 
 def flat_rows(x: Tensor, d: int, hook_name: str) -> Tensor:
-    """View an activation as ``(…, d)``, its heads joined where it has a dimension of heads.
-
-    Raises:
-        ValueError: another width.
-    """
+    """View an activation as ``(…, d)``, its heads joined where it has them; ValueError for another width."""
     if x.shape[-1] == d:
         return x
     if x.ndim > 3 and x.shape[-2] * x.shape[-1] == d:
@@ -169,8 +155,7 @@ class _PromptColumns:
         if not self._positions or self._positions[0] < 0:
             raise ValueError(
                 f"positions must be one or more columns of the prompt, counted from 0, got {list(positions)}. "
-                "For the last token of a prompt of n tokens pass n - 1: in a batch or while generating, -1 is no fixed "
-                "place."
+                "For the last of n tokens pass n - 1: in a batch or while generating, -1 is no fixed place."
             )
 
     def of(self, x: Tensor) -> list[int] | None:
@@ -181,8 +166,6 @@ class _PromptColumns:
             return None
         self._prompt_seen = True
         if self._positions[-1] >= length:
-            raise ValueError(
-                f"positions reach to {self._positions[-1]}, but the prompt at {self._hook_name} has {length} tokens, "
-                f"0 to {length - 1}."
-            )
+            reach = f"positions reach to {self._positions[-1]}"
+            raise ValueError(f"{reach}, but the prompt at {self._hook_name} has {length} tokens, 0 to {length - 1}.")
         return self._positions

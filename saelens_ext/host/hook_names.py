@@ -8,6 +8,7 @@ word, so every name given by a user goes through `resolve_hook` before it is hoo
 
 import re
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import Any, Union
 
 from transformer_lens import HookedRootModule, HookedTransformer
@@ -93,16 +94,10 @@ _GATES = (
 
 
 def resolve_hook(model: AnyHost, hook_name: str) -> str:
-    """Translate a hook name of any host into the name that fires on ``model``.
+    """Translate a hook name of any host into the name that fires on ``model`` for that place.
 
-    Args:
-        model: the model to hook.
-        hook_name: a name in the spelling of `HookedTransformer` (``blocks.3.hook_resid_post``), of a bridge
-            (``blocks.3.hook_out``) or of the Hugging Face modules (``model.layers.3``, the residual stream after block
-            3).
-
-    Returns:
-        The name under which ``model`` fires for that place.
+    The name may be in the spelling of `HookedTransformer` (``blocks.3.hook_resid_post``), of a bridge
+    (``blocks.3.hook_out``) or of the Hugging Face modules (``model.layers.3``, the residual stream after block 3).
 
     Raises:
         ValueError: when the model has no such place (near matches are listed), when the hook point is switched off,
@@ -119,20 +114,12 @@ def resolve_hook(model: AnyHost, hook_name: str) -> str:
 
 
 def hook_layer(model: AnyHost, hook_name: str) -> int | None:
-    """The block (0-based) that a hook lies in, or None for one outside the blocks.
-
-    Raises:
-        ValueError: as `resolve_hook`.
-    """
+    """The block (0-based) that a hook lies in, or None for one outside the blocks; ValueError as `resolve_hook`."""
     return _block(locate(model, hook_name)[0])
 
 
 def stop_layer(model: AnyHost, hook_names: str | Iterable[str]) -> int | None:
-    """The number of blocks a forward pass must run for every one of ``hook_names`` to fire.
-
-    Args:
-        model: the model to hook.
-        hook_names: one hook name or several, in any spelling.
+    """The number of blocks a forward pass must run for every one of ``hook_names``, in any spelling, to fire.
 
     Returns:
         A value for the host's ``stop_at_layer`` (0: the embeddings are enough), or None when a hook lies after the
@@ -143,7 +130,7 @@ def stop_layer(model: AnyHost, hook_names: str | Iterable[str]) -> int | None:
     """
     names = [hook_names] if isinstance(hook_names, str) else list(hook_names)
     needed = [_blocks_needed(locate(model, name)[0]) for name in names]
-    return None if None in needed else max((n for n in needed if n is not None), default=0)
+    return None if None in needed else max(filter(None, needed), default=0)
 
 
 def is_in_stream(model: AnyHost, hook_name: str) -> bool:
@@ -223,7 +210,8 @@ def _locate(model: AnyHost, hook_name: str, hooks: Mapping[str, Any]) -> tuple[s
             return name, False
     if hook_name.endswith("hook_resid_mid") and getattr(getattr(model, "cfg", None), "parallel_attn_mlp", False):
         raise _absent(model, hook_name, "Attention and MLP read the same residual stream, so a block has no middle.")
-    known = [name for name in _known_names(model, hooks) if name != hook_name]
+    aliases = _bridge_aliases(model) if isinstance(model, TransformerBridge) else ()
+    known = [name for name in (*hooks, *aliases) if name != hook_name]
     raise ValueError(
         f"{type(model).__name__} has no hook {hook_name!r}.{near_matches(hook_name, known)} "
         "Its names are the keys of model.hook_dict; TransformerLens names (blocks.3.hook_resid_post) and names of "
@@ -280,17 +268,10 @@ def _bridge_aliases(model: TransformerBridge) -> dict[str, tuple[str, ...]]:
 
 def spellings_of(name: str, kind: str) -> list[str]:
     """The spellings of ``name``, those of `HookedTransformer` and of bridges, on a model with blocks of a kind."""
-    block = _module_block(name)
-    if block is not None:
-        template, layer = block
-    else:
-        layer = _block(name)
-        template = name if layer is None else name.replace(f"blocks.{layer}.", "blocks.{}.", 1)
-    found = [template]
-    for hooked, bridged in _SPELLINGS + _SPELLINGS_BY_BLOCK[kind]:
-        if template in (hooked, bridged):
-            found += [hooked, bridged]
-    return [spelling.replace("{}", str(layer)) for spelling in found]
+    layer = _block(name)
+    template, layer = _module_block(name) or (name.replace(f"blocks.{layer}.", "blocks.{}.", 1), layer)
+    pairs = [pair for pair in _SPELLINGS + _SPELLINGS_BY_BLOCK[kind] if template in pair]
+    return [spelling.replace("{}", str(layer)) for spelling in (template, *chain.from_iterable(pairs))]
 
 
 def _module_block(name: str) -> tuple[str, int | None] | None:
@@ -306,20 +287,15 @@ def _module_block(name: str) -> tuple[str, int | None] | None:
 
 def _module_paths(spellings: Iterable[str], hooks: Mapping[str, Any]) -> Iterable[str]:
     """The Hugging Face modules, among ``hooks``, whose output is the place that ``spellings`` name."""
-    wanted = set(spellings)
-    for layer in (_block(spelling) for spelling in tuple(wanted)):
+    places = set(spellings)
+    for layer in (_block(spelling) for spelling in tuple(places)):
         # A block's input is the output of the one before; module paths have no name of its own for it.
-        if layer and f"blocks.{layer}.hook_in" in wanted:
-            wanted.add(f"blocks.{layer - 1}.hook_out")
+        if layer and f"blocks.{layer}.hook_in" in places:
+            places.add(f"blocks.{layer - 1}.hook_out")
     for path in hooks:
         place = _module_block(path)
-        if place is not None and place[0].replace("{}", str(place[1])) in wanted:
+        if place is not None and place[0].replace("{}", str(place[1])) in places:
             yield path
-
-
-def _known_names(model: AnyHost, hooks: Mapping[str, Any]) -> list[str]:
-    aliases = list(_bridge_aliases(model)) if isinstance(model, TransformerBridge) else []
-    return [*hooks, *aliases]
 
 
 def _block(name: str) -> int | None:

@@ -55,13 +55,17 @@ def run_to_last_hook(
     """Run the model on right-padded tokens until every hook has fired, and no further than the host can stop."""
     if isinstance(model, HookedProxyLM):
         return _run_proxy(model, tokens, real, hooks)
+
+    def stop_here(activation: Tensor, hook: Any) -> None:
+        raise StopAtLayerException(activation)
+
     device = next(iter(model.parameters())).device
     names = [name for name, _ in hooks]
     stop = stop_layer(model, names)
     needs_logits = any(name.startswith("unembed") for name in names)
     if isinstance(model, TransformerBridge) and (stop is None or stop >= model.cfg.n_layers) and not needs_logits:
         # A bridge stops only before a block, and after the last one come the logits, the widest tensor of the pass.
-        hooks, stop = [*hooks, ("unembed.hook_in", _stop)], None
+        hooks, stop = [*hooks, ("unembed.hook_in", stop_here)], None
     with callers_autocast():
         model.run_with_hooks(
             tokens.to(device),
@@ -70,10 +74,6 @@ def run_to_last_hook(
             stop_at_layer=stop,
             return_type="logits" if needs_logits else None,
         )
-
-
-def _stop(activation: Tensor, hook: Any) -> None:
-    raise StopAtLayerException(activation)
 
 
 def _run_proxy(

@@ -68,10 +68,7 @@ def residual_directions(
     layer = _layer_of(model, features, hook_name, layer)
     weights = _output_weights(model, layer)
     if rows.ndim != 2 or rows.shape[1] != len(weights):
-        raise ValueError(
-            f"features must have shape (k, {len(weights)}), one column per neuron of the MLP of block {layer}, got "
-            f"{tuple(rows.shape)}."
-        )
+        raise ValueError(f"features must have shape (k, {len(weights)}), a column per neuron, got {tuple(rows.shape)}.")
     dtype = torch.promote_types(torch.promote_types(rows.dtype, weights.dtype), torch.float32)
     written = _checks.finite(rows, "features").to(weights.device, dtype) @ weights.to(dtype)
     norm = _norm_behind(model, layer)
@@ -93,18 +90,11 @@ def _layer_of(model: HostModel, features: SAE[Any] | Tensor, hook_name: str | No
     if hook_name is None and isinstance(features, SAE):
         hook_name = features.cfg.metadata.hook_name_out or features.cfg.metadata.hook_name
     if hook_name is None:
-        raise ValueError(
-            "Nothing says which neurons these are directions over: pass layer=, or hook_name= such as "
-            "'blocks.3.mlp.hook_post'."
-        )
+        raise ValueError("Nothing says whose neurons these are: pass layer=, or hook_name= ('blocks.3.mlp.hook_post').")
     name, found = locate(model, hook_name)[0], hook_layer(model, hook_name)
     neurons = None if found is None else _neuron_hook(model, found)
     if found is None or name != neurons:
-        where = (
-            f"those of block {found} are at {neurons!r}"
-            if neurons
-            else "those of block L are at 'blocks.L.mlp.hook_post'"
-        )
+        where = f"those of block {found if neurons else 'L'} are at {neurons or 'blocks.L.mlp.hook_post'!r}"
         raise ValueError(
             f"The hook {hook_name!r} is not one of MLP neurons, which alone go through the MLP's output matrix; on "
             f"this model {where}. A direction at any other hook of the residual stream's width is one already; for a "

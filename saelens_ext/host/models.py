@@ -72,11 +72,7 @@ def describe_model(model: HostModel | HookedProxyLM) -> dict[str, Any]:
 
 
 def tokenizer_of(model: HostModel | HookedProxyLM) -> PreTrainedTokenizerBase:
-    """The model's tokenizer.
-
-    Raises:
-        ValueError: when the model has none.
-    """
+    """The model's tokenizer; ValueError when it has none."""
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
         raise ValueError(
@@ -164,10 +160,7 @@ def retarget(sae: AnySAE, model: AnyHost) -> AnySAE:
     """
     metadata = sae.cfg.metadata
     if not metadata.hook_name:
-        raise ValueError(
-            "This SAE records no hook name, so there is nothing to translate: set sae.cfg.metadata.hook_name to the "
-            "hook it was built at."
-        )
+        raise ValueError("This SAE records no hook name: set sae.cfg.metadata.hook_name to the hook it was built at.")
     hook_name, hook_name_out = (locate(model, n)[0] if n else n for n in (metadata.hook_name, metadata.hook_name_out))
     metadata.hook_name = hook_name
     if hook_name_out:
@@ -214,9 +207,7 @@ def _set_head_reshaping(sae: SAE, model: AnyHost) -> None:
 
 
 def _normalization_type(model: HostModel) -> str | None:
-    """The host's name for the norm. A bridge that has folded the norms' weights away does not say so: they are all
-    1.
-    """
+    """The host's name for the norm; a bridge with the norms' weights folded away does not say so: they are all 1."""
     kind = model.cfg.normalization_type
     if kind not in ("LN", "RMS") or not getattr(model, "compatibility_mode", False):
         return kind
@@ -258,10 +249,8 @@ def _activation_differences(metadata: SAEMetadata, model: Mapping[str, Any]) -> 
         return [f"it was built on a {then} and this is a {now}, and nothing records how the weights were processed"]
     found = []
     if any(_shows(name, built, model) for name in hooks):
-        for key, what in (
-            ("writing_weights_centered", "centring of the weights that write to the residual stream"),
-            ("normalization_type", "the norm"),
-        ):
+        centring = "centring of the weights that write to the residual stream"
+        for key, what in {"writing_weights_centered": centring, "normalization_type": "the norm"}.items():
             if _differs(key, built, model):
                 found.append(f"{what} was {built[key]!r} and is {model[key]!r} here")
     return found
@@ -356,9 +345,8 @@ def _with_bos(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     They want one that prepends BOS and read it again from where it came from when it does not, which fails with a
     bare KeyError for a tokenizer that came from nowhere. So it is written out and read back here.
     """
-    if tokenizer.bos_token is None or tokenizer.init_kwargs.get(
-        "add_bos_token", getattr(tokenizer, "add_bos_token", False)
-    ):
+    adds_bos = tokenizer.init_kwargs.get("add_bos_token", getattr(tokenizer, "add_bos_token", False))
+    if tokenizer.bos_token is None or adds_bos:
         tokenizer.init_kwargs.setdefault("name_or_path", tokenizer.name_or_path)
         return tokenizer
     with tempfile.TemporaryDirectory() as directory:

@@ -19,13 +19,9 @@ from saelens_ext.host.models import HostModel, tokenizer_of
 def prompt_ids(model: HostModel, prompt: str, *, templated: bool = False) -> Tensor:
     """Token ids ``(length,)`` int64 of a prompt on the model's device, as ``model.to_tokens`` gives them.
 
-    BOS comes first where it does for this model, and only once. An EOS that a tokenizer puts behind every text does
-    not come, since the prompt is to be continued.
-
-    Args:
-        model: any TransformerLens model, with a tokenizer.
-        prompt: the text.
-        templated: it was written by a chat template, which decides about BOS itself.
+    BOS comes first where it does for this model, and only once; a ``templated`` prompt was written by a chat template,
+    which decides about it itself. An EOS that a tokenizer puts behind every text does not come, since the prompt is to
+    be continued.
 
     Raises:
         ValueError: no tokenizer, or a prompt that is no text, has no token, or one that the model does not have.
@@ -41,9 +37,7 @@ def prompt_ids(model: HostModel, prompt: str, *, templated: bool = False) -> Ten
             "were added later. Enlarge the embeddings (hf_model.resize_token_embeddings) before hosting the model."
         )
     if not ids:
-        raise ValueError(
-            f"The prompt {prompt!r} has no token, and this model's texts start with none (no BOS); give it a word."
-        )
+        raise ValueError(f"The prompt {prompt!r} has no token, and this model has no BOS; give it a word.")
     return torch.tensor(ids, device=device_of(model))
 
 
@@ -84,12 +78,7 @@ def has_kv_cache(model: HostModel) -> bool:
 
 
 class KVCache:
-    """Keys and values of a batch of equally long sequences, on any TransformerLens model.
-
-    Args:
-        model: one that :func:`has_kv_cache`.
-        n: sequences in the batch.
-    """
+    """Keys and values of a batch of n equally long sequences, on any model that :func:`has_kv_cache`."""
 
     def __init__(self, model: HostModel, n: int):
         self._model = model
@@ -106,10 +95,8 @@ class KVCache:
             mask = torch.ones_like(ids)
             return self._model(ids, return_type="logits", past_kv_cache=self._cache, attention_mask=mask)
         past = {} if self._cache is None else {"past_key_values": self._cache}
-        mask = ids.new_ones(len(ids), self._length)
-        logits, self._cache = self._model(
-            ids, return_type="logits_and_cache", use_cache=True, attention_mask=mask, **past
-        )
+        past["attention_mask"] = ids.new_ones(len(ids), self._length)
+        logits, self._cache = self._model(ids, return_type="logits_and_cache", use_cache=True, **past)
         return logits
 
     def select(self, rows: Sequence[int]) -> "KVCache":
@@ -131,11 +118,7 @@ class CachedPasses:
     """A batch of equally long sequences that grows token by token, through the host's KV cache where it has one.
 
     The hosts' own ``generate`` is not used: a `HookedTransformer` does not run ``hook_embed`` there, and both draw
-    from the global random state, a whole batch at a time.
-
-    Args:
-        model: any TransformerLens model.
-        ids: the sequences so far, ``(b, length)``.
+    from the global random state, a whole batch at a time. ``ids`` are the sequences so far, ``(b, length)``.
     """
 
     def __init__(self, model: HostModel, ids: Tensor):

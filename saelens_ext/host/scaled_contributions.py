@@ -16,20 +16,14 @@ _PREPARED = "_runs_what_replaced_its_hook_points"
 
 
 def run_replaced_points(model: Any) -> None:
-    """Let what replaces such a hook point be run in its stead; does nothing on models without them, or a second time.
-
-    Args:
-        model: any host; its hook points as they were when it was loaded.
-    """
+    """Let what replaces such a hook point be run in its stead; does nothing on other models, or a second time."""
     if not isinstance(model, TransformerBridge):
         return
     for block in model.blocks:
         if isinstance(block, ScaledResidualBlockBridge) and _PREPARED not in vars(block):
             vars(block)[_PREPARED] = True
-            for name, writes in (
-                ("hook_attn_out", block.scaled_attn_submodule),
-                ("hook_mlp_out", block.scaled_mlp_submodule),
-            ):
+            names = {"hook_attn_out": block.scaled_attn_submodule, "hook_mlp_out": block.scaled_mlp_submodule}
+            for name, writes in names.items():
                 if writes in block.submodules and hasattr(block, name):
                     block.submodules[writes].register_forward_hook(_through(block, name))
 

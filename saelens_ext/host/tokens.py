@@ -3,7 +3,7 @@
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache
 
 from sae_lens.util import get_special_token_ids
 from torch import Tensor
@@ -27,16 +27,11 @@ def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def token_strings(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | Tensor) -> list[str]:
-    r"""One readable string per token.
+    r"""One readable string per token, of a fast or a slow tokenizer.
 
-    Args:
-        tokenizer: a fast or a slow tokenizer.
-        ids: token ids, a list or a one-dimensional tensor.
-
-    Returns:
-        One string per id. A leading space is kept as a space, a line break as a line break; bytes that are not a whole
-        character are written ``\xNN``. Joined, the strings are the text, save for characters that tokens share.
-        An id outside the vocabulary reads ``<id 123>``.
+    A leading space is kept as a space, a line break as a line break; bytes that are not a whole character are written
+    ``\xNN``. Joined, the strings are the text, save for characters that tokens share. An id outside the vocabulary
+    reads ``<id 123>``.
     """
     ids = [int(i) for i in ids]
     pieces = tokenizer.convert_ids_to_tokens(ids)
@@ -59,7 +54,7 @@ def _reader(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str]:
 
 def _read_byte_level(piece: str) -> str:
     alphabet = _byte_alphabet()
-    if any(character not in alphabet for character in piece):
+    if not alphabet.keys() >= set(piece):
         return piece
     return bytes(alphabet[character] for character in piece).decode("utf-8", errors="backslashreplace")
 
@@ -71,7 +66,7 @@ def _read_sentence_piece(piece: str) -> str:
     return piece.replace(_WORD_START, " ")
 
 
-@lru_cache(maxsize=1)
+@cache
 def _byte_alphabet() -> dict[str, int]:
     """The byte that each character of a byte-level vocabulary stands for."""
     return {character: byte for byte, character in bytes_to_unicode().items()}

@@ -9,7 +9,6 @@ from sae_lens import SAE
 from sae_lens import __version__ as sae_lens_version
 
 from saelens_ext.analysis.labels import Labels
-from saelens_ext.analysis.profile import DictionaryProfile
 from saelens_ext.dictionaries.architecture_names import OWN
 from saelens_ext.dictionaries.fit_result import ExemplarFitResult
 from saelens_ext.dictionaries.hierarchy import HierarchicalSNMF
@@ -47,20 +46,14 @@ def describe(contents: Contents, repo_id: str, sae_id: str, metrics: Metrics | N
     sae = whole.dictionaries[0] if isinstance(whole, HierarchicalSNMF) else whole
     architecture = sae.cfg.architecture()
     widths = " → ".join(map(str, whole.ranks)) if isinstance(whole, HierarchicalSNMF) else str(sae.cfg.d_sae)
-    kind = (
-        "HierarchicalSNMF"
-        if isinstance(whole, HierarchicalSNMF)
-        else _KINDS.get(architecture, f"SAELens {architecture}")
-    )
+    levels = isinstance(whole, HierarchicalSNMF)
+    kind = "HierarchicalSNMF" if levels else _KINDS.get(architecture, f"SAELens {architecture}")
     made = sae.cfg.metadata
     hooks = dict.fromkeys((made.hook_name, made.hook_name_out))  # a transcoder writes elsewhere than it reads
     place = ", ".join(f"`{cell(name)}`" for name in (made.model_name, *hooks) if name)
     about = _ABOUT.get(architecture, f"A SAELens SAE of architecture `{architecture}`.")
     if isinstance(whole, HierarchicalSNMF):
-        about += (
-            f" Levels of {widths} features, each gathering features of the one below; level `l` is by "
-            f"itself `{sae_id}/level_l`."
-        )
+        about += f" Levels of {widths} features, each gathering those of the one below: `{sae_id}/level_l`."
     figures = _figures(contents) | dict(metrics or {})
     parts = [
         f"## `{sae_id}`",
@@ -90,21 +83,12 @@ def snippet(contents: Contents, repo_id: str, sae_id: str, revision: str | None)
     if on_main:
         lines += ["import saelens_ext  # pip install saelens-ext"] if own else []
         lines += ["from sae_lens import SAE", ""]
-        lines += [
-            f'sae = SAE.from_pretrained("{repo_id}", "{sae_id}/level_0")  # the finest level'
-            if hierarchy
-            else f"sae = SAE.from_pretrained({place})"
-        ]
-        lines += ["", "# Or with what lies beside it:"]
-    lines += [
-        "from saelens_ext.hub import load_from_hub" + ("" if own and on_main else "  # pip install saelens-ext"),
-        "",
-    ]
-    lines.append(
-        f"found = load_from_hub({place})" if on_main else f'found = load_from_hub({place}, revision="{revision}")'
-    )
-    lines.append("found.dictionary, found.fit, found.profile")
-    return "\n".join(lines)
+        first = f'"{repo_id}", "{sae_id}/level_0")  # the finest level' if hierarchy else f"{place})"
+        lines += [f"sae = SAE.from_pretrained({first}", "", "# Or with what lies beside it:"]
+    install = "" if own and on_main else "  # pip install saelens-ext"
+    at = "" if on_main else f', revision="{revision}"'
+    lines += [f"from saelens_ext.hub import load_from_hub{install}", "", f"found = load_from_hub({place}{at})"]
+    return "\n".join([*lines, "found.dictionary, found.fit, found.profile"])
 
 
 def results(contents: Contents, sae_id: str, metrics: Metrics | None) -> list[EvalResult]:
@@ -153,7 +137,7 @@ def _figures(contents: Contents) -> dict[str, Any]:
             "regions": fit.n_regions,
             "activations clustered": fit.n_seen,
             "threshold (cosine distance)": fit.threshold.threshold,
-            "share of further activations that would found a region": fit.unseen_mass,
+            "fraction of further activations that would start a region": fit.unseen_mass,
             "its 95% upper limit": fit.unseen_mass_upper,
             "stopped because": fit.stopped_because,
         }
@@ -163,19 +147,13 @@ def _figures(contents: Contents) -> dict[str, Any]:
             figures[f"the same on {fit.n_held_out} activations held out"] = fit.held_out_loss
         figures |= {"features never used": fit.n_dead, "stopped because": fit.stopped_because}
     elif isinstance(whole, HierarchicalSNMF):
-        figures |= {
-            f"squared error / sum of squares, {rank} features": loss
-            for rank, loss in zip(whole.ranks, whole.encode_losses)
-        }
+        losses = zip(whole.ranks, whole.encode_losses)
+        figures |= {f"squared error / sum of squares, {rank} features": loss for rank, loss in losses}
         figures["activations fitted"] = whole.n_seen
-    return figures | (_of_profile(profile) if profile is not None else {}) | _of_labels(contents.labels)
-
-
-def _of_profile(profile: DictionaryProfile) -> dict[str, Any]:
-    return {
-        "activations profiled": profile.n_activations,
-        "latents met while profiling": int((profile.counts > 0).sum()),
-    }
+    if profile is not None:
+        figures["activations profiled"] = profile.n_activations
+        figures["latents met while profiling"] = int((profile.counts > 0).sum())
+    return figures | _of_labels(contents.labels)
 
 
 def _of_labels(labels: Labels | None) -> dict[str, Any]:
@@ -193,9 +171,7 @@ def _labelled(labels: Labels | None) -> list[str]:
         return []
     order = labels.auroc.nan_to_num(-1).argsort(descending=True, stable=True).tolist()
     best = [(latent, labels[latent]) for latent in order if labels[latent].distinguishes][:N_LABELS]
-    rows = [
-        [latent, _text(label.text), f"{label.auroc:.2f} [{label.low:.2f}, {label.high:.2f}]"] for latent, label in best
-    ]
+    rows = [[i, _text(label.text), f"{label.auroc:.2f} [{label.low:.2f}, {label.high:.2f}]"] for i, label in best]
     return ["### Labels", table(["latent", "label", "held-out AUROC"], rows)] if rows else []
 
 

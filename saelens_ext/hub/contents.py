@@ -1,6 +1,4 @@
-"""The files of one dictionary in a repository of the Hub: which there are, reading them, and telling whether they are
-whole.
-"""
+"""The files of one dictionary in a repository of the Hub: which there are, reading them, and checking them."""
 
 import hashlib
 import json
@@ -8,6 +6,7 @@ import re
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from sae_lens import SAE
 from sae_lens import __version__ as sae_lens_version
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME
 from sae_lens.registry import SAE_CLASS_REGISTRY
+from sae_lens.util import str_to_dtype
 from safetensors import SafetensorError, safe_open
 
 from saelens_ext import _checks, _files
@@ -36,15 +36,10 @@ REPORT_FILENAME = "report.html"
 SAE_FILENAMES = (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME)
 HIERARCHY_FILENAME = hierarchy.FORMAT.names[0]
 # A level of a hierarchy is a folder of its own.
-_KNOWN = re.compile(
-    "|".join(
-        [
-            rf"(level_\d+/)?({'|'.join(map(re.escape, SAE_FILENAMES))})",
-            *map(re.escape, (*hierarchy.FORMAT.names, *FIT.names, *PROFILE.names, *LABELS.names)),
-            *map(re.escape, (RUNNER_CFG_FILENAME, SPARSITY_FILENAME, REPORT_FILENAME, BESIDE_FILENAME)),
-        ]
-    )
-)
+_SIDECARS = (*hierarchy.FORMAT.names, *FIT.names, *PROFILE.names, *LABELS.names, RUNNER_CFG_FILENAME, SPARSITY_FILENAME)
+_SIDECARS += (REPORT_FILENAME, BESIDE_FILENAME)
+_SAE_FILES, _OTHERS = ("|".join(map(re.escape, names)) for names in (SAE_FILENAMES, _SIDECARS))
+_KNOWN = re.compile(rf"(level_\d+/)?({_SAE_FILES})|{_OTHERS}")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -100,23 +95,14 @@ def read_folder(folder: Path, device: str = "cpu", dtype: str | None = None) -> 
         dictionary: SAE[Any] | HierarchicalSNMF = HierarchicalSNMF.load(folder, device=device)
         if dtype is not None:
             for level in dictionary.dictionaries:
-                level.to(dtype=_dtype(dtype))
+                level.to(dtype=str_to_dtype(dtype))
         return Contents(dictionary=dictionary, **_sidecars(folder, names, None))
     missing = [name for name in SAE_FILENAMES if name not in names]
     if missing:
-        raise FileNotFoundError(
-            f"{folder} holds no SAELens dictionary: {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not "
-            "there."
-        )
+        raise FileNotFoundError(f"{folder} holds no SAELens dictionary: it lacks {' and '.join(missing)}.")
     sae = _load_sae(folder, device, dtype)
     fit = _load_fit(folder, sae) if names.issuperset(FIT.names) else None
     return Contents(dictionary=sae, fit=fit, **_sidecars(folder, names, sae))
-
-
-def _dtype(name: str) -> Any:
-    from sae_lens.util import str_to_dtype
-
-    return str_to_dtype(name)
 
 
 def _sidecars(folder: Path, names: set[str], sae: SAE[Any] | None) -> dict[str, Any]:
@@ -143,9 +129,7 @@ def _load_sae(folder: Path, device: str, dtype: str | None) -> SAE[Any]:
         with safe_open(folder / SAE_WEIGHTS_FILENAME, framework="pt"):
             pass
     except SafetensorError as error:
-        raise ValueError(
-            f"{folder / SAE_WEIGHTS_FILENAME} is not a whole safetensors file ({error}); it is truncated or not ours."
-        ) from error
+        raise ValueError(f"{folder / SAE_WEIGHTS_FILENAME} is not a whole safetensors file ({error}).") from error
     return SAE_CLASS_REGISTRY[named][0].load_from_disk(folder, device=device, dtype=dtype)
 
 
@@ -171,11 +155,7 @@ def digest(path: Path, lfs: bool) -> str:
 
 def copy_together(files: Mapping[Path, Path]) -> None:
     """Copy files (target to source) so that all of them are in place or none of the old ones is touched."""
-    _files.write_together({target: _copier(source) for target, source in files.items()})
-
-
-def _copier(source: Path) -> _files.Writer:
-    return lambda path: shutil.copyfile(source, path)
+    _files.write_together({target: partial(shutil.copyfile, source) for target, source in files.items()})
 
 
 def json_bytes(content: Mapping[str, Any]) -> bytes:
@@ -183,6 +163,4 @@ def json_bytes(content: Mapping[str, Any]) -> bytes:
     try:
         return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
     except TypeError as error:
-        raise ValueError(
-            f"runner_config cannot be written as JSON: {error}. Give strings, numbers, lists and dictionaries."
-        ) from error
+        raise ValueError(f"runner_config must hold texts, finite numbers, lists and dictionaries: {error}.") from error

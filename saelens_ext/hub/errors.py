@@ -26,12 +26,9 @@ _SIGN_IN = "Sign in with `hf auth login`, or pass token=, with a token that may 
 
 @contextmanager
 def clear_errors(repo_id: str, what: str, lost: str) -> Iterator[None]:
-    """Translate the errors of a block that talks to the Hub.
+    """Translate the errors of a block that reads from the Hub or writes to it (``what``: "read" or "write").
 
-    Args:
-        repo_id: of the repository.
-        what: "read" or "write".
-        lost: what a broken connection means for what was being done.
+    ``lost`` says what a broken connection means for what was being done.
 
     Raises:
         FileNotFoundError: no such repository, revision or file, or none that this token may see.
@@ -82,16 +79,14 @@ def _translate(error: Exception, repo_id: str, what: str, lost: str) -> Exceptio
                 return found
     code = status(error)
     if code is not None:
-        return OSError(
-            f"{constants.ENDPOINT} answered {code} when asked to {what} {repo_id!r}: {_last_line(error)} {lost}"
-        )
+        asked = f"{constants.ENDPOINT} answered {code} when asked to {what} {repo_id!r}"
+        return OSError(f"{asked}: {_last_line(error)} {lost}")
     if is_unreachable(error):
         reason = next((str(link) for link in reversed(chain) if str(link)), type(error).__name__)
         return ConnectionError(f"The connection to {constants.ENDPOINT} failed ({reason}). {lost}")
     if isinstance(error, LocalEntryNotFoundError):
-        return ConnectionError(
-            f"{constants.ENDPOINT} was not reached, and {repo_id!r} is not in the cache ({_last_line(error)}). {lost}"
-        )
+        absent = f"{repo_id!r} is not in the cache ({_last_line(error)})"
+        return ConnectionError(f"{constants.ENDPOINT} was not reached, and {absent}. {lost}")
     return None
 
 
@@ -118,18 +113,16 @@ def _of_the_repository(error: BaseException, repo_id: str, what: str) -> Excepti
     if isinstance(error, GatedRepoError):
         return PermissionError(f"{repo_id!r} is gated: ask for access on {constants.ENDPOINT}/{repo_id}. {sign_in}")
     if isinstance(error, RepositoryNotFoundError):
-        return FileNotFoundError(
-            f"There is no model repository {repo_id!r}, or it is private and this token may not see it. {sign_in}"
-        )
+        private = "or it is private and this token may not see it"
+        return FileNotFoundError(f"There is no model repository {repo_id!r}, {private}. {sign_in}")
     if isinstance(error, RevisionNotFoundError):
         return FileNotFoundError(
             f"{repo_id!r} has no such revision. Its branches and tags are those of "
             f"huggingface_hub.list_repo_refs({repo_id!r}); a commit hash must have all its 40 digits."
         )
     if isinstance(error, HFValidationError):
-        return ValueError(
-            f"repo_id must be 'name' or 'owner/name' of letters, digits, '-', '_' and '.', got {repo_id!r}: {error}"
-        )
+        allowed = "'name' or 'owner/name' of letters, digits, '-', '_' and '.'"
+        return ValueError(f"repo_id must be {allowed}, got {repo_id!r}: {error}")
     if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
         return FileNotFoundError(f"A file of {repo_id!r} is not there any more: {_last_line(error)} Try again.")
     code = status(error) if isinstance(error, HfHubHTTPError) else None
@@ -140,9 +133,7 @@ def _of_the_repository(error: BaseException, repo_id: str, what: str) -> Excepti
 
 def _last_line(error: BaseException) -> str:
     """What the Hub itself said, which the client puts behind its own words."""
-    response = getattr(error, "response", None)
-    said = getattr(error, "server_message", None) or (
-        response.headers.get("X-Error-Message") if response is not None else None
-    )
+    headers = getattr(getattr(error, "response", None), "headers", {})
+    said = getattr(error, "server_message", None) or headers.get("X-Error-Message")
     said = said or (str(error).strip().splitlines() or [type(error).__name__])[-1]
     return said if said.endswith(".") else f"{said}."

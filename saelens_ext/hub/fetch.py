@@ -51,9 +51,8 @@ def fetch(repo_id: str, sae_id: str, revision: str | None, token: str | bool | N
             cached = _from_cache(repo_id, sae_id, revision)
             if cached is None:
                 raise
-            logger.warning(
-                "The Hub does not answer (%s); using the files of %s in the cache, %s.", error, repo_id, cached[0]
-            )
+            said = "The Hub does not answer (%s); using the files of %s in the cache, %s."
+            logger.warning(said, error, repo_id, cached[0])
             return cached
         names = hub_files.known_names(within(paths(info), sae_id))
         _check_there(info, sae_id, names, revision)
@@ -93,10 +92,8 @@ def _check_there(info: ModelInfo, sae_id: str, names: list[str], revision: str |
 
 def _verify(info: ModelInfo, snapshot: Path, sae_id: str, token: str | bool | None) -> None:
     """Compare the files with the checksums of the Hub; fetch again, once, those that differ."""
-    wanted = {f"{sae_id}/{name}" for name in hub_files.known_names(within(paths(info), sae_id))}
-    for sibling in info.siblings or []:
-        if sibling.rfilename not in wanted:
-            continue
+    ours = {f"{sae_id}/{name}" for name in hub_files.known_names(within(paths(info), sae_id))}
+    for sibling in (sibling for sibling in info.siblings or [] if sibling.rfilename in ours):
         path = snapshot / sibling.rfilename
         expected = sibling.lfs.sha256 if sibling.lfs is not None else sibling.blob_id
         if expected is None or hub_files.digest(path, sibling.lfs is not None) == expected:

@@ -70,13 +70,11 @@ class FrontMatter:
 
 
 def write_card(old: str, repo_id: str, section: Section, front: FrontMatter, folders: Iterable[str]) -> str:
-    """The card with one dictionary put in, in the place of the one of that name.
+    """The card of a repository with one dictionary put in, in the place of the one of that name.
 
     Args:
         old: the card so far; empty for none.
-        repo_id: of the repository.
-        section: about the dictionary.
-        front: for the front matter.
+        section: about the dictionary, and ``front`` for the front matter.
         folders: all folders of the repository that hold dictionaries, the new one included; those without a section
             are listed by name.
 
@@ -108,10 +106,8 @@ def _split(card: str) -> tuple[dict[str, Any], str]:
         data = error
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
         reason = " ".join(str(data).split())
-        raise ValueError(
-            f"The front matter of the repository's README.md is not readable ({reason}). Correct it on the Hub and "
-            "push again."
-        )
+        where = "The front matter of the repository's README.md"
+        raise ValueError(f"{where} is not readable ({reason}). Correct it on the Hub and push again.")
     return data, card[found.end() :]
 
 
@@ -212,7 +208,5 @@ def hub_model_name(name: Any) -> str | None:
 def facts(values: Mapping[str, Any]) -> str:
     """Facts as a table, those that are not known left out."""
     known = {name: value for name, value in values.items() if value is not None and value != {} and value != []}
-    return table(
-        ["setting", "value"],
-        [[name, f"`{value}`" if isinstance(value, str) else value] for name, value in known.items()],
-    )
+    rows = [[name, f"`{value}`" if isinstance(value, str) else value] for name, value in known.items()]
+    return table(["setting", "value"], rows)

@@ -14,14 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from huggingface_hub import (
-    CommitInfo,
-    CommitOperationAdd,
-    CommitOperationDelete,
-    HfApi,
-    ModelInfo,
-    constants,
-)
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, constants
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from sae_lens import SAE
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME
@@ -175,9 +168,8 @@ def load_from_hub(
         OSError: no disk space, or another refusal by the Hub.
     """
     folder, commit = fetch(repo_id, sae_id, revision, token)
-    contents = hub_files.read_folder(
-        folder, str(device), dtype_to_str(dtype) if isinstance(dtype, torch.dtype) else dtype
-    )
+    dtype = dtype_to_str(dtype) if isinstance(dtype, torch.dtype) else dtype
+    contents = hub_files.read_folder(folder, str(device), dtype)
     return HubDictionary(**vars(contents), repo_id=repo_id, sae_id=sae_id, commit=commit, path=folder)
 
 
@@ -189,14 +181,10 @@ def pull_from_hub(
     Nothing in the directory changes until every file has arrived and was compared with its checksum.
 
     Args:
-        repo_id: "owner/name".
-        sae_id: the folder in it.
-        destination: the directory; made if missing.
+        repo_id: "owner/name", and ``sae_id`` the folder in it.
+        destination: the directory, which is returned; made if missing.
         revision: a branch, a tag or a commit hash; by default "main".
         token: by default the one of ``hf auth login``.
-
-    Returns:
-        The directory.
 
     Raises:
         FileExistsError: the directory holds a dictionary's files which are not among those to be copied, and would not
@@ -231,26 +219,19 @@ def _stage(
     if isinstance(pushed, str | Path):
         folder = Path(pushed)
         if not folder.is_dir():
-            raise FileNotFoundError(
-                f"There is no directory {pushed}; give the one a dictionary was saved into, or the dictionary itself."
-            )
+            raise FileNotFoundError(f"There is no directory {pushed}; give the one a dictionary was saved into.")
         contents = hub_files.read_folder(folder)
     elif isinstance(pushed, SAE):
         pushed.save_model(folder)
         contents = Contents(dictionary=pushed)
     else:
         pushed.save(folder)
-        contents = (
-            Contents(dictionary=pushed)
-            if isinstance(pushed, HierarchicalSNMF)
-            else Contents(dictionary=pushed.dictionary, fit=pushed)
-        )
+        levels = isinstance(pushed, HierarchicalSNMF)
+        contents = Contents(dictionary=pushed) if levels else Contents(dictionary=pushed.dictionary, fit=pushed)
     files: dict[str, Path | bytes] = dict(hub_files.files_in(folder))
     if profile is not None:
         if isinstance(contents.dictionary, HierarchicalSNMF):
-            raise ValueError(
-                "A profile is of one dictionary, and a hierarchy holds several: push the level it is of by itself."
-            )
+            raise ValueError("A profile is of one dictionary, and a hierarchy holds several: push its level by itself.")
         profile.save(staging / "profile")
         DictionaryProfile.load(staging / "profile", contents.dictionary)
         files |= hub_files.files_in(staging / "profile")
@@ -267,14 +248,11 @@ def _stage(
         contents = replace(contents, runner_config=config)
     if report is not None:
         if not Path(report).is_file():
-            raise FileNotFoundError(
-                f"There is no report {report}; give the HTML file that write_dictionary_report wrote."
-            )
+            raise FileNotFoundError(f"There is no report {report}; give the file that write_dictionary_report wrote.")
         files[hub_files.REPORT_FILENAME] = Path(report)
         contents = replace(contents, report=Path(report))
-    return contents, files | {
-        name: _published(file) for name, file in files.items() if name.rpartition("/")[2] == SAE_CFG_FILENAME
-    }
+    configs = [name for name in files if name.rpartition("/")[2] == SAE_CFG_FILENAME]
+    return contents, files | {name: _published(files[name]) for name in configs}
 
 
 def _published(config: Path | bytes) -> bytes:
@@ -339,10 +317,9 @@ def _commit(
         old = {f"{sae_id}/{name}" for name in hub_files.known_names(within(paths(info), sae_id))}
         card = CommitOperationAdd(_CARD, card_for(info).encode())
         operations = [*additions, card, *(CommitOperationDelete(path, is_folder=False) for path in sorted(old - new))]
+        where: dict[str, Any] = {"revision": revision, "parent_commit": info.sha}
         try:
-            return api.create_commit(
-                repo_id, operations, commit_message=message, revision=revision, parent_commit=info.sha
-            )
+            return api.create_commit(repo_id, operations, commit_message=message, **where)
         except HfHubHTTPError as error:
             # 412: the branch is not where it was when the card was read.
             if status(error) != 412 or attempt == _ATTEMPTS - 1:

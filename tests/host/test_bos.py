@@ -103,7 +103,7 @@ def test_a_prompt_that_has_bos_gets_no_second():
 
 
 def test_no_bos_and_no_word_is_no_prompt():
-    with pytest.raises(ValueError, match="has no token, and this model's texts start with none"):
+    with pytest.raises(ValueError, match="has no token, and this model has no BOS"):
         prompt_ids(make_model("qwen2", "SAETransformerBridge"), "")
 
 

@@ -132,7 +132,7 @@ def test_of_dictionaries(kind):
     )
     assert torch.equal(snmf.residual_directions(model, layer=0), residual_directions(model, features, layer=0))
     standard = StandardSAE(StandardSAEConfig(d_in=D_MLP["llama"], d_sae=5))
-    with pytest.raises(ValueError, match="Nothing says which neurons"):
+    with pytest.raises(ValueError, match="Nothing says whose neurons"):
         residual_directions(model, standard)
     standard.cfg.metadata.hook_name = NEURONS
     assert torch.equal(
@@ -203,7 +203,7 @@ def test_a_hook_that_is_not_of_neurons_is_refused_by_name(kind, hook):
         (torch.ones(2, 64), {"hook_name": NEURONS, "layer": 1}, "not both"),
         (torch.ones(2, 64), {"layer": 3}, "layer must be one of 0 to 2"),
         (torch.ones(2, 64), {"layer": -1}, "layer must be one of 0 to 2"),
-        (torch.ones(2, 64), {}, "Nothing says which neurons"),
+        (torch.ones(2, 64), {}, "Nothing says whose neurons"),
         (torch.ones(2, 32), {"layer": 1}, r"shape \(k, 64\)"),
         (torch.ones(64), {"layer": 1}, r"shape \(k, 64\)"),
         (torch.full((2, 64), torch.nan), {"layer": 1}, "non-finite"),
