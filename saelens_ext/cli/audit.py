@@ -1,12 +1,14 @@
 """``audit``: why a model continues texts in different ways."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from sae_lens import SAE
 
 from saelens_ext import _files
@@ -75,9 +77,7 @@ def _folder(inputs: AuditInputs) -> Path | None:
 def _model_config(inputs: AuditInputs, saes: list[SAE[Any]]) -> DictionaryRunnerConfig:
     """How to load the model, in the runner's terms."""
     if inputs.model_class_name == "AutoModelForCausalLM":
-        raise UsageError(
-            "An audit needs a model with hooks: --model_class_name=SAETransformerBridge or HookedTransformer."
-        )
+        raise UsageError("An audit needs --model_class_name=SAETransformerBridge or HookedTransformer, with hooks.")
     return DictionaryRunnerConfig(
         hook_name=saes[0].cfg.metadata.hook_name or "unknown",
         model_name=inputs.model_name,
@@ -87,7 +87,7 @@ def _model_config(inputs: AuditInputs, saes: list[SAE[Any]]) -> DictionaryRunner
     )
 
 
-def _beside(names: list[str], saes: list[SAE[Any]], kind: Any, file: str) -> dict[str, Any] | None:
+def _beside(names: Sequence[str], saes: list[SAE[Any]], kind: Any, file: str) -> dict[str, Any] | None:
     """What lies beside the dictionaries, their profiles or labels, by the name of the hook; None for nothing."""
     folders = [Path(name) for name in names]
     present = [(sae, path) for sae, path in zip(saes, folders) if (path / file).exists()]
@@ -101,12 +101,9 @@ def _figures(found: PrefixAudit) -> dict[str, float]:
     """The clustering that was chosen."""
     clusterer, path = found.clusterer, found.path
     point = path[(path["beta"] == clusterer.beta) & (path["gamma"] == clusterer.gamma)].iloc[0]
-    measured = {name: float(getattr(clusterer, f"{name}_")) for name in _MEASURED}
-    return (
-        {"beta": float(clusterer.beta), "gamma": float(clusterer.gamma)}
-        | measured
-        | {"stability": float(point["stability"])}
-    )
+    figures = {"beta": float(clusterer.beta), "gamma": float(clusterer.gamma)}
+    figures |= {name: float(getattr(clusterer, f"{name}_")) for name in _MEASURED}
+    return figures | {"stability": float(point["stability"])}
 
 
 def _data(found: Audit) -> dict[str, Any]:
@@ -149,7 +146,7 @@ def _mode_row(mode: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _write(found: Audit, folder: Path, names: list[str], saes: list[SAE[Any]]) -> dict[str, Path]:
+def _write(found: Audit, folder: Path, names: Sequence[str], saes: list[SAE[Any]]) -> dict[str, Path]:
     """Tables and the report, beside the folders of the stages."""
     tables = {_CONTINUATIONS: found.to_dataframe(), _MODES: found.modes()}
     _files.write_together({folder / name: partial(write_csv, rows) for name, rows in tables.items()})
@@ -164,18 +161,10 @@ def _log(inputs: AuditInputs, settings: AuditConfig, found: Audit) -> None:
     if not inputs.logger.log_to_wandb:
         return
     each = [_figures(one) for one in found.prefixes]
-    figures = {
-        f"metrics/{name}": float(np.nanmean([one[name] for one in each]))
-        for name in each[0]
-        if not all(np.isnan(one[name]) for one in each)
-    }
-    if len(each) > 1:
-        figures |= {
-            f"metrics/prefix_{i:03d}/{name}": value
-            for i, one in enumerate(each)
-            for name, value in one.items()
-            if np.isfinite(value)
-        }
+    means = pd.DataFrame(each).mean().dropna()
+    figures = {f"metrics/{name}": float(value) for name, value in means.items()}
+    for i, one in enumerate(each if len(each) > 1 else ()):
+        figures |= {f"metrics/prefix_{i:03d}/{name}": value for name, value in one.items() if np.isfinite(value)}
     content = {name: value for name, value in asdict(inputs).items() if name != "logger"}
     config = _files.json_safe(content | asdict(settings) | {"logger": asdict(inputs.logger)})
     with WandbTracker(inputs.logger, config) as tracker:

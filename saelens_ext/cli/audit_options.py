@@ -11,15 +11,8 @@ from sae_lens import LoggingConfig
 from simple_parsing.docstring import get_attribute_docstring
 
 from saelens_ext.audit.audit import AuditConfig
-from saelens_ext.runner.parsing import items, mapping_or_none, number, parsed, text_or_none, whole_number
-
-
-def _texts(text: str) -> list[str]:
-    return [str(item) for item in items(text)]
-
-
-def _quiet_logger() -> LoggingConfig:
-    return LoggingConfig(log_to_wandb=False, wandb_project="saelens_ext")
+from saelens_ext.runner.config import quiet_logger
+from saelens_ext.runner.parsing import mapping_or_none, number, parsed, text_or_none, texts, tuple_of, whole_number
 
 
 @dataclass(kw_only=True)
@@ -35,7 +28,7 @@ class AuditInputs:
     """Passed to the model's loader: '{"dtype": "bfloat16"}'."""
     device: str = "cpu"
     """Where to compute."""
-    dictionaries: Any = simple_parsing.field(default_factory=list, type=_texts, metavar="NAME[,NAME…]")
+    dictionaries: Any = simple_parsing.field(default_factory=list, type=texts, metavar="NAME[,NAME…]")
     """Dictionaries to attribute to: folders of saved ones (their profiles go into the report), repo_id:sae_id on the
     Hub, or release:sae_id of SAELens.
     """
@@ -47,28 +40,15 @@ class AuditInputs:
     """Name or folder of a sentence-transformers model; by default the packaged one."""
     output_path: str | None = simple_parsing.field(default="audit", type=text_or_none, metavar="FOLDER")
     """Folder of the results, stage by stage: the same command goes on where it was; none writes nothing."""
-    logger: LoggingConfig = dataclasses.field(default_factory=_quiet_logger)
+    logger: LoggingConfig = dataclasses.field(default_factory=quiet_logger)
     """SAELens' logging config; log_to_wandb is off by default. The audit has one wandb run."""
 
 
-def _tuple_of(convert: Callable[[Any], Any]) -> Callable[[str], tuple[Any, ...]]:
-    def values(text: str) -> tuple[Any, ...]:
-        return tuple(convert(item) for item in items(text))
-
-    return values
-
-
-def _stops(text: str) -> tuple[str, ...]:
-    """A text, which may hold commas, or a JSON list."""
-    return tuple(str(item) for item in items(text)) if text.startswith("[") else (text,)
-
-
 _LISTS: dict[str, tuple[Callable[[str], Any], str]] = {
-    "betas": (_tuple_of(number), "X[,X…]"),
-    "gammas": (_tuple_of(number), "X[,X…]"),
-    "strengths": (_tuple_of(number), "X[,X…]"),
-    "n_clusters": (_tuple_of(whole_number), "N,N"),
-    "stop": (_stops, "TEXT|JSON"),
+    **dict.fromkeys(("betas", "gammas", "strengths"), (tuple_of(number), "X[,X…]")),
+    "n_clusters": (tuple_of(whole_number), "N,N"),
+    # A text, which may hold commas, or a JSON list.
+    "stop": (lambda text: texts(text) if text.startswith("[") else (text,), "TEXT|JSON"),
 }
 
 

@@ -39,9 +39,8 @@ def _how_to_go_on(result: RunResult | None) -> list[str]:
 
 
 def _finished(result: RunResult | None) -> list[str]:
-    names = (
-        [] if result is None else [str(built.path) for built in result.dictionaries.values() if built.path is not None]
-    )
+    built = [] if result is None else result.dictionaries.values()
+    names = [str(one.path) for one in built if one.path is not None]
     return [f"Finished and saved: {', '.join(names)}."] if names else []
 
 

@@ -40,6 +40,18 @@ def _named(name: str) -> Any:
     return getattr(import_module(module if "." in module else f"saelens_ext.cli.{module}"), attribute)
 
 
+def _evidence(kind: str, summary: str, arguments: str, options: tuple[str, ...]) -> Command:
+    """An evaluation, whose results all have the same options."""
+    return Command(
+        name=f"evidence {kind}",
+        summary=summary,
+        example=f"evidence {kind} {arguments}",
+        options=tuple(f"evidence_options:{name}" for name in (*options, "ResultOptions")),
+        runs=f"evidence:{kind}",
+        kept="Nothing was written.",
+    )
+
+
 _DEMO = (
     "Without a model hub, --model_name=demo is the packaged SmolLM2-135M-Instruct, "
     "--dataset_path=demo Python's own documentation."
@@ -108,52 +120,29 @@ _ALL = (
         runs="inspection:evaluate",
         kept="The dictionary's folder is as it was.",
     ),
-    Command(
-        name="evidence detection",
-        summary="judge what a dictionary detects over many concepts, beside matched controls",
-        example="evidence detection output/blocks.6.hook_out_exemplars_p2 --concepts=concepts.jsonl",
-        options=(
-            "evidence_options:EvidenceInputs",
-            "evidence_options:ConceptInputs",
-            "evidence_options:DetectionSettings",
-            "evidence_options:ResultOptions",
-        ),
-        runs="evidence:detection",
-        kept="Nothing was written.",
+    _evidence(
+        "detection",
+        "judge what a dictionary detects over many concepts, beside matched controls",
+        "output/blocks.6.hook_out_exemplars_p2 --concepts=concepts.jsonl",
+        ("EvidenceInputs", "ConceptInputs", "DetectionSettings"),
     ),
-    Command(
-        name="evidence probes",
-        summary="probe for many concepts through a dictionary's codes, beside matched controls",
-        example="evidence probes output/blocks.6.hook_out_exemplars_p2 --concepts=concepts.jsonl",
-        options=(
-            "evidence_options:EvidenceInputs",
-            "evidence_options:ConceptInputs",
-            "evidence_options:ProbeSettings",
-            "evidence_options:ResultOptions",
-        ),
-        runs="evidence:probes",
-        kept="Nothing was written.",
+    _evidence(
+        "probes",
+        "probe for many concepts through a dictionary's codes, beside matched controls",
+        "output/blocks.6.hook_out_exemplars_p2 --concepts=concepts.jsonl",
+        ("EvidenceInputs", "ConceptInputs", "ProbeSettings"),
     ),
-    Command(
-        name="evidence novelty",
-        summary="judge whether a partition finds unfamiliar text, beside as many random activations and other measures",
-        example="evidence novelty output/blocks.6.hook_out_exemplars_p2 --inside=held_out.txt --outside=code=code.txt",
-        options=(
-            "evidence_options:EvidenceInputs",
-            "evidence_options:DocumentInputs",
-            "evidence_options:NoveltySettings",
-            "evidence_options:ResultOptions",
-        ),
-        runs="evidence:novelty",
-        kept="Nothing was written.",
+    _evidence(
+        "novelty",
+        "judge whether a partition finds unfamiliar text, beside as many random activations and other measures",
+        "output/blocks.6.hook_out_exemplars_p2 --inside=held_out.txt --outside=code=code.txt",
+        ("EvidenceInputs", "DocumentInputs", "NoveltySettings"),
     ),
-    Command(
-        name="evidence synthetic",
-        summary="compare dictionaries with the known features of SAELens' synthetic models",
-        example="evidence synthetic --n_seeds=10",
-        options=("evidence_options:SyntheticSettings", "evidence_options:ResultOptions"),
-        runs="evidence:synthetic",
-        kept="Nothing was written.",
+    _evidence(
+        "synthetic",
+        "compare dictionaries with the known features of SAELens' synthetic models",
+        "--n_seeds=10",
+        ("SyntheticSettings",),
     ),
     Command(
         name="match",

@@ -17,11 +17,7 @@ from saelens_ext.cli.errors import UsageError
 
 
 def with_config(arguments: Sequence[str], kinds: Sequence[type]) -> list[str]:
-    """Arguments with ``--config=FILE`` replaced by what the file says and the other arguments do not.
-
-    Raises:
-        UsageError: the file cannot be read, or holds no mapping of options.
-    """
+    """Arguments with ``--config=FILE`` replaced by what the file says and the other arguments do not."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", nargs="?", const="")
     found, rest = parser.parse_known_args(arguments)

@@ -16,15 +16,8 @@ from saelens_ext.evals.detection import evaluate_detection
 from saelens_ext.evals.novelty import evaluate_novelty
 from saelens_ext.evals.probing import evaluate_probes
 from saelens_ext.evals.synthetic import evaluate_on_synthetic
-from saelens_ext.runner.parsing import items, number, text_or_none, whole_number
-
-
-def _quiet_logger() -> LoggingConfig:
-    return LoggingConfig(log_to_wandb=False, wandb_project="saelens_ext")
-
-
-def _texts(text: str) -> tuple[str, ...]:
-    return tuple(str(item) for item in items(text))
+from saelens_ext.runner.config import quiet_logger
+from saelens_ext.runner.parsing import number, text_or_none, texts, tuple_of, whole_number
 
 
 @dataclass(kw_only=True)
@@ -33,7 +26,7 @@ class ResultOptions:
 
     output_path: str = "evidence"
     """Folder of the page (evidence.html), the results (results.json) and the raw values."""
-    logger: LoggingConfig = dataclasses.field(default_factory=_quiet_logger)
+    logger: LoggingConfig = dataclasses.field(default_factory=quiet_logger)
     """SAELens' logging config; log_to_wandb is off by default."""
 
 
@@ -56,7 +49,7 @@ class ConceptInputs:
     concepts: str | None = simple_parsing.field(default=None, type=text_or_none, metavar="FILE")
     """JSONL file of concepts: name, positives, negatives, hard_negatives, description; by default those packaged with
     sae-probes."""
-    names: Any = simple_parsing.field(default=(), type=_texts, metavar="NAME[,NAME…]")
+    names: Any = simple_parsing.field(default=(), type=texts, metavar="NAME[,NAME…]")
     """Sets of sae-probes instead of its 24 default ones, such as 96_spam_is."""
     n_per_side: int = 100
     """Sentences with and without each packaged concept."""
@@ -91,18 +84,11 @@ def _settings(name: str, function: Callable[..., Any], about: str, leave_out: Se
         explained = helps.get(option.name, "")
         if isinstance(default, tuple):
             convert, metavar = _TUPLES.get(option.name, (str, "NAME[,NAME…]"))
-            kind, given = Any, {"type": _tuple_of(convert), "metavar": metavar}
+            kind, given = Any, {"type": tuple_of(convert), "metavar": metavar}
         else:
             kind, given = (float if "float" in str(option.annotation) else type(default)), {}
         made.append((option.name, kind, simple_parsing.field(default=default, help=explained, **given)))
     return dataclasses.make_dataclass(name, made, kw_only=True, namespace={"__doc__": about, "__module__": __name__})
-
-
-def _tuple_of(convert: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
-    def values(text: str) -> tuple[Any, ...]:
-        return tuple(convert(item) for item in items(text))
-
-    return values
 
 
 def _explained(docstring: str) -> dict[str, str]:

@@ -1,6 +1,4 @@
-"""``profile``, ``eval`` and ``match``: what a saved dictionary responds to, how good it is, and what it shares with
-another.
-"""
+"""``profile``, ``eval`` and ``match``: what a dictionary responds to, how good it is, what it shares with another."""
 
 import logging
 from collections.abc import Mapping
@@ -28,25 +26,19 @@ logger = logging.getLogger(__name__)
 def profile(options: ReadingOptions, how: ProfileOptions, context: Context) -> Result:
     """Profile a saved dictionary, or the levels of a hierarchy."""
     contents = opening.read_folder(options.dictionary)
-    held = opening.dictionaries_in(contents, options.dictionary)
-    config = opening.reading_config(contents, held[0][0], options, training_tokens=how.training_tokens)
+    named = opening.dictionaries_in(contents, options.dictionary)
+    config = opening.reading_config(contents, named[0][0], options, training_tokens=how.training_tokens)
     stream = opening.open_stream(config)
-    saes = [opening.attach(sae, stream.model) for sae, _ in held]
+    saes = [opening.attach(sae, stream.model) for sae, _ in named]
     logger.info("Reading %s activations of %s", f"{config.training_tokens:,}", config.hook_names[0])
-    found = profile_dictionaries(
-        saes,
-        stream,
-        n_examples=how.n_examples,
-        n_boundary=how.n_boundary,
-        context=how.context,
-        progress=context.progress,
-    )
-    for one, (_, path) in zip(found, held):
+    sizes: dict[str, Any] = {"n_examples": how.n_examples, "n_boundary": how.n_boundary, "context": how.context}
+    found = profile_dictionaries(saes, stream, progress=context.progress, **sizes)
+    for one, (_, path) in zip(found, named):
         if contents.fit is None:
             one.save(path)
         else:
             BuiltDictionary(name=path.name, fit=contents.fit, path=path, profile=one).save_profile()
-    rows = [_profile_row(one, path) for one, (_, path) in zip(found, held)]
+    rows = [_profile_row(one, path) for one, (_, path) in zip(found, named)]
     return Result(data={"profiles": rows}, text=table(rows))
 
 
@@ -67,10 +59,7 @@ def evaluate(options: ReadingOptions, how: EvalOptions, context: Context) -> Res
         raise UsageError(f"--n_eval_batches must be at least 1, got {how.n_eval_batches}.")
     contents = opening.read_folder(options.dictionary)
     if isinstance(contents.dictionary, HierarchicalSNMF):
-        raise ValueError(
-            f"{options.dictionary} is a hierarchy; evaluate the dictionary of one level, {options.dictionary}/level_0 "
-            "for instance."
-        )
+        raise ValueError(f"{options.dictionary} is a hierarchy; evaluate one level, {options.dictionary}/level_0 say.")
     config = opening.reading_config(contents, contents.dictionary, options)
     if not config.model_name:
         raise UsageError("An evaluation runs the model: --model_name=NAME, the folder of a saved one, or demo.")
@@ -79,9 +68,8 @@ def evaluate(options: ReadingOptions, how: EvalOptions, context: Context) -> Res
     size = how.eval_batch_size_prompts or config.store_batch_size_prompts
     built_from = opening.recorded_settings(contents, dictionary)
     same = config.dataset_path == built_from.get("dataset_path") and "training_tokens" in built_from
-    windows = evaluation.eval_windows(
-        stream, _last_document(stream, config.training_tokens) if same else -1, size, how.n_eval_batches
-    )
+    last = _last_document(stream, config.training_tokens) if same else -1
+    windows = evaluation.eval_windows(stream, last, size, how.n_eval_batches)
     if windows is None:
         raise ValueError(f"{config.dataset_path or config.cached_activations_path} holds no text to evaluate on.")
     logger.info("Evaluating on %d windows of %d tokens", len(windows.windows), config.context_size)
@@ -91,7 +79,9 @@ def evaluate(options: ReadingOptions, how: EvalOptions, context: Context) -> Res
         groups["token_stats"]["unseen_documents"] = None
     if how.save:
         _files.write_json(Path(options.dictionary) / EVALS_FILENAME, groups)
-    return Result(data=groups, text=_groups(groups))
+    figures = [(group, *pair) for group, figures in groups.items() for pair in figures.items()]
+    rows = [{"group": group, "metric": name, "value": shown(value)} for group, name, value in figures]
+    return Result(data=groups, text=table(rows))
 
 
 def _last_document(stream: ActivationStream, n_activations: int) -> int:
@@ -103,15 +93,6 @@ def _last_document(stream: ActivationStream, n_activations: int) -> int:
         seen += sum(token not in excluded for token in token_ids[slice(*stream.seqpos_slice)])
         last = document
     return last
-
-
-def _groups(groups: Mapping[str, Mapping[str, Any]]) -> str:
-    rows = [
-        {"group": group, "metric": name, "value": shown(value)}
-        for group, figures in groups.items()
-        for name, value in figures.items()
-    ]
-    return table(rows)
 
 
 def match(options: MatchOptions, context: Context) -> Result:

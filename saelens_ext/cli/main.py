@@ -14,13 +14,9 @@ INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run ``saelens-ext``.
+    """Run ``saelens-ext``, by default with the arguments of the process, and give its exit status.
 
-    Args:
-        arguments: of the command line, without the program's name; by default those of the process.
-
-    Returns:
-        The exit status: 0, 1 for a failure, 2 for a command line that is not understood, 130 after Ctrl-C.
+    0, 1 for a failure, 2 for a command line that is not understood, 130 after Ctrl-C.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = any(argument in ("--debug", "--debug=true") for argument in arguments)

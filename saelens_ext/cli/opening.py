@@ -23,59 +23,33 @@ from saelens_ext.hub.contents import read_folder as read_contents
 from saelens_ext.hub.share import load_from_hub
 from saelens_ext.runner import sources
 from saelens_ext.runner.config import MODEL_CLASSES, DictionaryRunnerConfig
+from saelens_ext.runner.parsing import mapping_or_none
 
 logger = logging.getLogger(__name__)
 
-# What the config of a run, or the metadata of a dictionary, says about what was read.
-_OF_THE_RUN = (
-    "model_name",
-    "model_class_name",
-    "model_from_pretrained_kwargs",
-    "dataset_path",
-    "streaming",
-    "text_column",
-    "cached_activations_path",
-    "context_size",
-    "prepend_bos",
-    "store_batch_size_prompts",
-    "seqpos_slice",
-    "exclude_special_tokens",
-    "training_tokens",
-)
-_OF_THE_METADATA = (
-    "model_name",
-    "dataset_path",
-    "context_size",
-    "prepend_bos",
-    "seqpos_slice",
-    "exclude_special_tokens",
-)
+# What the metadata of a dictionary, or the config of a run, says about what was read.
+_OF_THE_METADATA = ("model_name", "dataset_path", "context_size", "prepend_bos", "seqpos_slice")
+_OF_THE_METADATA += ("exclude_special_tokens",)
+_OF_THE_RUN = (*_OF_THE_METADATA, "model_class_name", "model_from_pretrained_kwargs", "streaming", "text_column")
+_OF_THE_RUN += ("cached_activations_path", "store_batch_size_prompts", "training_tokens")
 _TOKENS = 200_000
 
 
 def open_model(config: DictionaryRunnerConfig) -> Any:
-    """The model that a config names; "demo" is the packaged one.
-
-    Raises:
-        UsageError: no name, or a way of loading that the packaged model has not.
-        ValueError: it cannot be loaded.
-    """
+    """The model that a config names; "demo" is the packaged one. UsageError or ValueError if it cannot be loaded."""
     if not config.model_name:
         raise UsageError("No model was named: --model_name=NAME, the folder of a saved one, or demo.")
     if config.model_name == DEMO:
         if config.model_class_name != "SAETransformerBridge" or config.model_from_pretrained_kwargs:
-            raise UsageError(
-                "The demo model is loaded as SAETransformerBridge only, without model_from_pretrained_kwargs."
-            )
+            raise UsageError("The demo model is a SAETransformerBridge, without model_from_pretrained_kwargs.")
         return load_demo_model(config.device)
     try:
         return sources.open_model(config)
     except (OSError, KeyError) as error:
         # The libraries' messages are pages about tokens and mirrors; the first line says what is wrong.
         first = (str(error).strip("'\"\n ").splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"The model {config.model_name!r} {_where(config.model_name)}: {first.rstrip('.')}."
-        ) from error
+        name = f"{config.model_name!r} {_where(config.model_name)}"
+        raise ValueError(f"The model {name}: {first.rstrip('.')}.") from error
 
 
 def open_dataset(config: DictionaryRunnerConfig) -> Any:
@@ -95,27 +69,17 @@ def open_dataset(config: DictionaryRunnerConfig) -> Any:
 
 def _where(name: str) -> str:
     """Where a name was looked for in vain."""
-    return (
-        "could not be read"
-        if Path(name).exists()
-        else "is no file or folder here, and could not be loaded from the hub"
-    )
+    local = Path(name).exists()
+    return "could not be read" if local else "is no file or folder here, and could not be loaded from the hub"
 
 
 def check_writable(path: str | Path | None, option: str) -> None:
-    """Find out before a model is loaded that a folder cannot be made or written.
-
-    Raises:
-        PermissionError: it cannot.
-        NotADirectoryError: there is a file of that name.
-    """
+    """Find out before a model is loaded that a folder cannot be made or written, as an OSError."""
     if path is None:
         return
     nearest = next(folder for folder in (Path(path).absolute(), *Path(path).absolute().parents) if folder.exists())
     if not nearest.is_dir():
-        raise NotADirectoryError(
-            f"--{option}={path}: {nearest} is a file, and results go into a folder; choose another name."
-        )
+        raise NotADirectoryError(f"--{option}={path}: {nearest} is a file; results go into a folder of another name.")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise PermissionError(f"--{option}={path}: {nearest} may not be written; choose a folder of yours.")
 
@@ -151,9 +115,7 @@ def refuse_file(name: str) -> None:
 
 
 def open_contents(name: str, device: str = "cpu") -> Contents:
-    """A dictionary by its folder, ``repo_id:sae_id`` of the Hub or ``release:sae_id`` of SAELens, and what lies beside
-    it.
-    """
+    """A dictionary and what lies beside it, by folder, ``repo_id:sae_id`` (Hub) or ``release:sae_id`` (SAELens)."""
     refuse_file(name)
     if Path(name).is_dir():
         return read_contents(Path(name), device)
@@ -169,28 +131,19 @@ def open_dictionary(name: str, device: str = "cpu") -> SAE[Any]:
     """The dictionary alone, by its folder or name."""
     found = open_contents(name, device).dictionary
     if isinstance(found, HierarchicalSNMF):
-        raise ValueError(
-            f"{name} is a hierarchy of {len(found.dictionaries)} dictionaries: name the folder of one, {name}/level_0 "
-            "for instance."
-        )
+        raise ValueError(f"{name} is a hierarchy of {len(found.dictionaries)}: name one, {name}/level_0 for instance.")
     return found
 
 
 def dictionaries_in(contents: Contents, folder: str) -> list[tuple[SAE[Any], Path]]:
     """The dictionaries of a folder with the folder of each: one, or the levels of a hierarchy."""
     if isinstance(contents.dictionary, HierarchicalSNMF):
-        return [
-            (level, Path(folder) / f"level_{number}") for number, level in enumerate(contents.dictionary.dictionaries)
-        ]
+        return [(sae, Path(folder) / f"level_{level}") for level, sae in enumerate(contents.dictionary.dictionaries)]
     return [(contents.dictionary, Path(folder))]
 
 
 def attach(dictionary: SAE[Any], model: Any) -> SAE[Any]:
-    """The dictionary under the hook name that fires on the model.
-
-    Raises:
-        ValueError: it was built on a model of another width.
-    """
+    """The dictionary under the hook name that fires on the model; ValueError for one of another width."""
     if model is None:
         return dictionary
     found = describe_model(model)
@@ -199,11 +152,7 @@ def attach(dictionary: SAE[Any], model: Any) -> SAE[Any]:
 
 
 def check_model(dictionary: SAE[Any], name: str) -> None:
-    """Before a model is loaded: warn of another than the dictionary was built on, and refuse one of another width.
-
-    Raises:
-        ValueError: the widths differ.
-    """
+    """Before a model is loaded: warn of another than the dictionary was built on, and refuse one of another width."""
     built_on = str(dictionary.cfg.metadata.model_name or "")
     if name == DEMO or not built_on or same_model(name, built_on):
         return
@@ -235,38 +184,31 @@ def _check_width(dictionary: SAE[Any], name: str, width: int | None) -> None:
 def reading_config(
     contents: Contents, dictionary: SAE[Any], options: ReadingOptions, **more: Any
 ) -> DictionaryRunnerConfig:
-    """What is to be read for a saved dictionary: as given, else as its run or its metadata say, else the runner's
-    defaults.
-    """
+    """What to read for a saved dictionary: as given, else as its run or metadata say, else the runner's defaults."""
     recorded = recorded_settings(contents, dictionary)
     given = {field.name: getattr(options, field.name) for field in fields(ReadingOptions) if field.name != "dictionary"}
     given = {name: value for name, value in (given | more).items() if value is not None}
-    if "model_from_pretrained_kwargs" in given:
-        given["model_from_pretrained_kwargs"] = _json_object(given["model_from_pretrained_kwargs"])
+    if text := given.get("model_from_pretrained_kwargs"):
+        try:
+            given["model_from_pretrained_kwargs"] = mapping_or_none(text)
+        except ValueError as error:
+            raise UsageError(f"--model_from_pretrained_kwargs takes a JSON object, got {text!r} ({error}).") from error
     if "dataset_path" in given:
         recorded.pop("cached_activations_path", None)
     hook_name = dictionary.cfg.metadata.hook_name
     if not hook_name:
-        raise ValueError(
-            f"The dictionary in {options.dictionary} records no hook name: set metadata.hook_name in its cfg.json."
-        )
+        raise ValueError(f"{options.dictionary} records no hook name: set metadata.hook_name in its cfg.json.")
     if given.get("model_name"):
         check_model(dictionary, given["model_name"])
-    config = (
-        {"training_tokens": _TOKENS, "hook_name": hook_name, "checkpoint_path": None, "output_path": None}
-        | recorded
-        | given
-    )
-    return DictionaryRunnerConfig(**config)
+    defaults = {"training_tokens": _TOKENS, "hook_name": hook_name, "checkpoint_path": None, "output_path": None}
+    return DictionaryRunnerConfig(**defaults | recorded | given)
 
 
 def recorded_settings(contents: Contents, dictionary: SAE[Any]) -> dict[str, Any]:
     """What a dictionary's own files say about the model and the text that it was built from."""
     metadata = dictionary.cfg.metadata
     found = {name: metadata.get(name) for name in _OF_THE_METADATA}
-    named = {"HookedSAETransformer": "HookedTransformer"}.get(
-        str(metadata.model_class_name), str(metadata.model_class_name)
-    )
+    named = str(metadata.model_class_name).replace("HookedSAETransformer", "HookedTransformer")
     found["model_class_name"] = named if named in MODEL_CLASSES else None
     run = contents.runner_config
     # SAELens' own trainer writes a file of the same name, whose tokens are those of a training.
@@ -287,13 +229,3 @@ def texts_in(path: Path) -> list[str]:
     if not all(isinstance(entry, str) for entry in listed):
         raise ValueError(f"{path} must hold a JSON list of texts, or a text in each line; it lists something else.")
     return [entry for entry in listed if entry]
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UsageError(f"--model_from_pretrained_kwargs takes a JSON object, got {text!r} ({error}).") from error
-    if not isinstance(found, dict):
-        raise UsageError(f"--model_from_pretrained_kwargs takes a JSON object, got {text!r}.")
-    return found

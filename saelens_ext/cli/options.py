@@ -95,9 +95,7 @@ class ReportOptions:
     one's, and the growth of partitions is shown beside this one's; may be repeated.
     """
     model_name: str | None = None
-    """Hugging Face name of the model, the folder of a saved one, or demo; by default as when the dictionary was
-    built.
-    """
+    """Hugging Face name of the model, the folder of a saved one, or demo; by default the one it was built on."""
     model_class_name: str | None = None
     """SAETransformerBridge or HookedTransformer."""
     dataset_path: str | None = None

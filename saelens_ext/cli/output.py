@@ -119,14 +119,7 @@ class _Line(logging.Formatter):
         return f"{PROGRAM}: {kind}{' '.join(record.getMessage().split())}"
 
 
-def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: Any = None,
-    line: str | None = None,
-) -> None:
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     """Warnings for users, and none about the code of libraries."""
     if not issubclass(category, (DeprecationWarning, FutureWarning, PendingDeprecationWarning)):
         print(f"{PROGRAM}: warning: {' '.join(str(message).split())}", file=sys.stderr)
@@ -138,10 +131,10 @@ def write_csv(table: "pandas.DataFrame", path: Path) -> None:
     Texts are quoted, since an unquoted carriage return ends a row for many readers. NUL and lone surrogates, which no
     CSV file can hold, become U+FFFD.
     """
+
+    def clean(value: Any) -> Any:
+        return _NOT_IN_CSV.sub("\ufffd", value) if isinstance(value, str) else value
+
     texts = table.select_dtypes(include=["object", "string"]).columns
-    clean = {name: table[name].map(_clean_text) for name in texts}
-    table.assign(**clean).to_csv(path, index=False, quoting=csv.QUOTE_NONNUMERIC)
-
-
-def _clean_text(value: Any) -> Any:
-    return _NOT_IN_CSV.sub("\ufffd", value) if isinstance(value, str) else value
+    columns = {name: table[name].map(clean) for name in texts}
+    table.assign(**columns).to_csv(path, index=False, quoting=csv.QUOTE_NONNUMERIC)

@@ -54,7 +54,7 @@ def parser_of(command: Command) -> "CommandParser":
     """The parser of a command."""
     parser = CommandParser(
         prog=f"{PROGRAM} {command.name}",
-        description=_sentence(command.summary),
+        description=f"{command.summary[0].upper()}{command.summary[1:]}.",
         nested_mode=NestedMode.WITHOUT_ROOT,
         argument_generation_mode=ArgumentGenerationMode.NESTED,
         add_config_path_arg=False,
@@ -185,12 +185,9 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = re.sub(r"``|\s*<__TEMP__>|\s*\(default: %\(default\)s\)", "", action.help or "").strip()
-        default = (
-            ""
-            if action.default in _NO_DEFAULT or not action.option_strings
-            else f"(default: {_written(action.default)})"
-        )
-        return f"{text} {default}".strip().replace("%", "%%")
+        if action.default not in _NO_DEFAULT and action.option_strings:
+            text += f" (default: {_written(action.default)})"
+        return text.strip().replace("%", "%%")
 
 
 def _option(action: argparse.Action) -> str:
@@ -214,12 +211,9 @@ def _written(value: Any) -> str:
 
 
 def _spelled_out(arguments: Sequence[str], kinds: Sequence[type]) -> list[str]:
-    """``--model-name=x`` as ``--model_name=x``, and ``--json`` as ``--json=true``, which else would take the next word
-    for its value.
-    """
-    switches = {
-        f"--{field.name}" for kind in kinds for field in dataclasses.fields(kind) if field.type in (bool, "bool")
-    }
+    """``--model-name=x`` as ``--model_name=x``; ``--json``, which else takes the next word, as ``--json=true``."""
+    options = [field for kind in kinds for field in dataclasses.fields(kind)]
+    switches = {f"--{field.name}" for field in options if field.type in (bool, "bool")}
     found = []
     for argument, following in zip(arguments, [*arguments[1:], ""]):
         name, separator, value = argument.partition("=")
@@ -245,13 +239,5 @@ def _empty_values(kind: type, prefix: str = "--") -> dict[str, Any]:
 
 def _or_empty(convert: Any, empty: Any) -> Callable[[str], Any]:
     """A conversion that also takes the words for None."""
-
-    @functools.wraps(convert, updated=())
-    def converted(text: str) -> Any:
-        return empty if _checks.is_none(text) else convert(text)
-
-    return converted
-
-
-def _sentence(text: str) -> str:
-    return f"{text[0].upper()}{text[1:]}."
+    converted = lambda text: empty if _checks.is_none(text) else convert(text)  # noqa: E731
+    return functools.wraps(convert, updated=())(converted)

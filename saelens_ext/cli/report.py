@@ -81,9 +81,8 @@ def _profiles(options: ReportOptions, contents: Contents, context: Context) -> l
     reading = ReadingOptions(**{name: getattr(options, name) for name in names})
     config = opening.reading_config(contents, _first(contents), reading, training_tokens=options.training_tokens)
     stream = opening.open_stream(config)
-    logger.info(
-        "No profile lies beside it: reading %s activations of %s", f"{config.training_tokens:,}", stream.hook_names[0]
-    )
+    n = f"{config.training_tokens:,}"
+    logger.info("No profile lies beside it: reading %s activations of %s", n, stream.hook_names[0])
     sae = opening.attach(_first(contents), stream.model)
     return [profile_dictionary(sae, stream, n_random=N_RANDOM, progress=context.progress)]
 
@@ -114,9 +113,7 @@ def _compared(first: SAE[Any], other: Contents, name: str, options: ReportOption
 
 def _profile(path: Path, sae: SAE[Any]) -> DictionaryProfile:
     if not (path / "profile.json").exists():
-        raise FileNotFoundError(
-            f"{path} holds no profile, which the report shows; make it with `saelens-ext profile {path}`."
-        )
+        raise FileNotFoundError(f"{path} holds no profile to show; make it with `saelens-ext profile {path}`.")
     return DictionaryProfile.load(path, sae)
 
 
@@ -125,11 +122,8 @@ def _name(given: str | list[str]) -> str:
 
 
 def _first(contents: Contents) -> SAE[Any]:
-    return (
-        contents.dictionary.dictionaries[0]
-        if isinstance(contents.dictionary, HierarchicalSNMF)
-        else contents.dictionary
-    )
+    whole = contents.dictionary
+    return whole.dictionaries[0] if isinstance(whole, HierarchicalSNMF) else whole
 
 
 def _host(options: ReportOptions, contents: Contents) -> tuple[Any, Any, str]:
@@ -144,13 +138,8 @@ def _host(options: ReportOptions, contents: Contents) -> tuple[Any, Any, str]:
     if options.lens and kind == "AutoModelForCausalLM":
         kind = "SAETransformerBridge"  # the lens needs a model that shows its last norm and unembedding
     arguments = recorded.get("model_from_pretrained_kwargs") if options.model_name is None else None
-    config = DictionaryRunnerConfig(
-        hook_name="unread",
-        model_name=name,
-        model_class_name=kind,
-        model_from_pretrained_kwargs=arguments,
-        device=options.device,
-    )
+    how = {"model_class_name": kind, "model_from_pretrained_kwargs": arguments, "device": options.device}
+    config = DictionaryRunnerConfig(hook_name="unread", model_name=name, **how)
     if options.lens or name == DEMO:
         model = opening.open_model(config)
         return model if options.lens else None, tokenizer_of(model), str(model.cfg.model_name)

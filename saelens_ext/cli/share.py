@@ -19,41 +19,20 @@ logger = logging.getLogger(__name__)
 def convert(options: ConvertOptions, context: Context) -> Result:
     """Convert a published dictionary."""
     opening.check_writable(options.output_path, "output_path")
-    found = convert_published_dictionary(
-        options.source,
-        options.output_path,
-        hook_name=options.hook_name,
-        model_name=options.model_name,
-        percentile=options.percentile,
-        revision=options.revision or PUBLISHED_REVISION,
-        sha256=options.sha256,
-        max_bytes=options.max_bytes or MAX_BYTES,
-        reservoir=options.reservoir,
-        progress=context.progress,
-    )
+    defaults = {"revision": options.revision or PUBLISHED_REVISION, "max_bytes": options.max_bytes or MAX_BYTES}
+    how = {name: value for name, value in vars(options).items() if name not in ("source", "output_path")} | defaults
+    found = convert_published_dictionary(options.source, options.output_path, progress=context.progress, **how)
     data = {"path": options.output_path, **found.summary()}
-    text = (
-        f"{shown(data['n_regions'])} regions of {data['hook_name']} of {data['model_name']} at "
-        f"threshold {shown(data['threshold'])}: {options.output_path}"
-    )
-    return Result(data=data, text=text)
+    what = f"{shown(data['n_regions'])} regions of {data['hook_name']} of {data['model_name']}"
+    return Result(data=data, text=f"{what} at threshold {shown(data['threshold'])}: {options.output_path}")
 
 
 def push(options: PushOptions, context: Context) -> Result:
     """Put a saved dictionary on the Hub."""
     opening.refuse_file(options.dictionary)
-    info = push_to_hub(
-        Path(options.dictionary),
-        options.repo_id,
-        options.sae_id,
-        report=options.report,
-        base_model=options.base_model,
-        license=options.license,
-        private=options.private,
-        revision=options.revision,
-        token=options.token,
-        commit_message=options.message,
-    )
+    names = ("report", "base_model", "license", "private", "revision", "token")
+    how: dict[str, Any] = {name: getattr(options, name) for name in names} | {"commit_message": options.message}
+    info = push_to_hub(Path(options.dictionary), options.repo_id, options.sae_id, **how)
     data = {"repo_id": options.repo_id, "sae_id": options.sae_id, "commit": info.oid, "url": str(info)}
     return Result(data=data, text=f"Pushed: {info}")
 
@@ -65,10 +44,8 @@ def pull(options: PullOptions, context: Context) -> Result:
         options.repo_id, options.sae_id, options.output_path, revision=options.revision, token=options.token
     )
     files = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
-    return Result(
-        data={"path": path, "repo_id": options.repo_id, "sae_id": options.sae_id, "files": files},
-        text=f"Pulled into {path}: {', '.join(files)}",
-    )
+    data = {"path": path, "repo_id": options.repo_id, "sae_id": options.sae_id, "files": files}
+    return Result(data=data, text=f"Pulled into {path}: {', '.join(files)}")
 
 
 def listed(options: ListOptions, context: Context) -> Result:

@@ -85,13 +85,11 @@ class _Gathered:
         if len(self.rows) > 1:
             self.rows[:] = [torch.cat(self.rows)]
         if not bool(self.rows[0].any()):
-            raise ValueError(
-                f"All {len(self.rows[0])} activations are zero: there is nothing to fit. Is the hook the right one?"
-            )
+            raise ValueError(f"All {len(self.rows[0])} activations are zero: is the hook the right one?")
         return self.rows[0]
 
 
-@dataclass(kw_only=True)
+@dataclass
 class _Factorisation:
     """One SNMFDictionary to fit once the pass is over."""
 
@@ -102,13 +100,9 @@ class _Factorisation:
 
 
 class BuildPass:
-    """The dictionaries of a run while they are built.
+    """The dictionaries of a run while they are built; finished factorisations are kept in ``folder``, if there is one.
 
-    Args:
-        config: the run's.
-        stream: what is read.
-        folder: the run's folder of checkpoints, where finished factorisations are kept; None keeps none.
-        on_metrics: called with the name of a dictionary, a step and figures.
+    ``on_metrics`` is called with the name of a dictionary, a step and figures.
     """
 
     def __init__(
@@ -119,7 +113,6 @@ class BuildPass:
         self._names: list[str] = []
         self._builds: list[tuple[list[str], ExemplarBuild]] = []
         self._factorisations: list[_Factorisation] = []
-        self._gathered: list[_Gathered] = []
         self._finished: dict[str, SNMFFitResult] = {}
         self._n_grown = 0
         self.n_windows = self.n_activations = 0
@@ -131,27 +124,22 @@ class BuildPass:
         for build, hook_name, names in config.dictionary_names():
             self._names += names
             if isinstance(build, ExemplarBuildConfig):
-                reporter = self._reporter(dict(zip(build.percentiles or (None,), names)))
-                growing = ExemplarBuild(
-                    [hook_name], build.percentiles, build.threshold, build.fit_config(config.seed), reporter
-                )
+                name_of = dict(zip(build.percentiles or (None,), names))
+                report = lambda key, *rest, name_of=name_of: on_metrics(name_of[key[1]], *rest)  # noqa: E731
+                options = build.fit_config(config.seed)
+                growing = ExemplarBuild([hook_name], build.percentiles, build.threshold, options, report)
                 self._builds.append((names, growing))
                 continue
             for name, (n_components, options) in zip(names, build.settings(config.seed)):
                 source = ActivationSource(stream=stream, hook_name=hook_name, held_out=float(options.held_out))
-                shared = gathered.setdefault(
-                    (hook_name, float(options.held_out)), _Gathered(source, options.memory_limit)
-                )
+                key = (hook_name, float(options.held_out))
+                shared = gathered.setdefault(key, _Gathered(source, options.memory_limit))
                 shared.limit = max(shared.limit, options.memory_limit)
-                self._gathered = list(gathered.values())
-                self._factorisations.append(
-                    _Factorisation(name=name, gathered=shared, n_components=n_components, config=options)
-                )
+                self._factorisations.append(_Factorisation(name, shared, n_components, options))
+        self._gathered = list(gathered.values())
 
     def resume(self, checkpoint: Checkpoint | None) -> None:
-        """Take up what a checkpoint of this run holds, if it has made one, and the factorisations that were
-        finished.
-        """
+        """Take up what a checkpoint of this run holds, if there is one, and the factorisations that were finished."""
         for one in self._factorisations:
             folder = None if self._snmf_folder is None else self._snmf_folder / one.name
             if folder is not None and (folder / "fit.json").exists():
@@ -167,11 +155,8 @@ class BuildPass:
             self._gathered[number].load_state(content, checkpoint.tensors_of(number, "gathered/"), self._stream.device)
         # Activations that a checkpoint does not hold are read again, from the first.
         if len(held) == len(numbers):
-            self.n_windows, self.n_activations, self.complete = (
-                checkpoint.n_windows,
-                checkpoint.n_activations,
-                checkpoint.complete,
-            )
+            self.n_windows, self.n_activations = checkpoint.n_windows, checkpoint.n_activations
+            self.complete = checkpoint.complete
 
     def batches(self) -> Iterator[ActivationBatch]:
         """Read the batches that are still needed, take each, and yield it when all have."""
@@ -245,8 +230,7 @@ class BuildPass:
             if fit is None:
                 fit = self._fit(one)
                 fit = replace(fit, dictionary=self._finish(fit.dictionary))
-                if self._snmf_folder is not None:
-                    self._keep(self._snmf_folder, one.name, fit)
+                self._keep(one.name, fit)
                 self._finished[one.name] = fit
                 if all(one.gathered is not other for other in self._gathering):
                     one.gathered.let_go()
@@ -264,20 +248,11 @@ class BuildPass:
         return list(wanted.values())
 
     def _fit(self, one: _Factorisation) -> SNMFFitResult:
-        gathered = one.gathered
         logger.info("Factorising %s", one.name)
-        x = gathered.matrix()
+        x, source = one.gathered.matrix(), one.gathered.source
+        options = {"held_out": one.gathered.held_out if x is not None else None, "progress": self._config.progress}
         figures = _Figures(one.name, x, float(one.config.l1), self._on_metrics)
-        held_out = gathered.held_out if x is not None else None
-        return fit_snmf_rows(
-            gathered.source,
-            x,
-            one.n_components,
-            one.config,
-            held_out=held_out,
-            progress=self._config.progress,
-            on_metrics=figures,
-        )
+        return fit_snmf_rows(source, x, one.n_components, one.config, on_metrics=figures, **options)
 
     def _finish(self, dictionary: Any) -> Any:
         """The dictionary in the dtype asked for, with what is known of how the model was loaded."""
@@ -286,17 +261,13 @@ class BuildPass:
             metadata.model_from_pretrained_kwargs = dict(self._config.model_from_pretrained_kwargs)
         return dictionary.to(self._config.torch_dtype)
 
-    def _keep(self, folder: Path, name: str, fit: SNMFFitResult) -> None:
+    def _keep(self, name: str, fit: SNMFFitResult) -> None:
         """Put a finished factorisation where a resumed run finds it; a full disk must not cost the fit."""
         try:
-            fit.save(folder / name)
+            if self._snmf_folder is not None:
+                fit.save(self._snmf_folder / name)
         except OSError as error:
             logger.warning("%s could not be kept for resuming (%s); the run goes on.", name, error)
-
-    def _reporter(
-        self, names: dict[float | None, str]
-    ) -> Callable[[tuple[str, float | None], int, dict[str, float]], None]:
-        return lambda key, step, figures: self._on_metrics(names[key[1]], step, figures)
 
 
 class _Figures:

@@ -21,18 +21,8 @@ FORMAT = _files.Format("checkpoint", "saelens_ext.RunCheckpoint", version=1)
 RUN_FILENAME = "run.json"
 SNMF_FOLDER = "snmf"
 # What may differ between a run and its continuation: where things go, and what is done with finished dictionaries.
-_FREE = {
-    "output_path",
-    "checkpoint_path",
-    "resume_from_checkpoint",
-    "n_checkpoints",
-    "logger",
-    "progress",
-    "profile",
-    "n_eval_batches",
-    "eval_batch_size_prompts",
-    "streaming",
-}
+_FREE = {"output_path", "checkpoint_path", "resume_from_checkpoint", "n_checkpoints", "logger", "progress", "profile"}
+_FREE |= {"n_eval_batches", "eval_batch_size_prompts", "streaming"}
 _FINGERPRINT = "source.dataset_fingerprint"
 
 
@@ -59,9 +49,7 @@ class RunIdentity:
         return cls(**{key: content[key] for key in keys})
 
     def check_same(self, config: Mapping[str, Any], source: Mapping[str, Any], where: Path) -> None:
-        """Raise ValueError, naming every field that differs, unless a run of this config on this source continues
-        it.
-        """
+        """Raise ValueError, naming each field that differs, unless a run of this config and source continues it."""
         then, now = _flat(self.config) | _flat({"source": self.source}), _flat(config) | _flat({"source": source})
         names = [name for name in dict.fromkeys([*then, *now]) if name.split(".")[0] not in _FREE]
         differing = [name for name in names if then.get(name) != now.get(name)]
@@ -69,15 +57,10 @@ class RunIdentity:
         if then.get(_FINGERPRINT) is None or now.get(_FINGERPRINT) is None:
             differing = [name for name in differing if name != _FINGERPRINT]
         # The source repeats fields of the config, in the form that they took.
-        differing = [
-            name
-            for name in differing
-            if name.removeprefix("source.") == name or name.removeprefix("source.") not in differing
-        ]
-        if differing:
-            changes = "; ".join(
-                f"{name.removeprefix('source.')} was {then.get(name)!r} and is {now.get(name)!r}" for name in differing
-            )
+        fields = {name.removeprefix("source."): name for name in reversed(differing)}
+        if fields:
+            pairs = {field: (then.get(name), now.get(name)) for field, name in reversed(fields.items())}
+            changes = "; ".join(f"{field} was {old!r} and is {new!r}" for field, (old, new) in pairs.items())
             raise ValueError(
                 f"The checkpoint {where} is of another run: {changes}. Resume with the config it was made with "
                 f"({where / RUN_FILENAME}), or start a new run without resume_from_checkpoint."
@@ -128,10 +111,7 @@ class Checkpoint:
 
 
 def find_run(path: str | Path) -> tuple[Path, Path | None]:
-    """The folder of a run and its checkpoint to resume from, None if it has made none yet.
-
-    Args:
-        path: a checkpoint, or the folder of a run's checkpoints, of which the last is taken.
+    """The folder of a run, given itself or a checkpoint in it, and its last checkpoint, None if it has made none yet.
 
     Raises:
         FileNotFoundError: there is neither; if there are folders of runs, they are named.
@@ -139,20 +119,15 @@ def find_run(path: str | Path) -> tuple[Path, Path | None]:
     """
     path = Path(path)
     if path.is_file():
-        raise NotADirectoryError(
-            f"resume_from_checkpoint={str(path)!r} is a file; give the folder that it is in: {path.parent}."
-        )
+        raise NotADirectoryError(f"resume_from_checkpoint={str(path)!r} is a file; give its folder, {path.parent}.")
     if (path / FORMAT.names[0]).exists() and (path.parent / RUN_FILENAME).exists():
         return path.parent, path
     if (path / RUN_FILENAME).exists():
         made = list_checkpoints(path)
         return path, made[-1] if made else None
     runs = sorted(str(folder.parent) for folder in path.glob(f"*/{RUN_FILENAME}"))
-    hint = (
-        f" It holds several runs; name one: {', '.join(runs)}."
-        if runs
-        else " Give the folder of a run, or of one of its checkpoints."
-    )
+    several = f" It holds several runs; name one: {', '.join(runs)}."
+    hint = several if runs else " Give the folder of a run, or of one of its checkpoints."
     raise FileNotFoundError(f"resume_from_checkpoint={str(path)!r} is not the folder of a run's checkpoints.{hint}")
 
 

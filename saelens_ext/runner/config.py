@@ -42,7 +42,8 @@ _UNUSED_LOGGING = {
 AnyConfig = TypeVar("AnyConfig", bound="DictionaryRunnerConfig")
 
 
-def _quiet_logger() -> LoggingConfig:
+def quiet_logger() -> LoggingConfig:
+    """SAELens' logging config with wandb off."""
     return LoggingConfig(log_to_wandb=False, wandb_project="saelens_ext")
 
 
@@ -57,18 +58,14 @@ class DictionaryRunnerConfig:
     model_name: str = ""
     """Hugging Face name of the model, or the directory of a saved one."""
     model_class_name: str = "SAETransformerBridge"
-    """How to load it: "SAETransformerBridge", "HookedTransformer" or "AutoModelForCausalLM" (SAELens'
-    HookedProxyLM).
-    """
+    """How to load it: SAETransformerBridge, HookedTransformer or AutoModelForCausalLM (SAELens' HookedProxyLM)."""
     model_from_pretrained_kwargs: dict[str, Any] | None = parsed(None, mapping_or_none, "JSON")
     """Passed to the model's loader, as JSON on the command line: {"dtype": "bfloat16"}."""
     hook_name: str | Sequence[str] = parsed("", one_or_several(str), "HOOK[,HOOK…]")
     """Hook or hooks to read, in any host's spelling; all are read in the same forward passes."""
 
     dataset_path: str = ""
-    """Hugging Face name of a dataset, a folder of data files, or a folder written by Dataset.save_to_disk; its train
-    split is read.
-    """
+    """Hugging Face name, folder of data files, or folder of Dataset.save_to_disk; its train split is read."""
     streaming: bool = True
     """Read a named dataset as it arrives instead of downloading it first."""
     text_column: str = "text"
@@ -106,7 +103,7 @@ class DictionaryRunnerConfig:
     in memory for that, more is read again.
     """
 
-    logger: LoggingConfig = field(default_factory=_quiet_logger)
+    logger: LoggingConfig = field(default_factory=quiet_logger)
     """SAELens' logging config; log_to_wandb is off by default. Each dictionary has a wandb run of its own."""
 
     n_checkpoints: int = 0
@@ -144,9 +141,7 @@ class DictionaryRunnerConfig:
 
     def _check_hooks(self) -> None:
         if not self.hook_names or not all(self.hook_names):
-            raise ValueError(
-                'hook_name must name at least one hook of the model, "blocks.6.hook_resid_post" for instance.'
-            )
+            raise ValueError('hook_name must name at least one hook of the model, "blocks.6.hook_resid_post" say.')
         if len(set(self.hook_names)) != len(self.hook_names):
             raise ValueError(f"hook_name lists a hook twice: {', '.join(self.hook_names)}.")
         if not self.dictionaries:
@@ -163,9 +158,7 @@ class DictionaryRunnerConfig:
         if self.n_checkpoints and self.checkpoint_path is None:
             raise ValueError(f"n_checkpoints={self.n_checkpoints} needs a checkpoint_path, got None.")
         if self.n_checkpoints > self.training_tokens:
-            raise ValueError(
-                f"n_checkpoints={self.n_checkpoints} is more than the {self.training_tokens} training_tokens."
-            )
+            raise ValueError(f"n_checkpoints={self.n_checkpoints} exceeds the {self.training_tokens} training_tokens.")
 
     def _check_logger(self) -> None:
         defaults = LoggingConfig()
@@ -223,9 +216,8 @@ class DictionaryRunnerConfig:
         _checks.known_keys(options, [own.name for own in fields(cls)], cls.__name__)
         if "dictionary" in options:
             given = options["dictionary"]
-            options["dictionary"] = (
-                build_from_dict(given) if isinstance(given, Mapping) else [build_from_dict(one) for one in given]
-            )
+            single = isinstance(given, Mapping)
+            options["dictionary"] = build_from_dict(given) if single else list(map(build_from_dict, given))
         if "logger" in options:
             _checks.known_keys(options["logger"], [own.name for own in fields(LoggingConfig)], "logger")
             options["logger"] = LoggingConfig(**options["logger"])

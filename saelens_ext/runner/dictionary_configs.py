@@ -49,19 +49,14 @@ class ExemplarBuildConfig(ExemplarFitConfig):
     @property
     def setting_names(self) -> list[str]:
         """A short name for each setting, in the order they are built."""
-        return (
-            [f"exemplars_t{self.threshold:g}"]
-            if self.threshold is not None
-            else [f"exemplars_p{p:g}" for p in self.percentiles]
-        )
+        names = [f"exemplars_p{percentile:g}" for percentile in self.percentiles]
+        return names if self.threshold is None else [f"exemplars_t{self.threshold:g}"]
 
 
 @_checks.normalising
 @dataclass(kw_only=True, frozen=True)
 class SNMFBuildConfig(SNMFFitConfig):
-    """SNMFDictionaries to build: one for every hook, number of components and sparsity, from the activations of one
-    pass.
-    """
+    """SNMFDictionaries to build, one for every hook, number of components and sparsity, from a single pass."""
 
     n_components: int | Sequence[int] = parsed(100, one_or_several(whole_number), "K[,K…]")
     """Number or numbers of features."""
@@ -80,10 +75,7 @@ class SNMFBuildConfig(SNMFFitConfig):
         _different(several(self.n_components), "n_components")
         _different(several(self.sparsity), "sparsity")
         if not 0 <= self.held_out <= 0.5:
-            raise ValueError(
-                f"held_out must lie in [0, 0.5], got {self.held_out!r}; it is the fraction of documents kept out of "
-                "the fit."
-            )
+            raise ValueError(f"held_out, a fraction of the documents, must lie in [0, 0.5], got {self.held_out!r}.")
         self.settings(seed=0)
 
     def settings(self, seed: int) -> list[tuple[int, SNMFFitConfig]]:
@@ -117,11 +109,7 @@ def build_to_dict(config: BuildConfig) -> dict[str, Any]:
 
 
 def build_from_dict(content: Mapping[str, Any]) -> BuildConfig:
-    """The config that :func:`build_to_dict` gave.
-
-    Raises:
-        ValueError: an architecture or an option that is not known.
-    """
+    """The config that :func:`build_to_dict` gave; ValueError for an architecture or option that is not known."""
     options = dict(content)
     architecture = options.pop("architecture", None)
     if architecture not in _ARCHITECTURES:

@@ -47,16 +47,11 @@ class EvalWindows:
 
 
 def default_eval_size(n_activations: int, context_size: int, batch_size: int) -> tuple[int, int]:
-    """How much to evaluate a dictionary on where nothing is asked for.
+    """Windows in a batch, and batches, to evaluate a dictionary on where nothing is asked for.
 
-    Args:
-        n_activations: the activations it was built from, divided among the dictionaries of the same pass.
-        context_size: tokens in a window.
-        batch_size: windows in a batch, at most.
-
-    Returns:
-        Windows in a batch, and batches: of a twentieth of the activations, one window at least and ten batches at most.
-        An evaluation runs the whole model about six times where a build runs a part of it once.
+    A twentieth of the activations it was built from (divided among the dictionaries of the same pass), one window at
+    least and ten batches at most. An evaluation runs the whole model about six times where a build runs a part of it
+    once.
     """
     windows = min(10 * batch_size, max(1, n_activations // (20 * context_size)))
     size = min(batch_size, windows)
@@ -66,11 +61,7 @@ def default_eval_size(n_activations: int, context_size: int, batch_size: int) ->
 def eval_windows(stream: ActivationStream, last_document: int, batch_size: int, n_batches: int) -> EvalWindows | None:
     """Windows for an evaluation: of unseen documents if they fill a batch, otherwise from the start of the dataset.
 
-    Args:
-        stream: where the dictionaries were built.
-        last_document: the last document they were built from.
-        batch_size: windows in a batch.
-        n_batches: batches wanted; there may be fewer.
+    Documents after ``last_document`` are unseen; of ``n_batches`` asked for there may be fewer.
 
     Returns:
         The windows; those of a cache are never called unseen, since it does not say where documents end. None where
@@ -91,11 +82,6 @@ def eval_windows(stream: ActivationStream, last_document: int, batch_size: int, 
 
 def evaluate(dictionary: SAE[Any], stream: ActivationStream, given: EvalWindows) -> dict[str, Any]:
     """Evaluate a dictionary on the model that it was built on, with ``sae_lens.run_evals``.
-
-    Args:
-        dictionary: any SAELens SAE, at a hook of the stream's model.
-        stream: where it was built.
-        given: what to evaluate on.
 
     Returns:
         The groups of figures that ``run_evals`` gives (without those of the model's predictions in the middle of a
@@ -151,9 +137,7 @@ def evaluate(dictionary: SAE[Any], stream: ActivationStream, given: EvalWindows)
 
 
 def trainer_figures(evals: dict[str, Any]) -> dict[str, float]:
-    """The figures of an evaluation that SAELens' trainer logs too, under its keys; none where they are over other
-    positions.
-    """
+    """Figures of an evaluation that SAELens' trainer logs too, under its keys; none if over other positions."""
     if evals.get("token_stats", {}).get(ALL_POSITIONS):
         return {}
     found = {key: evals.get(group, {}).get(name) for (group, name), key in _TRAINER_KEYS.items()}

@@ -12,6 +12,8 @@ import simple_parsing
 
 from saelens_ext._checks import is_none
 
+_SWITCHES = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
 
 def items(text: str) -> list[Any]:
     """The items of ``a,b``, ``(a, b)`` or a JSON list."""
@@ -32,6 +34,16 @@ def one_or_several(convert: Callable[[Any], Any]) -> Callable[[str], Any]:
         return values[0] if len(values) == 1 and not text.strip().startswith("[") else values
 
     return value_or_list
+
+
+def texts(text: str) -> tuple[str, ...]:
+    """The items of a list as texts."""
+    return tuple(str(item) for item in items(text))
+
+
+def tuple_of(convert: Callable[[Any], Any]) -> Callable[[str], tuple[Any, ...]]:
+    """A parser of a list of values."""
+    return lambda text: tuple(convert(item) for item in items(text))
 
 
 def number(item: Any) -> float | int:
@@ -55,20 +67,16 @@ def positions(text: str) -> tuple[int | None, ...]:
 
 def switch_or_ids(text: str) -> bool | list[int]:
     """``true``, ``false``, or token ids."""
-    word = text.strip().lower()
-    if word in ("true", "yes", "1"):
-        return True
-    return False if word in ("false", "no", "0") else [whole_number(item) for item in items(text)]
+    switch = _SWITCHES.get(text.strip().lower())
+    return [whole_number(item) for item in items(text)] if switch is None else switch
 
 
 def switch_or_none(text: str) -> bool | None:
     """``true``, ``false`` or ``none``."""
-    if is_none(text):
-        return None
     word = text.strip().lower()
-    if word not in ("true", "yes", "1", "false", "no", "0"):
+    if not is_none(text) and word not in _SWITCHES:
         raise ValueError(f"expected true, false or none, got {text!r}")
-    return word in ("true", "yes", "1")
+    return _SWITCHES.get(word)
 
 
 def mapping_or_none(text: str) -> dict[str, Any] | None:
@@ -87,7 +95,5 @@ def text_or_none(text: str) -> str | None:
 
 
 def parsed(default: Any, parse: Callable[[str], Any], metavar: str) -> Any:
-    """A dataclass field that ``parse`` reads on the command line, where ``metavar`` stands for its value in the
-    help.
-    """
+    """A dataclass field that ``parse`` reads on the command line; ``metavar`` stands for its value in the help."""
     return simple_parsing.field(default=default, type=parse, metavar=metavar)

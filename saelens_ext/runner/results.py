@@ -54,9 +54,7 @@ class BuiltDictionary:
         return self.fit.hook_name
 
     def save_fit(self, config: DictionaryRunnerConfig) -> None:
-        """Write the dictionary, its statistics and the config into its folder, and remove what belongs to another one
-        there.
-        """
+        """Write the dictionary, its statistics and the config into its folder; remove what is of another one."""
         # The profile and evaluation of the very same dictionary stay until there are new ones.
         if not self._is_saved:
             for name in _SIDECARS:
@@ -91,9 +89,7 @@ class BuiltDictionary:
 
     @property
     def sparsity(self) -> torch.Tensor | None:
-        """Fraction of the activations on which each latent is not zero, float32 ``(k,)``; None where the profile does
-        not say.
-        """
+        """Fraction of activations on which each latent is not zero, float32 ``(k,)``; None if not profiled."""
         profile = self.profile
         if profile is None or not profile.n_activations:
             return None
@@ -101,9 +97,8 @@ class BuiltDictionary:
             config = self.dictionary.cfg
             # Beyond a right angle the nearest exemplar's code is zero though the activation is a member of its region.
             beyond = bool((torch.nan_to_num(profile.max_distance) >= 1).any())
-            if config.readout not in _READOUTS_OF_THE_NEAREST or (
-                config.readout != "one_hot" and (config.k != 1 or beyond)
-            ):
+            several = config.readout != "one_hot" and (config.k != 1 or beyond)
+            if config.readout not in _READOUTS_OF_THE_NEAREST or several:
                 return None
         return (profile.counts.double() / profile.n_activations).float()
 

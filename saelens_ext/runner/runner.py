@@ -115,11 +115,8 @@ class DictionaryRunner:
             identity.check_same(content, source, found[0])
             run_id = identity.run_id
             checkpoint = None if found[1] is None else Checkpoint.load(found[1])
-            logger.info(
-                "Resuming run %s from %s",
-                run_id,
-                "its start" if checkpoint is None else f"{checkpoint.n_activations} activations",
-            )
+            start = "its start" if checkpoint is None else f"{checkpoint.n_activations} activations"
+            logger.info("Resuming run %s from %s", run_id, start)
         else:
             run_id, checkpoint = config.logger.wandb_id or uuid.uuid4().hex[:8], None
         if config.checkpoint_path is not None:
@@ -166,14 +163,10 @@ class DictionaryRunner:
                 if earlier.name != path.name:
                     shutil.rmtree(earlier)
         except OSError as error:
-            kept = list_checkpoints(folder)
-            last = f"the last whole one is {kept[-1]}" if kept else "there is none yet"
-            logger.error(
-                "The checkpoint after %d activations could not be written (%s). The build goes on; %s.",
-                build.n_activations,
-                error,
-                last,
-            )
+            whole = list_checkpoints(folder)
+            last = f"the last whole one is {whole[-1]}" if whole else "there is none yet"
+            said = "The checkpoint after %d activations could not be written (%s). The build goes on; %s."
+            logger.error(said, build.n_activations, error, last)
 
     # --- what is finished ---
 
@@ -198,11 +191,9 @@ class DictionaryRunner:
                 with self._going_on("The tracking", built):
                     self._track(built)
         for what, built, error in self._errors:
-            raise (
-                _not_written(built, error, result)
-                if isinstance(error, OSError) and what.startswith("The saving")
-                else error
-            )
+            if isinstance(error, OSError) and what.startswith("The saving"):
+                raise _not_written(built, error, result)
+            raise error
 
     @contextmanager
     def _going_on(self, what: str, built: BuiltDictionary) -> Iterator[None]:
@@ -210,13 +201,8 @@ class DictionaryRunner:
         try:
             yield
         except Exception as error:
-            logger.error(
-                "%s of %s failed (%s: %s); the run goes on with the others.",
-                what,
-                built.name,
-                type(error).__name__,
-                error,
-            )
+            said = "%s of %s failed (%s: %s); the run goes on with the others."
+            logger.error(said, what, built.name, type(error).__name__, error)
             self._errors.append((what, built, error))
 
     def _profile(
@@ -245,9 +231,8 @@ class DictionaryRunner:
             size, n_batches = default_eval_size(n_activations, stream.context_size, size)
         windows = None if stream.model is None else eval_windows(stream, last_document, size, n_batches)
         if windows is None:
-            logger.warning(
-                "Not evaluated: there is %s to evaluate on.", "no model" if stream.model is None else "no text"
-            )
+            missing = "no model" if stream.model is None else "no text"
+            logger.warning("Not evaluated: there is %s to evaluate on.", missing)
             return
         for built in built_all:
             with self._going_on("The evaluation", built):
@@ -337,18 +322,13 @@ def _bar(config: DictionaryRunnerConfig, build: BuildPass) -> Any:
 
 
 def _how_to_resume(folder: Path | None) -> str:
-    found = [] if folder is None else list_checkpoints(folder)
-    return (
-        f"Resume with resume_from_checkpoint={str(found[-1])!r}." if found else "There is no checkpoint to resume from."
-    )
+    whole = [] if folder is None else list_checkpoints(folder)
+    return f"Resume with resume_from_checkpoint={str(whole[-1])!r}." if whole else "There is no checkpoint."
 
 
 def _what_is_left(result: RunResult) -> str:
-    saved = [
-        built.name
-        for built in result.dictionaries.values()
-        if built.path is not None and (built.path / "fit.json").exists()
-    ]
+    built = [(one.name, one.path) for one in result.dictionaries.values()]
+    saved = [name for name, path in built if path is not None and (path / "fit.json").exists()]
     done = f"Saved so far: {', '.join(saved)}. " if saved else ""
     return done + _how_to_resume(result.checkpoint_path)
 
@@ -356,9 +336,9 @@ def _what_is_left(result: RunResult) -> str:
 def _not_written(built: BuiltDictionary, error: OSError, result: RunResult) -> OSError:
     """An error in writing that says what was being written, and what is left."""
     message = f"{built.name} could not be written to {built.path} ({error.strerror or error}). {_what_is_left(result)}"
-    found = OSError(error.errno, message)
-    found.__cause__ = error
-    return found
+    failure = OSError(error.errno, message)
+    failure.__cause__ = error
+    return failure
 
 
 def _check_writable(path: Path, name: str) -> None:

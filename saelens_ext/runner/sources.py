@@ -28,14 +28,10 @@ _FILE_KINDS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".txt": "text",
 def open_model(config: DictionaryRunnerConfig) -> Any:
     """Load the model that a config names, in evaluation mode.
 
-    Raises:
-        ValueError: no name, a dtype that torch has not, or arguments that the way of loading does not take.
+    ValueError: no name, a dtype that torch has not, or arguments that the way of loading does not take.
     """
     if not config.model_name:
-        raise ValueError(
-            "model_name is empty: name a model, give the directory of a saved one, or pass model= to the "
-            "DictionaryRunner."
-        )
+        raise ValueError("model_name is empty: name a model or a saved one's folder, or give the runner a model=.")
     arguments = dict(config.model_from_pretrained_kwargs or {})
     for key in ("dtype", "torch_dtype"):
         if isinstance(arguments.get(key), str):
@@ -69,17 +65,10 @@ def _device(config: DictionaryRunnerConfig, arguments: dict[str, Any]) -> str | 
 
 
 def open_dataset(config: DictionaryRunnerConfig) -> Any:
-    """Open the dataset that a config names.
-
-    Raises:
-        ValueError: no name.
-    """
+    """Open the dataset that a config names; ValueError if it names none."""
     path = config.dataset_path
     if not path:
-        raise ValueError(
-            "dataset_path is empty: name a dataset, give a folder or file of data, or pass dataset= to the "
-            "DictionaryRunner."
-        )
+        raise ValueError("dataset_path is empty: name a dataset, a folder or file, or give the runner a dataset=.")
     if _saved_to_disk(path):
         found = datasets.load_from_disk(path)
         return found["train"] if isinstance(found, datasets.DatasetDict) else found
@@ -96,11 +85,8 @@ def open_stream(
 ) -> ActivationStream:
     """The activations that a config asks for.
 
-    Args:
-        config: what to read.
-        model: an open model to use instead of the named one.
-        dataset: an open dataset, or a list of strings, to use instead of the named one.
-        as_named: whether these are what the config names, only opened already.
+    ``model`` and ``dataset`` (or a list of strings) are used instead of the named ones; ``as_named`` says that they are
+    what the config names, only opened already.
 
     Raises:
         ValueError: as :func:`open_model`, :func:`open_dataset` and the streams.
@@ -118,17 +104,13 @@ def open_stream(
     }
     if config.cached_activations_path is not None:
         if dataset is not None or config.dataset_path:
-            raise ValueError(
-                "Cached activations are read instead of a dataset: give cached_activations_path or a dataset, not both."
-            )
+            raise ValueError("Give cached_activations_path or a dataset, not both.")
         device = config.device if model is None else next(model.parameters()).device
         stream = CachedStream(config.cached_activations_path, config.hook_names, model=model, device=device, **options)
         if stream.prepend_bos is None:
             stream.prepend_bos = config.prepend_bos
         if config.prepend_bos not in (None, stream.prepend_bos):
-            raise ValueError(
-                f"prepend_bos={config.prepend_bos}, and the cached windows say otherwise: leave it at none."
-            )
+            raise ValueError(f"prepend_bos={config.prepend_bos}, and the cached windows differ: leave it at none.")
         _say_what_windows_are(config)
         return stream
     assert model is not None
@@ -153,20 +135,13 @@ def resolved(config: DictionaryRunnerConfig, stream: ActivationStream) -> Dictio
     changes = {"device": str(stream.device), "prepend_bos": stream.prepend_bos}
     if stream.model is not None:
         found = describe_model(stream.model)
-        changes |= {
-            "model_name": config.model_name or str(found["model_name"]),
-            "model_class_name": _class_name(found["model_class_name"]),
-        }
+        kind = found["model_class_name"]
+        if kind not in MODEL_CLASSES:
+            kind = "SAETransformerBridge" if "Bridge" in kind else "HookedTransformer"
+        changes |= {"model_name": config.model_name or str(found["model_name"]), "model_class_name": kind}
     if not config.dataset_path and config.cached_activations_path is None:
         changes["dataset_path"] = str(stream.describe().get("dataset_path") or "")
     return replace(config, **changes)
-
-
-def _class_name(found: str) -> str:
-    """The way of loading that gives a class."""
-    if found in MODEL_CLASSES:
-        return found
-    return "SAETransformerBridge" if "Bridge" in found else "HookedTransformer"
 
 
 def _saved_to_disk(path: str) -> bool:

@@ -15,11 +15,7 @@ _WITHOUT_LOGIN = ("offline", "disabled", "dryrun")
 
 
 def check_login() -> None:
-    """Raise unless wandb can log: it is logged in, or works offline.
-
-    Raises:
-        RuntimeError: it is neither, with what to do.
-    """
+    """Raise RuntimeError, with what to do, unless wandb can log: it is logged in, or works offline."""
     if (os.environ.get("WANDB_MODE") or wandb.setup().settings.mode) in _WITHOUT_LOGIN:
         return
     if not _logged_in():
@@ -61,22 +57,17 @@ class WandbTracker:
         self._last_step: dict[Hashable, int] = {}
 
     def open(self, names: Sequence[str], default_names: Sequence[str] | None = None) -> None:
-        """Open the runs of several dictionaries.
+        """Open the runs of several dictionaries, by the keys of :meth:`on_metrics`.
 
-        Args:
-            names: of the dictionaries; the keys of :meth:`on_metrics`.
-            default_names: of their runs, where the logger gives none; by default ``names``.
+        ``default_names`` are the runs' names where the logger gives none; by default ``names``.
         """
         for name, default in zip(names, default_names or names):
             self._open(name, default, alone=len(names) == 1)
 
     def on_metrics(self, key: Hashable, step: int, figures: Mapping[str, float | int]) -> None:
-        """Log figures of a dictionary, every ``wandb_log_frequency`` calls.
+        """Log figures of a dictionary, by SAELens' keys, every ``wandb_log_frequency`` calls.
 
-        Args:
-            key: the dictionary, a name or a (hook, percentile).
-            step: wandb's step; steps of a dictionary increase.
-            figures: by SAELens' keys.
+        The dictionary's key is a name or a (hook, percentile); wandb's steps increase for each.
         """
         self._calls[key] = self._calls.get(key, 0) + 1
         run = self._runs.get(key) or self._open(key, _name_of(key), alone=False)
@@ -85,9 +76,7 @@ class WandbTracker:
             self._last_step[key] = step
 
     def reporter(self, name: str) -> Callable[[Mapping[str, float | int]], None]:
-        """An ``on_metrics`` for the fit of one dictionary, which reports its figures alone; those without a group go
-        under ``metrics/``.
-        """
+        """An ``on_metrics`` for the fit of one dictionary; figures without a group go under ``metrics/``."""
 
         def report(figures: Mapping[str, float | int]) -> None:
             grouped = {key if "/" in key else f"metrics/{key}": value for key, value in figures.items()}
@@ -96,12 +85,9 @@ class WandbTracker:
         return report
 
     def log_result(self, key: Hashable, figures: Mapping[str, Any], log_sparsity: Tensor | None = None) -> None:
-        """Log the figures of a finished dictionary.
+        """Log the figures of a finished dictionary, by SAELens' keys, its groups of evaluation figures among them.
 
-        Args:
-            key: the dictionary.
-            figures: by SAELens' keys, its groups of evaluation figures among them.
-            log_sparsity: log10 of each latent's share of activations, for SAELens' chart of densities.
+        ``log_sparsity`` is log10 of each latent's fraction of activations, for SAELens' chart of densities.
         """
         found = dict(figures)
         if log_sparsity is not None:
@@ -122,13 +108,8 @@ class WandbTracker:
     ) -> None:
         """Log the files of a dictionary as artifacts, named and typed as SAELens' trainer does.
 
-        Args:
-            key: the dictionary.
-            sae_name: ``dictionary.get_name()``.
-            weights: its weights; left out where the logger says so.
-            config: its config.
-            sparsity: its file of log frequencies, if any.
-            aliases: of the model's artifact.
+        ``sae_name`` is ``dictionary.get_name()``; ``weights`` are left out where the logger says so, ``sparsity`` is
+        its file of log frequencies, if any, and ``aliases`` are the model artifact's.
         """
         run, name = self._runs[key], sae_name.replace("/", "__")
         model = wandb.Artifact(name, type="model", metadata=self._config)
@@ -137,17 +118,15 @@ class WandbTracker:
         model.add_file(str(config))
         run.log_artifact(model, aliases=list(aliases))
         if sparsity is not None:
-            frequencies = wandb.Artifact(
-                f"{name}_log_feature_sparsity", type="log_feature_sparsity", metadata=self._config
-            )
+            kind = "log_feature_sparsity"
+            frequencies = wandb.Artifact(f"{name}_{kind}", type=kind, metadata=self._config)
             frequencies.add_file(str(sparsity))
             run.log_artifact(frequencies)
 
     def finish(self, exit_code: int = 0) -> None:
         """End all runs; an exit code other than 0 marks them as failed.
 
-        Raises:
-            Exception: what wandb raised for the first run that could not be ended; the others are ended all the same.
+        Raises what wandb raised for the first run that could not be ended; the others are ended all the same.
         """
         runs, self._runs = self._runs, {}
         errors: list[Exception] = []

@@ -40,11 +40,11 @@ USAGE = [
     (["snmf", "--hook_name=x", "--dictionary.sparsity=2"], "sparsity must lie in"),
     (
         ["snmf", "--hook_name=x", "--model_name=demo", "--dataset_path=demo", "--model_class_name=HookedTransformer"],
-        "SAETransformerBridge only",
+        "demo model is a SAETransformerBridge",
     ),
     (["audit"], "No prefix was given"),
     (["audit", "--prefix=x"], "No dictionary was named"),
-    (["audit", "--prefix=x", "--dictionaries=x", "--n_clusters=3"], "n_clusters must be the fewest and the most"),
+    (["audit", "--prefix=x", "--dictionaries=x", "--n_clusters=3"], "n_clusters must be 1 <= fewest <= most"),
     (["audit", "--prefix=x", "--betas=a"], r"--betas: takes X\[,X…\], got 'a'"),
     (["eval", "x", "--n_eval_batches=0"], "--n_eval_batches must be at least 1"),
     (["demo", "--max_tokens=0"], "--max_tokens must be at least 1"),
@@ -81,11 +81,11 @@ def test_the_module_of_the_demo_takes_no_beginning_of_an_option_either(capsys):
 FAILURES = [
     (["match", "{fine}", "nowhere"], "There is no folder nowhere, and it is not written as repo_id:sae_id"),
     (["profile", "nowhere"], "There is no folder nowhere"),
-    (["profile", "{place}/model"], "holds no SAELens dictionary: cfg.json and sae_weights.safetensors are not there"),
+    (["profile", "{place}/model"], "holds no SAELens dictionary: it lacks cfg.json and sae_weights.safetensors"),
     (["report", "{fine}", "--compare={snmf}"], "first has directions of width 32 and second of 64"),
     (["convert", "nosuch", "{tmp}/o"], "nosuch is neither a file nor a build"),
     (["convert", "{fine}/cfg.json", "{tmp}/o"], "is refused: it breaks off or is damaged at byte 0"),
-    (["convert", "nosuch", "{fine}/cfg.json/o"], "cfg.json is a file, and results go into a folder"),
+    (["convert", "nosuch", "{fine}/cfg.json/o"], "cfg.json is a file; results go into a folder"),
     (["push", "nowhere", "a/b", "x"], "There is no directory nowhere"),
     (["pull", "a/b", "../x", "{tmp}/o"], "sae_id must be the path of a folder"),
     (["audit", "--prefixes={tmp}/none"], "No such file or directory: '.*none'"),
@@ -110,7 +110,7 @@ FAILURES = [
     ),
     (
         ["exemplars", "--hook_name=x", "{reading}", "--output_path={fine}/cfg.json"],
-        "cfg.json is a file, and results go into a folder",
+        "cfg.json is a file; results go into a folder",
     ),
     (
         ["exemplars", "--hook_name=x", "{reading}", "--dataset_path={fine}/fit.safetensors"],

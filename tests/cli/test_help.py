@@ -90,7 +90,7 @@ def test_spellings_of_options():
             "--validate=False",
         ],
     )
-    assert list(inputs.prefix) == ["a, b", "c"] and inputs.dictionaries == ["x", "y:z"] and output.json
+    assert list(inputs.prefix) == ["a, b", "c"] and list(inputs.dictionaries) == ["x", "y:z"] and output.json
     assert (settings.stop, settings.n_clusters, settings.strengths, settings.validate) == (
         (",",),
         (2, 5),

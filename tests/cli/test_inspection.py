@@ -243,10 +243,8 @@ def test_a_hierarchy(command, place, tmp_path, tiny_bridge, tiny_texts):
     assert [row["latents"] for row in profiled.data["profiles"]] == [4, 2]
     reported = command("report", folder, *named)
     assert reported.status == 0, reported.err
-    assert command("eval", folder, *named).error.endswith(
-        f"evaluate the dictionary of one level, {folder}/level_0 for instance."
-    )
-    assert "is a hierarchy of 2 dictionaries" in command("match", folder, folder).error
+    assert command("eval", folder, *named).error.endswith(f"is a hierarchy; evaluate one level, {folder}/level_0 say.")
+    assert "is a hierarchy of 2: name one" in command("match", folder, folder).error
     assert command("match", folder / "level_0", folder / "level_0").status == 0
 
 

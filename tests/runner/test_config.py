@@ -142,7 +142,7 @@ def test_a_hook_of_a_dictionary_is_one_of_the_run():
         (ExemplarBuildConfig, {"readout": "softmax"}, "readout must be one of"),
         (SNMFBuildConfig, {"sparsity": [0.1, 0]}, "sparsity must lie in"),
         (SNMFBuildConfig, {"n_components": [3, 0]}, "n_components must be a whole number"),
-        (SNMFBuildConfig, {"held_out": 0.7}, "held_out must lie in"),
+        (SNMFBuildConfig, {"held_out": 0.7}, "held_out, a fraction of the documents, must lie in"),
     ],
 )
 def test_options_of_dictionaries_out_of_range(kind, options, message):

@@ -258,7 +258,7 @@ def test_special_tokens_of_a_cache_need_a_tokenizer(cache, proxy, tmp_path):
 def test_an_old_cache_without_tokens(cache, tmp_path):
     datasets.load_from_disk(str(cache)).remove_columns("token_ids").save_to_disk(tmp_path / "old")
     with pytest.raises(
-        ValueError, match="come without token ids, so none can be left out: set exclude_special_tokens=False"
+        ValueError, match="holds no token ids, so none can be left out: set exclude_special_tokens=False"
     ):
         open_stream(cached_config(tmp_path, tmp_path / "old", exclude_special_tokens=[3]))
     result = DictionaryRunner(cached_config(tmp_path, tmp_path / "old", profile=True)).run()
@@ -276,13 +276,11 @@ def test_a_cache_of_another_model_is_noticed(cache, tmp_path):
 def test_a_cache_that_does_not_fit_the_config(cache, tmp_path):
     with pytest.raises(ValueError, match="are of model.layers.1, not of 'model.layers.2'"):
         open_stream(cached_config(tmp_path, cache, hook_name="model.layers.2"))
-    with pytest.raises(ValueError, match="in windows of 16 tokens, got context_size=32"):
+    with pytest.raises(ValueError, match="holds windows of 16 tokens, got context_size=32"):
         open_stream(cached_config(tmp_path, cache, context_size=32))
-    with pytest.raises(
-        FileNotFoundError, match="is not a folder: cached_activations_path is the new_cached_activations_path"
-    ):
+    with pytest.raises(FileNotFoundError, match="is not a folder; give the new_cached_activations_path"):
         open_stream(cached_config(tmp_path, tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match="give cached_activations_path or a dataset, not both"):
+    with pytest.raises(ValueError, match="Give cached_activations_path or a dataset, not both"):
         open_stream(cached_config(tmp_path, cache, dataset_path="x"))
 
 
