@@ -54,8 +54,7 @@ class ContinuationSet:
     lengths: Tensor
     """``(n,)`` int64, tokens per continuation, at least 1."""
     texts: tuple[str, ...]
-    """Untrimmed: a leading space and a stop text are kept, as they are in the tokens. Rows may have equal texts and
-    other tokens."""
+    """Untrimmed: with a leading space and a stop text, as in the tokens. Equal texts may have different tokens."""
     log_probs: Tensor
     """p_t, float32 ``(n, T)``, 0 beyond a continuation's end."""
     weights: Tensor
@@ -76,9 +75,7 @@ class ContinuationSet:
         views = self._views() | dict(self.columns)
         wrong = {name: len(view) for name, view in views.items() if len(view) != rows}
         if rows == 0 or wrong:
-            raise ValueError(
-                f"A ContinuationSet needs at least one row and views of as many: {rows} texts, but {wrong}."
-            )
+            raise ValueError(f"A ContinuationSet needs one row or more and views of as many: {rows} texts, {wrong}.")
         if not self.prefix_ids:
             raise ValueError("prefix_ids is empty; a continuation needs at least one token to go on from.")
         empty = (self.lengths < 1).nonzero().flatten().tolist()
@@ -111,10 +108,7 @@ class ContinuationSet:
         if self.embeddings is None or self.signatures is None:
             views = {"embeddings": self.embeddings, "signatures": self.signatures}
             missing = " and no ".join(name for name, view in views.items() if view is None)
-            raise ValueError(
-                f"The continuations of {self.prompt!r} have no {missing}; make them with embed_continuations and "
-                "attribute_continuations."
-            )
+            raise ValueError(f"{self.prompt!r} has no {missing}: use embed_continuations and attribute_continuations.")
         return self.embeddings.double().numpy(), self.signatures.double().numpy()
 
     @property
@@ -180,9 +174,9 @@ class ContinuationSet:
         """
         if isinstance(weights, str):
             return replace(self, weights=self._named_weights(_checks.choice(weights, WEIGHTINGS, "weights")))
-        given = torch.as_tensor(np.asarray(weights, dtype=np.float64))
-        _checked_weights(given, len(self))
-        return replace(self, weights=given / given.sum())
+        numbers = torch.as_tensor(np.asarray(weights, dtype=np.float64))
+        _checked_weights(numbers, len(self))
+        return replace(self, weights=numbers / numbers.sum())
 
     def _named_weights(self, name: str) -> Tensor:
         if name == "frequency":

@@ -71,9 +71,8 @@ def visible_rows(continuations: ContinuationSet, embedder: Any = None) -> Tensor
     A continuation of spaces, or of parts of characters, may hold none.
     """
     model = load_sentence_model(embedder)
-    encoded = model.tokenizer(
-        list(continuations.texts), add_special_tokens=False, padding=False, truncation=False, verbose=False
-    )
+    options = {"add_special_tokens": False, "padding": False, "truncation": False, "verbose": False}
+    encoded = model.tokenizer(list(continuations.texts), **options)
     return torch.tensor([len(ids) > 0 for ids in encoded["input_ids"]])
 
 
@@ -90,14 +89,8 @@ def _contextual(model: Any, start: str, texts: list[str], batch_size: int, progr
 
 
 def _embed_batch(model: Any, start: str, texts: list[str]) -> Tensor:
-    encoded = model.tokenizer(
-        [start + text for text in texts],
-        padding=True,
-        truncation=False,
-        return_offsets_mapping=True,
-        return_tensors="pt",
-        verbose=False,
-    )
+    options = {"padding": True, "truncation": False, "return_offsets_mapping": True, "return_tensors": "pt"}
+    encoded = model.tokenizer([start + text for text in texts], verbose=False, **options)
     offsets = encoded.pop("offset_mapping")
     _check_length(model, int(encoded["attention_mask"].sum(dim=1).max()))
     inside = continuation_tokens(offsets, encoded["attention_mask"], len(start))
@@ -113,7 +106,7 @@ def _embed_batch(model: Any, start: str, texts: list[str]) -> Tensor:
 
 
 def continuation_tokens(offsets: Tensor, attention_mask: Tensor, boundary: int) -> Tensor:
-    """Which tokens hold a character of the continuation.
+    """Which tokens hold a character of the continuation, bool ``(b, length)``.
 
     A token that begins in the prompt and ends in the continuation counts; special tokens and padding have no
     characters and do not.
@@ -122,9 +115,6 @@ def continuation_tokens(offsets: Tensor, attention_mask: Tensor, boundary: int) 
         offsets: first and past-the-last character of each token in the whole text, ``(b, length, 2)``.
         attention_mask: ``(b, length)``, 0 at padding.
         boundary: characters before the continuation.
-
-    Returns:
-        Bool ``(b, length)``.
     """
     first, last = offsets[..., 0], offsets[..., 1]
     return (last > first) & (last > boundary) & attention_mask.bool()

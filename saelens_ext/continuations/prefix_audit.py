@@ -27,9 +27,7 @@ class PrefixAudit:
     """One row per pair of beta and gamma, with its rate, distortions and number of clusters; ``stability`` and its
     standard error, NaN where they were not needed."""
     validation: Validation | None
-    """What steering along the modes did; None where it was not asked for, or ``not_validated`` says why it cannot
-    be.
-    """
+    """What steering along the modes did; None if it was not requested, or ``not_validated`` says why it cannot be."""
     not_validated: str = ""
     """Why there is no validation; empty where there is one."""
 
@@ -65,9 +63,7 @@ class PrefixAudit:
 
     @cached_property
     def verdict(self) -> Verdict:
-        """What was found: moves by steering or not, mode by mode or not, needs the joint clustering or not, stable or
-        not, and modes at the size floor.
-        """
+        """Whether the modes are moved by steering, one by one, need the joint clustering, and are stable."""
         return verdict_of([self])
 
     def effect_by_kind(self) -> pd.Series:
@@ -110,15 +106,7 @@ class PrefixAudit:
         )
 
     def exemplary_members(self, cluster: int, n: int = 5) -> list[int]:
-        """Rows of the members nearest to a mode's medoid in the weighted distance of the clustering, itself first.
-
-        Args:
-            cluster: the mode.
-            n: how many at most.
-
-        Raises:
-            ValueError: no such mode.
-        """
+        """Rows of the n members nearest to a mode's medoid in the weighted distance of the clustering, itself first."""
         self._check_cluster(cluster)
         medoid = int(self.clusterer.medoid_indices_[cluster])
         members = np.flatnonzero(self.labels == cluster)
@@ -130,15 +118,11 @@ class PrefixAudit:
         return members[np.argsort(distance, kind="stable")][: _checks.positive(n, "n")].tolist()
 
     def distinguishing_sources(self, cluster: int, n: int = 10) -> pd.DataFrame:
-        """Sources of the prefix whose effect on a mode's members differs most from that on all other continuations.
+        """The n sources whose effect on a mode's members differs most from that on all other continuations.
 
         ``effect`` and ``elsewhere`` are weighted means of the signatures, in logits; ``difference`` is the first less
         the second, and rows stand by its size. ``t`` is that difference over its standard error (Welch), which ranks
         sources and is no test: the modes were made from these very signatures.
-
-        Args:
-            cluster: the mode.
-            n: how many at most.
 
         Raises:
             ValueError: no such mode.
@@ -149,12 +133,10 @@ class PrefixAudit:
         inside = self.labels == cluster
         mean, error = _weighted_mean(signatures, weights * inside)
         if inside.all():
-            other, other_error = np.full_like(mean, np.nan), np.full_like(mean, np.nan)
-            order = np.argsort(-np.abs(mean), kind="stable")
+            other, other_error = np.full((2, len(mean)), np.nan)
         else:
             other, other_error = _weighted_mean(signatures, weights * ~inside)
-            order = np.argsort(-np.abs(mean - other), kind="stable")
-        order = order[: _checks.positive(n, "n")]
+        order = np.argsort(-np.abs(mean - np.nan_to_num(other)), kind="stable")[: _checks.positive(n, "n")]
         sources = self.continuations.sources
         table = pd.DataFrame({"source": order}) if sources is None else sources.select(order.tolist()).to_dataframe()
         table["source"] = order
@@ -186,13 +168,8 @@ class PrefixAudit:
         clusterer.fit(*continuations.both_views(), sample_weight=continuations.weights.double().numpy())
         path = pd.DataFrame(state["path"])
         path[["stability", "stability_se"]] = path[["stability", "stability_se"]].astype(float)
-        return cls(
-            continuations=continuations,
-            clusterer=clusterer,
-            path=path,
-            validation=validation,
-            not_validated=state["not_validated"],
-        )
+        found = {"continuations": continuations, "clusterer": clusterer, "path": path, "validation": validation}
+        return cls(not_validated=state["not_validated"], **found)
 
 
 def verdict_of(prefixes: Sequence[PrefixAudit]) -> Verdict:
@@ -205,16 +182,10 @@ def verdict_of(prefixes: Sequence[PrefixAudit]) -> Verdict:
             steering = combine_validations(tested).findings()
         except ValueError as error:
             steering = untested(f"The tests of the prefixes cannot be put together: {error}")
-    return Verdict(
-        (
-            *steering,
-            stability_finding([prefix.stability for prefix in prefixes]),
-            sizes_finding(
-                np.concatenate([prefix.at_floor for prefix in prefixes]),
-                [prefix.clusterer.min_cluster_size for prefix in prefixes],
-            ),
-        )
-    )
+    stability = stability_finding([prefix.stability for prefix in prefixes])
+    at_floor = np.concatenate([prefix.at_floor for prefix in prefixes])
+    sizes = sizes_finding(at_floor, [prefix.clusterer.min_cluster_size for prefix in prefixes])
+    return Verdict((*steering, stability, sizes))
 
 
 def _weighted_mean(values: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

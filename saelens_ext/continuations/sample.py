@@ -117,18 +117,14 @@ def score_continuations(
     chat_template_options: Mapping[str, Any] | None = None,
     batch_size: int = 16,
 ) -> ContinuationSet:
-    """Make a set of continuations that you have already, and find how likely the model holds them.
+    """Make a set of continuations that you have already, in their order, and find how likely the model holds them.
 
     Args:
-        model: any TransformerLens model, with a tokenizer.
         prefix: as for :func:`sample_continuations`, and likewise the chat template.
         continuations: texts, with their leading space where there is one, which get the tokens that they have behind
             the prefix (see :func:`ids_after`); or token ids, which alone say how a sampled text was cut.
         weights: the name of a rule or one positive number per continuation.
         batch_size: continuations per forward pass.
-
-    Returns:
-        One row per continuation, in the order given.
 
     Raises:
         ValueError: no continuation, one without a token or with an id outside the vocabulary, a prefix and continuation
@@ -137,20 +133,17 @@ def score_continuations(
     _checks.positive(batch_size, "batch_size")
     prefix = _checks.text(prefix, "prefix")
     text = as_user_message(tokenizer_of(model), prefix, chat_template_options) if chat_template else prefix
-    given = [_text_or_ids(one, number) for number, one in enumerate(_checks.listed(continuations, "continuations"))]
-    rows = [ids_after(model, text, [one], templated=chat_template)[0] if isinstance(one, str) else one for one in given]
-    _check_given(model, rows)
+    ones = [_text_or_ids(one, number) for number, one in enumerate(_checks.listed(continuations, "continuations"))]
+    rows = [ids_after(model, text, [one], templated=chat_template)[0] if isinstance(one, str) else one for one in ones]
+    _check_ids(model, rows)
     ids = _fitting_prefix(model, text, max(map(len, rows)), chat_template)
     with evaluating(model):
         scores = continuation_log_probs(model, ids, rows, batch_size=batch_size)
-    texts = [
-        one if isinstance(one, str) else text_after(model, ids.tolist(), row)
-        for one, row in zip(given, rows, strict=True)
-    ]
+    pairs = zip(ones, rows, strict=True)
+    texts = [one if isinstance(one, str) else text_after(model, ids.tolist(), row) for one, row in pairs]
     drawn = [Drawn(row, score, "given") for row, score in zip(rows, scores, strict=True)]
-    return _as_set(
-        model, prefix, text, ids, texts, drawn, weights, {"given": len(rows), "chat_template": chat_template}
-    )
+    metadata = {"given": len(rows), "chat_template": chat_template}
+    return _as_set(model, prefix, text, ids, texts, drawn, weights, metadata)
 
 
 class _Collected:
@@ -188,31 +181,21 @@ class _Collected:
                 self.counts.append(1)
 
     def describe(self) -> dict[str, Any]:
-        """How the draws went, said aloud when rows are missing.
-
-        Raises:
-            ValueError: there is no row.
-        """
+        """How the draws went, said aloud when rows are missing; ValueError where there is none."""
         if not self.rows:
             raise ValueError(
                 f"None of {self.n_draws} draws has visible text: the model ends at once after this prefix. "
                 "Give it the beginning of a text, or set chat_template=True for a question to a chat model."
             )
         if not self.full:
-            logger.warning(
+            said = (
                 "%d draws gave %d different continuations of the %d wanted (%d draws were empty). A higher "
-                "temperature, top_p or max_new_tokens gives more of them, as do more draws (max_draws).",
-                self.n_draws,
-                len(self.rows),
-                self._n,
-                self.n_empty,
+                "temperature, top_p or max_new_tokens gives more of them, as do more draws (max_draws)."
             )
+            logger.warning(said, self.n_draws, len(self.rows), self._n, self.n_empty)
         ends = [row.ended_by for row in self.rows]
-        return {
-            "n_draws": self.n_draws,
-            "n_empty": self.n_empty,
-            "ended_by": {reason: ends.count(reason) for reason in sorted(set(ends))},
-        }
+        ended_by = {reason: ends.count(reason) for reason in sorted(set(ends))}
+        return {"n_draws": self.n_draws, "n_empty": self.n_empty, "ended_by": ended_by}
 
 
 def _as_set(
@@ -274,13 +257,12 @@ def _text_or_ids(given: Any, number: int) -> str | list[int]:
         raise ValueError(f"{name} must be a text or a list of token ids, got {given!r:.100}.") from error
 
 
-def _check_given(model: HostModel, rows: Sequence[Sequence[int]]) -> None:
+def _check_ids(model: HostModel, rows: Sequence[Sequence[int]]) -> None:
     empty = [i for i, row in enumerate(rows) if not len(row)]
     if empty:
         raise ValueError(f"Continuations {empty[:10]} are empty; leave them out.")
     size = int(model.cfg.d_vocab)
     wrong = [(i, t) for i, row in enumerate(rows) for t in row if not 0 <= t < size]
     if wrong:
-        raise ValueError(
-            f"Continuation {wrong[0][0]} has token id {wrong[0][1]}; this model's ids are 0 to {size - 1}."
-        )
+        row, token = wrong[0]
+        raise ValueError(f"Continuation {row} has token id {token}; this model's ids are 0 to {size - 1}.")

@@ -18,11 +18,7 @@ NO_LATENT = -1
 
 @dataclass(frozen=True)
 class SourceTable:
-    """Descriptions of m sources, one entry per source in each field.
-
-    Raises:
-        ValueError: fields of different lengths.
-    """
+    """Descriptions of m sources, one entry per source in each field; ValueError for different lengths."""
 
     kinds: tuple[str, ...]
     """One of `KINDS`; a matrix of the user's may have others."""

@@ -131,7 +131,8 @@ def attribute_continuations(
     described = {"backend": backend, "target": target, "n_sources": len(strength), "share_of_effect": fraction}
     described |= {"share_by_kind": _fractions_by_kind(sources, strength)}
     attributed = continuations.with_signatures(effects[:, chosen], table).with_columns(columns)
-    return _with_metadata(attributed, described | {"cut": [site.hook for site in run.sites if site.in_cut]})
+    described |= {"cut": [site.hook for site in run.sites if site.in_cut]}
+    return replace(attributed, metadata={**attributed.metadata, "attribution": described})
 
 
 @standard_modes(model_too=True)
@@ -145,15 +146,11 @@ def attribution_completeness(
 ) -> Completeness:
     """Take the target of every continuation apart with the linear backend, biases measured on their own.
 
-    Args:
-        model: as for :func:`attribute_continuations`, and likewise the other arguments.
+    Arguments and errors are those of :func:`attribute_continuations`.
 
     Returns:
         Target, prefix, continuation and bias parts; their :attr:`Completeness.gap` is rounding on a model that the
         linear backend is right for.
-
-    Raises:
-        ValueError: as :func:`attribute_continuations`.
     """
     _checks.choice(target, TARGETS, "target")
     _checks.positive(batch_size, "batch_size")
@@ -184,13 +181,12 @@ class _Run:
         _check_fits(model, continuations)
         for module in (model, *saes):
             out_of_inference(module)
-        own, base = dictionary_sites(model, saes), base_sites(model, backend)
+        described, base = dictionary_sites(model, saes), base_sites(model, backend)
         check_backend(model, backend)
         ids = torch.tensor(continuations.prefix_ids, device=device_of(model))
-        prefix = read_prefix(
-            model, ids, [name for site in [*own, *base] for name in (site.read or site.hook, site.hook)]
-        )
-        sites = plan_sites(model, own, base, prefix.order, backend)
+        hooks = [name for site in [*described, *base] for name in (site.read or site.hook, site.hook)]
+        prefix = read_prefix(model, ids, hooks)
+        sites = plan_sites(model, described, base, prefix.order, backend)
         made = Target(model, len(continuations.prefix_ids), target)
         return cls(model, saes, continuations, backend, made, prefix, sites)
 
@@ -199,10 +195,8 @@ class _Run:
         return token_strings(tokenizer_of(self.model), self.continuations.prefix_ids)
 
     def completeness(self, rows: Sequence[int]) -> Completeness:
-        prefix_ids = self.continuations.prefix_ids
-        return measure_completeness(
-            self.model, self.sites, self.saes, self.target, prefix_ids, self._ids(rows), self.backend
-        )
+        ids = self.continuations.prefix_ids, self._ids(rows)
+        return measure_completeness(self.model, self.sites, self.saes, self.target, *ids, self.backend)
 
     def check(self, rows: Sequence[int]) -> None:
         """Refuse dictionaries that no path leads on from, or sources that do not make up the target, on some rows."""
@@ -215,21 +209,19 @@ class _Run:
     def sources(self, kinds: Sequence[str], special_positions: bool, max_bytes: int) -> list[SiteSources]:
         """The sources of every site that can be a column."""
         positions = self._positions(special_positions)
-        described = [site for site in self.sites if site.has_dictionary]
-        found = []
-        for site in self.sites:
-            if not (site.has_dictionary or site.in_cut):
-                continue
+        n_described = sum(site.has_dictionary for site in self.sites)
+        parts = []
+        for site in (site for site in self.sites if site.has_dictionary or site.in_cut):
             width = self.prefix.activations[site.hook].shape[-1]
-            limit = max(1, max_bytes // (4 * (width + len(self.continuations)) * max(1, len(described))))
+            limit = max(1, max_bytes // (4 * (width + len(self.continuations)) * max(1, n_described)))
             sae = self.saes[site.dictionary] if site.has_dictionary else None
-            found.append(sources_of(site, sae, self.prefix, kinds, positions, limit))
-        if not any(len(part.kinds) for part in found):
+            parts.append(sources_of(site, sae, self.prefix, kinds, positions, limit))
+        if not any(len(part.kinds) for part in parts):
             raise ValueError(
                 f"The prefix has no source of the kinds {', '.join(map(repr, kinds))}: no latent is active there, or "
                 "none of these kinds occurs with these dictionaries. Give other dictionaries or kinds."
             )
-        return found
+        return parts
 
     def _positions(self, special_positions: bool) -> list[int]:
         ids = self.continuations.prefix_ids
@@ -296,16 +288,7 @@ def _check_fits(model: HostModel, continuations: ContinuationSet) -> None:
     length = len(continuations.prefix_ids) + int(continuations.lengths.max())
     context, size = int(model.cfg.n_ctx), int(model.cfg.d_vocab)
     if length > context:
-        raise ValueError(
-            f"Prefix and continuation have up to {length} tokens ({len(continuations.prefix_ids)} of them the "
-            f"prefix's), and this model's context is {context}."
-        )
+        raise ValueError(f"Prefix and continuation have up to {length} tokens, and this model's context is {context}.")
     largest = max(*continuations.prefix_ids, int(continuations.token_ids.max()), PADDING)
     if largest >= size:
-        raise ValueError(
-            f"The set has token id {largest}, this model's vocabulary {size}: it was made with another model."
-        )
-
-
-def _with_metadata(continuations: ContinuationSet, described: dict[str, Any]) -> ContinuationSet:
-    return replace(continuations, metadata={**continuations.metadata, "attribution": described})
+        raise ValueError(f"The set has token id {largest}, this model {size} tokens: it was made with another model.")

@@ -27,14 +27,8 @@ from saelens_ext.continuations.source_table import NO_LATENT, SourceTable
 from saelens_ext.host.tokens import token_strings
 
 _KINDS = {"cross layer transcoder": "latent", "mlp reconstruction error": "error", "embedding": "embedding"}
-_PT_KEYS = (
-    "adjacency_matrix",
-    "active_features",
-    "selected_features",
-    "activation_values",
-    "input_tokens",
-    "logit_probabilities",
-)
+_PT_KEYS = ("adjacency_matrix", "active_features", "selected_features", "activation_values", "input_tokens")
+_PT_KEYS += ("logit_probabilities",)
 
 SourceKey = tuple[str, int, int, int]
 
@@ -63,13 +57,12 @@ def with_graph_signatures(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> ContinuationSet:
-    """Give continuations the signatures that attribution graphs hold.
+    """Give n continuations the signatures that attribution graphs hold.
 
     One graph, of the prefix, explains first tokens: a continuation gets the row of its first token's logit. With one
     graph per continuation, each gets the mean over its graph's logits, weighted by their probabilities.
 
     Args:
-        continuations: n of them.
         graphs: one graph or n, as files (``.json`` or ``.pt``) or as :func:`read_circuit_graph` gives them.
         tokenizer: names the tokens in the table of sources; without one they read ``<id 7>``.
 
@@ -82,19 +75,18 @@ def with_graph_signatures(
             without a logit of a continuation's first token.
     """
     single = isinstance(graphs, (str, Path, CircuitGraph))
-    given = [graphs] if single else list(graphs)
-    if len(given) not in ({1} if single else {len(continuations)}):
-        raise ValueError(
-            f"graphs must be one graph of the prefix or {len(continuations)}, one per continuation, got {len(given)}."
-        )
-    read = [graph if isinstance(graph, CircuitGraph) else read_circuit_graph(graph) for graph in given]
+    read = [
+        one if isinstance(one, CircuitGraph) else read_circuit_graph(one) for one in ([graphs] if single else graphs)
+    ]
+    n = len(continuations)
+    if not single and len(read) != n:
+        raise ValueError(f"graphs must be one graph of the prefix or {n}, one per continuation, got {len(read)}.")
     for graph in read:
         _check_prompt(graph, continuations)
-    rows = (
-        [(read[0], _first_token_row(read[0], continuations, i)) for i in range(len(continuations))]
-        if single
-        else [(graph, _weighted_row(graph)) for graph in read]
-    )
+    if single:
+        rows = [(read[0], _first_token_row(read[0], continuations, i)) for i in range(n)]
+    else:
+        rows = [(g, (g.logit_probabilities / g.logit_probabilities.sum()) @ g.effects) for g in read]
     activations = {key: a for graph in read for key, a in zip(graph.keys, graph.activations, strict=True)}
     keys = sorted(key for key in activations if key[2] < len(continuations.prefix_ids))
     if not keys:
@@ -121,9 +113,8 @@ def read_circuit_graph(path: str | Path) -> CircuitGraph:
     try:
         return _from_json(_files.read_json(path)) if suffix == ".json" else _from_tensors(_inert_load(path))
     except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is no graph of circuit-tracer of a known form ({type(error).__name__}: {error})."
-        ) from error
+        said = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} is no graph of circuit-tracer of a known form ({said}).") from error
 
 
 # --- JSON ---
@@ -139,9 +130,8 @@ def _from_json(content: Mapping[str, Any]) -> CircuitGraph:
     for link in content["links"]:
         if link["target"] in row and link["source"] in place:
             effects[row[link["target"]], place[link["source"]]] = link["weight"]
-    tokens = {
-        int(n["ctx_idx"]): int(name.split("_")[1]) for name, n in nodes.items() if n["feature_type"] == "embedding"
-    }
+    embeddings = {name: node for name, node in nodes.items() if node["feature_type"] == "embedding"}
+    tokens = {int(node["ctx_idx"]): int(name.split("_")[1]) for name, node in embeddings.items()}
     return CircuitGraph(
         token_ids=tuple(tokens[p] for p in range(len(tokens))),
         keys=tuple(_json_key(name, nodes[name]) for name in sources),
@@ -166,15 +156,13 @@ def _json_key(name: str, node: Mapping[str, Any]) -> SourceKey:
 class _Inert:
     """Stands for any object in a foreign pickle: remembers its arguments and does nothing."""
 
-    arguments: tuple[Any, ...]
-
     def __new__(cls, *args: Any, **kwargs: Any) -> "_Inert":
         made = super().__new__(cls)
         made.arguments = args
         return made
 
     def __init__(self, *args: Any, **kwargs: Any):
-        pass
+        self.arguments: tuple[Any, ...]
 
     def __setstate__(self, state: Any) -> None:
         pass
@@ -245,10 +233,6 @@ def _first_token_row(graph: CircuitGraph, continuations: ContinuationSet, row: i
             "Make the graph with more logits, or leave the continuation out with .select()."
         )
     return graph.effects[graph.logit_tokens.index(token)]
-
-
-def _weighted_row(graph: CircuitGraph) -> Tensor:
-    return (graph.logit_probabilities / graph.logit_probabilities.sum()) @ graph.effects
 
 
 def _table(

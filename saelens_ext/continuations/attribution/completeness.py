@@ -56,10 +56,7 @@ def measure_completeness(
     """Take the targets of a few continuations apart.
 
     Args:
-        model: any TransformerLens model.
-        sites: from ``plan_sites``.
-        dictionaries: those that the sites name.
-        target: of the continuations.
+        sites: from ``plan_sites``, and ``dictionaries`` those that they name.
         prefix_ids: M tokens.
         token_ids: ``(b, T)``, -1 beyond a continuation's end.
         backend: ``"linear"`` or ``"relp"``.
@@ -73,19 +70,14 @@ def measure_completeness(
         at_zero = {site.hook: trace.captured[site.hook] for site in sites}
     cut = [site.hook for site in sites if site.in_cut]
     # A site that is not a leaf still carries the biases from below it; they are in its own part already.
-    carried = sum(
-        (batch.gradients[hook] * at_zero[hook].reshape_as(batch.gradients[hook])).sum(dim=(1, 2)) for hook in cut
-    )
+    gradients = batch.gradients
+    carried = sum((gradients[hook] * at_zero[hook].reshape_as(gradients[hook])).sum(dim=(1, 2)) for hook in cut)
     prefix, continuation = batch.totals(sites, len(prefix_ids))
     return Completeness(batch.targets.float().cpu(), prefix, continuation, (constant - carried).float().cpu())
 
 
 def check_linear(completeness: Completeness, tolerance: float) -> None:
-    """Refuse a model on which a backend's sources do not make up the target.
-
-    Raises:
-        Refusal: the relative gap exceeds the tolerance, which is what rounding explains.
-    """
+    """Refuse a model whose sources do not make up the target, but for a relative gap that rounding explains."""
     worst = float(completeness.relative_gap.max())
     if not worst <= tolerance:
         raise Refusal(

@@ -27,12 +27,8 @@ _SCALES: WeakKeyDictionary[HostModel, float] = WeakKeyDictionary()
 
 
 class Target:
-    """The demeaned logits of continuations as a linear function of what the unembedding receives.
-
-    Args:
-        model: any TransformerLens model.
-        n_prefix: M.
-        reduction: one of `TARGETS`.
+    """The demeaned logits of continuations behind ``n_prefix`` tokens, as a linear function of what the unembedding
+    receives; ``reduction`` is one of `TARGETS`.
     """
 
     def __init__(self, model: HostModel, n_prefix: int, reduction: str):
@@ -46,10 +42,9 @@ class Target:
         self._n_prefix, self._reduction = n_prefix, reduction
 
     def demeaned_logits(self, final: Tensor, token_ids: Tensor) -> Tensor:
-        """c_t, ``(b, T)``, of tokens ``(b, T)``; what stands beyond a continuation's end has no meaning.
+        """c_t ``(b, T)`` of tokens ``(b, T)`` from the unembedding's input at all columns ``(b, M + T, d)``.
 
-        Args:
-            final: input of the unembedding at all columns, ``(b, M + T, d)``.
+        What stands beyond a continuation's end has no meaning.
         """
         tokens = token_ids.clamp_min(0)
         directions = self._rows[tokens].float() - self._mean
@@ -117,19 +112,12 @@ def batch_ids(prefix_ids: Sequence[int], token_ids: Tensor, device: torch.device
 
 
 def forward(model: HostModel, trace: Trace, target: Target, prefix_ids: Sequence[int], token_ids: Tensor) -> Tensor:
-    """Run a batch inside ``traced`` and give its targets ``(b,)``, in the graph.
-
-    Raises:
-        ValueError: a model whose unembedding is no module of its own.
-    """
+    """Run a batch inside ``traced``; its targets ``(b,)``, in the graph. ValueError: the unembedding is no module."""
     trace.captured.clear()
     trace.final = None
     logits_of(model, batch_ids(prefix_ids, token_ids, device_of(model)))
     if trace.final is None:
-        raise ValueError(
-            f"This {type(model).__name__} does not run its unembedding as a module, so its logits cannot be taken "
-            "apart."
-        )
+        raise ValueError(f"This {type(model).__name__} does not run its unembedding as a module, as attribution needs.")
     return target(trace.final, token_ids.to(trace.final.device))
 
 
@@ -138,8 +126,7 @@ def gradients_of(
 ) -> BatchGradients:
     """The gradient of each continuation's target at every site; rows of a batch do not touch one another.
 
-    Raises:
-        Refusal: a dictionary from which no path leads to the logits.
+    Refusal: a dictionary from which no path leads to the logits.
     """
     targets = forward(model, trace, target, prefix_ids, token_ids)
     captured = [trace.captured[site.hook] for site in sites]

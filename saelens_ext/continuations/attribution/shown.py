@@ -28,11 +28,7 @@ _FAULTS: WeakKeyDictionary[HostModel, dict[tuple[Any, ...], str | None]] = WeakK
 
 
 def check_backend(model: HostModel, backend: str) -> None:
-    """Refuse a backend whose freezes do not hold on this model; tried once for each model.
-
-    Raises:
-        Refusal: says what could not be frozen.
-    """
+    """Refuse a backend whose freezes do not hold on this model, naming them; tried once for each model."""
     hooks = sum(len(point.fwd_hooks) for point in model.hook_dict.values() if hasattr(point, "fwd_hooks"))
     mode = bool(getattr(model, "compatibility_mode", False))
     key = (backend, mode, next(iter(model.parameters())).dtype, hooks)
@@ -46,26 +42,19 @@ def check_backend(model: HostModel, backend: str) -> None:
 def _fault(model: HostModel, backend: str) -> str | None:
     try:
         silent = [] if backend == "gradient" else _without_effect(model)
-        patterns = [name for name in silent if name.endswith("hook_pattern")]
-        if patterns:
-            return (
-                f"It must freeze every attention pattern, and on this model {_named(patterns)} cannot be frozen: the "
-                "block has no pattern there, or the hook only shows it."
-            )
-        with _naming(silent):
-            _take_apart(model, backend)
     except Refusal as refusal:
         return str(refusal)
-    return None
-
-
-@contextmanager
-def _naming(silent: list[str]) -> Iterator[None]:
-    """Let a refusal say which norms could not be frozen, where some could not."""
+    patterns = [name for name in silent if name.endswith("hook_pattern")]
+    if patterns:
+        return (
+            f"It must freeze every attention pattern, and on this model {_named(patterns)} cannot be frozen: the "
+            "block has no pattern there, or the hook only shows it."
+        )
     try:
-        yield
+        _take_apart(model, backend)
     except Refusal as refusal:
-        raise Refusal(f"{refusal} Editing {_named(silent)} has no effect." if silent else str(refusal)) from refusal
+        return f"{refusal} Editing {_named(silent)} has no effect." if silent else str(refusal)
+    return None
 
 
 def _without_effect(model: HostModel) -> list[str]:
@@ -104,9 +93,7 @@ def _take_apart(model: HostModel, backend: str) -> None:
                 batch = gradients_of(model, trace, sites, target, prefix, ids)
             live = sites[0].hook
             if not bool(batch.gradients[live].any()):
-                raise Refusal(
-                    f"An edit at {live} does not change what this model predicts, so it has no gradient there."
-                )
+                raise Refusal(f"An edit at {live} does not change what this model predicts: it has no gradient there.")
             return
         parts = measure_completeness(model, sites, [], target, prefix, ids, backend)
     # In half precision a norm whose scale is set is rounded otherwise, and what follows from that adds up over layers.

@@ -83,10 +83,8 @@ def dictionary_sites(model: HostModel, dictionaries: Sequence[SAE[Any]]) -> list
 
 def base_sites(model: HostModel, backend: str) -> list[Site]:
     """The sites of a model without dictionaries: its embeddings and, where MLPs are frozen, their outputs."""
-    sites = [Site(hook=resolve_hook(model, "blocks.0.hook_resid_pre"), kind="embedding")]
-    if backend == "linear":
-        sites += [Site(hook=hook, kind="mlp") for hook in mlp_outputs(model)]
-    return sites
+    embedding = Site(hook=resolve_hook(model, "blocks.0.hook_resid_pre"), kind="embedding")
+    return [embedding, *(Site(hook=hook, kind="mlp") for hook in (mlp_outputs(model) if backend == "linear" else ()))]
 
 
 def mlp_outputs(model: HostModel) -> list[str]:
@@ -100,12 +98,7 @@ def plan_sites(
 ) -> list[Site]:
     """The sites to read in one pass, in the order in which they fire, each knowing its part in the cut.
 
-    Args:
-        model: any TransformerLens model.
-        dictionaries: from :func:`dictionary_sites`.
-        base: from :func:`base_sites`.
-        order: hooks in the order in which they fired.
-        backend: one of `BACKENDS`.
+    ``dictionaries`` and ``base`` come from :func:`dictionary_sites` and :func:`base_sites`, ``order`` is of firing.
 
     Raises:
         Refusal: two dictionaries of which one lies inside the other's MLP, for the linear backend.
@@ -115,7 +108,12 @@ def plan_sites(
     if any(_is_input(site) for site in dictionaries):
         sites = [site for site in sites if site.kind != "embedding"]
     sites.sort(key=lambda site: order.index(site.hook))
-    stream = [i for i, site in enumerate(sites) if site.has_dictionary and _is_stream(model, site.hook)]
+    # Every path to the logits runs through these.
+    stream = [
+        i
+        for i, site in enumerate(sites)
+        if site.has_dictionary and (_RESIDUAL.match(site.hook) or _is_between(model, site.hook))
+    ]
     nearest = stream[-1] if stream else None
     plan = _linear_plan if backend == "linear" else _live_plan
     return plan(model, sites, nearest)
@@ -182,11 +180,6 @@ def _resolved(model: HostModel, name: str) -> str | None:
         return resolve_hook(model, name)
     except ValueError:
         return None
-
-
-def _is_stream(model: HostModel, hook: str) -> bool:
-    """Whether every path to the logits runs through this hook."""
-    return _RESIDUAL.match(hook) is not None or _is_between(model, hook)
 
 
 def _is_between(model: HostModel, hook: str) -> bool:

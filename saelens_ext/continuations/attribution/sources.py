@@ -66,9 +66,7 @@ def read_prefix(model: HostModel, ids: Tensor, names: Sequence[str]) -> PrefixPa
         raise ValueError(f"The model ran without its hook {silent[0]!r} firing, so nothing can be attributed to it.")
     for name, activation in activations.items():
         if not bool(torch.isfinite(activation).all()):
-            raise ValueError(
-                f"The activation at {name} is not finite on this prefix; run the model in bfloat16 or float32."
-            )
+            raise ValueError(f"The activation at {name} is not finite here; run the model in bfloat16 or float32.")
     return PrefixPass(activations, list(activations))
 
 
@@ -89,11 +87,8 @@ class SiteSources:
 
     def effects(self, gradient: Tensor) -> Tensor:
         """Vector times gradient ``(b, M, d)`` at the vector's position: ``(b, m)``."""
-        parts = []
         counts = torch.bincount(self.positions, minlength=gradient.shape[1]).tolist()
-        for position, vectors in enumerate(self.vectors.split(counts)):
-            parts.append(gradient[:, position] @ vectors.T)
-        return torch.cat(parts, dim=1)
+        return torch.cat([gradient[:, p] @ part.T for p, part in enumerate(self.vectors.split(counts))], dim=1)
 
     def table(self, tokens: Sequence[str]) -> SourceTable:
         n = len(self.kinds)
@@ -112,14 +107,10 @@ class SiteSources:
 def sources_of(
     site: Site, sae: SAE[Any] | None, prefix: PrefixPass, kinds: Sequence[str], positions: Sequence[int], limit: int
 ) -> SiteSources:
-    """Take the activation of a site apart.
+    """Take the activation of a site apart, with its dictionary if it has one.
 
     Args:
-        site: the site.
-        sae: its dictionary, if it has one.
-        prefix: the activations.
-        kinds: the kinds of sources wanted.
-        positions: columns of the prefix wanted, ascending.
+        kinds: the kinds of sources wanted, at the columns ``positions`` of the prefix, ascending.
         limit: latents to keep at most, those with the largest ``|a_j| ||D_j||``.
 
     Raises:
@@ -182,10 +173,10 @@ def _dictionary_parts(sae: SAE[Any], x: Tensor, whole: Tensor, positions: Sequen
     else:
         # A SAE that normalises its input decodes in units of that input, so its own decoder is asked at each position.
         decode = lambda p, active: _decoded_singly(sae, x[p].to(device), codes[p], active)  # noqa: E731
-    kept = _strongest(codes, directions.norm(dim=1), positions, limit)
+    strongest = _strongest(codes, directions.norm(dim=1), positions, limit)
     parts = []
     for p in positions:
-        active = kept[p].nonzero().flatten()
+        active = strongest[p].nonzero().flatten()
         vectors, constant = (part.to(whole) for part in decode(p, active))
         values = codes[p, active].tolist()
         parts += [_Part("latent", p, j, a, v) for j, a, v in zip(active.tolist(), values, vectors, strict=True)]
@@ -197,22 +188,18 @@ def _dictionary_parts(sae: SAE[Any], x: Tensor, whole: Tensor, positions: Sequen
 
 def _strongest(codes: Tensor, norms: Tensor, positions: Sequence[int], limit: int) -> Tensor:
     """Which latents to keep at which position, bool ``(M, d_sae)``."""
-    wanted = torch.zeros(len(codes), 1, dtype=torch.bool, device=codes.device)
-    wanted[list(positions)] = True
-    strength = (codes.abs() * norms.to(codes)) * wanted
-    kept = strength > 0
-    dropped = int(kept.sum()) - limit
-    if dropped > 0:
-        logger.warning(
-            "%d active latents exceed the memory set aside for sources; the %d weakest (by activation times decoder "
-            "norm) are left out. Raise max_bytes to keep them.",
-            int(kept.sum()),
-            dropped,
-        )
-        # Norms of unit rows are 1 up to rounding, which must not choose among one-hot codes.
-        chosen = largest_entries(strength.flatten(), limit, strength.flatten() * 2.0**-20)
-        kept = torch.zeros_like(kept).flatten().index_fill_(0, chosen, True).view_as(kept)
-    return kept
+    at_positions = torch.zeros(len(codes), 1, dtype=torch.bool, device=codes.device)
+    at_positions[list(positions)] = True
+    strength = (codes.abs() * norms.to(codes)) * at_positions
+    active = strength > 0
+    n = int(active.sum())
+    if n <= limit:
+        return active
+    said = "%d active latents exceed max_bytes; the %d weakest (by activation times decoder norm) are left out."
+    logger.warning(said, n, n - limit)
+    # Norms of unit rows are 1 up to rounding, which must not choose among one-hot codes.
+    chosen = largest_entries(strength.flatten(), limit, strength.flatten() * 2.0**-20)
+    return torch.zeros_like(active).flatten().index_fill_(0, chosen, True).view_as(active)
 
 
 def _decoded_singly(sae: SAE[Any], x: Tensor, codes: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:

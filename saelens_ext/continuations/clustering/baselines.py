@@ -40,17 +40,15 @@ def single_view_kmeans(
     n_init: int = 10,
     random_state=None,
 ) -> BaselinePartition:
-    """k-means on one view, matched on K or on R.
+    """k-means on one view ``(n, d)``, matched on K or on R.
 
     Args:
-        view: either view, ``(n, d)``, finite.
         n_clusters: K to match, 1 to n.
         rate: R to match instead, in nats, >= 0: the K is taken whose rate comes nearest. K is bracketed by doubling and
             halved in; the rate of k-means need not rise with K everywhere, so what is found is the nearest of those
             tried.
         sample_weight: ``(n,)``, above 0.
         n_init: starts of k-means for each K.
-        random_state: seed.
 
     Raises:
         ValueError: not exactly one of ``n_clusters`` and ``rate``, either out of range, or a view or weights that are

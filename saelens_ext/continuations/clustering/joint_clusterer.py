@@ -27,6 +27,7 @@ from saelens_ext.continuations.clustering.path import BETAS, GAMMAS, RateDistort
 from saelens_ext.continuations.clustering.problem import (
     Problem,
     RateDistortion,
+    by_mass,
     check_beta_and_gamma,
     checked_attribution,
     checked_labels,
@@ -166,9 +167,7 @@ class JointClusterer(ClusterMixin, BaseEstimator):
         if self.n_sources_in_:
             if rows is None or rows.shape[1] != self.n_sources_in_:
                 width = "is missing" if rows is None else f"has {rows.shape[1]} sources"
-                raise ValueError(
-                    f"y {width}; the fit had {self.n_sources_in_} sources: pass y with the same, in the same order."
-                )
+                raise ValueError(f"y {width}; the fit had {self.n_sources_in_} sources: pass y with the same sources.")
             metric = CDIST_METRICS[self.attribution_metric]
             costs += self.beta * (1 - gamma) / self.attribution_scale_ * cdist(rows, self.attribution_centers_, metric)
         return np.argmin(costs - np.log(self.cluster_weights_), axis=1)
@@ -229,9 +228,7 @@ class JointClusterer(ClusterMixin, BaseEstimator):
 
     def _record(self, problem: Problem, found: Descent) -> None:
         views = problem.views
-        order = sorted(
-            range(len(found.clusters)), key=lambda k: (-found.clusters[k].mass, found.clusters[k].members[0])
-        )
+        order = by_mass(found.clusters)
         clusters = [found.clusters[k] for k in order]
         place = problem.place(clusters, self.beta, self.gamma)
         self.labels_ = np.argsort(order)[found.labels]

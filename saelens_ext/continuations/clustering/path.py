@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Int
 from sklearn.utils import check_random_state
 
-from saelens_ext.continuations.clustering.problem import Problem, RateDistortion, check_beta_and_gamma
+from saelens_ext.continuations.clustering.problem import Problem, RateDistortion, by_mass, check_beta_and_gamma
 from saelens_ext.ops.rate_distortion import partition_cost
 from saelens_ext.ops.rate_distortion_descent import Search
 from saelens_ext.ops.rate_distortion_proposals import Sketch
@@ -62,11 +62,7 @@ class RateDistortionPath:
     """What was clustered, with its scales."""
 
     def at(self, beta: float | int, gamma: float | int) -> PathPoint:
-        """The point of a cell.
-
-        Raises:
-            ValueError: the cell is not in the grid.
-        """
+        """The point of a cell; ValueError for one that is not in the grid."""
         for point in self.points:
             if point.beta == beta and point.gamma == gamma:
                 return point
@@ -106,11 +102,8 @@ def sweep(
     found = cast("list[dict[tuple[float, float], np.ndarray]]", joblib.Parallel(n_jobs=n_jobs)(jobs))
     ends = {weights: labels for part in found for weights, labels in part.items()}
     ends = _exchange(Search(problem.views, np.random.RandomState(seed), sketch=sketch, **settings), ends)
-    points = [
-        _point(problem, ends[problem.weights_of_views(beta, gamma)], float(beta), float(gamma))
-        for gamma in gammas
-        for beta in betas
-    ]
+    cells = [(float(beta), float(gamma)) for gamma in gammas for beta in betas]
+    points = [_point(problem, ends[problem.weights_of_views(*cell)], *cell) for cell in cells]
     return RateDistortionPath(tuple(points), problem)
 
 
@@ -150,6 +143,5 @@ def _exchange(search: Search, ends: dict[tuple[float, float], np.ndarray]) -> di
 
 def _point(problem: Problem, labels: np.ndarray, beta: float, gamma: float) -> PathPoint:
     clusters = problem.views.clusters(labels)
-    order = sorted(range(len(clusters)), key=lambda k: (-clusters[k].mass, clusters[k].members[0]))
     place = problem.place(clusters, beta, gamma)
-    return PathPoint(**vars(place), beta=beta, gamma=gamma, labels=np.argsort(order)[labels])
+    return PathPoint(**vars(place), beta=beta, gamma=gamma, labels=np.argsort(by_mass(clusters))[labels])

@@ -82,6 +82,11 @@ class Problem:
         return int(candidates[np.argmin(totals)])
 
 
+def by_mass(clusters: Sequence[Cluster]) -> list[int]:
+    """The order of clusters by descending weight; of equal ones, the one with the first member."""
+    return sorted(range(len(clusters)), key=lambda k: (-clusters[k].mass, clusters[k].members[0]))
+
+
 def make_problem(
     semantic: np.ndarray,
     attribution: np.ndarray | None,
@@ -110,10 +115,7 @@ def make_problem(
     _checks.positive(min_cluster_size, "min_cluster_size")
     rows = np.zeros((len(semantic), 0)) if attribution is None else attribution
     if (semantic == semantic[0]).all() and (rows == rows[0]).all():
-        raise ValueError(
-            f"All {len(semantic)} rows are identical in every view, so there is nothing to cluster; "
-            "pass at least two different continuations."
-        )
+        raise ValueError(f"All {len(semantic)} rows are identical in every view; pass two different continuations.")
     views = PairedViews(semantic, rows, weights, metric, center)
     whole = views.cluster(np.arange(views.n))
     if scaling == "paper":
@@ -144,9 +146,7 @@ def check_beta_and_gamma(beta: float | int, gamma: float | int) -> None:
     """Raise ValueError unless beta is positive and finite and gamma lies in [0, 1]."""
     _checks.between(beta, 0, np.inf, "beta")
     if not 0 <= gamma <= 1:
-        raise ValueError(
-            f"gamma must lie in [0, 1], got {gamma!r}; the fraction of beta that weights the semantic view."
-        )
+        raise ValueError(f"gamma must lie in [0, 1], got {gamma!r}; it weights the semantic view against the other.")
 
 
 def checked_view(rows, name: str) -> np.ndarray:
@@ -156,11 +156,7 @@ def checked_view(rows, name: str) -> np.ndarray:
 
 
 def checked_weights(sample_weight, n: int) -> np.ndarray:
-    """Row weights as float64, ones by default.
-
-    Raises:
-        ValueError: another shape, or an entry that is not finite and above 0.
-    """
+    """Row weights as float64, ones by default; ValueError unless ``(n,)``, finite and above 0."""
     if sample_weight is None:
         return np.ones(n)
     weights = np.asarray(sample_weight, dtype=np.float64)
@@ -210,11 +206,7 @@ def checked_attribution(y, n: int) -> np.ndarray | None:
 
 
 def checked_labels(labels, n: int) -> Int[np.ndarray, " n"]:
-    """Labels renumbered 0 to K - 1.
-
-    Raises:
-        ValueError: another shape than (n,).
-    """
+    """Labels renumbered 0 to K - 1; ValueError for another shape than ``(n,)``."""
     labels = np.asarray(labels)
     if labels.shape != (n,):
         raise ValueError(f"labels must have shape ({n},), one label per row, got {labels.shape}.")

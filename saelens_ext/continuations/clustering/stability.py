@@ -76,12 +76,9 @@ def stability_score(
 
     Args:
         problem: ``JointClusterer.problem(X, y)`` or ``RateDistortionPath.problem``.
-        labels: the clustering of all rows, ``JointClusterer.labels_`` or ``PathPoint.labels``.
-        beta: that made it.
-        gamma: that made it.
+        labels: the clustering of all rows, ``JointClusterer.labels_`` or ``PathPoint.labels``, made at beta and gamma.
         n_resamples: B, at least 2.
         max_iter: rounds of one descent.
-        random_state: seed.
         n_jobs: resamples at a time, as joblib counts. The result does not depend on it beyond rounding.
 
     Raises:
@@ -101,13 +98,9 @@ def _agreement(problem: Problem, labels: np.ndarray, weights: tuple[float, float
     random_state = np.random.RandomState(seed)
     counts = np.bincount(random_state.randint(views.n, size=views.n), minlength=views.n)
     drawn = np.flatnonzero(counts)
-    part = PairedViews(
-        views.semantic[drawn],
-        views.sources[:, drawn].T,
-        views.weights[drawn] * counts[drawn],
-        views.metric,
-        views.semantic_center,
-    )
+    weights_drawn = views.weights[drawn] * counts[drawn]
+    rows = views.semantic[drawn], views.sources[:, drawn].T
+    part = PairedViews(*rows, weights_drawn, views.metric, views.semantic_center)
     # A resample leaves out some members of every cluster, so fewer are asked of its clusters.
     fewest = max(1, round(len(drawn) / views.n * problem.min_cluster_size))
     search = Search(part, random_state, max_iter=max_iter, min_members=fewest)
@@ -133,18 +126,11 @@ def choose_point(
 ) -> Choice:
     """The cell of a path to look at first.
 
-    Eligible are cells with a number of clusters within ``clusters``: one cluster is stable and empty, and very many
-    leave none enough members to test. (One cluster and its outliers is hardly more than one: make the path with a
-    ``min_cluster_size``.) Among them the most stable wins, and among those within one standard error of the most
-    stable the one whose less explained view is explained most, so that a partition of one view alone does not win a
-    tie.
-
-    Args:
-        path: what to choose from.
-        clusters: fewest and most clusters.
-        n_resamples: bootstrap resamples per cell.
-        random_state: seed; every cell sees the same resamples.
-        n_jobs: resamples at a time.
+    Eligible are cells with a number of clusters within ``clusters``, fewest and most: one cluster is stable and empty,
+    and very many leave none enough members to test. (One cluster and its outliers is hardly more than one: make the
+    path with a ``min_cluster_size``.) Among them the most stable wins over ``n_resamples`` bootstrap resamples, the
+    same for every cell, and among those within one standard error of the most stable the one whose less explained view
+    is explained most, so that a partition of one view alone does not win a tie.
 
     Raises:
         NoEligiblePoint: no cell is eligible; it is a ValueError.
@@ -152,32 +138,16 @@ def choose_point(
     fewest, most = clusters
     eligible = [point for point in path.points if fewest <= point.n_clusters <= most]
     if not eligible:
-        have = sorted({point.n_clusters for point in path.points})
-        raise NoEligiblePoint(
-            f"No cell has {fewest} to {most} clusters; the path has {', '.join(map(str, have))}. Widen betas or "
-            "clusters."
-        )
+        sizes = ", ".join(map(str, sorted({point.n_clusters for point in path.points})))
+        said = f"No cell has {fewest} to {most} clusters; the path has {sizes}. Widen betas or clusters."
+        raise NoEligiblePoint(said)
     seed = int(check_random_state(random_state).randint(2**31 - 1))
-    table = [
-        (
-            point,
-            stability_score(
-                path.problem,
-                point.labels,
-                point.beta,
-                point.gamma,
-                n_resamples=n_resamples,
-                random_state=seed,
-                n_jobs=n_jobs,
-            ),
-        )
-        for point in eligible
-    ]
+    how = {"n_resamples": n_resamples, "random_state": seed, "n_jobs": n_jobs}
+    table = [(p, stability_score(path.problem, p.labels, p.beta, p.gamma, **how)) for p in eligible]
     best = max((stability for _, stability in table), key=lambda stability: stability.mean)
     level = best.mean - best.standard_error
-    point, stability = max(
-        (entry for entry in table if entry[1].mean >= level), key=lambda entry: explained(path.problem, entry[0])
-    )
+    stable = [entry for entry in table if entry[1].mean >= level]
+    point, stability = max(stable, key=lambda entry: explained(path.problem, entry[0]))
     return Choice(point, stability, tuple(table))
 
 

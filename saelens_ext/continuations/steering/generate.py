@@ -16,8 +16,7 @@ from tqdm.auto import tqdm
 from saelens_ext import _checks
 from saelens_ext.continuations.continuation_set import PADDING, ContinuationSet, pad_rows
 from saelens_ext.continuations.embed import embed_continuations
-from saelens_ext.continuations.steering.latents import LatentScaler
-from saelens_ext.continuations.steering.passes import Setting
+from saelens_ext.continuations.steering.latents import LatentScaler, Setting
 from saelens_ext.host.continued_text import text_after
 from saelens_ext.host.hook_edits import hooked
 from saelens_ext.host.models import HostModel
@@ -41,12 +40,9 @@ class GenerationPlan:
 
     @classmethod
     def like(cls, continuations: ContinuationSet, n: int, options: SamplingOptions | None = None) -> "GenerationPlan":
-        """As the continuations themselves were sampled, but with the next seed, so that they are not drawn again.
+        """As the continuations were sampled, or as ``options`` say, but with the next seed, to draw others.
 
-        Args:
-            continuations: from ``sample_continuations``; for others, temperature 1, top-p 0.9 and their longest length.
-            n: generations per setting, at least 1.
-            options: instead of those.
+        n per setting, at least 1; for sets not sampled here temperature 1, top-p 0.9 and their longest length.
         """
         _checks.positive(n, "generate")
         used = continuations.metadata.get("sampling", {})
@@ -77,10 +73,7 @@ def generate_steered(
     with evaluating(model):
         for first in tqdm(range(0, len(jobs), batch_size), desc="generating", unit="batch", disable=not progress):
             batch = jobs[first : first + batch_size]
-            hooks = scaler.hooks(
-                [setting.direction for setting, _ in batch], [setting.strength for setting, _ in batch]
-            )
-            with hooked(model, hooks):
+            with hooked(model, scaler.hooks([setting for setting, _ in batch])):
                 drawn += draw_continuations(model, ids, [number for _, number in batch], plan.options, stop=plan.stop)
     return [drawn[first : first + plan.n] for first in range(0, len(drawn), plan.n)]
 
@@ -95,21 +88,17 @@ def classify_generations(
 ) -> Tensor:
     """The cluster of each generation, int64 ``(n,)``; `NOTHING` where there is no visible text.
 
-    Raises:
-        ValueError: the classifier gives another number of labels than it got rows, or labels that are not whole
-            numbers.
+    ValueError: the classifier gives another number of labels than it got rows, or no whole numbers.
     """
     labels = torch.full((len(drawn),), NOTHING)
     seen = [i for i, text in enumerate(texts) if text.strip()]
     if not seen:
         return labels
-    given = np.asarray(classify(generation_set(continuations, [drawn[i] for i in seen], [texts[i] for i in seen])))
-    if given.shape != (len(seen),) or not np.issubdtype(given.dtype, np.integer):
-        raise ValueError(
-            f"classify must give one whole number per generation, ({len(seen)},), got {given.dtype} of shape "
-            f"{given.shape}."
-        )
-    labels[seen] = torch.as_tensor(given.astype(np.int64))
+    names = np.asarray(classify(generation_set(continuations, [drawn[i] for i in seen], [texts[i] for i in seen])))
+    if names.shape != (len(seen),) or not np.issubdtype(names.dtype, np.integer):
+        kind = f"{names.dtype} of shape {names.shape}"
+        raise ValueError(f"classify must give one whole number per generation, ({len(seen)},), got {kind}.")
+    labels[seen] = torch.as_tensor(names.astype(np.int64))
     return labels
 
 
@@ -139,12 +128,8 @@ def nearest_cluster(
 ) -> Classifier:
     """A classifier by meaning alone: the cluster whose mean embedding is nearest.
 
-    What causes a generation is what steering changes, so a generation is placed by what it says.
-
-    Args:
-        continuations: the clustered set, with ``embeddings``.
-        labels: its cluster of each row, ``(n,)``.
-        embedder: what made the embeddings, and ``mode`` likewise; see ``embed_continuations``.
+    What causes a generation is what steering changes, so a generation is placed by what it says. ``labels`` are the
+    clusters of the rows ``(n,)``; ``embedder`` and ``mode`` are what made the embeddings, see ``embed_continuations``.
 
     Raises:
         ValueError: a set without embeddings, or labels of another length; when it is used, an embedder of another
@@ -166,18 +151,14 @@ def nearest_cluster(
 
 
 def cluster_means(continuations: ContinuationSet, labels: Sequence[int] | np.ndarray) -> tuple[Tensor, np.ndarray]:
-    """Weighted mean embedding of each cluster, float64 ``(K, d_e)``, and the clusters' labels ``(K,)``.
-
-    Raises:
-        ValueError: as :func:`nearest_cluster`.
-    """
+    """Weighted mean embedding of each cluster, float64 ``(K, d_e)``, and the clusters' labels ``(K,)``."""
     if continuations.embeddings is None:
         raise ValueError("The continuations have no embeddings; make them with embed_continuations first.")
-    given = np.asarray(labels)
-    if given.shape != (len(continuations),):
-        raise ValueError(f"labels must have shape ({len(continuations)},), one per continuation, got {given.shape}.")
-    names = np.unique(given)
+    entries = np.asarray(labels)
+    if entries.shape != (len(continuations),):
+        raise ValueError(f"labels must have shape ({len(continuations)},), one per continuation, got {entries.shape}.")
+    names = np.unique(entries)
     vectors, weights = continuations.embeddings.double(), continuations.weights
-    members = [torch.as_tensor(given == name) for name in names]
+    members = [torch.as_tensor(entries == name) for name in names]
     means = [(weights[m, None] * vectors[m]).sum(dim=0) / weights[m].sum() for m in members]
     return torch.stack(means), names

@@ -88,17 +88,17 @@ def choose_latents(
     """
     _checks.positive(top, "top")
     _checks.choice(sign, SIGNS, "sign")
-    given = torch.as_tensor(np.asarray(weights, dtype=np.float64)).flatten()
-    if len(given) != len(sources):
+    entries = torch.as_tensor(np.asarray(weights, dtype=np.float64)).flatten()
+    if len(entries) != len(sources):
         raise ValueError(
-            f"The direction has {len(given)} weights and the continuations {len(sources)} sources; give one weight per "
-            "source, for example a row of continuations.signatures."
+            f"The direction has {len(entries)} weights and the continuations {len(sources)} sources; give one weight "
+            "per source, for example a row of continuations.signatures."
         )
-    _checks.finite(given, "The direction")
-    columns = largest_latents(sources, given, top, sign)
+    _checks.finite(entries, "The direction")
+    columns = largest_latents(sources, entries, top, sign)
     if not columns:
-        raise ValueError(_no_latent(sources, given, sign))
-    return direction_of(sources, given, columns)
+        raise ValueError(_no_latent(sources, entries, sign))
+    return direction_of(sources, entries, columns)
 
 
 def largest_latents(sources: SourceTable, weights: Tensor, top: int, sign: str) -> list[int]:
@@ -141,13 +141,19 @@ def _no_latent(sources: SourceTable, weights: Tensor, sign: str) -> str:
     )
 
 
+@dataclass(frozen=True)
+class Setting:
+    """A direction and how far to go along it."""
+
+    direction: SteeringDirection
+    strength: float
+
+
 class LatentScaler:
     """Scales latents in forward passes; each row of a batch has its own latents and strength.
 
-    Args:
-        model: any TransformerLens model, no SAE attached.
-        dictionaries: those that the continuations were attributed with, in the same order.
-        sources: the table that directions point into.
+    The dictionaries are those that the continuations were attributed with, in the same order; ``sources`` is the table
+    that directions point into. The model has no SAE attached.
 
     Raises:
         ValueError: dictionaries that are not those of the table, or a place that cannot be edited.
@@ -177,18 +183,15 @@ class LatentScaler:
                 "attribution."
             )
 
-    def hooks(
-        self, directions: Sequence[SteeringDirection], strengths: Sequence[float | int]
-    ) -> list[tuple[str, HookFunction]]:
-        """Hooks for passes over the prefix (and more tokens behind it), one direction and strength per row of the
-        batch.
+    def hooks(self, settings: Sequence[Setting]) -> list[tuple[str, HookFunction]]:
+        """Hooks for passes over the prefix (and more tokens behind it), one setting per row of the batch.
 
         A later pass over one token each, a step of generation from a KV cache, is left alone. Rows of strength 0 are
         left exactly as they are.
         """
         hooks: list[tuple[str, HookFunction]] = []
         for index, site in enumerate(self._sites):
-            scaled = _Scaled.of(index, directions, strengths)
+            scaled = _Scaled.of(index, settings)
             if scaled is None:
                 continue
             edit = _Edit(self._dictionaries[index], scaled, site.hook)
@@ -214,17 +217,15 @@ class _Scaled:
     """1 + eps sign(w), ``(N,)``."""
 
     @classmethod
-    def of(
-        cls, dictionary: int, directions: Sequence[SteeringDirection], strengths: Sequence[float | int]
-    ) -> "_Scaled | None":
+    def of(cls, dictionary: int, settings: Sequence[Setting]) -> "_Scaled | None":
         pairs: dict[tuple[int, int], int] = {}
         entries: list[tuple[int, int, float]] = []
-        for row, (direction, strength) in enumerate(zip(directions, strengths, strict=True)):
-            table = direction.sources
-            for j, sign in enumerate(direction.signs if strength != 0 else ()):
+        for row, setting in enumerate(settings):
+            table = setting.direction.sources
+            for j, sign in enumerate(setting.direction.signs if setting.strength != 0 else ()):
                 if table.dictionaries[j] == dictionary:
                     pair = pairs.setdefault((row, table.positions[j]), len(pairs))
-                    entries.append((pair, table.latents[j], 1.0 + strength * sign))
+                    entries.append((pair, table.latents[j], 1.0 + setting.strength * sign))
         if not entries:
             return None
         rows, positions = torch.tensor(list(pairs)).T
@@ -265,14 +266,12 @@ class _Edit:
     def _change(self, inputs: Tensor) -> Tensor:
         """What to add at each pair, ``(P, d)``, a bounded number of pairs at a time."""
         size = max(1, _CODES_BYTES // (16 * int(self._sae.cfg.d_sae)))
-        return torch.cat(
-            [self._part(inputs, first, min(first + size, len(inputs))) for first in range(0, len(inputs), size)]
-        )
+        return torch.cat([self._part(part, number * size) for number, part in enumerate(inputs.split(size))])
 
-    def _part(self, inputs: Tensor, first: int, last: int) -> Tensor:
+    def _part(self, inputs: Tensor, first: int) -> Tensor:
         t = self._scaled
-        codes = encode_flat(self._sae, inputs[first:last].to(self._sae.W_dec.device))
-        mine = (t.pairs >= first) & (t.pairs < last)
+        codes = encode_flat(self._sae, inputs.to(self._sae.W_dec.device))
+        mine = (t.pairs >= first) & (t.pairs < first + len(inputs))
         places = (t.pairs[mine] - first).to(codes.device), t.latents[mine].to(codes.device)
         changed = codes.clone()
         changed[places] = codes[places] * t.factors[mine].to(codes)

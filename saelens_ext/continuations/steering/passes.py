@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from saelens_ext.continuations.attribution.gradients import Target, batch_ids
 from saelens_ext.continuations.continuation_set import ContinuationSet
-from saelens_ext.continuations.steering.latents import LatentScaler, SteeringDirection
+from saelens_ext.continuations.steering.latents import LatentScaler, Setting
 from saelens_ext.host.hook_edits import hooked
 from saelens_ext.host.models import HostModel
 from saelens_ext.host.prompt_passes import KVCache, device_of, evaluating, has_kv_cache, logits_of
@@ -27,23 +27,8 @@ from saelens_ext.host.prompt_passes import KVCache, device_of, evaluating, has_k
 MEASURES = ("demeaned_logit", "mean_log_prob", "log_prob")
 
 
-@dataclass(frozen=True)
-class Setting:
-    """A direction and how far to go along it."""
-
-    direction: SteeringDirection
-    strength: float
-
-
 class SteeredPasses:
-    """Measures continuations under settings.
-
-    Args:
-        model: any TransformerLens model.
-        scaler: scales the latents.
-        continuations: what to measure.
-        batch_size: rows per forward pass.
-    """
+    """Measures continuations under settings, in batches of ``batch_size`` rows."""
 
     def __init__(self, model: HostModel, scaler: LatentScaler, continuations: ContinuationSet, batch_size: int):
         self._model, self._scaler, self._set, self._batch_size = model, scaler, continuations, batch_size
@@ -53,12 +38,7 @@ class SteeredPasses:
     def measure(
         self, settings: Sequence[Setting], jobs: Sequence[tuple[int, int]], *, progress: bool = False
     ) -> Tensor:
-        """Measure continuations, each under one setting.
-
-        Args:
-            settings: S settings.
-            jobs: n pairs of a setting and a row of the set.
-            progress: show a bar.
+        """Measure continuations, each job being a pair of a setting and a row of the set.
 
         Returns:
             `MEASURES` of each job, float64 ``(n, 3)``: the mean demeaned logit of its tokens, and its log-probability
@@ -67,11 +47,11 @@ class SteeredPasses:
         found = torch.zeros(len(jobs), len(MEASURES), dtype=torch.float64)
         groups = self._groups(settings, jobs)
         with evaluating(self._model), tqdm(total=len(jobs), desc="steering", disable=not progress) as bar:
-            for members, wanted in groups:
+            for members, under_them in groups:
                 prefix = self._run_prefix([settings[i] for i in members]) if self._cached else None
-                lengths = self._set.lengths[[jobs[i][1] for i in wanted]]
+                lengths = self._set.lengths[[jobs[i][1] for i in under_them]]
                 # Continuations of like length share a batch, so that little of it is padding.
-                order = [wanted[i] for i in lengths.argsort(descending=True, stable=True).tolist()]
+                order = [under_them[i] for i in lengths.argsort(descending=True, stable=True).tolist()]
                 for first in range(0, len(order), self._batch_size):
                     batch = order[first : first + self._batch_size]
                     rows = [jobs[i][1] for i in batch]
@@ -102,9 +82,8 @@ class SteeredPasses:
     def _run_whole(self, settings: Sequence[Setting], rows: Sequence[int]) -> Tensor:
         tokens = self._tokens(rows)
         ids = batch_ids(self._set.prefix_ids, tokens, device_of(self._model))
-        hooks = self._scaler.hooks([s.direction for s in settings], [s.strength for s in settings])
         columns = slice(len(self._set.prefix_ids) - 1, -1)
-        with hooked(self._model, hooks), _Head(self._model, columns) as head:
+        with hooked(self._model, self._scaler.hooks(settings)), _Head(self._model, columns) as head:
             logits = logits_of(self._model, ids)
         return self._scores(head.final, logits, tokens)
 
@@ -112,9 +91,8 @@ class SteeredPasses:
 
     def _run_prefix(self, settings: Sequence[Setting]) -> "_Prefix":
         ids = torch.tensor(self._set.prefix_ids, device=device_of(self._model)).expand(len(settings), -1)
-        hooks = self._scaler.hooks([s.direction for s in settings], [s.strength for s in settings])
         cache = KVCache(self._model, len(settings))
-        with hooked(self._model, hooks), _Head(self._model, slice(-1, None)) as head:
+        with hooked(self._model, self._scaler.hooks(settings)), _Head(self._model, slice(-1, None)) as head:
             logits = cache.run(ids)
         return _Prefix(cache, head.final, logits)
 

@@ -26,8 +26,8 @@ from saelens_ext.continuations.steering.generate import (
     generate_steered,
     generated_texts,
 )
-from saelens_ext.continuations.steering.latents import LatentScaler, SteeringDirection, choose_latents
-from saelens_ext.continuations.steering.passes import MEASURES, Setting, SteeredPasses
+from saelens_ext.continuations.steering.latents import LatentScaler, Setting, SteeringDirection, choose_latents
+from saelens_ext.continuations.steering.passes import MEASURES, SteeredPasses
 from saelens_ext.host.models import HostModel
 from saelens_ext.steering.sampling import SamplingOptions
 
@@ -58,26 +58,18 @@ class SteeringResult:
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per continuation, strength and measure, with its change and its value without steering."""
-        parts = [
-            pd.DataFrame(
-                {
-                    "row": list(self.rows),
-                    "strength": strength,
-                    "measure": measure,
-                    "change": change.numpy(),
-                    "baseline": self.baseline[measure].numpy(),
-                }
-            )
-            for measure, changes in self.changes.items()
-            for strength, change in zip(self.strengths, changes, strict=True)
-        ]
+        parts = []
+        for measure, changes in self.changes.items():
+            for strength, change in zip(self.strengths, changes, strict=True):
+                where = {"row": list(self.rows), "strength": strength, "measure": measure}
+                values = {"change": change.numpy(), "baseline": self.baseline[measure].numpy()}
+                parts.append(pd.DataFrame(where | values))
         return pd.concat(parts, ignore_index=True)
 
     def generation_shares(self) -> pd.DataFrame:
         """Fraction of open-ended samples in each cluster: one row per strength and cluster.
 
-        Raises:
-            ValueError: nothing was generated, or no classifier was given.
+        ValueError: nothing was generated, or no classifier was given.
         """
         if not self.generation_labels:
             raise ValueError("No sample was placed in a cluster; call steer_continuations with generate and classify.")
@@ -174,29 +166,21 @@ def steer_continuations(
 def sources_of_set(continuations: ContinuationSet) -> SourceTable:
     """The table of sources; ValueError without one."""
     if continuations.sources is None:
-        raise ValueError(
-            "The continuations have no table of sources, so nothing says what a direction's entries are. Make "
-            "signatures with attribute_continuations, or pass sources to with_signatures."
-        )
+        raise ValueError("The continuations name no sources: use attribute_continuations or with_signatures.")
     return continuations.sources
 
 
 def checked_strengths(strengths: Sequence[float | int]) -> tuple[float, ...]:
     """Strengths as floats; ValueError for none, or one that is not finite or there twice."""
-    given = tuple(float(s) for s in strengths)
-    if not given or not np.isfinite(given).all() or len(set(given)) < len(given):
-        raise ValueError(
-            f"strengths must be one or more different finite numbers, got {strengths!r}; the paper's are "
-            f"{PAPER_STRENGTHS}."
-        )
-    return given
+    numbers = tuple(float(s) for s in strengths)
+    if not numbers or not np.isfinite(numbers).all() or len(set(numbers)) < len(numbers):
+        raise ValueError(f"strengths must be one or more different finite numbers, got {strengths!r}.")
+    return numbers
 
 
 def checked_rows(rows: Sequence[SupportsIndex] | np.ndarray | Tensor, n: int) -> list[int]:
     """Rows as a list; ValueError for none, or one beyond the set."""
     chosen = [operator.index(row) for row in rows]
     if not chosen or not all(0 <= row < n for row in chosen):
-        raise ValueError(
-            f"rows must be one or more of 0 to {n - 1}, the continuations' indices, got {list(rows)[:10]}."
-        )
+        raise ValueError(f"rows must be one or more of 0 to {n - 1}, got {list(rows)[:10]}.")
     return chosen

@@ -40,7 +40,6 @@ def split_members(labels: np.ndarray, held_out: float | int, max_rows: int, gene
         labels: clusters, ``(n,)``.
         held_out: fraction of a cluster to measure on, in (0, 1).
         max_rows: measured members at most, one from each cluster in rotation.
-        generator: source of random numbers.
 
     Raises:
         ValueError: no cluster has two members.
@@ -63,13 +62,9 @@ def split_members(labels: np.ndarray, held_out: float | int, max_rows: int, gene
 class Representatives:
     """The direction that stands for some members: one rule for all methods, read off choosing members alone.
 
-    Args:
-        continuations: with embeddings and signatures.
-        clusterer: whose weights and metrics define distance; their scales are those of the choosing members.
-        choosing: rows, ascending.
-        kind: ``"medoid"``: the signature of the member with the least weighted mean distance to the others;
-            ``"center"``: the weighted median of signatures per source; ``"contrast"``: the medoid's signature minus
-            the median over all choosing members.
+    Distances are those of ``clusterer``, at the scales of the choosing members (``choosing``: rows, ascending).
+    ``"medoid"`` takes the signature of the member with the least weighted mean distance to the others, ``"center"`` the
+    weighted median of signatures per source, ``"contrast"`` the medoid's signature minus the median over all choosing.
     """
 
     def __init__(self, continuations: ContinuationSet, clusterer: JointClusterer, choosing: np.ndarray, kind: str):
@@ -125,10 +120,8 @@ class Plan:
 
     def index(self, method: str, cluster: int) -> int:
         """Which direction a method has for a cluster; -1 if none."""
-        for i, planned in enumerate(self.directions):
-            if (planned.method, planned.cluster) == (method, cluster):
-                return i
-        return -1
+        keys = [(planned.method, planned.cluster) for planned in self.directions]
+        return keys.index((method, cluster)) if (method, cluster) in keys else -1
 
     def of(self, method: str) -> list[PlannedDirection]:
         """The directions of a method."""
@@ -144,18 +137,9 @@ def make_plan(
     options: ValidationOptions,
     generator: np.random.Generator,
 ) -> Plan:
-    """Directions of all methods.
+    """Directions of all methods: of the clusters under test ``labels`` ``(n,)``, and of further partitions by name.
 
     A cluster none of whose choosing members has a latent to scale, or that has no choosing member, gets no direction.
-
-    Args:
-        continuations: with both views and sources.
-        clusterer: for its weights and metrics.
-        labels: the clusters under test, ``(n,)``.
-        split: of their members.
-        partitions: labels of further partitions by name.
-        options: which directions to take.
-        generator: source of random numbers.
     """
     plan = Plan(split)
     plan.labels = {"joint": labels} | control_partitions(continuations, labels, generator)
@@ -178,16 +162,11 @@ def control_partitions(
 ) -> dict[str, np.ndarray]:
     """The partitions that the clusters are compared with, of as many clusters."""
     k, weights = len(np.unique(labels)), continuations.weights.numpy()
-    partitions = {
-        name: single_view_kmeans(
-            view, n_clusters=k, sample_weight=weights, random_state=int(generator.integers(2**31))
-        ).labels
-        for name, view in zip(("semantic", "attribution"), continuations.both_views())
-    }
-    return partitions | {
-        "random_partition": generator.permutation(labels),
-        "global": np.zeros(len(labels), dtype=np.int64),
-    }
+    partitions = {}
+    for name, view in zip(("semantic", "attribution"), continuations.both_views()):
+        seed = int(generator.integers(2**31))
+        partitions[name] = single_view_kmeans(view, n_clusters=k, sample_weight=weights, random_state=seed).labels
+    return partitions | {"random_partition": generator.permutation(labels), "global": np.zeros_like(labels)}
 
 
 def _add_substitutes(
@@ -203,9 +182,7 @@ def _add_substitutes(
         if len(own) > 1:
             # One step along a random circle of all clusters, so that none gets its own and each is used once.
             wrong = own[order[(int(np.flatnonzero(order == i)[0]) + 1) % len(own)]]
-            plan.directions.append(
-                PlannedDirection("wrong_cluster", planned.cluster, wrong.row, wrong.n_choosing, wrong.direction)
-            )
+            plan.directions.append(replace(wrong, method="wrong_cluster", cluster=planned.cluster))
         random = chooser.alike(planned.direction, generator)
         if random is not None:
             plan.directions.append(PlannedDirection("random_features", planned.cluster, -1, 0, random))
@@ -224,11 +201,11 @@ class _Chooser:
         self, method: str, cluster: int, row: int, n_choosing: int, weights: np.ndarray
     ) -> list[PlannedDirection]:
         """The direction, if there is a latent to scale."""
-        given = torch.as_tensor(weights, dtype=torch.float64)
-        columns = largest_latents(self._sources, given, self._top, self._sign)
+        entries = torch.as_tensor(weights, dtype=torch.float64)
+        columns = largest_latents(self._sources, entries, self._top, self._sign)
         if not columns:
             return []
-        return [PlannedDirection(method, cluster, row, n_choosing, direction_of(self._sources, given, columns))]
+        return [PlannedDirection(method, cluster, row, n_choosing, direction_of(self._sources, entries, columns))]
 
     def alike(self, direction: SteeringDirection, generator: np.random.Generator) -> SteeringDirection | None:
         """Random latents in the places of a direction's, with its weights; None where there are not enough others."""

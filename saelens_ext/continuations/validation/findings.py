@@ -118,13 +118,7 @@ def untested(reason: str, words: str = "Steering was not tested") -> tuple[Findi
 
 
 def steering_findings(summary: pd.DataFrame, specificity: pd.DataFrame, strength: float) -> tuple[Finding, ...]:
-    """The first three findings.
-
-    Args:
-        summary: as ``Validation.summary`` gives it.
-        specificity: as ``Validation.specificity_summary`` gives it.
-        strength: at which the specificity was measured.
-    """
+    """The first three findings, from ``Validation.summary`` and ``specificity_summary`` at a strength."""
     of_slope = (summary["measure"] == MEASURE) & (summary["statistic"] == STATISTIC)
     rows = {str(row.control): row for row in summary[of_slope].itertuples()}
     outcomes = {control: outcome(row) for control, row in rows.items()}
@@ -201,10 +195,8 @@ def _by_mode(table: pd.DataFrame, strength: float, rows: Mapping[str, Any], outc
     if not n:
         evidence = "Held-out members of one mode only were measured."
         return Finding("by_mode", "untested", "whether mode by mode could not be tested", evidence)
-    of_modes, of_directions = (
-        round((table[name] * table["n_clusters"]).sum())
-        for name in ("own_is_largest_of_cluster", "own_is_largest_of_direction")
-    )
+    sides = ("own_is_largest_of_cluster", "own_is_largest_of_direction")
+    of_modes, of_directions = (round((table[side] * table["n_clusters"]).sum()) for side in sides)
     own, others = (np.average(table[name], weights=table["n_clusters"]) for name in ("own", "others"))
     decimals = interval_decimals(np.nan, np.nan, own, others)
     most = "is moved most by its own direction" if of_modes == 1 else "are moved most by their own direction"
@@ -247,15 +239,13 @@ def joint_words(outcomes: Mapping[str, str]) -> tuple[str, str]:
     """Whether the joint clustering is needed, as an answer and as a predicate of "The joint clustering"."""
     if outcomes.get(NOTHING, "untested") in ("same", "below"):
         return "no", "is not shown to be needed: its directions are not shown to move continuations"
-    by_outcome = {
-        kind: [control for control in OBJECTIVE_CONTROLS if outcomes.get(control, "untested") == kind]
-        for kind in ("above", "same", "below", "untested")
-    }
-    kinds = {"same": "not detectably better than", "below": "worse than", "untested": "not compared with"}
-    reasons = [
-        f"{words} {listed(map(method_name, by_outcome[kind]))}" for kind, words in kinds.items() if by_outcome[kind]
-    ]
-    because, above = ", ".join(reasons), set(by_outcome["above"])
+    kinds = {"same": "not detectably better than", "below": "worse than", "untested": "not compared with", "above": ""}
+    by_outcome: dict[str, list[str]] = {kind: [] for kind in kinds}
+    for control in OBJECTIVE_CONTROLS:
+        by_outcome[outcomes.get(control, "untested")].append(control)
+    above = set(by_outcome.pop("above"))
+    reasons = [f"{kinds[kind]} {listed(map(method_name, names))}" for kind, names in by_outcome.items() if names]
+    because = ", ".join(reasons)
     if not reasons:
         return "yes", "is needed: every simpler way to choose directions moves them less"
     if "random_partition" in above and above & {"semantic", "attribution"}:
@@ -283,11 +273,7 @@ def _joint(rows: Mapping[str, Any], outcomes: Mapping[str, str]) -> Finding:
 
 
 def stability_finding(stabilities: Sequence[tuple[float, float]]) -> Finding:
-    """Whether the modes of bootstrap resamples are the same.
-
-    Args:
-        stabilities: mean adjusted Rand index and its standard error, one pair per prefix; NaN where not measured.
-    """
+    """Whether the modes of resamples are the same: mean adjusted Rand index and error per prefix, or NaN."""
     known = [(mean, error) for mean, error in stabilities if np.isfinite(mean)]
     if not known:
         return Finding("stability", "untested", "were not tested for stability", "No bootstrap resample was clustered.")
@@ -309,9 +295,7 @@ def stability_finding(stabilities: Sequence[tuple[float, float]]) -> Finding:
 def sizes_finding(at_floor: Sequence[bool] | np.ndarray, smallest: Sequence[int]) -> Finding:
     """Whether the modes' sizes are their own, or the least that the clustering may give them.
 
-    Args:
-        at_floor: for each mode of every prefix, whether it has no more members than the clustering requires.
-        smallest: that number, one per prefix.
+    ``at_floor`` says for each mode of every prefix whether it is no larger than ``smallest``, one number per prefix.
     """
     n, k = len(at_floor), int(np.sum(at_floor))
     if n == len(smallest):
@@ -324,7 +308,5 @@ def sizes_finding(at_floor: Sequence[bool] | np.ndarray, smallest: Sequence[int]
     evidence = f"Every mode has more than {fewest}."
     if k:
         evidence = f"{k} of {counted(n, 'mode')} {'has' if k == 1 else 'have'} {fewest}."
-        evidence += (
-            " The size of such a mode is that of the setting: without it, the clustering might not have the mode."
-        )
+        evidence += " Their size is that of the setting: without it, the clustering might not have such a mode."
     return Finding("sizes", answer, f"{count} as small as a mode may be", evidence)

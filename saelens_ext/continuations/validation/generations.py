@@ -19,8 +19,7 @@ from saelens_ext.continuations.steering.generate import (
     generated_texts,
     generation_set,
 )
-from saelens_ext.continuations.steering.latents import LatentScaler
-from saelens_ext.continuations.steering.passes import Setting
+from saelens_ext.continuations.steering.latents import LatentScaler, Setting
 from saelens_ext.continuations.validation.controls import Plan, PlannedDirection
 from saelens_ext.host.models import HostModel
 from saelens_ext.steering.sampling import Drawn
@@ -56,13 +55,9 @@ def generation_shares(
     """
     keys = [planned.direction.key for planned in plan.directions]
     unique = [i for i, key in enumerate(keys) if keys.index(key) == i]
-    settings = [
-        Setting(plan.directions[0].direction, 0.0),
-        *(Setting(plan.directions[i].direction, strength) for i in unique),
-    ]
-    drawn = generate_steered(
-        model, scaler, continuations, settings, generation, batch_size=batch_size, progress=progress
-    )
+    settings = [Setting(plan.directions[i].direction, s) for i, s in ((0, 0.0), *((i, strength) for i in unique))]
+    options = {"batch_size": batch_size, "progress": progress}
+    drawn = generate_steered(model, scaler, continuations, settings, generation, **options)
     vectors = _embedded(model, continuations, [one for part in drawn for one in part], embed)
     parts = vectors.split(generation.n)
     found = []

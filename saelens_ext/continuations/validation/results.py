@@ -35,10 +35,7 @@ _TABLES = ("members", "cells", "directions", "generations")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Validation:
-    """Effects of all methods, of one prefix or several.
-
-    Made by ``validate_clusters`` and ``combine_validations``.
-    """
+    """Effects of all methods, of one prefix or several, from ``validate_clusters`` and ``combine_validations``."""
 
     members: pd.DataFrame
     """One row per prefix, method, measured member (``row`` of the set), strength and measure: ``change``, NaN where a
@@ -79,12 +76,7 @@ class Validation:
         return cluster_statistics(self.members)
 
     def specificity(self, measure: str = "demeaned_logit", prefix: str | None = None) -> pd.DataFrame:
-        """Mean effect of each cluster's direction (rows) on the members of each cluster (columns), at the largest
-        strength.
-
-        Args:
-            measure: one of the measures.
-            prefix: which; the only one by default.
+        """Mean effect of each cluster's direction (rows) on each cluster's members (columns), at the largest strength.
 
         Raises:
             ValueError: no such measure or prefix, or several prefixes and none named.
@@ -94,15 +86,12 @@ class Validation:
             raise ValueError(
                 f"There are {len(self.prefixes)} prefixes, each with a matrix of its own; name one of {self.prefixes}."
             )
-        _checks.choice(self.prefixes[0] if prefix is None else prefix, self.prefixes, "prefix")
-        own = self.cells["prefix"] == (self.prefixes[0] if prefix is None else prefix)
-        chosen = self.cells[own & (self.cells["measure"] == measure)]
-        return chosen.pivot(index="direction", columns="cluster", values="change")
+        prefix = _checks.choice(self.prefixes[0] if prefix is None else prefix, self.prefixes, "prefix")
+        cells = self.cells[(self.cells["prefix"] == prefix) & (self.cells["measure"] == measure)]
+        return cells.pivot(index="direction", columns="cluster", values="change")
 
     def specificity_summary(self) -> pd.DataFrame:
-        """Effect on the own cluster and on others, and how often the own one is largest: one row per prefix and
-        measure.
-        """
+        """Effect on the own cluster and on others, and how often the own one is largest, by prefix and measure."""
         return specificity_summary(self.cells, sign=-1 if self.settings["specificity_strength"] < 0 else 1)
 
     @cached_property
@@ -139,25 +128,18 @@ class Validation:
                 ``"change"``.
             statistic: of the dose-response: ``"slope"``, ``"pearson"``, ``"spearman"`` or ``"monotonicity"``.
             level: below which a corrected p-value counts, in (0, 1).
-
-        Raises:
-            ValueError: no such measure or statistic.
         """
         _checks.between(level, 0, 1, "level")
         table = self._summary
         table = table[table["measure"] == _checks.choice(measure, list(table["measure"].unique()), "measure")]
         table = table[table["statistic"] == _checks.choice(statistic, list(table["statistic"].unique()), "statistic")]
         verdicts = {row.control: outcome(row, level) for row in table.itertuples()}
-        lines = [
-            self._setting_line(measure, statistic, table["unit"].iloc[0]),
-            *(_line(row, verdicts[row.control]) for row in table.itertuples()),
-        ]
-        least = smallest_p(table.itertuples())
+        unit, least = table["unit"].iloc[0], smallest_p(table.itertuples())
+        lines = [self._setting_line(measure, statistic, unit)]
+        lines += [_line(row, verdicts[row.control]) for row in table.itertuples()]
         if least >= level:
-            units = f"{table['n_units'].max()} {table['unit'].iloc[0]} units"
-            lines.append(
-                f"With {units} no corrected p-value can fall below {least:.2g}: too few to detect a difference."
-            )
+            few = f"With {table['n_units'].max()} {unit} units no corrected p-value can fall below {least:.2g}"
+            lines.append(f"{few}: too few to detect a difference.")
         return "\n".join([*lines, f"The joint clustering {joint_words(verdicts)[1]}."])
 
     def _setting_line(self, measure: str, statistic: str, unit: str) -> str:
@@ -195,11 +177,8 @@ class Validation:
 def combine_validations(validations: Sequence[Validation]) -> Validation:
     """Put the tests of several prefixes together; comparisons are then over prefixes.
 
-    Args:
-        validations: one or more, with equal settings (but for the seed), each of other prefixes.
-
     Raises:
-        ValueError: none given, a prefix twice, other settings, or other methods.
+        ValueError: none given, a prefix twice, other settings (but for the seed), or other methods.
     """
     if not validations:
         raise ValueError("validations is empty; give at least one.")
@@ -209,24 +188,16 @@ def combine_validations(validations: Sequence[Validation]) -> Validation:
     prefixes = [prefix for one in validations for prefix in one.prefixes]
     twice = {prefix for prefix in prefixes if prefixes.count(prefix) > 1}
     if twice:
-        raise ValueError(
-            f"The prefix {sorted(twice)[0]!r} is there more than once; prefixes are the units of the tests."
-        )
+        raise ValueError(f"The prefix {sorted(twice)[0]!r} is there twice; prefixes are the units of the tests.")
     for one in validations[1:]:
         for name, value in first.settings.items():
-            if name != "seed" and one.settings.get(name) != value:
-                raise ValueError(
-                    f"Tests with different settings cannot be put together: {name} is {value!r} and "
-                    f"{one.settings.get(name)!r}."
-                )
+            other = one.settings.get(name)
+            if name != "seed" and other != value:
+                raise ValueError(f"Tests with other settings cannot be combined: {name} is {value!r} and {other!r}.")
         if set(one.members["method"]) != set(first.members["method"]):
-            raise ValueError(
-                "Tests with different methods cannot be put together; name the same partitions for every prefix."
-            )
+            raise ValueError("Tests with other methods cannot be combined; name the same partitions for each prefix.")
     if len({one.generations.empty for one in validations}) > 1:
-        raise ValueError(
-            "Tests with and without open-ended samples cannot be put together; call all with the same generate."
-        )
+        raise ValueError("Tests with and without open-ended samples cannot be combined; give all the same generate.")
     tables = {name: pd.concat([getattr(one, name) for one in validations], ignore_index=True) for name in _TABLES}
     return Validation(settings=first.settings, **tables)
 

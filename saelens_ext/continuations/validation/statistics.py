@@ -32,22 +32,13 @@ RESOLUTION = 2e-5
 SHARE = "generation_share"
 
 _SAME_CLUSTERS = ("global", "single_member", "wrong_cluster", "random_features")
-"""Controls tried on the clusters under test; all others, partitions of the user's among them, have clusters of their
-own.
-"""
-
-_MEMBER = ["prefix", "method", "row", "cluster", "joint_cluster", "measure"]
+"""Controls tried on the clusters under test; all others, the user's partitions too, have their own clusters."""
 
 
 def dose_response(
     strengths: Sequence[float | int] | np.ndarray, effects: Float[np.ndarray, "S n"]
 ) -> dict[str, Float[np.ndarray, " n"]]:
-    """`STATISTICS` of each column of effects.
-
-    Args:
-        strengths: eps, ``(S,)``, all different, in any order.
-        effects: f, one row per strength; a column with a NaN has NaN statistics.
-    """
+    """`STATISTICS` of each column of effects f, one row per strength eps ``(S,)``, all different; NaN for a NaN."""
     order = np.argsort(strengths)
     eps, f = np.asarray(strengths, dtype=np.float64)[order], np.asarray(effects, dtype=np.float64)[order]
     nothing = np.full(f.shape[1], np.nan)
@@ -78,13 +69,11 @@ def _correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 def member_statistics(members: pd.DataFrame) -> pd.DataFrame:
     """One row per prefix, method, member and measure, with a column for each of `STATISTICS`."""
-    return _statistics(members, _MEMBER)
+    return _statistics(members, ["prefix", "method", "row", "cluster", "joint_cluster", "measure"])
 
 
 def cluster_statistics(members: pd.DataFrame) -> pd.DataFrame:
-    """The same of cluster means: one row per prefix, method, cluster of that method and measure; NaN members left
-    out.
-    """
+    """The same of cluster means: a row per prefix, method, cluster of that method and measure; without NaN members."""
     keys = ["prefix", "method", "cluster", "measure"]
     means = members.groupby([*keys, "strength"], dropna=False, sort=False)["change"].mean().reset_index()
     found = _statistics(means, keys)
@@ -139,14 +128,18 @@ def compare_methods(
         own = table[table["measure"] == measure]
         for statistic in STATISTICS:
             wide = own.pivot(index=["prefix", "row", "joint_cluster"], columns="method", values=statistic)
-            rows = [
-                {"measure": measure, "statistic": statistic, "control": control, "unit": unit}
-                | _paired(wide, reference, control, unit, generator, n_bootstrap, n_permutations)
-                for control in controls
-            ]
-            adjusted = holm(np.array([row["p"] for row in rows], dtype=np.float64))
-            found += [row | {"p_holm": p} for row, p in zip(rows, adjusted)]
-    return pd.DataFrame(found)
+            pairs = [_paired(wide, reference, one, unit, generator, n_bootstrap, n_permutations) for one in controls]
+            found.append(_compared(pairs, measure, statistic, controls, unit))
+    return pd.concat(found, ignore_index=True)
+
+
+def _compared(
+    pairs: list[dict[str, float | int]], measure: str, statistic: str, controls: Sequence[str], unit: str
+) -> pd.DataFrame:
+    """The rows of one measure and statistic, whose p-values are corrected together."""
+    names = {"measure": measure, "statistic": statistic, "control": list(controls), "unit": unit}
+    adjusted = holm(np.array([pair["p"] for pair in pairs], dtype=np.float64))
+    return pd.concat([pd.DataFrame(names), pd.DataFrame(pairs)], axis=1).assign(p_holm=adjusted)
 
 
 def compare_generations(
@@ -160,11 +153,8 @@ def compare_generations(
 ) -> pd.DataFrame:
     """The same for the change in the fraction of generations in a cluster (measure `SHARE`, statistic ``"change"``).
 
-    With one prefix the units are clusters, and a control with clusters of its own has none to be paired with.
-
-    Args:
-        generations: as ``generations.generation_shares`` gives them, of one prefix or several; other arguments
-            as for :func:`compare_methods`.
+    ``generations`` are as ``generations.generation_shares`` gives them, of one prefix or several. With one prefix the
+    units are clusters, and a control with clusters of its own has none to be paired with.
     """
     changes = generations.assign(change=generations["share"] - generations["unsteered"])
     unit = "prefix" if generations["prefix"].nunique() > 1 else "cluster"
@@ -176,12 +166,8 @@ def compare_generations(
         # Clusters of different partitions do not belong together; their means over a prefix do.
         wide = wide.groupby(level="prefix").mean()
     generator = np.random.default_rng(seed)
-    rows = [
-        {"measure": SHARE, "statistic": "change", "control": control, "unit": unit}
-        | _paired(wide, reference, control, unit, generator, n_bootstrap, n_permutations)
-        for control in controls
-    ]
-    return pd.DataFrame(rows).assign(p_holm=holm(np.array([row["p"] for row in rows], dtype=np.float64)))
+    pairs = [_paired(wide, reference, one, unit, generator, n_bootstrap, n_permutations) for one in controls]
+    return _compared(pairs, SHARE, "change", controls, unit)
 
 
 def _paired(

@@ -20,8 +20,8 @@ from saelens_ext.continuations.clustering.joint_clusterer import JointClusterer
 from saelens_ext.continuations.continuation_set import ContinuationSet
 from saelens_ext.continuations.embed import embed_continuations
 from saelens_ext.continuations.steering.generate import GenerationPlan
-from saelens_ext.continuations.steering.latents import LatentScaler
-from saelens_ext.continuations.steering.passes import MEASURES, Setting, SteeredPasses
+from saelens_ext.continuations.steering.latents import LatentScaler, Setting
+from saelens_ext.continuations.steering.passes import MEASURES, SteeredPasses
 from saelens_ext.continuations.steering.steer import sources_of_set
 from saelens_ext.continuations.validation.controls import NothingToTest, Plan, make_plan, split_members
 from saelens_ext.continuations.validation.generations import COLUMNS, Embed, generation_shares
@@ -96,27 +96,17 @@ def validate_clusters(
     prefix = continuations.prefix
     generations = pd.DataFrame(columns=list(COLUMNS))
     if generate:
+        drawn_like = GenerationPlan.like(continuations, generate)
+        more = {"batch_size": batch_size, "progress": progress}
         generations = generation_shares(
-            model,
-            scaler,
-            continuations,
-            plan,
-            effects.strongest,
-            GenerationPlan.like(continuations, generate),
-            embed,
-            batch_size=batch_size,
-            progress=progress,
+            model, scaler, continuations, plan, effects.strongest, drawn_like, embed, **more
         )
     return Validation(
         generations=generations,
         members=effects.members(prefix),
         cells=effects.cells(prefix),
         directions=_directions(plan, prefix),
-        settings={
-            **asdict(options),
-            "strengths": list(effects.strengths),
-            "specificity_strength": effects.strongest,
-        },
+        settings=asdict(options) | {"strengths": list(effects.strengths), "specificity_strength": effects.strongest},
     )
 
 
@@ -133,13 +123,13 @@ class _Effects:
         self._known = self._measure(passes, progress)
 
     def _measure(self, passes: SteeredPasses, progress: bool) -> dict[tuple[int, float, int], Tensor]:
-        wanted = {(0, 0.0, row) for row in self._rows}
+        keys = {(0, 0.0, row) for row in self._rows}
         for method in self._plan.labels:
-            wanted |= {(self._of(method, row), s, row) for row in self._rows for s in self.strengths if s != 0}
+            keys |= {(self._of(method, row), s, row) for row in self._rows for s in self.strengths if s != 0}
         for i, planned in enumerate(self._plan.directions):
             if planned.method == "joint":
-                wanted |= {(self._same[i], self.strongest, row) for row in self._rows}
-        ordered = sorted(key for key in wanted if key[0] >= 0)
+                keys |= {(self._same[i], self.strongest, row) for row in self._rows}
+        ordered = sorted(key for key in keys if key[0] >= 0)
         pairs = list(dict.fromkeys(key[:2] for key in ordered))
         settings = [Setting(self._plan.directions[i].direction, s) for i, s in pairs]
         place = {pair: number for number, pair in enumerate(pairs)}
@@ -180,10 +170,8 @@ class _Effects:
             for name in dict.fromkeys(joint[self._rows].tolist()):
                 rows = [row for row in self._rows if joint[row] == name]
                 changes = np.array([self._change(self._same[i], self.strongest, row) for row in rows]).mean(axis=0)
-                found += [
-                    (prefix, measure, planned.cluster, name, change, len(rows))
-                    for measure, change in zip(MEASURES, changes.tolist())
-                ]
+                means = zip(MEASURES, changes.tolist())
+                found += [(prefix, measure, planned.cluster, name, change, len(rows)) for measure, change in means]
         return pd.DataFrame(found, columns=["prefix", "measure", "direction", "cluster", "change", "n_members"])
 
 
@@ -213,21 +201,17 @@ def _directions(plan: Plan, prefix: str) -> pd.DataFrame:
 def _clusterer_and_labels(clusters: Any, n: int) -> tuple[JointClusterer, np.ndarray]:
     is_estimator = hasattr(clusters, "fit")
     if is_estimator and not hasattr(clusters, "labels_"):
-        raise ValueError(
-            f"This {type(clusters).__name__} is not fitted; fit it to the continuations first, or pass labels."
-        )
+        raise ValueError(f"This {type(clusters).__name__} is not fitted; fit it to the continuations, or pass labels.")
     labels = _checked_labels(clusters.labels_ if is_estimator else clusters, n, "clusters")
     return (clusters if isinstance(clusters, JointClusterer) else JointClusterer()), labels
 
 
 def _checked_labels(labels: Any, n: int, name: str) -> np.ndarray:
-    given = np.asarray(labels)
-    if given.shape != (n,) or not np.issubdtype(given.dtype, np.integer):
-        raise ValueError(
-            f"{name} must give one whole number per continuation, shape ({n},), got {given.dtype} of shape "
-            f"{given.shape}."
-        )
-    return given.astype(np.int64)
+    entries = np.asarray(labels)
+    if entries.shape != (n,) or not np.issubdtype(entries.dtype, np.integer):
+        kind = f"{entries.dtype} of shape {entries.shape}"
+        raise ValueError(f"{name} must give one whole number per continuation, shape ({n},), got {kind}.")
+    return entries.astype(np.int64)
 
 
 def _checked_partitions(partitions: Mapping[str, Any], n: int) -> dict[str, np.ndarray]:

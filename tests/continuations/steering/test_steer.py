@@ -5,7 +5,7 @@ import torch
 
 from saelens_ext.continuations.attribution.attribute import attribute_continuations
 from saelens_ext.continuations.sample import score_continuations
-from saelens_ext.continuations.steering.latents import LatentScaler, choose_latents
+from saelens_ext.continuations.steering.latents import LatentScaler, Setting, choose_latents
 from saelens_ext.continuations.steering.steer import PAPER_STRENGTHS, steer_continuations
 from saelens_ext.host.models import resolve_hook
 from saelens_ext.steering.interventions import add_direction
@@ -123,8 +123,8 @@ def test_strength_zero_changes_nothing_at_all(llama):
         assert (changes[zero] == 0).all()
         assert (changes[[i for i in range(len(PAPER_STRENGTHS)) if i != zero]] != 0).all(), measure
     scaler = LatentScaler(model, dictionaries, found.sources)
-    assert scaler.hooks([steered.direction], [0.0]) == []
-    (_, hook), *_ = scaler.hooks([steered.direction, steered.direction], [0.0, 1.0])
+    assert scaler.hooks([Setting(steered.direction, 0.0)]) == []
+    (_, hook), *_ = scaler.hooks([Setting(steered.direction, strength) for strength in (0.0, 1.0)])
     x = torch.randn(2, len(found.prefix_ids), 32, generator=torch.Generator().manual_seed(0))
     changed = hook(x)
     assert torch.equal(changed[0], x[0]) and not torch.equal(changed[1], x[1])
@@ -244,7 +244,7 @@ def test_directions_without_anything_to_turn_say_so(llama):
         steer_continuations(model, dictionaries, errors, errors.signatures[0])
     with pytest.raises(ValueError, match="No latent has a negative weight"):
         steer_continuations(model, dictionaries, found, found.signatures[0].abs(), sign="negative")
-    with pytest.raises(ValueError, match="no table of sources"):
+    with pytest.raises(ValueError, match="name no sources"):
         steer_continuations(model, dictionaries, found.with_signatures(found.signatures), found.signatures[0])
 
 

@@ -255,13 +255,13 @@ def test_bad_input_is_named(model, dictionaries, tested, several):
     refused("held_out must lie in", held_out=1.0)
     refused("max_rows must be a whole number", max_rows=0)
     refused("'global' are taken|cannot be called 'global'", partitions={"global": labels})
-    refused("no table of sources", given=found.with_signatures(found.signatures))
+    refused("name no sources", given=found.with_signatures(found.signatures))
     errors = attribute_continuations(model, dictionaries, found, kinds=("error",))
     refused("No cluster's direction has a latent to scale", given=errors)
     bare = score_continuations(model, "The assert statement", [[70], [80]])
     bare = attribute_continuations(model, dictionaries, bare)
     refused("no embeddings", given=bare, clusters=np.zeros(2, dtype=int))
-    with pytest.raises(ValueError, match="more than once"):
+    with pytest.raises(ValueError, match="is there twice"):
         combine_validations([validation, validation])
     with pytest.raises(ValueError, match="validations is empty"):
         combine_validations([])
