@@ -25,9 +25,7 @@ class Background:
 
 
 class BackgroundTally:
-    """Draws ``n`` of the rows it is given, the same for the same blocks: each gets a random number, the largest are
-    kept.
-    """
+    """Draws ``n`` of the rows it is given, reproducibly: each gets a random number, and the largest are kept."""
 
     def __init__(self, n: int, seed: int):
         self._n = n
@@ -37,9 +35,7 @@ class BackgroundTally:
         self._latents: list[Tensor] = []
 
     def take(self, block: RowBlock, active: Tensor) -> None:
-        """Offer a block; ``active`` holds the region of each row, ``(r,)``, or whether each latent is active there,
-        ``(r, k)``.
-        """
+        """Offer a block; ``active``: the region of each row ``(r,)``, or whether each latent is active ``(r, k)``."""
         scores = torch.cat([self._scores, torch.rand(len(block), generator=self._generator)])
         best = scores.topk(min(self._n, len(scores))).indices
         n_old = len(self._scores)

@@ -36,8 +36,7 @@ class Examples:
     contexts: Tensor
     """Token ids around it: int32 ``(k, n, 2c + 1)``, the token itself in column c, -1 beyond the window."""
     sequence_ids: Tensor | None = None
-    """The window, counted from 0 over the whole stream: int64 ``(k, n)``; None in profiles from before they were kept.
-    """
+    """The window, counted from 0 over the whole stream: int64 ``(k, n)``; None in profiles of older versions."""
     token_values: Tensor | None = None
     """The latent's code at every token of the context: float16 ``(k, n, 2c + 1)``, NaN beyond the window and at tokens
     that were not read. Two bytes a token, at the default of 10 examples in 33 tokens 660 bytes a latent. None in
@@ -46,12 +45,9 @@ class Examples:
 
 
 class TokenValues:
-    """The codes of the tokens around each row of a block.
+    """The codes of the tokens around each row of the block ``current`` of ``parts``.
 
-    Args:
-        parts: blocks that follow each other, each with its codes ``(r, k)``.
-        current: which of them is the block.
-        context: c.
+    These follow each other, each with its codes ``(r, k)``; ``context`` tokens on either side count.
     """
 
     def __init__(self, parts: Sequence[tuple["RowBlock", Tensor]], current: int, context: int):
@@ -98,15 +94,9 @@ class RowBlock:
     @classmethod
     def of(cls, batch: ActivationBatch, hook_name: str, context: int) -> "RowBlock":
         """One hook of a batch of the stream."""
-        windows = batch.context(torch.arange(len(batch)))
-        return cls(
-            x=batch.activations[hook_name],
-            token_ids=batch.token_ids,
-            document_ids=batch.document_ids,
-            positions=batch.positions,
-            sequence_ids=batch.sequence_ids,
-            contexts=centred_contexts(windows, batch.positions, context),
-        )
+        contexts = centred_contexts(batch.context(torch.arange(len(batch))), batch.positions, context)
+        places = {name: getattr(batch, name) for name in ("token_ids", "document_ids", "positions", "sequence_ids")}
+        return cls(x=batch.activations[hook_name], contexts=contexts, **places)
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -125,15 +115,12 @@ _COLUMNS = [field.name for field in fields(RowBlock) if field.name != "values"]
 
 
 def centred_contexts(windows: Tensor, positions: Tensor, context: int) -> Tensor:
-    """Cut the tokens around a position out of each window.
+    """The tokens around a position of each window: ids ``(r, 2 * context + 1)`` int32 with the token in the middle.
 
     Args:
-        windows: token ids ``(r, L)``, padded with -1.
+        windows: token ids ``(r, L)``, padded with -1, as is the result beyond either end of a window.
         positions: column of the token in its window ``(r,)``.
         context: tokens on either side.
-
-    Returns:
-        Token ids ``(r, 2 * context + 1)`` int32 with the token in the middle, -1 beyond either end of the window.
     """
     columns = positions[:, None] + torch.arange(-context, context + 1)
     inside = (columns >= 0) & (columns < windows.shape[1])
@@ -181,21 +168,15 @@ class ExampleTable:
         self._values = torch.full((k, n), torch.nan)
         # A copy of the last column where the scores are computed, so that few candidates leave that device.
         self.worst = torch.full((k,), -torch.inf, device=device)
-        self._records = {
-            "token_ids": torch.full((k, n), -1),
-            "document_ids": torch.full((k, n), -1),
-            "positions": torch.full((k, n), -1),
-            "sequence_ids": torch.full((k, n), -1),
+        names = ("token_ids", "document_ids", "positions", "sequence_ids")
+        self._records = {name: torch.full((k, n), -1) for name in names} | {
             "token_values": torch.full((k, n, 2 * context + 1), torch.nan, dtype=torch.float16),
             "contexts": torch.full((k, n, 2 * context + 1), -1, dtype=torch.int32),
         }
 
     def offer(self, latents: Tensor, scores: Tensor, rows: Tensor, block: RowBlock, values: Tensor) -> None:
-        """Offer candidates, in stream order: row ``rows[i]`` of the block scores ``scores[i]`` for latent
-        ``latents[i]``.
-
-        ``values[i]`` is what is shown of it.
-        """
+        """Offer row ``rows[i]`` of the block, in stream order: it scores ``scores[i]`` for latent ``latents[i]``, and
+        ``values[i]`` is shown of it."""
         better = scores > self.worst[latents]
         latents, scores, rows = latents[better].cpu(), scores[better].float().cpu(), rows[better].cpu()
         values = values[better].float().cpu()
@@ -208,13 +189,14 @@ class ExampleTable:
         touched, sizes = latents.unique_consecutive(return_counts=True)
         group = torch.arange(len(touched)).repeat_interleave(sizes)
         rank = torch.arange(len(latents)) - (sizes.cumsum(0) - sizes)[group]
-        kept = rank < self._n
-        new_scores = torch.full((len(touched), self._n), -torch.inf)
-        new_rows = torch.zeros(len(touched), self._n, dtype=torch.int64)
-        new_scores[group[kept], rank[kept]] = scores[kept]
-        new_rows[group[kept], rank[kept]] = rows[kept]
-        new_values = torch.full((len(touched), self._n), torch.nan)
-        new_values[group[kept], rank[kept]] = values[kept]
+        best = rank < self._n
+
+        def table(entries: Tensor, fill: float | int) -> Tensor:
+            filled = torch.full((len(touched), self._n), fill, dtype=entries.dtype)
+            filled[group[best], rank[best]] = entries[best]
+            return filled
+
+        new_scores, new_rows, new_values = table(scores, -torch.inf), table(rows, 0), table(values, torch.nan)
         for start in range(0, len(touched), _MERGE_LATENTS):
             part = slice(start, start + _MERGE_LATENTS)
             self._merge(touched[part], new_scores[part], new_rows[part], new_values[part], block)
@@ -230,7 +212,7 @@ class ExampleTable:
         self._values[latents] = torch.cat([self._values[latents], new_values], dim=1).gather(1, origin[:, : self._n])
         origin = origin[:, : self._n]
         is_new = origin >= self._n
-        kept = torch.where(is_new, 0, origin)
+        old_places = torch.where(is_new, 0, origin)
         source = new_rows.gather(1, torch.where(is_new, origin - self._n, 0))
         for name, table in self._records.items():
             if name == "token_values":
@@ -238,7 +220,7 @@ class ExampleTable:
                 new = block.values.of(source, latents)
             else:
                 new = getattr(block, name)[source]
-            old = table[latents[:, None], kept]
+            old = table[latents[:, None], old_places]
             mask = is_new[..., None] if old.ndim == 3 else is_new
             table[latents] = torch.where(mask, new, old)
 

@@ -54,23 +54,15 @@ class Labeller(Protocol):
         ...
 
     def rate(self, questions: list[tuple[str, list[str]]]) -> list[list[float]]:
-        """For each pair of a description and contexts, how well it fits each of them; larger is better, NaN where
-        there was no usable answer.
-        """
+        """How well each description fits each of its contexts; larger is better, NaN where no answer was usable."""
         ...
 
 
 class LabellerLabels(Made):
     """The descriptions of a labeller, and its own ratings of how well they fit.
 
-    Args:
-        labeller: to ask.
-        rows: the examples.
-        splits: which of them may be shown and which are kept for the score; see :func:`to_rate`.
-        lens: of the directions, if known.
-        tokenizer: of the model.
-        chosen: the latents to describe.
-        seed: of the order in which contexts are rated.
+    ``splits`` say which rows may be shown and which are kept for the score (:func:`to_rate`); ``seed`` orders the
+    contexts to be rated.
     """
 
     def __init__(
@@ -120,11 +112,8 @@ class LabellerLabels(Made):
 
 def to_rate(splits: Sequence[Split], seed: int) -> list[Split]:
     """The splits with as few members and random activations as a labeller is asked about."""
-    generator = np.random.default_rng(seed)
-    return [
-        replace(one, members=one.members[:N_RATED], others=generator.permutation(one.others)[:N_RATED])
-        for one in splits
-    ]
+    random = np.random.default_rng(seed)
+    return [replace(s, members=s.members[:N_RATED], others=random.permutation(s.others)[:N_RATED]) for s in splits]
 
 
 def _evidence(

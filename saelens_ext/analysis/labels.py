@@ -170,9 +170,8 @@ class Labels:
                 dictionary.
         """
         labels = FORMAT.load(cls, Path(path))
-        wrong = [
-            f.name for f in fields(cls) if isinstance(x := getattr(labels, f.name), Tensor) and len(x) != len(labels)
-        ]
+        columns = {field.name: getattr(labels, field.name) for field in fields(cls)}
+        wrong = [name for name, value in columns.items() if isinstance(value, Tensor) and len(value) != len(labels)]
         if wrong:
             raise ValueError(f"The labels in {path} are damaged: there are {len(labels)}, and others of {wrong}.")
         if profile is not None:

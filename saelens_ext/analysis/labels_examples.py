@@ -53,12 +53,7 @@ class Made:
 
 
 class ExampleRows:
-    """The examples of a profile as one table.
-
-    Args:
-        profile: of any dictionary.
-        tokenizer: of the model.
-        seed: of the choice of random activations, where the profile has kept none.
+    """The examples of a profile as one table; ``seed`` chooses random activations where the profile has kept none.
 
     Raises:
         ValueError: the profile holds no example, or the tokenizer is not the one that made its tokens.
@@ -188,15 +183,15 @@ class ExampleRows:
 
 def _flat(examples: Examples, source: int) -> tuple[np.ndarray, ...]:
     """The examples that there are, in order of latents and ranks."""
-    there = examples.token_ids >= 0
-    latents = there.nonzero()[:, 0].numpy()
-    return latents, np.full(len(latents), source), examples.values[there].numpy(), *_places(examples, there)
+    filled = examples.token_ids >= 0
+    latents = filled.nonzero()[:, 0].numpy()
+    return latents, np.full(len(latents), source), examples.values[filled].numpy(), *_places(examples, filled)
 
 
-def _places(examples: Examples | Background, there: Any) -> tuple[np.ndarray, ...]:
+def _places(examples: Examples | Background, filled: Any) -> tuple[np.ndarray, ...]:
     """Contexts, windows and positions; the window is the document where older profiles kept no more."""
     windows = examples.document_ids if examples.sequence_ids is None else examples.sequence_ids
-    return tuple(column[there].numpy() for column in (examples.contexts, windows, examples.positions))
+    return tuple(column[filled].numpy() for column in (examples.contexts, windows, examples.positions))
 
 
 def bare(token: str) -> str:

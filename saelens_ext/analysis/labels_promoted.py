@@ -11,13 +11,7 @@ N_TOKENS = 5
 
 
 class PromotedLabels(Made):
-    """The most promoted tokens of each latent; a label fits an activation by how soon one of them follows it.
-
-    Args:
-        rows: the examples.
-        lens: of the directions.
-        tokenizer: of the model.
-    """
+    """The most promoted tokens of each latent; a label fits an activation by how soon one of them follows it."""
 
     name = "promoted"
 

@@ -18,12 +18,7 @@ FIGURES = ("auroc", "auroc_low", "auroc_high", "null_high", "p_value")
 
 
 class Scorer:
-    """Scores labels one by one.
-
-    Args:
-        n_null: shuffles.
-        seed: of the shuffles.
-    """
+    """Scores labels one by one, against ``n_null`` shuffles from a seed."""
 
     def __init__(self, n_null: int, seed: int):
         self._n_null = n_null

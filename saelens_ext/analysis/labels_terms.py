@@ -31,12 +31,9 @@ _WORD = re.compile(r"\w\w+")
 
 
 class ContextLabels(Made):
-    """The labels of all latents, and how well each fits an activation.
+    """The labels of all latents, made from the examples that ``splits`` name, and how well each fits an activation.
 
-    Args:
-        rows: the examples.
-        splits: which of them make which label.
-        is_region: the values are cosine distances, smaller ones stronger.
+    With ``is_region`` the values are cosine distances, smaller ones stronger.
     """
 
     name = "contexts"

@@ -79,7 +79,7 @@ def logit_lens(model: HostModel, directions: Tensor, *, top_n: int = 10) -> Lens
         raise ValueError(f"top_n must be at most the size of the vocabulary, {weights.shape[1]}, got {top_n}.")
     chunk = max(1, _LOGITS_PER_CHUNK // weights.shape[1])
     ends = [_ends(_logits(model, part.to(weights)), top_n) for part in (rows / norms).split(chunk)]
-    columns = [torch.cat(column) for column in zip(*ends, strict=True)] if ends else _no_ends(top_n)
+    columns = [torch.cat(column) for column in zip(*ends, strict=True)]
     names = ("promoted_logits", "promoted_ids", "suppressed_logits", "suppressed_ids")
     return LensResult(**dict(zip(names, columns, strict=True)))
 
@@ -89,9 +89,7 @@ def _logits(model: HostModel, units: Tensor) -> Tensor:
     norm = getattr(model, "ln_final", None)
     if norm is None:
         if model.cfg.normalization_type is not None:
-            raise ValueError(
-                "This model keeps its final normalisation elsewhere than in model.ln_final, so it has no logit lens."
-            )
+            raise ValueError("This model has no final normalisation at model.ln_final, so it has no logit lens.")
         norm = nn.Identity()
     with without_hooks(norm), without_hooks(model.unembed):
         return model.unembed(norm(units[None]))[0].float()
@@ -100,7 +98,3 @@ def _logits(model: HostModel, units: Tensor) -> Tensor:
 def _ends(logits: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     high, low = logits.topk(n, dim=1), logits.topk(n, dim=1, largest=False)
     return high.values.cpu(), high.indices.cpu(), low.values.cpu(), low.indices.cpu()
-
-
-def _no_ends(n: int) -> list[Tensor]:
-    return [torch.zeros(0, n), torch.zeros(0, n, dtype=torch.int64)] * 2

@@ -65,7 +65,7 @@ class SideMatch:
 
     @property
     def share(self) -> float:
-        """Share of all latents above the cutoff, in [0, 1]; chance alone gives about 1 - level."""
+        """Fraction of all latents above the cutoff, in [0, 1]; chance alone gives about 1 - level."""
         return float(self.above.double().mean())
 
     def summary(self) -> dict[str, Any]:
@@ -91,8 +91,7 @@ class DictionaryMatch:
     second: SideMatch
     """What the second's directions find in the first."""
     pairs: Tensor | None
-    """Optimal one-to-one pairs (latent of the first, latent of the second), by falling cosine: int64 ``(p, 2)``; None
-    if not computed."""
+    """Optimal one-to-one pairs (first, second), by falling cosine: int64 ``(p, 2)``; None if not computed."""
     pair_cosines: Tensor | None
     """Their cosines: float64 ``(p,)``."""
     settings: dict[str, Any]
@@ -121,14 +120,11 @@ class DictionaryMatch:
         return found
 
     def to_dataframe(self) -> "pandas.DataFrame":
-        """One row per latent of either dictionary: its nearest, mutual and one-to-one partners, -1 where it has
-        none.
-        """
+        """One row per latent of either dictionary: its nearest, mutual and one-to-one partners, -1 for none."""
         import pandas
 
-        return pandas.concat(
-            [pandas.DataFrame(self._columns(side)) for side in ("first", "second")], ignore_index=True
-        ).set_index(["side", "latent"])
+        sides = [pandas.DataFrame(self._columns(side)) for side in ("first", "second")]
+        return pandas.concat(sides, ignore_index=True).set_index(["side", "latent"])
 
     def _columns(self, side: str) -> dict[str, Any]:
         match: SideMatch = getattr(self, side)
@@ -196,7 +192,7 @@ def match_dictionaries(
             they replace, the stricter of the two; "rotation": that dictionary turned at random, which says whether
             anything is shared but the space; or activations ``(n, d)``, of which as many as there are latents are
             drawn, the control by random exemplars.
-        level: share of the null's best cosines that the cutoff is above, in (0, 1).
+        level: fraction of the null's best cosines that the cutoff is above, in (0, 1).
         n_null: made-up dictionaries per side; by default at least 5 and as many as give 1000 best cosines.
         one_to_one: compute the optimal assignment (Hungarian). By default if the k x k' cosines take no more than 1
             GiB; the time grows with the cube of the size, minutes at ten thousand.
@@ -241,9 +237,7 @@ def match_dictionaries(
 def _both_directions(
     first: Dictionary, second: Dictionary, center: Center | Tensor, radius: float | int | Sequence[float | int] | None
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Directions of both, zero for a latent without one, and the origins that they are about; float32, on one
-    device.
-    """
+    """Directions of both, zero for a latent without one, and the origins they are about; float32, on one device."""
     rows = [_rows(dictionary, name) for dictionary, name in ((first, "first"), (second, "second"))]
     if rows[0].shape[1] != rows[1].shape[1]:
         raise ValueError(
@@ -270,10 +264,7 @@ def _rows(dictionary: Dictionary, name: str) -> Tensor:
     rows = dictionary if isinstance(dictionary, Tensor) else dictionary.W_dec
     rows = rows.detach().float()
     if rows.ndim != 2 or 0 in rows.shape or not bool(rows.any()):
-        raise ValueError(
-            f"{name} has no directions: shape {tuple(rows.shape)}; a dictionary needs rows (k, d) that are not all "
-            "zero."
-        )
+        raise ValueError(f"{name} has no directions: shape {tuple(rows.shape)}; it needs rows (k, d), not all zero.")
     return _checks.finite(rows, name)
 
 
@@ -296,18 +287,11 @@ def _radii(first: Dictionary, second: Dictionary, radius: float | int | Sequence
     return [float(_checks.between(float(r), 0, math.inf, "radius")) for r in radii]
 
 
-# --- nearest neighbours and chance ---
-
-
 def _side(own: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], cutoff: float) -> SideMatch:
-    index, cosine = own
-    back = other[0]
+    (index, cosine), (back, _) = own, other
     mutual = (index >= 0) & (back[index.clamp_min(0)] == torch.arange(len(index)))
     fan_in = back[back >= 0].bincount(minlength=len(index))
     return SideMatch(nearest=index, cosine=cosine, mutual=mutual, fan_in=fan_in, cutoff=cutoff)
-
-
-# --- one to one ---
 
 
 def _assignment(first: Tensor, second: Tensor, wanted: bool | None) -> tuple[Tensor | None, Tensor | None]:
@@ -317,10 +301,7 @@ def _assignment(first: Tensor, second: Tensor, wanted: bool | None) -> tuple[Ten
     if wanted is False:
         return None, None
     if size > ASSIGNMENT_BYTES:
-        sentence = (
-            f"The one-to-one assignment of {len(rows)} to {len(columns)} latents needs {size} bytes, "
-            f"more than {ASSIGNMENT_BYTES}"
-        )
+        sentence = f"Assigning {len(rows)} latents to {len(columns)} needs {size} bytes, more than {ASSIGNMENT_BYTES}"
         if wanted:
             raise ValueError(f"{sentence}. Use one_to_one=False, and read the mutual pairs.")
         logger.info("%s; it is left out.", sentence)

@@ -32,12 +32,12 @@ class Searcher:
 
     def find(self, queries: Tensor, target: Tensor, origin: Tensor) -> tuple[Tensor, Tensor]:
         """Nearest row of ``target`` and its cosine for each query, -1 and NaN for a zero one; notes the cutoff."""
-        asked, there = (part.any(dim=1).nonzero().squeeze(1) for part in (queries, target))
+        rows, columns = (part.any(dim=1).nonzero().squeeze(1) for part in (queries, target))
         index = torch.full((len(queries),), -1)
         cosine = torch.full((len(queries),), torch.nan, dtype=torch.float64)
-        found, distance = nearest(queries[asked], target[there], max_bytes=self.max_bytes)
-        index[asked.cpu()], cosine[asked.cpu()] = there[found].cpu(), 1 - distance.cpu()
-        self.cutoffs.append(self._cutoff(queries[asked], target[there], origin))
+        neighbour, distance = nearest(queries[rows], target[columns], max_bytes=self.max_bytes)
+        index[rows.cpu()], cosine[rows.cpu()] = columns[neighbour].cpu(), 1 - distance.cpu()
+        self.cutoffs.append(self._cutoff(queries[rows], target[columns], origin))
         return index, cosine
 
     def _cutoff(self, queries: Tensor, target: Tensor, origin: Tensor) -> float:
@@ -48,9 +48,8 @@ class Searcher:
         if n_null is None:
             n_null = max(5, math.ceil(max(_NULL_DRAWS, 10 / (1 - self.level)) / len(queries)))
         made_up = _MadeUp(self.null, target, origin, generator)
-        draws = (
-            torch.cat([made_up.best_cosines(queries) for _ in range(_checks.positive(n_null, "n_null"))]).sort().values
-        )
+        rounds = range(_checks.positive(n_null, "n_null"))
+        draws = torch.cat([made_up.best_cosines(queries) for _ in rounds]).sort().values
         self.n_null.append(n_null)
         rank = math.ceil((len(draws) + 1) * self.level)
         if rank > len(draws):

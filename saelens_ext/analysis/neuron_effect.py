@@ -31,9 +31,7 @@ _LOGITS_PER_PASS = 2**25
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class NeuronGroupEffect:
-    """The effect of a group on T tokens, and of R random groups; tensors on the CPU, float64, ``(T,)`` unless said
-    otherwise.
-    """
+    """The effect of a group on T tokens, and of R random groups; CPU float64 ``(T,)`` unless said otherwise."""
 
     tokens: tuple[str, ...]
     """The tokens of interest."""
@@ -54,7 +52,7 @@ class NeuronGroupEffect:
     p_value: Tensor
     """Two-sided Monte-Carlo p-value of e among the random effects; at least 2 / (R + 1), for each token by itself."""
     confidence: float
-    """Share of the random effects in the range, in (0, 1)."""
+    """Fraction of the random effects in the range, in (0, 1)."""
 
     def to_dataframe(self) -> "pandas.DataFrame":
         """One row per token of interest."""
@@ -104,7 +102,7 @@ def neuron_group_effect(
         n_random: R, at least 1.
         control_pool: neurons to draw from, for example those that any feature uses; those of the group are taken out.
             By default all.
-        confidence: share of the random effects inside their range, in (0, 1).
+        confidence: fraction of the random effects inside their range, in (0, 1).
         seed: of the draws.
         batch_size: rows in a forward pass, at most.
 
@@ -122,18 +120,18 @@ def neuron_group_effect(
     _checks.positive(batch_size, "batch_size")
     group, values = _checked_group(neurons, weights)
     texts, point = prompt_list(prompts), edit_point(model, hook_name)
-    ids = torch.tensor([_token_id(model, token, texts[0]) for token in _listed(tokens_of_interest)])
+    tokens = _checks.listed(tokens_of_interest, "tokens_of_interest", "token")
+    ids = torch.tensor([_token_id(model, token, texts[0]) for token in tokens])
     with evaluating(model):
         d = _width(model, point, prompt_ids(model, texts[0]))
         indices, amounts = _with_random_groups(group, values, _pool(group, d, control_pool), n_random, seed)
         change = _Change(indices, amounts, mode == "set", point)
-        read = [
-            _readings(model, prompt_ids(model, text), change, ids, positions, measure, batch_size) for text in texts
-        ]
+        starts = [prompt_ids(model, text) for text in texts]
+        read = [_readings(model, start, change, ids, positions, measure, batch_size) for start in starts]
     # Row 0 of each prompt is the group, the others are random.
     effects = torch.stack(read)
     real, control = effects[:, 0], effects[:, 1:].mean(0)
-    low, high = ((1 - confidence) / 2, (1 + confidence) / 2)
+    low, high = (1 - confidence) / 2, (1 + confidence) / 2
     return NeuronGroupEffect(
         tokens=tuple(token_strings(tokenizer_of(model), ids.tolist())),
         token_ids=ids,
@@ -157,16 +155,8 @@ def _checked_group(neurons: Tensor | Sequence[int], weights: Tensor | Sequence[f
     if group.ndim != 1 or len(group) == 0 or len(group.unique()) < len(group) or int(group.min()) < 0:
         raise ValueError(f"neurons must be one or more different indices from 0, got {group.tolist()}.")
     if values.shape != group.shape:
-        raise ValueError(
-            f"weights must be one number per neuron: {len(group)} neurons, weights of shape {tuple(values.shape)}."
-        )
+        raise ValueError(f"weights must be one number per neuron: {len(group)} neurons, shape {tuple(values.shape)}.")
     return group, _checks.finite(values, "weights")
-
-
-def _listed(tokens: Sequence[str | int]) -> list[str | int]:
-    if isinstance(tokens, str) or len(tokens) == 0:
-        raise ValueError(f"tokens_of_interest must be a list of at least one token, got {tokens!r}.")
-    return list(tokens)
 
 
 def _token_id(model: HostModel, token: str | int, prompt: str) -> int:
@@ -178,10 +168,7 @@ def _token_id(model: HostModel, token: str | int, prompt: str) -> int:
     (ids,) = ids_after(model, prompt, [token])
     if len(ids) != 1:
         pieces = token_strings(tokenizer_of(model), ids)
-        raise ValueError(
-            f"{token!r} is not one token but {pieces}. Give a single token, with its leading space if it has one, or "
-            "an id."
-        )
+        raise ValueError(f"{token!r} is not one token but {pieces}. Give one, with its leading space if any, or an id.")
     return ids[0]
 
 
@@ -196,10 +183,7 @@ def _width(model: HostModel, point: str, ids: Tensor) -> int:
     with hooked(model, [(point, see)]):
         logits_of(model, ids[None, :1])
     if not found:
-        raise ValueError(
-            f"The hook {point!r} did not fire in a forward pass; it is one that the model only has under other "
-            "settings."
-        )
+        raise ValueError(f"The hook {point!r} did not fire in a forward pass: it needs other settings of the model.")
     return found[0]
 
 
@@ -207,15 +191,10 @@ def _pool(group: Tensor, d: int, given: Tensor | Sequence[int] | None) -> Tensor
     pool = torch.arange(d) if given is None else torch.as_tensor(given).detach().cpu().long().unique()
     for name, indices in (("neurons", group), ("control_pool", pool)):
         if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < d:
-            raise ValueError(
-                f"{name} must lie from 0 to {d - 1} at this hook, got {int(indices.min())} to {int(indices.max())}."
-            )
+            raise ValueError(f"{name} must lie from 0 to {d - 1}, got {int(indices.min())} to {int(indices.max())}.")
     pool = pool[~torch.isin(pool, group)]
     if len(pool) < len(group):
-        raise ValueError(
-            f"The control needs {len(group)} neurons outside the group and has {len(pool)} to draw from. Widen "
-            "control_pool, or take fewer neurons."
-        )
+        raise ValueError(f"control_pool needs {len(group)} neurons outside the group, got {len(pool)}: widen it.")
     return pool
 
 
@@ -262,9 +241,7 @@ class _Change:
         return torch.zeros_like(part).scatter_(2, where, amount)
 
     def _equal_norms(self, amount: Tensor, part: Tensor) -> Tensor:
-        """Bring changes to the norm that the group's own has at the same place; all rows are one prompt before the
-        change.
-        """
+        """Scale changes to the norm of the group's own at the same place; all rows are one prompt before the change."""
         own = self.values[0].to(part) - part[:1, :, self.indices[0].to(part.device)]
         norm = amount.norm(dim=2, keepdim=True).clamp_min(torch.finfo(part.dtype).tiny)
         return amount * (own.norm(dim=2, keepdim=True) / norm)

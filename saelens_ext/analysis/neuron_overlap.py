@@ -45,15 +45,13 @@ class NeuronOverlap:
     p_value: Tensor
     """Probability under the null of an overlap of o_ij or more: float64, NaN on the diagonal, which is no test."""
     p_adjusted: Tensor
-    """The p-values corrected for the number of pairs: the smallest false discovery rate at which a pair is still
-    found.
-    """
+    """The p-values corrected for the number of pairs: the smallest false discovery rate that still finds a pair."""
 
     def to_dataframe(self) -> "pandas.DataFrame":
         """One row per pair i < j, the most surprising first."""
         import pandas
 
-        i, j = _pairs(len(self.sizes))
+        i, j = torch.triu_indices(len(self.sizes), len(self.sizes), offset=1)
         columns = ("overlap", "expected", "jaccard", "same_sign", "p_value", "p_adjusted")
         sizes = {"size_i": self.sizes[i].numpy(), "size_j": self.sizes[j].numpy()}
         table = pandas.DataFrame(
@@ -160,9 +158,7 @@ def core_and_exclusive_neurons(
     rows = [int(index) for index in group]
     wrong = [index for index in rows if not 0 <= index < len(features)]
     if wrong or len(rows) < 2 or len(set(rows)) < len(rows):
-        raise ValueError(
-            f"group must be at least two different features of 0 to {len(features) - 1}, got {list(group)}."
-        )
+        raise ValueError(f"group must be two or more features of 0 to {len(features) - 1}, got {list(group)}.")
     needed = len(rows) if shared_by is None else shared_by
     if not 2 <= needed <= len(rows):
         raise ValueError(f"shared_by must lie from 2 to {len(rows)}, the size of the group, got {shared_by}.")
@@ -184,32 +180,21 @@ def _population(population: str | int, used: int, d: int) -> int:
     if isinstance(population, str):
         return {"used": used, "all": d}[_checks.choice(population, ("used", "all"), "population")]
     if not used <= population <= d:
-        raise ValueError(
-            f"population must lie from {used}, the neurons that the features use, to {d}, all of them; got "
-            f"{population}."
-        )
+        raise ValueError(f"population must lie from {used}, the neurons used, to {d}, all of them; got {population}.")
     return population
-
-
-def _pairs(k: int) -> tuple[Tensor, Tensor]:
-    i, j = torch.triu_indices(k, k, offset=1)
-    return i, j
 
 
 def _tests(overlap: Tensor, sizes: Tensor, population: int, correction: str) -> tuple[Tensor, Tensor]:
     """P-values and corrected ones, ``(k, k)``."""
-    i, j = _pairs(len(sizes))
+    k = len(sizes)
+    i, j = torch.triu_indices(k, k, offset=1)
     pairs = torch.stack([overlap[i, j], torch.minimum(sizes[i], sizes[j]), torch.maximum(sizes[i], sizes[j])], dim=1)
     # Supports have few different sizes, so thousands of pairs ask the same few questions.
-    asked, answer = np.unique(pairs.numpy(), axis=0, return_inverse=True)
-    p = hypergeom.sf(asked[:, 0] - 1, population, asked[:, 1], asked[:, 2])
+    distinct, answer = np.unique(pairs.numpy(), axis=0, return_inverse=True)
+    p = hypergeom.sf(distinct[:, 0] - 1, population, distinct[:, 1], distinct[:, 2])
     # Sums of many probabilities can come out above 1 by rounding.
     raw = np.clip(p, 0, 1)[answer.reshape(-1)]
-    return _symmetric(raw, len(sizes)), _symmetric(false_discovery_control(raw, method=correction), len(sizes))
-
-
-def _symmetric(values: np.ndarray, k: int) -> Tensor:
-    i, j = _pairs(k)
-    matrix = torch.full((k, k), torch.nan, dtype=torch.float64)
-    matrix[i, j] = matrix[j, i] = torch.from_numpy(values)
-    return matrix
+    tables = torch.full((2, k, k), torch.nan, dtype=torch.float64)
+    values = torch.from_numpy(np.stack([raw, false_discovery_control(raw, method=correction)]))
+    tables[:, i, j] = tables[:, j, i] = values
+    return tables[0], tables[1]

@@ -2,13 +2,12 @@
 
 import math
 import re
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+
+from typing_extensions import Unpack
 
 from saelens_ext import _checks
 from saelens_ext.analysis.labeller import Description, Evidence
-from saelens_ext.host.chat_endpoint import ChatEndpoint
+from saelens_ext.host.chat_endpoint import ChatEndpoint, EndpointOptions
 
 _LAST_LINE = (
     "Think about it in one short sentence. Then write a last line that is nothing but 'Description: ' and at most "
@@ -64,6 +63,7 @@ class OpenAILabeller:
         ValueError: no key, or a number out of range.
     """
 
+    @_checks.names_options(ChatEndpoint)
     def __init__(
         self,
         base_url: str,
@@ -71,27 +71,13 @@ class OpenAILabeller:
         api_key: str | None = None,
         *,
         n_sentences: int = _N_SENTENCES,
-        cache_directory: str | Path | None = None,
-        timeout: float | int = 60.0,
-        max_retries: int = 5,
-        max_attempts: int = 3,
-        max_concurrency: int = 4,
-        request_options: Mapping[str, Any] | None = None,
+        **options: Unpack[EndpointOptions],
     ):
         self.base_url, self.model = base_url, model
         self.n_sentences = _checks.positive(n_sentences, "n_sentences") if n_sentences else 0
-        self._endpoint = ChatEndpoint(
-            base_url,
-            model,
-            api_key,
-            cache_directory=cache_directory,
-            timeout=timeout,
-            max_retries=max_retries,
-            max_attempts=max_attempts,
-            max_concurrency=max_concurrency,
-            request_options={"temperature": 0, "max_tokens": 500} if request_options is None else request_options,
-            role="labeller",
-        )
+        if options.get("request_options") is None:
+            options["request_options"] = {"temperature": 0, "max_tokens": 500}
+        self._endpoint = ChatEndpoint(base_url, model, api_key, **options, role="labeller")
 
     def describe(self, evidence: list[Evidence]) -> list[Description]:
         """Ask for the descriptions of latents; a description is empty where no answer had the form asked for.
@@ -144,10 +130,9 @@ class OpenAILabeller:
         listed = "\n".join(f"{number}: {context}" for number, context in enumerate(contexts, 1))
         material = f"<description>{description}</description>\n{listed}"
         reminder = f"Reply with {len(contexts)} lines: the number of each context, a colon and a rating from 0 to 10."
-        ratings = self._endpoint.ask(
-            _RATE_TASK, material, lambda answer: parse_ratings(answer, len(contexts)), reminder
-        )
-        return [math.nan] * len(contexts) if ratings is None else ratings
+        n = len(contexts)
+        ratings = self._endpoint.ask(_RATE_TASK, material, lambda answer: parse_ratings(answer, n), reminder)
+        return [math.nan] * n if ratings is None else ratings
 
 
 def parse_description(answer: str) -> str | None:
@@ -165,13 +150,10 @@ def parse_sentences(answer: str, n: int) -> list[str] | None:
 
 def parse_ratings(answer: str, n: int) -> list[float] | None:
     """The ratings in an answer; None unless each of ``n`` contexts has one, and only one."""
-    found = [_RATING.fullmatch(line.strip().strip("*").strip()) for line in answer.splitlines() if line.strip()]
-    ratings = {int(match[1]): float(match[2]) for match in found if match is not None}
-    return (
-        [ratings[number] for number in range(1, n + 1)]
-        if len(found) == n and set(ratings) == {*range(1, n + 1)}
-        else None
-    )
+    lines = [_RATING.fullmatch(line.strip().strip("*").strip()) for line in answer.splitlines() if line.strip()]
+    ratings = {int(match[1]): float(match[2]) for match in lines if match is not None}
+    whole = len(lines) == n and sorted(ratings) == [*range(1, n + 1)]
+    return [ratings[number] for number in sorted(ratings)] if whole else None
 
 
 def _quoted(tokens: list[str]) -> str:

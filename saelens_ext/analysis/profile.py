@@ -46,17 +46,13 @@ class DictionaryProfile:
     n_activations: int
     """Activations seen."""
     n_unassigned: int
-    """Of them, those of no region because they equal the centre or were rejected; 0 for a dictionary without
-    regions.
-    """
+    """Of them, those of no region (rejected, or equal to the centre); 0 for a dictionary without regions."""
     context: int
     """Tokens on either side of an example."""
     latent_names: tuple[str, ...]
     """One name per latent: "latent 0", or "region 0" where the dictionary has regions."""
     counts: Tensor
-    """Activations with a non-zero code, or for a dictionary with regions the members of the Voronoi cell: int64
-    ``(k,)``.
-    """
+    """Activations with a non-zero code, or with regions the members of the Voronoi cell: int64 ``(k,)``."""
     mean_activation: Tensor
     """Mean of the non-zero codes: float32 ``(k,)``, 0 where there is none."""
     max_activation: Tensor
@@ -119,23 +115,20 @@ class DictionaryProfile:
 
     def _check_shapes(self, path: Path) -> None:
         columns = {field.name: getattr(self, field.name) for field in fields(self)}
-        tables = {name: columns[name] for name in TABLES if columns[name] is not None}
         shapes = {name: tuple(value.shape) for name, value in columns.items() if isinstance(value, Tensor)}
-        expected: dict[str, tuple[int, ...]] = {name: (self.d_sae,) for name in (*shapes, "latent_names")}
         shapes["latent_names"] = (len(self.latent_names),)
-        for table, examples in tables.items():
-            n = examples.values.shape[-1] if examples.values.ndim else 0
-            wide = (2 * self.context + 1,)
-            for name in (field.name for field in fields(Examples)):
-                if (column := getattr(examples, name)) is not None:
+        expected: dict[str, tuple[int, ...]] = dict.fromkeys(shapes, (self.d_sae,))
+        for table in (name for name in TABLES if columns[name] is not None):
+            examples = vars(columns[table])
+            n = examples["values"].shape[-1] if examples["values"].ndim else 0
+            for name, column in examples.items():
+                if column is not None:
                     shapes[f"{table}.{name}"] = tuple(column.shape)
-                    is_wide = name in ("contexts", "token_values")
-                    expected[f"{table}.{name}"] = (self.d_sae, n) + (wide if is_wide else ())
+                    wide = (2 * self.context + 1,) if name in ("contexts", "token_values") else ()
+                    expected[f"{table}.{name}"] = (self.d_sae, n, *wide)
         wrong = {name: shape for name, shape in shapes.items() if shape != expected[name]}
         if wrong:
-            raise ValueError(
-                f"The profile in {path} is damaged: for {self.d_sae} latents it holds tensors of shapes {wrong}."
-            )
+            raise ValueError(f"The profile in {path} is damaged: {self.d_sae} latents, tensors of shapes {wrong}.")
 
     def _check_belongs(self, config: dict[str, Any], what: str) -> None:
         """Raise ValueError if a dictionary has another number of latents or another hook."""
@@ -143,18 +136,15 @@ class DictionaryProfile:
         # The same place has another name in another host class, to which the dictionary may have been moved since.
         spellings = [] if hook is None else [hook, *(name for kind in BLOCKS for name in spellings_of(hook, kind))]
         if self.d_sae != config.get("d_sae"):
-            raise ValueError(
-                f"The profile is of {self.d_sae} latents, {what} has {config.get('d_sae')}: they do not belong "
-                "together."
-            )
-        if hook is not None and not set(spellings) & set(self.hook_aliases):
-            raise ValueError(
-                f"The profile was made at {' = '.join(self.hook_aliases)}, {what} is of {hook!r}: they do not belong "
-                "together."
-            )
+            mismatch = f"The profile is of {self.d_sae} latents, {what} has {config.get('d_sae')}"
+        elif hook is not None and not set(spellings) & set(self.hook_aliases):
+            mismatch = f"The profile was made at {' = '.join(self.hook_aliases)}, {what} is of {hook!r}"
+        else:
+            return
+        raise ValueError(f"{mismatch}: they do not belong together.")
 
     def to_dataframe(self) -> "pandas.DataFrame":
-        """One row per latent: its name, count, share of all activations and figures."""
+        """One row per latent: its name, count, fraction of all activations and figures."""
         import pandas
 
         columns: dict[str, Any] = {
@@ -330,13 +320,7 @@ def profile_dictionaries(
         saes: the dictionaries, at least one.
         stream: activations of every hook they need.
         hook_name: one hook for all of them; by default each dictionary's own.
-        n_examples: as for :func:`profile_dictionary`, as all that follow.
-        n_boundary: farthest members kept per region.
-        n_random: random examples kept per latent.
-        n_background: activations drawn at random from all.
-        context: tokens on either side of an example.
-        seed: of the random examples.
-        progress: show a progress bar.
+        n_examples: as for :func:`profile_dictionary`, as are all other arguments.
 
     Returns:
         A profile per dictionary, in their order; each is that of :func:`profile_dictionary` alone.

@@ -100,9 +100,7 @@ class RegionTally:
         self._random = random
 
     def take(self, x: Tensor, block: RowBlock) -> Tensor:
-        """Add a block whose activations ``x``, ``(r, d)``, are on the dictionary's device; gives the region of each
-        row, -1 for none.
-        """
+        """Add a block ``x`` ``(r, d)`` on the dictionary's device; gives the region of each row, -1 for none."""
         self._n += len(x)
         regions, distances = (part.cpu() for part in self._sae.assign(x))
         members = regions >= 0
@@ -127,9 +125,7 @@ class RegionTally:
         return of_rows
 
     def results(self) -> dict[str, Any]:
-        """The fields of the profile that this fills; for a dictionary with regions they go before those of the
-        codes.
-        """
+        """The fields of the profile that this fills; with regions they go before those of the codes."""
         empty = self._counts == 0
         n = self._counts.clamp_min(1)
         coherence = None

@@ -46,8 +46,7 @@ class DetectionRow:
     hook_name: str
     """Where it is read."""
     direction: Tensor | None = None
-    """Its unit direction ``(d,)``, which the model can be steered along at ``hook_name``; None for a code. In no table
-    and no JSON."""
+    """Its unit direction ``(d,)`` for steering at ``hook_name``; None for a code. In no table and no JSON."""
     chosen_auroc: float
     """AUROC on the sentences that chose it, in [0, 1]; above what to expect of others."""
     auroc: float
@@ -136,9 +135,7 @@ def compare_detection(
     choosing, judging = zip(split_sentences(activating, seed=seed), split_sentences(neutral, seed=seed), strict=True)
     methods = dict(detectors)
     if diff_means_at is not None and DIFF_MEANS in methods:
-        raise ValueError(
-            f"A detector is called {DIFF_MEANS!r}, as the one that diff_means_at adds; give it another name."
-        )
+        raise ValueError(f"{DIFF_MEANS!r} is the name of what diff_means_at adds; give your detector another one.")
     if not methods and diff_means_at is None:
         raise ValueError("detectors is empty and diff_means_at is None: there is nothing to compare.")
     warn_of_bos(model, methods.values())

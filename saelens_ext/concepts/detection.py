@@ -30,9 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ConceptScores:
-    """How well each of k scores detects a concept; tensors on the CPU, one entry per score, float64 unless said
-    otherwise.
-    """
+    """How well each of k scores detects a concept; CPU tensors, one entry per score, float64 unless said otherwise."""
 
     names: tuple[str, ...]
     """What each score is of."""
@@ -53,9 +51,7 @@ class ConceptScores:
     auroc: Tensor
     """Probability that an activating sentence scores above a neutral one, ties counting half; in [0, 1]."""
     auroc_low: Tensor
-    """Lower confidence limit of it, for each score by itself: the best of many scores is better than it will be
-    again.
-    """
+    """Lower confidence limit of it, for each score by itself: the best of many scores is optimistic."""
     auroc_high: Tensor
     """Upper confidence limit of it."""
     confidence: float
@@ -134,12 +130,9 @@ def compare_sentences(
     limit: float | int = LOG_RATIO_LIMIT,
     confidence: float = 0.95,
 ) -> ConceptScores:
-    """Compare two tables of :func:`sentence_scores`, of one detector.
+    """Compare two tables of :func:`sentence_scores`, ``(p, k)`` and ``(q, k)``, of one detector with k names.
 
     Args:
-        activating: ``(p, k)``.
-        neutral: ``(q, k)``.
-        names: k names.
         limit: largest size of the log ratio, in nats.
         confidence: of the limits of the AUROC, in (0, 1).
 

@@ -39,8 +39,7 @@ class Detector:
     """Unit rows w, float32 or wider ``(k, d)``, that the scores compare with and that the model can be steered along; a
     dead latent's is 0. None where the scores are codes."""
     origin: Tensor | None = None
-    """c, ``(d,)`` in units of the activation; None: 0, or not known in these units (a dictionary that normalises its
-    input)."""
+    """c, ``(d,)`` in units of the activation; None: 0, or unknown (a dictionary that normalises its input)."""
     latents: tuple[int, ...] = ()
     """The dictionary's latent behind each score; empty where no dictionary scores."""
 
@@ -117,9 +116,7 @@ class Detector:
         writes = similarity != "code" and isinstance(sae, Transcoder)
         hook = hook_name or (sae.cfg.metadata.hook_name_out if writes else sae.cfg.metadata.hook_name)
         if hook is None:
-            raise ValueError(
-                "The dictionary does not record its hook. Pass hook_name=, where its activations are to be read."
-            )
+            raise ValueError("The dictionary records no hook. Pass hook_name=, where its activations are to be read.")
         scoring = (
             _codes(sae, None if latents is None else chosen)
             if similarity == "code"

@@ -133,29 +133,19 @@ def held_out_diff_means(
     """Make a difference of means from one part of the sentences and score the other part with it.
 
     Args:
-        model: any TransformerLens model.
-        hook_name: any hook.
         positives: sentences that show the concept, at least 2 different ones.
         neutrals: sentences that do not, at least 2 different ones, none of them among the positives.
-        test_fraction: share of each set that is scored, in (0, 1).
-        seed: of the split.
-        weighting: as for :func:`diff_means`.
-        equal_norms: as for :func:`diff_means`.
-        similarity: as for :meth:`DiffMeans.detector`.
-        center: as for :meth:`DiffMeans.detector`.
+        test_fraction: fraction of each set that is scored, in (0, 1), chosen at random by ``seed``.
+        weighting: as for :func:`diff_means`, and likewise ``equal_norms``, ``context_size`` and ``batch_size``.
+        similarity: as for :meth:`DiffMeans.detector`, and likewise ``center``.
         confidence: of the limits of the AUROC, in (0, 1).
-        context_size: as for :func:`diff_means`.
-        batch_size: windows in a forward pass.
 
     Raises:
         ValueError: as :func:`diff_means` and :func:`split_sentences`, or a sentence that is in both sets.
     """
     shared = sorted(set(positives) & set(neutrals))
     if shared:
-        raise ValueError(
-            f"{len(shared)} sentences are both positive and neutral, for example {shared[0]!r}. Take them out of one "
-            "set."
-        )
+        raise ValueError(f"{len(shared)} sentences are both positive and neutral: take {shared[0]!r} out of one set.")
     train_up, test_up = split_sentences(positives, test_fraction=test_fraction, seed=seed)
     train_down, test_down = split_sentences(neutrals, test_fraction=test_fraction, seed=seed)
     options: dict[str, Any] = {"context_size": context_size, "batch_size": batch_size}
@@ -168,16 +158,12 @@ def held_out_diff_means(
 def split_sentences(
     sentences: Sequence[str], *, test_fraction: float = 0.5, seed: int = 0
 ) -> tuple[list[str], list[str]]:
-    """Split sentences at random, equal ones never apart.
+    """Split sentences at random into training and test sentences, equal ones never apart, each in the order given.
 
     Args:
         sentences: at least 2 different ones.
-        test_fraction: share of the different sentences that goes to the second part, in (0, 1), rounded, at least one
-            to either part.
-        seed: of the split.
-
-    Returns:
-        Training and test sentences, each in the order given.
+        test_fraction: fraction of the different sentences that goes to the second part, in (0, 1), rounded, at least
+            one to either part.
 
     Raises:
         ValueError: fewer than 2 different sentences, or a fraction out of range.
@@ -219,11 +205,7 @@ class SentenceSums(NamedTuple):
 def sentence_sums(batches: Iterable[ActivationBatch], hook_name: str, n: int, *, equal_norms: bool) -> SentenceSums:
     """Add up the activations of n sentences at one hook, from the batches of a stream whose documents they are.
 
-    Args:
-        batches: as :func:`~saelens_ext.concepts.token_activations.token_activations` gives them.
-        hook_name: key of ``batch.activations``.
-        n: sentences.
-        equal_norms: add up x / |x|, and log |x| beside it.
+    With ``equal_norms`` it adds up x / |x|, and log |x| beside it.
     """
     sums = SentenceSums(torch.zeros(n, 0, dtype=torch.float64), *torch.zeros(3, n, dtype=torch.float64))
     for batch in batches:

@@ -22,11 +22,8 @@ _SCORES_PER_BLOCK = 2**22
 class SentencePool:
     """One detector's scores of n sentences, gathered batch by batch; memory: the table and one block of scores.
 
-    Args:
-        detector: what scores a token.
-        n: sentences.
-        pooling: what a sentence's score is: the largest of its tokens' ("max"), their mean ("mean"), or that of its
-            last token ("last"); special tokens do not count.
+    A sentence's score is the largest of its tokens' ("max"), their mean ("mean"), or that of its last token ("last");
+    special tokens do not count.
     """
 
     def __init__(self, detector: Detector, n: int, pooling: Pooling = "max"):
@@ -127,15 +124,12 @@ def sentence_scores(
     Memory: the results, and a block of scores of tens of megabytes.
 
     Args:
-        model: any TransformerLens model.
         detectors: what scores, or several by name.
         sentences: at least 1, of which each is one document however long.
-        pooling: what a sentence's score is, over its tokens but special ones: the largest ("max"), the mean ("mean"),
-            or that of the last ("last").
-        context_size: tokens in a window, BOS included; a longer sentence is cut into windows. By default 128, or the
-            model's own limit if that is less.
-        batch_size: windows in a forward pass.
-        progress: show a progress bar.
+        pooling: what a sentence's score is, over its tokens but special ones: the largest ("max"), the mean
+            ("mean"), or that of the last ("last").
+        context_size: tokens in a window, BOS included; a longer sentence is cut into windows. By default 128, or
+            the model's own limit if that is less.
 
     Returns:
         ``(len(sentences), k)``, float32 on the CPU; for several detectors one such tensor by name.

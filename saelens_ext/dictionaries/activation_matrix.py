@@ -34,32 +34,23 @@ class ActivationSource:
         document_ids: Tensor | None = None,
         batch_size: int | None = None,
     ) -> "ActivationSource":
-        """Check what the user gave.
+        """Check what the user gave: a stream over one hook, or activations ``(n, d)`` read at a hook.
 
         Args:
-            source: a stream over one hook, or activations ``(n, d)``.
-            hook_name: where a matrix was read.
-            held_out: share of the documents to keep out, in [0, 0.5].
+            held_out: fraction of the documents to keep out, in [0, 0.5].
             document_ids: the document of each row of a matrix; None: each is one of its own.
             batch_size: rows of a matrix in a batch; None: all.
 
         Raises:
-            ValueError: several hooks; documents to be held out of a matrix that has none; a share out of range.
+            ValueError: several hooks; documents to be held out of a matrix that has none; a fraction out of range.
         """
         if not 0 <= held_out <= 0.5:
-            raise ValueError(
-                f"held_out must lie in [0, 0.5], got {held_out!r}; it is the share of documents kept out of the fit."
-            )
+            raise ValueError(f"held_out, a fraction of the documents, must lie in [0, 0.5], got {held_out!r}.")
         if not isinstance(source, Tensor | ActivationStream):
-            raise ValueError(
-                f"Activations must be an ActivationStream or an (n, d) tensor, got a {type(source).__name__}."
-            )
+            raise ValueError(f"Give an ActivationStream or an (n, d) tensor, got a {type(source).__name__}.")
         if isinstance(source, Tensor):
             if held_out and document_ids is None:
-                raise ValueError(
-                    "A matrix does not say which rows are of one document; give document_ids or a stream, or leave "
-                    "held_out at 0."
-                )
+                raise ValueError("A matrix does not say where documents end: give document_ids, or set held_out=0.")
             source = MatrixStream(source, hook_name or "", document_ids=document_ids, batch_size=batch_size)
         elif hook_name is not None or document_ids is not None:
             name, value = ("hook_name", repr(hook_name)) if hook_name is not None else ("document_ids", "some")
@@ -78,8 +69,7 @@ class ActivationSource:
     def blocks(self, *, held_out: bool = False) -> Iterator[Float[Tensor, "m d"]]:
         """Activations to fit, or those kept out, in stream order; float32 unless they are float64.
 
-        Raises:
-            ValueError: at the end of a pass that was to keep documents out and met none of them.
+        ValueError: at the end of a pass that was to keep documents out and met none of them.
         """
         if held_out and not self.held_out:
             return

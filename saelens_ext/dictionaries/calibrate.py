@@ -37,15 +37,9 @@ def calibrate(
     calibration: CalibrationMode = "across_documents",
     seed: int = 0,
 ) -> Calibration:
-    """Calibrate one hook on the first ``n_activations`` of some batches.
+    """Calibrate one hook on the first ``n_activations`` of some batches, which are together at least as long.
 
-    Args:
-        batches: the first batches of a stream, together at least ``n_activations`` long.
-        hook_name: key of ``batch.activations``.
-        percentiles: each in (0, 100).
-        n_activations: how many to use.
-        calibration: pairs "across_documents", or the paper's "within_batch".
-        seed: of the sampling of rows and of the bootstrap.
+    Percentiles lie in (0, 100); ``seed`` is of the sampling of rows and of the bootstrap.
 
     Raises:
         ValueError: only one document under "across_documents".

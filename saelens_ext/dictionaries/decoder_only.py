@@ -58,9 +58,7 @@ class DecoderOnlyConfig(SAEConfig):
         options = dict(config_dict)
         architecture = plain_name(options.pop("architecture", cls.architecture()))
         if architecture != cls.architecture():
-            raise ValueError(
-                f"This config is of architecture {architecture!r}; {cls.__name__} takes {cls.architecture()!r}."
-            )
+            raise ValueError(f"The config is of {architecture!r}; {cls.__name__} takes {cls.architecture()!r}.")
         names = [config_field.name for config_field in fields(cls)]
         for name in _KEYS_OF_THE_HOST.difference(names):
             options.pop(name, None)
@@ -169,11 +167,7 @@ class DecoderOnlySAE(SAE[DecoderOnlyConfig]):
     def fold_activation_whitening(
         self, mean: torch.Tensor, whitening_matrix: torch.Tensor, unwhitening_matrix: torch.Tensor
     ) -> NoReturn:
-        """Refused: see Raises.
-
-        Raises:
-            NotImplementedError: always.
-        """
+        """Refused with a NotImplementedError: whitening cannot be folded."""
         raise NotImplementedError(
             f"Whitening cannot be folded into {type(self).__name__}: its encoder is not linear in the activation, and "
             "distances between activations are not the same before and after. Build the dictionary from unwhitened "
@@ -183,13 +177,9 @@ class DecoderOnlySAE(SAE[DecoderOnlyConfig]):
     # --- files ---
 
     def save_model(self, path: str | Path) -> tuple[Path, Path]:
-        """Write ``sae_weights.safetensors`` and ``cfg.json`` into the directory ``path``.
+        """Write ``sae_weights.safetensors`` and ``cfg.json`` into the directory ``path``, and return their paths.
 
-        Both are whole before either takes the place of an old one, so an interrupted save leaves the previous
-        dictionary.
-
-        Returns:
-            The paths of the weights and of the config.
+        Both are whole before either takes the place of an old one, so an interrupted save leaves the old dictionary.
         """
         files = self.files_to_save(path)
         _files.write_together(files)
@@ -216,11 +206,7 @@ class DecoderOnlySAE(SAE[DecoderOnlyConfig]):
     ) -> T:
         """Load a saved dictionary; as SAELens' own, with a clear error for a truncated or foreign file.
 
-        Args:
-            path: directory that holds ``cfg.json`` and ``sae_weights.safetensors``.
-            device: where to put it.
-            dtype: for example "bfloat16"; by default the dtype it was saved in.
-            **kwargs: as for ``SAE.load_from_disk``.
+        ``dtype`` is for example "bfloat16"; by default that it was saved in.
 
         Raises:
             FileNotFoundError: a file is missing.
@@ -228,9 +214,7 @@ class DecoderOnlySAE(SAE[DecoderOnlyConfig]):
         """
         architecture = plain_name(_files.read_json(Path(path) / SAE_CFG_FILENAME).get("architecture"))
         if architecture != cls.get_own_architecture():
-            raise ValueError(
-                f"{path} holds a SAE of architecture {architecture!r}, not {cls.get_own_architecture()!r}."
-            )
+            raise ValueError(f"{path} is of architecture {architecture!r}, not {cls.get_own_architecture()!r}.")
         _files.read_tensors(Path(path) / SAE_WEIGHTS_FILENAME)
         return super().load_from_disk(path, device=device, dtype=dtype, **kwargs)
 
@@ -250,16 +234,12 @@ class DecoderOnlySAE(SAE[DecoderOnlyConfig]):
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
         """Check what a file holds before it becomes this dictionary's state.
 
-        Raises:
-            ValueError: unknown or missing tensors, wrong shapes, or non-finite entries.
+        ValueError: unknown or missing tensors, wrong shapes, or non-finite entries.
         """
         rows = (self.cfg.d_sae, self.cfg.d_in)
         expected = {"b_dec": (self.cfg.d_in,), "W_dec": rows, **dict.fromkeys(self.extra_rows, rows)}
         shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
         if shapes != expected:
-            raise ValueError(
-                f"The weights do not fit the config of this {self.cfg.architecture()}: got {shapes}, expected "
-                f"{expected}."
-            )
+            raise ValueError(f"The weights of {self.cfg.architecture()} have shapes {shapes}, its config {expected}.")
         for name, tensor in state_dict.items():
             _checks.finite(tensor, name)

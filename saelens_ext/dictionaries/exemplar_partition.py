@@ -285,6 +285,4 @@ class ExemplarPartition(DecoderOnlySAE):
             # bfloat16 keeps 8 bits of each entry, so a unit row comes back within about 2**-8 of unit norm.
             worst = float((state_dict[name].float().norm(dim=1) - 1).abs().max())
             if worst > 1e-2:
-                raise ValueError(
-                    f"Rows of {name} must be unit directions; one is off by {worst:.3g}. These are not exemplars."
-                )
+                raise ValueError(f"Rows of {name} must be unit directions, as exemplars are; one is off by {worst:.3g}")

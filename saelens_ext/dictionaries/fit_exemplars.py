@@ -73,9 +73,7 @@ def fit_exemplar_partition(
         True
     """
     if isinstance(source, ActivationStream) and len(source.hook_names) != 1:
-        raise ValueError(
-            f"The stream has {len(source.hook_names)} hooks; fit_exemplar_partitions fits several dictionaries."
-        )
+        raise ValueError(f"The stream has {len(source.hook_names)} hooks: use fit_exemplar_partitions.")
     given = ActivationSource.of(source, hook_name, document_ids=document_ids, batch_size=_ROWS)
     _checks.between(percentile, 0, 100, "percentile")
     if threshold is not None:

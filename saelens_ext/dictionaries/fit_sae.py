@@ -158,9 +158,7 @@ def fit_sae(
 
 
 def _shuffled(x: Tensor, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Batches in random order without end, each activation once per round (some twice where a round ends within a
-    batch).
-    """
+    """Endless batches in random order, each activation once a round (some twice if it ends within a batch)."""
     left = torch.empty(0, dtype=torch.long)
     while True:
         while len(left) < batch_size:

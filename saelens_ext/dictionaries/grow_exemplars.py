@@ -192,9 +192,7 @@ class _Growth:
     def finish(self, stream: ActivationStream, config: ExemplarFitConfig) -> ExemplarFitResult:
         """The dictionary, on the device of the activations, and its statistics, on the CPU."""
         if self.clustering.n_regions == 0:
-            raise ValueError(
-                "No activation has a direction: all of them equal the centre. Is this hook's output constant?"
-            )
+            raise ValueError("No activation has a direction: all equal the centre. Is this hook's output constant?")
         result = {
             "stopped_because": self.stopped_because or "end_of_stream",
             "n_seen": self.clustering.n_seen,
@@ -255,9 +253,7 @@ class ExemplarBuild:
 
     Args:
         hook_names: keys of ``batch.activations`` to build at.
-        percentiles: resolutions, each in (0, 100); empty with a ``threshold``.
-        threshold: a cosine distance in (0, 2] to use instead.
-        config: the options shared by all.
+        percentiles: resolutions, each in (0, 100); empty with a ``threshold``, a cosine distance in (0, 2].
         on_metrics: called after each batch for each growing dictionary with ((hook, percentile), activations seen,
             figures).
         like: a fit whose centre and threshold to use instead, at one hook, of activations on ``device``.
@@ -303,8 +299,7 @@ class ExemplarBuild:
     def finish(self, stream: ActivationStream) -> list[ExemplarFitResult]:
         """The results, hook by hook and in the order of the percentiles; ``stream`` is where the batches came from.
 
-        Raises:
-            ValueError: fewer activations than calibration takes, one document only, or activations that are all alike.
+        ValueError: fewer activations than calibration takes, one document only, or activations that are all alike.
         """
         if not self.calibrated:
             self._calibrate()

@@ -12,13 +12,10 @@ Classes = tuple[type[SAE[Any]], type[SAEConfig]]
 
 
 def register(architectures: Mapping[str, Classes]) -> None:
-    """Register architectures with SAELens, all of them or, where one is taken, none.
+    """Register architectures with SAELens, each with its SAE and config class; where one is taken, none.
 
     A class of the same module and name is the same one, imported again or reloaded: the new takes its place, so that
     loads give the class which the reloaded module holds.
-
-    Args:
-        architectures: for each name, its SAE class and its config class.
 
     Raises:
         ValueError: another package has registered a class of another module or name.

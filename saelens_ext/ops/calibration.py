@@ -82,13 +82,10 @@ def pairwise_distance_percentiles(
 
     Args:
         units: ``(n, d)`` unit rows about the centre, as ``unit_directions`` gives them; zero rows are left out.
-        document_ids: ``(n,)``, which document each row is from.
         percentiles: each in (0, 100).
         calibration: Which pairs, see the module's docstring.
         batch_ids: ``(n,)``, which batch each row is from; needed in "within_batch" only.
-        n_bootstrap: Bootstrap replicates.
-        confidence: Of the interval, in (0, 1).
-        seed: Of the choice of rows and of the bootstrap.
+        n_bootstrap: Bootstrap replicates, of which the interval has ``confidence`` in (0, 1).
         max_rows: "across_documents" takes a random sample of this many rows where there are more.
 
     Returns:
@@ -139,10 +136,7 @@ def _within_groups(
         if len(distances):
             values.append(np.percentile(distances, percentiles, overwrite_input=True))
     if not values:
-        raise ValueError(
-            f"No batch holds two activations with a direction (there are {len(units)} of them), so there is no pair to "
-            "measure; use larger batches, or calibration='across_documents'."
-        )
+        raise ValueError("No batch holds two directions; use larger ones, or calibration='across_documents'.")
     per_group = torch.tensor(np.stack(values), dtype=torch.float64).reshape(len(values), len(percentiles))
     drawn = _draw(n_bootstrap, len(values), generator).double()
     estimates, replicates = per_group.mean(dim=0), drawn @ per_group / len(values)
@@ -282,9 +276,7 @@ def _draw(n_replicates: int, n_documents: int, generator: torch.Generator) -> Te
 def _interval(
     estimate: float, center: float, replicates: Tensor, n_documents: int, confidence: float, fewest: int
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval, its arms lengthened as Student's t with D - 1 degrees of freedom is against the
-    normal.
-    """
+    """Percentile bootstrap interval, its arms lengthened as Student's t with D - 1 degrees of freedom is."""
     if n_documents < fewest or len(replicates) == 0:
         return 0.0, 2.0
     tail = (1 + confidence) / 2

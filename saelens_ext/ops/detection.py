@@ -28,7 +28,7 @@ _HALVINGS = 54
 def log_ratio(
     mean_activating: Float[Tensor, " k"], mean_neutral: Float[Tensor, " k"], *, limit: float | int = LOG_RATIO_LIMIT
 ) -> Float64[Tensor, " k"]:
-    """The log ratio of two means, S = log(A / B), continued to means that are not positive.
+    """The log ratio of two finite means, S = log(A / B) in nats, continued to means that are not positive.
 
     ==================  ==========================
     A > 0 and B > 0     log(A / B), within -L and L
@@ -40,16 +40,8 @@ def log_ratio(
     that of A - B; S rises with A and falls with B; swapping A and B changes its sign only; it does not depend on the
     unit of the scores, so that folding norms into a dictionary leaves it alone; and it is continuous everywhere but at
     A = B = 0. There every score without a unit has to jump, and means that are both within rounding of 0 give a large S
-    for a small difference: look at the AUROC beside it.
-
-    Args:
-        mean_activating: A, finite.
-        mean_neutral: B, finite.
-        limit: L in nats, above 0. Finite, so that one latent silent on every neutral sentence does not decide an
-            average over latents.
-
-    Returns:
-        S, in nats, float64.
+    for a small difference: look at the AUROC beside it. L, the limit, is above 0 and finite, so that one latent silent
+    on every neutral sentence does not decide an average over latents.
 
     Raises:
         ValueError: a mean that is not finite, or a limit out of range.
@@ -113,13 +105,8 @@ def auroc_interval(
     times. With many ties, as between codes that are mostly 0, this one covers more often than it says.
 
     Args:
-        estimate: U, in [0, 1].
-        n_activating: p, one for all or one each.
-        n_neutral: q.
+        n_activating: p, and ``n_neutral`` q, one for all or one each.
         confidence: in (0, 1).
-
-    Returns:
-        Lower and upper limits in [0, 1].
 
     Source: method 5 of Newcombe, "Confidence intervals for an effect size measure based on the Mann-Whitney statistic,
     part 2", Statistics in Medicine 2006; its variance is Hanley and McNeil's with both sizes set to their mean.

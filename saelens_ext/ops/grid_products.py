@@ -87,17 +87,7 @@ def _precision_settings() -> list[str]:
 def exact_cosine(
     a: Float[Tensor, "p d"], i: Int64[Tensor, " m"], b: Float[Tensor, "q d"], j: Int64[Tensor, " m"]
 ) -> Float64[Tensor, " m"]:
-    """Cosines of the pairs ``(a[i], b[j])``: a function of the two rows alone, whatever else is in the call.
-
-    Args:
-        a: Unit rows; entries are rounded to the grid.
-        i: Row of ``a`` in each pair.
-        b: Unit rows.
-        j: Row of ``b`` in each pair.
-
-    Returns:
-        ``(m,)`` float64.
-    """
+    """Cosines of pairs of unit rows ``(a[i], b[j])`` on the grid: a function of the two rows alone."""
     cosine = torch.empty(len(i), dtype=torch.float64, device=a.device)
     step = max(1, _PAIR_ENTRIES.get(a.device.type, 2**20) // max(1, a.shape[1]))
     for start in range(0, len(i), step):
@@ -145,15 +135,10 @@ def scan(
     last: int | None = None,
     forbidden: Bool[Tensor, "n k_new"] | None = None,
 ) -> Candidates:
-    """Add the columns ``first`` to ``last - 1`` to those that ``known`` has seen.
+    """Add the columns ``first`` to ``last - 1``, by default to the end, to those that ``known`` has seen.
 
     Args:
-        known: What the columns before ``first`` gave.
-        u: Unit rows.
-        exemplars: Unit rows.
         tile: From ``new_tile``; overwritten.
-        first: First new column.
-        last: End of the new columns, by default k.
         forbidden: Pairs to leave out, new columns only.
 
     Returns:

@@ -36,10 +36,7 @@ class ScoredDocuments:
                 f"{len(self.sizes)} sizes that add up to {int(self.sizes.sum())}."
             )
         if not np.isfinite(self.scores).all():
-            raise ValueError(
-                f"{int((~np.isfinite(self.scores)).sum())} of {len(self.scores)} scores are NaN or infinite; a ranking "
-                "needs finite ones."
-            )
+            raise ValueError(f"{int((~np.isfinite(self.scores)).sum())} of {len(self.scores)} scores are not finite.")
 
     @property
     def starts(self) -> Int[np.ndarray, " d"]:
@@ -84,16 +81,11 @@ def exchange_contributions(
     sigma_i (A_ij + B_ij) / 2 + tau_j (A_ij - B_ij) / 2. Summed, each document has one contribution with one sign, and
     the permutation test of Venkatraman is one of flipped signs.
 
-    Args:
-        first: outside and inside documents under one score.
-        second: the same documents under the other.
+    Each argument holds the outside and the inside documents under one score.
 
     Returns:
         Contributions of the outside documents, then of the inside ones; their sum is U of the first minus U of the
         second.
-
-    Raises:
-        ValueError: the two are not of the same documents.
 
     Source: Venkatraman, "A permutation test to compare receiver operating characteristic curves", Biometrics 2000, with
     documents in the place of single cases.
@@ -155,15 +147,9 @@ def resampled_auroc(
 def sign_flip_p_values(
     contributions: Float[np.ndarray, "m n"], n_permutations: int, generator: np.random.Generator
 ) -> Float[np.ndarray, " m"]:
-    """Two-sided p-values of sums of contributions, from the same random flips of signs for all of them.
+    """Two-sided p-values of m sums of n contributions (:func:`exchange_contributions`).
 
-    Args:
-        contributions: of n documents to m differences, as :func:`exchange_contributions` gives them.
-        n_permutations: assignments of signs, R.
-        generator: source of random numbers.
-
-    Returns:
-        (1 + assignments with as large a sum) / (1 + R).
+    (1 + assignments with as large a sum) / (1 + R), from the same R random flips of signs for all of them.
     """
     n = contributions.shape[1]
     scale = np.abs(contributions).sum(axis=1)
@@ -181,13 +167,7 @@ def sign_flip_p_values(
 def resampled_thresholds(
     inside: ScoredDocuments, rate: float, weights: Float[np.ndarray, "b d_in"]
 ) -> Float[np.ndarray, " b"]:
-    """In each resample, the lowest inside score that at most a fraction ``rate`` of the inside activations exceed.
-
-    Args:
-        inside: documents whose activations should not be found.
-        rate: in (0, 1).
-        weights: v.
-    """
+    """The lowest score that at most a fraction ``rate`` of the inside activations exceed, by resample (weights v)."""
     order = np.argsort(-inside.scores, kind="stable")
     scores, document = inside.scores[order], np.repeat(np.arange(len(inside.sizes)), inside.sizes)[order]
     first_equal = np.searchsorted(-scores, -scores, side="left")  # of equal scores, none exceeds another
@@ -209,13 +189,7 @@ def resampled_thresholds(
 def resampled_fraction_above(
     outside: ScoredDocuments, thresholds: Float[np.ndarray, " b"], weights: Float[np.ndarray, "b d_out"]
 ) -> Float[np.ndarray, " b"]:
-    """In each resample, the fraction of the outside activations above the threshold.
-
-    Args:
-        outside: documents whose activations should be found.
-        thresholds: one per resample.
-        weights: w.
-    """
+    """The fraction of the outside activations above the threshold, by resample (weights w)."""
     levels, which = np.unique(thresholds, return_inverse=True)
     n_levels, n_documents = len(levels), len(outside.sizes)
     below = np.searchsorted(levels, outside.scores, side="left")  # levels that each activation is above

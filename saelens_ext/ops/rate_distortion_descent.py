@@ -60,9 +60,6 @@ class Search:
     """Descents over one set of items, sharing the clusters and splits that they find.
 
     Args:
-        views: the items.
-        random_state: chooses seeds of splits and starts.
-        max_iter: rounds of one descent.
         tol: a step must lower L by more than this fraction of the L of one cluster.
         min_members: fewest members of a cluster, where there is more than one.
         sketch: of the same views; made where it is not given.
@@ -114,9 +111,7 @@ class Search:
         return found
 
     def allowed(self, labels: Int[np.ndarray, " n"], b_e: float, b_a: float) -> Int[np.ndarray, " n"]:
-        """The partition itself if its clusters have members enough; else members of small ones go to their cheapest
-        large one.
-        """
+        """The partition itself, but that members of too small clusters go to their cheapest large one."""
         large = np.flatnonzero(np.bincount(labels) >= self.min_members)
         if len(large) == labels.max() + 1:
             return labels
@@ -154,13 +149,7 @@ class Search:
         return self.descend(lowest, b_e, b_a)
 
     def descend(self, labels: Int[np.ndarray, " n"], b_e: float, b_a: float) -> Descent:
-        """Lower L from a partition until no step does.
-
-        Args:
-            labels: 0 to K - 1, each in use.
-            b_e: weight of V_e, >= 0.
-            b_a: weight of V_a, >= 0.
-        """
+        """Lower L from a partition (labels 0 to K - 1, each in use) until no step does; b_e, b_a >= 0."""
         walk = Walk(self, self.allowed(labels, b_e, b_a), b_e, b_a, self.tol * max(self.one.cost(b_e, b_a), 1e-300))
         rounds, converged = 0, False
         while rounds < self.max_iter and not converged:
@@ -176,9 +165,7 @@ class Search:
         return Descent(walk.labels, walk.clusters, walk.history, rounds, converged)
 
     def splits(self, cluster: Cluster, b_e: float, b_a: float) -> list[tuple[Cluster, Cluster]]:
-        """Splits of a cluster known so far, as coarse clusters; new ones are looked for once per ratio of the
-        weights.
-        """
+        """Splits of a cluster known so far, as coarse clusters, looked for once per ratio of the weights."""
         known = self._splits.setdefault(cluster.key, [])
         asked = cluster.key, round(float(np.arctan2(b_a, b_e)), 9)
         if len(cluster.members) > 1 and asked not in self._explored:

@@ -29,12 +29,7 @@ _LLOYD_ROUNDS = 10
 
 
 class Sketch:
-    """Principal components of the two views, computed once.
-
-    Args:
-        views: the items.
-        random_state: of the randomised decomposition, which is exact up to 32 items or columns.
-    """
+    """Principal components of the two views, computed once; exact up to 32 items or columns, else randomised."""
 
     def __init__(self, views: PairedViews, random_state: np.random.RandomState):
         self.weights = views.weights
@@ -79,20 +74,12 @@ def split_proposals(
     random_state: np.random.RandomState,
     n_seeds: int = 4,
 ) -> list[Bool[np.ndarray, " m"]]:
-    """Ways to cut a cluster in two, the most promising first.
+    """Ways to cut a cluster in two, the most promising first, as membership of one part. All differ, none is empty.
 
     Two kinds. Bisections start from the exact weighted principal direction of the sketch, cut at the weighted median
     and at the best place. Peels start from single items far from the centre, against the rest: with sparse rows the
     median of a mixture of many modes is nearly zero, so that halves of it gain nothing where one mode taken off gains.
-
-    Args:
-        z: sketches of the members.
-        weights: of the members; they need not sum to 1.
-        random_state: chooses the items to peel from.
-        n_seeds: how many to peel from.
-
-    Returns:
-        Membership of one part. All differ, and no part is empty.
+    The weights need not sum to 1; ``n_seeds`` items are peeled from.
     """
     centered = z - weights @ z / weights.sum()
     starts = [*_principal_cuts(centered, weights), *_peels(centered, weights, random_state, n_seeds)]
@@ -172,14 +159,7 @@ def sketch_partition(
 ) -> Int[np.ndarray, " n"]:
     """A partition that suits the sketch: entropy-constrained k-means from k spread seeds, then merges, best first.
 
-    Args:
-        z: sketches of all items.
-        weights: which sum to 1.
-        k: clusters to begin with.
-        random_state: chooses the seeds.
-
-    Returns:
-        Labels 0 to K - 1, each in use, K <= k.
+    The weights sum to 1. Labels are 0 to K - 1, each in use, K <= k.
     """
     centers = z[_spread_seeds(z, weights, k, random_state)]
     masses = np.full(len(centers), 1 / len(centers))

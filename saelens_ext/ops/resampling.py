@@ -78,8 +78,6 @@ def unit_bootstrap(
     Args:
         statistic: maps rows to a number: the values of the units, or the rows of all units one after the other.
         units: one value or one row per unit, or a list with the rows ``(m_i, ...)`` of each unit; finite.
-        n_bootstrap: redraws.
-        generator: source of random numbers.
         strata: a group per unit; each group is redrawn within itself and keeps its number of units.
         confidence: in (0, 1).
         bounds: of the statistic; limits are kept within.
@@ -123,16 +121,9 @@ def paired_units(
     generator: np.random.Generator,
     confidence: float | int = 0.95,
 ) -> Paired:
-    """Compare two methods that were tried on the same units.
+    """Compare two methods that were tried on the same units, ``(n,)`` in the same order, NaN where not known.
 
-    Args:
-        first: a value per unit, ``(n,)``; NaN where it is not known.
-        second: the same units in the same order.
-        n_bootstrap: redraws for the interval, as in :func:`unit_bootstrap`.
-        n_permutations: assignments of signs for the p-value, as in
-            :func:`~saelens_ext.ops.statistics.sign_flip_p_value`.
-        generator: source of random numbers.
-        confidence: of the interval, in (0, 1).
+    The interval is :func:`unit_bootstrap`'s, the p-value that of :func:`~saelens_ext.ops.statistics.sign_flip_p_value`.
 
     Raises:
         ValueError: different numbers of units, or an infinite value.
@@ -155,24 +146,13 @@ def paired_units(
 
 
 def smallest_p(n_units: int, n_permutations: int, family: int = 1) -> float:
-    """The smallest Holm-corrected p-value that flipping the signs of ``n_units`` differences can give.
-
-    Args:
-        n_units: differences.
-        n_permutations: assignments of signs that are drawn where there are more.
-        family: tests corrected together.
-    """
+    """The smallest p-value that flipping signs can give, Holm-corrected over ``family`` tests."""
     exact = 2.0 ** (1 - n_units)
     return min(1.0, family * max(exact, 1 / (n_permutations + 1) if 2.0**n_units > n_permutations else 0.0))
 
 
 def wilson_interval(k: int, n: int, *, confidence: float | int = 0.95) -> Interval:
-    """Wilson's score interval of a probability.
-
-    Args:
-        k: successes, in 0 to n.
-        n: independent trials; 0 gives NaN.
-        confidence: in (0, 1).
+    """Wilson's score interval of a probability, from k successes of n independent trials; NaN for n = 0.
 
     Source: Wilson, Journal of the American Statistical Association 1927.
     """
@@ -188,10 +168,7 @@ def wilson_interval(k: int, n: int, *, confidence: float | int = 0.95) -> Interv
 def monte_carlo_p(observed: float | int, null: Float[np.ndarray, " R"], *, side: str = "two") -> float:
     """p-value of a statistic from draws of its null distribution: (1 + draws as extreme) / (1 + R).
 
-    Args:
-        observed: the statistic.
-        null: R draws.
-        side: "greater" or "less" counts draws on one side; "two" doubles the smaller tail, up to 1.
+    Side "greater" or "less" counts draws on one side; "two" doubles the smaller tail, up to 1.
 
     Raises:
         ValueError: no draw, a value that is not finite, or another side.
@@ -209,13 +186,8 @@ def monte_carlo_p(observed: float | int, null: Float[np.ndarray, " R"], *, side:
 def tpr_at_fpr(outside: Float[np.ndarray, " m"], inside: Float[np.ndarray, " n"], rate: float | int) -> OperatingPoint:
     """The lowest threshold above which at most a fraction ``rate`` of the inside scores lies, and what it finds.
 
-    Args:
-        outside: scores of what should lie above.
-        inside: scores of what should not; n of them.
-        rate: false positive rate allowed, at least 1 / n and below 1.
-
     Raises:
-        ValueError: an empty set, a score that is not finite, or a rate that n scores cannot show.
+        ValueError: an empty set, a score that is not finite, or a rate that n scores cannot show (1 / n to 1).
     """
     found, kept = (
         _finite(np.asarray(scores, dtype=np.float64), name)

@@ -38,12 +38,9 @@ _CPU_ENTRIES, _GPU_ENTRIES = 2**20, 2**26  # entries worked on at a time: what t
 
 
 class SphericalCenter:
-    """The spherical centre of a stream of activations; bit for bit the same however the stream is cut into batches.
+    """The spherical centre of a stream of activations of width d; bit for bit the same however it is cut into batches.
 
     Rows are added up in float64, in blocks of 256 counted from the start of the stream, by a fixed tree.
-
-    Args:
-        d: Width of the activations.
 
     Source: Rumbelow, Exemplar Partitioning (arXiv 2605.14347).
     """
@@ -62,16 +59,9 @@ class SphericalCenter:
     @standard_modes()
     @torch.no_grad()
     def update(self, x: Float[Tensor, "n d_x"]) -> "SphericalCenter":
-        """Add a batch.
+        """Add a batch ``(n, d)`` of any float dtype; n may be 0. The first batch's device is where the sums live.
 
-        Args:
-            x: ``(n, d)`` activations, any float dtype; n may be 0. The first batch's device is where the sums live.
-
-        Returns:
-            Itself.
-
-        Raises:
-            ValueError: An entry is NaN or infinite, or the width is not ``d``.
+        ValueError: An entry is NaN or infinite, or the width is not ``d``.
         """
         x = checked_activations(x, self._d)
         if self._n_seen == 0:
@@ -90,13 +80,10 @@ class SphericalCenter:
     def center(self) -> Float32[Tensor, " d"]:
         """The centre of all activations so far, ``(d,)`` float32; zero where their directions cancel and have no mean.
 
-        Raises:
-            ValueError: No activation was seen.
+        ValueError: No activation was seen.
         """
         if self._n_seen == 0:
-            raise ValueError(
-                "The centre of no activations is undefined; call update() with at least one activation first."
-            )
+            raise ValueError("The centre of no activations is undefined; call update() first.")
         total = self._total + _summed(self._pending) if len(self._pending) else self._total
         mean, direction = (total / self._n_seen).chunk(2)
         length = direction.norm()
@@ -107,13 +94,7 @@ class SphericalCenter:
 
 
 def spherical_center(x: Float[Tensor, "n d"]) -> Float32[Tensor, " d"]:
-    """The spherical centre c = <mean(a), u> u, u = mean(a/|a|) normalised, of the rows of ``x``.
-
-    Args:
-        x: ``(n, d)`` activations, n at least 1.
-
-    Returns:
-        ``(d,)`` float32, in the units of the activations.
+    """The spherical centre c = <mean(a), u> u, u = mean(a/|a|) normalised, of the rows of ``x``, in their units.
 
     Raises:
         ValueError: ``x`` is empty or has a non-finite entry.
@@ -124,9 +105,7 @@ def spherical_center(x: Float[Tensor, "n d"]) -> Float32[Tensor, " d"]:
 
 
 def _summed(x: Tensor) -> Tensor:
-    """Sums over rows of ``x`` and of its unit rows, ``(2 d,)``, added in an order that depends on the row count
-    only.
-    """
+    """Sums over rows of ``x`` and of its unit rows, ``(2 d,)``, in an order that depends on the row count only."""
     inverse = _inverse_norms(x)
     units = x * torch.where(inverse.isfinite(), inverse, 0.0)[:, None]
     return _folded(torch.cat((x, units), dim=1), dim=0)[0]
@@ -162,10 +141,7 @@ def checked_activations(x: Tensor, d: int, name: str = "x") -> Tensor:
     if not bool(torch.isfinite(x.sum())):
         finite(x, name)
     if x.dtype == torch.float64 and x.numel() and float(x.abs().max()) > _LARGEST_ENTRY:
-        raise ValueError(
-            f"{name} holds entries up to {float(x.abs().max()):g}; the largest allowed is {_LARGEST_ENTRY:g}. Rescale "
-            "it."
-        )
+        raise ValueError(f"{name} holds entries up to {float(x.abs().max()):g}, above {_LARGEST_ENTRY:g}. Rescale it.")
     return x
 
 
@@ -209,11 +185,7 @@ def has_direction(norm: Float[Tensor, " n"]) -> Bool[Tensor, " n"]:
 def unit_directions(
     x: Float[Tensor, "n d"], center: Float[Tensor, " d_center"]
 ) -> tuple[Float32[Tensor, "n d"], Float32[Tensor, " n"]]:
-    """Directions of activations about a centre.
-
-    Args:
-        x: ``(n, d)`` activations, any float dtype.
-        center: ``(d,)``.
+    """Directions of activations, of any float dtype, about a centre.
 
     Returns:
         ``u`` ``(n, d)`` float32, unit rows with entries on the grid of multiples of 2**-30, zero where ``x`` equals the
@@ -256,13 +228,7 @@ def assign_nearest(
     *,
     max_bytes: int = 2**26,
 ) -> tuple[Int64[Tensor, " n"], Float64[Tensor, " n"]]:
-    """Nearest exemplar of each activation's direction about ``center``; never holds a centred copy of ``x``.
-
-    Args:
-        x: ``(n, d)`` activations, any float dtype.
-        center: ``(d,)``.
-        exemplars: ``(k, d)`` directions, k at least 1, none zero.
-        max_bytes: Work space, in bytes, at most (roughly; a minimum of a few rows is always used).
+    """:func:`nearest` exemplar of each activation's direction about ``center``; never holds a centred copy of ``x``.
 
     Returns:
         ``index`` ``(n,)`` int64 and ``cosine_distance`` ``(n,)`` float64, as ``nearest`` gives them. An activation
@@ -313,7 +279,5 @@ def _checked_exemplars(exemplars: Tensor, d: int) -> Tensor:
         raise ValueError("exemplars has no rows; at least one exemplar is needed to be nearest.")
     exemplars, norm = _unit_rows(exemplars)
     if not bool(has_direction(norm).all()):
-        raise ValueError(
-            f"exemplars has {int((~has_direction(norm)).sum())} zero rows; every exemplar must have a direction."
-        )
+        raise ValueError(f"exemplars has {int((~has_direction(norm)).sum())} zero rows; each must have a direction.")
     return exemplars

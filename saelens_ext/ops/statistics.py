@@ -21,19 +21,15 @@ class UnseenMass(NamedTuple):
 
 
 def unseen_mass(n_founders: int, n_recent: int, *, confidence: float = 0.95) -> UnseenMass:
-    """Estimate the probability that a further activation founds a region, from how often recent ones did.
+    """Estimate the probability that a further activation starts a region, from how many of ``n_recent`` ones did.
 
     While a clustering grows this probability only falls, if activations are exchangeable. The average over a recent
-    stretch of the stream therefore lies above the present value, and so does its limit (exact one-sided Poisson, above
-    zero even when nothing was founded). Good and Turing's own estimate, the share of regions with a single member, does
-    not fit here: regions overlap, so a region with more members can still hold ground that nothing else covers, and on
-    real activations it understates the founding rate several times over. Activations of one document resemble each
-    other, so a stream that has not met many documents can still look more complete than it is.
-
-    Args:
-        n_founders: recent activations that founded a region.
-        n_recent: recent activations.
-        confidence: of the upper limit, in (0, 1).
+    stretch of the stream therefore lies above the present value, and so does its limit (exact one-sided Poisson at
+    ``confidence`` in (0, 1), above zero even when nothing was started). Good and Turing's own estimate, the fraction of
+    regions with a single member, does not fit here: regions overlap, so a region with more members can still hold
+    ground that nothing else covers, and on real activations it understates the rate several times over. Activations of
+    one document resemble each other, so a stream that has not met many documents can still look more complete than it
+    is.
 
     Returns:
         The estimate and its limit; both 1 before anything was seen.
@@ -49,14 +45,9 @@ def unseen_mass(n_founders: int, n_recent: int, *, confidence: float = 0.95) -> 
 
 
 def holm(p_values: Float[np.ndarray, " m"]) -> Float[np.ndarray, " m"]:
-    """Adjust the p-values of a family of tests, so that the chance of one false rejection or more stays below the
-    level.
+    """Adjusted p-values of a family of tests, so that the chance of one false rejection or more stays below the level.
 
-    Args:
-        p_values: each in [0, 1]; NaN where a test could not be made, which does not count as one of the family.
-
-    Returns:
-        Adjusted p-values in the order given, NaN where NaN was given.
+    NaN, where a test could not be made, stays NaN and does not count as one of the family.
 
     Source: Holm, "A simple sequentially rejective multiple test procedure", Scandinavian Journal of Statistics 1979.
     """
@@ -76,12 +67,9 @@ def bootstrap_interval(
     strata: np.ndarray | None = None,
     confidence: float = 0.95,
 ) -> tuple[float, float]:
-    """Percentile interval of a mean, by resampling its values with replacement.
+    """Percentile interval of a mean, by resampling its finite values with replacement.
 
     Args:
-        values: finite.
-        n_bootstrap: resamples.
-        generator: source of random numbers.
         strata: ``(n,)``, a group per value; each group is resampled within itself and keeps its size.
         confidence: in (0, 1).
 
@@ -105,12 +93,8 @@ def sign_flip_p_value(
 ) -> float:
     """Two-sided p-value of paired differences: how often flipping signs at random gives as large a mean.
 
-    Exact, over all 2^n assignments of signs, where these are not more than ``n_permutations``.
-
-    Args:
-        differences: finite.
-        n_permutations: assignments drawn otherwise.
-        generator: source of random numbers.
+    Exact, over all 2^n assignments of signs, where these are not more than ``n_permutations``, else from that many
+    drawn.
 
     Returns:
         In (0, 1], at least 2^(1 - n); NaN without a difference.

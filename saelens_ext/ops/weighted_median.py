@@ -10,16 +10,9 @@ _RUN = 16
 
 
 def weighted_median(values: Float[np.ndarray, "d m"], weights: Float[np.ndarray, " m"]) -> Float[np.ndarray, " d"]:
-    """The lower weighted median of every row: the smallest value at or below which lies half of the mass.
+    """The lower weighted median of every row: the smallest value at or below which lies half of the (positive) weight.
 
     It minimises the weighted sum of absolute differences.
-
-    Args:
-        values: rows of m values each.
-        weights: positive, one for each of the m.
-
-    Returns:
-        One of the values of every row.
     """
     order = np.argsort(values, axis=1)
     rows = np.arange(len(values))

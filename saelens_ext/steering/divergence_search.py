@@ -97,11 +97,9 @@ class Curve:
 
 
 class DivergenceSearch:
-    """Curves of many rows, and the search that evaluates them together, many to a forward pass.
+    """Curves of many rows, each with a sign, and the search that evaluates them together, many to a forward pass.
 
-    Args:
-        divergences: gives D at each of several points; what is not finite lies beyond every target.
-        signs: of each row, for the results.
+    ``divergences`` gives D at each of several points; what is not finite lies beyond every target.
     """
 
     def __init__(self, divergences: Callable[[Sequence[Point]], list[float]], signs: Sequence[int]):
@@ -162,14 +160,10 @@ class DivergenceSearch:
 
 
 class DivergenceMeter:
-    """D(base || steered) of a model on prompts, as a function of the direction and the coefficient.
+    """D(base || steered) of a model on prompts, as a function of the direction (a unit row) and the coefficient.
 
     Prompts run one at a time and without padding; the sequences of a batch are one prompt, each steered otherwise.
-
-    Args:
-        rows: unit directions ``(n, d)``.
-        average_over: "last" or "all", as in :func:`~saelens_ext.steering.strength.match_strength`.
-        on_rows: called with the number of rows that a pass has evaluated.
+    ``on_rows`` is called with the number of rows that a pass has evaluated.
     """
 
     def __init__(

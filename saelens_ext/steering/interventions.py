@@ -53,9 +53,7 @@ Hooks = list[tuple[str, HookFunction]]
 class Intervention(AbstractContextManager[HostModel]):
     """A change of the model's activations inside a context, which gives the model.
 
-    Args:
-        model: any TransformerLens model.
-        hooks: gives names that fire on the model as it is, and functions; called now, to check them, and on each entry.
+    ``hooks`` gives names that fire on the model as it is, and functions; called now, to check them, and on each entry.
     """
 
     def __init__(self, model: HostModel, hooks: Callable[[], Hooks]):
@@ -356,14 +354,12 @@ def _latents_edited(model: HostModel, sae: SAE[Any], change: Callable[[Tensor], 
         read, write = resolve_hook(model, hooks_of(sae)[0]), edit_point(model, hooks_of(sae)[1])
         if read == write:
             return [(write, lambda x, hook=None: _with_codes(x, x, sae, change, write))]
-        source: dict[str, Tensor] = {}
-
-        def capture(x: Tensor, hook: Any = None) -> None:
-            source["x"] = x
-
-        # This hook runs behind all that are there, so the transcoder reads what flows on from its input.
-        act = lambda x, hook=None: _with_codes(x, source.pop("x"), sae, change, write)  # noqa: E731
-        return [(read, capture), (write, act)]
+        inputs: list[Tensor] = []
+        # The first hook runs behind all that are there, so the transcoder reads what flows on from its input.
+        return [
+            (read, lambda x, hook=None: inputs.append(x)),
+            (write, lambda x, hook=None: _with_codes(x, inputs.pop(), sae, change, write)),
+        ]
 
     return Intervention(model, hooks)
 

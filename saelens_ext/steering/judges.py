@@ -154,11 +154,9 @@ class EmbeddingJudge:
         said = [text for text in continuations if text.strip()]
         if not said:
             return [NOTHING_SAID] * len(continuations)
-        anchors = self._anchors_of(prompt)
-        ratings = zip(
-            self._concept_ratings(concept, anchors, said), self._fluency_ratings(prompt, anchors, said), strict=True
-        )
-        scores = (JudgeScore(concept, fluency) for concept, fluency in ratings)
+        anchors = self._anchors.get(prompt) or self._anchors.setdefault(prompt, self._measure(prompt))
+        ratings = self._concept_ratings(concept, anchors, said), self._fluency_ratings(prompt, anchors, said)
+        scores = map(JudgeScore, *ratings)
         return [next(scores) if text.strip() else NOTHING_SAID for text in continuations]
 
     def _concept_ratings(self, concept: str, anchors: _Anchors, texts: list[str]) -> list[float]:
@@ -179,19 +177,11 @@ class EmbeddingJudge:
         )
         return (vectors[1:] @ vectors[0]).double().cpu()
 
-    def _anchors_of(self, prompt: str) -> _Anchors:
-        if prompt not in self._anchors:
-            self._anchors[prompt] = self._measure(prompt)
-        return self._anchors[prompt]
-
     def _measure(self, prompt: str) -> _Anchors:
         (sampled,) = sample_texts(self.model, prompt, n=self.n_references, options=self.options)
         texts = [text for text in sampled if text.strip()]
         if not texts:
-            raise ValueError(
-                f"The unsteered model ends at once after the prompt {prompt!r}, so there is nothing to compare with; "
-                "choose a prompt that is the beginning of a text."
-            )
+            raise ValueError(f"The unsteered model ends at once after {prompt!r}; choose the beginning of a text.")
         shuffler = random.Random(self.options.seed)
         shuffled = [_shuffled(text, shuffler) for text in texts]
         full = float(mean_log_likelihoods(self.model, prompt, texts).nanquantile(0.1))
@@ -201,9 +191,7 @@ class EmbeddingJudge:
 
 
 def distinct_triples(ids: Sequence[int]) -> float:
-    """The share of a sequence's consecutive triples that are different ones, in (0, 1]; 1 for fewer than three
-    tokens.
-    """
+    """Fraction of a sequence's consecutive triples that are distinct, in (0, 1]; 1 for fewer than three tokens."""
     triples = list(zip(ids, ids[1:], ids[2:]))
     return len(set(triples)) / len(triples) if triples else 1.0
 

@@ -7,11 +7,11 @@ the end reported as NaN, never as 0.
 
 import math
 import re
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
-from saelens_ext.host.chat_endpoint import ChatEndpoint, EndpointUnavailableError
+from typing_extensions import Unpack
+
+from saelens_ext import _checks
+from saelens_ext.host.chat_endpoint import ChatEndpoint, EndpointOptions, EndpointUnavailableError
 from saelens_ext.steering.judges import NOTHING_SAID, JudgeScore
 
 _RATING_LINE = re.compile(r"rating:\s*([012])", re.IGNORECASE)
@@ -69,32 +69,16 @@ class OpenAIJudge:
         ValueError: no key, or a number out of range.
     """
 
+    @_checks.names_options(ChatEndpoint)
     def __init__(
         self,
         base_url: str,
         model: str,
         api_key: str | None = None,
-        *,
-        cache_directory: str | Path | None = None,
-        timeout: float | int = 60.0,
-        max_retries: int = 5,
-        max_attempts: int = 3,
-        max_concurrency: int = 4,
-        request_options: Mapping[str, Any] | None = None,
+        **options: Unpack[EndpointOptions],
     ):
         self.base_url, self.model = base_url, model
-        self._endpoint = ChatEndpoint(
-            base_url,
-            model,
-            api_key,
-            cache_directory=cache_directory,
-            timeout=timeout,
-            max_retries=max_retries,
-            max_attempts=max_attempts,
-            max_concurrency=max_concurrency,
-            request_options=request_options,
-            error=JudgeUnavailableError,
-        )
+        self._endpoint = ChatEndpoint(base_url, model, api_key, **options, error=JudgeUnavailableError)
 
     def __call__(self, concept: str, prompt: str, continuations: list[str]) -> list[JudgeScore]:
         """Rate continuations.

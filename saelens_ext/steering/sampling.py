@@ -61,8 +61,7 @@ class Drawn:
     token_ids: list[int]
     """Its tokens, without the EOS or the end of the turn that ended it."""
     log_probs: Tensor
-    """Their log-probabilities in nats at temperature 1 under the whole distribution, whatever was sampled from;
-    float32 on the CPU."""
+    """Log-probabilities in nats at temperature 1, whole distribution, whatever was sampled from; CPU float32."""
     ended_by: str
     """"eos" (or another of :func:`end_ids`), "stop" (a stop text, which it holds) or "length"."""
 
@@ -120,15 +119,7 @@ def sample_texts(
 
 
 def mean_log_likelihoods(model: HostModel, prompt: str, texts: Sequence[str], *, batch_size: int = 16) -> Tensor:
-    """How likely the model, as it is, finds texts after a prompt.
-
-    The text has the tokens that it has behind the prompt, see :func:`ids_after`.
-
-    Args:
-        model: any TransformerLens model.
-        prompt: what the texts go on from.
-        texts: n continuations.
-        batch_size: texts per forward pass.
+    """How likely the model, as it is, finds texts after a prompt, in the tokens of :func:`ids_after`.
 
     Returns:
         Mean log-likelihood per token in nats, float64 ``(n,)``; NaN for a text without a token.
@@ -146,16 +137,9 @@ def mean_log_likelihoods(model: HostModel, prompt: str, texts: Sequence[str], *,
 def continuation_log_probs(
     model: HostModel, start: Tensor, continuations: Sequence[Sequence[int]], *, batch_size: int = 16
 ) -> list[Tensor]:
-    """The log-probability of every token of continuations of one prompt, under the model as it is.
+    """The log-probability in nats of every token of continuations of one prompt (ids ``(length,)``, at least one).
 
-    Args:
-        model: any TransformerLens model, in evaluation mode and without gradients (see ``evaluating``).
-        start: ids of the prompt, ``(length,)``, at least one.
-        continuations: n token sequences.
-        batch_size: continuations per forward pass.
-
-    Returns:
-        n tensors of log-probabilities in nats, float32 on the CPU, as long as the continuations.
+    The model is as it is, in evaluation mode and without gradients (``evaluating``); float32 on the CPU.
     """
     found: list[Tensor] = [torch.zeros(0)] * len(continuations)
     # Longest first, so that continuations of like length share a batch and little of it is padding.
@@ -189,13 +173,11 @@ def _draws(options: SamplingOptions, ids: Tensor, number: int) -> Tensor:
 def draw_continuations(
     model: HostModel, ids: Tensor, numbers: Sequence[int], options: SamplingOptions, *, stop: Sequence[str] = ()
 ) -> list[Drawn]:
-    """Sample continuations of one prompt, or of prompts of equal length, as one batch.
+    """Sample continuations of one prompt, or of prompts of equal length, as one batch, under ``evaluating``.
 
     Args:
-        model: any TransformerLens model, in evaluation mode and without gradients (see ``evaluating``).
         ids: the prompt, ``(length,)``, or that of each continuation ``(b, length)``; at least one token.
         numbers: which continuations, b of them; each number of a prompt is always the same one.
-        options: how to sample.
         stop: texts that end a continuation as soon as one of them is in it.
     """
     ends_turn = end_ids(model)
@@ -249,8 +231,7 @@ def _choose_among(
 ) -> tuple[Tensor, Tensor]:
     """The choice among the likeliest tokens, and whether the choice among all would be the same, both ``(b,)``.
 
-    Args:
-        total: logarithm of the mass of all tokens, ``(b, 1)``; None: only the likeliest count.
+    ``total`` is the logarithm of the mass of all tokens, ``(b, 1)``; None: only the likeliest count.
     """
     best, ids = logits.float().topk(width, dim=-1)
     # On the CPU in float64, so that equal draws and equal logits give equal tokens on every device.

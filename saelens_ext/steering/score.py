@@ -64,9 +64,7 @@ class DirectionScore:
     target: float
     """The divergence chosen, in nats; NaN when no target was reached."""
     score: float
-    """Mean score over the reporting half, in [0, 2]; NaN when no target was reached or the judge gave no usable
-    answer.
-    """
+    """Mean score over the reporting half, in [0, 2]; NaN if no target was reached or no answer was usable."""
     choosing_score: float
     """Mean over the half that chose; optimistic, since it is a maximum. Not a result."""
     n_scored: int
@@ -91,21 +89,20 @@ class SteeringScores:
         return _frame(self.continuations, ScoredContinuation)
 
     def curve(self) -> "pandas.DataFrame":
-        """Mean ratings and score of each cell over all its continuations, missing ones left out; no target is
-        chosen.
-        """
+        """Mean ratings and score of each cell over its continuations, missing ones left out; no target is chosen."""
         keys, ratings = ["direction", "sign", "target"], ["concept_rating", "fluency_rating", "score"]
         return self.to_dataframe().groupby(keys, sort=False)[ratings].mean().reset_index()
 
     def by_sign(self) -> list[DirectionScore]:
         """For each direction and sign, the held-out score at the target chosen for that sign."""
-        signs = [list(dict.fromkeys(strength.sign for strength in search.strengths)) for search in self.searches]
-        return [self._score(direction, (sign,)) for direction, each in enumerate(signs) for sign in each]
+        return [self._score(direction, (sign,)) for direction, signs in enumerate(self._signs()) for sign in signs]
 
     def by_direction(self) -> list[DirectionScore]:
         """For each direction, the held-out score at the sign and target chosen together."""
-        signs = [tuple(dict.fromkeys(strength.sign for strength in search.strengths)) for search in self.searches]
-        return [self._score(direction, each) for direction, each in enumerate(signs)]
+        return [self._score(direction, signs) for direction, signs in enumerate(self._signs())]
+
+    def _signs(self) -> list[tuple[int, ...]]:
+        return [tuple(dict.fromkeys(strength.sign for strength in search.strengths)) for search in self.searches]
 
     def summary(self) -> "pandas.DataFrame":
         """:meth:`by_sign` as a table."""
@@ -114,9 +111,8 @@ class SteeringScores:
     def _score(self, direction: int, signs: tuple[int, ...]) -> DirectionScore:
         strengths = [s for s in self.searches[direction].strengths if s.sign in signs]
         rows = [row for row in self.continuations if row.direction == direction and row.sign in signs]
-        means: dict[tuple[int, float], float] = {}
-        for cell in dict.fromkeys((row.sign, row.target) for row in rows):
-            means[cell] = _mean([row.score for row in _of(rows, cell, "choose")])
+        cells = dict.fromkeys((row.sign, row.target) for row in rows)
+        means = {cell: _mean([row.score for row in _of(rows, cell, "choose")]) for cell in cells}
         known = {cell: mean for cell, mean in means.items() if not math.isnan(mean)}
         # max takes the first of equals, which is the smaller effect where targets ascend.
         sign, target = max(known, key=lambda cell: known[cell]) if known else (None, math.nan)
@@ -201,25 +197,21 @@ def steering_score(
             if strength.reached:
                 with add_direction(model, hook_name, row, strength.coefficient):
                     said = sample_texts(model, texts, n=n, options=options)
-                table += _judged(judge, index, _concept_of(concept, strength.sign), strength, texts, said)
+                about = concept if isinstance(concept, str) else concept[0 if strength.sign == 1 else 1]
+                table += _judged(judge, index, about, strength, texts, said)
     return SteeringScores(continuations=tuple(table), searches=tuple(searches))
 
 
 def _check_halves(prompts: list[str], n: int, options: SamplingOptions) -> None:
     """Refuse what would put the same continuation on both sides of the split, or none on one."""
     if len(set(prompts)) != len(prompts):
-        raise ValueError(
-            "prompts holds one prompt twice; its continuations would be the same, on both sides of the split."
-        )
+        raise ValueError("prompts holds one prompt twice, whose equal continuations would be in both halves.")
     if len(prompts) == 1 and n < 2:
-        raise ValueError(
-            f"n must be at least 2 with a single prompt, got {n}: one continuation chooses the target, another is "
-            "scored."
-        )
+        raise ValueError(f"n must be at least 2 with a single prompt, got {n}: one half chooses, the other is scored.")
     if len(prompts) == 1 and options.temperature == 0:
         raise ValueError(
-            "temperature is 0 and there is a single prompt: its continuations are all the same, so none is held out "
-            "from choosing the target. Give several prompts or a temperature above 0."
+            "temperature is 0 and there is one prompt, whose continuations are all the same: none can be held out. "
+            "Give several prompts or a temperature above 0."
         )
 
 
@@ -231,9 +223,7 @@ def _judged(
     for number, (prompt, texts) in enumerate(zip(prompts, said, strict=True)):
         scores = judge(concept, prompt, texts)
         if len(scores) != len(texts):
-            raise ValueError(
-                f"The judge gave {len(scores)} scores for {len(texts)} continuations; it must give one for each."
-            )
+            raise ValueError(f"The judge must give one score per continuation: {len(texts)}, got {len(scores)}.")
         for place, (text, score) in enumerate(zip(texts, scores, strict=True)):
             half: Half = "choose" if (place if len(prompts) == 1 else number) % 2 == 0 else "report"
             rows.append(
@@ -253,10 +243,6 @@ def _judged(
                 )
             )
     return rows
-
-
-def _concept_of(concept: str | tuple[str, str], sign: int) -> str:
-    return concept if isinstance(concept, str) else concept[0 if sign == 1 else 1]
 
 
 def _of(rows: Sequence[ScoredContinuation], cell: tuple[int, float], half: Half) -> list[ScoredContinuation]:

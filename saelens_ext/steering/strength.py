@@ -67,11 +67,7 @@ class StrengthSearch:
     """For each sign, every (coefficient, divergence) evaluated, by ascending |a|."""
 
     def at(self, sign: int, target: float | int) -> MatchedStrength:
-        """The strength of a sign and target.
-
-        Raises:
-            ValueError: it was not searched.
-        """
+        """The strength of a sign and target; ValueError if it was not searched."""
         for strength in self.strengths:
             if strength.sign == sign and strength.target == target:
                 return strength
@@ -169,19 +165,7 @@ def match_strengths(
 ) -> list[StrengthSearch]:
     """:func:`match_strength` of several directions ``(m, d)`` at one hook, searched together, many to a forward pass.
 
-    Args:
-        model: as for :func:`match_strength`, as all that follow.
-        hook_name: any alias of the hook.
-        directions: ``(m, d)``.
-        targets: divergences in nats.
-        prompts: one or several.
-        average_over: "last" or "all".
-        signs: +1, -1 or both.
-        tolerance: in (0, 1).
-        max_strength: in units of the typical norm.
-        typical_norm: in units of the activation.
-        batch_size: coefficients per forward pass.
-        progress: show a progress bar.
+    All other arguments are those of :func:`match_strength`.
 
     Returns:
         One search per direction.
@@ -201,7 +185,9 @@ def match_strengths(
         limit = norm * max_strength
         search = DivergenceSearch(meter.divergences, signs * len(units))
         strengths = search.run(targets, tolerance, norm=norm, limit=limit, batch_size=batch_size)
-    _log_unreached(strengths, limit)
+    for one in (strength for strength in strengths if not strength.reached):
+        said = "Target %g nats, sign %+d: %s within |coefficient| <= %g; %g nats attained."
+        logger.info(said, one.target, one.sign, one.status, limit, one.kl)
     each, n = len(signs) * len(targets), len(signs)
     return [
         StrengthSearch(
@@ -215,19 +201,6 @@ def match_strengths(
         )
         for number in range(len(units))
     ]
-
-
-def _log_unreached(strengths: Sequence[MatchedStrength], limit: float) -> None:
-    for strength in strengths:
-        if not strength.reached:
-            logger.info(
-                "Target %g nats, sign %+d: %s within |coefficient| <= %g; %g nats attained.",
-                strength.target,
-                strength.sign,
-                strength.status,
-                limit,
-                strength.kl,
-            )
 
 
 def _checked_targets(targets: Sequence[float | int]) -> list[float]:

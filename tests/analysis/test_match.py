@@ -215,7 +215,7 @@ def test_a_large_assignment_is_left_out_or_refused(planted, monkeypatch):
     monkeypatch.setattr(match, "ASSIGNMENT_BYTES", 8 * 40 * 60 - 1)
     result = match_dictionaries(first, second)
     assert result.pairs is None and "one_to_one" not in result.summary() and "one_to_one" not in result.to_dataframe()
-    with pytest.raises(ValueError, match="of 40 to 60 latents needs 19200 bytes"):
+    with pytest.raises(ValueError, match="Assigning 40 latents to 60 needs 19200 bytes"):
         match_dictionaries(first, second, one_to_one=True)
 
 

@@ -289,7 +289,7 @@ def test_features_that_make_no_sense_are_refused(make, message):
         ({"neurons": []}, "one or more different"),
         ({"neurons": [1, 1, 2]}, "one or more different"),
         ({"neurons": [1, 2, D_MLP]}, "neurons must lie from 0 to 63"),
-        ({"weights": [1.0]}, "3 neurons, weights of shape"),
+        ({"weights": [1.0]}, "3 neurons, shape"),
         ({"weights": [1.0, math.nan, 0.0]}, "non-finite"),
         ({"tokens_of_interest": []}, "at least one token"),
         ({"tokens_of_interest": "Monday"}, "at least one token"),

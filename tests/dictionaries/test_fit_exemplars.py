@@ -311,7 +311,7 @@ def test_one_document_cannot_be_calibrated_across_documents(tiny_bridge, tiny_te
 def test_batches_of_one_activation_cannot_be_calibrated_within_batches(tiny_bridge, tiny_texts):
     options = {"context_size": 16, "batch_size": 1, "seqpos_slice": (3, 4)}
     stream = ActivationStream(tiny_bridge, tiny_texts, HOOK, **options)
-    with pytest.raises(ValueError, match="No batch holds two activations") as error:
+    with pytest.raises(ValueError, match="No batch holds two directions") as error:
         fit_exemplar_partition(stream, calibration="within_batch")
     assert fit_exemplar_partition(stream, **_advised(error)).n_regions > 1
 

@@ -228,9 +228,9 @@ def test_bad_input(stream, tiny_bridge, tiny_texts):
         fit_snmf(stream, 4, sparsty=0.1)
     with pytest.raises(ValueError, match="l1 must lie in"):
         fit_snmf(stream, 4, l1=1)
-    with pytest.raises(ValueError, match="held_out must lie in"):
+    with pytest.raises(ValueError, match="held_out, a fraction of the documents, must lie in"):
         fit_snmf(stream, 4, held_out=0.7)
-    with pytest.raises(ValueError, match="which rows are of one document"):
+    with pytest.raises(ValueError, match="does not say where documents end"):
         fit_snmf(rows_of(stream), 4, held_out=0.1)
     with pytest.raises(ValueError, match="n_components is 601"):
         fit_snmf(stream, 601, init="kmeans", sparsity=0.2)

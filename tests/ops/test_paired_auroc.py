@@ -141,5 +141,5 @@ def test_means_and_what_is_refused():
     assert documents.means().scores.tolist() == [2.0, 5.0] and documents.means().sizes.tolist() == [1, 1]
     with pytest.raises(ValueError, match="add up to the 3 scores"):
         ScoredDocuments(np.zeros(3), np.array([2, 2]))
-    with pytest.raises(ValueError, match="1 of 2 scores are NaN"):
+    with pytest.raises(ValueError, match="1 of 2 scores are not finite"):
         ScoredDocuments(np.array([0.0, np.nan]), np.array([2]))

@@ -171,7 +171,7 @@ def test_a_cell_holds_what_its_strength_gives(tiny_hooked, scores):
         ({"prompts": ["I", "I"]}, "twice"),
         ({"n": 1}, "n must be at least 2"),
         ({"options": SamplingOptions(temperature=0)}, "temperature is 0"),
-        ({"judge": lambda concept, prompt, texts: []}, "0 scores for 4"),
+        ({"judge": lambda concept, prompt, texts: []}, "one score per continuation: 4, got 0"),
     ],
 )
 def test_bad_input_of_the_score_is_refused(tiny_hooked, changed, message):
