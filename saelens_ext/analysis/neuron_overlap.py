@@ -158,7 +158,8 @@ def core_and_exclusive_neurons(
     rows = [int(index) for index in group]
     wrong = [index for index in rows if not 0 <= index < len(features)]
     if wrong or len(rows) < 2 or len(set(rows)) < len(rows):
-        raise ValueError(f"group must be two or more features of 0 to {len(features) - 1}, got {list(group)}.")
+        allowed = f"at least two different features of 0 to {len(features) - 1}"
+        raise ValueError(f"group must be {allowed}, got {list(group)}.")
     needed = len(rows) if shared_by is None else shared_by
     if not 2 <= needed <= len(rows):
         raise ValueError(f"shared_by must lie from 2 to {len(rows)}, the size of the group, got {shared_by}.")

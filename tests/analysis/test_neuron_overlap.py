@@ -297,7 +297,7 @@ def test_features_that_make_no_sense_are_refused(make, message):
         ({"tokens_of_interest": [models_zoo.VOCABULARY]}, "0 to 319"),
         ({"prompts": []}, "at least one prompt"),
         ({"hook_name": "blocks.7.mlp.hook_post"}, "has no hook"),
-        ({"control_pool": [3, 40, 1, 2]}, "has 2 to draw from"),
+        ({"control_pool": [3, 40, 1, 2]}, "got 2: widen it"),
         ({"control_pool": [64]}, "control_pool must lie"),
         ({"n_random": 0}, "n_random"),
         ({"confidence": 1.0}, "confidence"),
