@@ -85,7 +85,7 @@ def test_documents_of_a_matrix_can_be_held_out(stream):
     ]
     assert torch.equal(trained[0].W_dec, trained[1].W_dec)
     for fit in (fit_snmf, fit_sae):
-        with pytest.raises(ValueError, match=r"which rows are of one document; give document_ids or a stream"):
+        with pytest.raises(ValueError, match=r"does not say where documents end: give document_ids"):
             fit(x, 5, held_out=0.25)
         with pytest.raises(ValueError, match=r"document_ids must be \d+ integers of at least 0, one per row, got"):
             fit(x, 5, document_ids=documents[:3], held_out=0.25)
