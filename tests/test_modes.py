@@ -197,6 +197,20 @@ def uploaded(m, tmp):
     return [path.read_text() for path in sorted((tmp / "batches").iterdir())]
 
 
+def steered(m, tmp):
+    """Two concepts, with a judge that counts."""
+    return ext.compare_steering(
+        m.model,
+        [ext.Method.from_directions("one", m.direction, HOOK)],
+        CONCEPTS[:2],
+        lambda concept, prompt, texts: [ext.JudgeScore(len(text) % 3, 2.0) for text in texts],
+        prompts=["I think", "It is so"],
+        targets=[0.1],
+        n=2,
+        options=ext.SamplingOptions(max_new_tokens=3),
+    ).summary()
+
+
 def detectors(m):
     return {
         "a": ext.Detector.from_directions(m.direction, HOOK),
@@ -304,6 +318,7 @@ CASES: dict[str, Callable[[SimpleNamespace, Any], Any]] = {
     "add_direction": lambda m, tmp: changed_logits(ext.add_direction(m.model, HOOK, m.direction, 2.0), m.model),
     "export_direction": lambda m, tmp: exported(ext.export_direction(m.model, HOOK, m.direction, 2.0, tmp / "v.gguf")),
     "push_to_neuronpedia": uploaded,
+    "compare_steering": steered,
     "pathway_check": lambda m, tmp: ext.pathway_check(
         m.model, HOOK, m.direction, SENTENCES * 5, coefficient=2.0, prompts="I think"
     ),
@@ -427,6 +442,7 @@ RUN_THE_MODEL = {
     "fit_snmf", "match_strength", "neuron_group_effect", "profile_dictionaries", "profile_dictionary",
     "Method", "ablate_behaviour", "evaluate_detection", "evaluate_probes", "localisation_sweep", "localise_behaviour",
     "measure_behaviour", "pathway_check", "replace_direction",
+    "compare_steering",
     "read_texts", "sample_continuations", "sample_texts", "scale_latent", "steer_continuations", "steer_features",
     "steering_score", "validate_clusters",
 }  # fmt: skip

@@ -33,4 +33,8 @@ from .pathways import PathwayCheck as PathwayCheck
 from .pathways import pathway_check as pathway_check
 from .probing import ProbeEvidence as ProbeEvidence
 from .probing import evaluate_probes as evaluate_probes
+from .ratings import export_for_people as export_for_people
+from .ratings import read_ratings as read_ratings
+from .steering import SteeringEvidence as SteeringEvidence
+from .steering import compare_steering as compare_steering
 from .synthetic import evaluate_on_synthetic as evaluate_on_synthetic

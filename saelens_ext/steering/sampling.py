@@ -7,9 +7,10 @@ takes the neighbouring token). The global random state is neither read nor chang
 """
 
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,9 +18,13 @@ from torch import Tensor
 from saelens_ext import _checks
 from saelens_ext._modes import standard_modes
 from saelens_ext.host.continued_text import ids_after, text_after
+from saelens_ext.host.hook_edits import edit_point, hooked
 from saelens_ext.host.models import HostModel
 from saelens_ext.host.prompt_passes import CachedPasses, evaluating, logits_of, prompt_ids, prompt_list
 from saelens_ext.host.turn_ends import end_ids
+from saelens_ext.steering.divergence_search import adding_rows
+
+T = TypeVar("T")
 
 _SHORTLIST = 1024
 """The likeliest tokens that are looked at before all are sorted."""
@@ -102,20 +107,77 @@ def sample_texts(
         [3, 3]
     """
     _checks.positive(n, "n")
-    _checks.positive(batch_size, "batch_size")
     starts = [prompt_ids(model, prompt) for prompt in prompt_list(prompts)]
     texts: list[list[str]] = [[] for _ in starts]
-    by_length = sorted(range(len(starts)), key=lambda number: len(starts[number]))
-    with evaluating(model):
-        for _, alike in groupby(by_length, key=lambda number: len(starts[number])):
-            rows = [(prompt, number) for prompt in alike for number in range(n)]
-            for first in range(0, len(rows), batch_size):
-                numbered = rows[first : first + batch_size]
-                ids = torch.stack([starts[prompt] for prompt, _ in numbered])
-                drawn = draw_continuations(model, ids, [number for _, number in numbered], options)
-                for (prompt, _), one in zip(numbered, drawn, strict=True):
-                    texts[prompt].append(text_after(model, starts[prompt].tolist(), one.token_ids))
+    for part in _alike(starts, range(n), batch_size):
+        for (prompt, _), text in zip(part, _said(model, starts, part, [number for _, number in part], options)):
+            texts[prompt].append(text)
     return texts
+
+
+@standard_modes()
+def sample_steered(
+    model: HostModel,
+    hook_name: str,
+    offsets: Tensor,
+    prompts: str | Sequence[str],
+    *,
+    n: int = 8,
+    options: SamplingOptions = SamplingOptions(),
+    batch_size: int = 32,
+) -> list[list[list[str]]]:
+    """:func:`sample_texts` under each of several interventions at one hook, many to a forward pass.
+
+    A prompt's draws are the same under all of them.
+
+    Args:
+        model: any TransformerLens model.
+        hook_name: any alias of the hook.
+        offsets: ``(c, d)``, what each intervention adds to the activation at every token.
+        prompts: one prompt or several.
+        n: continuations per intervention and prompt.
+        options: how to sample.
+        batch_size: continuations per forward pass.
+
+    Returns:
+        For each intervention and prompt, n continuations.
+
+    Raises:
+        ValueError: as :func:`sample_texts`, or offsets of another width than the hook.
+    """
+    starts = [prompt_ids(model, prompt) for prompt in prompt_list(prompts)]
+    texts: list[list[list[str]]] = [[[] for _ in starts] for _ in offsets]
+    point = edit_point(model, hook_name)
+    each = [(number, cell) for number in range(_checks.positive(n, "n")) for cell in range(len(offsets))]
+    for part in _alike(starts, each, batch_size):
+        added = offsets[[cell for _, (_, cell) in part]]
+        with hooked(model, [(point, adding_rows(added, hook_name))]):
+            said = _said(model, starts, part, [number for _, (number, _) in part], options)
+        for (prompt, (_, cell)), text in zip(part, said):
+            texts[cell][prompt].append(text)
+    return texts
+
+
+def _alike(starts: Sequence[Tensor], each: Sequence[T], batch_size: int) -> Iterator[list[tuple[int, T]]]:
+    """Every prompt with every entry, in batches of prompts of as many tokens."""
+    by_length = sorted(range(len(starts)), key=lambda number: len(starts[number]))
+    for _, alike in groupby(by_length, key=lambda number: len(starts[number])):
+        rows = [(prompt, entry) for prompt in alike for entry in each]
+        yield from (rows[i : i + batch_size] for i in range(0, len(rows), _checks.positive(batch_size, "batch_size")))
+
+
+def _said(
+    model: HostModel,
+    starts: Sequence[Tensor],
+    part: Sequence[tuple[int, object]],
+    numbers: Sequence[int],
+    options: SamplingOptions,
+) -> list[str]:
+    """A continuation of the prompt of every row of a batch."""
+    ids = torch.stack([starts[prompt] for prompt, _ in part])
+    with evaluating(model):
+        drawn = draw_continuations(model, ids, numbers, options)
+    return [text_after(model, start.tolist(), one.token_ids) for start, one in zip(ids, drawn, strict=True)]
 
 
 def mean_log_likelihoods(model: HostModel, prompt: str, texts: Sequence[str], *, batch_size: int = 16) -> Tensor:
