@@ -46,7 +46,11 @@ class DetectionEvidence(OverConcepts, Evidence):
     unit_text: ClassVar[str] = (
         "A unit is a concept. Its sentences are split in halves several times; each method chooses a direction on one "
         "half and is judged on the other, and the results are averaged within the concept. Intervals and tests are "
-        "over concepts, so they speak of other concepts of this kind."
+        "over concepts, so they speak of other concepts of this kind. Under the rule auroc a method chooses the "
+        "direction with the highest AUROC on its half, under contrast the one whose scores differ most between the "
+        "tokens of sentences with the concept and of those without. What permuted labels choose, and the mean over all "
+        "directions, are above 0.5 where the two sides differ in what most directions respond to, such as the length "
+        "of sentences; what detects more than length keeps its AUROC between sentences of about equal length."
     )
     groups: ClassVar[tuple[str, ...]] = ("rule",)
     metrics: ClassVar[dict[str, str]] = {

@@ -154,7 +154,7 @@ class Evidence:
         return table.assign(p_holm=holm(table["p"].to_numpy(dtype=np.float64)))
 
     def verdict(self, reference: str | None = None) -> str:
-        """What the evidence says in words.
+        """What the evidence says in words, a line for each method and group.
 
         "Above" and "below" need a corrected p-value below .05; that there are too few units for any is said outright.
 
@@ -212,9 +212,7 @@ class Evidence:
         ]
         words = dict(self.metrics)
         tables = (
-            evidence_table(
-                "Estimates", summary.assign(metric=summary["metric"].map(words)), "Means over units, with intervals."
-            ),
+            self._estimates(summary),
             evidence_table(
                 "Comparisons", self.comparisons(), "Paired differences; p_holm is corrected over this table."
             ),
@@ -231,6 +229,16 @@ class Evidence:
             failures=tuple(map(str, self.failures)),
             settings=_files.json_safe(self.settings),
         )
+
+    def _estimates(self, summary: pd.DataFrame) -> EvidenceTable:
+        """Methods by metrics."""
+        index = [*self.groups, "method"]
+        table = summary.pivot(index=index, columns="metric", values="estimate")
+        order = summary[index].drop_duplicates()
+        table = table.reindex(columns=[name for name in self.metrics if name in table.columns])
+        table = order.merge(table.reset_index(), on=index, how="left")
+        explained = "; ".join(f"{name.replace('_', ' ')}: {self.metrics[name]}" for name in table.columns[len(index) :])
+        return evidence_table("Estimates", table, f"Means over {self.unit}s. {explained}.")
 
     def save(self, directory: str | Path) -> Path:
         """Write ``evidence.json`` and ``evidence.safetensors`` into a directory, one evidence to each; gives it."""

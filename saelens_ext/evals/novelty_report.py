@@ -40,7 +40,7 @@ def verdict(evidence: Any, comparisons: pd.DataFrame) -> str:
         others = own[own["other"].map(evidence.family_of) != CORESET]
         if len(others):
             sentences.append(_against_others(str(method), others))
-    return " ".join(sentences)
+    return "\n".join(sentences)
 
 
 def _against_coreset(evidence: Any, method: str, rows: pd.DataFrame) -> str:

@@ -9,6 +9,9 @@ from saelens_ext.ops.resampling import smallest_p
 
 LEVEL = 0.05
 """A corrected p-value below this is a claim."""
+UNDECIDED = "cannot be told from"
+_NUMBERED = 3
+"""Of more undecided comparisons than these, the table has the numbers."""
 
 
 def verdict(
@@ -56,7 +59,7 @@ def verdict(
                     f"{settings['confidence']:.0%} interval {row['low']:.3f} to {row['high']:.3f}) "
                     f"{'; it '.join(phrases)}."
                 )
-    return " ".join(sentences)
+    return "\n".join(sentences)
 
 
 def group_text(group: Mapping[str, Any]) -> str:
@@ -74,16 +77,23 @@ def _by_group(table: pd.DataFrame, groups: Sequence[str]) -> list[tuple[dict[str
 
 def _phrases(table: pd.DataFrame, subject: str) -> list[str]:
     """ "is above A and B; is below C; cannot be told from D", of one subject."""
-    found: dict[str, list[str]] = {"is above": [], "is below": [], "cannot be told from": []}
+    found: dict[str, list[tuple[str, float, float]]] = {"is above": [], "is below": [], UNDECIDED: []}
     for row in table.to_dict("records"):
         if subject not in (row["method"], row["other"]):
             continue
         is_first = row["method"] == subject
         difference = row["difference"] if is_first else -row["difference"]
-        verb = "cannot be told from" if not row["p_holm"] < LEVEL else "is above" if difference > 0 else "is below"
-        other = row["other"] if is_first else row["method"]
-        found[verb].append(f"{other} ({difference:+.3f}, p = {_p_text(row['p_holm'])})")
-    return [f"{verb} {_listed(others)}" for verb, others in found.items() if others]
+        verb = UNDECIDED if not row["p_holm"] < LEVEL else "is above" if difference > 0 else "is below"
+        found[verb].append((row["other"] if is_first else row["method"], difference, row["p_holm"]))
+    return [f"{verb} {_described(others, verb)}" for verb, others in found.items() if others]
+
+
+def _described(others: Sequence[tuple[str, float, float]], verb: str) -> str:
+    """Names with differences and p-values; of many that nothing follows for, the names and the range."""
+    if verb == UNDECIDED and len(others) > _NUMBERED:
+        differences = [difference for _, difference, _ in others]
+        return f"{_listed([name for name, *_ in others])} ({min(differences):+.3f} to {max(differences):+.3f})"
+    return _listed([f"{name} ({difference:+.3f}, p = {_p_text(p)})" for name, difference, p in others])
 
 
 def _p_text(p: float) -> str:
