@@ -186,7 +186,6 @@ class WindowSource:
         return ids
 
     def _column(self, columns: list[str]) -> str:
-        """The column that holds the documents."""
         if self.text_column in columns:
             return self.text_column
         others = [name for name in _OTHER_COLUMNS if name in columns] if self.text_column == _DEFAULT_COLUMN else []

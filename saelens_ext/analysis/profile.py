@@ -131,7 +131,6 @@ class DictionaryProfile:
             raise ValueError(f"The profile in {path} is damaged: {self.d_sae} latents, tensors of shapes {wrong}.")
 
     def _check_belongs(self, config: dict[str, Any], what: str) -> None:
-        """Raise ValueError if a dictionary has another number of latents or another hook."""
         hook = (config.get("metadata") or {}).get("hook_name")
         # The same place has another name in another host class, to which the dictionary may have been moved since.
         spellings = [] if hook is None else [hook, *(name for kind in BLOCKS for name in spellings_of(hook, kind))]

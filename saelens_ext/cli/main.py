@@ -71,7 +71,6 @@ def _general(arguments: Sequence[str]) -> int:
 
 
 def _run(command: Command, arguments: Sequence[str], context: Context, debug: bool) -> int:
-    """Parse the options of a command and run it."""
     from saelens_ext.cli.parser import parse
 
     try:

@@ -167,7 +167,6 @@ def lens_of(model: Any, dictionary: SAE[Any]) -> LensResult | None:
 def _section(
     contents: Contents, profiles: list[DictionaryProfile], labels: Sequence[Labels | None], model: Any
 ) -> SNMFSection:
-    """The part on SNMF dictionaries."""
     hierarchy = contents.dictionary if isinstance(contents.dictionary, HierarchicalSNMF) else None
     fit = contents.fit if isinstance(contents.fit, SNMFFitResult) else None
     saved: list[Any] = [contents.dictionary] if hierarchy is None else hierarchy.dictionaries

@@ -133,8 +133,6 @@ class Detector:
 
 
 class _Scoring(TypedDict):
-    """Fields of a detector."""
-
     score: Callable[[Tensor], Tensor]
     directions: Tensor | None
     origin: Tensor | None

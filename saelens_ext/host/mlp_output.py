@@ -79,7 +79,6 @@ def residual_directions(
 
 
 def _layer_of(model: HostModel, features: SAE[Any] | Tensor, hook_name: str | None, layer: int | None) -> int:
-    """The block whose neurons are meant."""
     if hook_name is not None and layer is not None:
         raise ValueError(f"Give hook_name or layer, not both; got {hook_name!r} and {layer}.")
     n_layers = model.cfg.n_layers

@@ -129,7 +129,6 @@ def _built(sae: SAE[Any]) -> dict[str, Any]:
 
 
 def _figures(contents: Contents) -> dict[str, Any]:
-    """Metrics that the fit and the profile hold."""
     fit, profile, whole = contents.fit, contents.profile, contents.dictionary
     figures: dict[str, Any] = {}
     if isinstance(fit, ExemplarFitResult):

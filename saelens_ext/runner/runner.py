@@ -220,7 +220,6 @@ class DictionaryRunner:
                         built.save_profile()
 
     def _evaluate(self, built_all: list[BuiltDictionary], stream: ActivationStream, last_document: int) -> None:
-        """Evaluate every dictionary."""
         config = self._begun.config
         if config.n_eval_batches == 0:
             return

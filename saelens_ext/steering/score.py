@@ -218,7 +218,6 @@ def _check_halves(prompts: list[str], n: int, options: SamplingOptions) -> None:
 def _judged(
     judge: Judge, direction: int, concept: str, strength: MatchedStrength, prompts: list[str], said: list[list[str]]
 ) -> list[ScoredContinuation]:
-    """The rows of one cell."""
     rows = []
     for number, (prompt, texts) in enumerate(zip(prompts, said, strict=True)):
         scores = judge(concept, prompt, texts)

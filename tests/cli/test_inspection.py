@@ -13,7 +13,7 @@ from sae_lens import SAE
 from saelens_ext.analysis.labels import label_latents
 from saelens_ext.analysis.match import match_dictionaries
 from saelens_ext.analysis.profile import DictionaryProfile
-from saelens_ext.cli.report import _lens
+from saelens_ext.cli.report import lens_of
 from saelens_ext.host.by_name import same_model
 from tests import models_zoo
 from tests.continuations._dictionaries import make
@@ -217,9 +217,9 @@ def test_saved_labels_are_those_of_the_report(copied, command):
 
 def test_the_lens_is_of_directions_in_the_stream(tiny_bridge):
     """A width alone does not make one: the heads' activations are as wide as the stream."""
-    assert _lens(tiny_bridge, make("standard", HOOK, 32)) is not None
-    assert _lens(tiny_bridge, make("standard", "blocks.1.attn.hook_z", 32)) is None
-    assert _lens(tiny_bridge, make("transcoder", "blocks.1.hook_resid_mid", write="blocks.1.attn.o.hook_in")) is None
+    assert lens_of(tiny_bridge, make("standard", HOOK, 32)) is not None
+    assert lens_of(tiny_bridge, make("standard", "blocks.1.attn.hook_z", 32)) is None
+    assert lens_of(tiny_bridge, make("transcoder", "blocks.1.hook_resid_mid", write="blocks.1.attn.o.hook_in")) is None
 
 
 def test_a_report_without_a_profile_says_how_to_make_one(copied, command):

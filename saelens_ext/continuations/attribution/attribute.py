@@ -164,8 +164,6 @@ def attribution_completeness(
 
 @dataclass(frozen=True)
 class _Run:
-    """One attribution, planned."""
-
     model: HostModel
     saes: list[SAE[Any]]
     continuations: ContinuationSet

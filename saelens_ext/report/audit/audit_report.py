@@ -107,7 +107,6 @@ def _prefix(
     tokenizer: PreTrainedTokenizerBase | None,
     config: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What the template shows of one prefix."""
     modes = modes_of(audit, finder, prefix_tokens(audit, tokenizer))
     maps, curve, tests = maps_data(audit), path_data(audit), audit.validation
     data = {
@@ -146,7 +145,6 @@ def _prefix(
 
 
 def _tests(audit: PrefixAudit) -> dict[str, Any]:
-    """What the template shows of the tests by steering."""
     validation = audit.validation
     assert validation is not None
     columns, rows = tests_section.specificity_cells(validation)

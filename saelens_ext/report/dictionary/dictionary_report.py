@@ -146,7 +146,6 @@ def _regions(
     generations: Sequence[Mapping[str, str]],
     labels: Labels | None,
 ) -> dict[str, Any]:
-    """What the template shows of an exemplar partition."""
     if labels is not None:
         labels.check_belongs(profile)
     _check_same_dictionary(fits, chosen, profile, lens)
@@ -166,7 +165,6 @@ def _regions(
 
 
 def _features(section: SNMFSection, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What the template shows of SNMF dictionaries."""
     steered = section.steered
     return {
         "heading": "Neuron features",

@@ -67,7 +67,6 @@ def _token_ids(level: SNMFLevel) -> list[Tensor]:
 
 
 def _level_columns(level: SNMFLevel, start: int, vocabulary: Vocabulary) -> dict[str, list[Any]]:
-    """The columns of one level's features."""
     return latent_columns(level, vocabulary) | {
         "n_neurons": level.dictionary.support.sum(dim=1).tolist(),
         **_neurons(level.dictionary),
@@ -160,7 +159,6 @@ def _overlaps(dictionary: SNMFDictionary, start: int) -> list[list[dict[str, Any
 
 
 def _overlap(table: NeuronOverlap, i: int, j: int) -> dict[str, Any]:
-    """How two features share neurons."""
     return {
         "shared": int(table.overlap[i, j]),
         "same_sign": int(table.same_sign[i, j]),
@@ -187,7 +185,6 @@ def _tree_columns(hierarchy: HierarchicalSNMF | None, starts: list[int], n: int)
 
 
 def _steered(steered: SteeredFeatures | None, n: int) -> dict[str, Any] | None:
-    """The continuations of each feature."""
     if steered is None:
         return None
     texts: list[list[dict[str, Any]]] = [[] for _ in range(n)]

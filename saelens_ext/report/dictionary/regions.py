@@ -94,7 +94,6 @@ def region_data(
 
 
 def _exemplars(fit: ExemplarFitResult) -> Float[Tensor, "k d"]:
-    """The exemplars on the CPU, in float32."""
     return fit.dictionary.exemplars.detach().float().cpu()
 
 

@@ -2,30 +2,25 @@
 // button work.
 
 class Explorer {
-  // Subclasses make `table` and `detail`, then call `start`.
-  constructor(noun, prefix) {
-    this.noun = noun;
-    this.prefix = prefix;
+  // `parts` are the classes of its map, table and details; `selected` is shown at first.
+  constructor(data, noun, prefix, parts, selected) {
+    Object.assign(this, { data, noun, prefix, selected });
     this.wide = matchMedia("(min-width: 64rem)");
-    this.listeners = {
-      onSelect: (id) => {
-        this.go(id);
-        this.reveal();
-      },
-      onOrder: (matching) => this.ordered(matching),
+    const onSelect = (id) => {
+      this.go(id);
+      this.reveal();
     };
-  }
-
-  element(name) {
-    return byId(this.prefix + name);
-  }
-
-  start(selected) {
-    this.selected = selected;
+    this.map = new parts.Map(data, (id) => this.go(id));
+    this.table = new parts.Table(data, { onSelect, onOrder: (matching) => this.ordered(matching) });
+    this.detail = new parts.Detail(data, noun, prefix, (id, step) => this.table.beside(id, step));
     this.listen();
     this.table.update();
     this.show(selected);
     if (this.follow()) this.element("detail").scrollIntoView();
+  }
+
+  element(name) {
+    return byId(this.prefix + name);
   }
 
   listen() {
@@ -89,29 +84,19 @@ class Explorer {
 
 class RegionExplorer extends Explorer {
   constructor(data) {
-    super("region", "");
-    this.data = data;
-    this.map = new RegionMap(data, (id) => this.go(id));
-    this.table = new RegionTable(data, this.listeners);
-    this.detail = new RegionDetail(data, "region", "", (id, step) => this.table.beside(id, step));
-    this.start(largestOf(data.members));
+    super(data, "region", "", { Map: RegionMap, Table: RegionTable, Detail: RegionDetail }, largestOf(data.members));
   }
 
   find(name) {
     const id = /^\d+$/.test(name) ? Number(name) : -1;
     return id >= 0 && id < this.data.members.length ? id : null;
   }
-
 }
 
 class FeatureExplorer extends Explorer {
   constructor(data) {
-    super("feature", "feature-");
-    this.data = data;
-    this.map = new FeatureMap(data, (id) => this.go(id));
-    this.table = new FeatureTable(data, this.listeners);
-    this.detail = new FeatureDetail(data, "feature", "feature-", (id, step) => this.table.beside(id, step));
-    this.start(largestOf(data.activity.slice(0, data.sizes[0])));
+    const first = largestOf(data.activity.slice(0, data.sizes[0]));
+    super(data, "feature", "feature-", { Map: FeatureMap, Table: FeatureTable, Detail: FeatureDetail }, first);
   }
 
   find(name) {

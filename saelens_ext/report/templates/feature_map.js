@@ -2,12 +2,7 @@
 
 class FeatureMap extends RegionMap {
   constructor(data, onSelect) {
-    super(
-      data,
-      onSelect,
-      "feature-",
-      data.x.map((_, id) => id),
-    );
+    super(data, onSelect, "feature-", [...data.x.keys()]);
   }
 
   get noun() {
