@@ -73,7 +73,8 @@ AUDIT_HOOKS = [f"blocks.{layer}.mlp.hook_post" for layer in (5, 10)]
 AUDIT_BETAS = (1.5, 2.0, 2.5)
 AUDIT_GAMMAS = (0.3, 0.5, 0.7)
 AUDIT_MODES = (3, 10)
-N_CONTINUATIONS = 96
+AUDIT_ROWS = 20  # held-out continuations that are steered
+N_CONTINUATIONS = 64
 ANSWER_TOKENS = 14
 
 
@@ -294,6 +295,7 @@ def audit_prompt(
         betas=AUDIT_BETAS,
         gammas=AUDIT_GAMMAS,
         n_clusters=AUDIT_MODES,
+        max_rows=AUDIT_ROWS,
         progress=True,
     )
     for mode in audit.modes().itertuples():

@@ -111,6 +111,7 @@ def test_reassignment_never_raises_the_objective(center):
         assert np.array_equal(pruned.argmin(axis=1), costs.argmin(axis=1))
 
 
+@pytest.mark.slow
 def test_descent_equals_brute_force_over_all_partitions():
     excesses = []
     for seed in range(200):
