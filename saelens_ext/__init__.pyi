@@ -55,6 +55,7 @@ from .evals.behaviour_passes import measure_behaviour as measure_behaviour
 from .evals.concepts_data import Concept as Concept
 from .evals.concepts_data import packaged_concepts as packaged_concepts
 from .evals.concepts_data import read_concepts as read_concepts
+from .evals.decomposition import decompose_dictionary as decompose_dictionary
 from .evals.detection import evaluate_detection as evaluate_detection
 from .evals.evidence import Evidence as Evidence
 from .evals.localisation import localise_behaviour as localise_behaviour

@@ -20,6 +20,8 @@ from .concepts_data import Concept as Concept
 from .concepts_data import packaged_concepts as packaged_concepts
 from .concepts_data import packaged_texts as packaged_texts
 from .concepts_data import read_concepts as read_concepts
+from .decomposition import Decomposition as Decomposition
+from .decomposition import decompose_dictionary as decompose_dictionary
 from .detection import DetectionEvidence as DetectionEvidence
 from .detection import evaluate_detection as evaluate_detection
 from .evidence import Evidence as Evidence
