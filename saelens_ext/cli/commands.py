@@ -139,6 +139,12 @@ _ALL = (
         ("EvidenceInputs", "DocumentInputs", "NoveltySettings"),
     ),
     _evidence(
+        "behaviour",
+        "find the regions that hold a behaviour, and ablate them beside controls",
+        "output/blocks.6.hook_out_exemplars_p2 --shows=harmful.txt --lacks=harmless.txt",
+        ("EvidenceInputs", "BehaviourInputs", "BehaviourSettings"),
+    ),
+    _evidence(
         "synthetic",
         "compare dictionaries with the known features of SAELens' synthetic models",
         "--n_seeds=10",

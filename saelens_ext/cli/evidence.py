@@ -1,4 +1,4 @@
-"""``evidence detection``, ``probes``, ``novelty`` and ``synthetic``: evaluations that end in a claim."""
+"""``evidence detection``, ``probes``, ``novelty``, ``behaviour`` and ``synthetic``: evaluations that end in a claim."""
 
 import logging
 from collections.abc import Sequence
@@ -15,13 +15,23 @@ from saelens_ext.activations.kept_stream import KeptStream
 from saelens_ext.activations.stream import ActivationStream
 from saelens_ext.cli import opening
 from saelens_ext.cli.errors import UsageError
-from saelens_ext.cli.evidence_options import ConceptInputs, DocumentInputs, EvidenceInputs, ResultOptions
+from saelens_ext.cli.evidence_options import (
+    BehaviourInputs,
+    ConceptInputs,
+    DocumentInputs,
+    EvidenceInputs,
+    ResultOptions,
+)
 from saelens_ext.cli.output import Context, Result, table
 from saelens_ext.dictionaries.exemplar_partition import ExemplarPartition
+from saelens_ext.evals.ablation import ablate_behaviour
 from saelens_ext.evals.baselines import matched_controls
+from saelens_ext.evals.behaviour import REFUSALS, PromptSplit, begins_with
 from saelens_ext.evals.concepts_data import Concept, packaged_concepts, read_concepts
 from saelens_ext.evals.detection import evaluate_detection
 from saelens_ext.evals.evidence import Evidence
+from saelens_ext.evals.localisation import localise_behaviour
+from saelens_ext.evals.localisation_sweep import localisation_sweep
 from saelens_ext.evals.methods import Method
 from saelens_ext.evals.novelty import evaluate_novelty
 from saelens_ext.evals.probing import evaluate_probes
@@ -81,6 +91,39 @@ def novelty(
     stream, saes = _opened(inputs)
     found = evaluate_novelty(stream.model, saes, stream, inside, outside, progress=context.progress, **vars(settings))
     return _finish(found, inputs, results, settings)
+
+
+def behaviour(
+    inputs: EvidenceInputs, prompts: BehaviourInputs, settings: Any, results: ResultOptions, context: Context
+) -> Result:
+    """Localise a behaviour in a dictionary, and judge what ablating its regions does."""
+    _prepare(results)
+    if prompts.shows is None or prompts.lacks is None:
+        raise UsageError(
+            "No prompts were named: --shows=FILE and --lacks=FILE, each a JSON list of texts or a text in each line."
+        )
+    shows, lacks = (opening.texts_in(Path(file)) for file in (prompts.shows, prompts.lacks))
+    phrases = REFUSALS if prompts.phrases is None else opening.texts_in(Path(prompts.phrases))
+    neutral = [] if prompts.neutral is None else opening.texts_in(Path(prompts.neutral))
+    judge, split = begins_with(phrases, within=prompts.within), PromptSplit.divide(shows, lacks, seed=settings.seed)
+    stream, saes = _opened(inputs)
+    if len(saes) > 1:
+        raise UsageError("A behaviour is localised in one dictionary; run the command once for each.")
+    (sae,) = saes.values()
+    options: dict[str, Any] = {
+        name: getattr(prompts, name) for name in ("chat_template", "max_new_tokens", "min_members", "min_rate")
+    }
+    options["progress"] = context.progress
+    found = localise_behaviour(stream.model, sae, split, judge, **options)
+    ablated = ablate_behaviour(
+        stream.model, found, split, judge, neutral_texts=neutral, progress=context.progress, **vars(settings)
+    )
+    if not prompts.sweep:
+        return _finish(ablated, inputs, results, settings)
+    swept = localisation_sweep(
+        stream.model, stream.hook_names[0], split, judge, folder=Path(results.output_path) / "cells", **options
+    )
+    return _finish(ablated, inputs, results, settings, swept)
 
 
 def synthetic(settings: Any, results: ResultOptions, context: Context) -> Result:
@@ -146,17 +189,20 @@ def _named_files(given: Sequence[str]) -> dict[str, list[str]]:
 # --- what is told ---
 
 
-def _finish(found: Evidence, inputs: EvidenceInputs | None, results: ResultOptions, settings: Any) -> Result:
+def _finish(
+    found: Evidence, inputs: EvidenceInputs | None, results: ResultOptions, settings: Any, *more: Evidence
+) -> Result:
     """Write the page and the results, put the figures where people look, and say what was found."""
     about = {} if inputs is None else {"dictionary": inputs.dictionary, "model": found.settings.get("model", "")}
-    files = save_evidence([found], Path(results.output_path), about={k: v for k, v in about.items() if v})
+    files = save_evidence([found, *more], Path(results.output_path), about={k: v for k, v in about.items() if v})
     if inputs is not None and inputs.save:
         write_beside(found, Path(inputs.dictionary))
     _log(found, inputs, results, settings)
     summary = found.summary()
     rows = summary[summary["metric"] == found.headline].drop(columns="metric").to_dict("records")
     data = {"verdict": found.verdict(), "summary": rows, "failures": list(map(str, found.failures)), "files": files}
-    lines = [table([json_safe(row) for row in rows]), "", found.verdict(), *map(str, found.failures)]
+    said = [one.verdict() for one in (found, *more)]
+    lines = [table([json_safe(row) for row in rows]), "", *said, *map(str, found.failures)]
     return Result(data=data, text="\n".join([*lines, "", *(f"{name}: {path}" for name, path in files.items())]))
 
 

@@ -12,6 +12,7 @@ import simple_parsing
 from sae_lens import LoggingConfig
 
 from saelens_ext.cli.options import ReadingOptions
+from saelens_ext.evals.ablation import ablate_behaviour
 from saelens_ext.evals.detection import evaluate_detection
 from saelens_ext.evals.novelty import evaluate_novelty
 from saelens_ext.evals.probing import evaluate_probes
@@ -67,9 +68,37 @@ class DocumentInputs:
     """Documents of another kind, likewise; may be repeated."""
 
 
+@dataclass(kw_only=True)
+class BehaviourInputs:
+    """Which behaviour is looked for, and the prompts, which are divided into those that build, choose and judge."""
+
+    shows: str | None = simple_parsing.field(default=None, type=text_or_none, metavar="FILE")
+    """Prompts that should bring the behaviour about: a JSON list of texts, or a text in each line."""
+    lacks: str | None = simple_parsing.field(default=None, type=text_or_none, metavar="FILE")
+    """Prompts that should not, likewise."""
+    phrases: str | None = simple_parsing.field(default=None, type=text_or_none, metavar="FILE")
+    """Phrases that answers which show it begin with, likewise; by default those of refusals."""
+    neutral: str | None = simple_parsing.field(default=None, type=text_or_none, metavar="FILE")
+    """Neutral texts on which side effects are measured, likewise."""
+    within: int = 300
+    """Characters of an answer that are searched for phrases."""
+    chat_template: bool = True
+    """Make each prompt a user's message."""
+    max_new_tokens: int = 60
+    """Tokens of an answer."""
+    min_members: int = 5
+    """Prompts that a candidate region must have."""
+    min_rate: float = 0.3
+    """Rate of the behaviour that it must have."""
+    sweep: bool = False
+    """Also build partitions of the prompts at 5 percentiles and in 5 orders, and ablate each best candidate; the cells
+    are kept in the folder of the results, from which the same command goes on."""
+
+
 _TUPLES: dict[str, tuple[Callable[[str], Any], str]] = {
     "rates": (number, "X[,X…]"),
     "ks": (whole_number, "N[,N…]"),
+    "n_directions": (whole_number, "N[,N…]"),
 }
 
 
@@ -101,6 +130,7 @@ def _explained(docstring: str) -> dict[str, str]:
     return found
 
 
+BehaviourSettings = _settings("BehaviourSettings", ablate_behaviour, "How ablations are judged.")
 DetectionSettings = _settings("DetectionSettings", evaluate_detection, "How methods are judged.", ("untrained_twin",))
 ProbeSettings = _settings("ProbeSettings", evaluate_probes, "How probes are judged.", ("activations",))
 NoveltySettings = _settings("NoveltySettings", evaluate_novelty, "How novelty is judged.", ("outside",))

@@ -94,7 +94,7 @@ class SweepEvidence(Evidence):
         if reference is None:  # a fall is negative, as elsewhere
             sides = {"method": "other", "other": "method", "low": "high", "high": "low"}
             found = found.rename(columns=sides)
-            found[["difference", "low", "high"]] *= -1
+            found[["difference", "low", "high"]] = 0.0 - found[["difference", "low", "high"]]
             found = found[["method", "other", "difference", "low", "high", "p", "n_units", "n_undefined"]]
         values = self.per_unit(metric)
         exact = [
@@ -131,9 +131,13 @@ class SweepEvidence(Evidence):
     def section(self) -> EvidenceSection:
         """What a page shows of this evidence."""
         made = super().section()
+        rows = tuple(row for row in made.forest.rows if row.label == NOTHING or row.kind == "unsupervised")
         note = "p and p_holm are of the localisation, ablation_p and ablation_p_holm of the change of the rate."
         return replace(
-            made, tables=(evidence_table("Cells", self.table(), note), *made.tables), heat_maps=(self._heat_map(),)
+            made,
+            forest=replace(made.forest, rows=rows),
+            tables=(evidence_table("Cells", self.table(), note), *made.tables),
+            heat_maps=(self._heat_map(),),
         )
 
     def _heat_map(self) -> HeatMap:

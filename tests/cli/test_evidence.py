@@ -90,6 +90,31 @@ def test_probes(command, copied, concepts, tmp_path):
     check(found, "probes", tmp_path / "out", copied)
 
 
+def test_behaviour_with_a_sweep(command, copied, tmp_path):
+    files = {}
+    for name, seed, end in (("shows", 1, "assert"), ("lacks", 2, "value"), ("neutral", 3, "name")):
+        files[name] = tmp_path / f"{name}.txt"
+        files[name].write_text("\n".join(sentences(20 if name != "neutral" else 2, seed, (end,))))
+    # The model is random, so that answers begin with one letter or another; half of them count.
+    (tmp_path / "phrases.json").write_text(json.dumps(list("abcdefghijklm")))
+    found = command(
+        "evidence", "behaviour", copied, *(f"--{name}={path}" for name, path in files.items()), "--chat_template=false",
+        f"--phrases={tmp_path / 'phrases.json'}", "--within=1", "--max_new_tokens=2", "--min_members=1",
+        "--n_random=2", "--n_directions=1,2", "--basis=exemplar", "--n_bootstrap=50", "--sweep=true",
+        f"--output_path={tmp_path / 'out'}", *FAST,
+    )  # fmt: skip
+    content = check(found, "behaviour", tmp_path / "out", copied)
+    assert content["behaviour"]["settings"]["n_directions"] == [1, 2]
+    assert {row["method"] for row in found.data["summary"]} >= {"no ablation", "Gaussian direction"}
+    assert "cells ablating the best candidate changes the rate" in content["behaviour_sweep"]["verdict"]
+    assert len(list((tmp_path / "out" / "cells").glob("cell p*.json"))) == 25
+
+
+def test_behaviour_needs_prompts(command, copied):
+    found = command("evidence", "behaviour", copied, "--quiet")
+    assert found.status == 2 and "--shows=FILE and --lacks=FILE" in found.err
+
+
 def test_synthetic(command, tmp_path):
     found = command(
         "evidence", "synthetic", "--methods=EP", "--n_seeds=2", "--n_activations=300", "--n_judged=200",

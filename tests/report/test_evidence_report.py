@@ -6,7 +6,15 @@ from dataclasses import replace
 import pytest
 
 from saelens_ext.report.evidence_report import _axis, _cell, write_evidence_report
-from saelens_ext.report.evidence_section import EvidenceTable, ForestPlot, ForestRow, Line, LineFigure
+from saelens_ext.report.evidence_section import (
+    AnswerSet,
+    EvidenceTable,
+    ForestPlot,
+    ForestRow,
+    HeatMap,
+    Line,
+    LineFigure,
+)
 from saelens_ext.report.page import _hash
 from tests.report import synthetic_evidence as made
 from tests.report.parsed_page import Page
@@ -108,3 +116,40 @@ def test_what_cannot_be_shown_is_refused(tmp_path):
         write(tmp_path, [replace(section, forest=ForestPlot(axis="x", rows=(row,)))])
     with pytest.raises(ValueError, match="kind of a forest row must be one of"):
         write(tmp_path, [replace(section, forest=ForestPlot(axis="x", rows=(replace(row, estimate=1.0, kind="k"),)))])
+
+
+def heat_map(**changes):
+    given = {
+        "title": "Change", "row_label": "percentile", "column_label": "seed", "rows": ("4", "8"), "columns": ("0", "1"),
+        "values": ((0.0, -1.0), (-0.5, None)), "texts": (("9 regions", "a"), ("b", made.HOSTILE)), "low": 0, "high": -1,
+    }  # fmt: skip
+    return HeatMap(**given | changes)
+
+
+def test_heat_maps_and_answers_are_shown_as_text(tmp_path):
+    answers = (
+        AnswerSet(prompt=f"How? {made.HOSTILE}", answers={"no ablation": "I cannot.", "region 3": made.HOSTILE}),
+    )
+    page = write(tmp_path, [made.make_section(hostile=False, heat_maps=(heat_map(),), answers=answers)])
+    text = Page(page).text
+    for said in (
+        "Change",
+        "percentile",
+        "9 regions",
+        "−1.00",
+        "−0.50",
+        "Answers side by side",
+        "I cannot.",
+        "region 3",
+    ):
+        assert said in text, said
+    assert re.findall(r'class="heat heat-(\d+)"', page) == ["0", "10", "5", "0"]
+    assert not {"img"} & set(Page(page).tags) and Page(page).tags.count("script") == 2
+
+
+@pytest.mark.parametrize(
+    "changes", [{"values": ((0.0,), (1.0,))}, {"rows": ("4",)}, {"texts": (("a", "b"),)}, {"high": 0}]
+)
+def test_a_heat_map_of_another_shape_is_refused(tmp_path, changes):
+    with pytest.raises(ValueError, match="heat map 'Change'"):
+        write(tmp_path, [made.make_section(heat_maps=(heat_map(**changes),))])
