@@ -12,7 +12,7 @@ from saelens_ext import _checks
 from saelens_ext._modes import standard_modes
 from saelens_ext.activations.stream import ActivationStream
 from saelens_ext.dictionaries.activation_matrix import ActivationSource
-from saelens_ext.dictionaries.fit_snmf import SNMFFitConfig, SNMFFitOptions, reconstruction_loss
+from saelens_ext.dictionaries.fit_snmf import SNMFFitConfig, SNMFFitOptions, check_spread, reconstruction_loss
 from saelens_ext.dictionaries.hierarchy import HierarchicalSNMF
 from saelens_ext.dictionaries.snmf import SNMFDictionary
 from saelens_ext.ops.deep_semi_nmf import DeepFactors, level_errors, refine
@@ -52,7 +52,8 @@ def fit_hierarchical_snmf(
         refine_iter: iterations of the joint refinement at most; 0 leaves the levels as they were built one on another.
         progress: show progress bars.
         **options: fields of :class:`~saelens_ext.dictionaries.fit_snmf.SNMFFitConfig` for every level; ``held_out`` and
-            ``max_passes`` have no use here.
+            ``max_passes`` have no use here. With ``method="paper"`` the published rule builds each level; the links
+            and the refinement stay this package's.
 
     Raises:
         ValueError: ranks that do not fall, activations that exceed ``memory_limit``, and as for
@@ -80,6 +81,7 @@ def fit_hierarchical_snmf(
     with torch.no_grad():
         _check_start(start, ranks[0], x, config)
         rows = _rows(x, start, config)
+        check_spread(rows.values, len(x))
         factors = _recursive(rows.values, ranks, start, config, progress)
         before = _relative_errors(rows, factors)
         history = []
@@ -137,6 +139,7 @@ def _dictionaries(
         "n_seen": len(x),
         "l1": float(config.l1),
         "init": config.init,
+        "method": config.method,
         "ranks": [len(features) for features in factors.features],
         "typical_norm": float(torch.linalg.vector_norm(x, dim=1).median()),
     }
@@ -181,6 +184,7 @@ def _recursive(
             rank,
             sparsity=config.sparsity,
             init=config.init,
+            method=config.method,
             l1=l1,
             max_iter=config.max_iter,
             tol=config.tol,

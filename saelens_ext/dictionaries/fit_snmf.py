@@ -22,7 +22,7 @@ from saelens_ext.dictionaries.activation_matrix import ActivationSource, Restart
 from saelens_ext.dictionaries.snmf import SNMFDictionary
 from saelens_ext.dictionaries.snmf_fit_result import SNMFFitResult
 from saelens_ext.ops.nnls import check_l1
-from saelens_ext.ops.semi_nmf import INITS, SemiNMFResult, semi_nmf
+from saelens_ext.ops.semi_nmf import INITS, METHODS, SemiNMFResult, semi_nmf
 from saelens_ext.ops.semi_nmf_streaming import StreamingSemiNMFResult, semi_nmf_streaming
 
 logger = logging.getLogger(__name__)
@@ -39,13 +39,16 @@ class SNMFFitConfig:
     """Fraction of the neurons that a feature may use, in (0, 1], rounded up to whole neurons."""
     init: str = "svd"
     """"svd", "kmeans" or "random"."""
+    method: str = "coordinate"
+    """"coordinate", or "paper" for the published rule and model: multiplicative updates, and codes that are plain
+    non-negative least squares (``l1`` is then 0). It needs all activations in memory."""
     l1: float | int = 0.1
     """Weight of the L1 penalty on the codes, in [0, 1): the cosine that a feature must have with what the others leave
     of an activation to be active. Activations are then taken from their mean, and weigh the same whatever their norm,
     so that a few of enormous norm (right behind BOS, at delimiters) do not decide the features. 0 gives the lowest
     loss, but then nearly all features are active on nearly all tokens, and large activations count for more."""
-    max_iter: int = 100
-    """Iterations of a fit in memory, or to the sample of a stream."""
+    max_iter: int | None = None
+    """Iterations of a fit in memory, or to the sample of a stream; by default 100, or 500 for "paper"."""
     max_passes: int = 5
     """Passes over the stream to improve the features, where it does not fit in memory."""
     tol: float = 1e-4
@@ -59,12 +62,23 @@ class SNMFFitConfig:
 
     def __post_init__(self) -> None:
         _checks.normalise_fields(self)
+        self._drop_penalty()
         _checks.between(self.sparsity, 0, 1, "sparsity", closed_high=True)
         _checks.choice(self.init, INITS, "init")
         _checks.between(self.tol, 0, 1, "tol")
         check_l1(self.l1)
-        for name in ("max_iter", "max_passes", "memory_limit"):
+        for name in ("max_passes", "memory_limit", *(["max_iter"] if self.max_iter is not None else [])):
             _checks.positive(getattr(self, name), name)
+
+    def _drop_penalty(self) -> None:
+        """The published rule has no penalty: the default one becomes 0, and another is refused."""
+        if _checks.choice(self.method, METHODS, "method") == "paper":
+            if self.l1 not in (0, SNMFFitConfig.l1):
+                raise ValueError(
+                    f"The published rule has no L1 penalty, got l1={self.l1!r} with method='paper'. Leave l1 out, or "
+                    "use method='coordinate'."
+                )
+            object.__setattr__(self, "l1", 0.0)
 
 
 class SNMFFitOptions(TypedDict, total=False):
@@ -72,8 +86,9 @@ class SNMFFitOptions(TypedDict, total=False):
 
     sparsity: float | int
     init: str
+    method: str
     l1: float | int
-    max_iter: int
+    max_iter: int | None
     max_passes: int
     tol: float
     held_out: float | int
@@ -110,7 +125,8 @@ def fit_snmf(
 
     Raises:
         ValueError: an option that is unknown or out of range, a stream over several hooks, no activation, activations
-            that are all zero or not finite, more features than ``init`` can give, too few documents to hold any out.
+            that are all zero or not finite, more features than ``init`` can give, too few documents to hold any out,
+            more activations than ``memory_limit`` with ``method="paper"``.
 
     Examples:
         >>> fit = sx.fit_snmf(neuron_stream, n_components=8)
@@ -162,11 +178,16 @@ def fit_snmf_rows(
         "on_metrics": on_metrics,
     }
     if x is not None:
-        fit = semi_nmf(x, n_components, tol=config.tol, progress=progress, **shared)
+        fit = semi_nmf(x, n_components, method=config.method, tol=config.tol, progress=progress, **shared)
         energy = fit.codes.double().square().sum(dim=0)
         total = sum_of_squares(x)
         typical_norm = float(torch.linalg.vector_norm(x, dim=1).median())
         n_seen, limit = len(x), "max_iter"
+    elif config.method == "paper":
+        raise ValueError(
+            f"The activations take more than memory_limit={config.memory_limit} bytes, and method='paper' needs them "
+            "in memory. Raise memory_limit, lower the stream's max_tokens, or use method='coordinate'."
+        )
     else:
         logger.info(
             "More than %d bytes of activations: the fit makes several passes over the stream.", config.memory_limit
@@ -176,6 +197,7 @@ def fit_snmf_rows(
         )
         energy, total, typical_norm = fit.code_gram.diagonal(), fit.total, fit.typical_norm
         n_seen, limit = fit.n_samples, "max_passes"
+    check_spread(fit.features, n_seen)
     shares = energy * fit.features.double().square().sum(dim=1) / total
     dictionary, shares = _dictionary(given, fit, shares, config, n_seen, typical_norm)
     held_out_loss, n_held_out = reconstruction_loss(
@@ -217,6 +239,7 @@ def _dictionary(
         "loss": fit.loss,
         "l1": float(config.l1),
         "init": config.init,
+        "method": config.method,
         "typical_norm": typical_norm,
     }
     dictionary = SNMFDictionary.from_features(
@@ -229,6 +252,15 @@ def _dictionary(
     )
     dictionary.fold_W_dec_norm()
     return dictionary, shares[order].float().cpu()
+
+
+def check_spread(fitted: Tensor, n_seen: int) -> None:
+    """Refuse activations of which nothing is left when their mean is subtracted."""
+    if not bool(fitted.any()):
+        raise ValueError(
+            f"All {n_seen} activations are equal: from their mean there is nothing to fit. Give more varied "
+            "text, or l1=0, which takes activations as they are."
+        )
 
 
 def sum_of_squares(x: Float[Tensor, "n d"]) -> float:

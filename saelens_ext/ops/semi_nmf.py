@@ -83,7 +83,7 @@ def semi_nmf(
     x: Float[Tensor, "n d"],
     n_components: int,
     *,
-    sparsity: float = 0.01,
+    sparsity: float | int = 0.01,
     init: str = "svd",
     method: str = "coordinate",
     l1: float | int = 0.0,
@@ -159,7 +159,8 @@ def semi_nmf(
             history=history,
             converged=converged,
             n_iter=len(history),
-            n_dead=len(dead(fit.features, statistics)),
+            # Beside one enormous activation the parts of all features would count as nothing.
+            n_dead=int((codes.amax(dim=0) <= 0).sum()) if rows.equal else len(dead(fit.features, statistics)),
             n_duplicate=len(duplicates(fit.features)),
             n_revived=fit.n_revived,
         )
@@ -172,7 +173,7 @@ def _exact_codes(x: Tensor, fit: CoordinateFit | PaperFit, l1: float) -> Tensor:
 
 
 def check_options(
-    x: Float[Tensor, "n d"], n_components: int, sparsity: float, init: str, tol: float, l1: float | int = 0.0
+    x: Float[Tensor, "n d"], n_components: int, sparsity: float | int, init: str, tol: float, l1: float | int = 0.0
 ) -> int:
     """Check what every fit shares; the number of neurons that a feature may use, ceil(sparsity * d)."""
     if x.ndim != 2 or not x.numel():

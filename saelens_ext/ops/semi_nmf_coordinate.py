@@ -35,6 +35,7 @@ from saelens_ext.ops.semi_nmf_updates import (
     keep_largest,
     normalised,
     refit,
+    replacement_costs,
     update_codes,
     update_features,
 )
@@ -45,12 +46,13 @@ _REST_AFTER_FAILED_MERGE = 10
 _POWER_ITERATIONS = 3
 _SEARCH_L1 = 0.05
 _SHRINKING = 0.8
-_ROUNDS = 6
+_ROUNDS = 8
 _ROUND_ITERATIONS = 4
 _ROUND_STEPS = 2
-_FAILED_ROUNDS = 2
+_FAILED_ROUNDS = 3
 _REPLACED = 0.05
-_LEAST_GAIN = 1e-4
+_LEAST_GAIN = 1e-3
+_SHORTEST = 1e-30
 
 
 @dataclass(frozen=True)
@@ -146,16 +148,20 @@ class CoordinateFit:
             progress = min(1.0, (iteration + 1) / (_SHRINKING * n_iterations))
             self._fit_together(max(self._count, round(d * (self._count / d) ** progress)))
         self._round(0)
-        failed = 0
+        size, skipped, failed = max(1, int(_REPLACED * len(self.features))), 0, 0
         for _ in range(_ROUNDS):
             best, n_best = self._state, self.n_revived
-            self._replace_weakest(failed)
+            self._replace_weakest(size, skipped)
             self._round(_ROUND_ITERATIONS)
-            if self._state.error >= (1 - _LEAST_GAIN) * best.error:
+            gain = 1 - self._state.error / best.error if best.error > 0 else 0.0
+            if gain <= 0:
                 self._state, self.n_revived = best, n_best
+            if gain < _LEAST_GAIN:
                 failed += 1
                 if failed == _FAILED_ROUNDS:
                     break
+                # One that is needed spoils the round for those that are not.
+                skipped, size = skipped + int(size == 1), max(1, size // 4)
         if self._l1 != l1:
             self._l1 = l1
             self._state = self._pass(self.features, self._state.codes, l1)
@@ -172,20 +178,21 @@ class CoordinateFit:
     def _fit_together(self, count: int) -> None:
         """An iteration of the search."""
         statistics = self._state.statistics
-        dense = refit(statistics, torch.ones_like(self.features, dtype=torch.bool), self.features)
+        # The penalty's quadratic bound, which touches it here: without it, features may grow large and cancel, and be
+        # cut to different neurons.
+        length = torch.linalg.vector_norm(self.features.double(), dim=1).clamp(min=_SHORTEST)
+        ridge = torch.diag(statistics.l1 * statistics.sums / length)
+        bounded = replace(statistics, gram=statistics.gram + ridge)
+        dense = refit(bounded, torch.ones_like(self.features, dtype=torch.bool), self.features)
         features, length = normalised(keep_largest(dense, count))
         unused = set(dead(features * length[:, None], statistics)) | {surplus for _, surplus in duplicates(features)}
         self._state = self._replaced(features, self._state.codes * length[:, None], sorted(unused))
 
-    def _replace_weakest(self, skipped: int) -> None:
+    def _replace_weakest(self, size: int, skipped: int) -> None:
         """New directions for the features that the others could replace at least cost, after some that were tried."""
         features, length = normalised(self.features)
-        problem = FeatureGram.of(features)
-        inverse = torch.ones_like(problem.norm) if problem.inverse is None else problem.inverse.diagonal()
-        # With all codes free, dropping feature i and refitting the others costs |g_i|^2 / (Q^-1)_ii.
-        cost = self.statistics.gram.diagonal() * length.double().square() / inverse
-        size = max(1, int(_REPLACED * len(cost)))
-        weakest = cost.sort(stable=True).indices[skipped * size :][:size].tolist()
+        cost = replacement_costs(self.statistics.gram * length.double().outer(length.double()), features)
+        weakest = cost.sort(stable=True).indices[skipped:][:size].tolist()
         # Without the penalty, what is left of the activations is what no feature has, and not what it took from all.
         features[weakest] = 0
         self._state = self._pass(features, self._state.codes * length[:, None], 0.0)

@@ -85,7 +85,7 @@ def semi_nmf_streaming(
     batches: Iterable[Float[Tensor, "_ d"]],
     n_components: int,
     *,
-    sparsity: float = 0.01,
+    sparsity: float | int = 0.01,
     init: str = "svd",
     l1: float | int = 0.0,
     center: bool = False,
@@ -155,7 +155,7 @@ def semi_nmf_streaming(
         code_product=statistics.product,
         total=fit.total,
         typical_norm=typical_norm,
-        n_dead=len(dead(fit.features, statistics)),
+        n_dead=len(dead(fit.features, fit.statistics)),
         n_duplicate=len(duplicates(fit.features)),
         n_revived=fit.n_revived,
     )

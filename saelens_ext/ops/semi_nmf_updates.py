@@ -265,6 +265,30 @@ def duplicates(features: Float[Tensor, "k d"]) -> list[tuple[int, int]]:
     return pairs
 
 
+def replacement_costs(gram: Float64[Tensor, "k k"], unit: Float[Tensor, "k d"]) -> Float64[Tensor, " k"]:
+    """By how much the error would rise, at most and to first order, if each feature were left to the others.
+
+    That is the lower of two bounds. With all codes free and the other features as they are, it is |g_i|^2 / (Q^-1)_ii.
+    And two features h_i, h_j may become one, the best rank-one approximation of g_i h_i + g_j h_j: that leaves the
+    smaller eigenvalue of the product of their two-by-two Gram matrices, which is small where two features halve a
+    group between them. Of such a pair only the one with the smaller codes gets the lower cost.
+
+    Args:
+        gram: ``(k, k)`` A.
+        unit: ``(k, d)`` the features, unit rows.
+    """
+    problem = FeatureGram.of(unit)
+    weights = gram.diagonal()
+    alone = weights if problem.inverse is None else weights / problem.inverse.diagonal()
+    trace = weights[:, None] + weights + 2 * gram * problem.exact
+    determinant = (weights[:, None] * weights - gram.square()) * (1 - problem.exact.square())
+    merged = (trace - (trace.square() - 4 * determinant).clamp(min=0).sqrt()) / 2
+    # Codes that are positive on features that point apart have no common sign.
+    smaller = (weights[:, None] < weights) | ((weights[:, None] == weights) & torch.ones_like(gram).triu(1).bool())
+    merged = torch.where(smaller & (problem.exact > 0), merged, torch.inf)
+    return torch.minimum(alone, merged.amin(dim=1))
+
+
 def dead(features: Float[Tensor, "k d"], statistics: CodeStatistics) -> list[int]:
     """Features that are zero, or whose part in the reconstruction is: below 1e-12 of the sum of squares."""
     part = features.double().square().sum(dim=1) * statistics.gram.diagonal()

@@ -72,6 +72,7 @@ class SNMFBuildConfig(SNMFFitConfig):
 
     def __post_init__(self) -> None:
         _checks.normalise_fields(self)
+        self._drop_penalty()
         _different(several(self.n_components), "n_components")
         _different(several(self.sparsity), "sparsity")
         if not 0 <= self.held_out <= 0.5:
@@ -87,7 +88,8 @@ class SNMFBuildConfig(SNMFFitConfig):
     @property
     def setting_names(self) -> list[str]:
         """A short name for each setting, in the order they are built."""
-        return [f"snmf_k{k}_s{config.sparsity:g}" for k, config in self.settings(seed=0)]
+        ending = "_paper" if self.method == "paper" else ""
+        return [f"snmf_k{k}_s{config.sparsity:g}{ending}" for k, config in self.settings(seed=0)]
 
 
 BuildConfig = Union[ExemplarBuildConfig, SNMFBuildConfig]

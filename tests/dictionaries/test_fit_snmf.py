@@ -48,6 +48,31 @@ def test_the_dictionary_is_the_factorisation(stream):
     assert int(dictionary.support.sum(dim=1).max()) <= -(-x.shape[1] * 2 // 10)
 
 
+def test_the_published_rule(stream, tmp_path):
+    result = fit_snmf(stream, 5, method="paper", sparsity=0.2, seed=3)
+    x = rows_of(stream)
+    rule = semi_nmf(x, 5, sparsity=0.2, method="paper", generator=torch.Generator().manual_seed(3))
+    assert result.loss == rule.loss and result.history == rule.history and len(result.history) > 100
+    again = SNMFFitResult.load(result.save(tmp_path)).dictionary
+    assert again.cfg.l1 == 0 and (again.cfg.metadata.method, again.cfg.metadata.l1) == ("paper", 0)
+    assert not again.b_dec.any()
+    torch.testing.assert_close(again.encode(x), nnls(x, result.dictionary.features.detach()))
+    other = fit_snmf(stream, 5, sparsity=0.2)
+    assert other.dictionary.cfg.metadata.method == "coordinate" and other.dictionary.cfg.l1 == 0.1
+
+
+def test_what_the_published_rule_cannot_do(stream):
+    with pytest.raises(ValueError, match=r"no L1 penalty, got l1=0\.2 with method='paper'"):
+        fit_snmf(stream, 5, method="paper", l1=0.2)
+    with pytest.raises(ValueError, match="memory_limit=10000 bytes, and method='paper'"):
+        fit_snmf(stream, 5, method="paper", memory_limit=10_000)
+    with pytest.raises(ValueError, match="method must be one of 'coordinate', 'paper', got 'published'"):
+        fit_snmf(stream, 5, method="published")
+    for wrong in (0, 1.5):
+        with pytest.raises(ValueError, match="max_iter must be a whole number"):
+            fit_snmf(stream, 5, max_iter=wrong)
+
+
 def test_metadata(stream):
     metadata = fit_snmf(stream, 4, **OPTIONS).dictionary.cfg.metadata
     assert metadata.hook_name == "blocks.1.mlp.out.hook_in" and metadata.context_size == 16 and metadata.l1 == 0.1
@@ -242,6 +267,47 @@ def test_bad_input(stream, tiny_bridge, tiny_texts):
         fit_snmf(ActivationStream(tiny_bridge, tiny_texts, [HOOK, "blocks.0.hook_out"], context_size=16), 4)
     with pytest.raises(ValueError, match="hook_name is for a matrix"):
         fit_snmf(stream, 4, hook_name=HOOK)
+
+
+def sphere(n=80, d=20):
+    return torch.nn.functional.normalize(torch.randn(n, d, generator=torch.Generator().manual_seed(0)), dim=1)
+
+
+@pytest.mark.parametrize("options", [{}, {"l1": 0}, {"method": "paper"}])
+@pytest.mark.parametrize("init", ["svd", "kmeans", "random"])
+@pytest.mark.parametrize("rows", ["equal norms", "few distinct", "one enormous"])
+def test_activations_without_much_to_find(rows, init, options):
+    x = {
+        "equal norms": sphere(),
+        "few distinct": 3 * sphere(3)[torch.arange(80) % 3],
+        "one enormous": sphere() * torch.where(torch.arange(80) == 4, 1e9, 1.0)[:, None],
+    }[rows]
+    result = fit_snmf(x, 6, sparsity=0.2, init=init, **options)
+    codes = result.dictionary.encode(x)
+    assert result.dictionary.cfg.d_sae == 6 and bool(codes.isfinite().all()) and 0 <= result.loss < 1
+    assert all(after <= before for before, after in itertools.pairwise(result.history))
+    if not options:
+        # Each of the features has activations, even if they are as nothing beside an enormous one.
+        assert result.n_dead == 0 and bool((codes.amax(dim=0) > 0).all())
+        assert float(result.dictionary.b_dec.detach().norm()) <= 3
+
+
+def test_one_enormous_activation_does_not_decide_the_features():
+    x = sphere(400)
+    large = x * torch.where(torch.arange(400) == 4, 1e9, 1.0)[:, None]
+    plain, other = (fit_snmf(rows, 6, sparsity=0.2).dictionary for rows in (x, large))
+    losses = [reconstruction_loss(dictionary, [x[5:]])[0] for dictionary in (plain, other)]
+    assert losses[1] < losses[0] * 1.02
+
+
+@pytest.mark.parametrize("n", [1, 2, 50])
+def test_equal_activations_leave_nothing_from_their_mean(n):
+    x = sphere(1).repeat(n, 1)
+    with pytest.raises(ValueError, match=f"All {n} activations are equal"):
+        fit_snmf(x, 2, init="random")
+    with pytest.raises(ValueError, match=f"All {n} activations are equal"):
+        fit_hierarchical_snmf(x, (2, 1), init="random")
+    assert fit_snmf(x, 1, l1=0, sparsity=1).loss == pytest.approx(0, abs=1e-6)
 
 
 def test_constant_and_negative_activations():

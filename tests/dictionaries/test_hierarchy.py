@@ -125,6 +125,18 @@ def test_from_features_that_are_there():
         fit_hierarchical_snmf(x, RANKS, start=fit.dictionary, l1=0.2)
 
 
+def test_the_published_rule_at_every_level(tmp_path):
+    options = {"sparsity": 4 / 39, "max_iter": 40, "refine_iter": 0}
+    tree = fit_hierarchical_snmf(planted(), (12, 6), method="paper", **options)
+    first = fit_snmf(planted(), 12, method="paper", sparsity=4 / 39, max_iter=40).dictionary
+    cosines = tree.dictionaries[0].features @ first.features.T
+    torch.testing.assert_close(cosines.amax(dim=1), torch.ones(12))
+    tree.save(tmp_path)
+    for dictionary in HierarchicalSNMF.load(tmp_path).dictionaries:
+        assert dictionary.cfg.l1 == 0 and dictionary.cfg.metadata.method == "paper"
+    assert fit_hierarchical_snmf(planted(), (6, 3), **options).dictionaries[0].cfg.metadata.method == "coordinate"
+
+
 def test_bad_input():
     x = planted()
     for ranks in ((12,), (6, 6), (6, 12), ()):
