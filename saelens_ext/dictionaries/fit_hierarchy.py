@@ -20,7 +20,7 @@ from saelens_ext.ops.nnls import solve_codes
 from saelens_ext.ops.nnls_kernels import FeatureGram
 from saelens_ext.ops.semi_nmf import semi_nmf
 from saelens_ext.ops.semi_nmf_rows import Rows
-from saelens_ext.ops.semi_nmf_updates import normalised, support_size
+from saelens_ext.ops.semi_nmf_updates import normalised, sum_of_squares, support_size
 
 _REFINE_TOL = 1e-4
 _LINK_L1 = 0.1
@@ -123,7 +123,7 @@ def _refined(
 ) -> tuple[DeepFactors, list[float]]:
     """The levels refined together, and the objective over the sum of squares."""
     count = support_size(config.sparsity, x.shape[1])
-    total = float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
+    total = sum_of_squares(x)
     bar = tqdm(total=_checks.positive(refine_iter, "refine_iter"), desc="refining all levels", disable=not progress)
     factors, history = refine(
         x, factors, count, float(config.l1), refine_iter, _REFINE_TOL, on_iteration=lambda _: bar.update()

@@ -24,6 +24,7 @@ from saelens_ext.dictionaries.snmf_fit_result import SNMFFitResult
 from saelens_ext.ops.nnls import check_l1
 from saelens_ext.ops.semi_nmf import INITS, METHODS, SemiNMFResult, semi_nmf
 from saelens_ext.ops.semi_nmf_streaming import StreamingSemiNMFResult, semi_nmf_streaming
+from saelens_ext.ops.semi_nmf_updates import sum_of_squares
 
 logger = logging.getLogger(__name__)
 
@@ -261,13 +262,6 @@ def check_spread(fitted: Tensor, n_seen: int) -> None:
             f"All {n_seen} activations are equal: from their mean there is nothing to fit. Give more varied "
             "text, or l1=0, which takes activations as they are."
         )
-
-
-def sum_of_squares(x: Float[Tensor, "n d"]) -> float:
-    """Sum of squares of activations ``(n, d)`` in double precision, block by block: a whole copy would take twice
-    their memory.
-    """
-    return sum(float(rows.double().square().sum()) for rows in x.split(4096))
 
 
 @torch.no_grad()

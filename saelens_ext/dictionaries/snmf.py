@@ -182,9 +182,7 @@ class SNMFDictionary(DecoderOnlySAE):
     def _solve(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n k"]:
         """Codes in the working dtype."""
         working = torch.promote_types(x.dtype, torch.float32)
-        x = x.to(working)
-        if not bool(x.sum().isfinite()):
-            _checks.finite(x, "The activation")
+        x = _checks.finite(x.to(working), "The activation")
         if torch.is_grad_enabled() and (x.requires_grad or self.W_dec.requires_grad):
             return nnls(x, self.W_dec.to(working), l1=self.cfg.l1, tol=_TOL[working])
         return solve_codes(x, self._gram(working), _TOL[working], l1=self.cfg.l1)

@@ -28,6 +28,7 @@ from saelens_ext.ops.nnls_kernels import DualIteration, FeatureGram, PrimalItera
 logger = logging.getLogger(__name__)
 
 _CHUNK_ROWS = 4096
+_WIDE_ROWS = 1024
 _PILOT_ROWS = 256
 _SWEEPS_BETWEEN_CHECKS = 3
 _SWEEPS_BEFORE_EXCHANGE = 2
@@ -79,9 +80,7 @@ def nnls(
             ``max_sweeps`` is not positive.
     """
     width(x, features.shape[1], "x")
-    # A sum is finite only if all its terms are, and takes a fraction of the time of looking at each.
-    if not bool(x.sum().isfinite()):
-        finite(x, "x")
+    finite(x, "x")
     finite(features, "features")
     positive(max_sweeps, "max_sweeps")
     check_l1(l1)
@@ -222,8 +221,11 @@ def _finish(codes: Tensor, x: Tensor, problem: FeatureGram, tolerance: Tensor, l
     Pivoting settles rows together, but where features are dependent it may go round in circles: the rows that it has
     not settled after some rounds are left to scipy's method, which takes one at a time and always ends.
     """
-    wide = x.double()
-    target = penalised(problem.exact_unit @ wide.T, torch.linalg.vector_norm(wide, dim=1), l1).T
+    parts = [
+        penalised(problem.exact_unit @ rows.double().T, torch.linalg.vector_norm(rows.double(), dim=1), l1).T
+        for rows in x.split(_WIDE_ROWS)
+    ]
+    target = torch.cat(parts)
     solver = SupportSolver(problem.exact, _PIVOT_RIDGE, has_inverse=problem.inverse is not None)
     passive = (codes > 0).T.contiguous()
     solved, optimal = pivot(passive, target, problem.exact, solver, tolerance.double(), _PIVOT_ROUNDS)
@@ -231,7 +233,7 @@ def _finish(codes: Tensor, x: Tensor, problem: FeatureGram, tolerance: Tensor, l
         logger.info(
             "Pivoting left %d of %d activations to scipy's non-negative least squares.", int((~optimal).sum()), len(x)
         )
-        solved[~optimal] = _one_by_one(wide[~optimal], target[~optimal], problem, l1)
+        solved[~optimal] = _one_by_one(x[~optimal].double(), target[~optimal], problem, l1)
     return solved.T.to(codes.dtype)
 
 

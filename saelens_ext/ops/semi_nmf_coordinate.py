@@ -29,10 +29,12 @@ from saelens_ext.ops.nnls import dual_is_faster
 from saelens_ext.ops.nnls_kernels import FeatureGram
 from saelens_ext.ops.semi_nmf_updates import (
     CHUNK_ROWS,
+    SUM_ROWS,
     CodeStatistics,
     dead,
     duplicates,
     keep_largest,
+    lengths,
     normalised,
     refit,
     replacement_costs,
@@ -93,7 +95,7 @@ class CoordinateFit:
         self._dual = False
         self._no_merge_before = 0
         self.n_revived = 0
-        self._sizes = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
+        self._sizes = lengths(x)
         columns = codes.T.contiguous()
         statistics = CodeStatistics.of(x, columns, l1)
         # Dense features to start from are no member of the set: the first sparse ones may be of higher error than they.
@@ -101,7 +103,7 @@ class CoordinateFit:
         features = keep_largest(update_features(statistics, features, count), count)
         errors = [
             (rows - part.T @ features).square().sum(dim=1)
-            for rows, part in zip(x.split(CHUNK_ROWS), columns.split(CHUNK_ROWS, dim=1), strict=True)
+            for rows, part in zip(x.split(SUM_ROWS), columns.split(SUM_ROWS, dim=1), strict=True)
         ]
         self._state = _State(features, columns, statistics, statistics.error(features), torch.cat(errors))
         if search:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saelens_ext.ops.semi_nmf_updates import CHUNK_ROWS, CodeStatistics
+from saelens_ext.ops.semi_nmf_updates import CHUNK_ROWS, SUM_ROWS, CodeStatistics, lengths, sum_of_squares
 
 _LONGEST = 10.0
 _ROUNDING = 64.0
@@ -15,18 +15,13 @@ _ROUNDING = 64.0
 
 def center_of(x: Float[Tensor, "n d"]) -> Float[Tensor, " d"]:
     """The mean of the activations, without those of more than ten times the median norm; float64."""
-    norms = _lengths(x)[:, 0]
+    norms = lengths(x)
     positive = norms[norms > 0]
     if not len(positive):
         return torch.zeros_like(x[0], dtype=torch.float64)
     counted = (norms <= _LONGEST * positive.median()).double()
-    parts = zip(x.split(CHUNK_ROWS), counted.split(CHUNK_ROWS), strict=True)
+    parts = zip(x.split(SUM_ROWS), counted.split(SUM_ROWS), strict=True)
     return torch.stack([weight @ rows.double() for rows, weight in parts]).sum(dim=0) / counted.sum()
-
-
-def _lengths(x: Float[Tensor, "n d"]) -> Float[Tensor, "n 1"]:
-    """In float64: beside one enormous activation, the squares of the others may vanish in float32."""
-    return torch.cat([torch.linalg.vector_norm(rows.double(), dim=1, keepdim=True) for rows in x.split(CHUNK_ROWS)])
 
 
 @dataclass(frozen=True)
@@ -65,20 +60,20 @@ class Rows:
     @classmethod
     def _of(cls, values: Tensor, center: Tensor, unit: float, equal: bool) -> "Rows":
         """From a copy of the activations, which is overwritten, and the centre, both in units of ``unit``."""
-        total = sum(float(rows.double().square().sum()) for rows in values.split(CHUNK_ROWS))
-        lengths = torch.ones_like(values[:, :1])
+        total = sum_of_squares(values)
+        length = torch.ones_like(values[:, :1])
         if bool(center.any()):
-            rounding = _ROUNDING * torch.finfo(values.dtype).eps * _lengths(values)
+            rounding = _ROUNDING * torch.finfo(values.dtype).eps * lengths(values)[:, None]
             values -= center
         else:
-            rounding = torch.zeros_like(lengths, dtype=torch.float64)
+            rounding = torch.zeros_like(length, dtype=torch.float64)
         if equal:
-            lengths = _lengths(values)
+            length = lengths(values)[:, None]
             # What differs from the centre by rounding alone has no direction.
-            none = lengths <= rounding
-            lengths = torch.where(none, 0.0, lengths).to(values)
-            values.div_(torch.where(none, 1.0, lengths)).masked_fill_(none, 0.0)
-        return cls(values, center * unit, lengths, unit, equal, total)
+            none = length <= rounding
+            length = torch.where(none, 0.0, length).to(values)
+            values.div_(torch.where(none, 1.0, length)).masked_fill_(none, 0.0)
+        return cls(values, center * unit, length, unit, equal, total)
 
     def statistics(self, codes: Float[Tensor, "n k"]) -> CodeStatistics:
         """Of the rows in their own lengths, in units of their size, with codes of the fit."""

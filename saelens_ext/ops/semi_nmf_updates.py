@@ -36,7 +36,7 @@ from saelens_ext.ops.nnls_kernels import DualIteration, FeatureGram, PrimalItera
 
 CHUNK_ROWS = 4096
 DUPLICATE_COSINE = 0.99
-_SUM_ROWS = 1024
+SUM_ROWS = 1024
 _SWEEPS = 3
 _REFIT_RIDGE = 1e-8
 _FAINT = 1e-12
@@ -93,7 +93,7 @@ class CodeStatistics:
         """
         if sizes is None:
             sizes = self._sizes_added(x)
-        parts = zip(x.split(_SUM_ROWS), codes.split(_SUM_ROWS, dim=1), sizes.split(_SUM_ROWS), strict=True)
+        parts = zip(x.split(SUM_ROWS), codes.split(SUM_ROWS, dim=1), sizes.split(SUM_ROWS), strict=True)
         for rows, columns, size in parts:
             wide = columns.double()
             self.gram += wide @ wide.T
@@ -104,7 +104,7 @@ class CodeStatistics:
     def _sizes_added(self, x: Tensor) -> Tensor:
         """The sizes of activations, after their squares were added."""
         sizes = []
-        for rows in x.split(_SUM_ROWS):
+        for rows in x.split(SUM_ROWS):
             # In float64, since the float32 reductions of torch on the CPU understate by up to 1%.
             squares = rows.double().square()
             self.squares += squares.sum(dim=0)
@@ -125,6 +125,21 @@ class CodeStatistics:
                 "The squared error is not finite: the activations are too large for their dtype. Scale them down."
             )
         return max(0.0, error)
+
+
+def lengths(x: Float[Tensor, "n d"]) -> Float64[Tensor, " n"]:
+    """Norms of activations, in float64: beside an enormous activation, squares of the others may vanish in float32.
+
+    By blocks: torch makes a copy in float64 of what it takes the norms of.
+    """
+    return torch.cat([torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64) for rows in x.split(SUM_ROWS)])
+
+
+def sum_of_squares(x: Float[Tensor, "n d"]) -> float:
+    """Sum of squares of activations ``(n, d)`` in double precision, block by block: a whole copy would take twice
+    their memory.
+    """
+    return sum(float(rows.double().square().sum()) for rows in x.split(SUM_ROWS))
 
 
 def support_size(sparsity: float | int, d: int) -> int:

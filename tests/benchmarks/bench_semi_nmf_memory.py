@@ -65,7 +65,7 @@ def in_memory(rows: int, k: int, model: str) -> dict:
     x = mlp_activations(rows)
     semi_nmf(x[:500], 5, max_iter=2, **MODELS[model])  # loads what torch loads on first use
     peak = Peak()
-    semi_nmf(x, k, max_iter=5, **MODELS[model])
+    semi_nmf(x, k, max_iter=3, **MODELS[model])
     size = x.numel() * x.element_size() / MIB
     return {"model": model, "rows": rows, "components": k, "copies": round(peak.mib() / size, 2)}
 

@@ -18,7 +18,7 @@ from sae_lens.load_model import HookedProxyLM
 
 from saelens_ext import DictionaryProfile
 from saelens_ext.activations.cached_stream import CachedStream
-from saelens_ext.dictionaries.fit_snmf import sum_of_squares
+from saelens_ext.ops.semi_nmf_updates import sum_of_squares
 from saelens_ext.runner import (
     DictionaryRunner,
     DictionaryRunnerConfig,
