@@ -68,6 +68,7 @@ def test_no_option_is_taken_for_its_beginning(name, command):
     bare = ("exemplars", "snmf", "audit", "demo", "evidence synthetic")
     given = places.get(name, [] if name in bare else ["a"])
     required = ["--hook_name=a"] if name in ("exemplars", "snmf") else []
+    required += ["--output_path=a", "--latent=0"] if name == "export" else []
     found = command(*name.split(), *given, word, *required)
     assert found.status == 2 and f"There is no option {word.partition('=')[0]}." in found.error
 

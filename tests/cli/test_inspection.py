@@ -97,8 +97,8 @@ def test_a_dictionary_of_ours_without_its_fit_has_a_report(copied, command):
         assert found.status == 0, found.err
         data = data_of(copied[name])
         assert data["distances"] is (name == "fine") and data["sizes"] == [len(data["firing"])]
-        # Neurons are no directions in the residual stream, whatever their number.
-        assert (data["promoted"][0] is None) is (name == "snmf")
+        # Features of neurons promote what they write into the residual stream.
+        assert data["promoted"][0] is not None
 
 
 @pytest.mark.parametrize("name", ["report", "eval", "profile", "match", "push"])
