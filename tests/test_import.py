@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 import saelens_ext as sx
 
 LISTING = """
@@ -16,6 +18,7 @@ print(*sorted(set(saelens_ext.__all__) - set(dir(saelens_ext))))
 """
 
 
+@pytest.mark.slow
 def test_the_import_loads_only_the_dictionaries():
     result = subprocess.run([sys.executable, "-c", LISTING], capture_output=True, text=True, check=True)
     packages, architectures, unlisted = result.stdout.splitlines()

@@ -65,6 +65,11 @@ MODES = {
     **{name: partial(default_dtype, dtype) for name, dtype in DEFAULTS.items()},
     "autocast": partial(torch.autocast, "cpu", torch.bfloat16),
 }
+# What takes a second or more, and is tried quickly in the strictest mode alone.
+LONG = {
+    "Audit", "DictionaryRunner", "Evidence", "audit_continuations", "evaluate_novelty", "evaluate_probes",
+    "fit_hierarchical_snmf", "fit_snmf",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -494,8 +499,14 @@ def test_every_public_name_is_tried():
     assert set(CASES) | WITHOUT_TORCH == set(ext.__all__)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        pytest.param(name, mode, marks=pytest.mark.slow if name in LONG and mode != "inference" else ())
+        for name in CASES
+        for mode in MODES
+    ],
+)
 def test_a_mode_changes_nothing(made, plain, request, tmp_path, name, mode):
     if CASES[name] is shared:
         request.getfixturevalue("hub")

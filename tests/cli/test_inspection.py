@@ -89,6 +89,7 @@ def data_of(folder) -> dict:
     return json.loads(re.search(r'id="feature-data">(.*?)</script>', page)[1])
 
 
+@pytest.mark.slow
 def test_a_dictionary_of_ours_without_its_fit_has_a_report(copied, command):
     for name in ("fine", "snmf"):
         for path in copied[name].glob("fit.*"):

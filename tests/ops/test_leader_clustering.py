@@ -55,7 +55,9 @@ def check_against_oracle(x: torch.Tensor, center: torch.Tensor, threshold: float
     return first
 
 
-@pytest.mark.parametrize("threshold", [0.15, 0.5, 0.8, 1.1])
+@pytest.mark.parametrize(
+    "threshold", [0.5, 1.1, *(pytest.param(value, marks=pytest.mark.slow) for value in (0.15, 0.8))]
+)
 def test_equals_the_double_loop_whatever_the_batches(threshold: float) -> None:
     x = clustered(700, 24)
     center = spherical_center(x)
@@ -111,7 +113,7 @@ def integer_rows(n: int, d: int, seed: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("threshold", [0.5, 1.0, 1 - 3**-0.5, 1e-6])
-@pytest.mark.parametrize("d", [4, 9])
+@pytest.mark.parametrize("d", [4, pytest.param(9, marks=pytest.mark.slow)])
 def test_exact_ties_are_settled_as_the_double_loop_settles_them(threshold: float, d: int) -> None:
     check_against_oracle(integer_rows(400, d, seed=d), torch.zeros(d), threshold, batches=(1, 3, 50, None))
 
