@@ -64,6 +64,7 @@ from .evals.methods import Method as Method
 from .evals.novelty import evaluate_novelty as evaluate_novelty
 from .evals.pathways import pathway_check as pathway_check
 from .evals.probing import evaluate_probes as evaluate_probes
+from .evals.stability import dictionary_stability as dictionary_stability
 from .evals.steering import compare_steering as compare_steering
 from .evals.synthetic import evaluate_on_synthetic as evaluate_on_synthetic
 from .host.mlp_output import residual_directions as residual_directions

@@ -324,6 +324,7 @@ CASES: dict[str, Callable[[SimpleNamespace, Any], Any]] = {
     "export_direction": lambda m, tmp: exported(ext.export_direction(m.model, HOOK, m.direction, 2.0, tmp / "v.gguf")),
     "push_to_neuronpedia": uploaded,
     "compare_steering": steered,
+    "dictionary_stability": lambda m, tmp: ext.dictionary_stability({"a": m.dictionary, "b": m.partition}).summary(),
     "decompose_dictionary": lambda m, tmp: ext.decompose_dictionary(m.dictionary, m.dictionary, n_null=2),
     "pathway_check": lambda m, tmp: ext.pathway_check(
         m.model, HOOK, m.direction, SENTENCES * 5, coefficient=2.0, prompts="I think"

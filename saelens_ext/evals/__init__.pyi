@@ -37,6 +37,8 @@ from .probing import ProbeEvidence as ProbeEvidence
 from .probing import evaluate_probes as evaluate_probes
 from .ratings import export_for_people as export_for_people
 from .ratings import read_ratings as read_ratings
+from .stability import StabilityEvidence as StabilityEvidence
+from .stability import dictionary_stability as dictionary_stability
 from .steering import SteeringEvidence as SteeringEvidence
 from .steering import compare_steering as compare_steering
 from .synthetic import evaluate_on_synthetic as evaluate_on_synthetic

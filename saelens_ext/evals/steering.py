@@ -34,6 +34,7 @@ from saelens_ext.evals.steering_texts import TEXT_COLUMNS, UNSTEERED, judged, sa
 from saelens_ext.host.models import HostModel, describe_model
 from saelens_ext.host.prompt_passes import prompt_list
 from saelens_ext.ops.resampling import unit_bootstrap
+from saelens_ext.ops.statistics import rank_correlation
 from saelens_ext.report.evidence_section import EvidenceSection, EvidenceTable, Line, LineFigure
 from saelens_ext.steering.judges import Judge
 from saelens_ext.steering.sampling import SamplingOptions
@@ -88,12 +89,10 @@ class SteeringEvidence(Evidence):
         weights of their ratings rounded to 0, 1 and 2, with intervals over concepts; one row per pair of judges and
         rating.
         """
-        from scipy.stats import rankdata
         from sklearn.metrics import cohen_kappa_score
 
         def correlation(rows: np.ndarray) -> float:
-            constant = (rows == rows[0]).all(axis=0).any()  # says nothing of how ratings go together
-            return 0.0 if constant else float(np.corrcoef(rankdata(rows, axis=0).T)[0, 1])
+            return float(np.nan_to_num(rank_correlation(*rows.T)))  # constant ratings say nothing of agreement
 
         def kappa(rows: np.ndarray) -> float:
             first, second = np.rint(rows.T).astype(int)

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from scipy.stats import binomtest, chi2, permutation_test
+from scipy.stats import binomtest, chi2, permutation_test, rankdata
 
 from saelens_ext import _checks
 
@@ -128,3 +128,11 @@ def one_size_sign_flip_p_value(differences: Float[np.ndarray, " n"]) -> float:
     if not len(moved) or np.abs(moved).min() != np.abs(moved).max():
         return float("nan")
     return float(binomtest(int((moved > 0).sum()), len(moved)).pvalue)
+
+
+def rank_correlation(first: Float[np.ndarray, " n"], second: Float[np.ndarray, " n"]) -> float:
+    """Spearman's correlation, equal values sharing their ranks; NaN where either is constant or n is below 2."""
+    ranks = [rankdata(values) for values in (first, second)]
+    if any(len(rank) < 2 or bool((rank == rank[0]).all()) for rank in ranks):
+        return float("nan")
+    return float(np.corrcoef(*ranks)[0, 1])

@@ -8,6 +8,7 @@ from saelens_ext.ops.statistics import (
     bootstrap_interval,
     holm,
     one_size_sign_flip_p_value,
+    rank_correlation,
     sign_flip_p_value,
 )
 
@@ -90,3 +91,11 @@ def test_sign_flips_of_one_size_have_no_floor_and_no_answer_for_other_sizes():
     assert one_size_sign_flip_p_value(np.zeros(3)) == 1.0
     assert np.isnan(one_size_sign_flip_p_value(np.array([1.0, 0.5])))
     assert np.isnan(one_size_sign_flip_p_value(np.zeros(0)))
+
+
+def test_rank_correlation_equals_scipy():
+    generator = np.random.default_rng(0)
+    for n in (2, 5, 40):
+        first, second = generator.integers(0, 6, (2, n)).astype(np.float64) + np.arange(n) * 0.5
+        assert rank_correlation(first, second) == pytest.approx(stats.spearmanr(first, second)[0])
+    assert np.isnan(rank_correlation(np.ones(4), np.arange(4.0))) and np.isnan(rank_correlation(np.ones(1), np.ones(1)))
