@@ -92,7 +92,9 @@ def _described(others: Sequence[tuple[str, float, float]], verb: str) -> str:
     """Names with differences and p-values; of many that nothing follows for, the names and the range."""
     if verb == UNDECIDED and len(others) > _NUMBERED:
         differences = [difference for _, difference, _ in others]
-        return f"{_listed([name for name, *_ in others])} ({min(differences):+.3f} to {max(differences):+.3f})"
+        return (
+            f"{_listed([name for name, *_ in others])} (differences {min(differences):+.3f} to {max(differences):+.3f})"
+        )
     return _listed([f"{name} ({difference:+.3f}, p = {_p_text(p)})" for name, difference, p in others])
 
 

@@ -19,6 +19,7 @@ from saelens_ext.evals.detection import DetectionEvidence, evaluate_detection
 from saelens_ext.evals.detection_cells import concept_splits
 from saelens_ext.evals.evidence import Evidence
 from saelens_ext.evals.methods import Method
+from tests import models_zoo
 from tests.continuations._dictionaries import make
 from tests.evals.planted import HOOK, N_TRIGGERS, TRIGGERS, D, concept, model_with_directions, words
 
@@ -234,6 +235,18 @@ def test_codes_and_transcoders_are_methods_like_others(model):
         f"difference of means at {hook}" for hook in (HOOK, "blocks.0.hook_mlp_out", "blocks.0.ln2.hook_normalized")
     }
     assert plain(found).notna().all(axis=None)
+
+
+def test_a_hook_spelt_in_two_ways_is_one_hook():
+    bridge = models_zoo.make_model("llama", "SAETransformerBridge")
+    rows = torch.eye(D)[:3]
+    spelt = [
+        Method.from_directions(f"at {hook}", rows, hook) for hook in ("blocks.1.hook_out", "blocks.1.hook_resid_post")
+    ]
+    found = evaluate_detection(bridge, spelt, [concept(i, TRIGGERS[i]) for i in range(2)], n_splits=1)
+    assert set(found.kinds) == {*(m.name for m in spelt), "difference of means", "logistic probe", "number of tokens"}
+    table = plain(found)
+    assert (table[spelt[0].name] == table[spelt[1].name]).all() and not found.failures
 
 
 def test_an_untrained_twin_is_a_control(model):

@@ -87,6 +87,18 @@ def test_a_claim_can_go_either_way():
     assert "cannot be told from theirs" in nothing and "above" not in nothing and "below" not in nothing
 
 
+def test_of_many_that_nothing_follows_for_the_verdict_gives_the_range_only():
+    others = {f"control {i}": "control" for i in range(5)}
+    table = cells(24, {"probe": 0.4}, rules=("a", "b"), methods={"ours": "", "probe": "", **others})
+    evidence = Found(cells=table, kinds={"ours": "unsupervised", "probe": "supervised", **others})
+    lines = evidence.verdict().splitlines()
+    assert [line.split(", ours")[0] for line in lines] == ["Over 24 concepts (rule: a)", "Over 24 concepts (rule: b)"]
+    rows = evidence.comparisons().query("rule == 'a' and other != 'probe'")["difference"]
+    names = "control 0, control 1, control 2, control 3 and control 4"
+    assert f"cannot be told from {names} (differences {rows.min():+.3f} to {rows.max():+.3f})." in lines[0]
+    assert "is below probe (-0." in lines[0] and "p = " in lines[0]
+
+
 @pytest.mark.slow
 def test_claims_without_a_difference_are_as_rare_as_promised():
     false = 0
@@ -158,6 +170,10 @@ def test_a_section_shows_it():
     ]
     assert len(section.forest.rows) == 8 and section.forest.chance == 0.5
     assert all(len(row) == len(table.columns) for table in section.tables for row in table.rows)
+    assert section.tables[0].columns == ("rule", "method", "score")
+    summary = evidence.summary(metric="score")
+    assert [list(row) for row in section.tables[0].rows] == summary[["rule", "method", "estimate"]].values.tolist()
+    assert section.tables[0].note == "Means over concepts. score: mean score."
     assert section.failures == ("concept 9: no sentence", "theirs on concept 9: no sentence")
 
 
