@@ -136,7 +136,7 @@ class Prepared:
 def detection_methods(dictionaries: Mapping[str, SAE[Any]], x: Tensor) -> list[Method]:
     """Both bases of the partition, the SAE by its codes, and as many of every baseline."""
     (name, partition), (_, sae) = dictionaries.items()
-    k, options = partition.cfg.d_sae, {"center": partition.b_dec.detach()}
+    k, options = partition.cfg.d_sae, dict[str, Any](center=partition.b_dec.detach())
     return [
         Method.from_dictionary(f"{name} exemplar", partition, basis="exemplar"),
         Method.from_dictionary(f"{name} mean", partition, basis="mean"),

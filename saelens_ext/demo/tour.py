@@ -141,7 +141,7 @@ def generate_three_ways(
 def keep_excerpts(model: SAETransformerBridge, build: Dataset, hooks: list[str], max_tokens: int) -> KeptStream:
     """Activations of the beginning of every document, rather than of the whole of a few, read once."""
     excerpts = Dataset.from_dict({"text": [text[:EXCERPT] for text in build["text"]]})
-    sizes = {"context_size": CONTEXT_SIZE, "batch_size": READ_AT_ONCE, "max_tokens": max_tokens}
+    sizes: dict[str, Any] = {"context_size": CONTEXT_SIZE, "batch_size": READ_AT_ONCE, "max_tokens": max_tokens}
     return KeptStream(ActivationStream(model, excerpts, hooks, progress=True, **sizes))
 
 
