@@ -52,7 +52,8 @@ def main():
     begin = time.process_time()
     model = load_demo_model()
     build, held_out = split_corpus(load_demo_corpus())
-    options = {"context_size": CONTEXT_SIZE, "batch_size": 16, "max_tokens": arguments.activations}
+    # Spread over all documents: the first 5,000 activations are of three or four, about which all others would be new.
+    options = {"context_size": CONTEXT_SIZE, "max_tokens": arguments.activations, "shuffle_seed": 0}
     kept = KeptStream(ActivationStream(model, excerpts(build), HOOK, **options))
     fits = fit_exemplar_partitions(kept, (1, 4))
     partitions = {f"EP p{percentile}": fit.dictionary for (_, percentile), fit in fits.items()}
