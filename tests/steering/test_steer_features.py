@@ -96,7 +96,7 @@ def test_a_transcoder_steers_where_it_writes(model):
         # The typical norm that is recorded is of what it reads.
         assert text.strength.reached and text.strength.coefficient == pytest.approx(alone.coefficient, rel=0.01)
     made.cfg.metadata.hook_name_out = None
-    with pytest.raises(ValueError, match="does not say where it writes"):
+    with pytest.raises(ValueError, match="is a transcoder without sae.cfg.metadata.hook_name_out"):
         steer_latents(model, made)
 
 
