@@ -81,7 +81,7 @@ def test_trees(hierarchy):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_trees_gather_the_planted_groups(seed):
-    """Without the penalty: with it, one draw in several had two of the three groups."""
+    """Without the penalty, with which trees gather fewer groups (docs/concepts/semi-nmf.md says how many)."""
     hierarchy = fit_hierarchical_snmf(planted(seed), RANKS, sparsity=4 / 39, max_iter=40, l1=0)
 
     def leaves(node):
