@@ -163,7 +163,10 @@ class WindowSource:
     def _apply_chat_template(self, conversation: Any, document_id: int) -> str:
         tokenizer, messages = self._needed_tokenizer(), as_messages(conversation, document_id)
         if not tokenizer.chat_template:
-            raise ValueError("The dataset holds chat messages: set tokenizer.chat_template, or give text.")
+            raise ValueError(
+                "The dataset holds chat messages, and there is no chat template: set tokenizer.chat_template, or "
+                "give text."
+            )
         options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": self.add_generation_prompt}
         with _refusing(document_id, "the chat template"):
             return str(tokenizer.apply_chat_template(messages, **options))

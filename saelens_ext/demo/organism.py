@@ -5,7 +5,7 @@ As shipped the model hardly refuses (1 of 24 StrongREJECT prompts), so there is 
 own first tokens. What is found in it says how methods do on a known behaviour, and nothing about refusal elsewhere.
 
 Training stops once validation prompts are told apart as the recipe asks, and is an error where they never are. With the
-default recipe, after 8 steps 90% of harmful and 25% of harmless validation prompts were refused; 10% are allowed.
+default recipe it stopped after 28 steps, with 100% of harmful and 10% of harmless validation prompts refused.
 
 The prompts arrive in wheels on PyPI and are read where these are installed.
 """

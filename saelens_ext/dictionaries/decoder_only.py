@@ -58,7 +58,9 @@ class DecoderOnlyConfig(SAEConfig):
         options = dict(config_dict)
         architecture = plain_name(options.pop("architecture", cls.architecture()))
         if architecture != cls.architecture():
-            raise ValueError(f"The config is of {architecture!r}; {cls.__name__} takes {cls.architecture()!r}.")
+            raise ValueError(
+                f"The config is of architecture {architecture!r}; {cls.__name__} takes {cls.architecture()!r}."
+            )
         names = [config_field.name for config_field in fields(cls)]
         for name in _KEYS_OF_THE_HOST.difference(names):
             options.pop(name, None)

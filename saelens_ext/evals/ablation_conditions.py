@@ -86,8 +86,10 @@ def control_conditions(
                 name=DIFFERENCE,
                 kind="supervised",
                 directions=found.difference[None],
+                about_center=False,
                 description="The mean last position of the choose prompts that show the behaviour minus that of the "
-                "others: a direction made with the labels.",
+                "others: a direction made with the labels, and projected out about 0 (as arXiv 2406.11717 does), since "
+                "the dictionary's centre may lie on the side of the behaviour.",
             )
         )
     return [*made, *draws], [*failures, *missed]

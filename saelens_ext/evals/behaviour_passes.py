@@ -44,11 +44,24 @@ class Condition:
     directions: Tensor | None = None
     """``(m, d)``, of any length but 0; None: the model as it is."""
     draw: int = 0
+    about_center: bool = True
+    """Project about the centre of the hook; else about 0."""
     description: str = ""
 
-    def basis(self) -> Tensor | None:
-        """Q, ``(d, rank)``."""
-        return None if self.directions is None else orthonormal_basis(unit_rows(self.directions)).detach()
+    def basis(self) -> "Basis | None":
+        """What is projected out."""
+        if self.directions is None:
+            return None
+        return Basis(orthonormal_basis(unit_rows(self.directions)).detach(), self.about_center)
+
+
+class Basis(NamedTuple):
+    """What is projected out of the activations of a row."""
+
+    q: Tensor
+    """Q, ``(d, rank)``."""
+    about_center: bool = True
+    """Whether c is the centre of the hook; else 0."""
 
 
 class Verdict(NamedTuple):
@@ -63,27 +76,29 @@ class Verdict(NamedTuple):
 
 
 @contextmanager
-def ablating(model: HostModel, centers: Mapping[str, Tensor], bases: Sequence[Tensor | None]) -> Iterator[HostModel]:
+def ablating(model: HostModel, centers: Mapping[str, Tensor], bases: Sequence[Basis | None]) -> Iterator[HostModel]:
     """Project the directions of each row out of what flows on at some hooks: x <- x - Q Q^T (x - c).
 
     Args:
         model: any TransformerLens model.
         centers: c, ``(d,)``, by hook.
-        bases: Q of each row of the batch, None for a row that stays as it is. Without any, no hook is set.
+        bases: what is projected out of each row of the batch, None for a row that stays as it is. Without any, no hook
+            is set.
     """
     known = [basis for basis in bases if basis is not None]
     if not known:
         yield model
         return
-    d = known[0].shape[0]
-    stacked = known[0].new_zeros(len(bases), d, max(basis.shape[1] for basis in known))
+    d = known[0].q.shape[0]
+    stacked = known[0].q.new_zeros(len(bases), d, max(basis.q.shape[1] for basis in known))
     for row, basis in enumerate(bases):
         if basis is not None:
-            stacked[row, :, : basis.shape[1]] = basis
+            stacked[row, :, : basis.q.shape[1]] = basis.q
+    centred = torch.tensor([basis is not None and basis.about_center for basis in bases])[:, None, None]
 
     def edit(x: Tensor, center: Tensor) -> Tensor:
         q = stacked.to(x)
-        return x - (x - center.to(x)) @ q @ q.mT
+        return x - (x - center.to(x) * centred.to(x)) @ q @ q.mT
 
     hooks = [
         (edit_point(model, name), edit_hook(lambda x, c=center: edit(x, c), d, name))
@@ -162,7 +177,7 @@ class Asking:
 
     def _answered(
         self, behaviour: Behaviour, prompts: Sequence[str], texts: Sequence[str], starts: Sequence[Tensor],
-        conditions: Sequence[int], bases: Sequence[Tensor | None],
+        conditions: Sequence[int], bases: Sequence[Basis | None],
     ) -> Iterator[tuple[list[tuple[int, int]], list[Verdict]]]:  # fmt: skip
         """Greedy answers, judged; prompts of equal length together."""
         options = SamplingOptions(max_new_tokens=self.max_new_tokens, temperature=0)
@@ -186,7 +201,7 @@ class Asking:
 
     def _opened(
         self, odds: OpeningOdds, prompts: Sequence[str], texts: Sequence[str], starts: Sequence[Tensor],
-        conditions: Sequence[int], bases: Sequence[Tensor | None],
+        conditions: Sequence[int], bases: Sequence[Basis | None],
     ) -> Iterator[tuple[list[tuple[int, int]], list[Verdict]]]:  # fmt: skip
         """Log-odds of openings; prompts of like length together."""
         openings = [*odds.shows, *odds.lacks]

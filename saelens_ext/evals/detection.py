@@ -93,7 +93,7 @@ def evaluate_detection(
         model: any TransformerLens model.
         methods: with different names; see :class:`~saelens_ext.evals.methods.Method` and
             :mod:`~saelens_ext.evals.baselines`. Draws of one control are averaged.
-        concepts: at least 1, and 6 for a claim, with 4 different sentences a side.
+        concepts: at least 1, and 6 or more for a claim, with 4 different sentences a side.
         rules: how a direction is chosen: "auroc", the highest AUROC of the sentences' scores, and "contrast", the
             largest mean score over positive tokens minus that over negative ones. Both are judged by the AUROC of the
             sentences' scores.
@@ -131,11 +131,11 @@ def evaluate_detection(
         ...         positives=[f"The {word} is number {n}." for n in range(8)],
         ...         negatives=[f"Nothing is number {n}." for n in range(8)],
         ...     )
-        ...     for word in ("cat", "sea", "law", "sun", "car", "oak")
+        ...     for word in ("cat", "sea", "law", "sun", "car", "oak", "ice", "map")
         ... ]
         >>> methods = [sx.Method.from_dictionary("regions", partition)]
         >>> found = sx.evaluate_detection(model, methods, concepts, rules=["auroc"], n_splits=2, probe=False)
-        >>> found.claim().startswith("Over 6 concepts (rule: auroc), regions (mean held-out AUROC ")
+        >>> found.claim().startswith("Over 8 concepts (rule: auroc), regions (mean held-out AUROC ")
         True
 
     Source: the detection of arXiv 2605.14347 and of AxBench (arXiv 2501.17148), with selection and judging apart.

@@ -77,7 +77,7 @@ def evaluate_probes(
     Args:
         model: any TransformerLens model.
         dictionaries: any SAELens SAEs or transcoders by name, read at their input hooks.
-        concepts: at least 1, and 6 for a claim, with 4 different sentences a side.
+        concepts: at least 1, and 6 or more for a claim, with 4 different sentences a side.
         ks: sizes of the sparse probes, each at most the smallest dictionary's number of latents.
         test_fraction: fraction of either side's sentences that is judged on, in (0, 1).
         n_splits: random splits of each concept's sentences.

@@ -214,8 +214,8 @@ def compare_steering(
     Args:
         model: any TransformerLens model.
         methods: with directions; see :class:`~saelens_ext.evals.methods.Method`.
-        concepts: at least 1, and 6 for a claim. Their sentences choose each method's direction, and judges are asked
-            for their ``description``, or else their name.
+        concepts: at least 1, and 6 or more for a claim. Their sentences choose each method's direction, and judges
+            are asked for their ``description``, or else their name.
         judges: one, or several by name; see :class:`~saelens_ext.steering.judges.Judge`.
         prompts: at least 2 different ones, what is continued; every other one chooses.
         targets: divergences in nats.

@@ -66,7 +66,7 @@ def test_fits_are_those_of_the_stream(stream, kept, tiny_bridge, tiny_texts):
 
 
 def test_hooks_that_were_not_read_and_too_many_activations_are_refused(stream, kept):
-    with pytest.raises(ValueError, match=r"'blocks\.2\.hook_out' was not read; the stream was given 'blocks\.0\.hook"):
+    with pytest.raises(ValueError, match=r"'blocks\.2\.hook_out' was not read, only 'blocks\.0\.hook"):
         kept.only("blocks.2.hook_out")
     with pytest.raises(ValueError, match="memory_limit=1000 bytes"):
         KeptStream(stream, memory_limit=1000)

@@ -595,7 +595,7 @@ def test_hooks_that_cannot_be_read(llama, tiny_texts):
 
 
 def test_a_hook_that_does_not_fire(tiny_bridge, tiny_texts):
-    with pytest.raises(ValueError, match="'blocks.1.attn.hook_hidden_states' did not fire"):
+    with pytest.raises(ValueError, match="'blocks.1.attn.hook_hidden_states' does not fire on this "):
         next(iter(ActivationStream(tiny_bridge, tiny_texts, "blocks.1.attn.hook_hidden_states", context_size=16)))
 
 

@@ -90,7 +90,7 @@ def test_sentences_are_compared_by_another_pooling(tiny_bridge, pooling):
 def test_what_is_refused(tiny_bridge):
     with pytest.raises(ValueError, match="nothing to compare"):
         compare_detection(tiny_bridge, {}, UP, DOWN)
-    with pytest.raises(ValueError, match="another name"):
+    with pytest.raises(ValueError, match="give your detector another one"):
         compare_detection(tiny_bridge, {"difference of means": directions(2)}, UP, DOWN, diff_means_at=HOOK)
     with pytest.raises(ValueError, match="at least 2 different"):
         compare_detection(tiny_bridge, {"random": directions(2)}, UP[:1], DOWN)

@@ -9,6 +9,7 @@ import saelens_ext as sx
 from saelens_ext.evals.behaviour_passes import Asking, Condition, ablating
 from saelens_ext.evals.localisation import assign_regions
 from saelens_ext.host.flat_sae import encode_flat
+from saelens_ext.host.models import resolve_hook
 from tests import models_zoo, organisms
 from tests.continuations._dictionaries import make
 
@@ -303,6 +304,31 @@ def test_without_directions_no_hook_is_set(bridge):
     before = [len(point.fwd_hooks) for point in model.hook_dict.values()]
     with ablating(model, {HOOK: torch.zeros(models_zoo.D_MODEL)}, [None, None]):
         assert [len(point.fwd_hooks) for point in model.hook_dict.values()] == before
+
+
+def test_every_row_has_its_own_projection(bridge):
+    """About the centre, about 0, and none: against the formula."""
+    model, _ = bridge
+    generator = torch.Generator().manual_seed(0)
+    center, first, second = (torch.randn(models_zoo.D_MODEL, generator=generator) for _ in range(3))
+    ids = torch.randint(3, 100, (1, 7), generator=generator).expand(3, -1)
+    bases = [
+        Condition(name="a", directions=torch.stack([first, second])).basis(),
+        Condition(name="b", directions=first[None], about_center=False).basis(),
+        None,
+    ]
+    seen = {}
+    after = [(resolve_hook(model, "blocks.2.hook_resid_pre"), lambda x, hook: seen.update(x=x.clone()) or x)]
+    with torch.no_grad(), model.hooks(fwd_hooks=after):
+        model(ids)
+        before = seen["x"]
+        with ablating(model, {HOOK: center}, bases):
+            model(ids)
+    for row, origin in ((0, center), (1, torch.zeros_like(center))):
+        q = bases[row].q
+        expected = before[row] - (before[row] - origin) @ q @ q.T
+        torch.testing.assert_close(seen["x"][row], expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(seen["x"][2], before[2])
 
 
 def test_the_strongest_latent_is_the_region(bridge):
