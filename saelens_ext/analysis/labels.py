@@ -241,7 +241,7 @@ def label_latents(
     if isinstance(method, str):
         _checks.choice(method, METHODS, "method")
     _checks.positive(n_null, "n_null")
-    chosen = _chosen(latents, profile.d_sae)
+    chosen = chosen_latents(latents, profile.d_sae)
     if lens is not None and len(lens.promoted_ids) != profile.d_sae:
         raise ValueError(f"The lens is of {len(lens.promoted_ids)} directions, the profile of {profile.d_sae} latents.")
     rows = ExampleRows(profile, tokenizer, seed)
@@ -285,11 +285,12 @@ def _scores(
     return columns | {"auroc_low": low, "auroc_high": high}
 
 
-def _chosen(latents: Sequence[int] | None, d_sae: int) -> list[int]:
+def chosen_latents(latents: Sequence[int] | None, d_sae: int) -> list[int]:
+    """Different latents in [0, d_sae), all where none are named; ValueError for one that is none."""
     if latents is None:
         return list(range(d_sae))
     chosen = [int(latent) for latent in _checks.listed(latents, "latents", "index")]
     wrong = [latent for latent in chosen if not 0 <= latent < d_sae]
     if wrong:
-        raise ValueError(f"latents must be of 0 to {d_sae - 1}, got {wrong[0]}.")
+        raise ValueError(f"latents must be some of 0 to {d_sae - 1}, got {wrong[0]}.")
     return list(dict.fromkeys(chosen))

@@ -238,7 +238,7 @@ def _both_directions(
     first: Dictionary, second: Dictionary, center: Center | Tensor, radius: float | int | Sequence[float | int] | None
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Directions of both, zero for a latent without one, and the origins they are about; float32, on one device."""
-    rows = [_rows(dictionary, name) for dictionary, name in ((first, "first"), (second, "second"))]
+    rows = [direction_rows(dictionary, name).float() for dictionary, name in ((first, "first"), (second, "second"))]
     if rows[0].shape[1] != rows[1].shape[1]:
         raise ValueError(
             f"first has directions of width {rows[0].shape[1]} and second of {rows[1].shape[1]}; only dictionaries of "
@@ -260,9 +260,10 @@ def _both_directions(
     return moved, [shared, shared]
 
 
-def _rows(dictionary: Dictionary, name: str) -> Tensor:
+def direction_rows(dictionary: Dictionary, name: str) -> Tensor:
+    """The directions of a dictionary ``(k, d)``; ValueError where it has none, or they are not finite."""
     rows = dictionary if isinstance(dictionary, Tensor) else dictionary.W_dec
-    rows = rows.detach().float()
+    rows = rows.detach()
     if rows.ndim != 2 or 0 in rows.shape or not bool(rows.any()):
         raise ValueError(f"{name} has no directions: shape {tuple(rows.shape)}; it needs rows (k, d), not all zero.")
     return _checks.finite(rows, name)

@@ -212,10 +212,7 @@ class DictionaryProfile:
             ValueError: no such latent or examples, or labels or a lens of another dictionary.
         """
         contexts = self._shown(latent, tokenizer, n, which)
-        sizes = {"labels": labels, "lens": None if lens is None else lens.promoted_ids}
-        for name, given in sizes.items():
-            if given is not None and len(given) != self.d_sae:
-                raise ValueError(f"{name} is of {len(given)} latents, the profile of {self.d_sae}.")
+        self.check_sizes(labels, lens)
         label = None if labels is None else labels[latent]
         figures = self.to_dataframe().loc[latent].drop("name")
         return LatentView(
@@ -226,6 +223,12 @@ class DictionaryProfile:
             promoted=[] if lens is None else token_strings(tokenizer, lens.promoted_ids[latent]),
             contexts=contexts,
         )
+
+    def check_sizes(self, labels: LatentLabels | None, lens: LensResult | None) -> None:
+        """Raise ValueError for labels, or a lens, of another number of latents."""
+        for name, given in (("labels", labels), ("lens", None if lens is None else lens.promoted_ids)):
+            if given is not None and len(given) != self.d_sae:
+                raise ValueError(f"{name} is of {len(given)} latents, the profile of {self.d_sae}.")
 
     def _shown(self, latent: int, tokenizer: PreTrainedTokenizerBase, n: int, which: str) -> list[ShownContext]:
         if not 0 <= latent < self.d_sae:

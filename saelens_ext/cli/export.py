@@ -34,9 +34,7 @@ class ExportOptions:
 def export(options: ReadingOptions, how: ExportOptions, context: Context) -> Result:
     """Write the direction of a latent as a control vector."""
     contents = opening.open_contents(options.dictionary, options.device)
-    ((dictionary, _), *others) = opening.dictionaries_in(contents, options.dictionary)
-    if others:
-        raise ValueError(f"{options.dictionary} is a hierarchy; give one level, {options.dictionary}/level_0 for one.")
+    dictionary = opening.only_dictionary(contents, options.dictionary)
     model = opening.open_model(opening.reading_config(contents, dictionary, options, hook_name="unread"))
     dictionary = opening.attach(dictionary, model)
     hook_name, direction, norm = latent_directions(model, dictionary, how.latent, basis=how.basis)
@@ -67,9 +65,7 @@ class NeuronpediaOptions:
 def neuronpedia(options: ReadingOptions, how: NeuronpediaOptions, context: Context) -> Result:
     """Upload a profiled dictionary with its labels, or write what would be sent."""
     contents = opening.read_folder(options.dictionary)
-    ((dictionary, _), *others) = opening.dictionaries_in(contents, options.dictionary)
-    if others:
-        raise ValueError(f"{options.dictionary} is a hierarchy; give one level, {options.dictionary}/level_0 for one.")
+    dictionary = opening.only_dictionary(contents, options.dictionary)
     if contents.profile is None:
         raise ValueError(f"{options.dictionary} holds no profile: make it with `saelens-ext profile`.")
     recorded = str(dictionary.cfg.metadata.neuronpedia_id or "/").partition("/")

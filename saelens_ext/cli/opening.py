@@ -129,7 +129,12 @@ def open_contents(name: str, device: str = "cpu") -> Contents:
 
 def open_dictionary(name: str, device: str = "cpu") -> SAE[Any]:
     """The dictionary alone, by its folder or name."""
-    found = open_contents(name, device).dictionary
+    return only_dictionary(open_contents(name, device), name)
+
+
+def only_dictionary(contents: Contents, name: str) -> SAE[Any]:
+    """The dictionary of some contents; ValueError for a hierarchy of several."""
+    found = contents.dictionary
     if isinstance(found, HierarchicalSNMF):
         raise ValueError(f"{name} is a hierarchy of {len(found.dictionaries)}: name one, {name}/level_0 for instance.")
     return found

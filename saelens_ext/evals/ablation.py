@@ -24,6 +24,7 @@ from saelens_ext.host.prompt_passes import evaluating, logits_of, prompt_ids
 from saelens_ext.ops.resampling import monte_carlo_p
 from saelens_ext.ops.statistics import holm, one_size_sign_flip_p_value
 from saelens_ext.report.evidence_section import EvidenceSection
+from saelens_ext.steering.divergence_search import divergence, log_probabilities
 
 LAYERS = ("own", "all")
 
@@ -81,12 +82,7 @@ class AblationEvidence(Evidence):
         Where verdicts are yes or no, the p-value is over all assignments of signs, however many prompts there are.
         """
         table = super().comparisons(reference, metric=metric)
-        values = self.per_unit(metric)
-        exact = [
-            one_size_sign_flip_p_value((values[row["method"]] - values[row["other"]]).dropna().to_numpy(np.float64))
-            for row in table.to_dict("records")
-        ]
-        p = np.where(np.isnan(exact), table["p"].to_numpy(dtype=np.float64), exact)
+        p = exact_p_values(table, self.per_unit(metric))
         return table.assign(p=p, p_holm=holm(p))
 
     def against_random(self) -> pd.DataFrame:
@@ -231,6 +227,15 @@ def ablate_behaviour(
     )
 
 
+def exact_p_values(comparisons: pd.DataFrame, per_unit: pd.DataFrame) -> np.ndarray:
+    """The p-values of comparisons, over all assignments of signs where differences are of one size."""
+    exact = [
+        one_size_sign_flip_p_value((per_unit[row["method"]] - per_unit[row["other"]]).dropna().to_numpy(np.float64))
+        for row in comparisons.to_dict("records")
+    ]
+    return np.where(np.isnan(exact), comparisons["p"].to_numpy(dtype=np.float64), exact)
+
+
 def unit_name(part: str, number: int) -> str:
     """The name of a prompt, in an order that sorting keeps."""
     return f"{part} {number:04d}"
@@ -284,13 +289,13 @@ def _side_effects(asking: Asking, texts: Sequence[str], conditions: Sequence[Con
             ids = prompt_ids(asking.model, text)[None, :_LONGEST]
             if ids.shape[1] < 2:
                 raise ValueError(f"The neutral text {text!r} has {ids.shape[1]} token; it needs 2 for a prediction.")
-            before = logits_of(asking.model, ids)[0].float().log_softmax(dim=-1)
+            before = log_probabilities(logits_of(asking.model, ids)[0])
             for condition in conditions:
                 with ablating(asking.model, asking.centers, [condition.basis()]):
-                    after = logits_of(asking.model, ids)[0].float().log_softmax(dim=-1)
-                kl = (before.exp() * (before - after)).sum(dim=-1).double().mean()
-                losses = [-scores[:-1].gather(-1, ids[0, 1:, None]).double().mean() for scores in (before, after)]
-                values = {"kl": float(kl.clamp_min(0)), "perplexity_ratio": float((losses[1] - losses[0]).exp())}
+                    after = log_probabilities(logits_of(asking.model, ids)[0])
+                losses = [-scores[:-1].gather(-1, ids[0, 1:, None]).mean() for scores in (before, after)]
+                values = {"kl": float(divergence(before, after))}
+                values["perplexity_ratio"] = float((losses[1] - losses[0]).exp())
                 where = {"prompt": unit_name("neutral", number), "method": condition.name, "draw": 0, "text": None}
                 rows += [where | {"metric": metric, "value": value} for metric, value in values.items()]
     return rows

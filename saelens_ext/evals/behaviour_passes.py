@@ -9,7 +9,6 @@ Symbols
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -23,12 +22,12 @@ from saelens_ext._modes import standard_modes
 from saelens_ext.evals.behaviour import Behaviour, OpeningOdds
 from saelens_ext.evals.methods import Kind
 from saelens_ext.host.chat_template import as_user_message
-from saelens_ext.host.continued_text import ids_after, text_after
+from saelens_ext.host.continued_text import ids_after
 from saelens_ext.host.hook_edits import edit_hook, edit_point, hooked
 from saelens_ext.host.models import HostModel, tokenizer_of
 from saelens_ext.host.prompt_passes import evaluating, logits_of, prompt_ids
 from saelens_ext.steering.interventions import orthonormal_basis, unit_rows
-from saelens_ext.steering.sampling import SamplingOptions, draw_continuations
+from saelens_ext.steering.sampling import SamplingOptions, continued, equal_length_batches
 
 _LOGIT_ROWS = 16
 """Rows whose logits at every token are held at once."""
@@ -181,23 +180,14 @@ class Asking:
     ) -> Iterator[tuple[list[tuple[int, int]], list[Verdict]]]:  # fmt: skip
         """Greedy answers, judged; prompts of equal length together."""
         options = SamplingOptions(max_new_tokens=self.max_new_tokens, temperature=0)
-        order = sorted(range(len(starts)), key=lambda prompt: len(starts[prompt]))
-        for _, alike in groupby(order, key=lambda prompt: len(starts[prompt])):
-            rows = [(number, prompt) for prompt in alike for number in conditions]
-            for part in _parts(rows, self.batch_size):
-                ids = torch.stack([starts[prompt] for _, prompt in part])
-                with ablating(self.model, self.centers, [bases[number] for number, _ in part]):
-                    drawn = draw_continuations(self.model, ids, [0] * len(part), options)
-                answers = [
-                    text_after(self.model, row.tolist(), one.token_ids) for row, one in zip(ids, drawn, strict=True)
-                ]
-                yield (
-                    part,
-                    [
-                        Verdict(judged(behaviour, prompts[prompt], answer), np.nan, answer)
-                        for (_, prompt), answer in zip(part, answers, strict=True)
-                    ],
-                )
+        for part in equal_length_batches(starts, conditions, self.batch_size):
+            with ablating(self.model, self.centers, [bases[number] for _, number in part]):
+                answers = continued(self.model, starts, part, [0] * len(part), options)
+            verdicts = [
+                Verdict(judged(behaviour, prompts[prompt], answer), np.nan, answer)
+                for (prompt, _), answer in zip(part, answers, strict=True)
+            ]
+            yield [(number, prompt) for prompt, number in part], verdicts
 
     def _opened(
         self, odds: OpeningOdds, prompts: Sequence[str], texts: Sequence[str], starts: Sequence[Tensor],

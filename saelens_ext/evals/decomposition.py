@@ -19,6 +19,7 @@ from torch import Tensor
 
 from saelens_ext import _checks
 from saelens_ext._modes import standard_modes
+from saelens_ext.analysis.match import direction_rows
 from saelens_ext.ops.nnls import nnls
 
 if TYPE_CHECKING:
@@ -121,10 +122,7 @@ def decompose_dictionary(
 
 
 def _units(dictionary: SAE[Any] | Tensor, name: str) -> Tensor:
-    rows = (dictionary if isinstance(dictionary, Tensor) else dictionary.W_dec).detach().cpu().double()
-    if rows.ndim != 2 or 0 in rows.shape or not bool(rows.any()):
-        raise ValueError(f"{name} has no directions: shape {tuple(rows.shape)}; it needs rows (k, d), not all zero.")
-    return torch.nn.functional.normalize(_checks.finite(rows, name), dim=1)
+    return torch.nn.functional.normalize(direction_rows(dictionary, name).cpu().double(), dim=1)
 
 
 def _decomposed(target: Tensor, basis: Tensor, max_terms: int) -> tuple[Tensor, Tensor, Tensor]:

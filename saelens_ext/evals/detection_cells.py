@@ -9,7 +9,7 @@ Symbols
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -134,6 +134,7 @@ class Reading:
         """Sums of the activations of each sentence at a hook."""
         return sentence_sums(self.batches, hook_name, self.n, equal_norms=equal_norms).of(self.places)
 
+    @cached_property
     def lengths(self) -> Tensor:
         """Tokens of each sentence, float32 ``(n,)``."""
         documents = torch.cat([batch.document_ids for batch in self.batches])
@@ -149,7 +150,7 @@ def method_cells(reading: Reading, method: Method, rules: Sequence[str], pooling
     Yields:
         One row per split, rule and metric.
     """
-    scores, lengths = reading.pooled(method.detector, pooling), reading.lengths()
+    scores, lengths = reading.pooled(method.detector, pooling), reading.lengths
     choices: dict[str, Choice] = {}
     if "auroc" in rules:
         choices["auroc"] = partial(_by_auroc, scores)
@@ -164,7 +165,7 @@ def method_cells(reading: Reading, method: Method, rules: Sequence[str], pooling
 
 def length_cells(reading: Reading) -> Iterator[dict[str, Any]]:
     """The same for the number of tokens of a sentence, as it is or negated, whichever the choosing half prefers."""
-    lengths = reading.lengths()
+    lengths = reading.lengths
     scores = torch.stack([lengths, -lengths], dim=1)
     for row in _chosen_cells(reading, scores, partial(_by_auroc, scores)):
         yield row | {"chosen": ("longer", "shorter")[row["column"]]}
@@ -215,7 +216,7 @@ def _fitted_cells(reading: Reading, scores: Tensor) -> Iterator[dict[str, Any]]:
 def _judged(reading: Reading, scores: Tensor, split: Split) -> dict[str, float]:
     values = {"auroc": _area(scores, split.judging), "chosen_auroc": _area(scores, split.choosing)}
     values["optimism"] = values["chosen_auroc"] - values["auroc"]
-    values["equal_length_auroc"] = _area_at_equal_length(scores[:, 0], reading.lengths(), split.judging)
+    values["equal_length_auroc"] = _area_at_equal_length(scores[:, 0], reading.lengths, split.judging)
     if len(reading.hard):
         values["hard_negative_auroc"] = _area(scores, (split.judging[0], reading.hard))
     return values

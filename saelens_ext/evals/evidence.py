@@ -321,6 +321,7 @@ class OverConcepts:
 
 
 def evidence_table(title: str, table: pd.DataFrame, note: str) -> EvidenceTable:
+    """A table as a page shows it, with a note on what its columns mean."""
     rows = tuple(tuple(row) for row in table.astype(object).itertuples(index=False))
     return EvidenceTable(title=title, columns=tuple(map(str, table.columns)), rows=rows, note=note)
 

@@ -21,7 +21,7 @@ from saelens_ext.activations.matrix_stream import MatrixStream
 from saelens_ext.concepts.token_activations import read_texts
 from saelens_ext.dictionaries.exemplar_partition import ExemplarPartition
 from saelens_ext.dictionaries.fit_exemplars import fit_exemplar_partitions
-from saelens_ext.evals.ablation import unit_name
+from saelens_ext.evals.ablation import exact_p_values, unit_name
 from saelens_ext.evals.ablation_conditions import BASES, NOTHING, directions_of, matched_region
 from saelens_ext.evals.behaviour import PARTS, Behaviour, OpeningOdds, PromptSplit
 from saelens_ext.evals.behaviour_passes import Asking, Condition, Verdict
@@ -32,7 +32,7 @@ from saelens_ext.evals.verdicts import LEVEL
 from saelens_ext.host.models import HostModel, describe_model, resolve_hook
 from saelens_ext.ops.leader_clustering import LeaderClustering
 from saelens_ext.ops.resampling import Interval, wilson_interval
-from saelens_ext.ops.statistics import holm, one_size_sign_flip_p_value
+from saelens_ext.ops.statistics import holm
 from saelens_ext.report.evidence_section import EvidenceSection, HeatMap
 
 COLLAPSE = -0.5
@@ -96,13 +96,7 @@ class SweepEvidence(Evidence):
             found = found.rename(columns=sides)
             found[["difference", "low", "high"]] = 0.0 - found[["difference", "low", "high"]]
             found = found[["method", "other", "difference", "low", "high", "p", "n_units", "n_undefined"]]
-        values = self.per_unit(metric)
-        exact = [
-            one_size_sign_flip_p_value((values[row["method"]] - values[row["other"]]).dropna().to_numpy(np.float64))
-            for row in found.to_dict("records")
-        ]
-        p = np.where(np.isnan(exact), found["p"].to_numpy(dtype=np.float64), exact)
-        return _corrected_apart(found.assign(p=p), self.kinds)
+        return _corrected_apart(found.assign(p=exact_p_values(found, self.per_unit(metric))), self.kinds)
 
     def verdict(self, reference: str | None = None) -> str:
         """What the cells say together; no single one is picked."""

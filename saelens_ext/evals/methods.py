@@ -166,14 +166,19 @@ class Method:
             ValueError: the method only scores, no such column, or as
                 :func:`~saelens_ext.steering.interventions.add_direction`.
         """
+        hook_name, directions = self.acting()
+        if not 0 <= column < len(directions):
+            raise ValueError(f"column must be one of 0 to {len(directions) - 1}, got {column!r}.")
+        return add_direction(model, hook_name, directions[column], coefficient)
+
+    def acting(self) -> tuple[str, Tensor]:
+        """The hook and the directions ``(k, d)`` by which the method acts; ValueError for one that only scores."""
         if self.directions is None or self.acts_at is None:
             raise ValueError(
                 f"The method {self.name!r} only scores: it has no directions to act by. Make it by from_dictionary or "
                 "from_directions."
             )
-        if not 0 <= column < len(self.directions):
-            raise ValueError(f"column must be one of 0 to {len(self.directions) - 1}, got {column!r}.")
-        return add_direction(model, self.acts_at, self.directions[column], coefficient)
+        return self.acts_at, self.directions
 
 
 def check_methods(methods: Iterable[Method], *taken: str) -> list[Method]:

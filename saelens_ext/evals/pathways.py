@@ -28,6 +28,7 @@ from saelens_ext.host.mlp_output import output_weights
 from saelens_ext.host.models import HostModel, resolve_hook
 from saelens_ext.host.prompt_passes import evaluating, logits_of, prompt_ids, prompt_list
 from saelens_ext.ops.resampling import Interval, unit_bootstrap
+from saelens_ext.steering.divergence_search import divergence, log_probabilities
 from saelens_ext.steering.interventions import add_direction, unit_rows
 
 WHOLE, ACTIVE, DORMANT, WRITTEN, UNWRITTEN = "whole", "active", "dormant", "written", "unwritten"
@@ -213,8 +214,8 @@ def _effects(
                 continue
             with add_direction(model, name, vector, coefficient * size):
                 logits[part] = logits_of(model, ids)[0, -1].cpu().double()
-    log_p = {part: one.log_softmax(dim=-1) for part, one in logits.items()}
-    start = base.log_softmax(dim=-1)
+    log_p = {part: log_probabilities(one) for part, one in logits.items()}
+    start = log_probabilities(base)
     watched = int((log_p[WHOLE].exp() - start.exp()).argmax()) if token is None else token
     rows = []
     for part, one in logits.items():
@@ -225,7 +226,7 @@ def _effects(
                 "part": part,
                 "token": watched,
                 "shift": float(change[watched] - change.mean()),
-                "kl": max(0.0, float((start.exp() * (start - log_p[part])).sum())),
+                "kl": float(divergence(start, log_p[part])),
             }
         )
     return rows

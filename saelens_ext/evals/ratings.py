@@ -8,11 +8,10 @@ import numpy as np
 import pandas as pd
 
 from saelens_ext import _checks, _files
-from saelens_ext.evals.steering_texts import TEXT_COLUMNS
+from saelens_ext.evals.steering_texts import TEXT_COLUMNS, TEXT_KEY
 from saelens_ext.steering.judges import MAX_RATING, JudgeScore
 
 COLUMNS = ("id", "concept", "prompt", "text", "concept_rating", "fluency_rating")
-_KEY = ["concept", "method", "draw", "sign", "target", "prompt", "number"]
 
 
 def export_for_people(texts: pd.DataFrame, path: str | Path, *, n: int = 100, seed: int = 0) -> Path:
@@ -30,7 +29,7 @@ def export_for_people(texts: pd.DataFrame, path: str | Path, *, n: int = 100, se
     Returns:
         The path.
     """
-    texts = texts.drop_duplicates(_KEY)
+    texts = texts.drop_duplicates(TEXT_KEY)
     texts = texts.assign(id=text_ids(texts))
     generator = np.random.default_rng(seed)
     shuffled = texts.iloc[generator.permutation(len(texts))]
@@ -81,7 +80,7 @@ def read_ratings(path: str | Path) -> pd.DataFrame:
 
 def text_ids(texts: pd.DataFrame) -> list[str]:
     """A name for each text that says nothing of how it was made, the same for equal rows."""
-    keys = ("\x1f".join(map(str, row)) for row in texts[_KEY].itertuples(index=False))
+    keys = ("\x1f".join(map(str, row)) for row in texts[TEXT_KEY].itertuples(index=False))
     return [hashlib.sha256(key.encode()).hexdigest()[:12] for key in keys]
 
 
@@ -93,7 +92,7 @@ def rated_texts(texts: pd.DataFrame, judge: str, ratings: pd.DataFrame) -> pd.Da
     """
     if judge in set(texts["judge"]):
         raise ValueError(f"A judge is called {judge!r} already; there are {', '.join(dict.fromkeys(texts['judge']))}.")
-    own = texts.drop_duplicates(_KEY)
+    own = texts.drop_duplicates(TEXT_KEY)
     own = own.assign(id=text_ids(own))
     unknown = sorted(set(ratings["id"]) - set(own["id"]))
     if unknown:

@@ -9,7 +9,7 @@ Symbols
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import permutations
+from itertools import combinations, permutations
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from saelens_ext import _checks
 from saelens_ext._modes import standard_modes
-from saelens_ext.analysis.match import Center, match_dictionaries
+from saelens_ext.analysis.match import Center, SideMatch, direction_rows, match_dictionaries
 from saelens_ext.analysis.match_null import Null
 from saelens_ext.dictionaries.fit_result import ExemplarFitResult
 from saelens_ext.evals.evidence import Evidence
@@ -124,21 +124,20 @@ def dictionary_stability(
     }
     options: dict[str, Any] = {"null": null, "level": level, "one_to_one": False, "seed": seed}
     generator = np.random.default_rng(seed)
-    rows, cosines, cutoffs = [], {name: [] for name in names}, {name: [] for name in names}
-    for name, other in permutations(names, 2):
+    sides: dict[tuple[str, str], SideMatch] = {}
+    for name, other in combinations(names, 2):
         match = match_dictionaries(parts[name], parts[other], center=center, **options)
-        turn = torch.from_numpy(ortho_group.rvs(_rows(parts[other]).shape[1], random_state=generator)).float()
-        turned = match_dictionaries(_rows(parts[name]), _rows(parts[other]) @ turn, **options)
-        cosines[name].append(match.first.cosine)
-        cutoffs[name].append(match.first.cutoff)
-        for method, found in ((REPLICAS, match), (TURNED, turned)):
-            both = found.first.mutual & found.first.above & found.second.above[found.first.nearest.clamp_min(0)]
-            values = {"share_above": found.first.share, "share_mutual": float(both.double().mean())}
-            values["median_cosine"] = float(found.first.cosine.nanmedian())
-            where = {"replica": name, "method": method, "other": other}
-            rows += [{**where, "metric": metric, "value": value} for metric, value in values.items()]
-    stacked = {name: torch.stack(columns, dim=1) for name, columns in cosines.items()}
-    rows += list(_predicted(replicas, stacked))
+        sides[name, other], sides[other, name] = match.first, match.second
+    rows = []
+    for name, other in permutations(names, 2):
+        own, theirs = (direction_rows(parts[each], each).float().cpu() for each in (name, other))
+        turn = torch.from_numpy(ortho_group.rvs(theirs.shape[1], random_state=generator)).float()
+        turned = match_dictionaries(own, theirs @ turn, **options)
+        rows += _figures(name, other, REPLICAS, sides[name, other], sides[other, name])
+        rows += _figures(name, other, TURNED, turned.first, turned.second)
+    others = {name: [sides[name, other] for other in names if other != name] for name in names}
+    cosines = {name: torch.stack([side.cosine for side in found], dim=1) for name, found in others.items()}
+    rows += _predicted(replicas, cosines)
     return StabilityEvidence(
         cells=pd.DataFrame(rows),
         kinds={REPLICAS: "unsupervised", TURNED: "control"},
@@ -148,15 +147,22 @@ def dictionary_stability(
         },
         settings={
             "null": null, "level": level, "center": center, "confidence": confidence,
-            "n_permutations": n_permutations, "seed": seed, "n_latents": {n: len(one) for n, one in stacked.items()},
+            "n_permutations": n_permutations, "seed": seed, "n_latents": {n: len(one) for n, one in cosines.items()},
         },
-        cosines=stacked,
-        cutoffs={name: torch.tensor(values, dtype=torch.float64) for name, values in cutoffs.items()},
+        cosines=cosines,
+        cutoffs={
+            name: torch.tensor([side.cutoff for side in found], dtype=torch.float64) for name, found in others.items()
+        },
     )  # fmt: skip
 
 
-def _rows(dictionary: SAE[Any] | Tensor) -> Tensor:
-    return (dictionary if isinstance(dictionary, Tensor) else dictionary.W_dec).detach().float().cpu()
+def _figures(name: str, other: str, method: str, own: SideMatch, theirs: SideMatch) -> list[dict[str, Any]]:
+    """What one replica's directions find in another."""
+    both = own.mutual & own.above & theirs.above[own.nearest.clamp_min(0)]
+    values = {"share_above": own.share, "share_mutual": float(both.double().mean())}
+    values["median_cosine"] = float(own.cosine.nanmedian())
+    where = {"replica": name, "method": method, "other": other}
+    return [{**where, "metric": metric, "value": value} for metric, value in values.items()]
 
 
 def _predicted(replicas: Mapping[str, Any], cosines: Mapping[str, Tensor]) -> list[dict[str, Any]]:

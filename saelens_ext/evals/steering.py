@@ -17,7 +17,7 @@ from saelens_ext import _checks, _files
 from saelens_ext._modes import standard_modes
 from saelens_ext.evals.attempts import Attempts
 from saelens_ext.evals.concepts_data import Concept, check_concepts
-from saelens_ext.evals.evidence import Evidence
+from saelens_ext.evals.evidence import Evidence, evidence_table
 from saelens_ext.evals.methods import Method, check_methods
 from saelens_ext.evals.ratings import rated_texts
 from saelens_ext.evals.steering_arms import (
@@ -30,12 +30,12 @@ from saelens_ext.evals.steering_arms import (
     check_columns,
     resolved,
 )
-from saelens_ext.evals.steering_texts import TEXT_COLUMNS, UNSTEERED, judged, said_texts, scores_of
+from saelens_ext.evals.steering_texts import TEXT_COLUMNS, TEXT_KEY, UNSTEERED, judged, said_texts, scores_of
 from saelens_ext.host.models import HostModel, describe_model
 from saelens_ext.host.prompt_passes import prompt_list
 from saelens_ext.ops.resampling import unit_bootstrap
 from saelens_ext.ops.statistics import rank_correlation
-from saelens_ext.report.evidence_section import EvidenceSection, EvidenceTable, Line, LineFigure
+from saelens_ext.report.evidence_section import EvidenceSection, Line, LineFigure
 from saelens_ext.steering.judges import Judge
 from saelens_ext.steering.sampling import SamplingOptions
 
@@ -102,7 +102,7 @@ class SteeringEvidence(Evidence):
 
         judges, rows = list(dict.fromkeys(self.texts["judge"])), []
         for rating in ("concept_rating", "fluency_rating", "score"):
-            table = self.texts.pivot_table(index=["concept", *_TEXT], columns="judge", values=rating, sort=False)
+            table = self.texts.pivot_table(index=TEXT_KEY, columns="judge", values=rating, sort=False)
             for number, first in enumerate(judges):
                 for second in judges[number + 1 :]:
                     both = table[[first, second]].dropna()
@@ -133,9 +133,9 @@ class SteeringEvidence(Evidence):
     def section(self) -> EvidenceSection:
         section = super().section()
         curve = self.curve()
-        tables = [_table("Without any choice", curve, "Means over the concepts that reach a target.")]
+        tables = [evidence_table("Without any choice", curve, "Means over the concepts that reach a target.")]
         if self.texts["judge"].nunique() > 1:
-            tables.append(_table("Agreement of the judges", self.agreement(), "Over concepts."))
+            tables.append(evidence_table("Agreement of the judges", self.agreement(), "Over concepts."))
         first = curve["judge"].iloc[0]
         shown = curve[curve["judge"] == first].groupby(["method", "sign"], sort=False)
         lines = [
@@ -167,16 +167,8 @@ class SteeringEvidence(Evidence):
         return content | {"texts": texts.astype(dict.fromkeys(numbers, "float64"))}
 
 
-_TEXT = ["method", "draw", "sign", "target", "prompt", "number"]
-
-
 def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
     return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
-
-
-def _table(title: str, table: pd.DataFrame, note: str) -> EvidenceTable:
-    rows = tuple(tuple(row) for row in table.astype(object).itertuples(index=False))
-    return EvidenceTable(title=title, columns=tuple(map(str, table.columns)), rows=rows, note=note)
 
 
 @standard_modes()

@@ -24,6 +24,7 @@ from saelens_ext.evals.methods import Kind, Method
 from saelens_ext.host.models import HostModel, resolve_hook
 from saelens_ext.ops.detection import auroc, standardised_difference
 from saelens_ext.steering.divergence_search import DivergenceMeter, MatchedStrength
+from saelens_ext.steering.interventions import unit_rows
 from saelens_ext.steering.strength import match_strengths
 
 RANDOM, PCA, KMEANS, PROMPTING = "random direction", "principal components", "k-means", "prompting"
@@ -131,9 +132,7 @@ def cells_of(
                 model, hook, rows, targets, prompts=prompts, signs=signs, batch_size=batch_size, progress=progress
             )
             strengths = [(number, one) for number, search in enumerate(searches) for one in search.strengths]
-            meter = DivergenceMeter(
-                model, hook, rows / rows.norm(dim=1, keepdim=True), list(prompts), batch_size, average_over="all"
-            )
+            meter = DivergenceMeter(model, hook, unit_rows(rows), list(prompts), batch_size, average_over="all")
             reached = [(number, one.coefficient) for number, one in strengths if one.reached]
             everywhere = dict(zip(reached, meter.divergences(reached), strict=True))
             cells += [
@@ -160,9 +159,8 @@ def check_columns(
 
 
 def _arm(method: Method, concept: Concept, column: int) -> Arm:
-    if method.directions is None or method.acts_at is None:
-        raise ValueError(f"{method.name!r} only scores and has no directions to steer by.")
-    direction = method.directions[column].detach().cpu()
+    hook_name, directions = method.acting()
+    direction = directions[column].detach().cpu()
     if not bool(direction.any()):
         raise ValueError(f"Column {column} of {method.name!r} is a dead latent, without a direction.")
     return Arm(
@@ -170,7 +168,7 @@ def _arm(method: Method, concept: Concept, column: int) -> Arm:
         draw=method.draw,
         concept=concept.name,
         column=column,
-        hook_name=method.acts_at,
+        hook_name=hook_name,
         direction=direction,
     )
 
@@ -221,11 +219,8 @@ def _where(hook: str, hooks: Sequence[str]) -> str:
 def resolved(model: HostModel, methods: Sequence[Method], attempts: Attempts) -> list[Method]:
     """The methods that can steer this model."""
     found = []
-    for method in methods:
+    for method in attempts.usable(model, methods):
         with attempts.of(method.name, ""):
-            if method.directions is None or method.acts_at is None:
-                raise ValueError(f"{method.name!r} only scores and has no directions to steer by.")
-            resolve_hook(model, method.acts_at)
-            resolve_hook(model, method.detector.hook_name)
+            resolve_hook(model, method.acting()[0])
             found.append(method)
     return found

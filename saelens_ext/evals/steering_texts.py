@@ -13,6 +13,7 @@ from saelens_ext.evals.attempts import Attempts
 from saelens_ext.evals.concepts_data import Concept
 from saelens_ext.evals.steering_arms import PROMPTING, Cell
 from saelens_ext.host.models import HostModel
+from saelens_ext.steering.interventions import unit_rows
 from saelens_ext.steering.judges import Judge
 from saelens_ext.steering.sampling import SamplingOptions, sample_steered, sample_texts
 
@@ -21,6 +22,8 @@ TEXT_COLUMNS = [
     "concept", "method", "draw", "sign", "target", "kl", "coefficient", "kl_everywhere", "prompt", "half", "number",
     "text", "judge", "concept_rating", "fluency_rating", "score",
 ]  # fmt: skip
+TEXT_KEY = ["concept", "method", "draw", "sign", "target", "prompt", "number"]
+"""What tells texts apart, whoever judged them."""
 CHOOSE, REPORT = "choose", "report"
 _RATINGS = ("concept_rating", "fluency_rating", "score")
 
@@ -45,7 +48,7 @@ def said_texts(
         for hook, here in groupby(reached, key=lambda cell: cell.arm.hook_name):
             group = list(here)
             with attempts.of("", ""):
-                offsets = torch.stack([_unit(cell) * cell.strength.coefficient for cell in group])
+                offsets = torch.cat([unit_rows(cell.arm.direction[None]) * cell.strength.coefficient for cell in group])
                 sampled = sample_steered(model, hook, offsets, prompts, n=n, options=options, batch_size=batch_size)
                 for cell, said in zip(group, sampled, strict=True):
                     rows += _rows(_of_cell(cell), prompts, said)
@@ -148,11 +151,6 @@ def _asked(cells: Sequence[Cell] | pd.DataFrame) -> dict[tuple[str, str, int], f
         key = (cell.arm.concept, cell.arm.method, cell.arm.draw)
         found.setdefault(key, []).append(not cell.strength.reached)
     return {key: float(np.mean(missed)) for key, missed in found.items()}
-
-
-def _unit(cell: Cell) -> torch.Tensor:
-    direction = cell.arm.direction.float()
-    return direction / direction.norm()
 
 
 def _of_cell(cell: Cell) -> dict[str, Any]:

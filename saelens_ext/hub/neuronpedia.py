@@ -23,9 +23,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from saelens_ext import _checks, _files
+from saelens_ext import _files
 from saelens_ext.analysis.examples import Examples
-from saelens_ext.analysis.labels import FIGURES, Labels
+from saelens_ext.analysis.labels import FIGURES, Labels, chosen_latents
 from saelens_ext.analysis.logit_lens import LensResult
 from saelens_ext.analysis.profile import DictionaryProfile
 from saelens_ext.host.tokens import token_strings
@@ -102,18 +102,13 @@ def push_to_neuronpedia(
         NeuronpediaError: no key, or it refused, failed or did not answer; says how much has arrived.
     """
     _check_names(profile, model_id, source)
-    for name, table in (("labels", labels), ("lens", None if lens is None else lens.promoted_ids)):
-        if table is not None and len(table) != profile.d_sae:
-            raise ValueError(f"{name} is of {len(table)} latents, the profile of {profile.d_sae}.")
+    profile.check_sizes(labels, lens)
     if profile.top.token_values is None:
         raise ValueError(
             "This profile has no value for every token, which Neuronpedia shows: make it again, with "
             "profile_dictionary or `saelens-ext profile`."
         )
-    chosen = range(profile.d_sae) if latents is None else [int(i) for i in _checks.listed(latents, "latents", "index")]
-    wrong = [latent for latent in chosen if not 0 <= latent < profile.d_sae]
-    if wrong or not chosen:
-        raise ValueError(f"latents must be some of 0 to {profile.d_sae - 1}, got {wrong[0] if wrong else 'none'}.")
+    chosen = chosen_latents(latents, profile.d_sae)
     batches = [chosen[i : i + BATCH] for i in range(0, len(chosen), BATCH)]
     sender = _sender(None if dry_run is None else Path(dry_run), None if state is None else Path(state), api_key)
     for number, batch in enumerate(tqdm(batches, desc="Neuronpedia", unit="batch", disable=not progress)):

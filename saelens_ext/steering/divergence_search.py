@@ -220,14 +220,14 @@ class DivergenceMeter:
             self._norms.append(rows.float().norm(dim=-1).cpu())
 
         with hooked(self._model, [(self._point, note)]):
-            return _log_probabilities(logits_of(self._model, ids[None])[0, positions])
+            return log_probabilities(logits_of(self._model, ids[None])[0, positions])
 
     def _steered_pass(self, offsets: Tensor, ids: Tensor, positions: list[int], base: Tensor) -> Tensor:
         """Divergences ``(b,)`` of one prompt with offsets ``(b, d)``."""
         with hooked(self._model, [(self._point, adding_rows(offsets, self._hook_name))]):
             logits = logits_of(self._model, ids.expand(len(offsets), -1))
         # Row by row, since float64 of the whole batch would be large for a large vocabulary.
-        return torch.stack([_divergence(base, _log_probabilities(row[positions])) for row in logits]).cpu()
+        return torch.stack([divergence(base, log_probabilities(row[positions])) for row in logits]).cpu()
 
 
 def adding_rows(offsets: Tensor, hook_name: str) -> Any:
@@ -257,13 +257,14 @@ def check_limits(target: float | int, tolerance: float, max_strength: float | in
     _checks.positive(batch_size, "batch_size")
 
 
-def _log_probabilities(logits: Tensor) -> Tensor:
+def log_probabilities(logits: Tensor) -> Tensor:
+    """Of logits, in float64 where the device has it."""
     # One kind of accelerator has no float64.
     return logits.to(torch.float32 if logits.device.type == "mps" else torch.float64).log_softmax(dim=-1)
 
 
-def _divergence(base: Tensor, steered: Tensor) -> Tensor:
-    """Mean over rows of sum_i p_i (log p_i - log q_i), where p_i = 0 counts nothing."""
+def divergence(base: Tensor, steered: Tensor) -> Tensor:
+    """Mean over rows of log-probabilities of sum_i p_i (log p_i - log q_i) in nats, where p_i = 0 counts nothing."""
     p = base.exp()
     terms = torch.where(p > 0, p * (base - steered), 0)
     # Rounding can take the sum of a zero divergence just below zero.

@@ -109,8 +109,8 @@ def sample_texts(
     _checks.positive(n, "n")
     starts = [prompt_ids(model, prompt) for prompt in prompt_list(prompts)]
     texts: list[list[str]] = [[] for _ in starts]
-    for part in _alike(starts, range(n), batch_size):
-        for (prompt, _), text in zip(part, _said(model, starts, part, [number for _, number in part], options)):
+    for part in equal_length_batches(starts, range(n), batch_size):
+        for (prompt, _), text in zip(part, continued(model, starts, part, [number for _, number in part], options)):
             texts[prompt].append(text)
     return texts
 
@@ -149,31 +149,37 @@ def sample_steered(
     texts: list[list[list[str]]] = [[[] for _ in starts] for _ in offsets]
     point = edit_point(model, hook_name)
     each = [(number, cell) for number in range(_checks.positive(n, "n")) for cell in range(len(offsets))]
-    for part in _alike(starts, each, batch_size):
+    for part in equal_length_batches(starts, each, batch_size):
         added = offsets[[cell for _, (_, cell) in part]]
         with hooked(model, [(point, adding_rows(added, hook_name))]):
-            said = _said(model, starts, part, [number for _, (number, _) in part], options)
+            said = continued(model, starts, part, [number for _, (number, _) in part], options)
         for (prompt, (_, cell)), text in zip(part, said):
             texts[cell][prompt].append(text)
     return texts
 
 
-def _alike(starts: Sequence[Tensor], each: Sequence[T], batch_size: int) -> Iterator[list[tuple[int, T]]]:
-    """Every prompt with every entry, in batches of prompts of as many tokens."""
+def equal_length_batches(starts: Sequence[Tensor], each: Sequence[T], batch_size: int) -> Iterator[list[tuple[int, T]]]:
+    """Every prompt with every entry ``(prompt, entry)``, in batches whose prompts have as many tokens.
+
+    Args:
+        starts: ids of the prompts.
+        each: what every prompt is continued under.
+        batch_size: pairs in a batch, at most.
+    """
     by_length = sorted(range(len(starts)), key=lambda number: len(starts[number]))
     for _, alike in groupby(by_length, key=lambda number: len(starts[number])):
         rows = [(prompt, entry) for prompt in alike for entry in each]
         yield from (rows[i : i + batch_size] for i in range(0, len(rows), _checks.positive(batch_size, "batch_size")))
 
 
-def _said(
+def continued(
     model: HostModel,
     starts: Sequence[Tensor],
     part: Sequence[tuple[int, object]],
     numbers: Sequence[int],
     options: SamplingOptions,
 ) -> list[str]:
-    """A continuation of the prompt of every row of a batch."""
+    """A continuation of the prompt of every row of a batch; ``numbers`` as for :func:`draw_continuations`."""
     ids = torch.stack([starts[prompt] for prompt, _ in part])
     with evaluating(model):
         drawn = draw_continuations(model, ids, numbers, options)

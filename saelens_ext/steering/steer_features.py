@@ -17,13 +17,10 @@ from torch import Tensor
 
 from saelens_ext import _files
 from saelens_ext._modes import standard_modes
-from saelens_ext.host.continued_text import text_after
-from saelens_ext.host.hook_edits import edit_point, hooked
 from saelens_ext.host.models import HostModel
-from saelens_ext.host.prompt_passes import evaluating, prompt_ids
-from saelens_ext.steering.divergence_search import MatchedStrength, adding_rows
+from saelens_ext.steering.divergence_search import MatchedStrength
 from saelens_ext.steering.interventions import unit_rows
-from saelens_ext.steering.sampling import SamplingOptions, draw_continuations
+from saelens_ext.steering.sampling import SamplingOptions, sample_steered
 from saelens_ext.steering.strength import match_strengths
 
 FORMAT_VERSION = 1
@@ -137,7 +134,8 @@ def steer_features(
     ]
     reached = [(index, unit, strength) for index, unit, strength in strengths if strength.reached]
     offsets = [torch.zeros_like(rows[0]), *(unit * strength.coefficient for _, unit, strength in reached)]
-    unsteered, *texts = _continue_each(model, hook_name, prompt, offsets, options, batch_size)
+    said = sample_steered(model, hook_name, torch.stack(offsets), prompt, n=1, options=options, batch_size=batch_size)
+    unsteered, *texts = (text for ((text,),) in said)
     text_of = {(index, strength.sign): text for (index, _, strength), text in zip(reached, texts, strict=True)}
     return SteeredFeatures(
         hook_name=hook_name,
@@ -160,19 +158,3 @@ def _checked_features(features: Sequence[int] | None, directions: Tensor) -> lis
     if not alive:
         raise ValueError(f"Every direction of the features {chosen[:5]} is zero: it points nowhere.")
     return alive
-
-
-def _continue_each(
-    model: HostModel, hook_name: str, prompt: str, offsets: list[Tensor], options: SamplingOptions, batch_size: int
-) -> list[str]:
-    """One continuation for each offset that is added at every token, all from the random numbers of continuation 0."""
-    ids = prompt_ids(model, prompt)
-    point = edit_point(model, hook_name)
-    texts: list[str] = []
-    with evaluating(model):
-        for begin in range(0, len(offsets), batch_size):
-            rows = torch.stack(offsets[begin : begin + batch_size])
-            with hooked(model, [(point, adding_rows(rows, hook_name))]):
-                drawn = draw_continuations(model, ids, [0] * len(rows), options)
-            texts += [text_after(model, ids.tolist(), one.token_ids) for one in drawn]
-    return texts
