@@ -51,6 +51,8 @@ class OpenAILabeller:
         model: the name of the model at the endpoint.
         api_key: by default the environment variable ``OPENAI_API_KEY``. It is not written anywhere.
         n_sentences: sentences of either kind to write, 0 for none.
+
+    Keyword Args:
         cache_directory: where answers are kept; None keeps none.
         timeout: seconds to wait for one answer.
         max_retries: how often a failed call is made again.

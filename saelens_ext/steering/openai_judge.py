@@ -56,6 +56,8 @@ class OpenAIJudge:
         base_url: the endpoint up to and without ``/chat/completions``, for example ``http://localhost:8000/v1``.
         model: the name of the judging model at the endpoint.
         api_key: by default the environment variable ``OPENAI_API_KEY``. It is not written anywhere.
+
+    Keyword Args:
         cache_directory: where answers are kept; None keeps none.
         timeout: seconds to wait for one answer.
         max_retries: how often a failed call is made again.
