@@ -139,6 +139,12 @@ _ALL = (
         ("EvidenceInputs", "DocumentInputs", "NoveltySettings"),
     ),
     _evidence(
+        "steering",
+        "judge what a dictionary brings about when it steers, at matched divergence and beside controls",
+        "output/blocks.6.hook_out_exemplars_p2 --concepts=concepts.jsonl --prompts=prompts.txt",
+        ("EvidenceInputs", "ConceptChoice", "SteeringInputs", "SteeringSettings"),
+    ),
+    _evidence(
         "behaviour",
         "find the regions that hold a behaviour, and ablate them beside controls",
         "output/blocks.6.hook_out_exemplars_p2 --shows=harmful.txt --lacks=harmless.txt",

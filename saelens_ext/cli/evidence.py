@@ -1,7 +1,7 @@
-"""``evidence detection``, ``probes``, ``novelty``, ``behaviour`` and ``synthetic``: evaluations that end in a claim."""
+"""The commands ``evidence …``: evaluations that end in a claim."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,12 @@ from saelens_ext.cli import opening
 from saelens_ext.cli.errors import UsageError
 from saelens_ext.cli.evidence_options import (
     BehaviourInputs,
+    ConceptChoice,
     ConceptInputs,
     DocumentInputs,
     EvidenceInputs,
     ResultOptions,
+    SteeringInputs,
 )
 from saelens_ext.cli.output import Context, Result, table
 from saelens_ext.dictionaries.exemplar_partition import ExemplarPartition
@@ -36,9 +38,13 @@ from saelens_ext.evals.methods import Method
 from saelens_ext.evals.novelty import evaluate_novelty
 from saelens_ext.evals.probing import evaluate_probes
 from saelens_ext.evals.results import save_evidence, write_beside
+from saelens_ext.evals.steering import compare_steering
 from saelens_ext.evals.synthetic import evaluate_on_synthetic
 from saelens_ext.host.flat_sae import hooks_of
 from saelens_ext.runner.tracking import WandbTracker, check_login
+from saelens_ext.steering.judges import EmbeddingJudge, Judge
+from saelens_ext.steering.openai_judge import OpenAIJudge
+from saelens_ext.steering.sampling import SamplingOptions
 
 logger = logging.getLogger(__name__)
 
@@ -50,11 +56,7 @@ def detection(
     _prepare(results)
     given = _concepts(concepts)
     stream, saes = _opened(inputs)
-    methods = [
-        Method.from_dictionary(f"{name} {basis}" if basis else name, sae, basis=basis)
-        for name, sae in saes.items()
-        for basis in (("exemplar", "mean") if isinstance(sae, ExemplarPartition) else (None,))
-    ]
+    methods = _methods(saes)
     x = _activations(stream)
     for name, sae in saes.items():
         controls = matched_controls(sae, x, n_draws=concepts.n_coresets, seed=settings.seed)
@@ -90,6 +92,36 @@ def novelty(
     inside, outside = opening.texts_in(Path(documents.inside)), _named_files(documents.outside)
     stream, saes = _opened(inputs)
     found = evaluate_novelty(stream.model, saes, stream, inside, outside, progress=context.progress, **vars(settings))
+    return _finish(found, inputs, results, settings)
+
+
+def steering(
+    inputs: EvidenceInputs,
+    concepts: ConceptChoice,
+    steered: SteeringInputs,
+    settings: Any,
+    results: ResultOptions,
+    context: Context,
+) -> Result:
+    """Judge what dictionaries bring about over many concepts."""
+    _prepare(results)
+    if steered.prompts is None:
+        raise UsageError("No prompts were named: --prompts=FILE, a JSON list of texts or a text in each line.")
+    if (steered.judge_url is None) != (steered.judge_model is None):
+        raise UsageError("A judge at an endpoint needs both --judge_url=URL and --judge_model=NAME.")
+    prompts, given = opening.texts_in(Path(steered.prompts)), _concepts(concepts)
+    stream, saes = _opened(inputs)
+    options = SamplingOptions(
+        max_new_tokens=steered.max_new_tokens, temperature=steered.temperature, seed=settings.seed
+    )
+    if steered.judge_url is None or steered.judge_model is None:
+        judges: dict[str, Judge] = {"embeddings": EmbeddingJudge(None, stream.model, options=options)}
+    else:
+        judges = {steered.judge_model: OpenAIJudge(steered.judge_url, steered.judge_model)}
+    found = compare_steering(
+        stream.model, _methods(saes), given, judges, prompts=prompts, options=options, progress=context.progress,
+        **vars(settings),
+    )  # fmt: skip
     return _finish(found, inputs, results, settings)
 
 
@@ -142,7 +174,7 @@ def _prepare(results: ResultOptions) -> None:
         check_login()
 
 
-def _concepts(inputs: ConceptInputs) -> list[Concept]:
+def _concepts(inputs: ConceptChoice) -> list[Concept]:
     if inputs.concepts is not None:
         return read_concepts(inputs.concepts)
     return packaged_concepts(inputs.names or None, n_per_side=inputs.n_per_side)
@@ -170,6 +202,15 @@ def _activations(stream: ActivationStream) -> Tensor:
     """What controls are made of."""
     kept = KeptStream(stream)
     return torch.cat([rows for batch in kept for rows in batch.activations.values()])
+
+
+def _methods(saes: Mapping[str, SAE[Any]]) -> list[Method]:
+    """The dictionaries as methods, a partition by either of its bases."""
+    return [
+        Method.from_dictionary(f"{name} {basis}" if basis else name, sae, basis=basis)
+        for name, sae in saes.items()
+        for basis in (("exemplar", "mean") if isinstance(sae, ExemplarPartition) else (None,))
+    ]
 
 
 def _renamed(control: Method, name: str) -> Method:

@@ -16,6 +16,7 @@ from saelens_ext.evals.ablation import ablate_behaviour
 from saelens_ext.evals.detection import evaluate_detection
 from saelens_ext.evals.novelty import evaluate_novelty
 from saelens_ext.evals.probing import evaluate_probes
+from saelens_ext.evals.steering import compare_steering
 from saelens_ext.evals.synthetic import evaluate_on_synthetic
 from saelens_ext.runner.config import quiet_logger
 from saelens_ext.runner.parsing import number, text_or_none, texts, tuple_of, whole_number
@@ -44,8 +45,8 @@ class EvidenceInputs(ReadingOptions):
 
 
 @dataclass(kw_only=True)
-class ConceptInputs:
-    """Which concepts are to be detected."""
+class ConceptChoice:
+    """Which concepts are asked for."""
 
     concepts: str | None = simple_parsing.field(default=None, type=text_or_none, metavar="FILE")
     """JSONL file of concepts: name, positives, negatives, hard_negatives, description; by default those packaged with
@@ -54,6 +55,12 @@ class ConceptInputs:
     """Sets of sae-probes instead of its 24 default ones, such as 96_spam_is."""
     n_per_side: int = 100
     """Sentences with and without each packaged concept."""
+
+
+@dataclass(kw_only=True)
+class ConceptInputs(ConceptChoice):
+    """Which concepts are to be detected, and the controls."""
+
     n_coresets: int = 5
     """Draws of as many random activations, which each dictionary is compared with."""
 
@@ -95,10 +102,29 @@ class BehaviourInputs:
     are kept in the folder of the results, from which the same command goes on."""
 
 
+@dataclass(kw_only=True)
+class SteeringInputs:
+    """What is continued under steering, and who rates it."""
+
+    prompts: str | None = simple_parsing.field(default=None, type=text_or_none, metavar="FILE")
+    """Beginnings of texts, at least 2: a JSON list, or one in each line; every other one chooses targets and signs."""
+    max_new_tokens: int = 50
+    """Tokens of a continuation."""
+    temperature: float = 1.0
+    """Of sampling."""
+    judge_url: str | None = simple_parsing.field(default=None, type=text_or_none, metavar="URL")
+    """OpenAI-compatible endpoint of a judging model, whose key is in OPENAI_API_KEY. By default the judge is offline: a
+    sentence-embedding model and the model's own likelihoods."""
+    judge_model: str | None = simple_parsing.field(default=None, type=text_or_none, metavar="NAME")
+    """The judging model at the endpoint."""
+
+
 _TUPLES: dict[str, tuple[Callable[[str], Any], str]] = {
     "rates": (number, "X[,X…]"),
     "ks": (whole_number, "N[,N…]"),
     "n_directions": (whole_number, "N[,N…]"),
+    "targets": (number, "X[,X…]"),
+    "signs": (whole_number, "N[,N…]"),
 }
 
 
@@ -134,4 +160,5 @@ BehaviourSettings = _settings("BehaviourSettings", ablate_behaviour, "How ablati
 DetectionSettings = _settings("DetectionSettings", evaluate_detection, "How methods are judged.", ("untrained_twin",))
 ProbeSettings = _settings("ProbeSettings", evaluate_probes, "How probes are judged.", ("activations",))
 NoveltySettings = _settings("NoveltySettings", evaluate_novelty, "How novelty is judged.", ("outside",))
+SteeringSettings = _settings("SteeringSettings", compare_steering, "How methods are compared.", ("options",))
 SyntheticSettings = _settings("SyntheticSettings", evaluate_on_synthetic, "What is fitted and how it is judged.")

@@ -158,7 +158,7 @@ def ablate_behaviour(
     It acts at every position and step of generation. Conditions and prompts share batches. Controls: nothing; a region
     without the behaviour that resembles the best candidate; the region that holds most prompts without it; as many
     random regions; a Gaussian direction; the difference of means of the last positions of ``split.choose``, which used
-    the labels.
+    the labels, and whose c is the mean of those without the behaviour.
 
     Args:
         model: the one that was localised in.
@@ -188,20 +188,22 @@ def ablate_behaviour(
             :func:`~saelens_ext.evals.localisation.localise_behaviour`.
 
     Source: arXiv 2605.14347, refusal ablation. Held-out prompts, random regions, side effects and tests are ours; the
-    difference of means is that of arXiv 2406.11717.
+    difference of means is that of arXiv 2406.11717, set to the mean of the prompts without the behaviour as in arXiv
+    2411.09003.
     """
     _checks.choice(layers, LAYERS, "layers")
     for name in _checks.listed(basis, "basis", "basis"):
         _checks.choice(name, BASES, "basis")
     numbers = [_checks.positive(m, "n_directions") for m in _checks.listed(n_directions, "n_directions", "number")]
     chat_template = bool(found.settings.get("chat_template", True))
+    centers = acting_centers(model, found, split, layers, chat_template)
+    lacking = lacking_centers(model, found, list(centers), chat_template)
     asking = Asking(
         model=model, behaviour=behaviour, chat_template=chat_template, batch_size=batch_size,
-        max_new_tokens=int(found.settings.get("max_new_tokens", 60)),
-        centers=acting_centers(model, found, split, layers, chat_template),
+        max_new_tokens=int(found.settings.get("max_new_tokens", 60)), centers=centers,
     )  # fmt: skip
     tested, failures = region_conditions(found, numbers, basis)
-    controls, missed = control_conditions(found, numbers, basis, n_random=n_random, seed=seed)
+    controls, missed = control_conditions(found, numbers, basis, lacking, n_random=n_random, seed=seed)
     conditions = [*tested, Condition(name=NOTHING, description="The model as it is."), *controls]
     rows = list(asked_rows(asking, split.test, conditions, "test", progress))
     shown = [condition for condition in conditions if not condition.name.startswith("random")]
@@ -279,6 +281,15 @@ def acting_centers(
         sums = {hook: total + read.activations[hook].double().sum(dim=0).cpu() for hook, total in sums.items()}
         n += len(read.positions)
     return {hook: found.center if hook == own else (total / n).float() for hook, total in sums.items()}
+
+
+def lacking_centers(
+    model: HostModel, found: Localisation, hooks: Sequence[str], chat_template: bool
+) -> dict[str, Tensor]:
+    """By hook the mean last position of the choose prompts that do not show the behaviour, ``(d,)``."""
+    prompts = found.prompts.loc[found.prompts["shown"] < 0.5, "prompt"].tolist()
+    read = read_texts(model, hooks, prompts, positions="last", chat_template=chat_template)
+    return {hook: read.activations[hook].double().mean(dim=0).float() for hook in hooks}
 
 
 def _side_effects(asking: Asking, texts: Sequence[str], conditions: Sequence[Condition]) -> list[dict[str, Any]]:

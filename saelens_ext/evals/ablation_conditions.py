@@ -4,7 +4,7 @@ Symbols
     m  directions of a condition
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -55,9 +55,18 @@ def region_conditions(
 
 
 def control_conditions(
-    found: Localisation, n_directions: Sequence[int], bases: Sequence[str], *, n_random: int, seed: int
+    found: Localisation,
+    n_directions: Sequence[int],
+    bases: Sequence[str],
+    lacking: Mapping[str, Tensor],
+    *,
+    n_random: int,
+    seed: int,
 ) -> tuple[list[Condition], list[Failure]]:
-    """The controls: matched and wrong region, random regions, a Gaussian direction, the difference of means."""
+    """The controls: matched and wrong region, random regions, a Gaussian direction, the difference of means.
+
+    ``lacking`` is by hook the mean last position of the prompts without the behaviour, ``(d,)``.
+    """
     made, failures = list[Condition](), list[Failure]()
     basis = _bases_of(found.dictionary, bases)[0]
     matched, wrong = matched_region(found), wrong_region(found)
@@ -86,10 +95,11 @@ def control_conditions(
                 name=DIFFERENCE,
                 kind="supervised",
                 directions=found.difference[None],
-                about_center=False,
+                centers=lacking,
                 description="The mean last position of the choose prompts that show the behaviour minus that of the "
-                "others: a direction made with the labels, and projected out about 0 (as arXiv 2406.11717 does), since "
-                "the dictionary's centre may lie on the side of the behaviour.",
+                "others: a direction made with the labels. Activations get the component along it that the others "
+                "have on average (arXiv 2411.09003), since neither the dictionary's centre nor 0 needs to lie on "
+                "their side.",
             )
         )
     return [*made, *draws], [*failures, *missed]

@@ -43,15 +43,15 @@ class Condition:
     directions: Tensor | None = None
     """``(m, d)``, of any length but 0; None: the model as it is."""
     draw: int = 0
-    about_center: bool = True
-    """Project about the centre of the hook; else about 0."""
+    centers: Mapping[str, Tensor] | None = None
+    """c by hook, ``(d,)``; by default the centre of the hook."""
     description: str = ""
 
     def basis(self) -> "Basis | None":
         """What is projected out."""
         if self.directions is None:
             return None
-        return Basis(orthonormal_basis(unit_rows(self.directions)).detach(), self.about_center)
+        return Basis(orthonormal_basis(unit_rows(self.directions)).detach(), self.centers)
 
 
 class Basis(NamedTuple):
@@ -59,8 +59,8 @@ class Basis(NamedTuple):
 
     q: Tensor
     """Q, ``(d, rank)``."""
-    about_center: bool = True
-    """Whether c is the centre of the hook; else 0."""
+    centers: Mapping[str, Tensor] | None = None
+    """c by hook, ``(d,)``; by default the centre of the hook."""
 
 
 class Verdict(NamedTuple):
@@ -80,7 +80,7 @@ def ablating(model: HostModel, centers: Mapping[str, Tensor], bases: Sequence[Ba
 
     Args:
         model: any TransformerLens model.
-        centers: c, ``(d,)``, by hook.
+        centers: c, ``(d,)``, by hook, of rows without centres of their own.
         bases: what is projected out of each row of the batch, None for a row that stays as it is. Without any, no hook
             is set.
     """
@@ -93,16 +93,16 @@ def ablating(model: HostModel, centers: Mapping[str, Tensor], bases: Sequence[Ba
     for row, basis in enumerate(bases):
         if basis is not None:
             stacked[row, :, : basis.q.shape[1]] = basis.q
-    centred = torch.tensor([basis is not None and basis.about_center for basis in bases])[:, None, None]
 
-    def edit(x: Tensor, center: Tensor) -> Tensor:
+    def edit(x: Tensor, c: Tensor) -> Tensor:
         q = stacked.to(x)
-        return x - (x - center.to(x) * centred.to(x)) @ q @ q.mT
+        return x - (x - c.to(x)) @ q @ q.mT
 
-    hooks = [
-        (edit_point(model, name), edit_hook(lambda x, c=center: edit(x, c), d, name))
-        for name, center in centers.items()
-    ]
+    hooks = []
+    for name, center in centers.items():
+        own = [center if basis is None or basis.centers is None else basis.centers[name] for basis in bases]
+        rows = torch.stack([c.to(center) for c in own])[:, None]
+        hooks.append((edit_point(model, name), edit_hook(lambda x, c=rows: edit(x, c), d, name)))
     with hooked(model, hooks):
         yield model
 

@@ -24,6 +24,7 @@ from saelens_ext.evals.steering_arms import (
     BASELINES,
     EXPLAINED,
     KINDS,
+    NO_COLUMN,
     PROMPTING,
     arms_of,
     cells_of,
@@ -72,8 +73,9 @@ class SteeringEvidence(Evidence):
     bounds: ClassVar[tuple[float, float]] = (0.0, 2.0)
 
     texts: pd.DataFrame = field(default_factory=pd.DataFrame)
-    """Every text with every judge's ratings: concept, method, draw, sign, target, kl and coefficient (what it was
-    steered by), prompt, half ("choose" or "report"), number, text, judge, concept_rating, fluency_rating, score.
+    """Every text with every judge's ratings: concept, method, draw, column (which of the method's directions; -1 where
+    it has one for each concept), sign, target, kl and coefficient (what it was steered by), prompt, half ("choose" or
+    "report"), number, text, judge, concept_rating, fluency_rating, score.
     """
 
     def curve(self) -> pd.DataFrame:
@@ -83,6 +85,12 @@ class SteeringEvidence(Evidence):
         per_concept = steered.groupby([*keys, "concept"], sort=False, dropna=False)[ratings].mean()
         grouped = per_concept.groupby(keys, sort=False, dropna=False)
         return grouped.mean().assign(n_concepts=grouped.size()).reset_index()
+
+    def steered_with(self) -> pd.DataFrame:
+        """Which of its directions each method steered with: concept, method, draw and column."""
+        own = self.texts[self.texts["column"] != NO_COLUMN]
+        keys = ["concept", "method", "draw", "column"]
+        return own[keys].drop_duplicates().astype({"draw": int, "column": int}).reset_index(drop=True)
 
     def agreement(self) -> pd.DataFrame:
         """How judges agree on the same texts: Spearman's correlation of their scores, and Cohen's kappa with quadratic
@@ -134,6 +142,9 @@ class SteeringEvidence(Evidence):
         section = super().section()
         curve = self.curve()
         tables = [evidence_table("Without any choice", curve, "Means over the concepts that reach a target.")]
+        tables.append(
+            evidence_table("What each method steers with", self.steered_with(), "Columns: latents or regions.")
+        )
         if self.texts["judge"].nunique() > 1:
             tables.append(evidence_table("Agreement of the judges", self.agreement(), "Over concepts."))
         first = curve["judge"].iloc[0]

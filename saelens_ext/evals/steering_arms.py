@@ -31,6 +31,7 @@ RANDOM, PCA, KMEANS, PROMPTING = "random direction", "principal components", "k-
 BASELINES = {"diff_means": DIFF_MEANS, "random": RANDOM, "pca": PCA, "kmeans": KMEANS, "prompting": PROMPTING}
 MAX_COLUMNS = 100
 """Principal components and means that a concept may choose among."""
+NO_COLUMN = -1
 _MAX_ROWS = 10_000
 
 EXPLAINED = {
@@ -174,7 +175,7 @@ def _arm(method: Method, concept: Concept, column: int) -> Arm:
 
 
 def _made(name: str, concept: Concept, hook: str, direction: Tensor) -> Arm:
-    return Arm(method=name, draw=0, concept=concept.name, column=-1, hook_name=hook, direction=direction)
+    return Arm(method=name, draw=0, concept=concept.name, column=NO_COLUMN, hook_name=hook, direction=direction)
 
 
 def _best(method: Method, batches: Sequence[ActivationBatch], concept: Concept) -> int:

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from saelens_ext.evals.attempts import Attempts
 from saelens_ext.evals.concepts_data import Concept
-from saelens_ext.evals.steering_arms import PROMPTING, Cell
+from saelens_ext.evals.steering_arms import NO_COLUMN, PROMPTING, Cell
 from saelens_ext.host.models import HostModel
 from saelens_ext.steering.interventions import unit_rows
 from saelens_ext.steering.judges import Judge
@@ -19,8 +19,8 @@ from saelens_ext.steering.sampling import SamplingOptions, sample_steered, sampl
 
 UNSTEERED = "unsteered"
 TEXT_COLUMNS = [
-    "concept", "method", "draw", "sign", "target", "kl", "coefficient", "kl_everywhere", "prompt", "half", "number",
-    "text", "judge", "concept_rating", "fluency_rating", "score",
+    "concept", "method", "draw", "column", "sign", "target", "kl", "coefficient", "kl_everywhere", "prompt", "half",
+    "number", "text", "judge", "concept_rating", "fluency_rating", "score",
 ]  # fmt: skip
 TEXT_KEY = ["concept", "method", "draw", "sign", "target", "prompt", "number"]
 """What tells texts apart, whoever judged them."""
@@ -53,7 +53,8 @@ def said_texts(
                 for cell, said in zip(group, sampled, strict=True):
                     rows += _rows(_of_cell(cell), prompts, said)
             bar.update(len(group))
-    nothing = {"draw": 0, "sign": 1, "target": np.nan, "kl": 0.0, "coefficient": 0.0, "kl_everywhere": 0.0}
+    nothing = {"draw": 0, "column": NO_COLUMN, "sign": 1, "target": np.nan}
+    nothing |= dict.fromkeys(("kl", "coefficient", "kl_everywhere"), 0.0)
     plain = sample_texts(model, prompts, n=n, options=options, batch_size=batch_size)
     for concept in concepts:
         rows += _rows({"concept": concept.name, "method": UNSTEERED, **nothing}, prompts, plain)
@@ -158,6 +159,7 @@ def _of_cell(cell: Cell) -> dict[str, Any]:
         "concept": cell.arm.concept,
         "method": cell.arm.method,
         "draw": cell.arm.draw,
+        "column": cell.arm.column,
         "sign": cell.strength.sign,
         "target": cell.strength.target,
         "kl": cell.strength.kl,

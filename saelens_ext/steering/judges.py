@@ -1,7 +1,7 @@
 """Judges of steered text: is it about the concept, and is it still language?
 
 A judge is anything that can be called as ``judge(concept, prompt, continuations)`` and gives one :class:`JudgeScore`
-per continuation. Here is one that needs no network; `judges_http` has one that asks a language model.
+per continuation. Here is one that needs no network; `openai_judge` has one that asks a language model.
 
 Symbols
     c   rating of the concept's presence, in [0, 2]

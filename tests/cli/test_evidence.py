@@ -90,6 +90,24 @@ def test_probes(command, copied, concepts, tmp_path):
     check(found, "probes", tmp_path / "out", copied)
 
 
+def test_steering(command, copied, concepts, tmp_path):
+    (tmp_path / "prompts.txt").write_text("\n".join(["The assert statement", "A list of names"]))
+    found = command(
+        "evidence", "steering", copied, f"--concepts={concepts}", f"--prompts={tmp_path / 'prompts.txt'}",
+        "--targets=0.05", "--signs=-1", "--n=2", "--max_new_tokens=4", "--baselines=random",
+        f"--output_path={tmp_path / 'out'}", *FAST,
+    )  # fmt: skip
+    content = check(found, "steering", tmp_path / "out", copied)
+    assert {row["method"] for row in found.data["summary"]} == {"coarse exemplar", "coarse mean", "random direction"}
+    assert content["steering"]["settings"]["signs"] == [-1] and content["steering"]["settings"]["n_prompts"] == 2
+
+
+def test_steering_needs_prompts_and_a_whole_endpoint(command, copied, documents):
+    assert "--prompts=FILE" in command("evidence", "steering", copied).error
+    prompts = f"--prompts={documents / 'inside.txt'}"
+    assert "--judge_model=NAME" in command("evidence", "steering", copied, prompts, "--judge_url=http://x").error
+
+
 def test_behaviour_with_a_sweep(command, copied, tmp_path):
     files = {}
     for name, seed, end in (("shows", 1, "assert"), ("lacks", 2, "value"), ("neutral", 3, "name")):

@@ -6,6 +6,7 @@ import torch
 from scipy.stats import fisher_exact
 
 import saelens_ext as sx
+from saelens_ext.evals.ablation import lacking_centers
 from saelens_ext.evals.behaviour_passes import Asking, Condition, ablating
 from saelens_ext.evals.localisation import assign_regions
 from saelens_ext.host.flat_sae import encode_flat
@@ -51,6 +52,14 @@ class TestPlantedDirection:
     def test_the_difference_of_means_is_it(self, planted):
         _, v, *_, found = planted
         assert float(torch.nn.functional.cosine_similarity(found.difference, v, dim=0)) > 0.9
+
+    def test_its_centre_is_the_mean_of_the_prompts_without_the_behaviour(self, planted):
+        model, *_, found = planted
+        prompts = found.prompts.loc[found.prompts["shown"] == 0, "prompt"]
+        with torch.no_grad():
+            last = [sx.read_texts(model, HOOK, [text]).activations[HOOK][-1] for text in prompts]
+        center = lacking_centers(model, found, [HOOK], chat_template=False)[HOOK]
+        torch.testing.assert_close(center, torch.stack(last).mean(dim=0), rtol=1e-4, atol=1e-5)
 
     def test_ablating_it_takes_the_rate_from_1_to_0_and_random_regions_do_nothing(self, planted):
         model, _, split, partition, found = planted
@@ -307,14 +316,14 @@ def test_without_directions_no_hook_is_set(bridge):
 
 
 def test_every_row_has_its_own_projection(bridge):
-    """About the centre, about 0, and none: against the formula."""
+    """About the centre of the hook, about one of its own, and none: against the formula."""
     model, _ = bridge
     generator = torch.Generator().manual_seed(0)
-    center, first, second = (torch.randn(models_zoo.D_MODEL, generator=generator) for _ in range(3))
+    center, own, first, second = (torch.randn(models_zoo.D_MODEL, generator=generator) for _ in range(4))
     ids = torch.randint(3, 100, (1, 7), generator=generator).expand(3, -1)
     bases = [
         Condition(name="a", directions=torch.stack([first, second])).basis(),
-        Condition(name="b", directions=first[None], about_center=False).basis(),
+        Condition(name="b", directions=first[None], centers={HOOK: own}).basis(),
         None,
     ]
     seen = {}
@@ -324,7 +333,7 @@ def test_every_row_has_its_own_projection(bridge):
         before = seen["x"]
         with ablating(model, {HOOK: center}, bases):
             model(ids)
-    for row, origin in ((0, center), (1, torch.zeros_like(center))):
+    for row, origin in ((0, center), (1, own)):
         q = bases[row].q
         expected = before[row] - (before[row] - origin) @ q @ q.T
         torch.testing.assert_close(seen["x"][row], expected, rtol=1e-4, atol=1e-4)

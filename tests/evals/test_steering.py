@@ -173,13 +173,22 @@ def test_a_random_method_is_not_told_from_a_random_direction(found):
     assert alarms <= 5  # 2 expected; 5 or fewer in 98% of such runs
 
 
+def test_the_directions_steered_with_are_named(found, concepts):
+    own = found.steered_with().set_index(["concept", "method"])["column"]
+    for number, concept in enumerate(concepts):
+        assert own[concept.name, "planted"] == number
+    assert set(own.index.get_level_values("method")) == {"planted", "noise"}
+
+
 def test_saved_and_shown(found, tmp_path):
     again = sx.Evidence.load(found.save(tmp_path / "steering"))
     assert isinstance(again, SteeringEvidence)
     pd.testing.assert_frame_equal(again.texts, found.texts)
     pd.testing.assert_frame_equal(again.curve(), found.curve())
     section = again.section()
-    assert [table.title for table in section.tables] == ["Estimates", "Comparisons", "Without any choice"]
+    assert [table.title for table in section.tables] == [
+        "Estimates", "Comparisons", "Without any choice", "What each method steers with",
+    ]  # fmt: skip
     assert section.figures and "Gaussian" in section.controls["random direction"]
     page = sx.write_evidence_report(tmp_path / "page.html", [section], title="Steering")
     assert "Steering towards concepts" in page.read_text()
