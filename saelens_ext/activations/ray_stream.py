@@ -7,13 +7,14 @@ same kind of device and with the same number of threads, exemplars are the same 
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from typing_extensions import Unpack
 
 from saelens_ext import _checks
 from saelens_ext._modes import standard_modes
+from saelens_ext.activations.ray_actors import RayActors
 from saelens_ext.activations.settings import StreamOptions
 from saelens_ext.activations.stream import ActivationBatch, ActivationStream
 from saelens_ext.activations.windows import Window
@@ -23,7 +24,7 @@ from saelens_ext.host.models import HostModel
 _AHEAD = 2
 
 
-class RayActivationStream(ActivationStream):
+class RayActivationStream(RayActors, ActivationStream):
     """An :class:`ActivationStream` whose forward passes run on Ray actors.
 
     Args:
@@ -45,10 +46,6 @@ class RayActivationStream(ActivationStream):
         RuntimeError: while reading, an actor died.
     """
 
-    # The node of the Ray that a stream started, and the streams whose actors run on it.
-    _own_node: ClassVar[str | None] = None
-    _open: ClassVar[set[int]] = set()
-
     @_checks.names_options(ActivationStream)
     def __init__(
         self,
@@ -60,32 +57,16 @@ class RayActivationStream(ActivationStream):
         actor_options: dict[str, Any] | None = None,
         **options: Unpack[StreamOptions],
     ):
-        self._ray = _ray()
-        self.n_workers = _checks.positive(n_workers, "n_workers")
-        super().__init__(load_model(), dataset, hook_name, **options)
+        RayActors.__init__(self, n_workers, actor_options)
+        ActivationStream.__init__(self, load_model(), dataset, hook_name, **options)
         self._load_model = load_model
         self._options = options
-        self._actor_options: dict[str, Any] = {"num_cpus": 1} if actor_options is None else actor_options
-        self._actors: list[Any] = []
 
     def __enter__(self) -> "RayActivationStream":
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-    def close(self) -> None:
-        """Stop the actors, and Ray if no one else needs it; the next pass starts new ones."""
-        actors, self._actors = self._actors, []
-        RayActivationStream._open.discard(id(self))
-        # Asking a Ray that was shut down for anything would start another.
-        if not self._ray.is_initialized():
-            return
-        for actor in actors:
-            self._ray.kill(actor)
-        if not RayActivationStream._open and RayActivationStream._own_node == self._node():
-            RayActivationStream._own_node = None
-            self._ray.shutdown()
 
     def _batches(self, chunks: Iterator[tuple[int, list[Window]]]) -> Iterator[ActivationBatch]:
         actors = self._started()
@@ -113,35 +94,8 @@ class RayActivationStream(ActivationStream):
         self._d_in.update({name: rows.shape[1] for name, rows in batch.activations.items()})
         return batch
 
-    def _started(self) -> list[Any]:
-        if not self._ray.is_initialized():
-            self._ray.init(log_to_driver=False, include_dashboard=False)
-            RayActivationStream._own_node, self._actors = self._node(), []
-        if not self._actors:
-            RayActivationStream._open.add(id(self))
-            self._check_resources()
-            actor = self._ray.remote(**self._actor_options)(_Worker)
-            arguments = (self._load_model, self.requested_hook_names, self._options, torch.get_num_threads())
-            self._actors = [actor.remote(*arguments) for _ in range(self.n_workers)]
-        return self._actors
-
-    def _check_resources(self) -> None:
-        """Raise where Ray would wait for ever for resources that it has not."""
-        options = self._actor_options
-        asked_for = {"CPU": options.get("num_cpus"), "GPU": options.get("num_gpus"), **(options.get("resources") or {})}
-        available = self._ray.cluster_resources()
-        for name, each in asked_for.items():
-            needed, found = (each or 0) * self.n_workers, available.get(name, 0)
-            if needed > found:
-                self.close()
-                raise ValueError(
-                    f"n_workers={self.n_workers} actors need {needed:g} {name} ({each:g} each, by actor_options), and "
-                    f"Ray has {found:g}: lower n_workers or what actor_options ask for, or call ray.init(...) with "
-                    "more before."
-                )
-
-    def _node(self) -> str:
-        return self._ray.get_runtime_context().get_node_id()
+    def _actor(self) -> tuple[type, tuple[Any, ...]]:
+        return _Worker, (self._load_model, self.requested_hook_names, self._options, torch.get_num_threads())
 
 
 class _Worker:
@@ -159,11 +113,3 @@ class _Worker:
     def batch(self, windows: list[Window], first: int) -> ActivationBatch:
         """Activations of some windows."""
         return self._stream._batch(windows, first)
-
-
-def _ray() -> Any:
-    try:
-        import ray
-    except ImportError as error:
-        raise ImportError("Spreading forward passes needs Ray: pip install 'saelens-ext[ray]'") from error
-    return ray

@@ -6,130 +6,71 @@ that folder: an audit that was interrupted goes on where it was.
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
-from sae_lens import SAE
-from transformers import PreTrainedTokenizerBase
+from tqdm.auto import tqdm
 from typing_extensions import Unpack
 
-from saelens_ext import _checks
+from saelens_ext import _checks, _files
 from saelens_ext._modes import standard_modes
-from saelens_ext.analysis.labels import Labels
-from saelens_ext.analysis.profile import DictionaryProfile
 from saelens_ext.audit.config import AuditConfig, AuditOptions
-from saelens_ext.audit.stages import Stages, describe, folder_for
+from saelens_ext.audit.result import Audit
+from saelens_ext.audit.spread import WORKERS, Job, spread
+from saelens_ext.audit.stages import NOT_ASKED, KeptAudits, Stages, folder_for, own_folder
+from saelens_ext.audit.subject import Dictionaries, Inputs, Model, Subject
 from saelens_ext.continuations.attribution.attribute import attribute_continuations
 from saelens_ext.continuations.clustering.joint_clusterer import JointClusterer, rate_distortion_path
 from saelens_ext.continuations.clustering.stability import NoEligiblePoint, choose_point
 from saelens_ext.continuations.continuation_set import ContinuationSet
 from saelens_ext.continuations.embed import embed_continuations, visible_rows
-from saelens_ext.continuations.prefix_audit import PrefixAudit, verdict_of
+from saelens_ext.continuations.prefix_audit import PrefixAudit
 from saelens_ext.continuations.sample import sample_continuations
 from saelens_ext.continuations.validation.controls import NothingToTest
-from saelens_ext.continuations.validation.findings import Verdict
 from saelens_ext.continuations.validation.options import ValidationOptions
-from saelens_ext.continuations.validation.results import Validation, combine_validations
 from saelens_ext.continuations.validation.validate import validate_clusters
-from saelens_ext.host.models import HostModel, tokenizer_of
-from saelens_ext.host.sentence_model import load_sentence_model
-from saelens_ext.report.audit.audit_report import write_audit_report
+from saelens_ext.host.models import tokenizer_of
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class Audit:
-    """What an audit found; printed, its verdict."""
-
-    prefixes: tuple[PrefixAudit, ...]
-    """One per prefix, in the order given."""
-    config: AuditConfig
-    """Its settings."""
-    about: Mapping[str, Any]
-    """The model, the dictionaries and the embedder; JSON-safe."""
-    tokenizer: PreTrainedTokenizerBase | None = None
-    """Of the model."""
-
-    @property
-    def validation(self) -> Validation | None:
-        """All prefixes' tests together; None where no prefix has one."""
-        found = [prefix.validation for prefix in self.prefixes if prefix.validation is not None]
-        return combine_validations(found) if found else None
-
-    @cached_property
-    def verdict(self) -> Verdict:
-        """Does steering move continuations, mode by mode, does that need the joint clustering, are the modes stable and
-        larger than the smallest size allowed: of all prefixes together, each with its figures.
-        """
-        return verdict_of(self.prefixes)
-
-    def __repr__(self) -> str:
-        return str(self.verdict)
-
-    def to_dataframe(self) -> pd.DataFrame:
-        """One row per continuation: prefix, text, probabilities, mode."""
-        return pd.concat([prefix.to_dataframe() for prefix in self.prefixes], ignore_index=True)
-
-    def modes(self) -> pd.DataFrame:
-        """One row per mode of each prefix."""
-        return pd.concat([prefix.modes() for prefix in self.prefixes], ignore_index=True)
-
-    def save_html(
-        self,
-        path: str | Path,
-        *,
-        profiles: Mapping[str, DictionaryProfile] | None = None,
-        labels: Mapping[str, Labels] | None = None,
-        title: str = "",
-    ) -> Path:
-        """Write the report on it, one page that needs nothing else.
-
-        Args:
-            path: the file to write.
-            profiles: of the dictionaries, by the name of their hook, to show what distinguishing latents respond to.
-            labels: of the profiles' latents, by the same names, from :func:`label_latents`.
-            title: heading of the page.
-
-        Returns:
-            The path written.
-        """
-        return write_audit_report(
-            path,
-            prefixes=self.prefixes,
-            about=self.about,
-            config=asdict(self.config),
-            profiles=profiles,
-            labels=labels,
-            tokenizer=self.tokenizer,
-            title=title or "Why the model continues in different ways",
-        )
 
 
 @_checks.names_options(AuditConfig)
 @standard_modes()
 def audit_continuations(
-    model: HostModel,
+    model: Model,
     prefixes: str | Sequence[str],
-    dictionaries: SAE[Any] | Sequence[SAE[Any]],
+    dictionaries: Dictionaries,
     embedder: Any = None,
     *,
     folder: str | Path | None = None,
+    n_workers: int = 1,
+    workers: str = "joblib",
+    actor_options: dict[str, Any] | None = None,
+    on_failure: str = "raise",
     progress: bool = False,
     **options: Unpack[AuditOptions],
 ) -> Audit:
     """Ask why a model continues a prefix in different ways, and test the answer.
 
     Args:
-        model: any TransformerLens model, no SAE attached.
+        model: any TransformerLens model, no SAE attached, or a function without arguments that loads it.
         prefixes: one or several.
-        dictionaries: SAEs or transcoders whose latents the continuations are attributed to, and steered by.
+        dictionaries: SAEs or transcoders whose latents the continuations are attributed to, and steered by, or a
+            function of the model that loads them.
         embedder: a sentence-transformers model, its name or folder, or None for the packaged one.
-        folder: where results are kept, stage by stage; what is there from the same audit is used.
+        folder: where results are kept, stage by stage; what is there from the same audit is used. With it, an audit
+            of several prefixes holds one of them in memory at a time.
+        n_workers: prefixes audited at a time, each by a worker with a model of its own: ``model`` must then be a
+            function, which is called here and in every worker, and ``folder`` must be on storage that all share. With
+            the same number of threads the results are the same to the bit.
+        workers: "joblib", processes or what ``joblib.parallel_config`` names ("dask", for example); or "ray", actors
+            on the cluster that ``ray.init`` was called for, or on this machine.
+        actor_options: Ray's resources of an actor, such as ``{"num_gpus": 1}``; one CPU by default.
+        on_failure: "raise" a ValueError when all prefixes were tried and one could not be audited, or "record" it in
+            ``Audit.failures``, unless all failed.
         progress: show progress bars.
         **options: fields of :class:`AuditConfig`.
 
@@ -138,7 +79,9 @@ def audit_continuations(
 
     Raises:
         ValueError: no prefix, or one twice; an unknown option; a folder that holds an audit with other settings, models
-            or dictionaries; and what the stages raise.
+            or dictionaries; several workers without a folder, or with a model that is not a function; and what the
+            stages raise.
+        RuntimeError: a worker died; the same call goes on from what was finished.
 
     Examples:
         >>> audit = sx.audit_continuations(
@@ -151,35 +94,95 @@ def audit_continuations(
     if len(set(given)) != len(given):
         raise ValueError(f"prefixes must all be different, got {given!r}.")
     config = _checks.from_options(AuditConfig, options, "The audit")
-    saes = [dictionaries] if isinstance(dictionaries, SAE) else list(dictionaries)
-    embedder = load_sentence_model(embedder)
-    about = describe(model, saes, embedder)
+    _checks.choice(on_failure, ("raise", "record"), "on_failure")
+    inputs = Inputs(model=model, dictionaries=dictionaries, embedder=embedder)
+    _checks.choice(workers, WORKERS, "workers")
+    _check_workers(model, _checks.positive(n_workers, "n_workers"), folder)
+    subject = inputs.load()
+    tokenizer, about = tokenizer_of(subject.model), subject.about
     stages = [Stages(folder_for(folder, number, prefix, config, about)) for number, prefix in enumerate(given)]
-    found, failed = [], {}
-    for prefix, own in zip(given, stages, strict=True):
+    missing = [number for number, own in enumerate(stages) if not own.finished(config.validate)]
+    found: dict[int, PrefixAudit] = {}
+    if n_workers > 1 and missing:
+        load = partial(_job, inputs, about, tuple(given), config, Path(folder or ""))
+        errors = spread(load, missing, workers, n_workers, actor_options, progress)
+    else:
+        keep = folder is None or len(given) == 1
+        errors = _here(subject, given, missing, stages, config, progress, found if keep else None)
+    if errors and (on_failure == "raise" or len(errors) == len(given)):
+        number, error = next(iter(sorted(errors.items())))
+        raise ValueError(f"{len(errors)} of {len(given)} prefixes could not be audited; {given[number]!r}: {error}")
+    audits = [number for number in range(len(given)) if number not in errors]
+    several = folder is not None and len(given) > 1
+    return Audit(
+        prefixes=KeptAudits([stages[number] for number in audits])
+        if several
+        else tuple(found[n] if n in found else stages[n].finished_audit() for n in audits),
+        config=config,
+        about=about,
+        tokenizer=tokenizer,
+        failures={given[number]: error for number, error in sorted(errors.items())},
+    )
+
+
+def _check_workers(model: Model, n_workers: int, folder: str | Path | None) -> None:
+    if n_workers == 1:
+        return
+    if folder is None:
+        raise ValueError(
+            f"n_workers={n_workers} needs folder=, on storage that all workers share: they leave their results there."
+        )
+    if isinstance(model, torch.nn.Module):
+        raise ValueError(
+            f"n_workers={n_workers} needs a model for each worker: give a function without arguments that loads it, "
+            f"such as lambda: load_model(name), instead of a {type(model).__name__}."
+        )
+
+
+def _here(
+    subject: Subject,
+    given: Sequence[str],
+    missing: Sequence[int],
+    stages: Sequence[Stages],
+    config: AuditConfig,
+    progress: bool,
+    found: dict[int, PrefixAudit] | None,
+) -> dict[int, str]:
+    """Audit in this process; errors by number. What is found is put into ``found``, if it is to be held."""
+    errors: dict[int, str] = {}
+    for number in tqdm(missing, disable=not progress or len(given) == 1, desc="prompts"):
         try:
-            found.append(_audit(model, prefix, saes, embedder, config, own, progress))
+            audited = _audit(subject, given[number], config, stages[number], progress)
+            if found is not None:
+                found[number] = audited
+            del audited  # before the next prompt
         except ValueError as error:
             if len(given) == 1:
                 raise
             # The others are finished first; their results are in the folder.
-            failed[prefix] = error
-    if failed:
-        prefix, error = next(iter(failed.items()))
-        raise ValueError(f"{len(failed)} of {len(given)} prefixes could not be audited; {prefix!r}: {error}") from error
-    return Audit(prefixes=tuple(found), config=config, about=about, tokenizer=tokenizer_of(model))
+            errors[number] = str(error)
+    return errors
 
 
-def _audit(
-    model: HostModel,
-    prefix: str,
-    saes: list[SAE[Any]],
-    embedder: Any,
-    config: AuditConfig,
-    stages: Stages,
-    progress: bool,
-) -> PrefixAudit:
+def _job(inputs: Inputs, about: Mapping[str, Any], given: Sequence[str], config: AuditConfig, folder: Path) -> Job:
+    """What a worker does for the number of a prefix; the model is loaded here."""
+    subject = inputs.load()
+    if (own := _files.json_safe(subject.about)) != _files.json_safe(about):
+        raise ValueError(f"A worker audits another model, dictionary or embedder, {own}, than {about} here.")
+
+    def work(number: int) -> str | None:
+        try:
+            _audit(subject, given[number], config, Stages(own_folder(folder, number)), progress=False)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    return work
+
+
+def _audit(subject: Subject, prefix: str, config: AuditConfig, stages: Stages, progress: bool) -> PrefixAudit:
     """All stages of one prefix."""
+    model, saes, embedder = subject.model, subject.saes, subject.embedder
     rows = stages.continuations()
     if rows is None:
         names = ("temperature", "top_p", "max_new_tokens", "stop", "seed", "weights", "chat_template")
@@ -197,7 +200,7 @@ def _audit(
     if state is None:
         state = stages.keep_clustering(_cluster(rows, config).clustering_state())
     found = PrefixAudit.with_clusters(rows, state, None)
-    reason = found.not_validated or ("" if config.validate else "Steering was not asked for.")
+    reason = found.not_validated or ("" if config.validate else NOT_ASKED)
     validation = stages.validation()
     if validation is None and not reason:
         how = {name: getattr(config, name) for name in ("strengths", "top", "max_rows", "seed")}
@@ -210,6 +213,7 @@ def _audit(
             # Modes without two members or without a latent are a finding, not the end of the audit.
             logger.warning("The modes of %r could not be tested by steering: %s", prefix, error)
             reason = str(error)
+            stages.keep_clustering(state | {"not_validated": reason})
     return replace(found, validation=validation, not_validated=reason)
 
 

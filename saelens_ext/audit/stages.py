@@ -1,10 +1,10 @@
 """What an audit keeps in its folder, stage by stage, and how it knows the folder again."""
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from sae_lens import SAE
@@ -12,6 +12,7 @@ from sae_lens import SAE
 from saelens_ext import _files
 from saelens_ext.audit.config import AuditConfig
 from saelens_ext.continuations.continuation_set import ContinuationSet
+from saelens_ext.continuations.prefix_audit import PrefixAudit
 from saelens_ext.continuations.validation.results import Validation
 from saelens_ext.host.models import HostModel, describe_model
 
@@ -19,6 +20,7 @@ FORMAT_VERSION = 1
 # What is saved of a clustering: ``PrefixAudit.clustering_state``.
 STATE_KEYS = ("params", "labels", "path", "not_validated")
 JSON_FILENAME = "audit.json"
+NOT_ASKED = "Steering was not asked for."
 
 # Entries of each tensor that go into a fingerprint.
 _SAMPLED = 4096
@@ -66,13 +68,18 @@ def _name_of(embedder: Any) -> str:
     return "/".join(Path(str(found)).parts[-2:])
 
 
+def own_folder(folder: str | Path | None, number: int) -> Path | None:
+    """The folder of one prefix, unchecked."""
+    return None if folder is None else Path(folder) / f"prefix_{number:03d}"
+
+
 def folder_for(
     folder: str | Path | None, number: int, prefix: str, config: AuditConfig, about: Mapping[str, Any]
 ) -> Path | None:
     """The folder of one prefix, after a check that what lies there is of the same audit."""
-    if folder is None:
+    own = own_folder(folder, number)
+    if own is None:
         return None
-    own = Path(folder) / f"prefix_{number:03d}"
     settings = _files.json_safe({"prefix": prefix, "config": asdict(config), "about": about})
     path = own / JSON_FILENAME
     # Until the first stage is through, there is nothing that other settings would not fit.
@@ -139,3 +146,42 @@ class Stages:
         if self._folder is not None:
             validation.save(self._folder / "validation.json")
         return validation
+
+    def finished(self, validate: bool) -> bool:
+        """Whether all stages are through."""
+        state = self.clustering()
+        return state is not None and (
+            not validate or bool(state["not_validated"]) or self._saved("validation.json") is not None
+        )
+
+    def finished_audit(self) -> PrefixAudit:
+        """The audit, once all stages are through."""
+        rows, state, validation = self.continuations(), self.clustering(), self.validation()
+        if rows is None or state is None:
+            raise ValueError(f"{self._folder} no longer holds a finished audit; audit again with the same folder.")
+        found = PrefixAudit.with_clusters(rows, state, validation)
+        return found if found.not_validated or validation is not None else replace(found, not_validated=NOT_ASKED)
+
+
+class KeptAudits(Sequence[PrefixAudit]):
+    """Audits of prefixes that lie in a folder: each is read when it is asked for, and only the last one is held."""
+
+    def __init__(self, stages: Sequence[Stages]) -> None:
+        self._stages = list(stages)
+        self._held: tuple[int, PrefixAudit] | None = None
+
+    def __len__(self) -> int:
+        return len(self._stages)
+
+    @overload
+    def __getitem__(self, index: int) -> PrefixAudit: ...
+    @overload
+    def __getitem__(self, index: slice) -> "KeptAudits": ...
+    def __getitem__(self, index: int | slice) -> "PrefixAudit | KeptAudits":
+        if isinstance(index, slice):
+            return KeptAudits(self._stages[index])
+        place = range(len(self))[index]
+        if self._held is None or self._held[0] != place:
+            self._held = None
+            self._held = place, self._stages[place].finished_audit()
+        return self._held[1]

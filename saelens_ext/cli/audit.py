@@ -19,11 +19,10 @@ from saelens_ext.cli import opening
 from saelens_ext.cli.audit_options import AuditInputs
 from saelens_ext.cli.errors import UsageError
 from saelens_ext.cli.output import Context, Result, shown, table, write_csv
-from saelens_ext.continuations.prefix_audit import PrefixAudit
+from saelens_ext.host.models import HostModel
 from saelens_ext.runner.config import DictionaryRunnerConfig
 from saelens_ext.runner.tracking import WandbTracker, check_login
 
-_MEASURED = ("objective", "rate", "semantic_distortion", "attribution_distortion", "n_clusters")
 _CONTINUATIONS, _MODES, _REPORT = "continuations.csv", "modes.csv", "report.html"
 
 
@@ -35,23 +34,26 @@ def audit(inputs: AuditInputs, settings: AuditConfig, context: Context) -> Resul
     opening.check_writable(folder, "output_path")
     if inputs.logger.log_to_wandb:
         check_login()
+    # Before the model is loaded: a name may be wrong.
     loaded = [opening.open_dictionary(name, inputs.device) for name in inputs.dictionaries]
-    model = opening.open_model(_model_config(inputs, loaded))
-    saes = [opening.attach(sae, model) for sae in loaded]
     if folder is not None:
         context.kept.append(f"Stages that were finished are in {folder}; the same command goes on from there.")
     found = audit_continuations(
-        model,
+        partial(opening.open_model, _model_config(inputs, loaded)),
         prefixes,
-        saes,
+        partial(_attached, loaded if inputs.n_workers == 1 else list(inputs.dictionaries), inputs.device),
         inputs.embedder,
         folder=folder,
+        n_workers=inputs.n_workers,
+        workers=inputs.workers,
+        actor_options=inputs.actor_options,
+        on_failure="record",
         progress=context.progress,
         **{field.name: getattr(settings, field.name) for field in fields(AuditConfig)},
     )
     data = _data(found)
     if folder is not None:
-        data["files"] = {name: str(path) for name, path in _write(found, folder, inputs.dictionaries, saes).items()}
+        data["files"] = {name: str(path) for name, path in _write(found, folder, inputs.dictionaries).items()}
     _log(inputs, settings, found)
     return Result(data=data, text=_text(found, data))
 
@@ -64,6 +66,12 @@ def _prefixes(inputs: AuditInputs) -> list[str]:
     if not given:
         raise UsageError("No prefix was given: --prefix=TEXT, which may be repeated, or --prefixes=FILE.")
     return given
+
+
+def _attached(dictionaries: Sequence[SAE[Any] | str], device: str, model: HostModel) -> list[SAE[Any]]:
+    """Dictionaries on a model; workers open them by name rather than have them sent."""
+    opened = (opening.open_dictionary(one, device) if isinstance(one, str) else one for one in dictionaries)
+    return [opening.attach(sae, model) for sae in opened]
 
 
 def _folder(inputs: AuditInputs) -> Path | None:
@@ -87,23 +95,14 @@ def _model_config(inputs: AuditInputs, saes: list[SAE[Any]]) -> DictionaryRunner
     )
 
 
-def _beside(names: Sequence[str], saes: list[SAE[Any]], kind: Any, file: str) -> dict[str, Any] | None:
+def _beside(names: Sequence[str], found: Audit, kind: Any, file: str) -> dict[str, Any] | None:
     """What lies beside the dictionaries, their profiles or labels, by the name of the hook; None for nothing."""
     folders = [Path(name) for name in names]
-    present = [(sae, path) for sae, path in zip(saes, folders) if (path / file).exists()]
-    return {sae.cfg.metadata.hook_name: kind.load(path) for sae, path in present} or None
+    present = [(one, path) for one, path in zip(found.about["dictionaries"], folders) if (path / file).exists()]
+    return {one["hook_name"]: kind.load(path) for one, path in present} or None
 
 
 # --- what is told ---
-
-
-def _figures(found: PrefixAudit) -> dict[str, float]:
-    """The clustering that was chosen."""
-    clusterer, path = found.clusterer, found.path
-    point = path[(path["beta"] == clusterer.beta) & (path["gamma"] == clusterer.gamma)].iloc[0]
-    figures = {"beta": float(clusterer.beta), "gamma": float(clusterer.gamma)}
-    figures |= {name: float(getattr(clusterer, f"{name}_")) for name in _MEASURED}
-    return figures | {"stability": float(point["stability"])}
 
 
 def _data(found: Audit) -> dict[str, Any]:
@@ -111,27 +110,29 @@ def _data(found: Audit) -> dict[str, Any]:
     parts = [
         {
             "prompt": one.prompt,
-            "prefix": one.prefix,
-            "n_continuations": len(one.continuations),
-            **_figures(one),
-            "modes": one.modes().drop(columns=["prompt", "prefix"]).to_dict(orient="records"),
+            "prefix": one.modes["prefix"].iloc[0],
+            "n_continuations": one.n_continuations,
+            **one.figures,
+            "modes": one.modes.drop(columns=["prompt", "prefix"]).to_dict(orient="records"),
             "verdict": one.verdict.to_dict(),
             "not_validated": one.not_validated or None,
         }
-        for one in found.prefixes
+        for one in found.outlines
     ]
     claim = None if found.validation is None else found.validation.claim()
-    return {"verdict": found.verdict.to_dict(), "prefixes": parts, "claim": claim, "about": dict(found.about)}
+    told = {"verdict": found.verdict.to_dict(), "prefixes": parts, "failures": dict(found.failures), "claim": claim}
+    return told | {"about": dict(found.about)}
 
 
 def _text(found: Audit, data: dict[str, Any]) -> str:
     """The audit for people."""
     lines = []
-    for one, part in zip(found.prefixes, data["prefixes"]):
+    for one, part in zip(found.outlines, data["prefixes"]):
         counts = f"{shown(part['n_continuations'])} continuations, {shown(len(part['modes']))} modes"
         lines.append(f"{one.prompt!r}: {counts} (stability {shown(part['stability'])})")
         lines.append(table([_mode_row(mode) for mode in part["modes"]]))
-        lines.append(part["verdict"]["headline"] if len(found.prefixes) > 1 else "")
+        lines.append(part["verdict"]["headline"] if len(data["prefixes"]) > 1 else "")
+    lines.extend(f"{prompt!r} could not be audited: {why}" for prompt, why in found.failures.items())
     lines.append(str(found.verdict))
     lines.append("".join(f"\n{name}: {path}" for name, path in data.get("files", {}).items()).strip())
     return "\n".join(line for line in lines if line)
@@ -146,13 +147,15 @@ def _mode_row(mode: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _write(found: Audit, folder: Path, names: Sequence[str], saes: list[SAE[Any]]) -> dict[str, Path]:
+def _write(found: Audit, folder: Path, names: Sequence[str]) -> dict[str, Path]:
     """Tables and the report, beside the folders of the stages."""
     tables = {_CONTINUATIONS: found.to_dataframe(), _MODES: found.modes()}
     _files.write_together({folder / name: partial(write_csv, rows) for name, rows in tables.items()})
-    profiles = _beside(names, saes, DictionaryProfile, "profile.json")
-    labels = _beside(names, saes, Labels, "labels.json")
-    report = found.save_html(folder / _REPORT, profiles=profiles, labels=labels)
+    profiles = _beside(names, found, DictionaryProfile, "profile.json")
+    labels = _beside(names, found, Labels, "labels.json")
+    beside: dict[str, Any] = {"profiles": profiles, "labels": labels}
+    several = len(found.prefixes) + len(found.failures) > 1
+    report = found.save_index(folder, **beside) if several else found.save_html(folder / _REPORT, **beside)
     return {"continuations": folder / _CONTINUATIONS, "modes": folder / _MODES, "report": report}
 
 
@@ -160,7 +163,7 @@ def _log(inputs: AuditInputs, settings: AuditConfig, found: Audit) -> None:
     """Log the figures, their means over the prefixes where there are several, to a wandb run."""
     if not inputs.logger.log_to_wandb:
         return
-    each = [_figures(one) for one in found.prefixes]
+    each = [one.figures for one in found.outlines]
     means = pd.DataFrame(each).mean().dropna()
     figures = {f"metrics/{name}": float(value) for name, value in means.items()}
     for i, one in enumerate(each if len(each) > 1 else ()):

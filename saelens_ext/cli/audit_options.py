@@ -38,6 +38,12 @@ class AuditInputs:
     """File with a prefix in each line, or a JSON list of them."""
     embedder: str | None = simple_parsing.field(default=None, type=text_or_none, metavar="NAME")
     """Name or folder of a sentence-transformers model; by default the packaged one."""
+    n_workers: int = 1
+    """Prefixes audited at a time, each by a worker that loads the model."""
+    workers: str = "joblib"
+    """joblib: processes on this machine; ray: actors on a Ray cluster, or on this machine."""
+    actor_options: dict[str, Any] | None = parsed(None, mapping_or_none, "JSON")
+    """Ray's resources of an actor: '{"num_gpus": 1}'; one CPU by default."""
     output_path: str | None = simple_parsing.field(default="audit", type=text_or_none, metavar="FOLDER")
     """Folder of the results, stage by stage: the same command goes on where it was; none writes nothing."""
     logger: LoggingConfig = dataclasses.field(default_factory=quiet_logger)

@@ -1,6 +1,6 @@
 """What an audit finds about the continuations of one prefix: modes, the sources that distinguish them, and steering."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -59,7 +59,26 @@ class PrefixAudit:
     def at_floor(self) -> np.ndarray:
         """``(K,)`` bool: modes with no more members than the clustering requires, where there are several modes."""
         sizes = np.bincount(self.labels, minlength=self.clusterer.n_clusters_)
-        return (sizes <= self.clusterer.min_cluster_size) & (len(sizes) > 1)
+        return (sizes <= self.min_cluster_size) & (len(sizes) > 1)
+
+    @property
+    def min_cluster_size(self) -> int:
+        """Fewest continuations of a mode."""
+        return self.clusterer.min_cluster_size
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """beta and gamma of the clustering, its objective, rate, distortions and number of modes, and its stability."""
+        measured = ("objective", "rate", "semantic_distortion", "attribution_distortion", "n_clusters")
+        found = {"beta": float(self.clusterer.beta), "gamma": float(self.clusterer.gamma)}
+        found |= {name: float(getattr(self.clusterer, f"{name}_")) for name in measured}
+        return found | {"stability": self.stability[0]}
+
+    def outline(self) -> "PrefixOutline":
+        """What an overview needs, without continuations and signatures."""
+        names = ("prompt", "figures", "stability", "at_floor", "min_cluster_size", "verdict", "validation")
+        shared = {name: getattr(self, name) for name in (*names, "not_validated")}
+        return PrefixOutline(n_continuations=len(self.continuations), modes=self.modes(), **shared)
 
     @cached_property
     def verdict(self) -> Verdict:
@@ -172,20 +191,42 @@ class PrefixAudit:
         return cls(not_validated=state["not_validated"], **found)
 
 
-def verdict_of(prefixes: Sequence[PrefixAudit]) -> Verdict:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PrefixOutline:
+    """What an overview of many prefixes needs of the audit of one; see :class:`PrefixAudit` for its fields."""
+
+    prompt: str
+    n_continuations: int
+    modes: pd.DataFrame
+    figures: Mapping[str, float]
+    """beta, gamma, and what the clustering at them measured."""
+    stability: tuple[float, float]
+    at_floor: np.ndarray
+    min_cluster_size: int
+    verdict: Verdict
+    validation: Validation | None
+    not_validated: str
+
+
+def verdict_of(prefixes: Iterable[PrefixAudit | PrefixOutline]) -> Verdict:
     """What the audits of one prefix or several found together; with several, tests are over prefixes."""
-    tested = [prefix.validation for prefix in prefixes if prefix.validation is not None]
+    tested, reasons, stabilities, at_floor, smallest = [], {}, [], [], []
+    for prefix in prefixes:  # once: they may be read from files, one at a time
+        if prefix.validation is not None:
+            tested.append(prefix.validation)
+        reasons[prefix.not_validated] = None
+        stabilities.append(prefix.stability)
+        at_floor.append(prefix.at_floor)
+        smallest.append(prefix.min_cluster_size)
     if not tested:
-        steering = untested(" ".join(dict.fromkeys(prefix.not_validated for prefix in prefixes)))
+        steering = untested(" ".join(reasons))
     else:
         try:
             steering = combine_validations(tested).findings()
         except ValueError as error:
             steering = untested(f"The tests of the prefixes cannot be put together: {error}")
-    stability = stability_finding([prefix.stability for prefix in prefixes])
-    at_floor = np.concatenate([prefix.at_floor for prefix in prefixes])
-    sizes = sizes_finding(at_floor, [prefix.clusterer.min_cluster_size for prefix in prefixes])
-    return Verdict((*steering, stability, sizes))
+    sizes = sizes_finding(np.concatenate(at_floor), smallest)
+    return Verdict((*steering, stability_finding(stabilities), sizes))
 
 
 def _weighted_mean(values: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

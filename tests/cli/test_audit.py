@@ -2,6 +2,7 @@
 
 import json
 
+import joblib
 import pandas as pd
 import pytest
 
@@ -94,3 +95,19 @@ def test_figures_are_logged_under_one_run(asked, command, offline):
     assert run.config["betas"] == [1.0, 1.25] and run.config["prefix"] == [PREFIX, "A, or b"]
     # Each point of a sweep has a folder of its own.
     assert (offline / "out" / "point1" / "prefix_001" / "audit.json").exists()
+
+
+@pytest.mark.slow
+def test_prompts_over_workers_and_their_index(asked, command, tmp_path):
+    (tmp_path / "prompts").write_text(f"{PREFIX}\nAn expression list\n")
+    more = [f"--prefixes={tmp_path / 'prompts'}", "--validate=false", "--json"]
+    alone = command(*asked, *more, f"--output_path={tmp_path / 'alone'}")
+    with joblib.parallel_config(backend="sequential"):
+        found = command(*asked, *more, f"--output_path={tmp_path / 'workers'}", "--n_workers=2")
+    assert alone.status == found.status == 0, found.err
+    assert found.data["prefixes"] == alone.data["prefixes"] and found.data["failures"] == {}
+    assert found.data["files"]["report"] == str(tmp_path / "workers" / "index.html")
+    assert "pages/001.html" in (tmp_path / "workers" / "index.html").read_text()
+    assert "An expression list" in (tmp_path / "workers" / "pages" / "001.html").read_text()
+    other = command(*asked, *more, "--output_path=none", "--n_workers=2")
+    assert other.status == 1 and "n_workers=2 needs folder=" in other.error

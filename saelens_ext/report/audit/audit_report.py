@@ -50,6 +50,7 @@ def write_audit_report(
     labels: Mapping[str, Labels] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     title: str = "Audit of continuations",
+    index: str = "",
 ) -> Path:
     """Write what an audit found about one prefix or several as one self-contained HTML file.
 
@@ -68,6 +69,8 @@ def write_audit_report(
             and ``labels`` of their latents, by the same names.
         tokenizer: of the model, which turns ids into text; needed for ``profiles``. Without it the prefix's tokens are
             those that the sources name.
+        title: heading of the page.
+        index: address of the page that leads to this one, if there is one.
 
     Raises:
         ValueError: no prefix; profiles without a tokenizer; or a prefix whose continuations have no embeddings or
@@ -82,6 +85,7 @@ def write_audit_report(
         styles=STYLES,
         scripts=SCRIPTS,
         title=visible(title),
+        index=index,
         prefixes=shown,
         together=tests_section.shown_verdict(verdict_of(prefixes)),
         settings=settings_rows(about, config),

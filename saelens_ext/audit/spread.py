@@ -1,0 +1,138 @@
+"""Prompts spread over worker processes, each with a model of its own.
+
+What is done for a prompt comes as a function without arguments that loads the model and gives back a function of the
+prompt's number. It travels by cloudpickle, and a worker calls it once. Numbers are handed out one by one, so that a
+slow prompt holds up no other; results are left in files, and only errors come back.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from typing import Any
+from uuid import uuid4
+
+import joblib
+import torch
+from threadpoolctl import threadpool_info, threadpool_limits
+from tqdm.auto import tqdm
+
+from saelens_ext.activations.ray_actors import RayActors
+
+WORKERS = ("joblib", "ray")
+
+Job = Callable[[int], str | None]
+"""Does the work for a number; an error in words, or None."""
+
+# One entry: the run that this thread works for, and its job. joblib's workers are kept for the next run.
+_LOADED = threading.local()
+
+
+def spread(
+    load: Callable[[], Job],
+    numbers: Sequence[int],
+    workers: str,
+    n_workers: int,
+    actor_options: dict[str, Any] | None,
+    progress: bool,
+) -> dict[int, str]:
+    """Do the work for all numbers, and give the errors by number.
+
+    Raises:
+        ValueError: more actors than Ray has resources for.
+        RuntimeError: a worker died.
+    """
+    n_workers = min(n_workers, len(numbers))
+    if workers == "ray":
+        return _RaySpread(load, n_workers, actor_options).errors(numbers, progress)
+    return _over_joblib(load, numbers, n_workers)
+
+
+def _over_joblib(load: Callable[[], Job], numbers: Sequence[int], n_workers: int) -> dict[int, str]:
+    """The same by joblib's workers: processes here, or those of a cluster that a backend names."""
+    run, threads = uuid4().hex, _threads()
+    options: dict[str, Any] = {"batch_size": 1, "pre_dispatch": "n_jobs"}  # one by one
+    parallel = joblib.Parallel(n_jobs=n_workers, **options)
+    try:
+        errors: Any = parallel(joblib.delayed(_in_worker)(run, load, threads, number) for number in numbers)
+    except BrokenProcessPool as error:
+        raise _died(error) from error
+    return {number: error for number, error in zip(numbers, errors, strict=True) if error is not None}
+
+
+def _in_worker(run: str, load: Callable[[], Job], threads: dict[str, int], number: int) -> str | None:
+    if getattr(_LOADED, "run", None) != run:
+        _LOADED.job = None  # before another model is loaded
+        _LOADED.job, _LOADED.run = load(), run
+    with _limited(threads):
+        return _LOADED.job(number)
+
+
+class _RaySpread(RayActors):
+    """The same over Ray actors."""
+
+    def __init__(self, load: Callable[[], Job], n_workers: int, actor_options: dict[str, Any] | None) -> None:
+        super().__init__(n_workers, actor_options)
+        self._load = load
+
+    def _actor(self) -> tuple[type, tuple[Any, ...]]:
+        return _Actor, (self._load, _threads())
+
+    def errors(self, numbers: Sequence[int], progress: bool) -> dict[int, str]:
+        """Errors by number; the actors are stopped afterwards."""
+        waiting, running, found = list(reversed(numbers)), {}, {}
+        try:
+            free = list(self._started())
+            with tqdm(total=len(numbers), disable=not progress, desc="prompts") as bar:
+                while waiting or running:
+                    while free and waiting:
+                        actor, number = free.pop(), waiting.pop()
+                        running[actor.work.remote(number)] = actor, number
+                    done, _ = self._ray.wait(list(running))
+                    for reference in done:
+                        actor, number = running.pop(reference)
+                        error = self._ray.get(reference)
+                        found |= {number: error} if error is not None else {}
+                        free.append(actor)
+                        bar.update()
+        except self._ray.exceptions.RayTaskError as error:
+            raise error.cause from error
+        except self._ray.exceptions.RayActorError as error:
+            raise _died(error) from error
+        finally:
+            self.close()
+        return found
+
+
+class _Actor:
+    def __init__(self, load: Callable[[], Job], threads: dict[str, int]) -> None:
+        self._job, self._threads = load(), threads
+
+    def work(self, number: int) -> str | None:
+        """Do the work for a number."""
+        with _limited(self._threads):
+            return self._job(number)
+
+
+def _died(error: Exception) -> RuntimeError:
+    return RuntimeError(
+        "A worker died (out of memory, stopped from outside, or the model could not be loaded there). What was "
+        f"finished is in the folder; the same call goes on from there. Its end was reported as: {error}"
+    )
+
+
+def _threads() -> dict[str, int]:
+    """Threads of torch and of the numeric libraries here: sums are cut by thread, and would differ in last bits."""
+    return {"torch": torch.get_num_threads()} | {one["user_api"]: one["num_threads"] for one in threadpool_info()}
+
+
+@contextmanager
+def _limited(threads: dict[str, int]) -> Iterator[None]:
+    """As many threads as where the run was started."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads["torch"])
+    try:
+        with threadpool_limits({api: n for api, n in threads.items() if api != "torch"}):
+            yield
+    finally:
+        torch.set_num_threads(before)
