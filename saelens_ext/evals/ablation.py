@@ -62,6 +62,9 @@ class AblationEvidence(Evidence):
         "perplexity_ratio": "perplexity of neutral texts over that of the model as it is",
     }
     bounds: ClassVar[tuple[float, float]] = (0.0, 1.0)
+    other_bounds: ClassVar[dict[str, tuple[float, float]]] = {
+        "shown": (0.0, 1.0), "contrast": (0.0, 1.0), "kl": (0.0, np.inf), "perplexity_ratio": (0.0, np.inf),
+    }  # fmt: skip
 
     texts: dict[str, str] = field(default_factory=dict)
     """The prompt or neutral text behind each unit."""

@@ -62,6 +62,9 @@ class DetectionEvidence(OverConcepts, Evidence):
         "equal_length_auroc": "held-out AUROC between sentences of about equal length",
         "hard_negative_auroc": "held-out AUROC against hard negatives",
     }
+    other_bounds: ClassVar[dict[str, tuple[float, float]]] = dict.fromkeys(metrics, (0.0, 1.0)) | {
+        "optimism": (-1.0, 1.0)
+    }
 
 
 @standard_modes()

@@ -71,6 +71,8 @@ class Evidence:
     """What the headline metric is without any knowledge."""
     bounds: ClassVar[tuple[float, float]] = (-np.inf, np.inf)
     """Of the headline metric; its intervals are kept within."""
+    other_bounds: ClassVar[Mapping[str, tuple[float, float]]] = {}
+    """Of other metrics, by name; those without are not bounded."""
 
     cells: pd.DataFrame
     """Raw values in tidy form: the columns ``unit``, ``groups``, "method", "metric", "value", and any finer ones, such
@@ -118,12 +120,13 @@ class Evidence:
             metric: one of them alone; by default all.
         """
         rows = []
+        all_bounds = {**self.other_bounds, self.headline: self.bounds}
         for name in self.metrics if metric is None else [metric]:
             for group, table in self._parts(name):
                 for method in table.columns:
                     values = table[method].dropna().to_numpy(dtype=np.float64)
                     if len(values):
-                        bounds = self.bounds if name == self.headline else (-np.inf, np.inf)
+                        bounds = all_bounds.get(name, (-np.inf, np.inf))
                         found = unit_bootstrap(np.mean, values, **self._resampling(), bounds=bounds)
                         rows.append({**group, "metric": name, "method": method, **found._asdict()})
         return pd.DataFrame(rows, columns=[*self.groups, "metric", "method", "estimate", "low", "high", "n_units"])

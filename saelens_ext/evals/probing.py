@@ -47,6 +47,7 @@ class ProbeEvidence(OverConcepts, Evidence):
         "retention": "accuracy / accuracy of the raw probe",
         "retention_above_chance": "(accuracy - 0.5) / (raw accuracy - 0.5), where the raw probe has 0.6 or more",
     }
+    other_bounds: ClassVar[dict[str, tuple[float, float]]] = {"auroc": (0.0, 1.0), "retention": (0.0, float("inf"))}
 
 
 @standard_modes()

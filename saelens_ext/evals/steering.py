@@ -71,6 +71,11 @@ class SteeringEvidence(Evidence):
         "unreached": "share of targets and signs not reached",
     }
     bounds: ClassVar[tuple[float, float]] = (0.0, 2.0)
+    other_bounds: ClassVar[dict[str, tuple[float, float]]] = {
+        "score_reached": (0.0, 2.0), "concept_rating": (0.0, 2.0), "fluency_rating": (0.0, 2.0),
+        "wrong_way": (0.0, 1.0), "unreached": (0.0, 1.0), "sd_over_prompts": (0.0, np.inf),
+        "kl_everywhere": (0.0, np.inf),
+    }  # fmt: skip
 
     texts: pd.DataFrame = field(default_factory=pd.DataFrame)
     """Every text with every judge's ratings: concept, method, draw, column (which of the method's directions; -1 where

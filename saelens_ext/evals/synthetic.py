@@ -82,6 +82,9 @@ class SyntheticEvidence(Evidence):
         "f1": "F1 of latents for their nearest true feature",
         "explained_variance": "explained variance",
     }
+    other_bounds: ClassVar[Mapping[str, tuple[float, float]]] = dict.fromkeys(metrics, (0.0, 1.0)) | {
+        "matched_cosine": (-1.0, 1.0), "explained_variance": (-np.inf, 1.0),
+    }  # fmt: skip
     chance: ClassVar[float | None] = None
 
     def section(self) -> EvidenceSection:

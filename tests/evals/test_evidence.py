@@ -55,6 +55,25 @@ def test_a_unit_is_the_mean_of_its_finer_rows():
     assert (summary["n_units"] == 8).all() and (summary["low"] < summary["estimate"]).all()
 
 
+def test_intervals_stay_within_what_a_metric_can_be():
+    class Rates(Evidence):
+        kind, unit, metrics = "rates", "concept", {"rate": "rate", "share": "share", "nats": "nats"}
+        bounds, other_bounds = (0.0, 1.0), {"share": (0.0, 1.0)}
+
+    values = [0.0, 0.0, 0.0, 1.0]
+    rows = [(f"c{i}", "ours", name, value) for name in Rates.metrics for i, value in enumerate(values)]
+    cells = pd.DataFrame(rows, columns=["concept", "method", "metric", "value"])
+    low = (
+        Rates(
+            cells=cells,
+            kinds={"ours": "unsupervised"},
+        )
+        .summary()
+        .set_index("metric")["low"]
+    )
+    assert low["rate"] == low["share"] == 0 > low["nats"]
+
+
 def test_comparisons_are_paired_and_corrected_over_all_rows():
     evidence = found(12, {"ours": 0.02}, rules=("a", "b"))
     table = evidence.comparisons()
