@@ -23,21 +23,26 @@ from saelens_ext.demo.packaged import load_demo_corpus, load_demo_model, split_c
 from saelens_ext.dictionaries.exemplar_partition import ExemplarPartition
 from saelens_ext.dictionaries.fit_exemplars import fit_exemplar_partitions
 from saelens_ext.dictionaries.fit_sae import fit_sae
+from saelens_ext.dictionaries.fit_snmf import fit_snmf
 from saelens_ext.evals.baselines import kmeans_directions, matched_controls, principal_directions, single_neurons
-from saelens_ext.evals.concepts_data import Concept, packaged_concepts, packaged_texts
+from saelens_ext.evals.concepts_data import Concept, normal_form, packaged_concepts, packaged_texts
 from saelens_ext.evals.detection import evaluate_detection
 from saelens_ext.evals.evidence import Evidence
 from saelens_ext.evals.methods import Method
 from saelens_ext.evals.novelty import evaluate_novelty
 from saelens_ext.evals.probing import evaluate_probes
 from saelens_ext.evals.results import save_evidence
+from saelens_ext.evals.steering import compare_steering
 from saelens_ext.evals.synthetic import evaluate_on_synthetic
 from saelens_ext.host.models import HostModel
+from saelens_ext.steering.judges import EmbeddingJudge
+from saelens_ext.steering.sampling import SamplingOptions
 
 logger = logging.getLogger(__name__)
 
-KINDS = ("novelty", "detection", "probes", "synthetic")
+KINDS = ("novelty", "detection", "probes", "steering", "synthetic")
 HOOK = "blocks.15.hook_out"
+NEURON_HOOK = "blocks.15.mlp.out.hook_in"
 CONTEXT_SIZE = 128
 EXCERPT = 1_000  # characters of a document, so that there are many
 PERCENTILES = (1, 4)
@@ -48,6 +53,14 @@ OUTSIDE = {
     "sums in RPN": "40_arith_rpn",
 }
 """Sets of sae-probes whose prompts are unlike the corpus."""
+TOPICS = (
+    "21_headline_istrump", "22_headline_isobama", "23_headline_ischina", "24_headline_isiran", "66_living-room",
+    "67_social-security", "68_credit-card", "69_blood-pressure", "72_gene-expression", "74_magnetic-field",
+    "76_trial-court", "78_north-america",
+)  # fmt: skip
+"""Concepts that are topics, which a judge by embeddings can know."""
+BEGINNINGS = ("I think that", "The main thing to know is", "Yesterday we talked about", "In this article,")
+N_GROUPS = 100
 
 
 def excerpts(corpus: Dataset) -> list[str]:
@@ -128,6 +141,28 @@ class Prepared:
         activations = dict.fromkeys([HOOK], self.x)
         return evaluate_probes(self.model, self.dictionaries, self.concepts, activations=activations)
 
+    def steering(self) -> Evidence:
+        """Do neuron groups steer better than an SAE of the same neurons?"""
+        concepts = packaged_concepts(TOPICS, n_per_side=self.n_per_side)
+        known = {normal_form(text) for concept in concepts for text in (*concept.positives, *concept.negatives)}
+        texts = [text for name in (*TOPICS, *OUTSIDE.values()) for text in packaged_texts(name, n=2 * self.n_per_side)]
+        options: dict[str, Any] = {"context_size": CONTEXT_SIZE, "batch_size": 16, "max_tokens": 2 * self.n_activations}
+        own = [text for text in dict.fromkeys(texts) if normal_form(text) not in known]
+        kept = KeptStream(ActivationStream(self.model, own, NEURON_HOOK, **options))
+        groups = fit_snmf(kept, N_GROUPS).dictionary
+        sae = fit_sae(kept, N_GROUPS, training_samples=20 * self.n_activations)
+        sampling = SamplingOptions(max_new_tokens=16)
+        return compare_steering(
+            self.model,
+            [Method.from_dictionary("neuron groups", groups), Method.from_dictionary("SAE", sae)],
+            concepts,
+            EmbeddingJudge(None, self.model, options=sampling),
+            prompts=BEGINNINGS,
+            targets=(0.1, 0.3),
+            n=3,
+            options=sampling,
+        )
+
     def synthetic(self) -> Evidence:
         """Are features that are known recovered?"""
         return evaluate_on_synthetic(n_seeds=self.n_seeds)
@@ -154,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kinds", default=",".join(KINDS), help="evaluations to run, with commas between")
     parser.add_argument("--n-activations", type=int, default=5_000, help="activations to fit dictionaries to")
     parser.add_argument("--n-per-side", type=int, default=40, help="sentences with and without each concept")
-    parser.add_argument("--n-seeds", type=int, default=8, help="synthetic models")
+    parser.add_argument("--n-seeds", type=int, default=10, help="synthetic models")
     options = parser.parse_args(arguments)
     kinds = options.kinds.split(",")
     unknown = [kind for kind in kinds if kind not in KINDS]

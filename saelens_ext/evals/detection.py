@@ -23,7 +23,8 @@ from saelens_ext.evals.detection_cells import (
 )
 from saelens_ext.evals.evidence import Evidence, OverConcepts
 from saelens_ext.evals.methods import Method, check_methods
-from saelens_ext.host.models import HostModel, describe_model, resolve_hook
+from saelens_ext.host.hook_names import one_spelling
+from saelens_ext.host.models import HostModel, describe_model
 
 RULES = ("auroc", "contrast")
 PROBE = "logistic probe"
@@ -151,8 +152,8 @@ def evaluate_detection(
     chosen, attempts = check_methods(methods), Attempts()
     hooks = list(dict.fromkeys(method.detector.hook_name for method in attempts.usable(model, chosen)))
     # A hook has several spellings, and what is fitted there is the same.
-    places = {resolve_hook(model, hook): hook for hook in reversed(hooks)}
-    references = _references([hook for hook in hooks if hook in places.values()], diff_means, probe, pooling, seed)
+    places = list(dict.fromkeys(one_spelling(model, hooks).values()))
+    references = _references(places, diff_means, probe, pooling, seed)
     twins = {f"{TWIN}: {name}": cells for name, cells in references.items() if untrained_twin is not None}
     fixed: dict[str, _Cells] = {LENGTH: length_cells} if length else {}
     named = check_methods(chosen, *references, *twins, *fixed)

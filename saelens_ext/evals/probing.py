@@ -20,6 +20,7 @@ from saelens_ext.evals.concepts_data import Concept, check_concepts
 from saelens_ext.evals.detection_cells import Reading, concept_splits
 from saelens_ext.evals.evidence import Evidence, OverConcepts
 from saelens_ext.host.flat_sae import hooks_of
+from saelens_ext.host.hook_names import one_spelling
 from saelens_ext.host.models import HostModel, describe_model, resolve_hook
 
 RAW, CORESET = "raw activations", "coreset"
@@ -161,6 +162,11 @@ class _Tried:
     """``"codes"``, of which k are probed, and `ONE_HOT`."""
     description: str
 
+    def at(self, hook_name: str) -> "_Tried":
+        """The same, read by another spelling of its hook."""
+        read = {kind: replace(detector, hook_name=hook_name) for kind, detector in self.representations.items()}
+        return replace(self, hook_name=hook_name, representations=read)
+
 
 def _named(dictionaries: Mapping[str, SAE[Any]], ks: Sequence[int]) -> dict[str, SAE[Any]]:
     named = dict(dictionaries)
@@ -194,7 +200,8 @@ def _tried(model: HostModel, named: Mapping[str, SAE[Any]], attempts: Attempts) 
                     description=f"A {sae.cfg.architecture()} of {sae.cfg.d_sae} latents.",
                 )
             )
-    return found
+    spelling = one_spelling(model, [each.hook_name for each in found])
+    return [each.at(spelling[each.hook_name]) for each in found]
 
 
 def _by_hook(model: HostModel, activations: Mapping[str, Tensor], tried: Sequence[_Tried]) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ Symbols
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,7 +21,8 @@ from saelens_ext.evals import baselines
 from saelens_ext.evals.attempts import Attempts
 from saelens_ext.evals.concepts_data import Concept
 from saelens_ext.evals.methods import Kind, Method
-from saelens_ext.host.models import HostModel, resolve_hook
+from saelens_ext.host.hook_names import one_spelling, resolve_hook
+from saelens_ext.host.models import HostModel
 from saelens_ext.ops.detection import auroc, standardised_difference
 from saelens_ext.steering.divergence_search import DivergenceMeter, MatchedStrength
 from saelens_ext.steering.interventions import unit_rows
@@ -224,4 +225,5 @@ def resolved(model: HostModel, methods: Sequence[Method], attempts: Attempts) ->
         with attempts.of(method.name, ""):
             resolve_hook(model, method.acting()[0])
             found.append(method)
-    return found
+    spelling = one_spelling(model, [str(method.acts_at) for method in found])
+    return [replace(method, acts_at=spelling[str(method.acts_at)]) for method in found]

@@ -113,6 +113,12 @@ def resolve_hook(model: AnyHost, hook_name: str) -> str:
     return name
 
 
+def one_spelling(model: AnyHost, hook_names: Iterable[str]) -> dict[str, str]:
+    """For each name the first of ``hook_names`` that means the same place; ValueError as `resolve_hook`."""
+    first: dict[str, str] = {}
+    return {name: first.setdefault(resolve_hook(model, name), name) for name in hook_names}
+
+
 def hook_layer(model: AnyHost, hook_name: str) -> int | None:
     """The block (0-based) that a hook lies in, or None for one outside the blocks; ValueError as `resolve_hook`."""
     return _block(locate(model, hook_name)[0])

@@ -108,6 +108,7 @@ def test_steering_needs_prompts_and_a_whole_endpoint(command, copied, documents)
     assert "--judge_model=NAME" in command("evidence", "steering", copied, prompts, "--judge_url=http://x").error
 
 
+@pytest.mark.slow
 def test_behaviour_with_a_sweep(command, copied, tmp_path):
     files = {}
     for name, seed, end in (("shows", 1, "assert"), ("lacks", 2, "value"), ("neutral", 3, "name")):

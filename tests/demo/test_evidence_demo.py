@@ -18,6 +18,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(evidence, "PERCENTILES", (20, 40))
 
 
+@pytest.mark.slow
 def test_one_page_and_one_file_of_figures(tiny, tmp_path, capsys):
     assert evidence.main(["--kinds=novelty", "--n-activations=3000", f"--output={tmp_path}"]) == 0
     content = json.loads((tmp_path / "results.json").read_text())

@@ -91,6 +91,7 @@ def longer(number, *, n_more, size=40):
     return Concept(name=f"concept {number}", positives=sides[0], negatives=sides[1])
 
 
+@pytest.mark.slow
 def test_where_one_side_is_longer_any_direction_detects_its_length(model):
     concepts = [longer(i, n_more=6) for i in range(20)]
     noise = [gaussian(60, first=N_TRIGGERS)]

@@ -17,6 +17,7 @@ from saelens_ext.evals.evidence import Evidence
 from saelens_ext.evals.probes import fit_probe, most_different
 from saelens_ext.evals.probing import ProbeEvidence, evaluate_probes
 from saelens_ext.evals.probing_cells import assigned, one_hot, pooled, training_sentences
+from saelens_ext.host.models import resolve_hook
 from tests.continuations._dictionaries import make
 from tests.evals.planted import HOOK, N_TRIGGERS, TRIGGERS, D, concept, model_with_directions
 
@@ -132,6 +133,14 @@ def test_every_kind_of_dictionary_is_probed_at_its_own_hook(model):
     assert {name for name in found.kinds if name.startswith("raw")} == {f"raw activations at {hook}" for hook in hooks}
     controls = [f"random activations for {name}" for name in named]
     assert set(found.per_unit().loc["one-hot"].dropna(axis=1, how="all").columns) == {*named, *controls}
+
+
+def test_two_spellings_of_a_hook_are_one_place(model):
+    alias = "blocks.0.hook_in"
+    assert resolve_hook(model, alias) == resolve_hook(model, HOOK)
+    named = {"planted": planted(), "again": make("topk", alias, d_sae=7, k=2)}
+    found = evaluate_probes(model, named, concepts(2), ks=(1,), n_splits=1)
+    assert not found.failures and [name for name in found.kinds if name.startswith("raw")] == ["raw activations"]
 
 
 def test_coresets_are_drawn_from_what_is_given_or_from_sentences_not_judged_on(model):

@@ -180,6 +180,18 @@ def test_the_directions_steered_with_are_named(found, concepts):
     assert set(own.index.get_level_values("method")) == {"planted", "noise"}
 
 
+def test_two_spellings_of_a_hook_share_their_baselines(model, planted, concepts):
+    noise = torch.randn(3, planted.shape[1], generator=torch.Generator().manual_seed(1))
+    methods = [sx.Method.from_directions(name, noise, hook) for name, hook in (("a", HOOK), ("b", "blocks.2.hook_in"))]
+    found = compare_steering(
+        model, methods, concepts[:2], judge, prompts=PROMPTS[:2], targets=(0.1,), signs=(1,), n=2, options=OPTIONS,
+        baselines=("random", "pca"),
+    )  # fmt: skip
+    assert set(found.kinds) == {"a", "b", "random direction", "principal components"}
+    scores = found.per_unit()
+    pd.testing.assert_series_equal(scores["a"], scores["b"], check_names=False)
+
+
 def test_saved_and_shown(found, tmp_path):
     again = sx.Evidence.load(found.save(tmp_path / "steering"))
     assert isinstance(again, SteeringEvidence)
@@ -194,6 +206,7 @@ def test_saved_and_shown(found, tmp_path):
     assert "Steering towards concepts" in page.read_text()
 
 
+@pytest.mark.slow
 def test_people_as_another_judge(found, tmp_path):
     path = export_for_people(found.texts, tmp_path / "rate.csv", n=60)
     sheet = pd.read_csv(path, keep_default_na=False)

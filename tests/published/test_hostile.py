@@ -57,6 +57,7 @@ def corpus_results(tmp_path_factory):
     return json.loads((folder / "found.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits a process through Linux's /proc")
 def test_nothing_hostile_runs_or_is_accepted_or_takes_memory_or_time(corpus_results):
     assert len(corpus_results) > 350
@@ -110,6 +111,7 @@ def test_nothing_hostile_runs_or_is_accepted_or_takes_memory_or_time(corpus_resu
         ("followed by 1 bytes-4", "1 bytes follow"),
     ],
 )
+@pytest.mark.slow
 def test_refusals_say_why(corpus_results, name, why):
     assert re.search(why, corpus_results[name][0]), corpus_results[name][0]
 
