@@ -17,6 +17,7 @@ from saelens_ext.cli.options import DEMO, ReadingOptions
 from saelens_ext.demo.packaged import load_demo_corpus, load_demo_model
 from saelens_ext.dictionaries.hierarchy import HierarchicalSNMF
 from saelens_ext.host.by_name import same_model
+from saelens_ext.host.devices import chosen_device
 from saelens_ext.host.models import describe_model, in_residual_space, retarget
 from saelens_ext.hub.contents import Contents
 from saelens_ext.hub.contents import read_folder as read_contents
@@ -117,6 +118,7 @@ def refuse_file(name: str) -> None:
 def open_contents(name: str, device: str = "cpu") -> Contents:
     """A dictionary and what lies beside it, by folder, ``repo_id:sae_id`` (Hub) or ``release:sae_id`` (SAELens)."""
     refuse_file(name)
+    device = chosen_device(device)
     if Path(name).is_dir():
         return read_contents(Path(name), device)
     repo_id, _, sae_id = name.partition(":")

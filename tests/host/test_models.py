@@ -449,9 +449,37 @@ def test_a_tokenizer_from_memory_keeps_its_settings(model_class):
     assert hosted.chat_template == tokenizer.chat_template
 
 
-def test_load_refuses_what_it_does_not_know():
-    with pytest.raises(ValueError, match="dtype must be a torch dtype"):
-        load_model("x", dtype="float33")
+def test_load_on_the_best_device_or_spread_over_devices(tmp_path):
+    make_hf_model("llama").save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    alone, spread = (load_model(tmp_path, **how) for how in ({"device": "auto"}, {"device_map": {"": "cpu"}}))
+    assert next(alone.parameters()).device.type == best
+    with torch.no_grad():
+        assert_same(alone(TOKENS).cpu(), spread(TOKENS))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "float33"}, "dtype must be a torch dtype"),
+        ({"device": "cuda:99"}, "There is no device 'cuda:99' here, only"),
+        ({"device": "gpu"}, 'device must be "auto", "cpu" or another device of torch, got .gpu.'),
+        ({"device": "cpu", "n_devices": 2}, "device='cpu' puts the model in one place and n_devices spreads it"),
+        ({"device_map": "auto", "model_class": "HookedSAETransformer"}, "device_map spreads a SAETransformerBridge"),
+        ({"hf_model": "given", "trust_remote_code": True}, "trust_remote_code does not apply to hf_model"),
+    ],
+)
+def test_load_refuses_what_does_not_go_together(options, message):
+    if "hf_model" in options:
+        options = options | {"hf_model": make_hf_model("llama"), "tokenizer": make_tokenizer()}
+    with pytest.raises(ValueError, match=message):
+        load_model("x", **options)
+
+
+def test_a_folder_has_no_revision(tmp_path):
+    with pytest.raises(ValueError, match="revision does not apply to a folder"):
+        load_model(tmp_path, revision="main")
 
 
 # --- moving SAEs -----------------------------------------------------------------------------------------------------
