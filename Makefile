@@ -3,10 +3,21 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo evidence test test-slow test-kernels tutorials lint docs bench clean
+.PHONY: demo serve evidence test test-slow test-kernels tutorials lint docs bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m saelens_ext.demo
+
+# The live page, on the dictionaries of `make demo` where they are there, else on one built in a minute.
+QUICK := demo_output/quick/blocks.15.hook_out_exemplars_p2
+SERVED := $(or $(wildcard demo_output/percentile_2 demo_output/snmf_hierarchy/level_0),$(QUICK))
+
+serve: $(VENV)/installed $(SERVED)
+	$(BIN)/python -m saelens_ext.cli serve $(SERVED) --model_name=demo
+
+$(QUICK): | $(VENV)/installed
+	$(BIN)/python -m saelens_ext.cli exemplars --model_name=demo --dataset_path=demo --hook_name=blocks.15.hook_out \
+		--training_tokens=8000 --dictionary.percentile=2 --n_eval_batches=1 --checkpoint_path=none --output_path=$(dir $@)
 
 # Novelty, detection, probes and synthetic models, on one page with one JSON file; about a quarter of an hour.
 evidence: $(VENV)/installed

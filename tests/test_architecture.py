@@ -17,9 +17,9 @@ LAYERS = [
     ["analysis", "concepts", "continuations"],
     ["report"],
     ["audit", "evals", "hub", "published", "runner"],
-    ["cli", "demo"],
+    ["cli", "demo", "serve"],
 ]
-BESIDE = {("cli", "demo")}  # the command starts the demo
+BESIDE = {("cli", "demo"), ("cli", "serve")}  # the command starts the demo and the live page
 # Thin other names of modules, for imports that are older than the folders.
 ALIASES = {"models": "host.models"}
 

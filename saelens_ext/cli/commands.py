@@ -113,6 +113,15 @@ _ALL = (
         kept="No report was written.",
     ),
     Command(
+        name="serve",
+        summary="serve a page on this machine where texts are read live and continued with latents steered",
+        example="serve output/blocks.6.hook_out_exemplars_p2 --port=7860",
+        options=("serve:ServeOptions",),
+        runs="serve:serve",
+        kept="The live page is closed; nothing was written.",
+        note="It needs the extra serve: pip install 'saelens-ext[serve]'.",
+    ),
+    Command(
         name="eval",
         summary="evaluate a saved dictionary with SAELens' run_evals",
         example="eval output/blocks.6.hook_out_exemplars_p2 --n_eval_batches=20",

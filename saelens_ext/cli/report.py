@@ -54,7 +54,8 @@ def report(options: ReportOptions, context: Context) -> Result:
         "title": options.title or f"{first.cfg.metadata.hook_name} of {name}",
     }
     paths = [path for _, path in opening.dictionaries_in(contents, options.dictionary)]
-    labels = [_labels(options, path, one, tokenizer, contents) for path, one in zip(paths, profiles)]
+    how = {"make": options.labels}
+    labels = [labels_of(path, one, tokenizer, contents, **how) for path, one in zip(paths, profiles)]
     if others:
         shown["compared"] = _compared(first, others[0], _name(options.compare[0]), options, tokenizer)
     evals = Path(options.dictionary) / EVALS_FILENAME
@@ -87,15 +88,15 @@ def _profiles(options: ReportOptions, contents: Contents, context: Context) -> l
     return [profile_dictionary(sae, stream, n_random=N_RANDOM, progress=context.progress)]
 
 
-def _labels(
-    options: ReportOptions, path: Path, profile: DictionaryProfile, tokenizer: Any, contents: Contents
+def labels_of(
+    path: Path, profile: DictionaryProfile, tokenizer: Any, contents: Contents, *, make: bool
 ) -> Labels | None:
-    """The labels saved beside a profile, else labels by contexts."""
+    """The labels saved beside a profile, else, where they are to be made, labels by contexts."""
     if (path / LABELS.names[0]).exists():
         return Labels.load(path, profile)
     if contents.labels is not None:
         return contents.labels
-    if not options.labels or not bool((profile.top.token_ids >= 0).any()):
+    if not make or not bool((profile.top.token_ids >= 0).any()):
         return None
     return label_latents(profile, tokenizer)
 
@@ -107,7 +108,7 @@ def _compared(first: SAE[Any], other: Contents, name: str, options: ReportOption
         match = match_dictionaries(first, second)
     labels = other.labels
     if labels is None and other.profile is not None:
-        labels = _labels(options, Path(name), other.profile, tokenizer, other)
+        labels = labels_of(Path(name), other.profile, tokenizer, other, make=options.labels)
     return ComparedWith(name=name, match=match, labels=labels)
 
 

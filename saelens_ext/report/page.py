@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 # Inside <script type="application/json"> the parser looks only for tags and comments, so without "<" nothing can end
@@ -21,15 +21,24 @@ def embed_json(value: Any) -> Markup:
     return Markup(text.translate(_JSON_ESCAPES))
 
 
-def render_page(template: str, *, styles: Sequence[str], scripts: Sequence[str], **values: Any) -> str:
+def render_page(
+    template: str,
+    *,
+    styles: Sequence[str],
+    scripts: Sequence[str],
+    allowed: str = "",
+    packages: Sequence[str] = (),
+    **values: Any,
+) -> str:
     """Render ``template`` with the files of ``styles`` and ``scripts`` inlined, in their order, scripts as one module.
 
     The page carries a content security policy that names the hashes of its own style and script, so that nothing else
-    runs in it and nothing is fetched, whatever text it shows. The template gets ``style``, ``script``, ``policy`` and
+    runs in it and nothing is fetched, whatever text it shows, but for what ``allowed`` adds to the policy.
+    Templates may lie in further ``packages``. The template gets ``style``, ``script``, ``policy`` and
     ``values``, all escaped unless Markup.
     """
     environment = Environment(
-        loader=PackageLoader("saelens_ext.report"),
+        loader=ChoiceLoader([PackageLoader(package) for package in ("saelens_ext.report", *packages)]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -38,7 +47,7 @@ def render_page(template: str, *, styles: Sequence[str], scripts: Sequence[str],
     style, script = (_join(environment, names) for names in (styles, scripts))
     policy = (
         f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
-        "img-src data:; base-uri 'none'; form-action 'none'"
+        f"img-src data:; base-uri 'none'; form-action 'none'{allowed}"
     )
     return environment.get_template(template).render(
         style=Markup(style), script=Markup(script), policy=policy, **values

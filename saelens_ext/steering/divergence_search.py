@@ -175,6 +175,7 @@ class DivergenceMeter:
         batch_size: int,
         *,
         average_over: str = "last",
+        templated: bool = False,
         on_rows: Callable[[int], object] = lambda n: None,
     ):
         self._model = model
@@ -183,7 +184,7 @@ class DivergenceMeter:
         self._rows = rows
         self._batch_size = batch_size
         self._on_rows = on_rows
-        self._ids = [prompt_ids(model, prompt) for prompt in prompts]
+        self._ids = [prompt_ids(model, prompt, templated=templated) for prompt in prompts]
         special = torch.tensor(special_token_ids(tokenizer_of(model)))
         content = [self._content(ids.cpu(), special) for ids in self._ids]
         self._positions = [[len(ids) - 1] for ids in self._ids] if average_over == "last" else content

@@ -248,25 +248,60 @@ def draw_continuations(
         numbers: which continuations, b of them; each number of a prompt is always the same one.
         stop: texts that end a continuation as soon as one of them is in it.
     """
-    ends_turn = end_ids(model)
-    prompts = ids.expand(len(numbers), -1)
-    draws = torch.stack([_draws(options, prompt, number) for prompt, number in zip(prompts, numbers, strict=True)])
-    passes = CachedPasses(model, prompts)
-    tokens, scores = torch.empty(len(draws), 0, dtype=torch.int64), torch.empty(len(draws), 0)
-    ends: list[tuple[str, int] | None] = [None] * len(draws)
-    for step in range(options.max_new_tokens):
-        logits = passes.logits()
-        chosen = _choose(logits, draws[:, step], options)
-        tokens = torch.cat([tokens, chosen[:, None]], dim=1)
-        likely = logits.float().log_softmax(dim=-1).gather(-1, chosen.to(logits.device)[:, None])
-        scores = torch.cat([scores, likely.cpu()], dim=1)
-        for row in (row for row, end in enumerate(ends) if end is None):
-            ends[row] = _end_of(model, prompts[row], tokens[row], ends_turn, stop)
-        if None not in ends:
-            break
-        passes.append(chosen)
-    lengths = [("length", tokens.shape[1]) if end is None else end for end in ends]
-    return [Drawn(tokens[row, :n].tolist(), scores[row, :n], reason) for row, (reason, n) in enumerate(lengths)]
+    drawing = Drawing(model, ids, numbers, options, stop=stop)
+    while not drawing.done:
+        drawing.step()
+    return drawing.drawn
+
+
+class Drawing:
+    """Continuations of prompts that grow by a token at each step; the arguments of :func:`draw_continuations`."""
+
+    def __init__(
+        self,
+        model: HostModel,
+        ids: Tensor,
+        numbers: Sequence[int],
+        options: SamplingOptions,
+        *,
+        stop: Sequence[str] = (),
+    ):
+        self._model, self._options, self._stop = model, options, stop
+        self._ends_turn = end_ids(model)
+        self._prompts = ids.expand(len(numbers), -1)
+        pairs = zip(self._prompts, numbers, strict=True)
+        self._draws = torch.stack([_draws(options, prompt, number) for prompt, number in pairs])
+        self._passes = CachedPasses(model, self._prompts)
+        self._tokens, self._scores = torch.empty(len(numbers), 0, dtype=torch.int64), torch.empty(len(numbers), 0)
+        self._ends: list[tuple[str, int] | None] = [None] * len(numbers)
+        self.logits = torch.empty(len(numbers), 0)
+        """What the last token of each was drawn from, ``(b, d_vocab)``."""
+
+    @property
+    def done(self) -> bool:
+        """Whether every continuation has ended."""
+        return None not in self._ends or self._tokens.shape[1] == self._options.max_new_tokens
+
+    @property
+    def drawn(self) -> list[Drawn]:
+        """The continuations so far."""
+        lengths = [("length", self._tokens.shape[1]) if end is None else end for end in self._ends]
+        return [
+            Drawn(self._tokens[row, :n].tolist(), self._scores[row, :n], reason)
+            for row, (reason, n) in enumerate(lengths)
+        ]
+
+    def step(self) -> None:
+        """Draw the next token of each, under ``evaluating``."""
+        if self._tokens.shape[1]:
+            self._passes.append(self._tokens[:, -1])
+        self.logits = self._passes.logits()
+        chosen = _choose(self.logits, self._draws[:, self._tokens.shape[1]], self._options)
+        self._tokens = torch.cat([self._tokens, chosen[:, None]], dim=1)
+        likely = self.logits.float().log_softmax(dim=-1).gather(-1, chosen.to(self.logits.device)[:, None])
+        self._scores = torch.cat([self._scores, likely.cpu()], dim=1)
+        for row in (row for row, end in enumerate(self._ends) if end is None):
+            self._ends[row] = _end_of(self._model, self._prompts[row], self._tokens[row], self._ends_turn, self._stop)
 
 
 def _end_of(

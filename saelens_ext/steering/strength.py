@@ -25,7 +25,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -94,6 +94,7 @@ def match_strength(
     tolerance: float = 0.01,
     max_strength: float | int = 100.0,
     typical_norm: float | int | None = None,
+    templated: bool = False,
     batch_size: int = 16,
 ) -> StrengthSearch:
     """Find the coefficients of a direction at which steering has given effects on the next token.
@@ -111,6 +112,7 @@ def match_strength(
         max_strength: the limit of |a|, in units of the typical norm. There is no lower limit.
         typical_norm: t, in units of the activation; by default the median over the prompts' tokens, special tokens
             left out. It scales the limit and the grid, and nothing else.
+        templated: the prompts were written by a chat template, which itself decides about BOS.
         batch_size: coefficients per forward pass.
 
     Returns:
@@ -142,6 +144,7 @@ def match_strength(
         tolerance=tolerance,
         max_strength=max_strength,
         typical_norm=typical_norm,
+        templated=templated,
         batch_size=batch_size,
     )
     return search
@@ -160,6 +163,7 @@ def match_strengths(
     tolerance: float = 0.01,
     max_strength: float | int = 100.0,
     typical_norm: float | int | None = None,
+    templated: bool = False,
     batch_size: int = 16,
     progress: bool = False,
 ) -> list[StrengthSearch]:
@@ -177,9 +181,8 @@ def match_strengths(
     check_limits(max(targets), tolerance, max_strength, batch_size)
     rows = torch.stack([sign * unit for unit in units for sign in signs])
     with evaluating(model), tqdm(desc="matching strengths", unit="row", disable=not progress) as bar:
-        meter = DivergenceMeter(
-            model, hook_name, rows, prompt_list(prompts), batch_size, average_over=average_over, on_rows=bar.update
-        )
+        how: dict[str, Any] = {"average_over": average_over, "templated": templated, "on_rows": bar.update}
+        meter = DivergenceMeter(model, hook_name, rows, prompt_list(prompts), batch_size, **how)
         norm = meter.typical_norm if typical_norm is None else typical_norm
         _checks.between(norm, 0, math.inf, "typical_norm")
         limit = norm * max_strength

@@ -39,12 +39,12 @@ def chromium() -> Iterator[Any]:
 
 
 class Visit:
-    """One page opened from disk. ``complaints`` must be empty: console messages, errors, dialogs, requests
-    elsewhere.
+    """One page opened from disk, or by its address. ``complaints`` must be empty: console messages, errors, dialogs,
+    requests elsewhere.
     """
 
     def __init__(
-        self, browser: Any, path: Path, address: str = "", size: dict[str, int] = WIDE, **options: Any
+        self, browser: Any, path: Path | str, address: str = "", size: dict[str, int] = WIDE, **options: Any
     ) -> None:
         self.context = browser.new_context(viewport=size, **options)
         self.page = self.context.new_page()
@@ -56,7 +56,7 @@ class Visit:
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.on("popup", lambda popup: self.complaints.append(f"popup: {popup.url}"))
         self.page.set_default_timeout(30_000)  # milliseconds; a machine may be busy
-        self.url = path.as_uri()
+        self.url = path if isinstance(path, str) else path.as_uri()
         self.page.goto(self.url + address)
 
     def _dialog(self, dialog: Any) -> None:

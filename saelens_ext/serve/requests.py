@@ -1,0 +1,60 @@
+"""What the page asks for, from JSON to arguments; whatever is wrong with it is a ValueError in plain words."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from saelens_ext import _checks
+from saelens_ext.serve.live import LatentChange
+from saelens_ext.steering.sampling import SamplingOptions
+
+_SAMPLING = {"max_new_tokens": int, "temperature": float, "seed": int}
+_CHANGE = {"dictionary": str, "latent": int, "nats": float, "ablate": bool}
+_IN_WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+_LARGEST_SEED = 2**31 - 1
+
+
+class SteerRequest(NamedTuple):
+    """What :meth:`~saelens_ext.serve.live.LiveModel.steer` is asked for."""
+
+    text: str
+    changes: list[LatentChange]
+    options: SamplingOptions
+    chat: bool
+
+
+def steer_request(asked: Mapping[str, Any]) -> SteerRequest:
+    """The arguments of a request to steer."""
+    changes = asked.get("changes", [])
+    if not isinstance(changes, list) or not all(isinstance(change, dict) for change in changes):
+        raise ValueError(f"changes must be a list of objects, got {changes!r:.60}.")
+    options = _typed(asked.get("options", {}), _SAMPLING, "an option")
+    if abs(options.get("seed", 0)) > _LARGEST_SEED:
+        raise ValueError(f"The seed must be between -{_LARGEST_SEED} and {_LARGEST_SEED}, got {options['seed']}.")
+    made = [LatentChange(**_typed(change, _CHANGE, "a change")) for change in changes]
+    return SteerRequest(text_of(asked), made, SamplingOptions(**options), flag(asked, "chat"))
+
+
+def text_of(asked: Mapping[str, Any]) -> str:
+    """The text; ValueError for what is none."""
+    return _checks.text(asked.get("text"), "The text")
+
+
+def flag(asked: Mapping[str, Any], name: str) -> bool:
+    """A switch, off where it is not named."""
+    value = asked.get(name, False)
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be true or false, got {value!r:.60}.")
+    return value
+
+
+def _typed(values: Any, kinds: Mapping[str, type], what: str) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise ValueError(f"{what[:1].upper()}{what[1:]} must be an object, got {values!r:.60}.")
+    _checks.known_keys(values, list(kinds), what[:1].upper() + what[1:])
+    if what == "a change" and not {"dictionary", "latent"} <= values.keys():
+        raise ValueError(f"A change must name a dictionary and a latent, got {values!r:.60}.")
+    for name, value in values.items():
+        accepted = (int, float) if kinds[name] is float else kinds[name]
+        if not isinstance(value, accepted) or (isinstance(value, bool) and kinds[name] is not bool):
+            raise ValueError(f"{name} must be {_IN_WORDS[kinds[name]]}, got {value!r:.60}.")
+    return values

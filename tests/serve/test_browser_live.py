@@ -1,0 +1,122 @@
+"""The live page in a real browser: read, choose a token, steer, stop."""
+
+from itertools import count
+from time import sleep
+
+import pytest
+
+from saelens_ext.serve.live import SteeredSoFar
+from tests.report.browser import PHONE, WIDE, Visit, chromium
+
+TEXT = 'The assert statement raises <img src=x onerror="window.pwned=1"> an error'
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def visit(browser, address):
+    visits = []
+
+    def open_page(size=WIDE):
+        visits.append(Visit(browser, address, size=size))
+        return visits[-1]
+
+    yield open_page
+    for one in visits:
+        assert one.complaints == [] and {url.rsplit("/", 1)[0] + "/" for url in one.requests} == {address}
+        assert one.page.evaluate("window.pwned") is None
+        one.context.close()
+
+
+def read(page, text=TEXT):
+    page.page.fill("#text", text)
+    page.page.click("#read")
+    page.page.locator("#tokens button").first.wait_for()
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("size", [WIDE, PHONE])
+def test_a_text_is_read_a_latent_shown_and_steered_with(visit, live, size):
+    page = visit(size)
+    assert page.text("h1") == "A <b>tiny</b> model"
+    read(page)
+    tokens = live.read(TEXT)["regions"]
+    assert page.texts("#tokens button") == [token.text for token in tokens]
+    page.page.locator("#tokens button").nth(4).click()
+    region = tokens[4].region
+    page.until("(region) => document.getElementById('latent-body').textContent.includes(`region ${region}`)", region)
+    assert page.text("#latent-title") == f"Region {region}"
+    assert f"{tokens[4].novelty:.3f}" in page.text("#token-body")
+    page.page.click("#add")
+    page.page.fill("#n-new", "5")
+    page.page.click("#continue")
+    page.until("document.getElementById('status').textContent.startsWith('Done')")
+    assert "5 tokens" in page.text("#status") and "0.5" in page.text("#status")
+    assert page.text("#unsteered") and page.text("#unsteered") != page.text("#steered")
+    assert "coefficient +" in page.text("#changes .note")
+    assert page.overflow() <= 0
+
+
+def test_what_is_wrong_is_said_and_nothing_is_lost(visit):
+    page = visit()
+    page.page.click("#read")
+    page.until("document.getElementById('read-message').textContent.startsWith('The text is empty')")
+    page.page.click("#continue")
+    page.until("document.getElementById('steer-message').textContent.startsWith('The text is empty')")
+    read(page)
+    assert page.page.locator("#read-message").is_hidden()
+    page.page.fill("#n-new", "100000")
+    page.page.click("#continue")
+    page.until("document.getElementById('steer-message').textContent.startsWith('At most 200 new tokens')")
+    assert page.page.locator("#tokens button").count() > 3
+    assert all("status of 400" in line for line in page.complaints)  # a browser notes refusals by itself
+    page.complaints.clear()
+
+
+def test_a_continuation_is_stopped(visit, live, monkeypatch):
+    def endless(self, text, changes=(), options=None, *, chat=False):
+        for n in count(1):
+            sleep(0.02)
+            yield SteeredSoFar(stage="continuing", unsteered="a" * n, steered="b" * n, n_tokens=n, divergence=0.1)
+
+    monkeypatch.setattr(type(live), "steer", endless)
+    page = visit()
+    page.page.fill("#text", TEXT)
+    page.page.click("#continue")
+    page.until("document.getElementById('steered').textContent.length > 5")
+    page.page.click("#stop")
+    page.until("document.getElementById('status').textContent === 'Stopped.'")
+    page.until("document.getElementById('continue').getAttribute('aria-disabled') === 'false'")
+    monkeypatch.undo()
+    page.page.click("#continue")
+    page.until("document.getElementById('status').textContent.startsWith('Done')")
+
+
+def test_dictionaries_colours_sliders_and_the_search(visit):
+    page = visit()
+    read(page)
+    page.page.select_option("#colour", "novelty")
+    assert page.page.locator("#tokens button[style*=background]").count() > 3
+    page.page.fill("#query", "3")
+    page.until("document.querySelectorAll('#found li').length === 1")
+    page.page.locator("#found button").click()
+    page.until("document.getElementById('latent-title').textContent === 'Region 3'")
+    page.page.click("#add")
+    page.page.click("#add")
+    assert page.page.locator("#changes li").count() == 1
+    page.page.focus("#changes input[type=range]")
+    for _ in range(20):
+        page.page.keyboard.press("ArrowLeft")
+    assert page.text("#changes output") == "−0.50 nats"
+    page.page.check("#changes input[type=checkbox]")
+    assert page.text("#changes output") == "off"
+    page.page.select_option("#dictionary", "neurons")
+    page.until("document.querySelector('#tokens button:nth-child(3)').title.startsWith('latent')")
+    page.page.locator("#tokens button").nth(3).click()
+    page.until("document.getElementById('latent-body').textContent.startsWith('No profile lies beside')")
+    page.page.click("#changes .remove")
+    assert page.page.locator("#no-changes").is_visible()
