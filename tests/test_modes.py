@@ -331,8 +331,12 @@ CASES: dict[str, Callable[[SimpleNamespace, Any], Any]] = {
     ),
     "replace_direction": lambda m, tmp: changed_logits(ext.replace_direction(m.model, HOOK, m.direction), m.model),
     "attribute_continuations": lambda m, tmp: [
-        ext.attribute_continuations(m.model, [m.dictionary], m.embedded, backend=backend)
+        ext.attribute_continuations(m.model, [m.dictionary], m.embedded, backend=backend, **options)
         for backend in ("linear", "gradient", "relp")
+        for options in (
+            {},
+            {"sources": m.attributed.sources.select(range(9)), "target": torch.arange(m.model.cfg.d_vocab)},
+        )
     ],
     "audit_continuations": audit,
     "clamp_latent": lambda m, tmp: changed_logits(ext.clamp_latent(m.model, m.dictionary, 3, 1.5), m.model),

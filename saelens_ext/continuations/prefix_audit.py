@@ -89,7 +89,8 @@ class PrefixAudit:
         """Fraction of the absolute effect that each kind of source carries, averaged over continuations, largest first.
 
         Over all sources of the attribution, those that are no columns of the signatures included, where that is
-        recorded; kinds that were not attributed are missing.
+        recorded; kinds that were not attributed are missing. With the gradient backend and with relevance rules kinds
+        overlap: an effect that runs from an embedding through a latent is counted at both.
         """
         recorded = self.continuations.metadata.get("attribution", {}).get("share_by_kind")
         if recorded is None:

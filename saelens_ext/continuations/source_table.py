@@ -43,6 +43,11 @@ class SourceTable:
     def __len__(self) -> int:
         return len(self.kinds)
 
+    @property
+    def keys(self) -> list[tuple[str, str, int, int]]:
+        """Kind, hook, position and latent of each source, which together say what it is."""
+        return list(zip(self.kinds, self.hooks, self.positions, self.latents, strict=True))
+
     def select(self, columns: Sequence[int]) -> "SourceTable":
         """The table of some of the sources, in the order given."""
         return SourceTable(*(tuple(getattr(self, field.name)[i] for i in columns) for field in fields(self)))

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from saelens_ext import _checks
 from saelens_ext._modes import out_of_inference, standard_modes
+from saelens_ext.continuations.attribution.columns import by_kind, fixed_columns, known_sources
 from saelens_ext.continuations.attribution.completeness import (
     Completeness,
     check_linear,
@@ -26,7 +27,13 @@ from saelens_ext.continuations.attribution.completeness import (
     rounding,
 )
 from saelens_ext.continuations.attribution.frozen_model import traced
-from saelens_ext.continuations.attribution.gradients import TARGETS, BatchGradients, Target, gradients_of
+from saelens_ext.continuations.attribution.gradients import (
+    OBSERVABLE,
+    BatchGradients,
+    Target,
+    check_target,
+    gradients_of,
+)
 from saelens_ext.continuations.attribution.shown import check_backend
 from saelens_ext.continuations.attribution.sites import (
     BACKENDS,
@@ -57,7 +64,8 @@ def attribute_continuations(
     continuations: ContinuationSet,
     *,
     backend: str = "linear",
-    target: str = "mean",
+    target: str | Tensor = "mean",
+    sources: SourceTable | None = None,
     max_sources: int = 4096,
     kinds: Sequence[str] = _DEFAULT_KINDS,
     special_positions: bool = False,
@@ -80,8 +88,14 @@ def attribute_continuations(
         backend: ``"linear"``: direct effects through frozen attention patterns, norm scales and MLPs. ``"gradient"``:
             activation times gradient of the real model. ``"relp"``: the same with relevance rules.
         target: over a continuation's tokens, the ``"mean"`` or ``"sum"`` of their demeaned logits, or that of the
-            ``"first"``. A sum makes length an axis of its own.
-        max_sources: columns at most: those with the largest mean absolute effect over the whole set.
+            ``"first"``. A sum makes length an axis of its own. A tensor ``(d_vocab,)`` asks about an observable
+            instead: that weighted sum of the logits (its mean weight subtracted), averaged over the positions that
+            predict the continuation's tokens; for example 1 / m for each of m tokens of a class and 0 elsewhere.
+        sources: attribute to exactly these columns, in this order, instead of those with the largest effect; 0 where a
+            latent is not active in this prefix. ``ContinuationSet.sources`` of another set: its own draws, other
+            draws of the prefix, or a prefix that differs in single tokens.
+        max_sources: columns at most: those with the largest mean absolute effect over the whole set. Without effect
+            where ``sources`` are given.
         kinds: which kinds of sources may be columns: ``"latent"``, ``"error"``, ``"bias"`` (a dictionary's decoder
             bias), ``"mlp"`` (an MLP without dictionary; linear backend), ``"embedding"``.
         special_positions: let sources at BOS and other special tokens be columns too; they are when the prefix has no
@@ -96,19 +110,24 @@ def attribute_continuations(
         The set with ``signatures`` (float32, in units of logits), ``sources`` in the order of hooks and positions, and
         the columns ``target``, ``prefix_effect`` and ``continuation_effect``: the target, and the sums over ALL sources
         of the cut at the prefix and at the continuation's own tokens. For the linear backend target minus both is
-        what the model's biases give; ``metadata["attribution"]`` says what fraction of the
-        absolute effect is in the columns, and what fraction each kind of source has, other columns included.
+        what the model's biases give. ``metadata["attribution"]`` says what fraction of the absolute effect is in the
+        columns (``share_of_effect``), what fraction each kind of source has, other columns included
+        (``share_by_kind``), and the mean over continuations of each kind's signed sum (``sum_by_kind``), which with the
+        linear backend, all kinds and ``special_positions`` add up to the mean of ``prefix_effect``. With the other
+        backends an effect that runs from an embedding through a latent is counted at both, and ``kinds_overlap`` says
+        so.
 
     Raises:
         ValueError: an unknown option; a dictionary at a hook that the model lacks or of another width; two
             dictionaries at one hook; a prefix that does not fit the context; a model on which what the backend freezes
             does not stay frozen, or dictionaries that its paths do not lead on from, naming the backends that were
-            found to work here; no source of the kinds wanted.
+            found to work here; no source of the kinds wanted; ``sources`` that these dictionaries, this backend or this
+            prefix do not have; a target of another size than the vocabulary.
 
     Source: arXiv 2606.08236, attribution signatures, with targets read at the position that predicts each token.
     """
     _checks.choice(backend, BACKENDS, "backend")
-    _checks.choice(target, TARGETS, "target")
+    check_target(target, model)
     for kind in kinds:
         _checks.choice(kind, KINDS, "kinds")
     for value, name in ((max_sources, "max_sources"), (batch_size, "batch_size"), (max_bytes, "max_bytes")):
@@ -121,16 +140,22 @@ def attribute_continuations(
         run = _Run.of(model, saes, continuations, backend, target)
         if verify:
             run.check(range(min(2, len(continuations))))
-        sources = run.sources(kinds, special_positions, max_bytes)
-        effects, columns = run.effects(sources, batch_size, progress)
+        wanted = None if sources is None else run.known(sources)
+        parts = run.sources(kinds, special_positions, max_bytes, wanted)
+        effects, columns = run.effects(parts, batch_size, progress)
     strength = effects.abs().sum(dim=0)
-    chosen = largest_entries(strength, min(max_sources, len(strength))).sort().values
-    table = SourceTable.joined([part.table(run.tokens) for part in sources]).select(chosen.tolist())
-    fraction = float(strength[chosen].sum()) / (float(strength.sum()) or 1.0)
-    logger.info("%d of %d sources: %.1f %% of the absolute effect", len(chosen), len(strength), 100 * fraction)
-    described = {"backend": backend, "target": target, "n_sources": len(strength), "share_of_effect": fraction}
-    described |= {"share_by_kind": _fractions_by_kind(sources, strength)}
-    attributed = continuations.with_signatures(effects[:, chosen], table).with_columns(columns)
+    table = SourceTable.joined([part.table(run.tokens) for part in parts])
+    if wanted is None:
+        chosen = largest_entries(strength, min(max_sources, len(strength))).sort().values
+        signatures, table = effects[:, chosen], table.select(chosen.tolist())
+    else:
+        signatures, table = fixed_columns(effects, table, wanted)
+    fraction = float(signatures.abs().sum()) / (float(strength.sum()) or 1.0)
+    logger.info("%d of %d sources: %.1f %% of the absolute effect", len(table), len(strength), 100 * fraction)
+    named = target if isinstance(target, str) else OBSERVABLE
+    described = {"backend": backend, "target": named, "n_sources": len(strength), "share_of_effect": fraction}
+    described |= by_kind(parts, effects, backend)
+    attributed = continuations.with_signatures(signatures, table).with_columns(columns)
     described |= {"cut": [site.hook for site in run.sites if site.in_cut]}
     return replace(attributed, metadata={**attributed.metadata, "attribution": described})
 
@@ -141,7 +166,7 @@ def attribution_completeness(
     dictionaries: SAE[Any] | Sequence[SAE[Any]],
     continuations: ContinuationSet,
     *,
-    target: str = "mean",
+    target: str | Tensor = "mean",
     batch_size: int = 16,
 ) -> Completeness:
     """Take the target of every continuation apart with the linear backend, biases measured on their own.
@@ -152,7 +177,7 @@ def attribution_completeness(
         Target, prefix, continuation and bias parts; their :attr:`Completeness.gap` is rounding on a model that the
         linear backend is right for.
     """
-    _checks.choice(target, TARGETS, "target")
+    check_target(target, model)
     _checks.positive(batch_size, "batch_size")
     saes = [dictionaries] if isinstance(dictionaries, SAE) else list(dictionaries)
     run = _Run.of(model, saes, continuations, "linear", target)
@@ -174,7 +199,7 @@ class _Run:
 
     @classmethod
     def of(
-        cls, model: HostModel, saes: list[SAE[Any]], continuations: ContinuationSet, backend: str, target: str
+        cls, model: HostModel, saes: list[SAE[Any]], continuations: ContinuationSet, backend: str, target: str | Tensor
     ) -> "_Run":
         _check_fits(model, continuations)
         for module in (model, *saes):
@@ -204,16 +229,31 @@ class _Run:
         with traced(self.model, self.sites, self.saes, self.backend) as trace:
             gradients_of(self.model, trace, self.sites, self.target, self.continuations.prefix_ids, self._ids(rows))
 
-    def sources(self, kinds: Sequence[str], special_positions: bool, max_bytes: int) -> list[SiteSources]:
-        """The sources of every site that can be a column."""
+    def known(self, table: SourceTable) -> SourceTable:
+        """A table of sources under the names of this model, each one that the sites have."""
+        return known_sources(self.model, self.saes, self._column_sites, len(self.continuations.prefix_ids), table)
+
+    @property
+    def _column_sites(self) -> list[Site]:
+        return [site for site in self.sites if site.has_dictionary or site.in_cut]
+
+    def sources(
+        self, kinds: Sequence[str], special_positions: bool, max_bytes: int, wanted: SourceTable | None
+    ) -> list[SiteSources]:
+        """The sources of every site that can be a column, those that are wanted among them."""
+        keys = [] if wanted is None else wanted.keys
+        kinds = list(dict.fromkeys([*kinds, *(key[0] for key in keys)]))
         positions = self._positions(special_positions)
+        if not {key[2] for key in keys} <= set(positions):
+            positions = self._positions(special_positions=True)
         n_described = sum(site.has_dictionary for site in self.sites)
         parts = []
-        for site in (site for site in self.sites if site.has_dictionary or site.in_cut):
+        for site in self._column_sites:
             width = self.prefix.activations[site.hook].shape[-1]
             limit = max(1, max_bytes // (4 * (width + len(self.continuations)) * max(1, n_described)))
             sae = self.saes[site.dictionary] if site.has_dictionary else None
-            parts.append(sources_of(site, sae, self.prefix, kinds, positions, limit))
+            kept = [key[2:] for key in keys if key[0] == "latent" and key[1] == site.hook]
+            parts.append(sources_of(site, sae, self.prefix, kinds, positions, limit, kept))
         if not any(len(part.kinds) for part in parts):
             raise ValueError(
                 f"The prefix has no source of the kinds {', '.join(map(repr, kinds))}: no latent is active there, or "
@@ -255,7 +295,7 @@ class _Run:
 
 @contextmanager
 def _naming_what_remains(
-    model: HostModel, saes: list[SAE[Any]], continuations: ContinuationSet, backend: str, target: str
+    model: HostModel, saes: list[SAE[Any]], continuations: ContinuationSet, backend: str, target: str | Tensor
 ) -> Iterator[None]:
     """Let a refusal name the other backends that work on this model with these dictionaries, each of them tried."""
     try:
@@ -271,15 +311,6 @@ def _naming_what_remains(
                 continue
         remain = f"backend={' and '.join(works)} remain{'s' if len(works) == 1 else ''}." if works else "No other does."
         raise ValueError(f"backend={backend!r} does not work here. {refusal} {remain}") from refusal
-
-
-def _fractions_by_kind(sources: Sequence[SiteSources], strength: Tensor) -> dict[str, float]:
-    """Each kind's fraction of the absolute effect; dictionaries that describe the same thing again do not count."""
-    totals: dict[str, float] = {}
-    for part, values in zip(sources, strength.split([len(part.kinds) for part in sources]), strict=True):
-        for kind, value in zip(part.kinds, values.tolist()) if part.site.in_cut else ():
-            totals[kind] = totals.get(kind, 0.0) + value
-    return {kind: total / (sum(totals.values()) or 1.0) for kind, total in sorted(totals.items())}
 
 
 def _check_fits(model: HostModel, continuations: ContinuationSet) -> None:

@@ -10,6 +10,7 @@ Symbols
     m, k   sources and logits of a graph
 """
 
+import re
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -56,6 +57,7 @@ def with_graph_signatures(
     graphs: str | Path | CircuitGraph | Sequence[str | Path | CircuitGraph],
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    sources: SourceTable | None = None,
 ) -> ContinuationSet:
     """Give n continuations the signatures that attribution graphs hold.
 
@@ -65,6 +67,7 @@ def with_graph_signatures(
     Args:
         graphs: one graph or n, as files (``.json`` or ``.pt``) or as :func:`read_circuit_graph` gives them.
         tokenizer: names the tokens in the table of sources; without one they read ``<id 7>``.
+        sources: have exactly these columns, in this order, 0 where no graph has one; from another set with graphs.
 
     Returns:
         The set with ``signatures`` over all sources of the graphs that lie in the prefix, 0 where a graph lacks one,
@@ -72,7 +75,8 @@ def with_graph_signatures(
 
     Raises:
         ValueError: another number of graphs than one or n, a graph whose prompt does not start with the prefix, or
-            without a logit of a continuation's first token.
+            without a logit of a continuation's first token; ``sources`` of a kind or at a hook that
+            graphs do not have, or none.
     """
     single = isinstance(graphs, (str, Path, CircuitGraph))
     read = [
@@ -88,7 +92,10 @@ def with_graph_signatures(
     else:
         rows = [(g, (g.logit_probabilities / g.logit_probabilities.sum()) @ g.effects) for g in read]
     activations = {key: a for graph in read for key, a in zip(graph.keys, graph.activations, strict=True)}
-    keys = sorted(key for key in activations if key[2] < len(continuations.prefix_ids))
+    if sources is None:
+        keys = sorted(key for key in activations if key[2] < len(continuations.prefix_ids))
+    else:
+        keys = _fixed_keys(sources, len(continuations.prefix_ids))
     if not keys:
         raise ValueError("The graphs have no source in the prefix.")
     place = {key: i for i, key in enumerate(keys)}
@@ -235,6 +242,21 @@ def _first_token_row(graph: CircuitGraph, continuations: ContinuationSet, row: i
     return graph.effects[graph.logit_tokens.index(token)]
 
 
+def _fixed_keys(sources: SourceTable, n_prefix: int) -> list[SourceKey]:
+    keys: list[SourceKey] = []
+    for kind, hook, position, latent in sources.keys:
+        layer = re.fullmatch(r"blocks\.(\d+)\.hook_mlp_out", hook)
+        if kind not in _KINDS.values() or (layer is None) != (kind == "embedding") or not 0 <= position < n_prefix:
+            raise ValueError(
+                f"sources has the {kind} at {hook}, position {position}; graphs have latents and errors at "
+                f"blocks.N.hook_mlp_out and embeddings, at positions 0 to {n_prefix - 1} of this prefix."
+            )
+        keys.append((kind, -1 if layer is None else int(layer[1]), position, latent))
+    if len(set(keys)) < len(keys):
+        raise ValueError("sources has a column twice; every column must be another source.")
+    return keys
+
+
 def _table(
     keys: Sequence[SourceKey],
     activations: Mapping[SourceKey, float],
@@ -247,7 +269,7 @@ def _table(
         hooks=tuple("hook_embed" if layer < 0 else f"blocks.{layer}.hook_mlp_out" for _, layer, _, _ in keys),
         positions=tuple(position for _, _, position, _ in keys),
         latents=tuple(latent for *_, latent in keys),
-        activations=tuple(activations[key] for key in keys),
+        activations=tuple(activations.get(key, 0.0) for key in keys),
         tokens=tuple(names[position] for _, _, position, _ in keys),
         dictionaries=tuple(layer for _, layer, _, _ in keys),
     )

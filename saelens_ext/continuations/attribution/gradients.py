@@ -8,6 +8,8 @@ Symbols
               a scale of the logits, if it has that (Granite, Cohere)
     v_t       weights over t: 1 / length (mean), 1 (sum), or 1 for the first token alone
     target    sum_t v_t c_t
+    u         an observable in place of c_t: a direction over the vocabulary, the same at every t; its mean is
+              subtracted, so that it too weighs demeaned logits, and v_t is 1 / length
 """
 
 from collections.abc import Sequence
@@ -17,21 +19,24 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from saelens_ext import _checks
 from saelens_ext.continuations.attribution.frozen_model import Trace, traced
 from saelens_ext.continuations.attribution.sites import Refusal, Site
 from saelens_ext.host.models import HostModel
 from saelens_ext.host.prompt_passes import device_of, logits_of
 
 TARGETS = ("mean", "sum", "first")
+OBSERVABLE = "observable"
+"""What a result calls a target that was given as a direction over the vocabulary."""
 _SCALES: WeakKeyDictionary[HostModel, float] = WeakKeyDictionary()
 
 
 class Target:
     """The demeaned logits of continuations behind ``n_prefix`` tokens, as a linear function of what the unembedding
-    receives; ``reduction`` is one of `TARGETS`.
+    receives; ``reduction`` is one of `TARGETS`, or u, ``(d_vocab,)``, which takes the place of the tokens' own logits.
     """
 
-    def __init__(self, model: HostModel, n_prefix: int, reduction: str):
+    def __init__(self, model: HostModel, n_prefix: int, reduction: str | Tensor):
         self._rows = model.W_U.detach().T
         self._bias = model.b_U.detach().float()
         # The mean over rows in pieces, since a float32 copy of a half-precision vocabulary may not fit.
@@ -39,17 +44,30 @@ class Target:
         self._mean = total / len(self._rows)
         self._bias_mean = self._bias.mean()
         self._scale = logit_scale(model)
-        self._n_prefix, self._reduction = n_prefix, reduction
+        self._n_prefix = n_prefix
+        self._reduction = reduction if isinstance(reduction, str) else "mean"
+        self._observable = None if isinstance(reduction, str) else self._observed(reduction)
+
+    def _observed(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """An observable's direction before the unembedding ``(d,)``, and what the unembedding's bias adds to it."""
+        weights = weights.to(self._bias)
+        weights = weights - weights.mean()
+        parts = zip(self._rows.split(8192), weights.split(8192), strict=True)
+        return torch.stack([part @ rows.float() for rows, part in parts]).sum(dim=0), weights @ self._bias
 
     def demeaned_logits(self, final: Tensor, token_ids: Tensor) -> Tensor:
-        """c_t ``(b, T)`` of tokens ``(b, T)`` from the unembedding's input at all columns ``(b, M + T, d)``.
+        """c_t ``(b, T)`` of tokens ``(b, T)``, or the observable there, from the unembedding's input at all columns
+        ``(b, M + T, d)``.
 
         What stands beyond a continuation's end has no meaning.
         """
         tokens = token_ids.clamp_min(0)
-        directions = self._rows[tokens].float() - self._mean
         first = self._n_prefix - 1
         predicting = final[:, first : first + tokens.shape[1]].float()
+        if self._observable is not None:
+            direction, bias = self._observable
+            return self._scale * (predicting @ direction + bias)
+        directions = self._rows[tokens].float() - self._mean
         return self._scale * ((predicting * directions).sum(dim=-1) + (self._bias[tokens] - self._bias_mean))
 
     def token_weights(self, token_ids: Tensor) -> Tensor:
@@ -66,6 +84,26 @@ class Target:
         weights = self.token_weights(token_ids)
         logits = self.demeaned_logits(final, token_ids)
         return torch.where(weights > 0, logits * weights, 0).sum(dim=1)
+
+
+def check_target(target: str | Tensor, model: HostModel) -> None:
+    """Raise ValueError unless ``target`` is one of `TARGETS` or a direction over this model's vocabulary."""
+    if isinstance(target, str):
+        _checks.choice(target, TARGETS, "target")
+        return
+    size = int(model.W_U.shape[1])
+    if not isinstance(target, Tensor) or target.shape != (size,):
+        got = tuple(target.shape) if isinstance(target, Tensor) else repr(target)
+        raise ValueError(
+            f"target must be one of {', '.join(map(repr, TARGETS))} or a tensor of shape ({size},), one weight per "
+            f"token of the vocabulary, got {got}."
+        )
+    _checks.finite(target.float(), "target")
+    if bool((target == target[0]).all()):
+        raise ValueError(
+            f"target weighs every token by {float(target[0]):g}; its mean is subtracted, so nothing is left. Give the "
+            "tokens that you ask about another weight than the rest."
+        )
 
 
 @torch.no_grad()

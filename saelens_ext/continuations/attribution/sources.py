@@ -105,13 +105,20 @@ class SiteSources:
 
 
 def sources_of(
-    site: Site, sae: SAE[Any] | None, prefix: PrefixPass, kinds: Sequence[str], positions: Sequence[int], limit: int
+    site: Site,
+    sae: SAE[Any] | None,
+    prefix: PrefixPass,
+    kinds: Sequence[str],
+    positions: Sequence[int],
+    limit: int,
+    kept: Sequence[tuple[int, int]] = (),
 ) -> SiteSources:
     """Take the activation of a site apart, with its dictionary if it has one.
 
     Args:
         kinds: the kinds of sources wanted, at the columns ``positions`` of the prefix, ascending.
         limit: latents to keep at most, those with the largest ``|a_j| ||D_j||``.
+        kept: positions and latents that stay wherever they are active, whatever the limit.
 
     Raises:
         ValueError: an activation of another width than the dictionary's.
@@ -126,7 +133,7 @@ def sources_of(
         skip: Tensor | None = getattr(sae, "W_skip", None)
         if skip is not None:
             whole = whole - x @ skip.T.to(x)
-        parts = _dictionary_parts(sae, x, whole, positions, limit)
+        parts = _dictionary_parts(sae, x, whole, positions, limit, kept)
     return _gathered(site, whole, [part for part in parts if part.kind in kinds])
 
 
@@ -161,7 +168,14 @@ def _of_width(x: Tensor, d: int, hook: str, does: str) -> Tensor:
     return x
 
 
-def _dictionary_parts(sae: SAE[Any], x: Tensor, whole: Tensor, positions: Sequence[int], limit: int) -> list[_Part]:
+def _dictionary_parts(
+    sae: SAE[Any],
+    x: Tensor,
+    whole: Tensor,
+    positions: Sequence[int],
+    limit: int,
+    kept: Sequence[tuple[int, int]],
+) -> list[_Part]:
     device = sae.W_dec.device
     codes = encode_flat(sae, x.to(device))
     with flat_activations(sae):
@@ -174,6 +188,8 @@ def _dictionary_parts(sae: SAE[Any], x: Tensor, whole: Tensor, positions: Sequen
         # A SAE that normalises its input decodes in units of that input, so its own decoder is asked at each position.
         decode = lambda p, active: _decoded_singly(sae, x[p].to(device), codes[p], active)  # noqa: E731
     strongest = _strongest(codes, directions.norm(dim=1), positions, limit)
+    for p, j in kept:
+        strongest[p, j] = codes[p, j] != 0
     parts = []
     for p in positions:
         active = strongest[p].nonzero().flatten()

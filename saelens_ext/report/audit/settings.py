@@ -90,6 +90,8 @@ def _carried(audit: PrefixAudit) -> Fact:
     kinds = {"latent": 0.0, **audit.effect_by_kind()}
     others = [f"{percentage(value)} {_KINDS.get(kind, kind)}" for kind, value in kinds.items() if kind != "latent"]
     meaning = "of the absolute effect on the continuations is that of latents, which alone can be steered"
+    if audit.continuations.metadata.get("attribution", {}).get("kinds_overlap"):
+        others.append("kinds overlap with this backend: what runs from an embedding through a latent counts at both")
     return Fact("carried", "Effect of latents", percentage(kinds["latent"]), "; ".join([meaning, *others]))
 
 

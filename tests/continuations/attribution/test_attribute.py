@@ -1,5 +1,7 @@
 """Attribution: do the sources make up the target, at the right position, however the work is cut up?"""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -180,3 +182,84 @@ def test_memory_is_bounded_and_the_strongest_latents_stay(llama, caplog):
     best = sorted(sorted(range(len(strength)), key=lambda i: -strength[i])[:10])
     assert few.sources.latents == whole.sources.select(best).latents
     assert few.sources.positions == whole.sources.select(best).positions
+
+
+@pytest.mark.parametrize("backend", ["linear", "gradient", "relp"])
+@pytest.mark.parametrize("name", ["several", "transcoders", "own"])
+def test_fixed_sources_of_a_set_reproduce_its_own_signatures(llama, backend, name):
+    model, found = llama
+    dictionaries = cases("llama")[name]
+    own = attribute_continuations(model, dictionaries, found, backend=backend, max_sources=40)
+    again = attribute_continuations(model, dictionaries, found, backend=backend, sources=own.sources)
+    assert again.sources == own.sources and torch.equal(again.signatures, own.signatures)
+    # In the order given, with other draws, and however little memory there is for those that are not asked for.
+    order = list(range(0, 40, 3))[::-1]
+    other = score_continuations(model, "The assert statement", [" and more", " is a test of it"])
+    few = attribute_continuations(
+        model, dictionaries, other, backend=backend, sources=own.sources.select(order), max_bytes=1
+    )
+    assert few.sources == own.sources.select(order)
+    torch.testing.assert_close(few.signatures[1], own.signatures[0, order], rtol=1e-4, atol=1e-6)
+
+
+def test_fixed_sources_that_another_prefix_does_not_have_are_zero(llama):
+    model, found = llama
+    (sae,) = cases("llama")["mlp"]
+    own = attribute_continuations(model, sae, found, kinds=("latent",), special_positions=True)
+    swapped = replace(found, prefix_ids=(*found.prefix_ids[:3], 65, *found.prefix_ids[4:]))
+    fixed = attribute_continuations(model, sae, swapped, sources=own.sources)
+    whole = attribute_continuations(model, sae, swapped, **ALL)
+    column = {key: i for i, key in enumerate(whole.sources.keys)}
+    active = torch.tensor([key in column for key in own.sources.keys])
+    assert 0 < int((~active).sum()) < len(active)
+    assert fixed.sources.keys == own.sources.keys and not fixed.signatures[:, ~active].any()
+    assert {a for a, on in zip(fixed.sources.activations, active.tolist()) if not on} == {0.0}
+    same = [column[key] for key, on in zip(own.sources.keys, active.tolist()) if on]
+    torch.testing.assert_close(fixed.signatures[:, active], whole.signatures[:, same])
+
+
+@pytest.mark.parametrize("name", ["several", "transcoders", "neurons", "own"])
+def test_sums_by_kind_are_the_effect_of_the_prefix_on_the_linear_backend(llama, name):
+    model, found = llama
+    described = attribute_continuations(model, cases("llama")[name], found, **ALL)
+    sums = described.metadata["attribution"]["sum_by_kind"]
+    assert sum(sums.values()) == pytest.approx(float(described.columns["prefix_effect"].mean()), rel=1e-4, abs=1e-6)
+    assert not described.metadata["attribution"]["kinds_overlap"]
+
+
+@pytest.mark.parametrize("backend", ["gradient", "relp"])
+@pytest.mark.parametrize("name", ["neurons", "own", "mlp", "transcoders"])
+def test_latents_inside_an_mlp_have_their_fraction_where_the_backend_cuts_at_the_embeddings(llama, backend, name):
+    model, found = llama
+    whole = attribute_continuations(model, cases("llama")[name], found, backend=backend, **ALL)
+    described = whole.metadata["attribution"]
+    assert described["cut"] == ["hook_embed"] or len(described["cut"]) == 1
+    sizes = whole.signatures.abs().sum(dim=0)
+    for kind in ("latent", "error", "embedding"):
+        own = float(sizes[torch.tensor([k == kind for k in whole.sources.kinds])].sum() / sizes.sum())
+        assert own > 0 and described["share_by_kind"][kind] == pytest.approx(own, rel=1e-4)
+    assert described["kinds_overlap"]
+
+
+def test_an_observable_is_a_direction_over_the_vocabulary(llama):
+    model, found = llama
+    size, first = model.cfg.d_vocab, found.ids_of(0)[0]
+    generator = torch.Generator().manual_seed(0)
+    for weights in (torch.eye(size)[first], torch.rand(size, generator=generator)):
+        attributed = attribute_continuations(model, [], found, target=weights, **ALL)
+        for row in range(len(found)):
+            ids = [*found.prefix_ids, *found.ids_of(row)]
+            with torch.no_grad():
+                logits = model(torch.tensor([ids]))[0].float()
+            columns = range(len(found.prefix_ids) - 1, len(ids) - 1)
+            seen = sum((weights - weights.mean()) @ logits[t] for t in columns) / len(columns)
+            assert float(attributed.columns["target"][row]) == pytest.approx(float(seen), rel=1e-4, abs=1e-5)
+        parts = attribution_completeness(model, [], found, target=weights)
+        torch.testing.assert_close(parts.prefix, attributed.signatures.sum(dim=1), rtol=1e-4, atol=1e-5)
+        assert float(parts.relative_gap.max()) < 1e-4
+    # One token's own logit is what the first token's target is.
+    firsts = score_continuations(model, "The assert statement", [[first]])
+    by_token = attribute_continuations(model, [], firsts, target=torch.eye(size)[first], **ALL)
+    own = attribute_continuations(model, [], firsts, target="first", **ALL)
+    torch.testing.assert_close(by_token.signatures, own.signatures, rtol=1e-4, atol=1e-6)
+    assert by_token.metadata["attribution"]["target"] == "observable"

@@ -1,10 +1,13 @@
 """What attribution refuses, and that it leaves the model as it was."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from saelens_ext.continuations.attribution.attribute import attribute_continuations
 from saelens_ext.continuations.sample import score_continuations
+from saelens_ext.continuations.source_table import SourceTable
 from tests.continuations._dictionaries import make
 from tests.models_zoo import N_CTX, make_model
 
@@ -41,6 +44,7 @@ def test_dictionaries_that_do_not_fit(llama, dictionaries, message):
         ({"kinds": ("latent",)}, "no source of the kinds"),
         ({"max_sources": 0}, "max_sources must be"),
         ({"batch_size": 0}, "batch_size must be"),
+        ({"target": torch.ones(3)}, r"shape \(\d+,\).*got \(3,\)"),
     ],
 )
 def test_options_out_of_range(llama, options, message):
@@ -131,3 +135,34 @@ def test_the_model_is_left_as_it_was(model_class, backend):
     assert [parameter.requires_grad for parameter in model.parameters()] == needed
     assert model.training and not model.unembed._forward_pre_hooks
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_an_observable_must_tell_tokens_apart(llama):
+    model, found = llama
+    size = model.cfg.d_vocab
+    with pytest.raises(ValueError, match="weighs every token by 2; .* nothing is left"):
+        attribute_continuations(model, [], found, target=torch.full((size,), 2.0))
+    with pytest.raises(ValueError, match="target has 1 non-finite"):
+        attribute_continuations(model, [], found, target=torch.eye(size)[0].index_fill(0, torch.tensor([1]), torch.nan))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"positions": (99,)}, "position 99, and this prefix has positions 0 to"),
+        ({"latents": (10**6,)}, "latents 0 to 23"),
+        ({"kinds": ("mlp",)}, "do not have; they have sources at"),
+        ({"hooks": ("blocks.0.hook_attn_out",)}, "do not have; they have sources at"),
+        ({"hooks": ("blocks.0.hook_nothing",)}, "blocks.0.hook_nothing"),
+    ],
+)
+def test_fixed_sources_that_are_not_there(llama, change, message):
+    model, found = llama
+    sae = make("standard", "blocks.1.hook_mlp_out")
+    own = attribute_continuations(model, sae, found, kinds=("latent",)).sources.select([0])
+    with pytest.raises(ValueError, match=message):
+        attribute_continuations(model, sae, found, sources=replace(own, **change))
+    with pytest.raises(ValueError, match="twice"):
+        attribute_continuations(model, sae, found, sources=SourceTable.joined([own, own]))
+    with pytest.raises(ValueError, match="no column"):
+        attribute_continuations(model, sae, found, sources=own.select([]))

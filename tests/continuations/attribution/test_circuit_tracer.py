@@ -5,6 +5,7 @@ import os
 import pickle
 import sys
 from collections import namedtuple
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -156,3 +157,20 @@ def test_files_that_are_no_graphs(tmp_path):
     torch.save([1], tmp_path / "list.pt")
     with pytest.raises(ValueError, match="holds a list"):
         read_circuit_graph(tmp_path / "list.pt")
+
+
+def test_fixed_sources_of_graphs(found, json_graph):
+    own = with_graph_signatures(found, json_graph)
+    again = with_graph_signatures(found, json_graph, sources=own.sources)
+    assert again.sources == own.sources and torch.equal(again.signatures, own.signatures)
+    table = own.sources.select([3, 0])
+    other = replace(table, latents=(table.latents[0], 5), kinds=(table.kinds[0], "latent"))
+    other = replace(other, hooks=(table.hooks[0], "blocks.4.hook_mlp_out"))
+    found_there = with_graph_signatures(found, json_graph, sources=other)
+    assert torch.equal(found_there.signatures[:, 0], own.signatures[:, 3]) and not found_there.signatures[:, 1].any()
+    assert found_there.sources.activations[1] == 0.0
+    mlps = replace(table, kinds=("mlp", "mlp"), hooks=("blocks.0.hook_mlp_out",) * 2, positions=(0, 1))
+    with pytest.raises(ValueError, match="the mlp at blocks.0.hook_mlp_out, position 0; graphs have latents"):
+        with_graph_signatures(found, json_graph, sources=mlps)
+    with pytest.raises(ValueError, match="column twice"):
+        with_graph_signatures(found, json_graph, sources=own.sources.select([0, 0]))
