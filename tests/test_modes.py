@@ -325,6 +325,9 @@ CASES: dict[str, Callable[[SimpleNamespace, Any], Any]] = {
     "push_to_neuronpedia": uploaded,
     "compare_steering": steered,
     "dictionary_stability": lambda m, tmp: ext.dictionary_stability({"a": m.dictionary, "b": m.partition}).summary(),
+    "compare_checkpoints": lambda m, tmp: ext.compare_checkpoints(
+        *[{"a": m.dictionary, "b": m.partition}] * 2, models=[m.model] * 2, texts=SENTENCES
+    ).summary(),
     "decompose_dictionary": lambda m, tmp: ext.decompose_dictionary(m.dictionary, m.dictionary, n_null=2),
     "pathway_check": lambda m, tmp: ext.pathway_check(
         m.model, HOOK, m.direction, SENTENCES * 5, coefficient=2.0, prompts="I think"
@@ -445,6 +448,7 @@ WITHOUT_TORCH = {
 
 # Under autocast a model computes in bfloat16, as its user wants, and what is read from it is rounded.
 RUN_THE_MODEL = {
+    "compare_checkpoints",
     "Evidence", "evaluate_novelty", "write_evidence_report",
     "ActivationBatch", "ActivationStream", "Audit", "DictionaryRunner", "EmbeddingJudge", "KeptStream",
     "ablate_directions",

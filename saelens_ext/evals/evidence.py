@@ -245,8 +245,8 @@ class Evidence:
 
     def save(self, directory: str | Path) -> Path:
         """Write ``evidence.json`` and ``evidence.safetensors`` into a directory, one evidence to each; gives it."""
-        content, tensors = _columns_apart(self.cells)
-        content |= {
+        columns, tensors = columns_apart(self.cells)
+        content = {"columns": columns} | {
             name: _files.json_safe(getattr(self, name)) for name in ("kinds", "descriptions", "settings", "failures")
         }
         more, other = self._extra()
@@ -270,7 +270,7 @@ class Evidence:
             own = known.get(str(kind), cls)
         content, tensors = own._format().read(Path(directory))
         failures = tuple(Failure(*entry) for entry in content.pop("failures"))
-        cells = _columns_together(content.pop("columns"), tensors)
+        cells = columns_together(content.pop("columns"), tensors)
         return own(cells=cells, failures=failures, **own._with_extra(content, tensors))
 
     # --- for subclasses ---
@@ -333,23 +333,26 @@ def _all_subclasses(kind: type) -> list[Any]:
     return [each for own in kind.__subclasses__() for each in (own, *_all_subclasses(own))]
 
 
-def _columns_apart(table: pd.DataFrame) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Numbers as tensors, texts as numbers of the different ones, which JSON holds."""
+def columns_apart(table: pd.DataFrame, name: str = "cells") -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Numbers as tensors under ``name``, texts as numbers of the different ones, which JSON holds."""
     columns: dict[str, Any] = {}
     tensors: dict[str, torch.Tensor] = {}
-    for name in map(str, table.columns):
-        values: Any = table[name].to_numpy()
-        columns[name] = None
+    for column in map(str, table.columns):
+        values: Any = table[column].to_numpy()
+        columns[column] = None
         if values.dtype.kind not in "biuf":
-            codes, texts = pd.factorize(table[name])
-            values, columns[name] = codes.astype(np.int32), [str(text) for text in texts]
-        tensors[f"cells.{name}"] = torch.from_numpy(np.array(values))
-    return {"columns": columns}, tensors
+            codes, texts = pd.factorize(table[column])
+            values, columns[column] = codes.astype(np.int32), [str(text) for text in texts]
+        tensors[f"{name}.{column}"] = torch.from_numpy(np.array(values))
+    return columns, tensors
 
 
-def _columns_together(columns: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> pd.DataFrame:
+def columns_together(
+    columns: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], name: str = "cells"
+) -> pd.DataFrame:
+    """The table that :func:`columns_apart` took apart."""
     table = {}
-    for name, texts in columns.items():
-        values = tensors[f"cells.{name}"].numpy()
-        table[name] = values if texts is None else [texts[code] if code >= 0 else None for code in values]
+    for column, texts in columns.items():
+        values = tensors[f"{name}.{column}"].numpy()
+        table[column] = values if texts is None else [texts[code] if code >= 0 else None for code in values]
     return pd.DataFrame(table)
