@@ -19,7 +19,7 @@ $(QUICK): | $(VENV)/installed
 	$(BIN)/python -m saelens_ext.cli exemplars --model_name=demo --dataset_path=demo --hook_name=blocks.15.hook_out \
 		--training_tokens=8000 --dictionary.percentile=2 --n_eval_batches=1 --checkpoint_path=none --output_path=$(dir $@)
 
-# Novelty, detection, probes and synthetic models, on one page with one JSON file; about a quarter of an hour.
+# Novelty, detection, probes, steering and synthetic models, on one page with one JSON file; about a quarter of an hour.
 evidence: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps sae-probes==0.4.2
 	$(BIN)/python -m saelens_ext.demo.evidence

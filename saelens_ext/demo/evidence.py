@@ -158,8 +158,8 @@ class Prepared:
             concepts,
             EmbeddingJudge(None, self.model, options=sampling),
             prompts=BEGINNINGS,
-            targets=(0.1, 0.3),
-            n=3,
+            targets=(0.2,),
+            n=2,
             options=sampling,
         )
 

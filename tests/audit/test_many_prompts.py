@@ -36,6 +36,7 @@ def alone():
     return audit_continuations(model, PROMPTS, dictionaries(model), **OPTIONS)
 
 
+@pytest.mark.slow
 def test_with_a_folder_one_prompt_is_held_and_the_results_are_the_same(alone, tmp_path, monkeypatch):
     held, most = weakref.WeakSet(), []
     kept = audit_module._audit

@@ -74,3 +74,16 @@ def test_detection_and_probes(tiny, tmp_path, monkeypatch):
     assert {"detection", "probes"} < set(content)
     methods = {row["method"] for row in content["detection"]["summary"]}
     assert {"EP p40 exemplar", "EP p40 mean", "SAE"} < methods and len(methods) > 4
+
+
+@pytest.mark.slow
+def test_steering(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(evidence, "NEURON_HOOK", "blocks.1.mlp.out.hook_in")
+    monkeypatch.setattr(evidence, "TOPICS", ("69_blood-pressure", "74_magnetic-field"))
+    monkeypatch.setattr(evidence, "N_GROUPS", 6)
+    options = ["--n-activations=500", "--n-per-side=6", f"--output={tmp_path}"]
+    assert evidence.main(["--kinds=steering", *options]) == 0
+    content = json.loads((tmp_path / "results.json").read_text())["steering"]
+    methods = {row["method"] for row in content["summary"]}
+    assert {"neuron groups", "SAE", "difference of means", "k-means", "prompting"} < methods
+    assert content["settings"]["targets"] == [0.2]

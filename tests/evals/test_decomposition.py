@@ -46,6 +46,7 @@ def test_the_weights_are_the_best_of_their_terms():
         assert float(found.explained[row]) == pytest.approx(best, abs=1e-8)
 
 
+@pytest.mark.slow
 def test_nothing_shared_looks_like_the_null():
     found = decompose_dictionary(units(400, 20, 3), units(30, 20, 4), n_null=19)
     assert abs(found.summary()["median_explained"] - found.summary()["median_explained_by_null"]) < 0.05

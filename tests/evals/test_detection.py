@@ -62,6 +62,7 @@ def test_a_planted_direction_is_found_and_controls_find_nothing(model):
     assert "is above elsewhere (+0." in claim and not found.failures
 
 
+@pytest.mark.slow
 def test_permuted_labels_choose_without_knowledge_where_a_column_separates_perfectly(model):
     # One permutation for all concepts, with a positive too many on one side, gave means from 0.51 to 0.68.
     concepts = [concept(i, TRIGGERS[i % N_TRIGGERS], n_per_side=n) for i, n in enumerate([12] * 12 + [10] * 12)]
@@ -316,6 +317,7 @@ def test_sentences_that_differ_by_case_only_stay_together(model):
         assert permuted <= choosing and len(choosing - permuted) <= 2
 
 
+@pytest.mark.slow
 def test_it_is_saved_and_loaded(model, tmp_path):
     found = evaluate_detection(model, [gaussian(5)], [concept(i, TRIGGERS[i]) for i in range(6)], n_splits=1)
     found.save(tmp_path)

@@ -167,6 +167,7 @@ WASTEFUL = {
 
 
 @pytest.mark.parametrize("item", WASTEFUL.values(), ids=WASTEFUL)
+@pytest.mark.slow
 def test_memory_is_a_small_multiple_of_the_file(item):
     """What takes most memory for its bytes, as much of it as is accepted."""
     start = hostile.PROTO + b"]((N\x94" + hostile.text("a") + b"\x94" + hostile.REGION + b"\x94te"

@@ -96,6 +96,7 @@ def test_choice_is_eligible_and_nearly_the_most_stable(path):
         choose_point(path, clusters=(50, 60))
 
 
+@pytest.mark.slow
 def test_clusters_have_the_members_asked_for():
     rng = np.random.default_rng(0)
     X, y = 0.3 * rng.normal(size=(60, 8)), 0.3 * rng.normal(size=(60, 300))
@@ -120,6 +121,7 @@ def test_clusters_have_the_members_asked_for():
         JointClusterer(min_cluster_size=0).fit(X, y)
 
 
+@pytest.mark.slow
 def test_constrained_descent_meets_brute_force():
     partitions = np.array(
         [[0] * 8, *([int(i in part) for i in range(8)] for size in (3, 4) for part in combinations(range(8), size))]

@@ -207,6 +207,7 @@ def several(model, dictionaries):
     return found
 
 
+@pytest.mark.slow
 def test_several_prefixes_are_the_units_of_the_comparison(several):
     together = combine_validations(several)
     assert together.unit == "prefix" and len(together.prefixes) == 5
