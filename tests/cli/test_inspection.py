@@ -164,8 +164,8 @@ def test_an_evaluation_of_something_without_a_value_is_strict_json(copied, comma
     ("name", "more"),
     [
         ("fine", []),
-        ("fine", ["--lens=false", "--compare={coarse}"]),
-        ("snmf", []),
+        pytest.param("fine", ["--lens=false", "--compare={coarse}"], marks=pytest.mark.slow),
+        pytest.param("snmf", [], marks=pytest.mark.slow),
         ("snmf", ["--lens=false", "--title=Of neurons"]),
     ],
 )

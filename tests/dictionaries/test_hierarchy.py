@@ -79,7 +79,7 @@ def test_trees(hierarchy):
     assert "level 2 feature 0" in str(roots[0]) and "\n  level 1" in str(roots[0])
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_trees_gather_the_planted_groups(seed):
     """Without the penalty, with which trees gather fewer groups (docs/concepts/semi-nmf.md says how many)."""
     hierarchy = fit_hierarchical_snmf(planted(seed), RANKS, sparsity=4 / 39, max_iter=40, l1=0)

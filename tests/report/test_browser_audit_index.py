@@ -31,7 +31,6 @@ def path(browser, tmp_path_factory):
     )
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("size", [WIDE, PHONE])
 def test_every_prompt_has_a_line_and_a_link(visit, size):
     page = visit(size=size)

@@ -146,7 +146,7 @@ def test_joint_modes_that_each_view_misses_are_recovered():
 
 
 @pytest.mark.parametrize("scaling", ["balanced", "paper"])
-@pytest.mark.parametrize("n, d, noise", [(300, 400, 1.2), (400, 1000, 0.6)])
+@pytest.mark.parametrize("n, d, noise", [(300, 400, 1.2), pytest.param(400, 1000, 0.6, marks=pytest.mark.slow)])
 def test_never_above_the_planted_partition_or_one_cluster(scaling, n, d, noise):
     X, y, w, mode = planted(n, d, n + d, noise)
     path = rate_distortion_path(X, y, sample_weight=w, scaling=scaling, random_state=0)
