@@ -44,8 +44,7 @@ class Inputs:
         """Load what is to be loaded."""
         # Modules can be called too.
         model: Any = self.model if isinstance(self.model, torch.nn.Module) else self.model()
-        saes: Any = self.dictionaries
-        if not isinstance(saes, torch.nn.Module | Sequence):
-            saes = saes(model)
-        saes = [saes] if isinstance(saes, SAE) else list(saes)
+        given = self.dictionaries
+        found: Any = given if isinstance(given, torch.nn.Module | Sequence) else given(model)
+        saes = [found] if isinstance(found, SAE) else list(found)
         return Subject(model=model, saes=saes, embedder=load_sentence_model(self.embedder))
