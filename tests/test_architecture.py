@@ -19,7 +19,8 @@ LAYERS = [
     ["audit", "evals", "hub", "published", "runner"],
     ["cli", "demo", "serve"],
 ]
-BESIDE = {("cli", "demo"), ("cli", "serve")}  # the command starts the demo and the live page
+# The command starts the demo and the live page; evaluations of audits take an audit's settings.
+BESIDE = {("cli", "demo"), ("cli", "serve"), ("evals", "audit")}
 # Thin other names of modules, for imports that are older than the folders.
 ALIASES = {"models": "host.models"}
 

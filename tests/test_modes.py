@@ -67,8 +67,8 @@ MODES = {
 }
 # What takes a second or more, and is tried quickly in the strictest mode alone.
 LONG = {
-    "Audit", "DictionaryRunner", "Evidence", "audit_continuations", "evaluate_novelty", "evaluate_probes",
-    "fit_hierarchical_snmf", "fit_snmf",
+    "Audit", "DictionaryRunner", "Evidence", "audit_continuations", "audit_steps", "evaluate_novelty",
+    "evaluate_probes", "fit_hierarchical_snmf", "fit_snmf",
 }  # fmt: skip
 
 
@@ -291,6 +291,19 @@ def swept(m, tmp):
     return found.cells, found.grid
 
 
+STEPS = {
+    "n_candidates": 16, "max_steps": 2, "delimiter": "e", "max_step_tokens": 16, "final": (), "temperature": 1.0,
+}  # fmt: skip
+
+
+def stepped(m, tmp):
+    tree = ext.sample_steps(m.model, "The assert statement", **STEPS)
+    config = AUDIT | {"min_cluster_size": 2, "betas": (4.0,), "n_clusters": (1, 16)}
+    del config["n"], config["max_new_tokens"]
+    options = {"embedder": m.embedder, "audit": ext.AuditConfig(**config), "n_bootstrap": 20, "n_permutations": 20}
+    return ext.audit_steps(m.model, tree, [m.dictionary], **options).cells
+
+
 CASES: dict[str, Callable[[SimpleNamespace, Any], Any]] = {
     "ActivationBatch": lambda m, tmp: [(b.context(slice(0, 3)), b.first(2)) for b in m.residual],
     "ActivationStream": lambda m, tmp: list(ext.ActivationStream(m.model, m.texts, [HOOK, NEURONS], **STREAM)),
@@ -342,6 +355,8 @@ CASES: dict[str, Callable[[SimpleNamespace, Any], Any]] = {
         )
     ],
     "audit_continuations": audit,
+    "audit_steps": stepped,
+    "sample_steps": lambda m, tmp: ext.sample_steps(m.model, "The assert statement", **STEPS, folder=tmp),
     "clamp_latent": lambda m, tmp: changed_logits(ext.clamp_latent(m.model, m.dictionary, 3, 1.5), m.model),
     "compare_detection": lambda m, tmp: ext.compare_detection(
         m.model, detectors(m), SENTENCES[:2], SENTENCES[2:], diff_means_at=HOOK
@@ -452,7 +467,8 @@ RUN_THE_MODEL = {
     "Evidence", "evaluate_novelty", "write_evidence_report",
     "ActivationBatch", "ActivationStream", "Audit", "DictionaryRunner", "EmbeddingJudge", "KeptStream",
     "ablate_directions",
-    "add_direction", "audit_continuations", "clamp_latent", "compare_detection", "concept_scores", "diff_means",
+    "add_direction", "audit_continuations", "audit_steps", "sample_steps", "clamp_latent",
+    "compare_detection", "concept_scores", "diff_means",
     "fit_exemplar_partition", "fit_exemplar_partitions", "fit_hierarchical_snmf", "fit_sae",
     "fit_snmf", "match_strength", "neuron_group_effect", "profile_dictionaries", "profile_dictionary",
     "Method", "ablate_behaviour", "evaluate_detection", "evaluate_probes", "localisation_sweep", "localise_behaviour",

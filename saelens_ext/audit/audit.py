@@ -198,7 +198,7 @@ def _audit(subject: Subject, prefix: str, config: AuditConfig, stages: Stages, p
         rows = stages.keep(_only(rows, has_effect, "no source of the prefix has an effect on them"))
     state = stages.clustering()
     if state is None:
-        state = stages.keep_clustering(_cluster(rows, config).clustering_state())
+        state = stages.keep_clustering(choose_clustering(rows, config).clustering_state())
     found = PrefixAudit.with_clusters(rows, state, None)
     reason = found.not_validated or ("" if config.validate else NOT_ASKED)
     validation = stages.validation()
@@ -231,7 +231,7 @@ def _only(continuations: ContinuationSet, usable: torch.Tensor, why_not: str) ->
     return continuations.select(usable) if left_out else continuations
 
 
-def _cluster(continuations: ContinuationSet, config: AuditConfig) -> PrefixAudit:
+def choose_clustering(continuations: ContinuationSet, config: AuditConfig) -> PrefixAudit:
     """Cluster at every beta and gamma and take the most stable clustering within the numbers of modes allowed."""
     e, a = continuations.both_views()
     weights = continuations.weights.double().numpy()

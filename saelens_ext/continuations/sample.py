@@ -92,18 +92,14 @@ def sample_continuations(
     stops = _stop_texts(stop)
     prefix = _checks.text(prefix, "prefix")
     text = as_user_message(tokenizer_of(model), prefix, chat_template_options) if chat_template else prefix
-    ids = _fitting_prefix(model, text, options.max_new_tokens, chat_template)
-    collected = _Collected(model, ids, n, deduplicate)
-    with evaluating(model), tqdm(total=n, desc="sampling", unit="continuation", disable=not progress) as bar:
-        while not collected.full and collected.n_draws < limit:
-            numbers = range(collected.n_draws, min(collected.n_draws + batch_size, limit))
-            collected.take(draw_continuations(model, ids, numbers, options, stop=stops))
-            bar.update(len(collected.rows) - bar.n)
+    ids = fitting_prefix(model, text, options.max_new_tokens, chat_template)
+    collected = Collected(model, ids, n, deduplicate)
+    collected.draw(options, stops, limit, batch_size, progress)
     settings = {name: getattr(options, name) for name in ("temperature", "top_p", "max_new_tokens")}
     settings |= {"stop": stops, "seed": options.seed, "n": n, "deduplicate": bool(deduplicate)} | collected.describe()
     metadata = {"sampling": settings, "chat_template": bool(chat_template)}
     counts = {"count": torch.tensor(collected.counts)}
-    return _as_set(model, prefix, text, ids, collected.texts, collected.rows, weights, metadata, counts)
+    return as_set(model, prefix, text, ids, collected.texts, collected.rows, weights, metadata, counts)
 
 
 @standard_modes()
@@ -136,21 +132,22 @@ def score_continuations(
     ones = [_text_or_ids(one, number) for number, one in enumerate(_checks.listed(continuations, "continuations"))]
     rows = [ids_after(model, text, [one], templated=chat_template)[0] if isinstance(one, str) else one for one in ones]
     _check_ids(model, rows)
-    ids = _fitting_prefix(model, text, max(map(len, rows)), chat_template)
+    ids = fitting_prefix(model, text, max(map(len, rows)), chat_template)
     with evaluating(model):
         scores = continuation_log_probs(model, ids, rows, batch_size=batch_size)
     pairs = zip(ones, rows, strict=True)
     texts = [one if isinstance(one, str) else text_after(model, ids.tolist(), row) for one, row in pairs]
     drawn = [Drawn(row, score, "given") for row, score in zip(rows, scores, strict=True)]
     metadata = {"given": len(rows), "chat_template": chat_template}
-    return _as_set(model, prefix, text, ids, texts, drawn, weights, metadata)
+    return as_set(model, prefix, text, ids, texts, drawn, weights, metadata)
 
 
-class _Collected:
-    """The rows that draws have made so far."""
+class Collected:
+    """The rows that draws behind the tokens of a prefix have made so far."""
 
     def __init__(self, model: HostModel, ids: Tensor, n: int, deduplicate: bool):
-        self._model, self._prefix, self._n, self._deduplicate = model, ids.tolist(), n, deduplicate
+        self._model, self._ids, self._prefix = model, ids, ids.tolist()
+        self._n, self._deduplicate = n, deduplicate
         self._row_of: dict[tuple[int, ...], int] = {}
         self.rows: list[Drawn] = []
         self.texts: list[str] = []
@@ -160,6 +157,15 @@ class _Collected:
     @property
     def full(self) -> bool:
         return len(self.rows) >= self._n
+
+    def draw(self, options: SamplingOptions, stops: Sequence[str], limit: int, batch_size: int, progress: bool) -> None:
+        """Draw until there are enough rows, or ``limit`` draws were made."""
+        show = {"desc": "sampling", "unit": "continuation", "disable": not progress}
+        with evaluating(self._model), tqdm(total=self._n, **show) as bar:
+            while not self.full and self.n_draws < limit:
+                numbers = range(self.n_draws, min(self.n_draws + batch_size, limit))
+                self.take(draw_continuations(self._model, self._ids, numbers, options, stop=stops))
+                bar.update(len(self.rows) - bar.n)
 
     def take(self, drawn: Sequence[Drawn]) -> None:
         """Take draws in order; what comes after the last row wanted is left, so that batches do not show."""
@@ -198,7 +204,7 @@ class _Collected:
         return {"n_draws": self.n_draws, "n_empty": self.n_empty, "ended_by": ended_by}
 
 
-def _as_set(
+def as_set(
     model: HostModel,
     prompt: str,
     prefix: str,
@@ -209,6 +215,7 @@ def _as_set(
     metadata: Mapping[str, Any],
     columns: Mapping[str, Tensor] | None = None,
 ) -> ContinuationSet:
+    """The set of some drawn or given continuations."""
     made = ContinuationSet(
         prompt=prompt,
         prefix=prefix,
@@ -236,7 +243,8 @@ def _stop_texts(stop: str | Sequence[str]) -> list[str]:
     return stops
 
 
-def _fitting_prefix(model: HostModel, text: str, room: int, templated: bool) -> Tensor:
+def fitting_prefix(model: HostModel, text: str, room: int, templated: bool) -> Tensor:
+    """The tokens of a prefix; ValueError where a continuation of ``room`` tokens does not fit behind them."""
     ids = prompt_ids(model, text, templated=templated)
     context = int(model.cfg.n_ctx)
     if len(ids) + room > context:

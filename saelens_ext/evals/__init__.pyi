@@ -43,4 +43,8 @@ from .stability import StabilityEvidence as StabilityEvidence
 from .stability import dictionary_stability as dictionary_stability
 from .steering import SteeringEvidence as SteeringEvidence
 from .steering import compare_steering as compare_steering
+from .steps import StepAudit as StepAudit
+from .steps import StepTree as StepTree
+from .steps import audit_steps as audit_steps
+from .steps import sample_steps as sample_steps
 from .synthetic import evaluate_on_synthetic as evaluate_on_synthetic

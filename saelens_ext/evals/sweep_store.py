@@ -1,4 +1,4 @@
-"""The cells of a sweep that are done, in a folder or in memory."""
+"""The cells of a sweep and other parts of an evaluation that are done, in a folder or in memory."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -50,6 +50,14 @@ class SweepStore:
             self._put(name, found)
         number = lambda value: np.nan if value is None else float(value)  # noqa: E731
         return [Verdict(number(shown), number(odds), text) for shown, odds, text in found["verdicts"]]
+
+    def named(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """A result that is there, or made and kept now, as JSON holds it."""
+        found = self._get(name)
+        if found is None:
+            found = _files.json_safe(make())
+            self._put(name, found)
+        return found
 
     def cell(self, percentile: float, seed: int) -> dict[str, Any] | None:
         """A cell that is done."""

@@ -93,7 +93,7 @@ def test_what_workers_need(tmp_path):
         audit_continuations(lambda: next(models), PROMPTS, dictionaries, folder=tmp_path, n_workers=2, **OPTIONS)
 
 
-@pytest.mark.parametrize("n_workers", [1, 2])
+@pytest.mark.parametrize("n_workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_failures_are_recorded_and_shown(n_workers, tmp_path, monkeypatch):
     sample = audit_module.sample_continuations
 
@@ -117,6 +117,7 @@ def test_failures_are_recorded_and_shown(n_workers, tmp_path, monkeypatch):
     assert "Why &lt;b&gt;not&lt;/b&gt;" in page and "gave 1 continuation(s)" in page and "<b>not</b>" not in page
 
 
+@pytest.mark.slow
 def test_a_test_that_cannot_be_made_is_kept(tmp_path, monkeypatch):
     def nothing(*args, **kwargs):
         raise audit_module.NothingToTest("No mode has a latent.")
