@@ -26,6 +26,7 @@ from saelens_ext.continuations.steps import sample_steps as sample_steps
 from saelens_ext.evals import step_pairs as pairs
 from saelens_ext.evals.evidence import Evidence, Failure, evidence_table
 from saelens_ext.evals.sweep_store import SweepStore
+from saelens_ext.evals.verdicts import LEVEL
 from saelens_ext.host.models import HostModel
 from saelens_ext.host.sentence_model import load_sentence_model
 from saelens_ext.ops.resampling import paired_units, smallest_p
@@ -36,6 +37,7 @@ SOURCES = ("each_step", "prompt", "all")
 MIN_PROBLEMS = 10
 """Pairs of steps with fewer problems are shown, and not tested."""
 _PAIR = ["source", "target"]
+_BY_PAIR = (pairs.ELSEWHERE, pairs.PLACE)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -71,12 +73,16 @@ class StepAudit(Evidence):
     def comparisons(self, reference: str | None = None, *, metric: str | None = None) -> pd.DataFrame:
         """Differences between methods over problems, each from the pairs of steps that have a value of both; see
         :meth:`Evidence.comparisons`.
+
+        What stands elsewhere or at a step's place belongs to other steps, so that over all steps it does as well as
+        they do by construction: these controls are compared pair by pair, by :meth:`by_pair`.
         """
         name = _checks.choice(metric or self.headline, tuple(self.metrics), "metric")
         own = self.cells[self.cells["metric"] == name]
         wide = own.pivot_table(index=["problem", *_PAIR], columns="method", values="value", sort=True)
         rows = []
-        for method, other in self._pairs(reference, [one for one in self.kinds if one in wide.columns]):
+        methods = [one for one in self.kinds if one in wide.columns and one not in _BY_PAIR]
+        for method, other in self._pairs(reference, methods):
             both = wide[[method, other]].dropna().groupby(level="problem").mean()
             options = self._resampling() | {"n_permutations": self.settings["n_permutations"]}
             found = paired_units(both[method].to_numpy(), both[other].to_numpy(), **options)
@@ -85,12 +91,18 @@ class StepAudit(Evidence):
         table = pd.DataFrame(rows, columns=columns)
         return table.assign(p_holm=holm(table["p"].to_numpy(dtype=np.float64)))
 
-    def by_pair(self) -> pd.DataFrame:
+    def by_pair(self, control: str | None = None) -> pd.DataFrame:
         """For each source and target: mean slope over problems, low, high, p, p_holm, n_problems, attribution_share.
 
         Holm's correction is over the pairs with at least 10 problems; others have no p-value.
+
+        Args:
+            control: a method whose slope is subtracted, problem by problem, such as "as many tokens elsewhere".
+
+        Raises:
+            ValueError: no such method.
         """
-        return self._by(_PAIR)
+        return self._by(_PAIR, control)
 
     def by_source(self) -> pd.DataFrame:
         """The same by source alone: each problem counts once, with the mean over its targets."""
@@ -100,12 +112,16 @@ class StepAudit(Evidence):
         """The same by the number of steps from source to target."""
         return self._by(["distance"])
 
-    def _by(self, keys: list[str]) -> pd.DataFrame:
-        own = self.cells[self.cells["method"] == pairs.OWN]
-        parts = own[own["metric"] == "slope"].groupby(keys)
-        shares = own[own["metric"] == "attribution_share"]
+    def _by(self, keys: list[str], control: str | None = None) -> pd.DataFrame:
+        slopes = self.cells[self.cells["metric"] == "slope"]
+        places = ["problem", *_PAIR, "distance"]
+        wide = slopes.pivot_table(index=places, columns="method", values="value", sort=True)
+        shares = self.cells[self.cells["metric"] == "attribution_share"]
+        own = wide[pairs.OWN]
+        if control is not None:
+            own = own - wide[_checks.choice(control, tuple(map(str, wide.columns)), "control")]
         rows = []
-        for key, part in cast(Any, parts):
+        for key, part in cast(Any, own.dropna().rename("value").reset_index().groupby(keys)):
             values = part.groupby("problem")["value"].mean().to_numpy(dtype=np.float64)
             options = self._resampling() | {"n_permutations": self.settings["n_permutations"]}
             found = paired_units(values, np.zeros_like(values), **options)
@@ -118,39 +134,53 @@ class StepAudit(Evidence):
         table["p_holm"] = np.nan
         tested = table["p"].notna()
         table.loc[tested, "p_holm"] = holm(table.loc[tested, "p"].to_numpy(dtype=np.float64))
-        return table
+        if control is None:
+            return table
+        return table.rename(columns={"slope": "difference"}).drop(columns="attribution_share")
 
     def verdict(self, reference: str | None = None) -> str:
-        """What the comparisons say, and of which pairs of steps a slope above or below 0 is shown."""
-        table = self.by_pair()
+        """What the comparisons say, and of which pairs of steps a slope, or one beyond that of as many tokens
+        elsewhere or at the same place, is shown.
+        """
+        said = [
+            super().verdict(reference),
+            self._pairs_shown(self.by_pair(), "slope", "a slope that can be told from 0"),
+        ]
+        for control in _BY_PAIR:
+            if control in set(self.cells["method"]):
+                words = f"a slope that can be told from that of {control}"
+                said.append(self._pairs_shown(self.by_pair(control), "difference", words))
+        return "\n".join(said)
+
+    def _pairs_shown(self, table: pd.DataFrame, value: str, words: str) -> str:
         tested = table[table["p"].notna()]
-        said = [super().verdict(reference)]
         if tested.empty:
             most = int(table["n_problems"].max()) if len(table) else 0
-            said.append(f"No pair of steps has {MIN_PROBLEMS} problems (at most {most}), so none is tested by itself.")
-            return "\n".join(said)
+            return f"No pair of steps has {MIN_PROBLEMS} problems for {words} (at most {most}), so none is tested."
         least = smallest_p(int(tested["n_problems"].max()), self.settings["n_permutations"], len(tested))
-        if least >= 0.05:
-            said.append(f"With so few problems no pair of {len(tested)} can have a corrected p-value below 0.05.")
-            return "\n".join(said)
+        if least >= LEVEL:
+            return f"With so few problems none of {len(tested)} pairs of steps could be shown to have {words}."
         name = lambda source: f"step {source:g}" if source else "the prompt"  # noqa: E731
         shown = [
-            f"{name(row['source'])} to step {row['target']:g} ({row['slope']:+.3f})"
-            for row in tested[tested["p_holm"] < 0.05].to_dict("records")
+            f"{name(row['source'])} to step {row['target']:g} ({row[value]:+.3f})"
+            for row in tested[tested["p_holm"] < LEVEL].to_dict("records")
         ]
-        words = f"Of {len(tested)} pairs of steps tested one by one, {len(shown)} have a slope that can be told from 0"
-        said.append(f"{words}{': ' if shown else ''}{', '.join(shown)}.")
-        return "\n".join(said)
+        start = f"Of {len(tested)} pairs of steps tested one by one, {len(shown)} have {words}"
+        return f"{start}{': ' if shown else ''}{', '.join(shown)}."
 
     def section(self) -> EvidenceSection:
         """What a page shows of this evidence."""
         made, note = super().section(), "slope: mean over problems; p_holm is corrected over the rows with a p-value."
         tables = [evidence_table("Pairs of steps", self.by_pair(), f"Source 0 is the prompt. {note}")]
+        for control in (name for name in _BY_PAIR if name in self.kinds):
+            subtracted = f"Slope of the step's own tokens less that of {control}, problem by problem."
+            tables.append(evidence_table(f"Pairs of steps, beside {control}", self.by_pair(control), subtracted))
         tables.append(evidence_table("By source", self.by_source(), note))
         tables.append(evidence_table("By distance", self.by_distance(), note))
         maps = (self._heat_map("slope", "Slope by source and target"),)
         maps += (self._heat_map("attribution_share", "Fraction of the attribution at the source's tokens"),)
-        return replace(made, tables=(*tables, *made.tables, *self._candidates()), heat_maps=maps)
+        forest = replace(made.forest, rows=tuple(row for row in made.forest.rows if row.label not in _BY_PAIR))
+        return replace(made, forest=forest, tables=(*tables, *made.tables, *self._candidates()), heat_maps=maps)
 
     def _heat_map(self, name: str, title: str) -> HeatMap:
         table = self.by_pair()

@@ -208,19 +208,29 @@ def test_pairs_are_tested_where_ten_problems_have_them():
     assert table.loc[(2, 3), "low"] > 0.4 and (table["n_problems"] == 12).all()
     assert table.loc[(2, 3), "p_holm"] == pytest.approx(3 * table.loc[(2, 3), "p"])
     said = evidence.verdict().splitlines()
+    assert said[-2].startswith(
+        "Of 3 pairs of steps tested one by one, 1 have a slope that can be told from 0: step 2 to"
+    )
     assert said[-1].startswith(
-        "Of 3 pairs of steps tested one by one, 1 have a slope that can be told from 0: step 2 to "
+        "Of 3 pairs of steps tested one by one, 1 have a slope that can be told from that of as "
     )
     assert evidence.by_source()["n_problems"].tolist() == [12, 12]
     assert evidence.by_distance().set_index("distance").loc[1, "slope"] == pytest.approx(0.25, abs=0.05)
     few = made(9)
-    assert few.by_pair()["p"].isna().all() and "No pair of steps has 10 problems (at most 9)" in few.verdict()
+    assert (
+        few.by_pair()["p"].isna().all()
+        and "10 problems for a slope that can be told from 0 (at most 9)" in few.verdict()
+    )
 
 
 def test_methods_are_compared_on_the_pairs_that_both_have():
     table = made(12).comparisons().set_index("other")
     assert table.loc[pairs.MOVED, "difference"] == 0.0  # though the step's own mean has a pair that the other lacks
-    assert table.loc[pairs.NOTHING, "p_holm"] < 0.01 and table.loc[pairs.ELSEWHERE, "difference"] > 0.1
+    assert table.loc[pairs.NOTHING, "p_holm"] < 0.01 and pairs.ELSEWHERE not in table.index
+    beside = made(12).by_pair(pairs.ELSEWHERE).set_index(["source", "target"])
+    assert beside.loc[(2, 3), "difference"] > 0.4 > abs(beside.loc[(1, 3), "difference"])
+    with pytest.raises(ValueError, match="control must be one of"):
+        made(12).by_pair("nothing like it")
     nothing = made(12, moved=0.0, seed=2).comparisons().set_index("other")
     assert nothing.loc[pairs.NOTHING, "p_holm"] > 0.05
 
