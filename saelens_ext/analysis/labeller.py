@@ -7,9 +7,9 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from saelens_ext.analysis.labels_examples import ExampleRows, Made, Split, one_line
+from saelens_ext.analysis.labels_examples import ExampleRows, Made, Split
 from saelens_ext.analysis.logit_lens import LensResult
-from saelens_ext.host.tokens import token_strings
+from saelens_ext.host.tokens import one_line, token_strings
 
 N_SHOWN, N_TOKENS, N_RATED = 10, 25, 10
 """Examples and tokens that a labeller is shown, and how many members and random activations it is asked about."""

@@ -22,11 +22,11 @@ from saelens_ext._modes import standard_modes
 from saelens_ext.analysis.labeller import Labeller, LabellerLabels, to_rate
 from saelens_ext.analysis.labels_examples import ExampleRows, Made, Split
 from saelens_ext.analysis.labels_promoted import PromotedLabels
-from saelens_ext.analysis.labels_score import FIGURES, LEVEL, Scorer
 from saelens_ext.analysis.labels_terms import ContextLabels
 from saelens_ext.analysis.logit_lens import LensResult
 from saelens_ext.analysis.profile import DictionaryProfile
 from saelens_ext.ops.detection import auroc_interval
+from saelens_ext.ops.label_score import FIGURES, LEVEL, Label, Scorer
 
 if TYPE_CHECKING:
     import pandas
@@ -35,46 +35,6 @@ logger = logging.getLogger(__name__)
 
 FORMAT = _files.Format("labels", "saelens_ext.Labels", version=1, stated=("d_sae",))
 METHODS = ("contexts", "promoted")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Label:
-    """The label of one latent with its held-out score."""
-
-    text: str
-    """The label; empty where there is none."""
-    output: str
-    """What the latent makes the model say, where a labeller described it; else empty."""
-    auroc: float
-    """U, in [0, 1]; NaN where nothing was left to score it on."""
-    low: float
-    """Lower limit of its 95 % interval."""
-    high: float
-    """Upper limit."""
-    null_high: float
-    """95 % quantile of U with shuffled labels."""
-    p_value: float
-    """Probability of a U as high with shuffled labels."""
-    n_members: int
-    """Members that it was scored on."""
-    n_others: int
-    """Random activations that it was scored on."""
-
-    @property
-    def distinguishes(self) -> bool:
-        """Whether the label detects members better than shuffled labels do, at the 5 % level."""
-        return self.p_value <= LEVEL
-
-    @property
-    def score_text(self) -> str:
-        """The held-out score in words."""
-        if not self.text:
-            return "no label"
-        if np.isnan(self.auroc):
-            return "not scored: no example was set aside for it"
-        figures = f"AUROC {self.auroc:.2f} [{self.low:.2f}, {self.high:.2f}]"
-        chance = f"up to {self.null_high:.2f} by chance"
-        return f"{figures}, {chance}" if self.distinguishes else f"not distinguishable from chance: {figures}, {chance}"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from saelens_ext.analysis.background import Background
 from saelens_ext.analysis.examples import Examples
 from saelens_ext.analysis.profile import DictionaryProfile
-from saelens_ext.host.tokens import special_token_ids, token_strings, visible
+from saelens_ext.host.tokens import one_line, special_token_ids, token_strings
 
 DENSE = 0.5
 """Fraction of all activations from which on random members say nothing: then strong examples are scored instead."""
@@ -192,13 +192,3 @@ def _places(examples: Examples | Background, filled: Any) -> tuple[np.ndarray, .
     """Contexts, windows and positions; the window is the document where older profiles kept no more."""
     windows = examples.document_ids if examples.sequence_ids is None else examples.sequence_ids
     return tuple(column[filled].numpy() for column in (examples.contexts, windows, examples.positions))
-
-
-def bare(token: str) -> str:
-    """A token without the spaces at its edges, which are signs where there is nothing else."""
-    return one_line(token.strip() or token.replace(" ", "␣")) or "∅"
-
-
-def one_line(text: str) -> str:
-    """Text on one line, in which nothing is invisible."""
-    return visible(text).replace("\n", "↵").replace("\t", "⇥").strip()

@@ -3,9 +3,9 @@
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from saelens_ext.analysis.labels_examples import ExampleRows, Made, bare
+from saelens_ext.analysis.labels_examples import ExampleRows, Made
 from saelens_ext.analysis.logit_lens import LensResult
-from saelens_ext.host.tokens import token_strings
+from saelens_ext.host.tokens import bare, token_strings
 
 N_TOKENS = 5
 

@@ -143,6 +143,7 @@ def _mode_row(mode: dict[str, Any]) -> dict[str, Any]:
         "mode": mode["cluster"],
         "weight": f"{mode['weight']:.0%}",
         "members": f"{mode['n_members']} (smallest size)" if mode["at_floor"] else mode["n_members"],
+        "label": mode["label"],
         "typical": repr(mode["text"]),
     }
 

@@ -11,8 +11,10 @@ import pandas as pd
 from saelens_ext import _checks, _files
 from saelens_ext.continuations.clustering.joint_clusterer import JointClusterer
 from saelens_ext.continuations.continuation_set import ContinuationSet
+from saelens_ext.continuations.mode_labels import label_modes
 from saelens_ext.continuations.validation.findings import Verdict, sizes_finding, stability_finding, untested
 from saelens_ext.continuations.validation.results import Validation, combine_validations
+from saelens_ext.ops.label_score import Label
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,6 +47,12 @@ class PrefixAudit:
     def labels(self) -> np.ndarray:
         """``(n,)`` mode of each continuation, by falling weight."""
         return self.clusterer.labels_
+
+    @cached_property
+    def mode_labels(self) -> tuple[Label, ...]:
+        """What each mode could be called, scored on members that did not make the label; see :mod:`mode_labels`."""
+        weights = self.continuations.weights.double().numpy()
+        return label_modes(self.continuations.texts, self.labels, weights)
 
     @property
     def stability(self) -> tuple[float, float]:
@@ -110,7 +118,9 @@ class PrefixAudit:
         return table
 
     def modes(self) -> pd.DataFrame:
-        """One row per mode: its members, their weight, whether it is as small as a mode may be, and its medoid."""
+        """One row per mode: its members, their weight, whether it is as small as a mode may be, its medoid, and its
+        label with the held-out score (:attr:`mode_labels`).
+        """
         medoids = self.clusterer.medoid_indices_
         return pd.DataFrame(
             {
@@ -122,6 +132,9 @@ class PrefixAudit:
                 "at_floor": self.at_floor,
                 "medoid": medoids,
                 "text": [self.continuations.texts[i] for i in medoids],
+                "label": [label.text for label in self.mode_labels],
+                "label_auroc": [label.auroc for label in self.mode_labels],
+                "label_p_value": [label.p_value for label in self.mode_labels],
             }
         )
 

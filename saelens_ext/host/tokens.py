@@ -79,3 +79,20 @@ def visible(text: str) -> str:
         return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in "\n\t" + _JOINERS
 
     return "".join(f"⟨U+{ord(character):04X}⟩" if hidden(character) else character for character in text)
+
+
+def bare(token: str) -> str:
+    """A token without the spaces at its edges, which are signs where there is nothing else."""
+    return one_line(token.strip() or token.replace(" ", "␣")) or "∅"
+
+
+def one_line(text: str) -> str:
+    """Text on one line, in which nothing is invisible."""
+    return visible(text).replace("\n", "↵").replace("\t", "⇥").strip()
+
+
+def joined_label(tokens: list[str], words: list[str]) -> str:
+    """A label on one line: tokens, and after an ellipsis the words around them that say more than they."""
+    bare = {token.lower() for token in tokens}
+    parts = [" / ".join(tokens), ", ".join(word for word in words if word not in bare)]
+    return one_line(" … ".join(parts) if parts[1] else parts[0])

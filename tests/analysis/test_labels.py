@@ -9,8 +9,8 @@ import torch
 
 from saelens_ext.analysis.labels import Labels, label_latents
 from saelens_ext.analysis.labels_examples import ExampleRows
-from saelens_ext.analysis.labels_score import Scorer
 from saelens_ext.analysis.logit_lens import LensResult
+from saelens_ext.ops.label_score import Scorer
 from tests.analysis import planted
 from tests.analysis.planted import SILENT, THE_TOKEN, THE_WORD, TOKEN, TOPIC, WORDS
 

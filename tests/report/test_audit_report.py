@@ -93,6 +93,20 @@ def test_prompt_template_modes_and_members_are_shown(page, audit):
         assert re.sub(r"\s+", " ", body).strip() in text
 
 
+def test_labels_of_modes_stand_in_the_table_at_each_mode_and_in_the_tests(page, audit):
+    found = Page(page)
+    assert any(label.text and label.distinguishes for label in audit.mode_labels)
+    for row, label in zip(audit.modes().itertuples(), audit.mode_labels):
+        assert (row.label, row.label_p_value) == (label.text, pytest.approx(label.p_value, nan_ok=True))
+        if label.text:
+            shown = quoted(label.text)
+            assert (
+                found.text.count(shown) >= 3
+                and f"{shown}{'' if label.distinguishes else ' may be chance'}" in found.text
+            )
+            assert label.score_text in found.text
+
+
 def test_distinguishing_sources_are_those_of_the_audit(page, audit):
     text = Page(page).text
     for mode in range(3):

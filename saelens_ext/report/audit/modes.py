@@ -47,6 +47,12 @@ class Mode:
     mark: int
     """Which of the page's marks stands for it."""
     n: str
+    label: str
+    """What it could be called; empty where nothing sets its continuations apart."""
+    score: str
+    """The label's held-out score in words."""
+    sure: bool
+    """Whether the label does better than chance."""
     at_floor: bool
     """Whether it is as small as the clustering allows."""
     share: str
@@ -79,6 +85,7 @@ def modes_of(audit: PrefixAudit, finder: "ExampleFinder", tokens: Sequence[str])
     found = []
     for row in table.to_dict("records"):
         cluster, weight = int(row["cluster"]), float(row["weight"])
+        label = audit.mode_labels[cluster]
         latents, others = _sources(audit, cluster, finder, tokens, several=len(table) > 1)
         found.append(
             Mode(
@@ -86,6 +93,9 @@ def modes_of(audit: PrefixAudit, finder: "ExampleFinder", tokens: Sequence[str])
                 number=cluster,
                 mark=mark_of(cluster),
                 n=count(int(row["n_members"])),
+                label=quoted(label.text),
+                score=label.score_text,
+                sure=label.distinguishes,
                 at_floor=bool(row["at_floor"]),
                 share=percentage(weight),
                 percent=round(100 * weight, 2),
