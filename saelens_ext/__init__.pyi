@@ -30,6 +30,7 @@ from .continuations.clustering.joint_clusterer import rate_distortion_path as ra
 from .continuations.continuation_set import ContinuationSet as ContinuationSet
 from .continuations.embed import embed_continuations as embed_continuations
 from .continuations.sample import sample_continuations as sample_continuations
+from .continuations.sample import score_continuations as score_continuations
 from .continuations.steering.steer import steer_continuations as steer_continuations
 from .continuations.validation.options import ValidationOptions as ValidationOptions
 from .continuations.validation.validate import validate_clusters as validate_clusters

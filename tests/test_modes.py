@@ -356,6 +356,7 @@ CASES: dict[str, Callable[[SimpleNamespace, Any], Any]] = {
     ],
     "audit_continuations": audit,
     "audit_steps": stepped,
+    "score_continuations": lambda m, tmp: ext.score_continuations(m.model, "The assert", [" a", " statement"]),
     "sample_steps": lambda m, tmp: ext.sample_steps(m.model, "The assert statement", **STEPS, folder=tmp),
     "clamp_latent": lambda m, tmp: changed_logits(ext.clamp_latent(m.model, m.dictionary, 3, 1.5), m.model),
     "compare_detection": lambda m, tmp: ext.compare_detection(
@@ -467,7 +468,8 @@ RUN_THE_MODEL = {
     "Evidence", "evaluate_novelty", "write_evidence_report",
     "ActivationBatch", "ActivationStream", "Audit", "DictionaryRunner", "EmbeddingJudge", "KeptStream",
     "ablate_directions",
-    "add_direction", "audit_continuations", "audit_steps", "sample_steps", "clamp_latent",
+    "add_direction", "audit_continuations", "audit_steps", "sample_steps", "score_continuations",
+    "clamp_latent",
     "compare_detection", "concept_scores", "diff_means",
     "fit_exemplar_partition", "fit_exemplar_partitions", "fit_hierarchical_snmf", "fit_sae",
     "fit_snmf", "match_strength", "neuron_group_effect", "profile_dictionaries", "profile_dictionary",

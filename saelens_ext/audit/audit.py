@@ -32,6 +32,7 @@ from saelens_ext.continuations.sample import sample_continuations
 from saelens_ext.continuations.validation.controls import NothingToTest
 from saelens_ext.continuations.validation.options import ValidationOptions
 from saelens_ext.continuations.validation.validate import validate_clusters
+from saelens_ext.host.chat_template import Prompt, in_words, listed_prompts
 from saelens_ext.host.models import tokenizer_of
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ logger = logging.getLogger(__name__)
 @standard_modes()
 def audit_continuations(
     model: Model,
-    prefixes: str | Sequence[str],
+    prefixes: Prompt | Sequence[Prompt],
     dictionaries: Dictionaries,
     embedder: Any = None,
     *,
@@ -57,7 +58,8 @@ def audit_continuations(
 
     Args:
         model: any TransformerLens model, no SAE attached, or a function without arguments that loads it.
-        prefixes: one or several.
+        prefixes: one or several, each a text, or a conversation: messages with "role" and "content", of which the last
+            may be the beginning of the answer.
         dictionaries: SAEs or transcoders whose latents the continuations are attributed to, and steered by, or a
             function of the model that loads them.
         embedder: a sentence-transformers model, its name or folder, or None for the packaged one.
@@ -90,9 +92,7 @@ def audit_continuations(
         >>> sorted({"text", "weight"} - set(audit.modes().columns))
         []
     """
-    given = _checks.texts([prefixes] if isinstance(prefixes, str) else prefixes, "prefixes")
-    if len(set(given)) != len(given):
-        raise ValueError(f"prefixes must all be different, got {given!r}.")
+    given = listed_prompts(prefixes, "prefixes")
     config = _checks.from_options(AuditConfig, options, "The audit")
     _checks.choice(on_failure, ("raise", "record"), "on_failure")
     inputs = Inputs(model=model, dictionaries=dictionaries, embedder=embedder)
@@ -111,7 +111,9 @@ def audit_continuations(
         errors = _here(subject, given, missing, stages, config, progress, found if keep else None)
     if errors and (on_failure == "raise" or len(errors) == len(given)):
         number, error = next(iter(sorted(errors.items())))
-        raise ValueError(f"{len(errors)} of {len(given)} prefixes could not be audited; {given[number]!r}: {error}")
+        raise ValueError(
+            f"{len(errors)} of {len(given)} prefixes could not be audited; {in_words(given[number])!r}: {error}"
+        )
     audits = [number for number in range(len(given)) if number not in errors]
     several = folder is not None and len(given) > 1
     return Audit(
@@ -121,7 +123,7 @@ def audit_continuations(
         config=config,
         about=about,
         tokenizer=tokenizer,
-        failures={given[number]: error for number, error in sorted(errors.items())},
+        failures={in_words(given[number]): error for number, error in sorted(errors.items())},
     )
 
 
@@ -141,7 +143,7 @@ def _check_workers(model: Model, n_workers: int, folder: str | Path | None) -> N
 
 def _here(
     subject: Subject,
-    given: Sequence[str],
+    given: Sequence[Prompt],
     missing: Sequence[int],
     stages: Sequence[Stages],
     config: AuditConfig,
@@ -164,7 +166,7 @@ def _here(
     return errors
 
 
-def _job(inputs: Inputs, about: Mapping[str, Any], given: Sequence[str], config: AuditConfig, folder: Path) -> Job:
+def _job(inputs: Inputs, about: Mapping[str, Any], given: Sequence[Prompt], config: AuditConfig, folder: Path) -> Job:
     """What a worker does for the number of a prefix; the model is loaded here."""
     subject = inputs.load()
     if (own := _files.json_safe(subject.about)) != _files.json_safe(about):
@@ -180,12 +182,21 @@ def _job(inputs: Inputs, about: Mapping[str, Any], given: Sequence[str], config:
     return work
 
 
-def _audit(subject: Subject, prefix: str, config: AuditConfig, stages: Stages, progress: bool) -> PrefixAudit:
+def _audit(subject: Subject, prefix: Prompt, config: AuditConfig, stages: Stages, progress: bool) -> PrefixAudit:
     """All stages of one prefix."""
     model, saes, embedder = subject.model, subject.saes, subject.embedder
     rows = stages.continuations()
     if rows is None:
-        names = ("temperature", "top_p", "max_new_tokens", "stop", "seed", "weights", "chat_template")
+        names = (
+            "temperature",
+            "top_p",
+            "max_new_tokens",
+            "stop",
+            "seed",
+            "weights",
+            "chat_template",
+            "chat_template_options",
+        )
         options = {name: getattr(config, name) for name in names}
         rows = stages.keep(sample_continuations(model, prefix, config.n, progress=progress, **options))
     if rows.embeddings is None:
@@ -211,7 +222,7 @@ def _audit(subject: Subject, prefix: str, config: AuditConfig, stages: Stages, p
             stages.keep_validation(validation)
         except NothingToTest as error:
             # Modes without two members or without a latent are a finding, not the end of the audit.
-            logger.warning("The modes of %r could not be tested by steering: %s", prefix, error)
+            logger.warning("The modes of %r could not be tested by steering: %s", rows.prompt, error)
             reason = str(error)
             stages.keep_clustering(state | {"not_validated": reason})
     return replace(found, validation=validation, not_validated=reason)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from typing_extensions import TypedDict
 
@@ -30,7 +31,9 @@ class AuditConfig:
     stop: str | tuple[str, ...] = ()
     """Texts that end a continuation."""
     chat_template: bool = False
-    """Whether a prefix is a user's message, put into the tokenizer's chat template."""
+    """Whether a prefix is a user's message, put into the tokenizer's chat template; a conversation always is."""
+    chat_template_options: dict[str, Any] | None = None
+    """Passed to the template: {"enable_thinking": false}."""
     weights: str = "uniform"
     """Weight of each continuation: "uniform", "frequency", "path" or "length_normalised"."""
     embedding: str = "contextual"
@@ -90,6 +93,7 @@ class AuditOptions(TypedDict, total=False):
     max_new_tokens: int
     stop: str | Sequence[str]
     chat_template: bool
+    chat_template_options: dict[str, Any] | None
     weights: str
     embedding: str
     backend: str

@@ -14,6 +14,7 @@ from saelens_ext.audit.config import AuditConfig
 from saelens_ext.continuations.continuation_set import ContinuationSet
 from saelens_ext.continuations.prefix_audit import PrefixAudit
 from saelens_ext.continuations.validation.results import Validation
+from saelens_ext.host.chat_template import Prompt
 from saelens_ext.host.models import HostModel, describe_model
 
 FORMAT_VERSION = 1
@@ -74,7 +75,7 @@ def own_folder(folder: str | Path | None, number: int) -> Path | None:
 
 
 def folder_for(
-    folder: str | Path | None, number: int, prefix: str, config: AuditConfig, about: Mapping[str, Any]
+    folder: str | Path | None, number: int, prefix: Prompt, config: AuditConfig, about: Mapping[str, Any]
 ) -> Path | None:
     """The folder of one prefix, after a check that what lies there is of the same audit."""
     own = own_folder(folder, number)

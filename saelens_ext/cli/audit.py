@@ -58,11 +58,11 @@ def audit(inputs: AuditInputs, settings: AuditConfig, context: Context) -> Resul
     return Result(data=data, text=_text(found, data))
 
 
-def _prefixes(inputs: AuditInputs) -> list[str]:
+def _prefixes(inputs: AuditInputs) -> list[Any]:
     """The texts given one by one, then those of the file."""
     given = [text for one in inputs.prefix for text in (one if isinstance(one, list) else [one])]
     if inputs.prefixes is not None:
-        given += opening.texts_in(Path(inputs.prefixes))
+        given += opening.texts_in(Path(inputs.prefixes), conversations=True)
     if not given:
         raise UsageError("No prefix was given: --prefix=TEXT, which may be repeated, or --prefixes=FILE.")
     return given

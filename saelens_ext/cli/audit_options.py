@@ -35,7 +35,7 @@ class AuditInputs:
     prefix: Any = simple_parsing.field(default_factory=list, action="append", type=str, metavar="TEXT")
     """A text that the model continues; may be repeated."""
     prefixes: str | None = simple_parsing.field(default=None, type=text_or_none, metavar="FILE")
-    """File with a prefix in each line, or a JSON list of them."""
+    """File with a prefix in each line, or a JSON list of texts and conversations (lists of messages)."""
     embedder: str | None = simple_parsing.field(default=None, type=text_or_none, metavar="NAME")
     """Name or folder of a sentence-transformers model; by default the packaged one."""
     n_workers: int = 1
@@ -53,6 +53,7 @@ class AuditInputs:
 _LISTS: dict[str, tuple[Callable[[str], Any], str]] = {
     **dict.fromkeys(("betas", "gammas", "strengths"), (tuple_of(number), "X[,X…]")),
     "n_clusters": (tuple_of(whole_number), "N,N"),
+    "chat_template_options": (mapping_or_none, "JSON"),
     # A text, which may hold commas, or a JSON list.
     "stop": (lambda text: texts(text) if text.startswith("[") else (text,), "TEXT|JSON"),
 }

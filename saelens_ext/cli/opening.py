@@ -224,15 +224,15 @@ def recorded_settings(contents: Contents, dictionary: SAE[Any]) -> dict[str, Any
     return {name: value for name, value in found.items() if value not in (None, "")}
 
 
-def texts_in(path: Path) -> list[str]:
-    """The texts in a file, without empty ones."""
+def texts_in(path: Path, *, conversations: bool = False) -> list[Any]:
+    """The texts in a file, without empty ones; a JSON list may hold lists of messages too, where that is said."""
+    what = f"a JSON list of texts{' and conversations' if conversations else ''}, or a text in each line"
     try:
         text = path.read_text(encoding="utf-8")
         listed = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path} must hold a JSON list of texts, or a text in each line; it is not readable as either ({error})."
-        ) from error
-    if not all(isinstance(entry, str) for entry in listed):
-        raise ValueError(f"{path} must hold a JSON list of texts, or a text in each line; it lists something else.")
+        raise ValueError(f"{path} must hold {what}; it is not readable as either ({error}).") from error
+    kinds = str | list if conversations else str
+    if not all(isinstance(entry, kinds) for entry in listed):
+        raise ValueError(f"{path} must hold {what}; it lists something else.")
     return [entry for entry in listed if entry]

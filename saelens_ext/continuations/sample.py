@@ -18,7 +18,7 @@ from saelens_ext import _checks
 from saelens_ext._modes import standard_modes
 from saelens_ext.continuations.continuation_set import PADDING, WEIGHTINGS, ContinuationSet, pad_rows
 from saelens_ext.host.bos import begins_with_bos
-from saelens_ext.host.chat_template import as_user_message
+from saelens_ext.host.chat_template import Asked, Prompt, asked
 from saelens_ext.host.continued_text import ids_after, text_after
 from saelens_ext.host.models import HostModel, describe_model, tokenizer_of
 from saelens_ext.host.prompt_passes import evaluating, prompt_ids
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 @standard_modes()
 def sample_continuations(
     model: HostModel,
-    prefix: str,
+    prefix: Prompt,
     n: int,
     *,
     temperature: float | int = 1.0,
@@ -53,6 +53,8 @@ def sample_continuations(
     Args:
         model: any TransformerLens model, with a tokenizer.
         prefix: the text to go on from; BOS is added where ``model.to_tokens`` adds it, and none to a chat template's.
+            Or a conversation, messages with "role" ("system", "user", "assistant") and "content", which the template
+            writes; where the last is the assistant's, it is the beginning of the answer.
         n: rows wanted, at least 1.
         temperature: what logits are divided by; 0 takes the likeliest token, so that all draws are one.
         top_p: only the likeliest tokens that together hold this much mass are drawn, in (0, 1].
@@ -90,22 +92,21 @@ def sample_continuations(
     )
     limit = 10 * n if max_draws is None else _checks.positive(max_draws, "max_draws")
     stops = _stop_texts(stop)
-    prefix = _checks.text(prefix, "prefix")
-    text = as_user_message(tokenizer_of(model), prefix, chat_template_options) if chat_template else prefix
-    ids = fitting_prefix(model, text, options.max_new_tokens, chat_template)
+    given = asked(tokenizer_of(model), prefix, chat_template=bool(chat_template), options=chat_template_options)
+    ids = fitting_prefix(model, given.text, options.max_new_tokens, given.templated)
     collected = Collected(model, ids, n, deduplicate)
     collected.draw(options, stops, limit, batch_size, progress)
     settings = {name: getattr(options, name) for name in ("temperature", "top_p", "max_new_tokens")}
     settings |= {"stop": stops, "seed": options.seed, "n": n, "deduplicate": bool(deduplicate)} | collected.describe()
-    metadata = {"sampling": settings, "chat_template": bool(chat_template)}
+    metadata = {"sampling": settings, **how_asked(given)}
     counts = {"count": torch.tensor(collected.counts)}
-    return as_set(model, prefix, text, ids, collected.texts, collected.rows, weights, metadata, counts)
+    return as_set(model, given.prompt, given.text, ids, collected.texts, collected.rows, weights, metadata, counts)
 
 
 @standard_modes()
 def score_continuations(
     model: HostModel,
-    prefix: str,
+    prefix: Prompt,
     continuations: Sequence[str] | Sequence[Sequence[int]],
     *,
     weights: str | Sequence[float | int] = "uniform",
@@ -127,19 +128,25 @@ def score_continuations(
             longer than the model's context, or weights that are not positive.
     """
     _checks.positive(batch_size, "batch_size")
-    prefix = _checks.text(prefix, "prefix")
-    text = as_user_message(tokenizer_of(model), prefix, chat_template_options) if chat_template else prefix
+    given = asked(tokenizer_of(model), prefix, chat_template=bool(chat_template), options=chat_template_options)
+    text, templated = given.text, given.templated
     ones = [_text_or_ids(one, number) for number, one in enumerate(_checks.listed(continuations, "continuations"))]
-    rows = [ids_after(model, text, [one], templated=chat_template)[0] if isinstance(one, str) else one for one in ones]
+    rows = [ids_after(model, text, [one], templated=templated)[0] if isinstance(one, str) else one for one in ones]
     _check_ids(model, rows)
-    ids = fitting_prefix(model, text, max(map(len, rows)), chat_template)
+    ids = fitting_prefix(model, text, max(map(len, rows)), templated)
     with evaluating(model):
         scores = continuation_log_probs(model, ids, rows, batch_size=batch_size)
     pairs = zip(ones, rows, strict=True)
     texts = [one if isinstance(one, str) else text_after(model, ids.tolist(), row) for one, row in pairs]
     drawn = [Drawn(row, score, "given") for row, score in zip(rows, scores, strict=True)]
-    metadata = {"given": len(rows), "chat_template": chat_template}
-    return as_set(model, prefix, text, ids, texts, drawn, weights, metadata)
+    metadata = {"given": len(rows), **how_asked(given)}
+    return as_set(model, given.prompt, text, ids, texts, drawn, weights, metadata)
+
+
+def how_asked(given: Asked) -> dict[str, Any]:
+    """What a set's metadata say of its prompt."""
+    messages = {} if given.messages is None else {"messages": given.messages}
+    return {"chat_template": given.templated, **messages}
 
 
 class Collected:

@@ -10,9 +10,9 @@ import torch
 from saelens_ext import _checks, _files
 from saelens_ext._modes import standard_modes
 from saelens_ext.continuations.continuation_set import ContinuationSet
-from saelens_ext.continuations.sample import Collected, as_set, fitting_prefix
+from saelens_ext.continuations.sample import Collected, as_set, fitting_prefix, how_asked
 from saelens_ext.continuations.step_tree import JSON_FILENAME, VERSION, StepTree, step_folder
-from saelens_ext.host.chat_template import as_user_message
+from saelens_ext.host.chat_template import Asked, Prompt, asked
 from saelens_ext.host.models import HostModel, describe_model, tokenizer_of
 from saelens_ext.steering.sampling import SamplingOptions
 
@@ -25,7 +25,7 @@ _DRAWS = 4
 @standard_modes()
 def sample_steps(
     model: HostModel,
-    prompt: str,
+    prompt: Prompt,
     *,
     n_candidates: int = 64,
     max_steps: int = 12,
@@ -49,7 +49,7 @@ def sample_steps(
 
     Args:
         model: any TransformerLens model, with a tokenizer.
-        prompt: the problem.
+        prompt: the problem, a text or a conversation as for ``sample_continuations``.
         n_candidates: different candidates of each step; fewer, where four times as many draws do not bring more.
         max_steps: steps at most.
         delimiter: the text that ends a step, and belongs to it.
@@ -84,13 +84,14 @@ def sample_steps(
     marks = [_checks.text(mark, "final") for mark in ([final] if isinstance(final, str) else final)]
     if "" in marks:
         raise ValueError("final holds an empty text, which is in every step; leave it out, or give final=() for none.")
-    prompt = _checks.text(prompt, "prompt")
-    text = as_user_message(tokenizer_of(model), prompt, chat_template_options) if chat_template else prompt
-    start = fitting_prefix(model, text, options.max_new_tokens, chat_template)
+    given = asked(
+        tokenizer_of(model), prompt, chat_template=bool(chat_template), options=chat_template_options, name="prompt"
+    )
+    start = fitting_prefix(model, given.text, options.max_new_tokens, given.templated)
     settings: dict[str, Any] = {"prompt_ids": start.tolist(), "n_candidates": n_candidates, "max_steps": max_steps}
-    settings |= {"delimiter": delimiter, "commit": commit, "final": marks, "chat_template": chat_template}
+    settings |= {"delimiter": delimiter, "commit": commit, "final": marks, **how_asked(given)}
     settings |= {name: getattr(options, name) for name in ("temperature", "top_p", "max_new_tokens", "seed")}
-    chain = _Chain(model, prompt, text, start.tolist(), options, settings | {"model": describe_model(model)}, folder)
+    chain = _Chain(model, given, start.tolist(), options, settings | {"model": describe_model(model)}, folder)
     while not chain.ended_by:
         chain.extend(batch_size, progress)
     return StepTree(
@@ -104,15 +105,14 @@ class _Chain:
     def __init__(
         self,
         model: HostModel,
-        prompt: str,
-        text: str,
+        given: Asked,
         ids: list[int],
         options: SamplingOptions,
         settings: Mapping[str, Any],
         folder: str | Path | None,
     ) -> None:
-        self._model, self._options, self._folder = model, options, folder
-        self._prompt, self._text, self._ids = prompt, text, ids
+        self._model, self._options, self._folder, self._asked = model, options, folder, how_asked(given)
+        self._prompt, self._text, self._ids = given.prompt, given.text, ids
         self.settings = _files.json_safe(settings)
         self.steps: list[ContinuationSet] = []
         self.committed: list[int] = []
@@ -173,7 +173,7 @@ class _Chain:
             )
         sampling = {name: self.settings[name] for name in ("temperature", "top_p", "max_new_tokens", "seed")}
         sampling |= {"stop": [self.settings["delimiter"]], "n_unfinished": len(found.rows) - len(whole)}
-        metadata = {"sampling": sampling | drawn, "chat_template": self.settings["chat_template"]}
+        metadata = {"sampling": sampling | drawn, **self._asked}
         texts, rows = [found.texts[i] for i in whole], [found.rows[i] for i in whole]
         counts = {"count": torch.tensor([found.counts[i] for i in whole])}
         ids = torch.tensor(self._ids)

@@ -1,9 +1,18 @@
 """What a chat template writes at the start of a conversation and behind an answer."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
+
+from saelens_ext import _checks
+
+Messages = Sequence[Mapping[str, str]]
+"""A conversation: messages with "role" ("system", "user" or "assistant") and "content". It ends with a user's message,
+or with the beginning of an answer, which is gone on from."""
+Prompt = str | Messages
+"""A text, or a conversation."""
+ROLES = ("system", "user", "assistant")
 
 _ANSWER = "zqANSWERqz"
 _ASKED, _ANSWERED = {"role": "user", "content": "a"}, {"role": "assistant", "content": _ANSWER}
@@ -26,6 +35,102 @@ def as_user_message(tokenizer: PreTrainedTokenizerBase, prompt: str, options: Ma
         )
     messages = [{"role": "user", "content": prompt}]
     made = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **(options or {}))
+    return str(made)
+
+
+class Asked(NamedTuple):
+    """A prompt as the model gets it."""
+
+    prompt: str
+    """What is shown of it: the text, or a conversation's last question."""
+    text: str
+    """What is continued."""
+    templated: bool
+    """Whether a chat template wrote it."""
+    messages: list[dict[str, str]] | None
+    """The conversation, if it is one."""
+
+
+def asked(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    *,
+    chat_template: bool = False,
+    options: Mapping[str, Any] | None = None,
+    name: str = "prefix",
+) -> Asked:
+    """A prompt as the model gets it: a text as it is, or as a user's message; a conversation in the chat template.
+
+    Raises:
+        ValueError: neither a text nor a conversation, or a template that is missing or refuses the conversation.
+    """
+    if isinstance(prompt, str):
+        text = _checks.text(prompt, name)
+        return Asked(text, as_user_message(tokenizer, text, options) if chat_template else text, chat_template, None)
+    messages = checked_messages(prompt, name)
+    shown = next((one["content"] for one in reversed(messages) if one["role"] == "user"), messages[-1]["content"])
+    return Asked(shown, as_conversation(tokenizer, messages, options), True, messages)
+
+
+def listed_prompts(prompts: Prompt | Sequence[Prompt], name: str) -> list[Prompt]:
+    """One prompt or several, as a list of texts and conversations; ValueError for none, or one twice."""
+    alone = isinstance(prompts, str) or (isinstance(prompts, Sequence) and prompts and isinstance(prompts[0], Mapping))
+    found: list[Prompt] = []
+    for number, one in enumerate([prompts] if alone else _checks.listed(prompts, name, "string")):
+        place = f"{name}[{number}]"
+        is_talk = isinstance(one, Sequence) and not isinstance(one, str | bytes)
+        found.append(checked_messages(one, place) if is_talk else _checks.text(one, place))
+    if len(set(map(in_words, found))) != len(found):
+        raise ValueError(f"{name} must all be different, got {found!r:.500}.")
+    return found
+
+
+def in_words(prompt: Prompt) -> str:
+    """A prompt as one text: a conversation as its roles and what each says."""
+    return prompt if isinstance(prompt, str) else "\n".join(f"{one['role']}: {one['content']}" for one in prompt)
+
+
+def checked_messages(messages: Any, name: str) -> list[dict[str, str]]:
+    """A conversation as plain dicts; ValueError for anything else."""
+    remedy = 'give a text, or messages such as [{"role": "user", "content": "Why?"}]'
+    found: list[dict[str, str]] = []
+    for one in messages if isinstance(messages, Sequence) else ():
+        if not isinstance(one, Mapping) or set(one) != {"role", "content"}:
+            given = sorted(map(str, one)) if isinstance(one, Mapping) else one
+            raise ValueError(
+                f"{name} has the message {given!r:.200}, and a message has role and content alone (no tools): {remedy}."
+            )
+        role = _checks.choice(one["role"], ROLES, f"The role of a message of {name}")
+        found.append({"role": role, "content": _checks.text(one["content"], f"The content of a message of {name}")})
+    if not found:
+        raise ValueError(f"{name} must be a text or a conversation, got {messages!r:.200}: {remedy}.")
+    if found[-1]["role"] == "system":
+        raise ValueError(f"{name} ends with a system message, which nobody answers; add a user's message.")
+    if not found[-1]["content"]:
+        raise ValueError(f"{name} ends with an empty message; give its text, or leave it out.")
+    return found
+
+
+def as_conversation(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, options: Mapping[str, Any] | None = None
+) -> str:
+    """A conversation up to where the answer begins, or to the end of the answer that it begins itself.
+
+    Raises:
+        ValueError: the tokenizer has no chat template, or its template refuses the conversation.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError(
+            "This model's tokenizer has no chat template, which messages need; give a text, or set "
+            "tokenizer.chat_template."
+        )
+    begun = messages[-1]["role"] == "assistant"
+    how = {"continue_final_message": True} if begun else {"add_generation_prompt": True}
+    try:
+        made = tokenizer.apply_chat_template([dict(one) for one in messages], tokenize=False, **how, **(options or {}))
+    except Exception as error:  # a template is a program of its author's, and may raise what it likes
+        roles = ", ".join(one["role"] for one in messages)
+        raise ValueError(f"The chat template refuses messages of the roles {roles}: {error}") from error
     return str(made)
 
 

@@ -73,11 +73,14 @@ def test_prefixes_from_a_file(tmp_path):
     assert audit_command._prefixes(inputs) == ["a, b", "one", "two"]
     (tmp_path / "p").write_text(json.dumps(["line\nbreak", "c"]))
     assert audit_command._prefixes(inputs) == ["a, b", "line\nbreak", "c"]
+    talk = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because"}]
+    (tmp_path / "p").write_text(json.dumps([talk, "c"]))
+    assert audit_command._prefixes(inputs) == ["a, b", talk, "c"]
     (tmp_path / "p").write_text("[1]")
-    with pytest.raises(ValueError, match="must hold a JSON list of texts"):
+    with pytest.raises(ValueError, match="must hold a JSON list of texts and conversations"):
         audit_command._prefixes(inputs)
     (tmp_path / "p").write_text("[broken")
-    with pytest.raises(ValueError, match="must hold a JSON list of texts"):
+    with pytest.raises(ValueError, match="must hold a JSON list of texts and conversations"):
         audit_command._prefixes(inputs)
 
 
