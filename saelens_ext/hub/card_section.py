@@ -1,6 +1,6 @@
 """What a model card says of one dictionary: what it is, how it was built, how good it is, and how to load it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import isfinite
 from typing import Any
 
@@ -65,6 +65,8 @@ def describe(contents: Contents, repo_id: str, sae_id: str, metrics: Metrics | N
     if figures:
         parts += ["### Metrics", table(["metric", "value"], figures.items())]
     parts += _labelled(contents.labels)
+    for number, level in enumerate(contents.levels):
+        parts += _labelled(level.labels, f"Labels of level_{number}")
     for found in (contents.evidence or {}).values():
         parts += [f"### {cell(str(found.get('title')))}", cell(str(found.get("verdict")))]
     if files := _beside(contents, sae_id):
@@ -164,14 +166,14 @@ def _of_labels(labels: Labels | None) -> dict[str, Any]:
     }
 
 
-def _labelled(labels: Labels | None) -> list[str]:
+def _labelled(labels: Labels | None, heading: str = "Labels") -> list[str]:
     """The labels that detect their latents best, as a table."""
     if labels is None:
         return []
     order = labels.auroc.nan_to_num(-1).argsort(descending=True, stable=True).tolist()
     best = [(latent, labels[latent]) for latent in order if labels[latent].distinguishes][:N_LABELS]
     rows = [[i, _text(label.text), f"{label.auroc:.2f} [{label.low:.2f}, {label.high:.2f}]"] for i, label in best]
-    return ["### Labels", table(["latent", "label", "held-out AUROC"], rows)] if rows else []
+    return [f"### {heading}", table(["latent", "label", "held-out AUROC"], rows)] if rows else []
 
 
 def _text(text: str) -> str:
@@ -179,11 +181,17 @@ def _text(text: str) -> str:
     return "".join(f"&#{ord(c)};" if c in "<>&[]`*_|\\~!#" else c for c in text)
 
 
+def _any(found: Iterable[Any]) -> Any:
+    return next((one for one in found if one is not None), None)
+
+
 def _beside(contents: Contents, sae_id: str) -> list[str]:
     found = {
         "statistics of the fit (`fit.json`, `fit.safetensors`)": contents.fit,
         "what each latent responds to (`profile.json`, `profile.safetensors`)": contents.profile,
         "a label per latent (`labels.json`, `labels.safetensors`)": contents.labels,
+        "what the features of levels respond to (`level_l/profile.json`)": _any(one.profile for one in contents.levels),
+        "labels of levels (`level_l/labels.json`)": _any(one.labels for one in contents.levels),
         "the config of the run (`runner_cfg.json`)": contents.runner_config,
         f"[a report]({sae_id}/report.html)": contents.report,
         "the figures of its evaluations (`evidence_results.json`)": contents.evidence,

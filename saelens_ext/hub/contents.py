@@ -38,8 +38,9 @@ HIERARCHY_FILENAME = hierarchy.FORMAT.names[0]
 # A level of a hierarchy is a folder of its own.
 _SIDECARS = (*hierarchy.FORMAT.names, *FIT.names, *PROFILE.names, *LABELS.names, RUNNER_CFG_FILENAME, SPARSITY_FILENAME)
 _SIDECARS += (REPORT_FILENAME, BESIDE_FILENAME)
-_SAE_FILES, _OTHERS = ("|".join(map(re.escape, names)) for names in (SAE_FILENAMES, _SIDECARS))
-_KNOWN = re.compile(rf"(level_\d+/)?({_SAE_FILES})|{_OTHERS}")
+_OF_A_LEVEL = (*SAE_FILENAMES, *PROFILE.names, *LABELS.names)
+_LEVEL_FILES, _OTHERS = ("|".join(map(re.escape, names)) for names in (_OF_A_LEVEL, _SIDECARS))
+_KNOWN = re.compile(rf"(level_\d+/)?({_LEVEL_FILES})|{_OTHERS}")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -58,6 +59,8 @@ class Contents:
     """The config of the run that built it."""
     report: Path | None = None
     """A page about it."""
+    levels: tuple["Contents", ...] = ()
+    """The levels of a hierarchy, the finest first, each with its profile and labels."""
     evidence: dict[str, dict[str, Any]] | None = None
     """By kind of evaluation, its "title", "verdict" and "figures"."""
 
@@ -96,13 +99,19 @@ def read_folder(folder: Path, device: str = "cpu", dtype: str | None = None) -> 
         if dtype is not None:
             for level in dictionary.dictionaries:
                 level.to(dtype=str_to_dtype(dtype))
-        return Contents(dictionary=dictionary, **_sidecars(folder, names, None))
+        levels = tuple(_level(folder, names, number, sae) for number, sae in enumerate(dictionary.dictionaries))
+        return Contents(dictionary=dictionary, levels=levels, **_sidecars(folder, names, None))
     missing = [name for name in SAE_FILENAMES if name not in names]
     if missing:
         raise FileNotFoundError(f"{folder} holds no SAELens dictionary: it lacks {' and '.join(missing)}.")
     sae = _load_sae(folder, device, dtype)
     fit = _load_fit(folder, sae) if names.issuperset(FIT.names) else None
     return Contents(dictionary=sae, fit=fit, **_sidecars(folder, names, sae))
+
+
+def _level(folder: Path, names: set[str], number: int, sae: SAE[Any]) -> Contents:
+    own = {name.removeprefix(f"level_{number}/") for name in names if name.startswith(f"level_{number}/")}
+    return Contents(dictionary=sae, **_sidecars(folder / f"level_{number}", own, sae))
 
 
 def _sidecars(folder: Path, names: set[str], sae: SAE[Any] | None) -> dict[str, Any]:

@@ -7,7 +7,7 @@ the profile saved. ``SAE.from_pretrained(repo_id, sae_id)`` loads it once ``sael
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -65,8 +65,8 @@ def push_to_hub(
     repo_id: str,
     sae_id: str,
     *,
-    profile: DictionaryProfile | None = None,
-    labels: Labels | None = None,
+    profile: DictionaryProfile | Sequence[DictionaryProfile] | None = None,
+    labels: Labels | Sequence[Labels] | None = None,
     runner_config: Mapping[str, Any] | str | Path | None = None,
     report: str | Path | None = None,
     metrics: Mapping[str, Any] | None = None,
@@ -88,8 +88,8 @@ def push_to_hub(
             or the directory that one of them was saved into, with whatever lies beside it.
         repo_id: "owner/name" or, for your own account, "name".
         sae_id: the folder, such as "blocks.6.hook_resid_post/percentile_2".
-        profile: what the latents respond to.
-        labels: what the latents could be called; needs no profile beside it.
+        profile: what the latents respond to; of a hierarchy one for each level, the finest first.
+        labels: what the latents could be called, likewise; needs no profile beside it.
         runner_config: the config of the run that built it, or a JSON file of it.
         report: an HTML page about it.
         metrics: further numbers for the card, such as those of ``run_evals``; those of the fit are there anyway.
@@ -211,8 +211,8 @@ def pull_from_hub(
 def _stage(
     pushed: Pushable,
     staging: Path,
-    profile: DictionaryProfile | None,
-    labels: Labels | None,
+    profile: DictionaryProfile | Sequence[DictionaryProfile] | None,
+    labels: Labels | Sequence[Labels] | None,
     runner_config: Mapping[str, Any] | str | Path | None,
     report: str | Path | None,
 ) -> tuple[Contents, dict[str, Path | bytes]]:
@@ -231,19 +231,9 @@ def _stage(
         levels = isinstance(pushed, HierarchicalSNMF)
         contents = Contents(dictionary=pushed) if levels else Contents(dictionary=pushed.dictionary, fit=pushed)
     files: dict[str, Path | bytes] = dict(hub_files.files_in(folder))
-    if profile is not None:
-        if isinstance(contents.dictionary, HierarchicalSNMF):
-            raise ValueError("A profile is of one dictionary, and a hierarchy holds several: push its level by itself.")
-        profile.save(staging / "profile")
-        DictionaryProfile.load(staging / "profile", contents.dictionary)
-        files |= hub_files.files_in(staging / "profile")
-        contents = replace(contents, profile=profile)
-    if labels is not None:
-        if isinstance(contents.dictionary, HierarchicalSNMF) or len(labels) != contents.dictionary.cfg.d_sae:
-            raise ValueError(f"The labels are of {len(labels)} latents, and not of the dictionary that is pushed.")
-        labels.save(staging / "labels")
-        files |= hub_files.files_in(staging / "labels")
-        contents = replace(contents, labels=labels)
+    if profile is not None or labels is not None:
+        contents = _with_sidecars(contents, profile, labels, staging / "beside")
+        files |= hub_files.files_in(staging / "beside")
     if runner_config is not None:
         config = _files.read_json(runner_config) if isinstance(runner_config, str | Path) else dict(runner_config)
         files[RUNNER_CFG_FILENAME] = hub_files.json_bytes(config)
@@ -255,6 +245,52 @@ def _stage(
         contents = replace(contents, report=Path(report))
     configs = [name for name in files if name.rpartition("/")[2] == SAE_CFG_FILENAME]
     return contents, files | {name: _published(files[name]) for name in configs}
+
+
+def _with_sidecars(
+    contents: Contents,
+    profile: DictionaryProfile | Sequence[DictionaryProfile] | None,
+    labels: Labels | Sequence[Labels] | None,
+    folder: Path,
+) -> Contents:
+    """The contents with profiles and labels, which are saved to a folder; ValueError for those of another."""
+    whole = contents.dictionary
+    if not isinstance(whole, HierarchicalSNMF):
+        if isinstance(profile, Sequence) or isinstance(labels, Sequence):
+            raise ValueError("Several profiles or labels are those of a hierarchy; give one for one dictionary.")
+        return _with_own(contents, profile, labels, folder)
+    saes = whole.dictionaries
+    parts = contents.levels or tuple(Contents(dictionary=sae) for sae in saes)
+    columns = (_per_level(profile, len(saes), "profile"), _per_level(labels, len(saes), "labels"))
+    found = zip(parts, *columns, strict=True)
+    return replace(contents, levels=tuple(_with_own(*one, folder / f"level_{n}") for n, one in enumerate(found)))
+
+
+def _per_level(given: Any, n: int, name: str) -> Sequence[Any]:
+    if given is None:
+        return [None] * n
+    if not isinstance(given, Sequence) or len(given) != n:
+        got = len(given) if isinstance(given, Sequence) else "one"
+        raise ValueError(
+            f"A hierarchy of {n} levels takes {name} as a list of {n}, the finest level first, got {got}; give one for "
+            "each, or push its level by itself."
+        )
+    return given
+
+
+def _with_own(contents: Contents, profile: DictionaryProfile | None, labels: Labels | None, folder: Path) -> Contents:
+    sae = contents.dictionary
+    assert not isinstance(sae, HierarchicalSNMF)
+    if profile is not None:
+        profile.save(folder)
+        DictionaryProfile.load(folder, sae)
+        contents = replace(contents, profile=profile)
+    if labels is not None:
+        if len(labels) != sae.cfg.d_sae:
+            raise ValueError(f"The labels are of {len(labels)} latents, and not of the dictionary that is pushed.")
+        labels.save(folder)
+        contents = replace(contents, labels=labels)
+    return contents
 
 
 def _published(config: Path | bytes) -> bytes:
