@@ -63,6 +63,7 @@ from .evals.evidence import Evidence as Evidence
 from .evals.localisation import localise_behaviour as localise_behaviour
 from .evals.localisation_sweep import localisation_sweep as localisation_sweep
 from .evals.methods import Method as Method
+from .evals.model_comparison import compare_models as compare_models
 from .evals.novelty import evaluate_novelty as evaluate_novelty
 from .evals.pathways import pathway_check as pathway_check
 from .evals.probing import evaluate_probes as evaluate_probes

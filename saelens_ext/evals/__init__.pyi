@@ -32,11 +32,14 @@ from .localisation import localise_behaviour as localise_behaviour
 from .localisation_sweep import SweepEvidence as SweepEvidence
 from .localisation_sweep import localisation_sweep as localisation_sweep
 from .methods import Method as Method
+from .model_comparison import ModelComparison as ModelComparison
+from .model_comparison import compare_models as compare_models
 from .novelty import evaluate_novelty as evaluate_novelty
 from .pathways import PathwayCheck as PathwayCheck
 from .pathways import pathway_check as pathway_check
 from .probing import ProbeEvidence as ProbeEvidence
 from .probing import evaluate_probes as evaluate_probes
+from .prompt_shift import PromptShift as PromptShift
 from .ratings import export_for_people as export_for_people
 from .ratings import read_ratings as read_ratings
 from .stability import StabilityEvidence as StabilityEvidence

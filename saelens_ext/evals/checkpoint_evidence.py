@@ -51,7 +51,7 @@ class CheckpointEvidence(Evidence):
     groups: ClassVar[tuple[str, ...]] = ("side",)
     metrics: ClassVar[dict[str, str]] = {
         "median_cosine": "median cosine with the nearest direction",
-        "share_changed": "share of latents that are reproducible and not found on the other side",
+        "share_changed": "share of latents that are reproducible and farther from the other side",
         "share_persisted": "share of latents that are reproducible and found on the other side",
         "share_reproducible": "share of latents found in every other replica of their side beyond chance",
         "agreement": "adjusted mutual information of the regions of the same tokens",
@@ -139,7 +139,7 @@ class CheckpointEvidence(Evidence):
             )
             control = means.get((side, "share_changed", WITHIN))
             if control is not None:
-                line += f", where {control:.0%} would be called so between replicas of the side itself"
+                line += f" ({control:.0%} with one replica of the side itself in the place of the other side)"
             lines.append(f"{line}.")
         return "\n".join(lines)
 

@@ -29,7 +29,7 @@ from saelens_ext.host.flat_sae import encode_flat, hooks_of
 from saelens_ext.host.models import HostModel
 
 REFERENCE_QUANTILE = 0.05
-"""A latent persists if its cosine across is above this quantile of the cosines between replicas of its side."""
+"""A latent persists if its cosine across is above this quantile of those between replicas of its side."""
 _ROUNDING = 1e-6
 _ROWS = 4096
 
@@ -58,13 +58,16 @@ def compare_checkpoints(
 
     - *reproducible* if its nearest direction in every other replica of its side is nearer than chance;
     - *persisted* if it is reproducible, and its cosine across (the median over the other side's replicas) is nearer
-      than chance and at least the 5% quantile of the cosines between replicas of its side, among latents in the same
-      quintile of log10(N c^2);
-    - *dropped* (of the first side) or *introduced* (of the second) if it is reproducible and below that quantile;
+      than chance and at least the 5% quantile of the cosines between replicas of its side, among reproducible latents
+      in the same quintile of log10(N c^2);
+    - *dropped* (of the first side) or *introduced* (of the second) if it is reproducible, below that quantile, and
+      farther from every replica of the other side than from every one of its own, which of 4 + 4 replicas alike
+      happens to 1 latent in 35;
     - *undecided* otherwise.
 
     With 3 or more replicas, every replica is also held out and takes the place of the other side: how many latents
-    would be called changed though nothing was trained.
+    would be called changed though nothing was trained. That is more than between two sides of as many replicas, as
+    fewer replicas have to agree.
 
     Args:
         first: at least 2 replicas by name: dictionaries of any kind, results of fits, or directions ``(k, d)``. Without
@@ -155,14 +158,13 @@ def _judged(
     foreign = [key for key in sides if key[0] != side]
     own = {key: [matches[key, other] for other in keys if other != key] for key in keys}
     quintiles = _quintiles([sides[key] for key in keys], [len(own[key][0].cosine) for key in keys])
-    pooled = [
-        (quintile[:, None].repeat(1, len(own[key])), torch.stack([match.cosine for match in own[key]], dim=1))
-        for key, quintile in zip(keys, quintiles)
-    ]
-    groups, cosines = (torch.cat([part.flatten() for part in parts]) for parts in zip(*pooled))
     limits = torch.full((5,), torch.nan, dtype=torch.float64)
+    groups = torch.cat([quintile[_reproducible(own[key])] for key, quintile in zip(keys, quintiles)])
+    cosines = torch.cat(
+        [torch.stack([match.cosine for match in own[key]], dim=1)[_reproducible(own[key])] for key in keys]
+    )
     for quintile in groups.unique():
-        limits[quintile] = cosines[groups == quintile].nanquantile(REFERENCE_QUANTILE)
+        limits[quintile] = cosines[groups == quintile].quantile(REFERENCE_QUANTILE)
     tables, cells = [], []
     for key, quintile in zip(keys, quintiles):
         across = [matches[key, other] for other in foreign]
@@ -197,12 +199,20 @@ def _quintiles(replicas: Sequence[Replica], sizes: Sequence[int]) -> list[Tensor
     return [torch.searchsorted(edges, one.contiguous()) for one in values]
 
 
+def _reproducible(own: Sequence[SideMatch]) -> Tensor:
+    return torch.stack([match.above for match in own]).all(dim=0)
+
+
 def _states(side: str, own: Sequence[SideMatch], across: Sequence[SideMatch], limits: Tensor) -> np.ndarray:
-    reproducible = torch.stack([match.above for match in own]).all(dim=0)
+    reproducible = _reproducible(own)
     cosine = _median([match.cosine for match in across])
     nearer_than_chance = _median([match.cosine - match.cutoff for match in across]) > 0
-    changed = reproducible & (cosine < limits - _ROUNDING)
-    persisted = reproducible & ~changed & nearer_than_chance
+    below = cosine < limits - _ROUNDING
+    farther = torch.stack([match.cosine for match in across]).amax(dim=0) < torch.stack(
+        [match.cosine for match in own]
+    ).amin(dim=0)
+    changed = reproducible & below & farther
+    persisted = reproducible & ~below & nearer_than_chance
     states = np.full(len(cosine), "undecided", dtype=object)
     states[persisted.numpy()] = "persisted"
     states[changed.numpy()] = CHANGED[side]
@@ -214,11 +224,10 @@ def _median(columns: Sequence[Tensor]) -> Tensor:
 
 
 def _shares(key: Any, method: str, other: str, states: np.ndarray, own: Sequence[SideMatch]) -> list[dict[str, Any]]:
-    reproducible = torch.stack([match.above for match in own]).all(dim=0)
     values = {
         "share_changed": (states == CHANGED[key[0]]).mean(),
         "share_persisted": (states == "persisted").mean(),
-        "share_reproducible": float(reproducible.double().mean()),
+        "share_reproducible": float(_reproducible(own).double().mean()),
     }
     where = {"side": key[0], "replica": " ".join(key), "method": method, "other": other}
     return [{**where, "metric": metric, "value": float(value)} for metric, value in values.items()]
@@ -260,7 +269,7 @@ def _agreement(
         labels += [strongest_latents(one, read.activations[hooks[key]]).numpy() for key, one in own.items()]
     if not torch.equal(*tokens):
         raise ValueError(
-            "The models split the texts into other tokens; agreement on the same tokens needs one tokenizer."
+            "The models split the texts into different tokens; agreement on the same tokens needs one tokenizer."
         )
     found = torch.ones(len(labels), len(labels), dtype=torch.float64)
     for i, j in combinations(range(len(labels)), 2):
