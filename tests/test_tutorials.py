@@ -1,6 +1,7 @@
 """The saved tutorials are whole, and speak of names that exist. Running them is ``python tutorials/run.py --check``."""
 
 import ast
+import importlib
 import json
 import re
 from pathlib import Path
@@ -95,3 +96,69 @@ class TestEachTutorial:
         kinds = [cell["cell_type"] for cell in json.loads(path.read_text())["cells"]]
         assert kinds[0] == "markdown"
         assert kinds.count("markdown") >= kinds.count("code") - 2
+
+
+# --- badges ---
+
+URL = "https://github.com/some-one/some.name"
+
+
+@pytest.fixture
+def badges(monkeypatch):
+    pytest.importorskip("nbformat")
+    monkeypatch.syspath_prepend(TUTORIALS)
+    return importlib.import_module("badges")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_badges_are_those_of_the_repository_that_pyproject_names(badges, path):
+    url = badges.repository()
+    found = [cell for cell in json.loads(path.read_text())["cells"] if cell.get("id", "").startswith("colab-")]
+    expected = [] if url is None else badges.badge_cells(path.name, url)
+    assert [source(cell) for cell in found] == [cell.source for cell in expected]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_badge_is_put_behind_the_heading_and_the_rest_stays(badges, path):
+    import nbformat
+
+    before = nbformat.read(path, as_version=4)
+    once = badges.with_badge(nbformat.read(path, as_version=4), path.name, URL)
+    nbformat.validate(once)
+    assert badges.with_badge(nbformat.from_dict(once), path.name, URL) == once
+    heading, badge, install, *rest = once.cells
+    assert (
+        heading.source.startswith("# ")
+        and f"/github/some-one/some.name/blob/main/tutorials/{path.name})" in badge.source
+    )
+    assert f'"saelens-ext[demo,tutorials] @ git+{URL}"' in install.source
+    code = [cell for cell in once.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    kept = [cell for cell in before.cells if not cell.id.startswith("colab-")]
+    assert [cell.source for cell in [heading, *rest]] == [cell.source for cell in kept]
+    assert [len(cell.get("outputs", [])) for cell in rest] == [len(cell.get("outputs", [])) for cell in kept[1:]]
+
+
+def test_the_install_cell_does_nothing_where_the_package_is_and_installs_where_it_is_not(badges, monkeypatch):
+    (_, cell) = badges.badge_cells("x.ipynb", URL)
+    ran = []
+    monkeypatch.setattr("subprocess.run", lambda *popenargs, **kwargs: ran.append(popenargs[0]))
+    exec(cell.source, {})
+    assert ran == []
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
+    exec(cell.source, {})
+    assert [command[-1] for command in ran] == [f"saelens-ext[demo,tutorials] @ git+{URL}", badges.PACKAGED[-1]]
+
+
+@pytest.mark.parametrize(
+    "url", ["http://github.com/a/b", "https://github.com/a", "https://example.org/a/b", "https://github.com/a/b/c"]
+)
+def test_an_address_that_colab_cannot_open_is_refused(badges, url, tmp_path):
+    (tmp_path / "pyproject.toml").write_text(f'[project]\nname = "x"\n[project.urls]\nRepository = "{url}"\n')
+    with pytest.raises(ValueError, match='must read "https://github.com/OWNER/NAME", got'):
+        badges.repository(tmp_path / "pyproject.toml")
+
+
+def test_without_a_repository_it_says_where_to_name_one(badges, monkeypatch, capsys):
+    monkeypatch.setattr(badges, "repository", lambda pyproject=None: None)
+    assert badges.main([]) == 1 and "under [project.urls]" in capsys.readouterr().err
