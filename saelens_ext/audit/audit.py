@@ -18,6 +18,7 @@ from typing_extensions import Unpack
 from saelens_ext import _checks, _files
 from saelens_ext._modes import standard_modes
 from saelens_ext.audit.config import AuditConfig, AuditOptions
+from saelens_ext.audit.questions import Continuations, Question, questions
 from saelens_ext.audit.result import Audit
 from saelens_ext.audit.spread import WORKERS, Job, spread
 from saelens_ext.audit.stages import NOT_ASKED, KeptAudits, Stages, folder_for, own_folder
@@ -32,7 +33,7 @@ from saelens_ext.continuations.sample import sample_continuations
 from saelens_ext.continuations.validation.controls import NothingToTest
 from saelens_ext.continuations.validation.options import ValidationOptions
 from saelens_ext.continuations.validation.validate import validate_clusters
-from saelens_ext.host.chat_template import Prompt, in_words, listed_prompts
+from saelens_ext.host.chat_template import Prompt
 from saelens_ext.host.models import tokenizer_of
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ def audit_continuations(
     dictionaries: Dictionaries,
     embedder: Any = None,
     *,
+    continuations: Continuations | str | None = None,
     folder: str | Path | None = None,
     n_workers: int = 1,
     workers: str = "joblib",
@@ -63,6 +65,9 @@ def audit_continuations(
         dictionaries: SAEs or transcoders whose latents the continuations are attributed to, and steered by, or a
             function of the model that loads them.
         embedder: a sentence-transformers model, its name or folder, or None for the packaged one.
+        continuations: what is audited instead of samples, scored with the model: of one prefix a list of texts or of
+            token ids, of several a mapping from each prefix to such a list, or a JSONL file of lines
+            ``{"prompt": …, "continuation": …}`` (or ``"token_ids"``). Equal ones are one, with their ``count``.
         folder: where results are kept, stage by stage; what is there from the same audit is used. With it, an audit
             of several prefixes holds one of them in memory at a time.
         n_workers: prefixes audited at a time, each by a worker with a model of its own: ``model`` must then be a
@@ -92,7 +97,7 @@ def audit_continuations(
         >>> sorted({"text", "weight"} - set(audit.modes().columns))
         []
     """
-    given = listed_prompts(prefixes, "prefixes")
+    given = questions(prefixes, continuations)
     config = _checks.from_options(AuditConfig, options, "The audit")
     _checks.choice(on_failure, ("raise", "record"), "on_failure")
     inputs = Inputs(model=model, dictionaries=dictionaries, embedder=embedder)
@@ -100,7 +105,7 @@ def audit_continuations(
     _check_workers(model, _checks.positive(n_workers, "n_workers"), folder)
     subject = inputs.load()
     tokenizer, about = tokenizer_of(subject.model), subject.about
-    stages = [Stages(folder_for(folder, number, prefix, config, about)) for number, prefix in enumerate(given)]
+    stages = [Stages(folder_for(folder, number, one, config, about)) for number, one in enumerate(given)]
     missing = [number for number, own in enumerate(stages) if not own.finished(config.validate)]
     found: dict[int, PrefixAudit] = {}
     if n_workers > 1 and missing:
@@ -112,7 +117,7 @@ def audit_continuations(
     if errors and (on_failure == "raise" or len(errors) == len(given)):
         number, error = next(iter(sorted(errors.items())))
         raise ValueError(
-            f"{len(errors)} of {len(given)} prefixes could not be audited; {in_words(given[number])!r}: {error}"
+            f"{len(errors)} of {len(given)} prefixes could not be audited; {given[number].words!r}: {error}"
         )
     audits = [number for number in range(len(given)) if number not in errors]
     several = folder is not None and len(given) > 1
@@ -123,7 +128,7 @@ def audit_continuations(
         config=config,
         about=about,
         tokenizer=tokenizer,
-        failures={in_words(given[number]): error for number, error in sorted(errors.items())},
+        failures={given[number].words: error for number, error in sorted(errors.items())},
     )
 
 
@@ -143,7 +148,7 @@ def _check_workers(model: Model, n_workers: int, folder: str | Path | None) -> N
 
 def _here(
     subject: Subject,
-    given: Sequence[Prompt],
+    given: Sequence[Question],
     missing: Sequence[int],
     stages: Sequence[Stages],
     config: AuditConfig,
@@ -166,7 +171,7 @@ def _here(
     return errors
 
 
-def _job(inputs: Inputs, about: Mapping[str, Any], given: Sequence[Prompt], config: AuditConfig, folder: Path) -> Job:
+def _job(inputs: Inputs, about: Mapping[str, Any], given: Sequence[Question], config: AuditConfig, folder: Path) -> Job:
     """What a worker does for the number of a prefix; the model is loaded here."""
     subject = inputs.load()
     if (own := _files.json_safe(subject.about)) != _files.json_safe(about):
@@ -182,23 +187,19 @@ def _job(inputs: Inputs, about: Mapping[str, Any], given: Sequence[Prompt], conf
     return work
 
 
-def _audit(subject: Subject, prefix: Prompt, config: AuditConfig, stages: Stages, progress: bool) -> PrefixAudit:
+def _audit(subject: Subject, question: Question, config: AuditConfig, stages: Stages, progress: bool) -> PrefixAudit:
     """All stages of one prefix."""
     model, saes, embedder = subject.model, subject.saes, subject.embedder
     rows = stages.continuations()
     if rows is None:
-        names = (
-            "temperature",
-            "top_p",
-            "max_new_tokens",
-            "stop",
-            "seed",
-            "weights",
-            "chat_template",
-            "chat_template_options",
-        )
+        names = ("temperature", "top_p", "max_new_tokens", "stop", "seed", "weights")
+        names += ("chat_template", "chat_template_options")
         options = {name: getattr(config, name) for name in names}
-        rows = stages.keep(sample_continuations(model, prefix, config.n, progress=progress, **options))
+        if question.given is None:
+            rows = sample_continuations(model, question.prompt, config.n, progress=progress, **options)
+        else:
+            rows = question.scored(model, config)
+        rows = stages.keep(rows)
     if rows.embeddings is None:
         rows = _only(rows, visible_rows(rows, embedder), "the embedder sees no text in them")
         rows = stages.keep(embed_continuations(rows, embedder, mode=config.embedding, progress=progress))

@@ -11,10 +11,10 @@ from sae_lens import SAE
 
 from saelens_ext import _files
 from saelens_ext.audit.config import AuditConfig
+from saelens_ext.audit.questions import Question
 from saelens_ext.continuations.continuation_set import ContinuationSet
 from saelens_ext.continuations.prefix_audit import PrefixAudit
 from saelens_ext.continuations.validation.results import Validation
-from saelens_ext.host.chat_template import Prompt
 from saelens_ext.host.models import HostModel, describe_model
 
 FORMAT_VERSION = 1
@@ -75,13 +75,14 @@ def own_folder(folder: str | Path | None, number: int) -> Path | None:
 
 
 def folder_for(
-    folder: str | Path | None, number: int, prefix: Prompt, config: AuditConfig, about: Mapping[str, Any]
+    folder: str | Path | None, number: int, question: Question, config: AuditConfig, about: Mapping[str, Any]
 ) -> Path | None:
     """The folder of one prefix, after a check that what lies there is of the same audit."""
     own = own_folder(folder, number)
     if own is None:
         return None
-    settings = _files.json_safe({"prefix": prefix, "config": asdict(config), "about": about})
+    asked = {"prefix": question.prompt, "continuations": question.digest}
+    settings = _files.json_safe({**asked, "config": asdict(config), "about": about})
     path = own / JSON_FILENAME
     # Until the first stage is through, there is nothing that other settings would not fit.
     if path.exists() and (own / "continuations").exists():

@@ -43,6 +43,7 @@ def audit(inputs: AuditInputs, settings: AuditConfig, context: Context) -> Resul
         prefixes,
         partial(_attached, loaded if inputs.n_workers == 1 else list(inputs.dictionaries), inputs.device),
         inputs.embedder,
+        continuations=inputs.continuations,
         folder=folder,
         n_workers=inputs.n_workers,
         workers=inputs.workers,

@@ -36,6 +36,8 @@ class AuditInputs:
     """A text that the model continues; may be repeated."""
     prefixes: str | None = simple_parsing.field(default=None, type=text_or_none, metavar="FILE")
     """File with a prefix in each line, or a JSON list of texts and conversations (lists of messages)."""
+    continuations: str | None = simple_parsing.field(default=None, type=text_or_none, metavar="FILE")
+    """JSONL file of continuations to audit instead of samples: {"prompt": …, "continuation": …} in each line."""
     embedder: str | None = simple_parsing.field(default=None, type=text_or_none, metavar="NAME")
     """Name or folder of a sentence-transformers model; by default the packaged one."""
     n_workers: int = 1

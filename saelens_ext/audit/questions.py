@@ -1,0 +1,120 @@
+"""What is asked of a model: prefixes, and for each the continuations that were brought along, if any were."""
+
+import hashlib
+import json
+import operator
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from saelens_ext import _checks
+from saelens_ext.audit.config import AuditConfig
+from saelens_ext.continuations.continuation_set import ContinuationSet
+from saelens_ext.continuations.sample import score_continuations
+from saelens_ext.host.chat_template import Prompt, checked_messages, in_words, listed_prompts
+from saelens_ext.host.models import HostModel
+
+Given = Sequence[str | Sequence[int]]
+Continuations = Given | Mapping[str, Given] | Path
+"""Of one prefix, of several by their texts, or a JSONL file."""
+_KEYS = ({"prompt", "continuation"}, {"prompt", "token_ids"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """A prefix, and its continuations if they are not to be sampled."""
+
+    prompt: Prompt
+    given: tuple[str | tuple[int, ...], ...] | None = None
+
+    @property
+    def words(self) -> str:
+        """The prefix as one text."""
+        return in_words(self.prompt)
+
+    @property
+    def digest(self) -> str | None:
+        """Of the continuations that were given."""
+        return None if self.given is None else hashlib.sha256(json.dumps(self.given).encode()).hexdigest()[:16]
+
+    def scored(self, model: HostModel, config: AuditConfig) -> ContinuationSet:
+        """The continuations that were given; equal ones are one, with their ``count``."""
+        template = {name: getattr(config, name) for name in ("chat_template", "chat_template_options")}
+        counts = Counter(self.given)
+        rows: Any = [one if isinstance(one, str) else list(one) for one in counts]
+        scored = score_continuations(model, self.prompt, rows, **template)
+        return scored.with_columns({"count": torch.tensor(list(counts.values()))}).with_weights(config.weights)
+
+
+def questions(prefixes: Prompt | Sequence[Prompt], continuations: Continuations | str | None) -> list[Question]:
+    """The questions that ``audit_continuations`` is given.
+
+    Raises:
+        ValueError: no prefix or one twice; continuations of another prefix, or a prefix without any; a line of a file
+            that lacks its prompt or its continuation.
+    """
+    prompts = listed_prompts(prefixes, "prefixes")
+    if continuations is None:
+        return [Question(prompt=prompt) for prompt in prompts]
+    words = [in_words(prompt) for prompt in prompts]
+    if isinstance(continuations, str | Path):
+        found: Mapping[str, Any] = _read(Path(continuations))
+    elif isinstance(continuations, Mapping):
+        found = continuations
+    elif len(prompts) == 1:
+        found = {words[0]: continuations}
+    else:
+        raise ValueError(
+            f"continuations is one list, and there are {len(prompts)} prefixes; give a mapping from each prefix to its "
+            "own, or a JSONL file."
+        )
+    unknown, without = [one for one in found if one not in words], [one for one in words if one not in found]
+    if unknown or without:
+        odd = f"of {unknown[0]!r:.200}, which is no prefix" if unknown else f"none of the prefix {without[0]!r:.200}"
+        raise ValueError(f"continuations has {odd}; give those of exactly the prefixes that are audited.")
+    return [
+        Question(prompt=prompt, given=_checked(found[one], one)) for prompt, one in zip(prompts, words, strict=True)
+    ]
+
+
+def _checked(given: Any, prefix: str) -> tuple[str | tuple[int, ...], ...]:
+    name = f"continuations of {prefix!r:.80}"
+    found: list[str | tuple[int, ...]] = []
+    for one in _checks.listed(given, name, "continuation"):
+        if isinstance(one, str):
+            found.append(_checks.text(one, name))
+            continue
+        try:
+            found.append(tuple(operator.index(token) for token in one))
+        except TypeError as error:
+            raise ValueError(f"{name} must be texts or lists of token ids, got {one!r:.100}.") from error
+    return tuple(found)
+
+
+def _read(path: Path) -> dict[str, list[Any]]:
+    """Continuations by prefix, from one JSON object a line."""
+    found: dict[str, list[Any]] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            if not isinstance(entry, dict) or set(entry) not in _KEYS:
+                given = sorted(entry) if isinstance(entry, dict) else entry
+                raise ValueError(
+                    'a line is {"prompt": …, "continuation": …}, or has "token_ids" in its place; '
+                    f"got {given!r:.200}."
+                )
+            one = _checks.text(entry["continuation"], "continuation") if "continuation" in entry else entry["token_ids"]
+            if "token_ids" in entry and not isinstance(one, list):
+                raise ValueError(f"token_ids must be a list of whole numbers, got {one!r:.100}.")
+            prompt = entry["prompt"]
+            prompt = prompt if isinstance(prompt, str) else checked_messages(prompt, "prompt")
+        except ValueError as error:
+            raise ValueError(f"Line {number} of {path}: {error}") from error
+        found.setdefault(in_words(prompt), []).append(one)
+    return found

@@ -1,0 +1,97 @@
+"""Audits of continuations that were brought along: the same as of samples, from lists, mappings and files."""
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+
+from saelens_ext.audit import audit as audit_module
+from saelens_ext.audit.audit import audit_continuations
+from saelens_ext.audit.questions import questions
+from tests.audit.test_audit import OPTIONS, PREFIX
+from tests.continuations._dictionaries import make
+from tests.models_zoo import make_model
+
+FEW = OPTIONS | {"validate": False}
+
+
+@pytest.fixture(scope="module")
+def setting():
+    model = make_model("llama", "SAETransformerBridge")
+    return model, [make("standard", "blocks.1.hook_out", model.cfg.d_model, d_sae=32)]
+
+
+@pytest.fixture(scope="module")
+def sampled(setting):
+    return audit_continuations(setting[0], PREFIX, setting[1], **FEW).prefixes[0]
+
+
+def test_the_sampled_ids_give_the_audit_of_the_samples(setting, sampled, tmp_path, monkeypatch):
+    monkeypatch.setattr(audit_module, "sample_continuations", None)
+    rows = sampled.continuations
+    ids = [rows.ids_of(row) for row in range(len(rows))]
+    options = {"folder": tmp_path / "audit", **FEW}
+    (found,) = audit_continuations(setting[0], PREFIX, setting[1], continuations=ids, **options).prefixes
+    assert found.continuations.texts == rows.texts and torch.equal(found.continuations.token_ids, rows.token_ids)
+    assert torch.allclose(found.continuations.signatures, rows.signatures, atol=1e-5)
+    assert found.labels.tolist() == sampled.labels.tolist()
+    lines = [{"prompt": PREFIX, "token_ids": one} for one in ids]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    log = {"continuations": tmp_path / "log.jsonl", **options}
+    (again,) = audit_continuations(setting[0], PREFIX, setting[1], **log).prefixes
+    pd.testing.assert_frame_equal(again.to_dataframe(), found.to_dataframe())
+    with pytest.raises(ValueError, match="holds an audit with another continuations"):
+        audit_continuations(setting[0], PREFIX, setting[1], continuations=ids[:-1], **options)
+
+
+def test_equal_ones_are_one_with_their_count(setting):
+    texts = [" is", " was", " is", " has", " is"]
+    options = FEW | {"weights": "frequency"}
+    (found,) = audit_continuations(setting[0], PREFIX, setting[1], continuations=texts, **options).prefixes
+    rows = found.continuations
+    assert rows.texts == (" is", " was", " has") and rows.columns["count"].tolist() == [3, 1, 1]
+    assert rows.weights.tolist() == pytest.approx([0.6, 0.2, 0.2])
+
+
+def test_whose_they_are(tmp_path):
+    found = questions(["a", "b"], {"b": [" x"], "a": [[1, 2], " y"]})
+    assert [(one.prompt, one.given) for one in found] == [("a", ((1, 2), " y")), ("b", (" x",))]
+    assert len({one.digest for one in found}) == 2 and questions("a", None)[0].digest is None
+    talk = [{"role": "user", "content": "Why?"}]
+    path = tmp_path / "log.jsonl"
+    path.write_text(json.dumps({"prompt": talk, "continuation": " So."}))
+    assert questions([talk], path)[0].given == questions([talk], str(path))[0].given == (" So.",)
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "given", "message"),
+    [
+        (["a", "b"], [" x"], "continuations is one list, and there are 2 prefixes; give a mapping"),
+        (["a", "b"], {"a": [" x"]}, "has none of the prefix 'b'"),
+        ("a", {"a": [" x"], "c": [" x"]}, "of 'c', which is no prefix"),
+        ("a", [], "continuations of 'a' is empty"),
+    ],
+)
+def test_what_does_not_fit(prefixes, given, message):
+    with pytest.raises(ValueError, match=message):
+        questions(prefixes, given)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"continuation": " x"}, r"Line 2 of .*got \['continuation'\]"),
+        ({"prompt": "a"}, r"Line 2 of .*got \['prompt'\]"),
+        ([1], r"Line 2 of .*got \[1\]"),
+        ({"prompt": "a", "continuation": 5}, "Line 2 of .*continuation must be a text, got 5"),
+        ({"prompt": "a", "token_ids": "x"}, "Line 2 of .*token_ids must be a list of whole numbers, got 'x'"),
+        ({"prompt": "a", "token_ids": [1, "x"]}, "continuations of 'a' must be texts or lists of token ids, got"),
+        ({"prompt": [{"role": "user"}], "continuation": " x"}, "Line 2 of .*role and content alone"),
+    ],
+)
+def test_a_log_without_its_prompts_is_named(line, message, tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text(json.dumps({"prompt": "a", "continuation": " x"}) + "\n" + json.dumps(line))
+    with pytest.raises(ValueError, match=message):
+        questions("a", path)
