@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -337,6 +337,9 @@ CASES: dict[str, Callable[[SimpleNamespace, Any], Any]] = {
     "export_direction": lambda m, tmp: exported(ext.export_direction(m.model, HOOK, m.direction, 2.0, tmp / "v.gguf")),
     "push_to_neuronpedia": uploaded,
     "compare_steering": steered,
+    "compare_clusterings": lambda m, tmp: ext.compare_clusterings(
+        [replace(m.attributed, prefix=f"Prefix {number}") for number in range(6)], betas=(1.0,), gammas=(0.5,)
+    ).summary(),
     "dictionary_stability": lambda m, tmp: ext.dictionary_stability({"a": m.dictionary, "b": m.partition}).summary(),
     "compare_checkpoints": lambda m, tmp: ext.compare_checkpoints(
         *[{"a": m.dictionary, "b": m.partition}] * 2, models=[m.model] * 2, texts=SENTENCES

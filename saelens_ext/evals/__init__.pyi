@@ -18,6 +18,8 @@ from .behaviour import begins_with as begins_with
 from .behaviour_passes import measure_behaviour as measure_behaviour
 from .checkpoint_evidence import CheckpointEvidence as CheckpointEvidence
 from .checkpoints import compare_checkpoints as compare_checkpoints
+from .clusterings import ClusteringEvidence as ClusteringEvidence
+from .clusterings import compare_clusterings as compare_clusterings
 from .concepts_data import Concept as Concept
 from .concepts_data import packaged_concepts as packaged_concepts
 from .concepts_data import packaged_texts as packaged_texts

@@ -1,0 +1,106 @@
+"""Joint clustering against single views on held-out continuations."""
+
+from dataclasses import replace
+
+import joblib
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import entropy
+
+import saelens_ext as sx
+from saelens_ext.evals.clusterings import ClusteringEvidence, compare_clusterings
+from saelens_ext.report.evidence_report import write_evidence_report
+from tests.evals.continuation_sets import one_view_set, planted_set, two_view_set
+
+CELL = {"betas": (2.0,), "gammas": (0.5,), "min_cluster_size": 4}
+
+
+@pytest.fixture(scope="module")
+def two_views():
+    return compare_clusterings([two_view_set(number) for number in range(8)], **CELL)
+
+
+def test_modes_of_two_views_are_found_by_both_together_alone(two_views):
+    table = two_views.comparisons().set_index("other")
+    assert set(table.index) == {"semantic", "attribution", "random", "length"}
+    assert (table["difference"] < 0).all() and (table["p_holm"] < 0.05).all()
+    wins = two_views.wins().set_index("other")
+    assert (wins["estimate"] == 1).all() and wins.loc["semantic", "low"] == pytest.approx(0.676, abs=0.001)
+    assert "joint" in two_views.claim() and "is below" in two_views.claim()
+
+
+@pytest.mark.parametrize("view", ["semantic", "attribution"])
+def test_no_win_over_the_only_view_with_modes(view):
+    found = compare_clusterings([one_view_set(number, view) for number in range(8)], **CELL)
+    table = found.comparisons().set_index("other")
+    assert not (table.loc[view, "p_holm"] < 0.05 and table.loc[view, "difference"] < 0)
+    other = "attribution" if view == "semantic" else "semantic"
+    assert table.loc[other, "difference"] < 0 and table.loc[other, "p_holm"] < 0.05
+
+
+def test_noise_alone_gives_no_claim():
+    found = compare_clusterings([planted_set(n, np.zeros(40, int), np.zeros(40, int)) for n in range(8)], **CELL)
+    table = found.comparisons().set_index("other")
+    assert not ((table["p_holm"] < 0.05) & (table["difference"] < 0)).any()
+
+
+def test_figures_are_those_of_loops(two_views):
+    """Rates match, and one prefix is worked out by hand from the labels of a clusterer fitted to the same half."""
+    cells = two_views.cells.pivot_table(index=["prefix", "beta", "gamma", "method"], columns="metric", values="value")
+    rates = cells["fitted_rate"].unstack("method")
+    assert (rates["random"] - rates["joint"]).abs().max() < 1e-12
+    gamma, beta = cells.index.get_level_values("gamma"), cells.index.get_level_values("beta")
+    parts = gamma * cells["semantic_distortion"] + (1 - gamma) * cells["attribution_distortion"]
+    np.testing.assert_allclose(cells["objective"], cells["rate"] + beta * parts)
+    one = two_view_set(0)
+    order = np.random.default_rng([0, 0]).permutation(48)
+    judged, chosen = np.sort(order[:24]), np.sort(order[24:])
+    e, a = one.both_views()
+    path = sx.rate_distortion_path(
+        e[chosen], a[chosen], CELL["betas"], CELL["gammas"], min_cluster_size=4, random_state=0
+    )
+    point = path.at(2.0, 0.5)
+    masses = np.bincount(point.labels) / 24
+    total = 0.0
+    for row in judged:
+        costs = []
+        for k, mass in enumerate(masses):
+            members = chosen[point.labels == k]
+            d_e = ((e[row] - e[members].mean(axis=0)) ** 2).sum() / path.problem.semantic_scale
+            d_a = np.abs(a[row] - _lower_median(a[members])).sum() / path.problem.attribution_scale
+            costs.append(-np.log(mass) + 2.0 * (0.5 * d_e + 0.5 * d_a))
+        total += min(costs) / 24
+    own = cells.loc["Prefix 0", 2.0, 0.5, "joint"]
+    assert own["objective"] == pytest.approx(total) and own["n_clusters"] == len(masses)
+    assert own["fitted_rate"] == pytest.approx(entropy(masses))
+
+
+def _lower_median(values):
+    return np.sort(values, axis=0)[(len(values) - 1) // 2]
+
+
+def test_order_jobs_and_files_change_nothing(two_views, tmp_path):
+    sets = [two_view_set(number) for number in range(6)]
+    with joblib.parallel_config("threading"):
+        again = compare_clusterings(sets, **CELL, n_jobs=2)
+    pd.testing.assert_frame_equal(again.cells, two_views.cells[: len(again.cells)])
+    read = sx.Evidence.load(two_views.save(tmp_path))
+    assert isinstance(read, ClusteringEvidence)
+    pd.testing.assert_frame_equal(read.wins(), two_views.wins())
+    text = write_evidence_report(tmp_path / "page.html", [two_views.section()]).read_text()
+    assert "Joint clustering" in text and "better single view" in text
+
+
+def test_bad_input():
+    sets = [two_view_set(number, n=12) for number in range(6)]
+    with pytest.raises(ValueError, match="at least 6 prefixes, got 5"):
+        compare_clusterings(sets[:5])
+    with pytest.raises(ValueError, match="'Prefix 0 ' is given twice"):
+        compare_clusterings([*sets, replace(sets[0], prefix="Prefix 0 ")])
+    with pytest.raises(ValueError, match="3 to cluster and 4 to judge on, and either part needs 4"):
+        compare_clusterings([*sets[:5], sets[5].select(range(7))])
+    with pytest.raises(ValueError, match="no signatures"):
+        compare_clusterings([*sets[:5], replace(sets[5], signatures=None)])
+    with pytest.raises(ValueError, match="held_out must lie"):
+        compare_clusterings(sets, held_out=1.0)
