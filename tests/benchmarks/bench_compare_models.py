@@ -18,7 +18,7 @@ from saelens_ext.demo.packaged import load_demo_corpus, load_demo_model
 from saelens_ext.host.chat_template import as_user_message
 
 
-def texts_of(model, n_corpus):
+def texts_of(model, n_chats, n_corpus):
     """Chats of either kind, and documents of the corpus cut to one window."""
     chats = [as_user_message(model.tokenizer, prompt) for side in organism_prompts("train") for prompt in side]
     return chats + [text[:400] for text in load_demo_corpus()["text"][:n_corpus]]
@@ -31,6 +31,8 @@ def main():
     parser.add_argument("--replicas", type=int, default=4)
     parser.add_argument("--corpus", type=int, default=40)
     parser.add_argument("--prompts", type=int, default=30)
+    parser.add_argument("--chats", type=int, default=40)
+    parser.add_argument("--against", nargs="+", default=["organism", "itself"])
     parser.add_argument("--calibration", default="base")
     parser.add_argument("--html", default=None)
     arguments = parser.parse_args()
@@ -39,8 +41,9 @@ def main():
     base, organism = load_demo_model(), load_organism()
     new = organism_prompts("new")
     prompts = {name: list(side[: arguments.prompts]) for name, side in zip(new._fields, new)}
-    texts = texts_of(base, arguments.corpus)
-    for name, tuned in (("organism", organism), ("itself", base)):
+    texts = texts_of(base, arguments.chats, arguments.corpus)
+    for name in arguments.against:
+        tuned = {"organism": organism, "itself": base}[name]
         start = time.process_time()
         found = sx.compare_models(
             base, tuned, texts, hook_name=arguments.hook, prompts=prompts, chat_template=True,
