@@ -347,6 +347,9 @@ CASES: dict[str, Callable[[SimpleNamespace, Any], Any]] = {
     "compare_models": lambda m, tmp: ext.compare_models(
         m.model, m.model, m.texts, hook_name=HOOK, percentile=20, n_replicas=2, context_size=16, max_tokens=300
     ).checkpoints.summary(),
+    "overlap_by_tokens": lambda m, tmp: ext.overlap_by_tokens(
+        {"a": m.partition.dictionary, "b": m.dictionary}, m.residual, min_active=1, n_bootstrap=5
+    ).summary(),
     "decompose_dictionary": lambda m, tmp: ext.decompose_dictionary(m.dictionary, m.dictionary, n_null=2),
     "pathway_check": lambda m, tmp: ext.pathway_check(
         m.model, HOOK, m.direction, SENTENCES * 5, coefficient=2.0, prompts="I think"
@@ -470,7 +473,7 @@ WITHOUT_TORCH = {
 
 # Under autocast a model computes in bfloat16, as its user wants, and what is read from it is rounded.
 RUN_THE_MODEL = {
-    "compare_checkpoints", "compare_models",
+    "compare_checkpoints", "compare_models", "overlap_by_tokens",
     "Evidence", "evaluate_novelty", "write_evidence_report",
     "ActivationBatch", "ActivationStream", "Audit", "DictionaryRunner", "EmbeddingJudge", "KeptStream",
     "ablate_directions",

@@ -37,6 +37,8 @@ from .methods import Method as Method
 from .model_comparison import ModelComparison as ModelComparison
 from .model_comparison import compare_models as compare_models
 from .novelty import evaluate_novelty as evaluate_novelty
+from .overlap import OverlapEvidence as OverlapEvidence
+from .overlap import overlap_by_tokens as overlap_by_tokens
 from .pathways import PathwayCheck as PathwayCheck
 from .pathways import pathway_check as pathway_check
 from .probing import ProbeEvidence as ProbeEvidence
