@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 from typing_extensions import Unpack
 
 from saelens_ext import _checks, _files
 from saelens_ext._modes import standard_modes
 from saelens_ext.audit.config import AuditConfig, AuditOptions
+from saelens_ext.audit.progress import AuditBar
 from saelens_ext.audit.questions import Continuations, Question, questions
 from saelens_ext.audit.result import Audit
 from saelens_ext.audit.spread import WORKERS, Job, spread
@@ -157,17 +157,19 @@ def _here(
 ) -> dict[int, str]:
     """Audit in this process; errors by number. What is found is put into ``found``, if it is to be held."""
     errors: dict[int, str] = {}
-    for number in tqdm(missing, disable=not progress or len(given) == 1, desc="prompts"):
-        try:
-            audited = _audit(subject, given[number], config, stages[number], progress)
-            if found is not None:
-                found[number] = audited
-            del audited  # before the next prompt
-        except ValueError as error:
-            if len(given) == 1:
-                raise
-            # The others are finished first; their results are in the folder.
-            errors[number] = str(error)
+    with AuditBar(len(missing), progress) as bar:
+        for number in missing:
+            try:
+                audited = _audit(subject, given[number], config, stages[number], progress, bar)
+                if found is not None:
+                    found[number] = audited
+                del audited  # before the next prompt
+            except ValueError as error:
+                if len(given) == 1:
+                    raise
+                # The others are finished first; their results are in the folder.
+                errors[number] = str(error)
+            bar.end_prompt()
     return errors
 
 
@@ -179,7 +181,8 @@ def _job(inputs: Inputs, about: Mapping[str, Any], given: Sequence[Question], co
 
     def work(number: int) -> str | None:
         try:
-            _audit(subject, given[number], config, Stages(own_folder(folder, number)), progress=False)
+            own = Stages(own_folder(folder, number))
+            _audit(subject, given[number], config, own, progress=False, bar=AuditBar(1, show=False))
         except ValueError as error:
             return str(error)
         return None
@@ -187,7 +190,9 @@ def _job(inputs: Inputs, about: Mapping[str, Any], given: Sequence[Question], co
     return work
 
 
-def _audit(subject: Subject, question: Question, config: AuditConfig, stages: Stages, progress: bool) -> PrefixAudit:
+def _audit(
+    subject: Subject, question: Question, config: AuditConfig, stages: Stages, progress: bool, bar: AuditBar
+) -> PrefixAudit:
     """All stages of one prefix."""
     model, saes, embedder = subject.model, subject.saes, subject.embedder
     rows = stages.continuations()
@@ -195,27 +200,32 @@ def _audit(subject: Subject, question: Question, config: AuditConfig, stages: St
         names = ("temperature", "top_p", "max_new_tokens", "stop", "seed", "weights")
         names += ("chat_template", "chat_template_options")
         options = {name: getattr(config, name) for name in names}
+        bar.begin("sampling")
         if question.given is None:
             rows = sample_continuations(model, question.prompt, config.n, progress=progress, **options)
         else:
             rows = question.scored(model, config)
         rows = stages.keep(rows)
     if rows.embeddings is None:
+        bar.begin("embedding")
         rows = _only(rows, visible_rows(rows, embedder), "the embedder sees no text in them")
         rows = stages.keep(embed_continuations(rows, embedder, mode=config.embedding, progress=progress))
     if rows.signatures is None:
+        bar.begin("attributing")
         options = {"backend": config.backend, "max_sources": config.max_sources}
         rows = attribute_continuations(model, saes, rows, progress=progress, **options)
         has_effect = torch.as_tensor(rows.both_views()[1].any(axis=1))
         rows = stages.keep(_only(rows, has_effect, "no source of the prefix has an effect on them"))
     state = stages.clustering()
     if state is None:
+        bar.begin("clustering")
         state = stages.keep_clustering(choose_clustering(rows, config).clustering_state())
     found = PrefixAudit.with_clusters(rows, state, None)
     reason = found.not_validated or ("" if config.validate else NOT_ASKED)
     validation = stages.validation()
     if validation is None and not reason:
         how = {name: getattr(config, name) for name in ("strengths", "top", "max_rows", "seed")}
+        bar.begin("testing by steering")
         try:
             validation = validate_clusters(
                 model, saes, rows, found.clusterer, ValidationOptions(**how), progress=progress
