@@ -118,6 +118,8 @@ class PairedViews:
         self._nonzero = csr_array((self.sources != 0).T) if sparse else None
         self._ranks: Ranks | None = None
         self._known: dict[bytes, Cluster] = {}
+        # Made once, so that searches at other weights share the clusters that were looked at.
+        self._coarse: PairedViews | Literal[False] | None = None
         self._limit = max(1024, _MEMORY_BYTES // (16 * self.n + 16 * len(self.sources) + 8 * semantic.shape[1] + 512))
 
     @property
@@ -132,15 +134,20 @@ class PairedViews:
         cluster for all has the distortion that it has. Of sparse sources a sample would see too little, and they cost
         little.
         """
+        if self._coarse is None:
+            self._coarse = self._sampled()
+        return self if self._coarse is False else self._coarse
+
+    def _sampled(self) -> "PairedViews | Literal[False]":
         if self._nonzero is not None or len(self.sources) < 2 * _SAMPLED:
-            return self
+            return False
         rows = self.sources[np.linspace(0, len(self.sources) - 1, _SAMPLED).astype(int)].T
         everything = np.arange(self.n)
         sampled = (
             PairedViews(self.semantic, rows, self.weights, self.metric, self.semantic_center).cluster(everything).v_a
         )
         if not sampled > 0:
-            return self
+            return False
         ratio = self.cluster(everything).v_a / sampled
         rows *= ratio if self.metric == "l1" else np.sqrt(ratio)
         return PairedViews(self.semantic, rows, self.weights, self.metric, self.semantic_center)

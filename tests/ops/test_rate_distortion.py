@@ -165,6 +165,22 @@ def test_dense_views_are_scouted_on_a_sample_and_judged_in_full():
     )
 
 
+def test_searches_at_other_weights_share_what_they_looked_at_and_find_the_same():
+    rng = np.random.default_rng(1)
+    semantic, sources = rng.normal(size=(60, 4)), rng.standard_t(2, size=(60, 600)) + 3 * (np.arange(60) % 3)[:, None]
+    views = PairedViews(semantic, sources, np.ones(60))
+    sketch, found = Sketch(views, np.random.RandomState(0)), []
+    for weights in ((0.1, 2 / 600), (0.2, 1 / 600)):
+        fresh = PairedViews(semantic, sources, np.ones(60))
+        both = [Search(each, np.random.RandomState(0), sketch=sketch) for each in (views, fresh)]
+        ends = [search.best(search.starts(*weights), *weights) for search in both]
+        np.testing.assert_array_equal(ends[0].labels, ends[1].labels)
+        assert ends[0].cost == ends[1].cost
+        found.append(both[0].coarse)
+    assert found[0] is found[1] is not views
+    assert found[0].cluster(np.arange(60)) is found[1].cluster(np.arange(60))
+
+
 def test_memory_does_not_hold_items_by_clusters_by_sources():
     n, d, k = 300, 2000, 20
     rng = np.random.default_rng(0)
