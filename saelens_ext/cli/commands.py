@@ -160,6 +160,18 @@ _ALL = (
         ("EvidenceInputs", "BehaviourInputs", "BehaviourSettings"),
     ),
     _evidence(
+        "stability",
+        "look for the directions of a dictionary in its replicas, beside replicas turned at random",
+        "seed0/blocks.6.hook_out_exemplars_p2 --compare=seed1/blocks.6.hook_out_exemplars_p2",
+        ("ReplicaInputs", "StabilitySettings"),
+    ),
+    _evidence(
+        "checkpoints",
+        "tell what training changed in a dictionary, by replicas of two models' dictionaries",
+        "base_seed0 --compare=base_seed1 --second=tuned_seed0 --second=tuned_seed1",
+        ("ReplicaInputs", "OtherModelInputs", "CheckpointSettings"),
+    ),
+    _evidence(
         "synthetic",
         "compare dictionaries with the known features of SAELens' synthetic models",
         "--n_seeds=10",

@@ -21,14 +21,18 @@ from saelens_ext.cli.evidence_options import (
     ConceptInputs,
     DocumentInputs,
     EvidenceInputs,
+    OtherModelInputs,
+    ReplicaInputs,
     ResultOptions,
     SteeringInputs,
 )
 from saelens_ext.cli.output import Context, Result, table
 from saelens_ext.dictionaries.exemplar_partition import ExemplarPartition
+from saelens_ext.dictionaries.fit_result import ExemplarFitResult
 from saelens_ext.evals.ablation import ablate_behaviour
 from saelens_ext.evals.baselines import matched_controls
 from saelens_ext.evals.behaviour import REFUSALS, PromptSplit, begins_with
+from saelens_ext.evals.checkpoints import compare_checkpoints
 from saelens_ext.evals.concepts_data import Concept, packaged_concepts, read_concepts
 from saelens_ext.evals.detection import evaluate_detection
 from saelens_ext.evals.evidence import Evidence
@@ -38,6 +42,7 @@ from saelens_ext.evals.methods import Method
 from saelens_ext.evals.novelty import evaluate_novelty
 from saelens_ext.evals.probing import evaluate_probes
 from saelens_ext.evals.results import save_evidence, write_beside
+from saelens_ext.evals.stability import dictionary_stability
 from saelens_ext.evals.steering import compare_steering
 from saelens_ext.evals.synthetic import evaluate_on_synthetic
 from saelens_ext.host.flat_sae import hooks_of
@@ -158,6 +163,29 @@ def behaviour(
     return _finish(ablated, inputs, results, settings, swept)
 
 
+def stability(inputs: ReplicaInputs, settings: Any, results: ResultOptions, context: Context) -> Result:
+    """Look for the directions of a dictionary in its replicas."""
+    _prepare(results)
+    if not inputs.compare:
+        raise UsageError("No other replica was named: --compare=FOLDER, a dictionary built as this one but for a seed.")
+    found = dictionary_stability(_replicas([inputs.dictionary, *inputs.compare]), **vars(settings))
+    return _finish(found, inputs, results, settings)
+
+
+def checkpoints(
+    inputs: ReplicaInputs, other: OtherModelInputs, settings: Any, results: ResultOptions, context: Context
+) -> Result:
+    """Tell what training changed in a dictionary, by replicas of both models'."""
+    _prepare(results)
+    if not inputs.compare or len(other.second) < 2:
+        raise UsageError(
+            f"Each model needs at least 2 replicas, got {1 + len(inputs.compare)} and {len(other.second)}: "
+            "--compare=FOLDER for the first model, --second=FOLDER --second=FOLDER for the other."
+        )
+    sides = _replicas([inputs.dictionary, *inputs.compare]), _replicas(other.second)
+    return _finish(compare_checkpoints(*sides, **vars(settings)), inputs, results, settings)
+
+
 def synthetic(settings: Any, results: ResultOptions, context: Context) -> Result:
     """Compare dictionaries with the features of SAELens' synthetic models."""
     _prepare(results)
@@ -180,12 +208,27 @@ def _concepts(inputs: ConceptChoice) -> list[Concept]:
     return packaged_concepts(inputs.names or None, n_per_side=inputs.n_per_side)
 
 
+def _replicas(folders: Sequence[str]) -> dict[str, SAE[Any] | ExemplarFitResult]:
+    """Dictionaries by name, with the statistics of their fits where these lie beside them."""
+    opened = [
+        ExemplarFitResult.load(folder) if (Path(folder) / "fit.json").exists() else opening.open_dictionary(folder)
+        for folder in folders
+    ]
+    return dict(zip(_names(folders), opened, strict=True))
+
+
+def _names(folders: Sequence[str]) -> list[str]:
+    """The names of the folders, or their paths where two have one name."""
+    names = [Path(folder).name for folder in folders]
+    if len(set(folders)) < len(folders):
+        raise UsageError(f"A dictionary was named twice among {', '.join(folders)}; name each once.")
+    return names if len(set(names)) == len(names) else list(folders)
+
+
 def _opened(inputs: EvidenceInputs) -> tuple[ActivationStream, dict[str, SAE[Any]]]:
     """The stream that the first dictionary was fitted to, and all dictionaries by the names of their folders."""
     folders = [inputs.dictionary, *inputs.compare]
-    names = [Path(folder).name for folder in folders]
-    if len(set(names)) < len(names):
-        names = folders
+    names = _names(folders)
     contents = opening.read_folder(inputs.dictionary)
     first = opening.open_dictionary(inputs.dictionary, inputs.device)
     saes = [first, *(opening.open_dictionary(folder, inputs.device) for folder in inputs.compare)]
@@ -231,7 +274,11 @@ def _named_files(given: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _finish(
-    found: Evidence, inputs: EvidenceInputs | None, results: ResultOptions, settings: Any, *more: Evidence
+    found: Evidence,
+    inputs: EvidenceInputs | ReplicaInputs | None,
+    results: ResultOptions,
+    settings: Any,
+    *more: Evidence,
 ) -> Result:
     """Write the page and the results, put the figures where people look, and say what was found."""
     about = {} if inputs is None else {"dictionary": inputs.dictionary, "model": found.settings.get("model", "")}
@@ -247,7 +294,7 @@ def _finish(
     return Result(data=data, text="\n".join([*lines, "", *(f"{name}: {path}" for name, path in files.items())]))
 
 
-def _log(found: Evidence, inputs: EvidenceInputs | None, results: ResultOptions, settings: Any) -> None:
+def _log(found: Evidence, inputs: EvidenceInputs | ReplicaInputs | None, results: ResultOptions, settings: Any) -> None:
     """Log the estimates to a wandb run, under ``metrics/evidence/``."""
     if not results.logger.log_to_wandb:
         return

@@ -11,11 +11,13 @@ from typing import Any
 import simple_parsing
 from sae_lens import LoggingConfig
 
-from saelens_ext.cli.options import ReadingOptions
+from saelens_ext.cli.options import ReadingOptions, place
 from saelens_ext.evals.ablation import ablate_behaviour
+from saelens_ext.evals.checkpoints import compare_checkpoints
 from saelens_ext.evals.detection import evaluate_detection
 from saelens_ext.evals.novelty import evaluate_novelty
 from saelens_ext.evals.probing import evaluate_probes
+from saelens_ext.evals.stability import dictionary_stability
 from saelens_ext.evals.steering import compare_steering
 from saelens_ext.evals.synthetic import evaluate_on_synthetic
 from saelens_ext.runner.config import quiet_logger
@@ -73,6 +75,26 @@ class DocumentInputs:
     """Documents of the kind that it was fitted to: a JSON list of texts, or a text in each line."""
     outside: Any = simple_parsing.field(default_factory=list, action="append", type=str, metavar="NAME=FILE")
     """Documents of another kind, likewise; may be repeated."""
+
+
+@dataclass(kw_only=True)
+class ReplicaInputs:
+    """Dictionaries that were built alike, but for a seed. No model is read."""
+
+    dictionary: str = place("FOLDER")
+    """Folder of a saved dictionary, any that SAELens loads; the statistics of its fit are used where they are kept."""
+    compare: Any = simple_parsing.field(default_factory=list, action="append", type=str, metavar="FOLDER")
+    """Another replica; may be repeated."""
+    save: bool = True
+    """Put the verdict and the figures beside the dictionary, for its card."""
+
+
+@dataclass(kw_only=True)
+class OtherModelInputs:
+    """The dictionaries of the other model."""
+
+    second: Any = simple_parsing.field(default_factory=list, action="append", type=str, metavar="FOLDER")
+    """A replica of the other model's dictionary; repeat it, at least 2 are needed."""
 
 
 @dataclass(kw_only=True)
@@ -156,6 +178,8 @@ def _explained(docstring: str) -> dict[str, str]:
     return found
 
 
+StabilitySettings = _settings("StabilitySettings", dictionary_stability, "How replicas are compared.")
+CheckpointSettings = _settings("CheckpointSettings", compare_checkpoints, "How the models' replicas are compared.")
 BehaviourSettings = _settings("BehaviourSettings", ablate_behaviour, "How ablations are judged.")
 DetectionSettings = _settings("DetectionSettings", evaluate_detection, "How methods are judged.", ("untrained_twin",))
 ProbeSettings = _settings("ProbeSettings", evaluate_probes, "How probes are judged.", ("activations",))

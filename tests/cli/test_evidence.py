@@ -161,6 +161,38 @@ def test_estimates_go_to_wandb(command, tmp_path, monkeypatch, offline):
     assert 0 < logged["metrics/evidence/synthetic/EP/mcc"] <= 1
 
 
+@pytest.fixture
+def replicas(built, tmp_path):
+    """Four folders of one dictionary."""
+    import shutil
+
+    return [shutil.copytree(built["coarse"], tmp_path / f"seed{number}" / "coarse") for number in range(4)]
+
+
+def test_stability_of_replicas(command, replicas, tmp_path):
+    given = [replicas[0], f"--compare={replicas[1]}", f"--output_path={tmp_path / 'out'}"]
+    found = command("evidence", "stability", *given, *FAST)
+    check(found, "stability", tmp_path / "out", replicas[0])
+    shares = {row["method"]: row["estimate"] for row in found.data["summary"]}
+    assert shares["replicas"] == 1  # a copy is found again
+    assert "--compare=FOLDER" in command("evidence", "stability", replicas[0]).error
+
+
+def test_checkpoints(command, replicas, tmp_path):
+    first, other, *second = replicas
+    found = command(
+        "evidence", "checkpoints", first, f"--compare={other}", *(f"--second={one}" for one in second),
+        f"--output_path={tmp_path / 'out'}", *FAST,
+    )  # fmt: skip
+    check(found, "checkpoints", tmp_path / "out", first)
+    latents = Evidence.load(tmp_path / "out" / "checkpoints").latents
+    assert set(latents["state"]) == {"persisted"} and latents["quintile"].nunique() > 1  # fits were read
+    missing = command("evidence", "checkpoints", first, f"--compare={other}", f"--second={second[0]}").error
+    assert "got 2 and 1" in missing and "--second=FOLDER" in missing
+    twice = command("evidence", "checkpoints", first, f"--compare={first}", *(f"--second={one}" for one in second))
+    assert "named twice" in twice.error
+
+
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name.startswith("evidence ")])
 def test_help_lists_the_options_of_the_evaluation(command, name):
     found = command(*name.split(), "--help")
