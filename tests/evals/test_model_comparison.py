@@ -91,7 +91,8 @@ def test_shares_are_those_of_a_loop_over_prompts(found, tuned, prompts):
 def test_a_model_does_not_differ_from_itself(tiny_bridge, texts, prompts):
     found = compare_models(tiny_bridge, tiny_bridge, texts, prompts=prompts, n_replicas=4, **OPTIONS)
     assert found.checkpoints.drift().p > 0.05
-    assert (found.checkpoints.latents["state"].isin(["dropped", "introduced"])).mean() < 0.1
+    # Of 4 + 4 replicas alike, all of the other side are farther than all of its own for 1 latent in 35.
+    assert (found.checkpoints.latents["state"].isin(["dropped", "introduced"])).mean() < 1 / 35
     assert (found.shift.comparisons()["difference"] == 0).all()  # the same activations in the same regions
     assert found.shift.regions["p_holm"].min() == 1
 
