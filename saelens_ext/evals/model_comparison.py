@@ -160,7 +160,9 @@ def compare_models(
             a name that is taken, and as for fits, streams and :func:`compare_checkpoints`.
 
     Examples:
-        >>> found = sx.compare_models(model, model, texts, hook_name="blocks.1.hook_out", percentile=20, n_replicas=2)
+        >>> found = sx.compare_models(
+        ...     model, model, texts, hook_name="blocks.1.hook_out", percentile=20, n_replicas=2, context_size=32
+        ... )
         >>> set(found.checkpoints.latents["state"]) <= {"persisted", "undecided", "dropped", "introduced"}
         True
 
