@@ -124,6 +124,26 @@ def read_json(path: str | Path, format_version: int | None = None, keys: Sequenc
     return having(content, keys, path)
 
 
+def read_json_lines(path: str | Path, parse: Callable[[Any], T]) -> list[T]:
+    """What ``parse`` makes of the JSON in each line of a file that is not empty.
+
+    Only ends of lines part lines: a text in JSON may hold what Unicode also calls a line separator.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a line that is no JSON or that ``parse`` refuses, naming it.
+    """
+    found: list[T] = []
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                try:
+                    found.append(parse(json.loads(line)))
+                except ValueError as error:
+                    raise ValueError(f"Line {number} of {path}: {error}") from error
+    return found
+
+
 def having(content: dict[str, Any], keys: Sequence[str], path: Path) -> dict[str, Any]:
     """Return what a file holds; ValueError unless all of these keys are in it."""
     missing = [key for key in keys if key not in content]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from saelens_ext import _checks
+from saelens_ext import _checks, _files
 from saelens_ext.audit.config import AuditConfig
 from saelens_ext.continuations.continuation_set import ContinuationSet
 from saelens_ext.continuations.sample import score_continuations
@@ -98,23 +98,20 @@ def _checked(given: Any, prefix: str) -> tuple[str | tuple[int, ...], ...]:
 def _read(path: Path) -> dict[str, list[Any]]:
     """Continuations by prefix, from one JSON object a line."""
     found: dict[str, list[Any]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            if not isinstance(entry, dict) or set(entry) not in _KEYS:
-                given = sorted(entry) if isinstance(entry, dict) else entry
-                raise ValueError(
-                    'a line is {"prompt": …, "continuation": …}, or has "token_ids" in its place; '
-                    f"got {given!r:.200}."
-                )
-            one = _checks.text(entry["continuation"], "continuation") if "continuation" in entry else entry["token_ids"]
-            if "token_ids" in entry and not isinstance(one, list):
-                raise ValueError(f"token_ids must be a list of whole numbers, got {one!r:.100}.")
-            prompt = entry["prompt"]
-            prompt = prompt if isinstance(prompt, str) else checked_messages(prompt, "prompt")
-        except ValueError as error:
-            raise ValueError(f"Line {number} of {path}: {error}") from error
-        found.setdefault(in_words(prompt), []).append(one)
+    for prompt, one in _files.read_json_lines(path, _entry):
+        found.setdefault(prompt, []).append(one)
     return found
+
+
+def _entry(entry: Any) -> tuple[str, Any]:
+    """A prefix in words and a continuation of it, from the object in one line."""
+    if not isinstance(entry, dict) or set(entry) not in _KEYS:
+        given = sorted(entry) if isinstance(entry, dict) else entry
+        raise ValueError(
+            f'a line is {{"prompt": …, "continuation": …}}, or has "token_ids" in its place; got {given!r:.200}.'
+        )
+    one = _checks.text(entry["continuation"], "continuation") if "continuation" in entry else entry["token_ids"]
+    if "token_ids" in entry and not isinstance(one, list):
+        raise ValueError(f"token_ids must be a list of whole numbers, got {one!r:.100}.")
+    prompt = entry["prompt"]
+    return in_words(prompt if isinstance(prompt, str) else checked_messages(prompt, "prompt")), one

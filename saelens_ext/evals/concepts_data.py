@@ -1,7 +1,6 @@
 """Concepts given by labelled sentences: one's own from a file, or 24 that arrive in a wheel."""
 
 import importlib.util
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pyarrow
 
-from saelens_ext import _checks
+from saelens_ext import _checks, _files
 
 WHEEL = "sae-probes==0.4.2"
 
@@ -101,14 +100,7 @@ def read_concepts(path: str | Path) -> list[Concept]:
         FileNotFoundError: no such file.
         ValueError: a line that is no such object, naming it; a name given twice; no concept at all.
     """
-    concepts: list[Concept] = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
-        if line.strip():
-            try:
-                concepts.append(_concept(json.loads(line)))
-            except ValueError as error:
-                raise ValueError(f"Line {number} of {path}: {error}") from error
-    return check_concepts(concepts, f"The file {path}")
+    return check_concepts(_files.read_json_lines(path, _concept), f"The file {path}")
 
 
 def check_concepts(concepts: Sequence[Concept], what: str = "concepts") -> list[Concept]:

@@ -47,6 +47,13 @@ BAD_LINES = {
 }
 
 
+def test_a_text_may_hold_what_unicode_calls_a_line_separator(tmp_path):
+    text = "one\u2028two\u0085three"
+    (tmp_path / "c.jsonl").write_text(json.dumps(CAT | {"positives": [text]}, ensure_ascii=False), encoding="utf-8")
+    (one,) = read_concepts(tmp_path / "c.jsonl")
+    assert one.positives == (text,)
+
+
 @pytest.mark.parametrize("name", BAD_LINES)
 def test_a_line_that_is_no_concept_is_named(tmp_path, name):
     lines, message = BAD_LINES[name]
