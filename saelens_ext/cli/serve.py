@@ -33,8 +33,8 @@ class ServeOptions:
     """Hugging Face name of the model, the folder of a saved one, or demo; by default the one the first was built on."""
     model_class_name: str | None = None
     """SAETransformerBridge or HookedTransformer."""
-    device: str = "cpu"
-    """Where to compute."""
+    device: str = "auto"
+    """Where to compute: auto (CUDA where there is one, else the CPU) or a device of torch."""
     port: int = PORT
     """Of the page; 0 takes any that is free."""
     host: str = LOOPBACK
