@@ -8,7 +8,7 @@ Symbols
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import permutations
+from itertools import combinations, permutations
 from typing import Any, ClassVar
 
 import numpy as np
@@ -195,10 +195,18 @@ def overlap_by_tokens(
     _, numbers = np.unique(documents, return_inverse=True)
     n_documents = int(numbers.max()) + 1
     draws = generator.multinomial(n_documents, np.full(n_documents, 1 / n_documents), size=n_bootstrap)
+    # The same from either side, but for which latents are rows.
+    f1s, strong = dict[tuple[str, str], np.ndarray](), dict[tuple[str, str], list[float]]()
+    for name, other in combinations(saes, 2):
+        f1s[name, other] = _f1(tops[name], tops[other])
+        f1s[other, name] = f1s[name, other].T
+        redrawn = (_f1(tops[name], tops[other], weights[numbers]) for weights in draws)
+        shares = [[(f1.max(axis=axis) > STRONG).mean() for axis in (1, 0)] for f1 in redrawn]
+        strong[name, other], strong[other, name] = map(list, zip(*shares))
     cells, parts = [], {"bootstrap": {}, "null": {}, "partners": {}}
     for name, other in permutations(saes, 2):
         pair, own, theirs = f"{name} in {other}", tops[name], tops[other]
-        f1 = _f1(own, theirs)
+        f1 = f1s[name, other]
         best, null = f1.max(axis=1), np.stack([_f1(own, _moved(theirs, s)).max(axis=1) for s in shifts])
         rows, columns = linear_sum_assignment(f1, maximize=True)
         assigned = np.zeros(len(f1))
@@ -211,8 +219,7 @@ def overlap_by_tokens(
                     where = {"pair": pair, "method": method, "metric": metric}
                     latents = np.arange(len(column))
                     cells.append(pd.DataFrame({**where, "latent": latents, "value": column.astype(np.float64)}))
-        strong = [(_f1(own, theirs, weights[numbers]).max(axis=1) > STRONG).mean() for weights in draws]
-        parts["bootstrap"][pair] = torch.tensor(strong, dtype=torch.float64)
+        parts["bootstrap"][pair] = torch.tensor(strong[name, other], dtype=torch.float64)
         parts["null"][pair] = torch.from_numpy((null > STRONG).mean(axis=1))
         parts["partners"][pair] = torch.from_numpy(np.where(best > 0, f1.argmax(axis=1), -1))
     return OverlapEvidence(

@@ -24,6 +24,8 @@ TEXTS = "texts"
 """The group of the texts that the partitions were built from."""
 BASE, TUNED = "base", "tuned"
 _ROWS_SHOWN = 40
+_SHOWN = (SIDES[1], "0")
+"""The replica whose regions are shown one by one."""
 
 
 class Reading(NamedTuple):
@@ -95,16 +97,22 @@ def prompt_shift(
     tables = []
     states = {key: part["state"].to_numpy() for key, part in checkpoints.latents.groupby(["side", "replica"])}
     for group, both in readings.items():
-        for model, read in zip((BASE, TUNED), both):
+        # Regions of the base and the tuned model's activations, by the partition that assigns them.
+        found = {
+            (side, name): [fit.dictionary.assign(read.x).regions.cpu() for read in both]
+            for side in SIDES
+            for name, fit in fits[side].items()
+        }
+        for number, (model, read) in enumerate(zip((BASE, TUNED), both)):
             for side, metric in zip(SIDES, ("share_dropped", "share_introduced")):
-                for name, fit in fits[side].items():
-                    regions = fit.dictionary.assign(read.x).regions.cpu().numpy()
+                for name in fits[side]:
+                    regions = found[side, name][number].numpy()
                     inside = (regions >= 0) & (states[side, name][regions] == CHANGED[side])
                     shares = pd.Series(inside.astype(float)).groupby(read.documents.numpy()).mean()
                     where = {"group": group, "method": model, "replica": name, "metric": metric}
                     rows += [{**where, "prompt": f"{unit:06d}", "value": value} for unit, value in shares.items()]
         if group != TEXTS:
-            tables.append(_regions(group, fits[SIDES[1]]["0"], states[SIDES[1], "0"], both, confidence, seed))
+            tables.append(_regions(group, found[_SHOWN], states[_SHOWN], both, confidence, seed))
     regions = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame({"p": np.zeros(0)})
     return PromptShift(
         cells=pd.DataFrame(rows),
@@ -119,16 +127,20 @@ def prompt_shift(
 
 
 def _regions(
-    group: str, fit: ExemplarFitResult, states: np.ndarray, both: Sequence[Reading], confidence: float | int, seed: int
+    group: str,
+    found: Sequence[Tensor],
+    states: np.ndarray,
+    both: Sequence[Reading],
+    confidence: float | int,
+    seed: int,
 ) -> pd.DataFrame:
     """How the share of each region differs between the models, over prompts."""
     shares = []
-    for read in both:
-        found = fit.dictionary.assign(read.x).regions.cpu()
+    for regions, read in zip(found, both, strict=True):
         # Column 0 is for activations of no region, which equal the centre.
-        taken = torch.nn.functional.one_hot(found + 1, fit.n_regions + 1)[:, 1:].double()
+        taken = torch.nn.functional.one_hot(regions + 1, len(states) + 1)[:, 1:].double()
         n = torch.bincount(read.documents).double()
-        sums = torch.zeros(len(n), fit.n_regions, dtype=torch.float64).index_add(0, read.documents, taken)
+        sums = torch.zeros(len(n), len(states), dtype=torch.float64).index_add(0, read.documents, taken)
         shares.append((sums / n[:, None])[n > 0].numpy())
     base, tuned = shares
     rows = []

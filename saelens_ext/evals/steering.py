@@ -146,10 +146,10 @@ class SteeringEvidence(Evidence):
     def section(self) -> EvidenceSection:
         section = super().section()
         curve = self.curve()
-        tables = [evidence_table("Without any choice", curve, "Means over the concepts that reach a target.")]
-        tables.append(
-            evidence_table("What each method steers with", self.steered_with(), "Columns: latents or regions.")
-        )
+        tables = [
+            evidence_table("Without any choice", curve, "Means over the concepts that reach a target."),
+            evidence_table("What each method steers with", self.steered_with(), "Columns: latents or regions."),
+        ]
         if self.texts["judge"].nunique() > 1:
             tables.append(evidence_table("Agreement of the judges", self.agreement(), "Over concepts."))
         first = curve["judge"].iloc[0]

@@ -171,19 +171,22 @@ class StepAudit(Evidence):
     def section(self) -> EvidenceSection:
         """What a page shows of this evidence."""
         made, note = super().section(), "slope: mean over problems; p_holm is corrected over the rows with a p-value."
-        tables = [evidence_table("Pairs of steps", self.by_pair(), f"Source 0 is the prompt. {note}")]
+        by_pair = self.by_pair()
+        tables = [evidence_table("Pairs of steps", by_pair, f"Source 0 is the prompt. {note}")]
         for control in (name for name in _BY_PAIR if name in self.kinds):
             subtracted = f"Slope of the step's own tokens less that of {control}, problem by problem."
             tables.append(evidence_table(f"Pairs of steps, beside {control}", self.by_pair(control), subtracted))
         tables.append(evidence_table("By source", self.by_source(), note))
         tables.append(evidence_table("By distance", self.by_distance(), note))
-        maps = (self._heat_map("slope", "Slope by source and target"),)
-        maps += (self._heat_map("attribution_share", "Fraction of the attribution at the source's tokens"),)
+        titles = {
+            "slope": "Slope by source and target",
+            "attribution_share": "Fraction of the attribution at the source's tokens",
+        }
+        maps = tuple(self._heat_map(by_pair, *one) for one in titles.items())
         forest = replace(made.forest, rows=tuple(row for row in made.forest.rows if row.label not in _BY_PAIR))
         return replace(made, forest=forest, tables=(*tables, *made.tables, *self._candidates()), heat_maps=maps)
 
-    def _heat_map(self, name: str, title: str) -> HeatMap:
-        table = self.by_pair()
+    def _heat_map(self, table: pd.DataFrame, name: str, title: str) -> HeatMap:
         sources, targets = (sorted(set(map(int, table[one]))) for one in _PAIR)
         at = {(int(row["source"]), int(row["target"])): row for row in table.to_dict("records")}
         highest = float(np.nanmax(np.abs(table[name].to_numpy(dtype=np.float64)))) if len(table) else 0.0

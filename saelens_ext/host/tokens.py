@@ -93,6 +93,6 @@ def one_line(text: str) -> str:
 
 def joined_label(tokens: list[str], words: list[str]) -> str:
     """A label on one line: tokens, and after an ellipsis the words around them that say more than they."""
-    bare = {token.lower() for token in tokens}
-    parts = [" / ".join(tokens), ", ".join(word for word in words if word not in bare)]
+    said = {token.lower() for token in tokens}
+    parts = [" / ".join(tokens), ", ".join(word for word in words if word not in said)]
     return one_line(" … ".join(parts) if parts[1] else parts[0])
