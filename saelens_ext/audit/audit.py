@@ -27,11 +27,10 @@ from saelens_ext.continuations.attribution.attribute import attribute_continuati
 from saelens_ext.continuations.clustering.joint_clusterer import JointClusterer, rate_distortion_path
 from saelens_ext.continuations.clustering.stability import NoEligiblePoint, choose_point
 from saelens_ext.continuations.continuation_set import ContinuationSet
-from saelens_ext.continuations.embed import embed_continuations, visible_rows
+from saelens_ext.continuations.embed import embed_continuations, embed_visible, visible_rows
 from saelens_ext.continuations.prefix_audit import PrefixAudit
 from saelens_ext.continuations.sample import sample_continuations
 from saelens_ext.continuations.validation.controls import NothingToTest
-from saelens_ext.continuations.validation.options import ValidationOptions
 from saelens_ext.continuations.validation.validate import validate_clusters
 from saelens_ext.host.chat_template import Prompt
 from saelens_ext.host.models import tokenizer_of
@@ -224,12 +223,11 @@ def _audit(
     reason = found.not_validated or ("" if config.validate else NOT_ASKED)
     validation = stages.validation()
     if validation is None and not reason:
-        how = {name: getattr(config, name) for name in ("strengths", "top", "max_rows", "seed")}
         bar.begin("testing by steering")
+        embed = partial(embed_visible, embedder=embedder, mode=config.embedding)
+        more: dict[str, Any] = {"generate": config.generate, "embed": embed, "progress": progress}
         try:
-            validation = validate_clusters(
-                model, saes, rows, found.clusterer, ValidationOptions(**how), progress=progress
-            )
+            validation = validate_clusters(model, saes, rows, found.clusterer, config.validation_options(), **more)
             stages.keep_validation(validation)
         except NothingToTest as error:
             # Modes without two members or without a latent are a finding, not the end of the audit.

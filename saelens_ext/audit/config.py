@@ -11,8 +11,7 @@ from saelens_ext.continuations.attribution.sites import BACKENDS
 from saelens_ext.continuations.clustering.path import GAMMAS
 from saelens_ext.continuations.clustering.problem import check_beta_and_gamma
 from saelens_ext.continuations.embed import MODES
-from saelens_ext.continuations.steering.steer import checked_strengths
-from saelens_ext.continuations.validation.options import VALIDATION_STRENGTHS
+from saelens_ext.continuations.validation.options import VALIDATION_STRENGTHS, ValidationOptions, checked_controls
 
 
 @_checks.normalising
@@ -58,19 +57,31 @@ class AuditConfig:
     """Of steering."""
     top: int = 10
     """Latents that each direction scales."""
+    direction: str = "medoid"
+    """What stands for a mode: its "medoid", its "center" or the medoid in "contrast" to all."""
+    sign: str = "all"
+    """Latents scaled: of "all" weights, or of "positive" or "negative" ones alone."""
+    held_out: float | int = 0.5
+    """Fraction of each mode's members that effects are measured on, and no direction is chosen from, in (0, 1)."""
     max_rows: int = 32
-    """Held-out members that effects are measured on."""
+    """Held-out members that effects are measured on, at most."""
+    generate: int = 0
+    """Open-ended samples to draw under each direction of each method; 0 draws none."""
+    partitions: tuple[str, ...] = ()
+    """Further controls: "coherent_semantic", "coherent_attribution", "length" and "top_activation"."""
     seed: int = 0
     """Of everything random."""
 
     def __post_init__(self) -> None:
         _checks.normalise_fields(self)
-        for name in ("n", "max_new_tokens", "max_sources", "top", "max_rows"):
+        for name in ("n", "max_new_tokens", "max_sources"):
             _checks.positive(getattr(self, name), name)
         _checks.choice(self.embedding, MODES, "embedding")
         _checks.choice(self.backend, BACKENDS, "backend")
-        if len(checked_strengths(self.strengths)) < 2:
-            raise ValueError(f"strengths must be two or more different numbers, got {self.strengths!r}.")
+        checked_controls(self.partitions, "partitions")
+        self.validation_options()  # which checks them
+        if self.generate:
+            _checks.positive(self.generate, "generate")
         if _checks.positive(self.n_resamples, "n_resamples") < 2:
             raise ValueError(f"n_resamples must be at least 2, got {self.n_resamples!r}; 10 is usual.")
         if self.min_cluster_size is not None:
@@ -82,6 +93,13 @@ class AuditConfig:
         for beta in self.betas:
             for gamma in self.gammas:
                 check_beta_and_gamma(beta, gamma)
+
+    def validation_options(self, **other: Any) -> ValidationOptions:
+        """How modes are tested by steering, with some options replaced."""
+        names = ("strengths", "top", "direction", "sign", "held_out", "max_rows", "seed")
+        own: dict[str, Any] = {name: getattr(self, name) for name in names}
+        own["controls"] = self.partitions
+        return ValidationOptions(**own | other)
 
 
 class AuditOptions(TypedDict, total=False):
@@ -106,5 +124,10 @@ class AuditOptions(TypedDict, total=False):
     validate: bool
     strengths: Sequence[float | int]
     top: int
+    direction: str
+    sign: str
+    held_out: float | int
     max_rows: int
+    generate: int
+    partitions: Sequence[str]
     seed: int

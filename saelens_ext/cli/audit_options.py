@@ -55,6 +55,7 @@ class AuditInputs:
 _LISTS: dict[str, tuple[Callable[[str], Any], str]] = {
     **dict.fromkeys(("betas", "gammas", "strengths"), (tuple_of(number), "X[,X…]")),
     "n_clusters": (tuple_of(whole_number), "N,N"),
+    "partitions": (texts, "NAME[,NAME…]"),
     "chat_template_options": (mapping_or_none, "JSON"),
     # A text, which may hold commas, or a JSON list.
     "stop": (lambda text: texts(text) if text.startswith("[") else (text,), "TEXT|JSON"),

@@ -76,6 +76,14 @@ def visible_rows(continuations: ContinuationSet, embedder: Any = None) -> Tensor
     return torch.tensor([len(ids) > 0 for ids in encoded["input_ids"]])
 
 
+def embed_visible(
+    continuations: ContinuationSet, embedder: Any = None, *, mode: str = "contextual"
+) -> ContinuationSet | None:
+    """:func:`embed_continuations` of the rows that hold visible text; None where none does."""
+    seen = visible_rows(continuations, embedder)
+    return embed_continuations(continuations.select(seen), embedder, mode=mode) if bool(seen.any()) else None
+
+
 def _contextual(model: Any, start: str, texts: list[str], batch_size: int, progress: bool) -> Tensor:
     if not getattr(model.tokenizer, "is_fast", False):
         raise ValueError(

@@ -21,7 +21,6 @@ from saelens_ext.continuations.continuation_set import ContinuationSet
 from saelens_ext.continuations.embed import embed_continuations, visible_rows
 from saelens_ext.continuations.step_tree import StepTree
 from saelens_ext.continuations.validation.findings import MEASURE, STATISTIC
-from saelens_ext.continuations.validation.options import ValidationOptions
 from saelens_ext.continuations.validation.statistics import member_statistics
 from saelens_ext.continuations.validation.validate import validate_clusters
 from saelens_ext.host.models import HostModel
@@ -132,8 +131,7 @@ def measure_columns(
     found = choose_clustering(own, config)
     if found.not_validated:
         raise ValueError(found.not_validated)
-    how = {name: getattr(config, name) for name in ("strengths", "top", "max_rows", "seed")}
-    members = validate_clusters(model, saes, own, found.clusterer, ValidationOptions(**how)).members
+    members = validate_clusters(model, saes, own, found.clusterer, config.validation_options()).members
     table = member_statistics(members[members["measure"] == MEASURE])
     slopes = table.groupby("method")[STATISTIC].mean()
     values = {name: float(slopes.get(method, np.nan)) for method, name in _OF_VALIDATION.items()}

@@ -146,6 +146,11 @@ def test_settings_are_checked_before_anything_is_computed(setting):
         "gammas": (2.0,),
         "backend": "magic",
         "embedding": "none",
+        "direction": "mediod",
+        "sign": "both",
+        "held_out": 1.0,
+        "generate": -1,
+        "partitions": ("lengths",),
     }
     for name, value in wrong.items():
         with pytest.raises(ValueError, match=name.removesuffix("s")):
@@ -153,6 +158,15 @@ def test_settings_are_checked_before_anything_is_computed(setting):
     for name, value in {"n": None, "betas": 1.0, "n_clusters": [2, 3, 4], "seed": "x", "temperature": True}.items():
         with pytest.raises(ValueError, match=f"^{name} must be"):
             AuditConfig(**{name: value})
+
+
+@pytest.mark.slow
+def test_how_modes_are_tested_can_be_chosen(setting):
+    asked = {"direction": "center", "held_out": 0.3, "partitions": ["length", "top_activation"], "generate": 2}
+    found = audit_continuations(setting[0], PREFIX, setting[1], **OPTIONS | asked).prefixes[0].validation
+    assert found.settings["direction"] == "center" and found.settings["held_out"] == 0.3
+    assert {"length", "top_activation"} < set(found.members["method"]) and (found.generations["n"] == 2).all()
+    assert (found.directions.loc[found.directions["method"] == "joint", "row"] == -1).all()
 
 
 def test_settings_of_numpy_and_of_a_sweep_are_pythons():

@@ -13,9 +13,12 @@ from saelens_ext.continuations.continuation_set import ContinuationSet
 from saelens_ext.continuations.source_table import SourceTable
 from saelens_ext.continuations.steering.latents import SteeringDirection, direction_of, largest_latents
 from saelens_ext.continuations.steering.steer import sources_of_set
+from saelens_ext.continuations.validation.further import LEFT_OUT, further_partitions
 from saelens_ext.continuations.validation.methods import SUBSTITUTES
 from saelens_ext.continuations.validation.options import ValidationOptions
 from saelens_ext.ops.weighted_median import weighted_median
+
+MOST_ACTIVE = "top_activation"
 
 _ALIKE = 5
 """How many latents of nearest activation a random one is drawn from."""
@@ -143,17 +146,25 @@ def make_plan(
     """
     plan = Plan(split)
     plan.labels = {"joint": labels} | control_partitions(continuations, labels, generator)
+    plan.labels |= further_partitions(continuations, labels, options.controls, options.seed)
     plan.labels |= {name: np.asarray(given) for name, given in partitions.items()}
     chooser = _Chooser(sources_of_set(continuations), options.top, options.sign)
     representatives = Representatives(continuations, clusterer, split.choosing, options.direction)
     for method, partition in plan.labels.items():
         for name in np.unique(partition):
+            if name <= LEFT_OUT and method != "joint":
+                continue
             rows = split.choosing[partition[split.choosing] == name]
             if len(rows):
                 weights, row = representatives.of(rows)
                 plan.directions += chooser.planned(method, int(name), row, len(rows), weights)
     plan.labels |= dict.fromkeys(SUBSTITUTES, labels)
     _add_substitutes(plan, representatives, chooser, generator)
+    if MOST_ACTIVE in options.controls:
+        plan.labels[MOST_ACTIVE] = labels
+        for planned in plan.of("joint"):
+            weights, _ = representatives.of(split.choosing[labels[split.choosing] == planned.cluster])
+            plan.directions += chooser.most_active(planned, weights)
     return plan
 
 
@@ -206,6 +217,15 @@ class _Chooser:
         if not columns:
             return []
         return [PlannedDirection(method, cluster, row, n_choosing, direction_of(self._sources, entries, columns))]
+
+    def most_active(self, own: PlannedDirection, weights: np.ndarray) -> list[PlannedDirection]:
+        """The most active latents in a cluster's direction, in place of those of largest weight."""
+        active = torch.as_tensor(self._activations * np.sign(weights), dtype=torch.float64)
+        columns = largest_latents(self._sources, active, self._top, self._sign)
+        if not columns:
+            return []
+        entries = torch.as_tensor(weights, dtype=torch.float64)
+        return [replace(own, method=MOST_ACTIVE, direction=direction_of(self._sources, entries, columns))]
 
     def alike(self, direction: SteeringDirection, generator: np.random.Generator) -> SteeringDirection | None:
         """Random latents in the places of a direction's, with its weights; None where there are not enough others."""

@@ -21,10 +21,12 @@ from saelens_ext.continuations.steering.generate import (
 )
 from saelens_ext.continuations.steering.latents import LatentScaler, Setting
 from saelens_ext.continuations.validation.controls import Plan, PlannedDirection
+from saelens_ext.continuations.validation.further import LEFT_OUT
 from saelens_ext.host.models import HostModel
 from saelens_ext.steering.sampling import Drawn
 
-Embed = Callable[[ContinuationSet], ContinuationSet]
+Embed = Callable[[ContinuationSet], ContinuationSet | None]
+"""It may leave rows out, those that it sees no text in; None where it sees none anywhere."""
 
 COLUMNS = ("prefix", "method", "cluster", "strength", "share", "unsteered", "n")
 
@@ -77,6 +79,9 @@ def _targets(plan: Plan, planned: PlannedDirection) -> list[tuple[np.ndarray, in
 
 
 def _share(continuations: ContinuationSet, partition: np.ndarray, cluster: int, vectors: Tensor) -> float:
+    inside = (partition > LEFT_OUT) | (partition == cluster)
+    if not inside.all():  # rows in no cluster are no place to fall in
+        continuations, partition = continuations.select(inside), partition[inside]
     centers, names = cluster_means(continuations, partition)
     nearest = names[torch.cdist(vectors, centers).nan_to_num(nan=torch.inf).argmin(dim=1).numpy()]
     return float(((nearest == cluster) & ~vectors.isnan().any(dim=1).numpy()).mean())
@@ -91,13 +96,16 @@ def _embedded(model: HostModel, continuations: ContinuationSet, drawn: Sequence[
     if not first:
         return vectors
     chosen = list(first.values())
-    embedded = embed(generation_set(continuations, [drawn[i] for i in chosen], [texts[i] for i in chosen])).embeddings
+    made = embed(generation_set(continuations, [drawn[i] for i in chosen], [texts[i] for i in chosen]))
+    if made is None:
+        return vectors
+    embedded = made.embeddings
     if embedded is None or embedded.shape[1] != vectors.shape[1]:
         raise ValueError(
             f"embed must give embeddings of width {vectors.shape[1]}, as the continuations have; give the embedder and "
             "mode that theirs were made with, for example embed=lambda s: embed_continuations(s, embedder, mode=...)."
         )
-    of_text = dict(zip(first, embedded.double()))
+    of_text = dict(zip(made.texts, embedded.double(), strict=True))
     for i, text in enumerate(texts):
         if text in of_text:
             vectors[i] = of_text[text]

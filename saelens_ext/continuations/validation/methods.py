@@ -38,12 +38,26 @@ _SUBSTITUTES = {
         "as many random latents at the same hooks and positions, about as active, scaled up and down alike",
     ),
 }
-PARTITIONS, SUBSTITUTES = tuple(_PARTITIONS), tuple(_SUBSTITUTES)
+_EXTRA = {
+    "coherent_semantic": Method(
+        "tight groups by meaning",
+        "directions of groups of the embeddings alone: of twice as many k-means clusters, those that are tight and of "
+        "the modes’ sizes",
+    ),
+    "coherent_attribution": Method("tight groups by mechanism", "the same of the signatures alone"),
+    "length": Method("groups by length", "directions of as many groups of continuations of like numbers of tokens"),
+    "top_activation": Method(
+        "most active features", "the most active latents, each scaled up or down as the mode’s own direction has it"
+    ),
+}
+PARTITIONS, SUBSTITUTES, EXTRA = tuple(_PARTITIONS), tuple(_SUBSTITUTES), tuple(_EXTRA)
 METHODS = (*PARTITIONS, *SUBSTITUTES)
+"""In every test; those of `EXTRA` where they are asked for."""
 
 DESCRIPTIONS: Mapping[str, Method] = {
     **_PARTITIONS,
     **_SUBSTITUTES,
+    **_EXTRA,
     NOTHING: Method("no steering", "the model left alone, so that every change is 0"),
 }
 

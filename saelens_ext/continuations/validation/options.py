@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from saelens_ext import _checks
 from saelens_ext.continuations.steering.latents import SIGNS
 from saelens_ext.continuations.steering.steer import checked_strengths
+from saelens_ext.continuations.validation.methods import EXTRA
 
 REPRESENTATIVES = ("medoid", "center", "contrast")
 
@@ -35,6 +36,10 @@ class ValidationOptions:
     max_rows: int = 32
     """Members to measure at most, one from each cluster in rotation. Cost grows with it, with the strengths and the
     methods: about 8 forward rows for each member and strength."""
+    controls: Sequence[str] = ()
+    """Further controls, of ``"coherent_semantic"`` and ``"coherent_attribution"`` (tight k-means clusters of one view
+    with the sizes of the clusters under test; see ``further``), ``"length"`` (clusters by number of tokens) and
+    ``"top_activation"`` (the most active latents)."""
     n_bootstrap: int = 2000
     """Resamples for intervals."""
     n_permutations: int = 10000
@@ -48,5 +53,14 @@ class ValidationOptions:
         _checks.choice(self.direction, REPRESENTATIVES, "direction")
         _checks.choice(self.sign, SIGNS, "sign")
         _checks.between(self.held_out, 0, 1, "held_out")
+        checked_controls(self.controls, "controls")
         for name in ("top", "max_rows", "n_bootstrap", "n_permutations"):
             _checks.positive(getattr(self, name), name)
+
+
+def checked_controls(controls: Sequence[str], name: str) -> tuple[str, ...]:
+    """Names of further controls; ValueError for another name, or one twice."""
+    found = tuple(_checks.choice(control, EXTRA, name) for control in controls)
+    if len(set(found)) < len(found):
+        raise ValueError(f"{name} must name each control once, got {list(controls)}.")
+    return found

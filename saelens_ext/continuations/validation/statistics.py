@@ -31,7 +31,7 @@ RESOLUTION = 2e-5
 
 SHARE = "generation_share"
 
-_SAME_CLUSTERS = ("global", "single_member", "wrong_cluster", "random_features")
+_SAME_CLUSTERS = ("global", "single_member", "wrong_cluster", "random_features", "top_activation")
 """Controls tried on the clusters under test; all others, the user's partitions too, have their own clusters."""
 
 

@@ -18,14 +18,14 @@ from saelens_ext import _checks
 from saelens_ext._modes import standard_modes
 from saelens_ext.continuations.clustering.joint_clusterer import JointClusterer
 from saelens_ext.continuations.continuation_set import ContinuationSet
-from saelens_ext.continuations.embed import embed_continuations
+from saelens_ext.continuations.embed import embed_visible
 from saelens_ext.continuations.steering.generate import GenerationPlan
 from saelens_ext.continuations.steering.latents import LatentScaler, Setting
 from saelens_ext.continuations.steering.passes import MEASURES, SteeredPasses
 from saelens_ext.continuations.steering.steer import sources_of_set
 from saelens_ext.continuations.validation.controls import NothingToTest, Plan, make_plan, split_members
 from saelens_ext.continuations.validation.generations import COLUMNS, Embed, generation_shares
-from saelens_ext.continuations.validation.methods import METHODS
+from saelens_ext.continuations.validation.methods import EXTRA, METHODS
 from saelens_ext.continuations.validation.options import ValidationOptions
 from saelens_ext.continuations.validation.results import Validation
 from saelens_ext.host.models import HostModel
@@ -41,7 +41,7 @@ def validate_clusters(
     *,
     partitions: Mapping[str, Sequence[int] | np.ndarray] | None = None,
     generate: int = 0,
-    embed: Embed = embed_continuations,
+    embed: Embed = embed_visible,
     batch_size: int = 32,
     progress: bool = False,
 ) -> Validation:
@@ -59,7 +59,7 @@ def validate_clusters(
             the weights and metrics of the clusterer; for others those of a default ``JointClusterer``.
         options: which directions to steer along, how far, and how to compare effects.
         partitions: labels ``(n,)`` of further partitions to compare with, by name; for example of a clusterer with
-            gamma = 1.
+            gamma = 1. A row whose label is negative is in no cluster, and has no direction.
         generate: open-ended samples to draw under every direction of every method, at the largest strength, and without
             steering; none by default, since they take longer than all else.
         embed: what embeds generations; it must be what the continuations' own embeddings were made with.
@@ -106,7 +106,12 @@ def validate_clusters(
         members=effects.members(prefix),
         cells=effects.cells(prefix),
         directions=_directions(plan, prefix),
-        settings=asdict(options) | {"strengths": list(effects.strengths), "specificity_strength": effects.strongest},
+        settings=asdict(options)
+        | {
+            "strengths": list(effects.strengths),
+            "specificity_strength": effects.strongest,
+            "controls": list(options.controls),
+        },
     )
 
 
@@ -215,7 +220,8 @@ def _checked_labels(labels: Any, n: int, name: str) -> np.ndarray:
 
 
 def _checked_partitions(partitions: Mapping[str, Any], n: int) -> dict[str, np.ndarray]:
-    taken = [name for name in partitions if name in METHODS]
+    names = (*METHODS, *EXTRA)
+    taken = [name for name in partitions if name in names]
     if taken:
-        raise ValueError(f"partitions cannot be called {taken[0]!r}; the names {', '.join(METHODS)} are taken.")
+        raise ValueError(f"partitions cannot be called {taken[0]!r}; the names {', '.join(names)} are taken.")
     return {name: _checked_labels(labels, n, f"partitions[{name!r}]") for name, labels in partitions.items()}
