@@ -65,6 +65,7 @@ from .evals.localisation import localise_behaviour as localise_behaviour
 from .evals.localisation_sweep import localisation_sweep as localisation_sweep
 from .evals.methods import Method as Method
 from .evals.model_comparison import compare_models as compare_models
+from .evals.nesting import partition_nesting as partition_nesting
 from .evals.novelty import evaluate_novelty as evaluate_novelty
 from .evals.overlap import overlap_by_tokens as overlap_by_tokens
 from .evals.pathways import pathway_check as pathway_check

@@ -350,6 +350,9 @@ CASES: dict[str, Callable[[SimpleNamespace, Any], Any]] = {
     "overlap_by_tokens": lambda m, tmp: ext.overlap_by_tokens(
         {"a": m.partition.dictionary, "b": m.dictionary}, m.residual, min_active=1, n_bootstrap=5
     ).summary(),
+    "partition_nesting": lambda m, tmp: ext.partition_nesting(
+        {"a": m.partition, "b": m.dictionary}, m.residual, n_shuffles=2, n_bootstrap=5
+    ).summary(),
     "decompose_dictionary": lambda m, tmp: ext.decompose_dictionary(m.dictionary, m.dictionary, n_null=2),
     "pathway_check": lambda m, tmp: ext.pathway_check(
         m.model, HOOK, m.direction, SENTENCES * 5, coefficient=2.0, prompts="I think"
@@ -473,7 +476,7 @@ WITHOUT_TORCH = {
 
 # Under autocast a model computes in bfloat16, as its user wants, and what is read from it is rounded.
 RUN_THE_MODEL = {
-    "compare_checkpoints", "compare_models", "overlap_by_tokens",
+    "compare_checkpoints", "compare_models", "overlap_by_tokens", "partition_nesting",
     "Evidence", "evaluate_novelty", "write_evidence_report",
     "ActivationBatch", "ActivationStream", "Audit", "DictionaryRunner", "EmbeddingJudge", "KeptStream",
     "ablate_directions",

@@ -36,6 +36,8 @@ from .localisation_sweep import localisation_sweep as localisation_sweep
 from .methods import Method as Method
 from .model_comparison import ModelComparison as ModelComparison
 from .model_comparison import compare_models as compare_models
+from .nesting import NestingEvidence as NestingEvidence
+from .nesting import partition_nesting as partition_nesting
 from .novelty import evaluate_novelty as evaluate_novelty
 from .overlap import OverlapEvidence as OverlapEvidence
 from .overlap import overlap_by_tokens as overlap_by_tokens
