@@ -31,6 +31,10 @@ from .continuations.continuation_set import ContinuationSet as ContinuationSet
 from .continuations.embed import embed_continuations as embed_continuations
 from .continuations.sample import sample_continuations as sample_continuations
 from .continuations.sample import score_continuations as score_continuations
+from .continuations.samplers.endpoint_sampler import EndpointSampler as EndpointSampler
+from .continuations.samplers.hugging_face_sampler import HuggingFaceSampler as HuggingFaceSampler
+from .continuations.samplers.sampler import Draw as Draw
+from .continuations.samplers.sampler import Sampler as Sampler
 from .continuations.steering.steer import steer_continuations as steer_continuations
 from .continuations.validation.options import ValidationOptions as ValidationOptions
 from .continuations.validation.validate import validate_clusters as validate_clusters

@@ -369,6 +369,13 @@ CASES: dict[str, Callable[[SimpleNamespace, Any], Any]] = {
     "audit_continuations": audit,
     "audit_steps": stepped,
     "score_continuations": lambda m, tmp: ext.score_continuations(m.model, "The assert", [" a", " statement"]),
+    "HuggingFaceSampler": lambda m, tmp: ext.sample_continuations(
+        m.model,
+        "The assert statement",
+        3,
+        max_new_tokens=3,
+        sampler=ext.HuggingFaceSampler(models_zoo.make_hf_model("llama"), m.model.tokenizer),
+    ).to_dataframe(),
     "sample_steps": lambda m, tmp: ext.sample_steps(m.model, "The assert statement", **STEPS, folder=tmp),
     "clamp_latent": lambda m, tmp: changed_logits(ext.clamp_latent(m.model, m.dictionary, 3, 1.5), m.model),
     "compare_detection": lambda m, tmp: ext.compare_detection(
@@ -467,9 +474,10 @@ CASES: dict[str, Callable[[SimpleNamespace, Any], Any]] = {
 # Settings, protocols and records, which hold no tensor that they make, and a client of a server. The stream on Ray is
 # tried with its own tests, which have a cluster.
 WITHOUT_TORCH = {
-    "AuditConfig", "Behaviour", "Concept", "DictionaryRunnerConfig", "ExemplarPartitionConfig",
+    "AuditConfig", "Behaviour", "Concept", "DictionaryRunnerConfig", "Draw", "EndpointSampler",
+    "ExemplarPartitionConfig",
     "ExemplarRunnerConfig", "Judge", "JudgeScore", "Labeller", "OpenAIJudge", "OpenAILabeller", "OpeningOdds",
-    "PromptSplit", "RayActivationStream", "SNMFDictionaryConfig", "SNMFRunnerConfig", "SamplingOptions",
+    "PromptSplit", "RayActivationStream", "SNMFDictionaryConfig", "SNMFRunnerConfig", "Sampler", "SamplingOptions",
     "ValidationOptions", "begins_with", "list_on_hub", "neuronpedia_labels", "packaged_concepts", "read_concepts",
 }  # fmt: skip
 
@@ -481,6 +489,7 @@ RUN_THE_MODEL = {
     "ActivationBatch", "ActivationStream", "Audit", "DictionaryRunner", "EmbeddingJudge", "KeptStream",
     "ablate_directions",
     "add_direction", "audit_continuations", "audit_steps", "sample_steps", "score_continuations",
+    "HuggingFaceSampler",
     "clamp_latent",
     "compare_detection", "concept_scores", "diff_means",
     "fit_exemplar_partition", "fit_exemplar_partitions", "fit_hierarchical_snmf", "fit_sae",

@@ -22,7 +22,7 @@ from saelens_ext.audit.questions import Continuations, Question, questions
 from saelens_ext.audit.result import Audit
 from saelens_ext.audit.spread import WORKERS, Job, spread
 from saelens_ext.audit.stages import NOT_ASKED, KeptAudits, Stages, folder_for, own_folder
-from saelens_ext.audit.subject import Dictionaries, Inputs, Model, Subject
+from saelens_ext.audit.subject import Dictionaries, Inputs, Model, Sampling, Subject
 from saelens_ext.continuations.attribution.attribute import attribute_continuations
 from saelens_ext.continuations.clustering.joint_clusterer import JointClusterer, rate_distortion_path
 from saelens_ext.continuations.clustering.stability import NoEligiblePoint, choose_point
@@ -47,6 +47,7 @@ def audit_continuations(
     embedder: Any = None,
     *,
     continuations: Continuations | str | None = None,
+    sampler: Sampling = None,
     folder: str | Path | None = None,
     n_workers: int = 1,
     workers: str = "joblib",
@@ -67,6 +68,8 @@ def audit_continuations(
         continuations: what is audited instead of samples, scored with the model: of one prefix a list of texts or of
             token ids, of several a mapping from each prefix to such a list, or a JSONL file of lines
             ``{"prompt": …, "continuation": …}`` (or ``"token_ids"``). Equal ones are one, with their ``count``.
+        sampler: where continuations are sampled instead of from the model, which scores them, or a function without
+            arguments that makes it; see :func:`sample_continuations`.
         folder: where results are kept, stage by stage; what is there from the same audit is used. With it, an audit
             of several prefixes holds one of them in memory at a time.
         n_workers: prefixes audited at a time, each by a worker with a model of its own: ``model`` must then be a
@@ -84,10 +87,10 @@ def audit_continuations(
         For each prefix its modes, what distinguishes them, and the effects of steering along them with all controls.
 
     Raises:
-        ValueError: no prefix, or one twice; an unknown option; a folder that holds an audit with other settings, models
-            or dictionaries; several workers without a folder, or with a model that is not a function; and what the
-            stages raise.
-        RuntimeError: a worker died; the same call goes on from what was finished.
+        ValueError: no prefix, or one twice; an unknown option; both continuations and a sampler; a folder that holds an
+            audit with other settings, models, dictionaries or samplers; several workers without a folder, or with a
+            model that is not a function; and what the stages raise.
+        RuntimeError: a worker died, or an endpoint did not answer; the same call goes on from what was finished.
 
     Examples:
         >>> audit = sx.audit_continuations(
@@ -97,9 +100,11 @@ def audit_continuations(
         []
     """
     given = questions(prefixes, continuations)
+    if sampler is not None and continuations is not None:
+        raise ValueError("continuations and sampler are both given; continuations that are there are not sampled.")
     config = _checks.from_options(AuditConfig, options, "The audit")
     _checks.choice(on_failure, ("raise", "record"), "on_failure")
-    inputs = Inputs(model=model, dictionaries=dictionaries, embedder=embedder)
+    inputs = Inputs(model=model, dictionaries=dictionaries, embedder=embedder, sampler=sampler)
     _checks.choice(workers, WORKERS, "workers")
     _check_workers(model, _checks.positive(n_workers, "n_workers"), folder)
     subject = inputs.load()
@@ -198,10 +203,11 @@ def _audit(
     if rows is None:
         names = ("temperature", "top_p", "max_new_tokens", "stop", "seed", "weights")
         names += ("chat_template", "chat_template_options")
-        options = {name: getattr(config, name) for name in names}
+        options: dict[str, Any] = {name: getattr(config, name) for name in names}
         bar.begin("sampling")
         if question.given is None:
-            rows = sample_continuations(model, question.prompt, config.n, progress=progress, **options)
+            options |= {"sampler": subject.sampler, "progress": progress}
+            rows = sample_continuations(model, question.prompt, config.n, **options)
         else:
             rows = question.scored(model, config)
         rows = stages.keep(rows)

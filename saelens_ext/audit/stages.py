@@ -1,6 +1,5 @@
 """What an audit keeps in its folder, stage by stage, and how it knows the folder again."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from saelens_ext.continuations.continuation_set import ContinuationSet
 from saelens_ext.continuations.prefix_audit import PrefixAudit
 from saelens_ext.continuations.validation.results import Validation
 from saelens_ext.host.models import HostModel, describe_model
+from saelens_ext.host.weights_fingerprint import weights_fingerprint
 
 FORMAT_VERSION = 1
 # What is saved of a clustering: ``PrefixAudit.clustering_state``.
@@ -23,15 +23,12 @@ STATE_KEYS = ("params", "labels", "path", "not_validated")
 JSON_FILENAME = "audit.json"
 NOT_ASKED = "Steering was not asked for."
 
-# Entries of each tensor that go into a fingerprint.
-_SAMPLED = 4096
-
 
 def describe(model: HostModel, dictionaries: list[SAE[Any]], embedder: Any) -> dict[str, Any]:
     """What an audit is of, enough to know it again; JSON-safe."""
-    weights = {"weights": _fingerprint(embedder)} if isinstance(embedder, torch.nn.Module) else {}
+    weights = {"weights": weights_fingerprint(embedder)} if isinstance(embedder, torch.nn.Module) else {}
     return {
-        "model": describe_model(model) | {"weights": _fingerprint(model)},
+        "model": describe_model(model) | {"weights": weights_fingerprint(model)},
         "dictionaries": [_describe_dictionary(sae) for sae in dictionaries],
         "embedder": {"name": _name_of(embedder)} | weights,
     }
@@ -46,19 +43,8 @@ def _describe_dictionary(sae: SAE[Any]) -> dict[str, Any]:
         **written,
         "d_in": sae.cfg.d_in,
         "d_sae": sae.cfg.d_sae,
-        "weights": _fingerprint(sae),
+        "weights": weights_fingerprint(sae),
     }
-
-
-def _fingerprint(module: torch.nn.Module) -> str:
-    """A hash of a sample of all its tensors: other weights give another, and it costs next to nothing."""
-    digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        if isinstance(value, torch.Tensor):
-            flat = value.detach().flatten()
-            sample = flat[:: max(1, len(flat) // _SAMPLED)].double().cpu()
-            digest.update(f"{name} {tuple(value.shape)}".encode() + sample.numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _name_of(embedder: Any) -> str:

@@ -1,4 +1,4 @@
-"""What is audited: a model, dictionaries and a sentence model, given or to be loaded."""
+"""What is audited, and with what: a model, dictionaries, a sentence model, a sampler; given or to be loaded."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ import torch
 from sae_lens import SAE
 
 from saelens_ext.audit.stages import describe
+from saelens_ext.continuations.samplers.sampler import Sampler
 from saelens_ext.host.models import HostModel
 from saelens_ext.host.sentence_model import load_sentence_model
 
@@ -16,6 +17,8 @@ Model = HostModel | Callable[[], HostModel]
 """A model, or a function without arguments that loads it."""
 Dictionaries = SAE[Any] | Sequence[SAE[Any]] | Callable[[HostModel], SAE[Any] | Sequence[SAE[Any]]]
 """One dictionary or several, or a function that loads them for the model."""
+Sampling = Sampler | Callable[[], Sampler] | None
+"""Where continuations come from if not from the model, or a function without arguments that makes it."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -25,11 +28,13 @@ class Subject:
     model: HostModel
     saes: list[SAE[Any]]
     embedder: Any
+    sampler: Sampler | None = None
 
     @cached_property
     def about(self) -> Mapping[str, Any]:
         """What it is, enough to know it again; JSON-safe."""
-        return describe(self.model, self.saes, self.embedder)
+        sampler = {} if self.sampler is None else {"sampler": dict(self.sampler.describe())}
+        return describe(self.model, self.saes, self.embedder) | sampler
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -39,6 +44,7 @@ class Inputs:
     model: Model
     dictionaries: Dictionaries
     embedder: Any
+    sampler: Sampling = None
 
     def load(self) -> Subject:
         """Load what is to be loaded."""
@@ -47,4 +53,5 @@ class Inputs:
         given = self.dictionaries
         found: Any = given if isinstance(given, torch.nn.Module | Sequence) else given(model)
         saes = [found] if isinstance(found, SAE) else list(found)
-        return Subject(model=model, saes=saes, embedder=load_sentence_model(self.embedder))
+        sampler = self.sampler if self.sampler is None or isinstance(self.sampler, Sampler) else self.sampler()
+        return Subject(model=model, saes=saes, embedder=load_sentence_model(self.embedder), sampler=sampler)

@@ -32,6 +32,7 @@ def audit(inputs: AuditInputs, settings: AuditConfig, context: Context) -> Resul
     if not inputs.dictionaries:
         raise UsageError("No dictionary was named: --dictionaries=FOLDER, several with commas between.")
     opening.check_writable(folder, "output_path")
+    sampler = inputs.sampler.made(inputs.model_name, folder)
     if inputs.logger.log_to_wandb:
         check_login()
     # Before the model is loaded: a name may be wrong.
@@ -44,6 +45,7 @@ def audit(inputs: AuditInputs, settings: AuditConfig, context: Context) -> Resul
         partial(_attached, loaded if inputs.n_workers == 1 else list(inputs.dictionaries), inputs.device),
         inputs.embedder,
         continuations=inputs.continuations,
+        sampler=sampler,
         folder=folder,
         n_workers=inputs.n_workers,
         workers=inputs.workers,

@@ -4,6 +4,7 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import simple_parsing
@@ -11,8 +12,45 @@ from sae_lens import LoggingConfig
 from simple_parsing.docstring import get_attribute_docstring
 
 from saelens_ext.audit.audit import AuditConfig
+from saelens_ext.cli.errors import UsageError
+from saelens_ext.continuations.samplers.endpoint_sampler import EndpointSampler
 from saelens_ext.runner.config import quiet_logger
 from saelens_ext.runner.parsing import mapping_or_none, number, parsed, text_or_none, texts, tuple_of, whole_number
+
+
+@dataclass(kw_only=True)
+class SamplerOptions:
+    """Where continuations are sampled, if not from the model: a completions endpoint."""
+
+    url: str | None = simple_parsing.field(default=None, type=text_or_none, metavar="URL")
+    """Any OpenAI-compatible completions endpoint (vLLM, llama.cpp, TGI), such as http://localhost:8000/v1; the model
+    scores its texts. A key is read from the environment variable OPENAI_API_KEY.
+    """
+    model: str | None = simple_parsing.field(default=None, type=text_or_none, metavar="NAME")
+    """Name of the model at the endpoint; by default that of the audited one."""
+    prompt_as: str = "tokens"
+    """tokens: the ids that the model reads; text: for an endpoint of another tokenizer, or that takes no ids (TGI)."""
+    choices_per_request: int = 1
+    """Continuations to ask for at a time."""
+    request_options: dict[str, Any] | None = parsed(None, mapping_or_none, "JSON")
+    """Further fields of a request: '{"return_token_ids": true}' with vLLM."""
+    timeout: float = 60.0
+    """Seconds to wait for one answer."""
+    max_retries: int = 5
+    """How often a failed call is made again."""
+    max_concurrency: int = 4
+    """Calls at a time."""
+
+    def made(self, model_name: str, folder: Path | None) -> EndpointSampler | None:
+        """The sampler, whose answers are kept in the folder of the results."""
+        if self.url is None:
+            if self != SamplerOptions():
+                raise UsageError("Options of the sampler were given without --sampler.url=URL.")
+            return None
+        names = ("prompt_as", "choices_per_request", "request_options", "timeout", "max_retries", "max_concurrency")
+        options: dict[str, Any] = {name: getattr(self, name) for name in names}
+        kept = None if folder is None else str(folder / "endpoint")
+        return EndpointSampler(self.url, self.model or model_name, cache_directory=kept, **options)
 
 
 @dataclass(kw_only=True)
@@ -38,6 +76,8 @@ class AuditInputs:
     """File with a prefix in each line, or a JSON list of texts and conversations (lists of messages)."""
     continuations: str | None = simple_parsing.field(default=None, type=text_or_none, metavar="FILE")
     """JSONL file of continuations to audit instead of samples: {"prompt": …, "continuation": …} in each line."""
+    sampler: SamplerOptions = dataclasses.field(default_factory=SamplerOptions)
+    """Where continuations are sampled, if not from the model."""
     embedder: str | None = simple_parsing.field(default=None, type=text_or_none, metavar="NAME")
     """Name or folder of a sentence-transformers model; by default the packaged one."""
     n_workers: int = 1

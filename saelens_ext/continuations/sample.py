@@ -12,17 +12,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from saelens_ext import _checks
 from saelens_ext._modes import standard_modes
+from saelens_ext.continuations.collected import Collected
 from saelens_ext.continuations.continuation_set import PADDING, WEIGHTINGS, ContinuationSet, pad_rows
+from saelens_ext.continuations.samplers.sampler import Sampler
+from saelens_ext.continuations.samplers.scored_draws import ScoredDraws
 from saelens_ext.host.bos import begins_with_bos
 from saelens_ext.host.chat_template import Asked, Prompt, asked
 from saelens_ext.host.continued_text import ids_after, text_after
 from saelens_ext.host.models import HostModel, describe_model, tokenizer_of
 from saelens_ext.host.prompt_passes import evaluating, prompt_ids
-from saelens_ext.steering.sampling import Drawn, SamplingOptions, continuation_log_probs, draw_continuations
+from saelens_ext.steering.sampling import Drawn, SamplingOptions, continuation_log_probs
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +45,7 @@ def sample_continuations(
     chat_template: bool = False,
     chat_template_options: Mapping[str, Any] | None = None,
     max_draws: int | None = None,
+    sampler: Sampler | None = None,
     batch_size: int = 32,
     progress: bool = False,
 ) -> ContinuationSet:
@@ -68,6 +71,12 @@ def sample_continuations(
         chat_template: make the prefix a user's message in the tokenizer's chat template, and continue the answer.
         chat_template_options: passed to the template, for example ``{"enable_thinking": False}``.
         max_draws: stop after so many draws though rows are missing; by default 10 n.
+        sampler: where texts come from instead of the model, such as an :class:`EndpointSampler` or a
+            :class:`HuggingFaceSampler`. The model scores them. ``metadata["sampling"]["log_prob_difference"]`` says how
+            far the sampler's log-probabilities lie from the model's where both have a token (``mean`` and
+            ``mean_absolute``, nats per token; at temperature and top-p 1 ``mean`` estimates the Kullback-Leibler
+            divergence per token) and what fraction is ``cut_otherwise``. A mean absolute difference above 0.1 is
+            logged as a warning, as are other tokens of the prefix.
         batch_size: draws per forward pass.
         progress: show a bar.
 
@@ -95,12 +104,21 @@ def sample_continuations(
     given = asked(tokenizer_of(model), prefix, chat_template=bool(chat_template), options=chat_template_options)
     ids = fitting_prefix(model, given.text, options.max_new_tokens, given.templated)
     collected = Collected(model, ids, n, deduplicate)
-    collected.draw(options, stops, limit, batch_size, progress)
+    draws = None if sampler is None else ScoredDraws(model, sampler, given.text, ids, given.templated)
+    if draws is None:
+        collected.draw(options, stops, limit, batch_size, progress)
+    else:
+        draws.fill(collected, options, stops, limit, batch_size, progress)
     settings = {name: getattr(options, name) for name in ("temperature", "top_p", "max_new_tokens")}
     settings |= {"stop": stops, "seed": options.seed, "n": n, "deduplicate": bool(deduplicate)} | collected.describe()
+    rows: Sequence[Drawn] = collected.rows
+    if draws is not None:
+        fitting_prefix(model, given.text, max(len(row.token_ids) for row in rows), given.templated)
+        rows, settings["log_prob_difference"] = draws.scored(rows, batch_size)
+        settings["sampler"] = draws.describe()
     metadata = {"sampling": settings, **how_asked(given)}
     counts = {"count": torch.tensor(collected.counts)}
-    return as_set(model, given.prompt, given.text, ids, collected.texts, collected.rows, weights, metadata, counts)
+    return as_set(model, given.prompt, given.text, ids, collected.texts, rows, weights, metadata, counts)
 
 
 @standard_modes()
@@ -147,68 +165,6 @@ def how_asked(given: Asked) -> dict[str, Any]:
     """What a set's metadata say of its prompt."""
     messages = {} if given.messages is None else {"messages": given.messages}
     return {"chat_template": given.templated, **messages}
-
-
-class Collected:
-    """The rows that draws behind the tokens of a prefix have made so far."""
-
-    def __init__(self, model: HostModel, ids: Tensor, n: int, deduplicate: bool):
-        self._model, self._ids, self._prefix = model, ids, ids.tolist()
-        self._n, self._deduplicate = n, deduplicate
-        self._row_of: dict[tuple[int, ...], int] = {}
-        self.rows: list[Drawn] = []
-        self.texts: list[str] = []
-        self.counts: list[int] = []
-        self.n_draws = self.n_empty = 0
-
-    @property
-    def full(self) -> bool:
-        return len(self.rows) >= self._n
-
-    def draw(self, options: SamplingOptions, stops: Sequence[str], limit: int, batch_size: int, progress: bool) -> None:
-        """Draw until there are enough rows, or ``limit`` draws were made."""
-        show = {"desc": "sampling", "unit": "continuation", "disable": not progress}
-        with evaluating(self._model), tqdm(total=self._n, **show) as bar:
-            while not self.full and self.n_draws < limit:
-                numbers = range(self.n_draws, min(self.n_draws + batch_size, limit))
-                self.take(draw_continuations(self._model, self._ids, numbers, options, stop=stops))
-                bar.update(len(self.rows) - bar.n)
-
-    def take(self, drawn: Sequence[Drawn]) -> None:
-        """Take draws in order; what comes after the last row wanted is left, so that batches do not show."""
-        for one in drawn:
-            if self.full:
-                return
-            self.n_draws += 1
-            key = tuple(one.token_ids)
-            if self._deduplicate and key in self._row_of:
-                self.counts[self._row_of[key]] += 1
-                continue
-            text = text_after(self._model, self._prefix, key)
-            if not text.strip():
-                self.n_empty += 1
-            else:
-                self._row_of[key] = len(self.rows)
-                self.rows.append(one)
-                self.texts.append(text)
-                self.counts.append(1)
-
-    def describe(self) -> dict[str, Any]:
-        """How the draws went, said aloud when rows are missing; ValueError where there is none."""
-        if not self.rows:
-            raise ValueError(
-                f"None of {self.n_draws} draws has visible text: the model ends at once after this prefix. "
-                "Give it the beginning of a text, or set chat_template=True for a question to a chat model."
-            )
-        if not self.full:
-            said = (
-                "%d draws gave %d different continuations of the %d wanted (%d draws were empty). A higher "
-                "temperature, top_p or max_new_tokens gives more of them, as do more draws (max_draws)."
-            )
-            logger.warning(said, self.n_draws, len(self.rows), self._n, self.n_empty)
-        ends = [row.ended_by for row in self.rows]
-        ended_by = {reason: ends.count(reason) for reason in sorted(set(ends))}
-        return {"n_draws": self.n_draws, "n_empty": self.n_empty, "ended_by": ended_by}
 
 
 def as_set(

@@ -9,8 +9,9 @@ import torch
 
 from saelens_ext import _checks, _files
 from saelens_ext._modes import standard_modes
+from saelens_ext.continuations.collected import Collected
 from saelens_ext.continuations.continuation_set import ContinuationSet
-from saelens_ext.continuations.sample import Collected, as_set, fitting_prefix, how_asked
+from saelens_ext.continuations.sample import as_set, fitting_prefix, how_asked
 from saelens_ext.continuations.step_tree import JSON_FILENAME, VERSION, StepTree, step_folder
 from saelens_ext.host.chat_template import Asked, Prompt, asked
 from saelens_ext.host.models import HostModel, describe_model, tokenizer_of

@@ -20,13 +20,30 @@ _LONGEST_TAIL = 8
 
 def text_after(model: HostModel, prompt: Sequence[int], tokens: Sequence[int]) -> str:
     """The text of tokens as it reads behind the prompt; special tokens among them have none."""
-    tokenizer = tokenizer_of(model)
+    return text_behind(tokenizer_of(model), prompt, tokens)
+
+
+def text_behind(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+    """The same by the tokenizer."""
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     said = [i for i in tokens if i not in special]
     # BOS has no place in a prompt's text. Others have, as a space may depend on whether one stands before.
     start = list(prompt[1:] if begins_with_bos(tokenizer, prompt) else prompt)
     before, whole = _decoded(tokenizer, start), _decoded(tokenizer, [*start, *said])
     return whole[len(before) :] if whole.startswith(before) else _decoded(tokenizer, said)
+
+
+def text_read_as(tokenizer: PreTrainedTokenizerBase, prompt: str, ids: Sequence[int]) -> str | None:
+    """A prompt as a tokenizer, with the special tokens that it adds, turns it into these ids: BOS written or left out.
+
+    An EOS that it puts behind every text is no matter. None where it does not give these ids.
+    """
+    bos = str(tokenizer.bos_token or "")
+    for text in dict.fromkeys((prompt, prompt.removeprefix(bos), bos + prompt)):
+        made = list(tokenizer(text, verbose=False)["input_ids"]) if text else []
+        if made == list(ids) or (made[:-1] == list(ids) and made[-1] == tokenizer.eos_token_id):
+            return text
+    return None
 
 
 def ids_after(model: HostModel, prompt: str, texts: Sequence[str], *, templated: bool = False) -> list[list[int]]:

@@ -69,6 +69,8 @@ class Drawn:
     """Log-probabilities in nats at temperature 1, whole distribution, whatever was sampled from; CPU float32."""
     ended_by: str
     """"eos" (or another of :func:`end_ids`), "stop" (a stop text, which it holds) or "length"."""
+    text: str | None = None
+    """Its text, where that was given; otherwise that of its tokens."""
 
 
 @standard_modes()

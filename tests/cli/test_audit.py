@@ -1,13 +1,17 @@
 """The audit through the command, and its points of a sweep."""
 
 import json
+from pathlib import Path
 
 import joblib
 import pandas as pd
 import pytest
 
 from saelens_ext.cli import audit as audit_command
+from saelens_ext.cli.audit_options import SamplerOptions
+from saelens_ext.cli.errors import UsageError
 from tests.cli.conftest import logged_run
+from tests.harnesses.openai_script import scripted
 
 SMALL = [
     "--n=16",
@@ -114,3 +118,40 @@ def test_prompts_over_workers_and_their_index(asked, command, tmp_path):
     assert "An expression list" in (tmp_path / "workers" / "pages" / "001.html").read_text()
     other = command(*asked, *more, "--output_path=none", "--n_workers=2")
     assert other.status == 1 and "n_workers=2 needs folder=" in other.error
+
+
+def test_a_sampler_on_the_command_line():
+    made = SamplerOptions(url="http://localhost:8000/v1", request_options={"min_p": 0.1}).made("gpt2", Path("out"))
+    assert made is not None and made.describe() == {
+        "kind": "endpoint",
+        "base_url": "http://localhost:8000/v1",
+        "model": "gpt2",
+        "prompt_as": "tokens",
+        "request_options": {"min_p": 0.1},
+    }
+    assert made.cache_directory == str(Path("out", "endpoint")) and SamplerOptions().made("gpt2", None) is None
+    with pytest.raises(UsageError, match="without --sampler.url"):
+        SamplerOptions(model="m").made("gpt2", None)
+
+
+@pytest.mark.slow
+def test_an_audit_of_what_an_endpoint_drew(asked, command, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    words = [" is", " was", " has", " had", " can", " will", " may", " must", " might"]
+
+    def play(number, body):
+        text = words[body["seed"] % 9] + words[body["seed"] // 9 % 9]
+        return 200, {"choices": [{"text": text, "finish_reason": "length"}]}
+
+    with scripted(play) as server:
+        more = [f"--sampler.url={server.url}", "--sampler.model=m", "--validate=false", f"--output_path={tmp_path}"]
+        found = command(*asked, f"--prefix={PREFIX}", *more, "--json")
+        assert found.status == 0, found.err
+        assert found.data["about"]["sampler"]["base_url"] == server.url and len(server.bodies) == 16
+        again = command(*asked, f"--prefix={PREFIX}", *more, "--json")
+        assert again.data["prefixes"] == found.data["prefixes"] and len(server.bodies) == 16
+        other = command(*asked, f"--prefix={PREFIX}", *more, "--sampler.prompt_as=text")
+        assert other.status == 1 and "another about" in other.error
+    assert "is is" in (tmp_path / "continuations.csv").read_text() and server.keys == {"Bearer sk-secret"}
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not any(b"sk-secret" in path.read_bytes() for path in files)

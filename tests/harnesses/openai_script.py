@@ -1,4 +1,4 @@
-"""A loopback server that answers as OpenAI's chat completions do, by a script."""
+"""A loopback server that answers as OpenAI's completions do, by a script."""
 
 import json
 import threading
@@ -7,7 +7,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class Script(ThreadingHTTPServer):
-    """Answers the n-th request by ``play(n, body)``: (status, text of the answer), or None for silence."""
+    """Answers the n-th request by ``play(n, body)``: a status and what is said, or None for silence.
+
+    Said is the text of a chat's answer, a whole reply as a dict, or bytes that are no JSON.
+    """
 
     daemon_threads = True
 
@@ -36,9 +39,10 @@ class _Scripted(BaseHTTPRequestHandler):
         message = {"role": "assistant", "content": text}
         choice = {"index": 0, "finish_reason": "stop", "message": message}
         content = {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
-        data = json.dumps(content if status == 200 else {"error": {"message": text}}).encode()
+        content = text if isinstance(text, dict) else content if status == 200 else {"error": {"message": text}}
+        data = text if isinstance(text, bytes) else json.dumps(content).encode()
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", "text/html" if isinstance(text, bytes) else "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.send_header("retry-after-ms", "5")
         self.end_headers()

@@ -54,6 +54,11 @@ def _continuations(audit: PrefixAudit) -> Fact:
         )
         if "n_draws" in sampling:
             meaning += f", in {count(int(sampling['n_draws']))} draws"
+        differs = sampling.get("log_prob_difference")
+        if isinstance(differs, Mapping):
+            size = differs.get("mean_absolute")
+            known = "are not known" if size is None else f"differ from the model’s by {fixed(size, 3)} nats per token"
+            meaning += f", by another sampler, whose log-probabilities {known}"
     return Fact("continuations", "Distinct continuations", count(len(held)), meaning)
 
 
