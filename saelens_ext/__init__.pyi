@@ -74,6 +74,8 @@ from .evals.novelty import evaluate_novelty as evaluate_novelty
 from .evals.overlap import overlap_by_tokens as overlap_by_tokens
 from .evals.pathways import pathway_check as pathway_check
 from .evals.probing import evaluate_probes as evaluate_probes
+from .evals.saturation import saturation_curves as saturation_curves
+from .evals.sensitivity import threshold_sensitivity as threshold_sensitivity
 from .evals.stability import dictionary_stability as dictionary_stability
 from .evals.steering import compare_steering as compare_steering
 from .evals.steps import audit_steps as audit_steps

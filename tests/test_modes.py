@@ -353,6 +353,10 @@ CASES: dict[str, Callable[[SimpleNamespace, Any], Any]] = {
     "partition_nesting": lambda m, tmp: ext.partition_nesting(
         {"a": m.partition, "b": m.dictionary}, m.residual, n_shuffles=2, n_bootstrap=5
     ).summary(),
+    "threshold_sensitivity": lambda m, tmp: (
+        ext.threshold_sensitivity(m.residual, percentiles=(20,), neighbour_factors=(1,), n_orders=2).cells
+    ),
+    "saturation_curves": lambda m, tmp: ext.saturation_curves({"a": m.residual}, percentile=20, n_orders=1).curves,
     "decompose_dictionary": lambda m, tmp: ext.decompose_dictionary(m.dictionary, m.dictionary, n_null=2),
     "pathway_check": lambda m, tmp: ext.pathway_check(
         m.model, HOOK, m.direction, SENTENCES * 5, coefficient=2.0, prompts="I think"
@@ -485,6 +489,7 @@ WITHOUT_TORCH = {
 # Under autocast a model computes in bfloat16, as its user wants, and what is read from it is rounded.
 RUN_THE_MODEL = {
     "compare_checkpoints", "compare_models", "overlap_by_tokens", "partition_nesting",
+    "threshold_sensitivity", "saturation_curves",
     "Evidence", "evaluate_novelty", "write_evidence_report",
     "ActivationBatch", "ActivationStream", "Audit", "DictionaryRunner", "EmbeddingJudge", "KeptStream",
     "ablate_directions",

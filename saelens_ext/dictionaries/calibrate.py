@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from saelens_ext.activations.batch import COLUMNS, ActivationBatch
-from saelens_ext.ops.calibration import ThresholdEstimate, pairwise_distance_percentiles
+from saelens_ext.ops.calibration import ThresholdEstimate, nearest_neighbour_thresholds, pairwise_distance_percentiles
 from saelens_ext.ops.spherical import SphericalCenter, unit_directions
 
 CalibrationMode = Literal["across_documents", "within_batch"]
+ThresholdRule = Literal["percentile", "nearest_neighbour"]
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -23,7 +24,7 @@ class Calibration:
     typical_norm: float
     """Median of |x - centre|, in units of the activation: the natural unit of steering strength."""
     thresholds: tuple[ThresholdEstimate, ...]
-    """One per percentile asked for, with its interval."""
+    """One per resolution asked for, with its interval."""
     n_activations: int
     """How many activations were used."""
 
@@ -31,18 +32,20 @@ class Calibration:
 def calibrate(
     batches: Sequence[ActivationBatch],
     hook_name: str,
-    percentiles: Sequence[float],
+    resolutions: Sequence[float],
     *,
     n_activations: int,
     calibration: CalibrationMode = "across_documents",
+    threshold_rule: ThresholdRule = "percentile",
     seed: int = 0,
 ) -> Calibration:
     """Calibrate one hook on the first ``n_activations`` of some batches, which are together at least as long.
 
-    Percentiles lie in (0, 100); ``seed`` is of the sampling of rows and of the bootstrap.
+    Resolutions are percentiles in (0, 100), or factors of the median distance to the nearest neighbour; ``seed`` is of
+    the sampling of rows and of the bootstrap.
 
     Raises:
-        ValueError: only one document under "across_documents".
+        ValueError: only one document under "across_documents", or a factor whose threshold is above 2.
 
     Source: arXiv 2605.14347, centre and threshold.
     """
@@ -51,9 +54,13 @@ def calibrate(
     documents = torch.cat([batch.document_ids for batch in batches])[:n_activations]
     center = SphericalCenter(x.shape[1]).update(x).center
     units, norms = unit_directions(x, center)
-    batch_ids = torch.searchsorted(ends, torch.arange(len(x)), right=True)
-    options = {"calibration": calibration, "batch_ids": batch_ids, "seed": seed}
-    thresholds = pairwise_distance_percentiles(units, documents, percentiles, **options) if percentiles else []
+    thresholds: list[ThresholdEstimate] = []
+    if resolutions and threshold_rule == "nearest_neighbour":
+        thresholds = nearest_neighbour_thresholds(units, documents, resolutions, seed=seed)
+    elif resolutions:
+        batch_ids = torch.searchsorted(ends, torch.arange(len(x)), right=True)
+        options = {"calibration": calibration, "batch_ids": batch_ids, "seed": seed}
+        thresholds = pairwise_distance_percentiles(units, documents, resolutions, **options)
     return Calibration(
         center=center, typical_norm=float(norms.median()), thresholds=tuple(thresholds), n_activations=len(x)
     )

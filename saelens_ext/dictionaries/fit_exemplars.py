@@ -34,6 +34,7 @@ def fit_exemplar_partition(
     source: ActivationStream | Tensor,
     *,
     percentile: float | int = 10.0,
+    neighbour_factor: float | int = 1.0,
     threshold: float | int | None = None,
     calibration: str | ExemplarFitResult = "across_documents",
     document_ids: Tensor | None = None,
@@ -47,7 +48,9 @@ def fit_exemplar_partition(
         source: activations of one hook, whose ``max_tokens`` is the budget; or activations ``(n, d)``, in an order.
         percentile: percentile of the pairwise distances between activations of different documents, in (0, 100),
             within which an activation joins a region. Higher means fewer, wider regions.
-        threshold: a cosine distance in (0, 2] to use instead; the centre is still calibrated.
+        neighbour_factor: under ``threshold_rule="nearest_neighbour"`` used instead of the percentile: the threshold is
+            so many times the median distance to the nearest neighbour. Higher means fewer, wider regions.
+        threshold: a cosine distance in (0, 2] to use instead of either; the centre is still calibrated.
         calibration: how to calibrate, as in :class:`ExemplarFitConfig`; or another fit, whose centre and threshold are
             used as they are, so that the two partitions can be compared.
         document_ids: the document of each row of a matrix, integers ``(n,)``; None: each is one of its own.
@@ -87,8 +90,8 @@ def fit_exemplar_partition(
             raise ValueError(f"calibration is a fit of {like.dictionary.cfg.d_in} numbers per activation, got {d_in}.")
     fields = options if like is not None else {**options, "calibration": calibration}
     config = _checks.from_options(ExemplarFitConfig, fields, "The fit")
-    percentiles = () if threshold is not None else (percentile,)
-    (result,) = _fit(given.stream, percentiles, threshold, config, on_metrics, like)
+    resolution = percentile if config.threshold_rule == "percentile" else neighbour_factor
+    (result,) = _fit(given.stream, () if threshold is not None else (resolution,), threshold, config, on_metrics, like)
     return result
 
 
@@ -98,20 +101,23 @@ def fit_exemplar_partitions(
     stream: ActivationStream,
     percentiles: Sequence[float | int] = (1, 2, 4, 8, 10),
     *,
+    neighbour_factors: Sequence[float | int] = (1, 1.5, 2, 2.5),
     on_metrics: OnMetrics | None = None,
     **options: Unpack[ExemplarFitOptions],
 ) -> dict[tuple[str, float | int], ExemplarFitResult]:
-    """Build an ExemplarPartition for every (hook, percentile), in one pass over the model.
+    """Build an ExemplarPartition for every (hook, percentile), or factor, in one pass over the model.
 
     Args:
         stream: activations of one or several hooks; its ``max_tokens`` is the budget.
         percentiles: resolutions, each in (0, 100); higher means fewer, wider regions.
-        on_metrics: called after each batch for each growing dictionary with ((hook, percentile), activations seen,
-            figures).
+        neighbour_factors: used instead under ``threshold_rule="nearest_neighbour"``, see
+            :func:`fit_exemplar_partition`; each above 0.
+        on_metrics: called after each batch for each growing dictionary with ((hook, percentile or factor), activations
+            seen, figures).
         **options: fields of :class:`ExemplarFitConfig`.
 
     Returns:
-        An ExemplarFitResult per (hook name as given to the stream, percentile).
+        An ExemplarFitResult per (hook name as given to the stream, percentile or factor).
 
     Raises:
         ValueError: no usable activation, fewer than ``calibration_activations``, only one document, an option out of
@@ -127,24 +133,27 @@ def fit_exemplar_partitions(
     Source: arXiv 2605.14347, construction. Percentiles across documents, their intervals and the unseen-mass rule are
     ours: the paper's thresholds move with the batch size, and its rule waits for one lucky batch.
     """
-    if len(percentiles) == 0 or len(set(percentiles)) != len(percentiles):
-        raise ValueError(f"percentiles must be at least one number and all different, got {tuple(percentiles)}.")
     config = _checks.from_options(ExemplarFitConfig, options, "The fit")
-    results = _fit(stream, tuple(percentiles), None, config, on_metrics)
-    return {(result.hook_name, percentile): result for result, percentile in zip(results, itertools.cycle(percentiles))}
+    by_percentile = config.threshold_rule == "percentile"
+    name, given = ("percentiles", percentiles) if by_percentile else ("neighbour_factors", neighbour_factors)
+    if len(given) == 0 or len(set(given)) != len(given):
+        raise ValueError(f"{name} must be at least one number and all different, got {tuple(given)}.")
+    results = _fit(stream, tuple(given), None, config, on_metrics)
+    return {(result.hook_name, resolution): result for result, resolution in zip(results, itertools.cycle(given))}
 
 
 def _fit(
     stream: ActivationStream,
-    percentiles: Sequence[float | int],
+    resolutions: Sequence[float | int],
     threshold: float | int | None,
     config: ExemplarFitConfig,
     on_metrics: OnMetrics | None,
     like: ExemplarFitResult | None = None,
 ) -> list[ExemplarFitResult]:
-    percentiles = [float(_checks.between(percentile, 0, 100, "percentile")) for percentile in percentiles]
+    name, most = ("percentile", 100) if config.threshold_rule == "percentile" else ("neighbour_factor", float("inf"))
+    resolutions = [float(_checks.between(value, 0, most, name)) for value in resolutions]
     names = stream.requested_hook_names
-    build = ExemplarBuild(names, percentiles, threshold, config, on_metrics, like=like, device=stream.device)
+    build = ExemplarBuild(names, resolutions, threshold, config, on_metrics, like=like, device=stream.device)
     for batch in stream:
         build.take(batch)
         if build.done:

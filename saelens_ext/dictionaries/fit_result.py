@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -69,7 +71,7 @@ class ExemplarFitResult:
     hook_name: str
     """The hook, as given to the stream."""
     percentile: float | None
-    """Percentile of the threshold; None when the threshold was given."""
+    """Percentile of the threshold; None under another rule, or when the threshold was given."""
     threshold: ThresholdEstimate
     """The threshold, a cosine distance, with its interval."""
     stopped_because: str
@@ -97,6 +99,10 @@ class ExemplarFitResult:
     def n_regions(self) -> int:
         """Number of regions."""
         return len(self.counts)
+
+    def regions_after(self, seen: Any) -> np.ndarray:
+        """How many regions the first activations had started, for each number of them."""
+        return np.searchsorted(self.exemplar_indices.cpu().numpy(), seen)
 
     def save(self, path: str | Path) -> Path:
         """Write the dictionary and, beside it, its statistics (``fit.json``, ``fit.safetensors``) into a directory."""

@@ -15,7 +15,14 @@ from typing_extensions import TypedDict
 from saelens_ext import _checks
 from saelens_ext.activations.stream import ActivationBatch, ActivationStream
 from saelens_ext.dictionaries.activation_matrix import ActivationSource
-from saelens_ext.dictionaries.calibrate import Calibration, CalibrationMode, calibrate, held_batches, held_tensors
+from saelens_ext.dictionaries.calibrate import (
+    Calibration,
+    CalibrationMode,
+    ThresholdRule,
+    calibrate,
+    held_batches,
+    held_tensors,
+)
 from saelens_ext.dictionaries.exemplar_partition import Basis, ExemplarPartition, Readout
 from saelens_ext.dictionaries.fit_result import ExemplarFitResult, Provenance
 from saelens_ext.ops.calibration import ThresholdEstimate
@@ -39,6 +46,10 @@ class ExemplarFitConfig:
     calibration: str = "across_documents"
     """"across_documents": percentiles over pairs from different documents, whatever the batch size; "within_batch":
     the paper's mean of within-batch percentiles, which moves with the batch size."""
+    threshold_rule: str = "percentile"
+    """What the threshold is. "percentile": that percentile of the pairwise distances; "nearest_neighbour": the median
+    distance of the calibration activations to their nearest neighbour in another document, times ``neighbour_factor``,
+    which can be stated before the data are seen."""
     stop: str = "budget"
     """When a dictionary stops growing, other than at the end of the stream. "budget": only there. "unseen_mass": once
     the upper 0.95 limit of the unseen mass, judged by the last half of the stream, is at most
@@ -59,8 +70,16 @@ class ExemplarFitConfig:
 
     def __post_init__(self) -> None:
         _checks.normalise_fields(self)
-        for name, allowed in (("calibration", CalibrationMode), ("stop", Stop), ("basis", Basis), ("readout", Readout)):
+        for name, allowed in (
+            ("calibration", CalibrationMode), ("threshold_rule", ThresholdRule), ("stop", Stop), ("basis", Basis),
+            ("readout", Readout),
+        ):  # fmt: skip
             _checks.choice(getattr(self, name), get_args(allowed), name)
+        if self.threshold_rule == "nearest_neighbour" and self.calibration == "within_batch":
+            raise ValueError(
+                "threshold_rule='nearest_neighbour' looks for neighbours in other documents; got "
+                "calibration='within_batch'. Leave calibration at 'across_documents', or use the rule 'percentile'."
+            )
         _checks.between(self.unseen_mass_tolerance, 0, 1, "unseen_mass_tolerance")
         _checks.positive(self.saturation_window, "saturation_window")
         _checks.positive(self.k, "k")
@@ -75,6 +94,7 @@ class ExemplarGrowthOptions(TypedDict, total=False):
     """Fields of :class:`ExemplarFitConfig`, as keywords, without ``calibration``."""
 
     calibration_activations: int | None
+    threshold_rule: ThresholdRule
     stop: Stop
     unseen_mass_tolerance: float
     saturation_window: int
@@ -209,6 +229,7 @@ class _Growth:
                 "calibration_activations": self.calibration.n_activations,
                 "threshold_interval": [self.threshold.low, self.threshold.high],
             }
+            | ({} if self.threshold.factor is None else {"neighbour_factor": self.threshold.factor})
         )
         dictionary = ExemplarPartition.from_regions(
             self.clustering.exemplars,
@@ -249,12 +270,13 @@ def _aligned_slices(n_seen: int, n: int) -> Iterator[tuple[int, int]]:
 
 
 class ExemplarBuild:
-    """Dictionaries of one config, at every hook and percentile, growing from one sequence of batches.
+    """Dictionaries of one config, at every hook and resolution, growing from one sequence of batches.
 
     Args:
         hook_names: keys of ``batch.activations`` to build at.
-        percentiles: resolutions, each in (0, 100); empty with a ``threshold``, a cosine distance in (0, 2].
-        on_metrics: called after each batch for each growing dictionary with ((hook, percentile), activations seen,
+        resolutions: percentiles in (0, 100), or factors, as the config's rule takes; empty with a ``threshold``, a
+            cosine distance in (0, 2].
+        on_metrics: called after each batch for each growing dictionary with ((hook, resolution), activations seen,
             figures).
         like: a fit whose centre and threshold to use instead, at one hook, of activations on ``device``.
     """
@@ -262,7 +284,7 @@ class ExemplarBuild:
     def __init__(
         self,
         hook_names: Sequence[str],
-        percentiles: Sequence[float],
+        resolutions: Sequence[float],
         threshold: float | int | None,
         config: ExemplarFitConfig,
         on_metrics: OnMetrics | None = None,
@@ -271,7 +293,7 @@ class ExemplarBuild:
         device: torch.device = torch.device("cpu"),
     ) -> None:
         self._hook_names, self._config, self._on_metrics = tuple(hook_names), config, on_metrics
-        self._percentiles, self._threshold = tuple(percentiles), threshold
+        self._resolutions, self._threshold = tuple(resolutions), threshold
         self._held: list[ActivationBatch] = []
         self._n_held = 0
         self._growths = [] if like is None else [_Growth.like(like, name, device) for name in hook_names]
@@ -297,7 +319,7 @@ class ExemplarBuild:
             self._calibrate()
 
     def finish(self, stream: ActivationStream) -> list[ExemplarFitResult]:
-        """The results, hook by hook and in the order of the percentiles; ``stream`` is where the batches came from.
+        """The results, hook by hook and in the order of the resolutions; ``stream`` is where the batches came from.
 
         ValueError: fewer activations than calibration takes, one document only, or activations that are all alike.
         """
@@ -336,10 +358,11 @@ class ExemplarBuild:
         options = {
             "n_activations": min(n, wanted or DEFAULT_CALIBRATION),
             "calibration": self._config.calibration,
+            "threshold_rule": self._config.threshold_rule,
             "seed": self._config.seed,
         }
         for hook_name in self._hook_names:
-            calibration = calibrate(held, hook_name, self._percentiles, **options)
+            calibration = calibrate(held, hook_name, self._resolutions, **options)
             fixed = () if self._threshold is None else (ThresholdEstimate.given(float(self._threshold)),)
             for estimate in fixed or calibration.thresholds:
                 clustering = LeaderClustering(calibration.center, estimate.threshold)
@@ -358,7 +381,7 @@ class ExemplarBuild:
             growth.take(batch, self._config)
             if self._on_metrics is not None:
                 self._on_metrics(
-                    (growth.hook_name, growth.threshold.percentile), growth.clustering.n_seen, growth.metrics
+                    (growth.hook_name, growth.threshold.resolution), growth.clustering.n_seen, growth.metrics
                 )
 
 

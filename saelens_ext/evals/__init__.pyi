@@ -48,6 +48,10 @@ from .probing import evaluate_probes as evaluate_probes
 from .prompt_shift import PromptShift as PromptShift
 from .ratings import export_for_people as export_for_people
 from .ratings import read_ratings as read_ratings
+from .saturation import Saturation as Saturation
+from .saturation import saturation_curves as saturation_curves
+from .sensitivity import ThresholdSensitivity as ThresholdSensitivity
+from .sensitivity import threshold_sensitivity as threshold_sensitivity
 from .stability import StabilityEvidence as StabilityEvidence
 from .stability import dictionary_stability as dictionary_stability
 from .steering import SteeringEvidence as SteeringEvidence

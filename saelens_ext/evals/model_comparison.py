@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
 import pandas as pd
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -23,12 +22,12 @@ from saelens_ext.activations.stream import ActivationStream
 from saelens_ext.analysis.labels import label_latents
 from saelens_ext.analysis.profile import DictionaryProfile, profile_dictionary
 from saelens_ext.concepts.token_activations import Positions, read_texts
-from saelens_ext.dictionaries.fit_exemplars import fit_exemplar_partition
 from saelens_ext.dictionaries.fit_result import ExemplarFitResult
 from saelens_ext.evals.checkpoint_evidence import CHANGED, SIDES, CheckpointEvidence
 from saelens_ext.evals.checkpoints import compare_checkpoints
 from saelens_ext.evals.evidence import evidence_table
 from saelens_ext.evals.prompt_shift import TEXTS, PromptShift, Reading, prompt_shift
+from saelens_ext.evals.replicas import replicas
 from saelens_ext.host.models import HostModel, tokenizer_of
 from saelens_ext.report.evidence_report import write_evidence_report
 
@@ -184,7 +183,8 @@ def compare_models(
     fits: dict[str, dict[str, ExemplarFitResult]] = {}
     for number, (side, read) in enumerate(zip(SIDES, joined)):
         like = fits[SIDES[0]]["0"] if number and calibration == "base" else None
-        fits[side] = _replicas(read, n_replicas, like, [seed, number], percentile=percentile, hook_name=hook_name)
+        options = {"percentile": percentile, "hook_name": hook_name}
+        fits[side] = replicas(read.x, read.documents, n_replicas, like, [seed, number], **options)
     checkpoints = compare_checkpoints(*fits.values(), level=level, confidence=confidence, seed=seed)
     readings = {TEXTS: joined} | {
         name: [_read(model, hook_name, listed, positions, chat_template, batch_size) for model in (base, tuned)]
@@ -214,20 +214,3 @@ def _read(model: HostModel, hook_name: str, prompts: Sequence[str], positions: P
         model, hook_name, prompts, positions=positions, chat_template=chat_template, batch_size=batch_size
     )
     return Reading(read.activations[hook_name], read.token_ids, read.document_ids)
-
-
-def _replicas(
-    read: Reading, n: int, like: ExemplarFitResult | None, seed: Sequence[int], **options: Any
-) -> dict[str, ExemplarFitResult]:
-    """Partitions of the documents in random orders, with one calibration for all."""
-    generator = np.random.default_rng(seed)
-    fits: dict[str, ExemplarFitResult] = {}
-    for number in range(n):
-        places = torch.from_numpy(generator.permutation(int(read.documents.max()) + 1))
-        rows = places[read.documents].argsort(stable=True)
-        calibration: Any = "across_documents" if like is None else like
-        fit = fit_exemplar_partition(
-            read.x[rows.to(read.x.device)], document_ids=read.documents[rows], calibration=calibration, **options
-        )
-        like, fits[str(number)] = like or fit, fit
-    return fits

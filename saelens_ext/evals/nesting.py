@@ -21,16 +21,15 @@ from torch import Tensor
 from saelens_ext import _checks
 from saelens_ext._modes import standard_modes
 from saelens_ext.activations.stream import ActivationStream
-from saelens_ext.dictionaries.activation_matrix import ActivationSource
 from saelens_ext.dictionaries.fit_result import ExemplarFitResult
 from saelens_ext.evals.baselines import random_activations
 from saelens_ext.evals.checkpoints import strongest_latents
 from saelens_ext.evals.evidence import Evidence, columns_apart, columns_together, evidence_table
+from saelens_ext.evals.replicas import read_all
 from saelens_ext.ops.spherical import assign_nearest
 from saelens_ext.report.evidence_section import EvidenceSection
 
 COARSER, RANDOM, PERMUTED = "coarser partition", "random activations", "permuted labels"
-_ROWS = 4096
 _SHOWN = 30
 
 
@@ -184,7 +183,7 @@ def partition_nesting(
     _checks.between(confidence, 0, 1, "confidence")
     given = {name: one.dictionary if isinstance(one, ExemplarFitResult) else one for name, one in partitions.items()}
     saes = dict(sorted(given.items(), key=lambda item: -int(item[1].cfg.d_sae)))
-    x, documents = _read(source, document_ids)
+    x, documents, _ = read_all(source, document_ids)
     for name, sae in saes.items():
         _checks.width(x, sae.cfg.d_in, f"Partition {name}")
     labels = {name: strongest_latents(sae, x).numpy() for name, sae in saes.items()}
@@ -200,7 +199,7 @@ def partition_nesting(
             (PERMUTED, "share"): own[0][1],
         }  # fmt: skip
         for (method, metric), values in columns.items():
-            means = pd.Series(values).groupby(documents).mean()
+            means = pd.Series(values).groupby(documents.numpy()).mean()
             where = {"pair": f"{fine} in {coarse}", "method": method, "metric": metric}
             cells.append(pd.DataFrame({**where, "document": means.index, "value": means.to_numpy()}))
         tables.append(own[0][2].assign(fine=fine, coarse=coarse))
@@ -216,20 +215,12 @@ def partition_nesting(
         },
         settings={
             "partitions": list(saes), "n_regions": [int(sae.cfg.d_sae) for sae in saes.values()],
-            "n_activations": len(x), "n_documents": len(np.unique(documents)), "n_shuffles": n_shuffles,
+            "n_activations": len(x), "n_documents": int(documents.max()) + 1, "n_shuffles": n_shuffles,
             "n_random": n_random, "n_bootstrap": n_bootstrap, "n_permutations": n_permutations,
             "confidence": confidence, "seed": seed,
         },
         regions=regions[[*first, *(name for name in regions.columns if name not in first)]],
     )  # fmt: skip
-
-
-def _read(source: ActivationStream | Tensor, document_ids: Tensor | None) -> tuple[Tensor, np.ndarray]:
-    """All activations, and their documents."""
-    given = ActivationSource.of(source, None, document_ids=document_ids, batch_size=_ROWS)
-    batches = list(given.stream)
-    x = torch.cat([batch.activations[given.hook_name] for batch in batches])
-    return x, torch.cat([batch.document_ids for batch in batches]).numpy()
 
 
 def _random_labels(sae: SAE[Any], labels: np.ndarray, x: Tensor, seed: int, draw: int) -> np.ndarray:

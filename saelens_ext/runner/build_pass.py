@@ -125,10 +125,10 @@ class BuildPass:
         for build, hook_name, names in config.dictionary_names():
             self._names += names
             if isinstance(build, ExemplarBuildConfig):
-                name_of = dict(zip(build.percentiles or (None,), names))
+                name_of = dict(zip(build.resolutions or (None,), names))
                 report = lambda key, *rest, name_of=name_of: on_metrics(name_of[key[1]], *rest)  # noqa: E731
                 options = build.fit_config(config.seed)
-                growing = ExemplarBuild([hook_name], build.percentiles, build.threshold, options, report)
+                growing = ExemplarBuild([hook_name], build.resolutions, build.threshold, options, report)
                 self._builds.append((names, growing))
                 continue
             for name, (n_components, options) in zip(names, build.settings(config.seed)):

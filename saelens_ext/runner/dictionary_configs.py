@@ -21,8 +21,11 @@ class ExemplarBuildConfig(ExemplarFitConfig):
 
     percentile: Number | Sequence[Number] = parsed(10.0, one_or_several(number), "P[,P…]")
     """Percentile or percentiles of the pairwise distances, each in (0, 100); higher means fewer, wider regions."""
+    neighbour_factor: Number | Sequence[Number] = parsed(1.0, one_or_several(number), "X[,X…]")
+    """Used instead of percentiles under threshold_rule=nearest_neighbour: so many times the median distance to the
+    nearest neighbour, each above 0."""
     threshold: Number | None = None
-    """A cosine distance in (0, 2] to use instead of a percentile."""
+    """A cosine distance in (0, 2] to use instead of either."""
     hook_name: str | Sequence[str] | None = parsed(None, one_or_several(text_or_none), "HOOK[,HOOK…]")
     """Those of the run's hooks to build at; by default all."""
     seed: int | None = None
@@ -30,17 +33,19 @@ class ExemplarBuildConfig(ExemplarFitConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        percentiles = several(self.percentile)
-        for percentile in percentiles:
-            _checks.between(percentile, 0, 100, "percentile")
-        _different(percentiles, "percentile")
+        for name, most in (("percentile", 100), ("neighbour_factor", float("inf"))):
+            values = several(getattr(self, name))
+            for value in values:
+                _checks.between(value, 0, most, name)
+            _different(values, name)
         if self.threshold is not None:
             _checks.between(self.threshold, 0, 2, "threshold", closed_high=True)
 
     @property
-    def percentiles(self) -> tuple[float, ...]:
-        """The percentiles asked for; none where the threshold is given."""
-        return () if self.threshold is not None else tuple(float(p) for p in several(self.percentile))
+    def resolutions(self) -> tuple[float, ...]:
+        """The percentiles, or factors, asked for; none where the threshold is given."""
+        values = self.percentile if self.threshold_rule == "percentile" else self.neighbour_factor
+        return () if self.threshold is not None else tuple(map(float, several(values)))
 
     def fit_config(self, seed: int) -> ExemplarFitConfig:
         """The options shared by all dictionaries of this config."""
@@ -49,7 +54,8 @@ class ExemplarBuildConfig(ExemplarFitConfig):
     @property
     def setting_names(self) -> list[str]:
         """A short name for each setting, in the order they are built."""
-        names = [f"exemplars_p{percentile:g}" for percentile in self.percentiles]
+        letters = "p" if self.threshold_rule == "percentile" else "nn"
+        names = [f"exemplars_{letters}{resolution:g}" for resolution in self.resolutions]
         return names if self.threshold is None else [f"exemplars_t{self.threshold:g}"]
 
 

@@ -333,3 +333,49 @@ def test_identical_activations_are_a_clear_error(tiny_bridge):
     stream = ActivationStream(tiny_bridge, ["a a a a a a a", "a a a a a a a"], "blocks.0.hook_in", context_size=4)
     with pytest.raises(ValueError, match="threshold|alike"):
         fit_exemplar_partition(stream, percentile=10)
+
+
+NEAREST = {"threshold_rule": "nearest_neighbour"}
+
+
+def test_the_rule_of_nearest_neighbours(stream, tmp_path):
+    fit = fit_exemplar_partition(stream, neighbour_factor=1.5, calibration_activations=300, **NEAREST)
+    batches = list(stream)
+    x, documents = all_activations(stream)[:300], torch.cat([batch.document_ids for batch in batches])[:300]
+    units = torch.nn.functional.normalize(x - fit.dictionary.center.detach(), dim=1)
+    nearest = [1 - (units[documents != own] @ row).max() for row, own in zip(units, documents)]
+    expected = 1.5 * torch.stack(nearest).quantile(0.5)
+    assert fit.threshold.threshold == pytest.approx(float(expected), abs=1e-5)
+    assert fit.dictionary.cfg.threshold == fit.threshold.threshold
+    assert fit.percentile is None and fit.dictionary.cfg.percentile is None
+    loaded = ExemplarFitResult.load(fit.save(tmp_path))
+    assert loaded.threshold == fit.threshold and loaded.threshold.factor == 1.5
+    assert loaded.dictionary.cfg.metadata.neighbour_factor == 1.5
+
+
+def test_several_factors_from_one_pass_equal_each_alone(stream):
+    seen = set()
+    fits = fit_exemplar_partitions(
+        stream, neighbour_factors=(1, 1.5), on_metrics=lambda key, *rest: seen.add(key), **NEAREST
+    )
+    assert list(fits) == [(HOOK, 1), (HOOK, 1.5)] and seen == set(fits)
+    for (_, factor), fit in fits.items():
+        alone = fit_exemplar_partition(stream, neighbour_factor=factor, **NEAREST)
+        assert alone.threshold == fit.threshold and torch.equal(alone.counts, fit.counts)
+    assert fits[HOOK, 1].n_regions > fits[HOOK, 1.5].n_regions
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"threshold_rule": "median"}, "threshold_rule must be one of"),
+        ({"calibration": "within_batch", **NEAREST}, "got calibration='within_batch'"),
+        ({"neighbour_factor": 0, **NEAREST}, r"neighbour_factor must lie in \(0, inf\), got 0"),
+        ({"neighbour_factor": 1e6, **NEAREST}, "above 2, the largest cosine distance; give at most"),
+    ],
+)
+def test_bad_rules(stream, options, message):
+    with pytest.raises(ValueError, match=message):
+        fit_exemplar_partition(stream, **options)
+    with pytest.raises(ValueError, match="neighbour_factors must be at least one number and all different"):
+        fit_exemplar_partitions(stream, neighbour_factors=(1, 1), **NEAREST)

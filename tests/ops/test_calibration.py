@@ -9,7 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saelens_ext.ops.calibration import BIN_WIDTH, ThresholdEstimate, pairwise_distance_percentiles
+from saelens_ext.ops.calibration import (
+    BIN_WIDTH,
+    ThresholdEstimate,
+    nearest_neighbour_thresholds,
+    pairwise_distance_percentiles,
+)
 from saelens_ext.ops.leader_clustering import LeaderClustering
 from saelens_ext.ops.spherical import unit_directions
 from tests.ops import oracles
@@ -243,3 +248,49 @@ def test_laws(n_documents: int, rows: int, seed: int, percentiles: list[float]) 
         assert 0 <= estimate.low <= estimate.threshold <= estimate.high <= 2
     by_percentile = sorted(zip(percentiles, thresholds(estimates)))
     assert all(a[1] <= b[1] for a, b in zip(by_percentile, by_percentile[1:]))
+
+
+@pytest.mark.parametrize(("n_documents", "rows", "d"), [(9, 20, 8), (3, 700, 3)])
+def test_nearest_neighbours_are_those_of_a_loop_over_rows(n_documents: int, rows: int, d: int) -> None:
+    units, ids = documents(n_documents, rows, d=d)
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))
+    units, ids = units[order], ids[order]
+    nearest = [float((1 - units[ids != own].double() @ row.double()).min()) for row, own in zip(units, ids)]
+    one, three = nearest_neighbour_thresholds(units, ids, (1, 3))
+    assert one.threshold == pytest.approx(np.median(nearest), abs=1e-6)
+    assert three.threshold == pytest.approx(3 * one.threshold) and three.high == pytest.approx(min(2, 3 * one.high))
+    assert (one.percentile, one.factor, one.resolution, one.n_pairs) == (None, 1.0, 1.0, len(ids))
+    assert one.low <= one.threshold <= one.high
+    assert ThresholdEstimate(**json.loads(json.dumps(asdict(one)))) == one
+
+
+def test_the_interval_covers_most_other_documents_of_the_same_kind() -> None:
+    found = [nearest_neighbour_thresholds(*documents(30, 20, seed=seed), [1])[0] for seed in range(30)]
+    truth = np.mean([one.threshold for one in found])
+    assert np.mean([one.low <= truth <= one.high for one in found]) >= 0.75
+    assert np.mean([one.high - one.low for one in found]) < 0.2 * truth
+    few = nearest_neighbour_thresholds(*documents(2, 20), [0.5])[0]
+    assert (few.low, few.high) == (0, 2)
+
+
+def test_neighbours_in_the_same_document_do_not_count() -> None:
+    units, ids = torch.eye(4)[[0] * 30 + [1] * 30], torch.arange(2).repeat_interleave(30)
+    assert nearest_neighbour_thresholds(units, ids, [1])[0].threshold == 1
+    with pytest.raises(ValueError, match="neighbour_factor=3 times.*give at most 2"):
+        nearest_neighbour_thresholds(units, ids, [1, 3])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"factors": [0]}, "neighbour_factor must lie in"),
+        ({"factors": [float("nan")]}, "neighbour_factor must lie in"),
+        ({"document_ids": torch.zeros(20, dtype=torch.long)}, "1 document"),
+        ({"document_ids": torch.arange(3)}, "20 rows but 3 ids"),
+        ({"confidence": 1.0}, "confidence"),
+    ],
+)
+def test_bad_input_to_nearest_neighbours(change: dict, message: str) -> None:
+    units = unit_directions(torch.randn(20, 4), torch.zeros(4))[0]
+    with pytest.raises(ValueError, match=message):
+        nearest_neighbour_thresholds(**{"units": units, "document_ids": torch.arange(20), "factors": [1]} | change)

@@ -138,6 +138,12 @@ def test_a_hook_of_a_dictionary_is_one_of_the_run():
     [
         (ExemplarBuildConfig, {"percentile": 100}, r"percentile must lie in \(0, 100\), got 100"),
         (ExemplarBuildConfig, {"percentile": [2, 2.0]}, "all different"),
+        (ExemplarBuildConfig, {"neighbour_factor": [1, -1]}, r"neighbour_factor must lie in \(0, inf\), got -1"),
+        (
+            ExemplarBuildConfig,
+            {"threshold_rule": "nearest_neighbour", "calibration": "within_batch"},
+            "got calibration='within_batch'",
+        ),
         (ExemplarBuildConfig, {"threshold": 3}, "threshold must lie in"),
         (ExemplarBuildConfig, {"readout": "softmax"}, "readout must be one of"),
         (SNMFBuildConfig, {"sparsity": [0.1, 0]}, "sparsity must lie in"),
@@ -177,7 +183,7 @@ def test_the_command_line():
         "--streaming=false",
         "--dictionary.hook_name=y",
     )
-    assert config.hook_names == ("x", "y") and config.dictionary.percentiles == (1.0, 2.5) and config.dictionary.k == 2
+    assert config.hook_names == ("x", "y") and config.dictionary.resolutions == (1.0, 2.5) and config.dictionary.k == 2
     assert config.logger.log_to_wandb and config.seqpos_slice == (5, -5) and config.exclude_special_tokens is False
     assert config.prepend_bos is True and config.model_from_pretrained_kwargs == {"dtype": "bfloat16"}
     assert config.checkpoint_path is None and config.streaming is False and config.dictionary.hook_name == "y"
@@ -243,7 +249,7 @@ def test_a_config_takes_what_sweeps_and_notebooks_hold(tmp_path):
     assert given.model_from_pretrained_kwargs == {"dtype": "float16", "cache_dir": "q", "max": [0.5], "m": {"0": "1GB"}}
     assert given.logger.run_name is None and given.logger.wandb_entity == "me"
     partitions, factors = given.dictionaries
-    assert partitions.percentiles == (5.0, 20.0) and partitions.seed is None and type(partitions.k) is int
+    assert partitions.resolutions == (5.0, 20.0) and partitions.seed is None and type(partitions.k) is int
     assert factors.setting_names == ["snmf_k3_s0.25", "snmf_k4_s0.25"] and factors.hook_name is None
     assert json.loads(given.to_json(tmp_path / "config.json").read_text()) == given.to_dict()
     assert DictionaryRunnerConfig.from_json(tmp_path / "config.json").to_dict() == given.to_dict()

@@ -11,17 +11,19 @@ N_POINTS = 160
 """Points of a curve: enough that its steps are finer than the pixels between them."""
 
 
+def growth_points(longest: int, n: int = N_POINTS) -> np.ndarray:
+    """Numbers of activations, up to ``longest``, at which a curve is drawn."""
+    # Regions come fast at first: even steps alone would draw the start as one straight line.
+    return np.unique(np.concatenate([np.linspace(0, longest, n), np.geomspace(1, longest, n // 4)]).astype(np.int64))
+
+
 def growth_data(fits: Sequence[ExemplarFitResult], chosen: ExemplarFitResult) -> list[dict[str, Any]]:
     """One curve per fit, in order of their thresholds, JSON-safe.
 
     Each has ``seen``, numbers of activations t, and ``regions``, how many regions the first t activations had started:
     the number of exemplar indices below t. All curves share their points as far as they go and end at ``n_seen``.
     """
-    longest = max(fit.n_seen for fit in fits)
-    # Regions come fast at first: even steps alone would draw the start as one straight line.
-    grid = np.unique(
-        np.concatenate([np.linspace(0, longest, N_POINTS), np.geomspace(1, longest, N_POINTS // 4)]).astype(np.int64)
-    )
+    grid = growth_points(max(fit.n_seen for fit in fits))
     several_hooks = len({fit.hook_name for fit in fits}) > 1
     curves = []
     for fit in sorted(fits, key=lambda fit: fit.threshold.threshold):
@@ -31,13 +33,17 @@ def growth_data(fits: Sequence[ExemplarFitResult], chosen: ExemplarFitResult) ->
                 "label": fit_label(fit, several_hooks),
                 "chosen": fit is chosen,
                 "seen": seen.tolist(),
-                "regions": np.searchsorted(fit.exemplar_indices.cpu().numpy(), seen).tolist(),
+                "regions": fit.regions_after(seen).tolist(),
             }
         )
     return curves
 
 
 def fit_label(fit: ExemplarFitResult, with_hook: bool = False) -> str:
-    """How one of several fits is called: by its percentile, or by its threshold where none was given."""
-    label = f"{fit.percentile:g}%" if fit.percentile is not None else f"θ = {fit.threshold.threshold:.3f}"
+    """How one of several fits is called: by its percentile or factor, or by its threshold where that was given."""
+    theta = fit.threshold
+    if theta.factor is not None:
+        label = f"{theta.factor:g} × nearest"
+    else:
+        label = f"{fit.percentile:g}%" if fit.percentile is not None else f"θ = {theta.threshold:.3f}"
     return f"{fit.hook_name} {label}" if with_hook else label

@@ -112,14 +112,19 @@ def excluded(metadata: dict[str, Any], n_undirected: int = 0) -> tuple[str, str]
 def _threshold(fit: ExemplarFitResult, metadata: dict[str, Any]) -> Fact:
     theta = fit.threshold
     value = f"{distance(theta.threshold)} cosine distance, {angle(theta.threshold)}"
-    if theta.percentile is None:
+    if theta.resolution is None:
         return Fact("threshold", "Threshold", value, "given, not estimated")
     kind = (
         "activations of the same batch"
         if metadata.get("calibration") == "within_batch"
         else "activations of different documents"
     )
-    sampled = f"percentile {theta.percentile:g} of the distances between {kind}, {count(theta.n_pairs)} pairs"
+    sampled = (
+        f"percentile {theta.percentile:g} of the distances between {kind}, {count(theta.n_pairs)} pairs"
+        if theta.factor is None
+        else f"{theta.factor:g} times the median distance to the nearest neighbour in another document, "
+        f"{count(theta.n_pairs)} activations"
+    )
     if theta.low <= 0 and theta.high >= 2:
         return Fact("threshold", "Threshold", value, f"too few documents to give an interval; {sampled}")
     low, high = theta.low, theta.high
@@ -163,7 +168,7 @@ def builds(fits: Sequence[ExemplarFitResult], chosen: ExemplarFitResult) -> list
     lines = []
     for fit in sorted(fits, key=lambda fit: fit.threshold.threshold):
         theta = fit.threshold
-        known = theta.percentile is not None and not (theta.low <= 0 and theta.high >= 2)
+        known = theta.resolution is not None and not (theta.low <= 0 and theta.high >= 2)
         cells = {
             by: (fit_label(fit, several_hooks), "this report" if fit is chosen else ""),
             "Threshold": (distance(theta.threshold), f"{distance(theta.low)}–{distance(theta.high)}" if known else ""),
