@@ -65,7 +65,7 @@ MODES = {
     **{name: partial(default_dtype, dtype) for name, dtype in DEFAULTS.items()},
     "autocast": partial(torch.autocast, "cpu", torch.bfloat16),
 }
-# What takes a second or more, and is tried quickly in the strictest mode alone.
+# What takes a second or more. `make test` tries the others, in the strictest mode; `make test-slow` tries the rest.
 LONG = {
     "Audit", "DictionaryRunner", "Evidence", "audit_continuations", "audit_steps", "evaluate_novelty",
     "evaluate_probes", "fit_hierarchical_snmf", "fit_snmf",
@@ -555,7 +555,7 @@ def test_every_public_name_is_tried():
 @pytest.mark.parametrize(
     ("name", "mode"),
     [
-        pytest.param(name, mode, marks=pytest.mark.slow if name in LONG and mode != "inference" else ())
+        pytest.param(name, mode, marks=pytest.mark.slow if name in LONG or mode != "inference" else ())
         for name in CASES
         for mode in MODES
     ],
@@ -619,6 +619,7 @@ def test_what_was_made_in_a_mode_is_used_outside_it(made, plain, name):
         dictionary.fold_W_dec_norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_class", models_zoo.MODEL_CLASSES)
 def test_a_program_that_lies_whole_in_inference_mode(made, model_class):
     def program():

@@ -37,6 +37,7 @@ def lens_of(profile, ids):
     return LensResult(promoted_ids=promoted, promoted_logits=logits, suppressed_ids=promoted, suppressed_logits=logits)
 
 
+@pytest.mark.slow
 def test_a_latent_of_one_token_is_called_by_it(labels):
     label = labels[TOKEN]
     assert label.text.split(" … ")[0] == WORDS[THE_TOKEN]
@@ -129,6 +130,7 @@ def test_promoted_tokens_label_latents_that_make_them_follow(tokenizer):
         label_latents(profile, tokenizer, lens=lens_of(replace(profile, counts=torch.ones(2)), [1]))
 
 
+@pytest.mark.slow
 def test_labels_are_the_same_again_and_survive_a_save(profile, tokenizer, labels, tmp_path):
     again = label_latents(profile, tokenizer, progress=True)
     assert again.texts == labels.texts and again.auroc.nan_to_num(-1).equal(labels.auroc.nan_to_num(-1))
@@ -148,6 +150,7 @@ def test_labels_are_the_same_again_and_survive_a_save(profile, tokenizer, labels
         Labels.load(tmp_path)
 
 
+@pytest.mark.slow
 def test_some_latents_only(profile, tokenizer, labels):
     some = label_latents(profile, tokenizer, latents=[TOKEN, 5])
     assert some.texts[TOKEN] == labels.texts[TOKEN] and {i for i, text in enumerate(some.texts) if text} <= {TOKEN, 5}
@@ -178,6 +181,7 @@ def test_latents_seen_once_or_twice_are_not_scored_on_themselves(tokenizer):
     assert label.score_text.startswith("not scored")
 
 
+@pytest.mark.slow
 def test_hostile_text_stays_on_one_line_and_visible(tmp_path):
     words = ["\u202eleft", "<script>", "two\nlines", "nul\x00l", *WORDS[4:]]
     profile = planted.make_profile()

@@ -99,6 +99,7 @@ def test_of_equal_examples_the_first_in_the_stream_stay():
     assert profile.top.positions[j].tolist() == [1, 2, 3, 4, 5] and profile.top.document_ids[j].tolist() == [0] * 5
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_for_many_latents(monkeypatch):
     sae = StandardSAE(StandardSAEConfig(d_in=4, d_sae=65_536, metadata=SAEMetadata(hook_name=HOOK)))
     sizes = []

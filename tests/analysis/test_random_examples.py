@@ -81,6 +81,7 @@ def test_they_do_not_depend_on_the_batches_but_on_the_seed():
         profile_dictionary(sae, CutStream(x), n_random=-1)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_every_active_token_is_equally_likely():
     """Over many seeds, each of the active tokens of a latent is drawn about equally often (chi-squared, six sigma)."""

@@ -46,6 +46,7 @@ class Page(HTMLParser):
         self.text += data
 
 
+@pytest.mark.slow
 def test_a_view_has_label_figures_tokens_and_coloured_contexts(profile, tokenizer):
     labels = label_latents(profile, tokenizer)
     view = profile.show(TOKEN, tokenizer, n=3, labels=labels, lens=lens_of(profile, [5, 6]))

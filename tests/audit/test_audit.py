@@ -49,6 +49,7 @@ def same(first, second):
             pd.testing.assert_frame_equal(mine.validation.members, other.validation.members, check_dtype=False)
 
 
+@pytest.mark.slow
 def test_what_it_finds(kept):
     _, audit = kept
     (prefix,) = audit.prefixes
@@ -66,6 +67,7 @@ def test_what_it_finds(kept):
     )
 
 
+@pytest.mark.slow
 def test_prefix_and_prompt_mean_one_thing_each_everywhere(setting):
     prompts = ["Why?", "And so?"]
     audit = audit_continuations(setting[0], prompts, setting[1], chat_template=True, **OPTIONS)
@@ -107,6 +109,7 @@ def test_a_second_call_repeats_no_stage(kept, setting, monkeypatch):
     same(audit, audit_continuations(setting[0], PREFIX, setting[1], folder=folder, **OPTIONS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "stage", ["embed_continuations", "attribute_continuations", "rate_distortion_path", "validate_clusters"]
 )
@@ -122,10 +125,12 @@ def test_an_interrupted_audit_goes_on(kept, setting, stage, monkeypatch, tmp_pat
     same(kept[1], audit_continuations(setting[0], PREFIX, setting[1], folder=tmp_path, **OPTIONS))
 
 
+@pytest.mark.slow
 def test_without_a_folder_it_is_the_same(kept, setting):
     same(kept[1], audit_continuations(setting[0], PREFIX, setting[1], **OPTIONS))
 
 
+@pytest.mark.slow
 def test_an_audit_that_failed_at_once_gives_way_to_another(setting, tmp_path):
     with pytest.raises(ValueError, match="temperature"):
         audit_continuations(setting[0], PREFIX, setting[1], folder=tmp_path, **OPTIONS, temperature=-1)
@@ -200,6 +205,7 @@ def test_too_many_modes_are_shown_and_said(setting):
     )
 
 
+@pytest.mark.slow
 def test_one_bad_prefix_does_not_cost_the_others(setting, monkeypatch, tmp_path):
     sample = audit_module.sample_continuations
 
@@ -215,6 +221,7 @@ def test_one_bad_prefix_does_not_cost_the_others(setting, monkeypatch, tmp_path)
     assert (tmp_path / "prefix_001" / "clustering.json").exists()
 
 
+@pytest.mark.slow
 def test_continuations_without_text_are_left_out(setting, monkeypatch, caplog):
     sample = audit_module.sample_continuations
 

@@ -62,6 +62,7 @@ def test_with_a_folder_one_prompt_is_held_and_the_results_are_the_same(alone, tm
         audit.prefixes[3]
 
 
+@pytest.mark.slow
 def test_over_workers_it_is_the_same_to_the_bit(alone, tmp_path):
     loaded = []
 
@@ -93,6 +94,7 @@ def test_what_workers_need(tmp_path):
         audit_continuations(lambda: next(models), PROMPTS, dictionaries, folder=tmp_path, n_workers=2, **OPTIONS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_failures_are_recorded_and_shown(n_workers, tmp_path, monkeypatch):
     sample = audit_module.sample_continuations
@@ -129,6 +131,7 @@ def test_a_test_that_cannot_be_made_is_kept(tmp_path, monkeypatch):
     assert first.prefixes[0].not_validated == again.prefixes[0].not_validated == "No mode has a latent."
 
 
+@pytest.mark.slow
 def test_the_index(alone, tmp_path):
     path = alone.save_index(tmp_path)
     page = Page(path.read_text())

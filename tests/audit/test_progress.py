@@ -44,6 +44,7 @@ def test_a_prompt_that_fails_counts_as_done_and_its_stages_as_what_they_took():
     assert sum(STAGES.values()) == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_a_whole_audit_shows_one_bar_with_its_prompts_stages_and_time_left(tiny_bridge, capsys):
     prompts = ["The assert statement", "It is used"]
     options = {"n": 8, "max_new_tokens": 3, "betas": (1.0,), "gammas": (0.5,), "n_clusters": (1, 8), "n_resamples": 2}

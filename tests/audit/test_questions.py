@@ -27,6 +27,7 @@ def sampled(setting):
     return audit_continuations(setting[0], PREFIX, setting[1], **FEW).prefixes[0]
 
 
+@pytest.mark.slow
 def test_the_sampled_ids_give_the_audit_of_the_samples(setting, sampled, tmp_path, monkeypatch):
     monkeypatch.setattr(audit_module, "sample_continuations", None)
     rows = sampled.continuations

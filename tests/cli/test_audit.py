@@ -32,6 +32,7 @@ def asked(built, place) -> list[str]:
     return ["audit", f"--model_name={place / 'model'}", f"--dictionaries={built['fine']}", *SMALL]
 
 
+@pytest.mark.slow
 def test_an_audit(asked, command, tmp_path):
     found = command(*asked, f"--prefix={PREFIX}", f"--output_path={tmp_path}", "--json")
     assert found.status == 0, found.err

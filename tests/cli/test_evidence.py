@@ -60,6 +60,7 @@ def copied(built, tmp_path):
     return shutil.copytree(built["coarse"], tmp_path / "coarse")
 
 
+@pytest.mark.slow
 def test_novelty(command, copied, documents, tmp_path):
     found = command(
         "evidence", "novelty", copied, f"--inside={documents / 'inside.txt'}", "--built_in=reversed_tokens",
@@ -90,6 +91,7 @@ def test_probes(command, copied, concepts, tmp_path):
     check(found, "probes", tmp_path / "out", copied)
 
 
+@pytest.mark.slow
 def test_steering(command, copied, concepts, tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join(["The assert statement", "A list of names"]))
     found = command(

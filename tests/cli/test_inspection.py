@@ -59,6 +59,7 @@ def test_a_profile_of_other_text(copied, command, tmp_path):
     assert DictionaryProfile.load(copied["fine"]).n_activations == 100
 
 
+@pytest.mark.slow
 def test_a_foreign_sae_needs_to_be_told_what_to_read(foreign, command, place):
     missing = command("profile", foreign)
     assert missing.status == 2 and "No dataset was named: --dataset_path=NAME" in missing.error
@@ -160,6 +161,7 @@ def test_an_evaluation_of_something_without_a_value_is_strict_json(copied, comma
     assert found.data["token_stats"] == {"a": None, "b": 2.0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "more"),
     [
@@ -180,6 +182,7 @@ def test_reports(name, more, copied, command, tmp_path):
     assert elsewhere.status == 0 and (tmp_path / "x" / "page.html").exists()
 
 
+@pytest.mark.slow
 def test_a_released_sae_is_profiled_labelled_and_reported_on(foreign, command, place, tmp_path, monkeypatch):
     """By the name of a release, of which SAELens knows where to get it; no file of ours lies beside it."""
     asked = []
@@ -205,6 +208,7 @@ def test_a_released_sae_is_profiled_labelled_and_reported_on(foreign, command, p
     assert nowhere.status == 1 and "not written as repo_id:sae_id" in nowhere.error
 
 
+@pytest.mark.slow
 def test_saved_labels_are_those_of_the_report(copied, command):
     profile = DictionaryProfile.load(copied["fine"])
     labels = label_latents(profile, models_zoo.make_tokenizer())

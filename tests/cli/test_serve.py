@@ -36,6 +36,7 @@ def served(monkeypatch):
     return pages
 
 
+@pytest.mark.slow
 def test_dictionaries_are_served_with_the_model_that_they_were_built_on(command, built, served):
     folders = [built["fine"], built["snmf"]]
     outcome = command("serve", *folders, "--port=0")

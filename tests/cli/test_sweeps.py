@@ -72,6 +72,7 @@ def taken(options: list, parameter: str):
     return value[0] if isinstance(value, tuple) and len(value) == 1 else value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", SWEEPS, ids=[path.stem for path in SWEEPS])
 def test_a_point_runs(path, offline, command, place, reading, built):
     sweep = yaml.safe_load(path.read_text())

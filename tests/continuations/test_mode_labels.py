@@ -37,6 +37,7 @@ def test_answers_of_one_word_that_are_stop_words_are_labels():
     assert (no.text, yes.text) == ("No", "Yes")
 
 
+@pytest.mark.slow
 def test_labels_of_modes_that_do_not_differ_are_not_distinguishable_from_chance():
     generator = np.random.default_rng(0)
     words = [f"word{n}" for n in range(12)]

@@ -67,6 +67,7 @@ def test_candidates_end_with_the_delimiter_and_are_scored_behind_the_steps(tree,
             assert torch.allclose(values, step.log_probs[row, : len(values)], atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("commit", ["mean_log_prob", "path", "random"])
 def test_which_candidate_is_committed(model, commit):
     tree = sample_steps(model, PROMPT, **OPTIONS, commit=commit)

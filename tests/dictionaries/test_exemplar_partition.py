@@ -143,6 +143,7 @@ def test_round_trip_keeps_assignments_exactly(x, tmp_path):
     assert torch.equal(loaded.assign(x).distances, dictionary.assign(x).distances)
 
 
+@pytest.mark.slow
 def test_assign_does_not_copy_a_large_input():
     import resource
 

@@ -57,6 +57,7 @@ def test_provenance_names_the_token_of_each_exemplar(stream):
     assert torch.equal(result.provenance.windows[rows, result.provenance.positions], result.provenance.token_ids)
 
 
+@pytest.mark.slow
 def test_the_result_does_not_depend_on_the_streams_batch_size(tiny_bridge, tiny_texts):
     def fit(batch_size, stop):
         stream = ActivationStream(
@@ -75,6 +76,7 @@ def test_the_result_does_not_depend_on_the_streams_batch_size(tiny_bridge, tiny_
         assert abs(small.n_regions - large.n_regions) <= 0.02 * large.n_regions
 
 
+@pytest.mark.slow
 def test_many_dictionaries_from_one_pass_equal_each_alone(tiny_bridge, tiny_texts, monkeypatch):
     hooks = ["blocks.0.hook_out", HOOK]
     stream = ActivationStream(tiny_bridge, tiny_texts, hooks, context_size=16, batch_size=4, max_tokens=700)
@@ -235,6 +237,7 @@ def test_a_fit_of_another_dictionary_is_refused(stream, tmp_path):
         ExemplarFitResult.load(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", [0, 1, 2, 3])
 def test_a_save_interrupted_at_any_file_leaves_the_previous_fit(stream, tmp_path, monkeypatch, file):
     first = fit_exemplar_partition(stream, percentile=10)
@@ -308,6 +311,7 @@ def test_one_document_cannot_be_calibrated_across_documents(tiny_bridge, tiny_te
     assert fit_exemplar_partition(stream, **_advised(error)).n_regions > 1
 
 
+@pytest.mark.slow
 def test_batches_of_one_activation_cannot_be_calibrated_within_batches(tiny_bridge, tiny_texts):
     options = {"context_size": 16, "batch_size": 1, "seqpos_slice": (3, 4)}
     stream = ActivationStream(tiny_bridge, tiny_texts, HOOK, **options)

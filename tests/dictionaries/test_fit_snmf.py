@@ -85,6 +85,7 @@ def test_a_matrix_gives_the_same(stream):
     assert from_matrix.hook_name == from_matrix.dictionary.cfg.metadata.hook_name == HOOK
 
 
+@pytest.mark.slow
 def test_held_out_documents(stream):
     result = fit_snmf(stream, 5, held_out=0.25, **OPTIONS)
     out = rows_of(stream, lambda documents: documents % 4 == 3)
@@ -136,6 +137,7 @@ def test_a_trained_sae_has_documents_held_out_or_an_error(tiny_bridge, tiny_text
         fit_sae(stream, 8, held_out=0.1, training_samples=64, batch_size=16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("l1", [0, 0.1])
 def test_more_than_fits_in_memory_takes_several_passes(stream, l1):
     whole = fit_snmf(stream, 5, held_out=0.25, sparsity=0.2, l1=l1)

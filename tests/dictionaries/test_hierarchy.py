@@ -47,6 +47,7 @@ def test_the_refinement_lowers_the_objective_and_is_what_is_returned(hierarchy):
     assert unrefined.history == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("l1", [0, 0.1])
 def test_losses_are_those_of_the_dictionaries(hierarchy, l1):
     x = planted().double()
@@ -79,6 +80,7 @@ def test_trees(hierarchy):
     assert "level 2 feature 0" in str(roots[0]) and "\n  level 1" in str(roots[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_trees_gather_the_planted_groups(seed):
     """Without the penalty, with which trees gather fewer groups (docs/concepts/semi-nmf.md says how many)."""
@@ -116,6 +118,7 @@ def test_on_a_stream(tiny_bridge, tiny_texts):
         fit_hierarchical_snmf(stream, (8, 4), memory_limit=1000)
 
 
+@pytest.mark.slow
 def test_from_features_that_are_there():
     x = planted()
     fit = fit_snmf(x, 12, sparsity=4 / 39, max_iter=40)

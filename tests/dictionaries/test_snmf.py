@@ -183,6 +183,7 @@ def test_a_hook_before_the_relu_acts_on_the_codes(x):
     assert torch.allclose(changed, dictionary.decode((dictionary.encode(x) - 1).clamp(min=0)), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_memory_is_bounded():
     import resource
 

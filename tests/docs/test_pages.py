@@ -45,6 +45,7 @@ def code_of(page: Path) -> str:
     return text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "page",
     [pytest.param(page, marks=pytest.mark.slow if named(page) in SLOW else []) for page in PAGES if code_of(page)],

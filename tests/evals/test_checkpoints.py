@@ -102,6 +102,7 @@ def test_too_few_replicas_are_said_outright():
         two.claim()
 
 
+@pytest.mark.slow
 def test_regions_of_the_same_tokens(tiny_bridge, tiny_texts):
     first, second = fits(tiny_bridge, tiny_texts, (0, 1)), fits(tiny_bridge, tiny_texts, (2, 3))
     texts = list(tiny_texts)[:4]

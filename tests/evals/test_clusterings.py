@@ -21,6 +21,7 @@ def two_views():
     return compare_clusterings([two_view_set(number) for number in range(8)], **CELL)
 
 
+@pytest.mark.slow
 def test_modes_of_two_views_are_found_by_both_together_alone(two_views):
     table = two_views.comparisons().set_index("other")
     assert set(table.index) == {"semantic", "attribution", "random", "length"}
@@ -30,6 +31,7 @@ def test_modes_of_two_views_are_found_by_both_together_alone(two_views):
     assert "joint" in two_views.claim() and "is below" in two_views.claim()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("view", ["semantic", "attribution"])
 def test_no_win_over_the_only_view_with_modes(view):
     found = compare_clusterings([one_view_set(number, view) for number in range(8)], **CELL)
@@ -39,6 +41,7 @@ def test_no_win_over_the_only_view_with_modes(view):
     assert table.loc[other, "difference"] < 0 and table.loc[other, "p_holm"] < 0.05
 
 
+@pytest.mark.slow
 def test_noise_alone_gives_no_claim():
     found = compare_clusterings([planted_set(n, np.zeros(40, int), np.zeros(40, int)) for n in range(8)], **CELL)
     table = found.comparisons().set_index("other")
@@ -80,6 +83,7 @@ def _lower_median(values):
     return np.sort(values, axis=0)[(len(values) - 1) // 2]
 
 
+@pytest.mark.slow
 def test_order_jobs_and_files_change_nothing(two_views, tmp_path):
     sets = [two_view_set(number) for number in range(6)]
     with joblib.parallel_config("threading"):

@@ -43,6 +43,7 @@ def plain(evidence, metric="auroc", rule="auroc"):
     return evidence.per_unit(metric).loc[rule]
 
 
+@pytest.mark.slow
 def test_a_planted_direction_is_found_and_controls_find_nothing(model):
     concepts = [concept(i, TRIGGERS[i % N_TRIGGERS]) for i in range(50)]
     methods = [directions("planted", torch.eye(D)), gaussian(20, first=N_TRIGGERS, kind="control", name="elsewhere")]
@@ -174,6 +175,7 @@ def test_the_contrast_rule_by_a_double_loop(model):
     assert int(found.cells["column"].iloc[0]) == int((means[0] - means[1]).argmax())
 
 
+@pytest.mark.slow
 def test_the_order_and_number_of_methods_change_no_number(model):
     concepts = [concept(i, TRIGGERS[i]) for i in range(3)]
     methods = [gaussian(8, seed=1), gaussian(8, seed=2, name="other"), directions("planted", torch.eye(D))]
@@ -189,6 +191,7 @@ def test_the_order_and_number_of_methods_change_no_number(model):
     pd.testing.assert_frame_equal(*summaries)
 
 
+@pytest.mark.slow
 def test_the_model_reads_each_sentence_once(model):
     concepts = [concept(i, TRIGGERS[i], n_hard=4) for i in range(3)]
     read = []

@@ -36,6 +36,7 @@ def swept(model, split):
     return sx.localisation_sweep(model, HOOK, split, SAYS_IT, **GRID, **OPTIONS)
 
 
+@pytest.mark.slow
 def test_every_cell_of_a_planted_behaviour_collapses(swept):
     table = swept.table()
     assert len(table) == 6 and (table["change"] == -1).all() and (table["rate"] == 1).all()

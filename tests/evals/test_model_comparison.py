@@ -57,6 +57,7 @@ def found(tiny_bridge, tuned, texts, prompts):
     return compare_models(tiny_bridge, tuned, texts, prompts=prompts, n_replicas=4, **OPTIONS)
 
 
+@pytest.mark.slow
 def test_the_planted_region_is_gained(found, trigger):
     gained = found.gained()
     profile = found.profiles["second"]
@@ -88,6 +89,7 @@ def test_shares_are_those_of_a_loop_over_prompts(found, tuned, prompts):
     np.testing.assert_allclose(per_unit.to_numpy(), by_hand / 4)
 
 
+@pytest.mark.slow
 def test_a_model_does_not_differ_from_itself(tiny_bridge, texts, prompts):
     found = compare_models(tiny_bridge, tiny_bridge, texts, prompts=prompts, n_replicas=4, **OPTIONS)
     assert found.checkpoints.drift().p > 0.05
@@ -97,6 +99,7 @@ def test_a_model_does_not_differ_from_itself(tiny_bridge, texts, prompts):
     assert found.shift.regions["p_holm"].min() == 1
 
 
+@pytest.mark.slow
 def test_calibrations_and_orders(tiny_bridge, tuned, texts, found):
     fits = found.fits
     centers = [fit.dictionary.center for side in fits.values() for fit in side.values()]
@@ -108,6 +111,7 @@ def test_calibrations_and_orders(tiny_bridge, tuned, texts, found):
     assert not torch.equal(own["first"]["0"].dictionary.center, own["second"]["0"].dictionary.center)
 
 
+@pytest.mark.slow
 def test_page_and_files(found, tmp_path):
     page = found.save_html(tmp_path / "page.html").read_text()
     assert "Regions introduced" in page and "Shares of regions" in page and "⟦" in page

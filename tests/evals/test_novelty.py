@@ -122,6 +122,7 @@ def test_inside_against_inside_covers_a_half_in_95_of_100_runs():
     assert 0.92 <= covered / runs <= 0.98
 
 
+@pytest.mark.slow
 def test_a_coreset_equal_to_the_exemplars_differs_by_exactly_nothing(found):
     scores = found.scores[[0, 0, 0]]
     same = dataclasses.replace(
@@ -211,6 +212,7 @@ def test_differences_are_those_of_the_estimates_and_holm_is_over_one_baseline(fo
     assert set(found.comparisons("knn")["other"]) == set(found.kinds) - {"knn"}
 
 
+@pytest.mark.slow
 def test_a_document_is_one_unit_however_many_tokens_it_has(model, partition, reference, inside, outside):
     found = evaluate_novelty(
         model, partition, reference, inside, outside, level="document", **FAST | {"rates": (0.1,), "built_in": ()}
@@ -271,6 +273,7 @@ def test_documents_are_cut_counted_and_taken_once(model, reference):
     assert data.documents_of(model, reference, stream, n_tokens=10_000, max_per_document=30) == ids[:2]
 
 
+@pytest.mark.slow
 def test_the_sample_of_the_reference_is_uniform_over_the_stream(reference):
     (hook,) = reference.requested_hook_names
     batches, n = [], 0
@@ -292,6 +295,7 @@ def test_the_sample_of_the_reference_is_uniform_over_the_stream(reference):
     assert torch.equal(whole.activations[:, 0], torch.arange(n).float())
 
 
+@pytest.mark.slow
 def test_partitions_share_a_pass_and_the_order_of_methods_changes_nothing(model, partition, reference, inside, outside):
     finer = sx.fit_exemplar_partition(reference, percentile=5).dictionary
     sae = make("standard", HOOK, model.cfg.d_model, d_sae=8)
@@ -389,6 +393,7 @@ def test_the_roc_goes_through_the_reported_points(found):
 # --- failures ---
 
 
+@pytest.mark.slow
 def test_a_score_that_fails_loses_nothing_else(model, partition, reference, inside, outside):
     found = evaluate_novelty(model, partition, reference, inside, outside, k=10_000, built_in=(), **FAST)
     assert [failure.method for failure in found.failures] == ["knn"] and "knn" not in found.kinds

@@ -41,6 +41,7 @@ def sets_of(sae, stream, top_n, min_active):
     return sets
 
 
+@pytest.mark.slow
 def test_f1_is_that_of_a_double_loop(saes, stream):
     found = overlap_by_tokens(saes, stream, top_n=15, min_active=3, n_shifts=2, n_bootstrap=5)
     sets = {name: sets_of(sae, stream, 15, 3) for name, sae in saes.items()}

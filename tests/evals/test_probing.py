@@ -79,6 +79,7 @@ def test_codes_that_hold_the_concept_keep_it_and_others_do_not(model):
     assert found.kinds["random activations for planted"] == "control"
 
 
+@pytest.mark.slow
 def test_retention_is_a_ratio_to_the_raw_probe(model):
     found = evaluate_probes(model, {"planted": planted()}, concepts(4), ks=(1,), n_splits=2)
     wide = found.cells.pivot_table(
@@ -161,6 +162,7 @@ def test_coresets_are_drawn_from_what_is_given_or_from_sentences_not_judged_on(m
         assert judged and not judged & spare and len(spare) > 5
 
 
+@pytest.mark.slow
 def test_the_order_of_dictionaries_changes_no_number(model):
     named = {"planted": planted(), "elsewhere": elsewhere(), "regions": regions()}
     one = evaluate_probes(model, named, concepts(2), ks=(1,), n_splits=1)
@@ -171,6 +173,7 @@ def test_the_order_of_dictionaries_changes_no_number(model):
     pd.testing.assert_frame_equal(tables[0][same], tables[1][same])
 
 
+@pytest.mark.slow
 def test_the_model_reads_each_sentence_once(model):
     read = []
     handle = model.embed.register_forward_hook(lambda module, given, output: read.append(given[0].numel()))
@@ -203,6 +206,7 @@ def test_what_fails_is_recorded_and_the_rest_goes_on(model):
     assert "k must lie in 1 to 3" in found.failures[0].error
 
 
+@pytest.mark.slow
 def test_it_is_saved_and_loaded(model, tmp_path):
     found = evaluate_probes(model, {"planted": planted()}, concepts(6), ks=(1,), n_splits=1)
     found.save(tmp_path)

@@ -43,6 +43,7 @@ def test_what_was_replaced_is_not_found_again():
         assert (again[:80] == 1).double().mean() >= 0.9 and (again[80:] > 0.5).double().mean() <= 0.1
 
 
+@pytest.mark.slow
 def test_fits_predict_what_is_found_again(tiny_bridge, tiny_texts):
     fits = {
         str(seed): sx.fit_exemplar_partition(

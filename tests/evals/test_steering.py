@@ -84,6 +84,7 @@ def found(model, planted, concepts):
     return compared(model, planted, concepts)
 
 
+@pytest.mark.slow
 def test_a_planted_direction_wins(found):
     means = found.summary(metric="score").set_index("method")["estimate"]
     assert means["planted"] > means["noise"] and means["planted"] > means["random direction"]

@@ -93,6 +93,7 @@ def slopes(evidence, method, source, target=3):
     return cells[chosen & (cells["source"] == source) & (cells["target"] == target)]["value"].tolist()
 
 
+@pytest.mark.slow
 def test_only_the_step_that_is_copied_from_moves_what_follows(found):
     assert min(slopes(found, pairs.OWN, 2)) > 0.3 and len(slopes(found, pairs.OWN, 2)) == 2
     for source in (0, 1):

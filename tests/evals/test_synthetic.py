@@ -61,6 +61,7 @@ def test_planted_features_are_recovered_and_random_directions_are_not(seen):
     assert table.loc["Gaussian directions", "p"] == pytest.approx(2**-5)
 
 
+@pytest.mark.slow
 def test_recovery_is_saelens_own(found, monkeypatch):
     made = {}
     original = synthetic._Drawn.judge

@@ -68,6 +68,7 @@ def finite(metrics: dict) -> bool:
     return all(torch.isfinite(torch.tensor(value)) for group in metrics.values() for value in group.values())
 
 
+@pytest.mark.slow
 def test_multiple_evals_finds_loads_and_evaluates_both(hub):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

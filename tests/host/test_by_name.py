@@ -44,6 +44,7 @@ def gemma():
         return Gemma3ForCausalLM(config).eval()
 
 
+@pytest.mark.slow
 def test_from_memory_by_sizes(gemma):
     mine = deepcopy(gemma)
     mine.generation_config.eos_token_id = [1, 106]  # as Gemma's, which ends a turn with the second
@@ -69,6 +70,7 @@ def test_the_name_on_the_list(name, official, gemma):
     assert official_name(name, gemma) == official
 
 
+@pytest.mark.slow
 def test_from_a_folder_by_the_command(gemma, tmp_path):
     deepcopy(gemma).bfloat16().save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")

@@ -94,6 +94,7 @@ def test_templates_that_are_missing_or_refuse():
         asked(tokenizer, [USER])
 
 
+@pytest.mark.slow
 def test_an_audit_of_conversations_goes_on_from_its_folder(model, tmp_path):
     talks = [TALKS["several turns"], TALKS["begun"]]
     options = {"n": 8, "max_new_tokens": 3, "betas": (1.0,), "gammas": (0.5,), "n_clusters": (1, 8)}

@@ -243,6 +243,7 @@ def test_codes_under_an_l1_penalty_scale_with_the_activation_and_against_the_fea
     assert (nnls(angled, feature, l1=0.2) > 0).flatten().tolist() == [False, True]
 
 
+@pytest.mark.slow
 def test_gradient_under_an_l1_penalty():
     x, features = penalised_problem(n=6, k=5)
     x.requires_grad_(), features.requires_grad_()

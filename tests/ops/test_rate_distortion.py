@@ -165,6 +165,7 @@ def test_dense_views_are_scouted_on_a_sample_and_judged_in_full():
     )
 
 
+@pytest.mark.slow
 def test_searches_at_other_weights_share_what_they_looked_at_and_find_the_same():
     rng = np.random.default_rng(1)
     semantic, sources = rng.normal(size=(60, 4)), rng.standard_t(2, size=(60, 600)) + 3 * (np.arange(60) % 3)[:, None]

@@ -26,6 +26,7 @@ def correlated_units(n_units, n_rows, generator):
     return (shared + generator.normal(size=(n_units, n_rows))) / np.sqrt(2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_units", [10, 30, 100])
 def test_an_interval_over_units_covers_and_one_over_rows_does_not(n_units):
     generator, by_unit, by_row, runs = rng(n_units), 0, 0, 800

@@ -86,6 +86,7 @@ def test_l1_makes_codes_zero_that_the_least_loss_makes_cancel():
     assert active[1] < 0.6 * active[0] and sparse.loss < 2 * plain.loss
 
 
+@pytest.mark.slow
 def test_features_under_an_l1_penalty_are_the_best_over_all_supports():
     """One feature, by brute force: every support, and on it the least of a convex function."""
     g = generator()
@@ -105,6 +106,7 @@ def test_features_under_an_l1_penalty_are_the_best_over_all_supports():
     assert not update_features(CodeStatistics.of(x, codes, l1=0.99), updated, 2).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("init", INITS)
 def test_no_activation_is_large_enough_to_decide_the_features(init):
     """Fifteen of 1e4 times the size of the others, in a direction of their own, and one of 1e12 times."""
@@ -142,6 +144,7 @@ def test_center():
     assert float((middle - x[torch.arange(300) != 5].mean(0)).norm()) < 0.05 * float(x.norm(dim=1).median())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("l1", [0, 0.1])
 @pytest.mark.parametrize("init", INITS)
 def test_activations_without_much_to_find(init, l1):
@@ -258,6 +261,7 @@ def test_sparsity_counts_are_rounded_up_but_not_by_rounding_errors():
         assert int((semi_nmf(x, 3, sparsity=sparsity, max_iter=2).features != 0).sum(1).max()) == count
 
 
+@pytest.mark.slow
 def test_deterministic_and_blind_to_the_global_random_state():
     x, _ = planted()
     for init in INITS:
@@ -320,6 +324,7 @@ def test_what_cannot_be_revived_is_counted():
     assert result.n_dead + result.n_duplicate >= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("init", INITS)
 @pytest.mark.parametrize("method", ["coordinate", "paper"])
 def test_hard_activations(init, method):

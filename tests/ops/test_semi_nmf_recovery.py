@@ -24,6 +24,7 @@ def fitted(x, shape, **options):
     return semi_nmf(x, shape.k, sparsity=shape.sparsity, generator=torch.Generator().manual_seed(5), **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("init", INITS)
 @pytest.mark.parametrize(("name", "seed"), CASES)
 def test_as_many_groups_as_the_published_rule_and_no_higher_error(name, seed, init):
@@ -43,6 +44,7 @@ def test_as_many_groups_as_the_published_rule_and_no_higher_error(name, seed, in
         assert ours.loss <= planted * 1.02 + 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "seed"), [("60 of 50 of 1000, unequal, correlated", 2), ("10 of 2 of 200", 2), ("60 of 10 of 1000", 1)]
 )
@@ -119,6 +121,7 @@ def test_a_start_that_the_search_does_not_improve_is_kept():
     assert again.loss <= best.loss * (1 + 1e-6)
 
 
+@pytest.mark.slow
 def test_one_step_at_a_time_would_stick():
     """Why there is a search: from the same start, iterations that each lower the error lose a part of the groups."""
     shape = SHAPES["24 groups of 15 of 300"]

@@ -132,6 +132,7 @@ def test_direction_errors() -> None:
         unit_directions(torch.zeros(1, 1), torch.tensor([float("nan")]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "k", "d"), [(1, 1, 1), (300, 40, 12), (700, 1300, 5)])
 def test_nearest_equals_brute_force(n: int, k: int, d: int) -> None:
     zero = torch.zeros(d)
@@ -142,6 +143,7 @@ def test_nearest_equals_brute_force(n: int, k: int, d: int) -> None:
     assert distances.tolist() == [min(2.0, max(0.0, 1 - max(row))) for row in exact]
 
 
+@pytest.mark.slow
 def test_nearest_does_not_depend_on_the_batch_or_the_work_space() -> None:
     x = activations(800, 32)
     center = spherical_center(x)

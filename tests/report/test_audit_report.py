@@ -52,6 +52,7 @@ def page(audit, tmp_path_factory):
 # --- safety ---
 
 
+@pytest.mark.slow
 def test_no_text_of_the_model_becomes_markup(page):
     found = Page(page)
     assert found.tags.count("script") == 2
@@ -73,6 +74,7 @@ def test_the_policy_names_the_hashes_of_style_and_script(page):
     assert policy.startswith("default-src 'none';") and "unsafe" not in policy
 
 
+@pytest.mark.slow
 def test_the_same_audit_gives_the_same_file_and_it_stays_small(audit, tmp_path):
     first = write(tmp_path, [audit])
     assert write(tmp_path, [audit]) == first and len(first) < 1_000_000
@@ -155,6 +157,7 @@ def test_signatures_of_the_users_own_need_no_description(audit, tmp_path):
 # --- verdicts ---
 
 
+@pytest.mark.slow
 def test_the_page_says_no_more_than_the_weakest_finding(page, audit, tmp_path):
     assert audit.verdict.answer == "yes" and '<p class="verdict verdict-yes">' in page
     weak = made.make_weak_audit()
@@ -167,6 +170,7 @@ def test_the_page_says_no_more_than_the_weakest_finding(page, audit, tmp_path):
         assert finding.evidence in text and f'answer-{finding.answer}">{finding.said}' in shown
 
 
+@pytest.mark.slow
 def test_no_figure_but_a_probability_is_called_one(audit, tmp_path):
     counted = audit.continuations.with_weights("frequency")
     for weights, held in (("uniform", audit.continuations), ("frequency", counted)):
@@ -292,6 +296,7 @@ def test_one_mode_and_no_curve(tmp_path):
     assert "No other β and γ were tried" in text
 
 
+@pytest.mark.slow
 def test_several_prefixes_are_judged_together(audit, tmp_path):
     others = [made.make_audit(30, 2, prompt="Second"), made.make_audit(30, 2, prompt="Third", validated=False)]
     page = write(tmp_path, [audit, *others])

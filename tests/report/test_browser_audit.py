@@ -116,7 +116,7 @@ def test_lists_and_maps_are_linked_both_ways(visit):
     assert f"continuation {row}" in fresh.text("#p0-readout")
 
 
-@pytest.mark.quick
+@pytest.mark.slow
 def test_a_mode_filters_maps_cards_and_table(visit, audits):
     page = visit()
     page.page.click('.overview .mode-button[data-mode="1"]')

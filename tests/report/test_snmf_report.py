@@ -155,6 +155,7 @@ def test_a_curve_spans_its_box_and_falls(section):
 # --- the page ---
 
 
+@pytest.mark.slow
 def test_a_report_can_be_of_snmf_alone_of_regions_or_of_both(section, tokenizer, tmp_path):
     inputs = synthetic.make_inputs(20)
     alone = write(tmp_path / "a.html", tokenizer, snmf=section)

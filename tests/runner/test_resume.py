@@ -34,6 +34,7 @@ class Stopped(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", range(12))
 def test_stopped_at_any_batch(batch, straight, tiny_bridge, tmp_path, monkeypatch):
     """An exception in the middle of a batch: one dictionary has taken it, the other has not."""
@@ -115,6 +116,7 @@ def uninterrupted(tiny_bridge, tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("how", ["killed", "Ctrl-C"])
 def test_stopped_before_anything_is_built(kind, how, uninterrupted, tiny_bridge, tmp_path, monkeypatch):
@@ -263,6 +265,7 @@ def test_interrupted_from_the_keyboard(straight, tiny_bridge, tmp_path, monkeypa
         assert_same_partition(result.dictionaries[name].fit, built.fit)
 
 
+@pytest.mark.slow
 def test_factorisations_that_were_finished_are_kept_and_the_others_are_the_same(tiny_bridge, tmp_path, monkeypatch):
     both = [ExemplarBuildConfig(percentile=20, calibration_activations=200, hook_name=HOOK), FACTORS]
 

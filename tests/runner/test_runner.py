@@ -55,6 +55,7 @@ def whole(tiny_bridge, tmp_path_factory):
     return result
 
 
+@pytest.mark.slow
 def test_a_run_builds_what_the_fits_build(whole, tiny_bridge):
     stream = ActivationStream(tiny_bridge, TEXTS, HOOK, context_size=16, batch_size=4, max_tokens=600)
     fits = fit_exemplar_partitions(stream, (5, 20), calibration_activations=200, seed=42)
@@ -166,6 +167,7 @@ def test_a_given_threshold_and_a_stop(tiny_bridge, tmp_path):
     assert result.n_activations == built.fit.n_seen, "nothing is read once all have stopped"
 
 
+@pytest.mark.slow
 def test_factorisations_beyond_the_memory_limit_read_again(tiny_bridge, tmp_path):
     options = {"n_components": 3, "sparsity": 0.5, "max_iter": 3, "max_passes": 2, "held_out": 0.2}
     given = config(tmp_path, dictionary=SNMFBuildConfig(**options, memory_limit=5_000))
@@ -270,6 +272,7 @@ def test_what_is_missing_is_asked_for(tmp_path, tiny_bridge):
         DictionaryRunner(config(tmp_path, hook_name="blocks.1.hook_ot"), model=tiny_bridge, dataset=TEXTS).run()
 
 
+@pytest.mark.slow
 def test_evaluation_and_profile_take_less_than_the_build_by_default(tiny_bridge, tmp_path, monkeypatch):
     """The profile runs the model on no token, since the activations are held, and the evaluation on few."""
     read, evaluated = [], []

@@ -38,7 +38,7 @@ def read(page, text=TEXT):
     page.page.locator("#tokens button").first.wait_for()
 
 
-@pytest.mark.quick
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [WIDE, PHONE])
 def test_a_text_is_read_a_latent_shown_and_steered_with(visit, live, size):
     page = visit(size)

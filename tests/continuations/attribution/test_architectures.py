@@ -281,6 +281,7 @@ def test_what_is_around_a_call_does_not_decide_what_is_refused():
 # --- trying out ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_model_is_tried_once_for_each_backend(monkeypatch):
     tried, fault = [], shown._fault
     monkeypatch.setattr(shown, "_fault", lambda model, backend: tried.append(backend) or fault(model, backend))

@@ -145,6 +145,7 @@ def test_joint_modes_that_each_view_misses_are_recovered():
         assert adjusted_rand_score(mode, baseline.labels) < 0.6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scaling", ["balanced", "paper"])
 @pytest.mark.parametrize("n, d, noise", [(300, 400, 1.2), pytest.param(400, 1000, 0.6, marks=pytest.mark.slow)])
 def test_never_above_the_planted_partition_or_one_cluster(scaling, n, d, noise):
@@ -221,6 +222,7 @@ def test_bad_views_and_weights():
         fitted.predict(X, y[:, :-1])
 
 
+@pytest.mark.slow
 def test_corner_cases():
     X, y, _, _ = joint_modes(30)
     two = JointClusterer().fit(X[:2], y[:2])

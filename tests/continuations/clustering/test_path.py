@@ -54,6 +54,7 @@ def test_dearer_distortion_buys_rate(path):
         assert rates == sorted(rates)
 
 
+@pytest.mark.slow
 def test_path_does_not_depend_on_jobs_and_beats_single_fits(data, path):
     X, y, w, _ = data
     settings = JointClusterer(random_state=0)
@@ -76,6 +77,7 @@ def test_a_problem_travels_to_other_processes(path):
     assert place.objective == pytest.approx(point.objective, rel=1e-12)
 
 
+@pytest.mark.slow
 def test_stability_tells_structure_from_noise(data, path):
     X, y, w, _ = data
     point = path.at(0.9, 0.6)
@@ -87,6 +89,7 @@ def test_stability_tells_structure_from_noise(data, path):
         stability_score(path.problem, point.labels, 0.9, 0.6, n_resamples=1)
 
 
+@pytest.mark.slow
 def test_choice_is_eligible_and_nearly_the_most_stable(path):
     choice = choose_point(path, n_resamples=4, random_state=0)
     assert 2 <= choice.point.n_clusters <= 10

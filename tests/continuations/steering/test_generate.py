@@ -108,6 +108,7 @@ def test_the_nearest_cluster_is_that_of_the_nearest_mean(monkeypatch):
         nearest_cluster(found, labels)(found.with_embeddings(torch.eye(12)[:, :3] + 1))
 
 
+@pytest.mark.slow
 def test_shares_of_all_methods_and_their_comparison():
     model = make_model("llama", "HookedSAETransformer")
     tests = []

@@ -224,6 +224,7 @@ def test_several_prefixes_are_the_units_of_the_comparison(several):
         together.specificity()
 
 
+@pytest.mark.slow
 def test_a_saved_test_is_the_same(several, tmp_path):
     together = combine_validations(several)
     again = Validation.load(together.save(tmp_path / "validation.json"))
