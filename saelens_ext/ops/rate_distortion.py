@@ -25,7 +25,7 @@ import numpy as np
 from jaxtyping import Float, Float64, Int
 from scipy.sparse import csr_array
 
-from saelens_ext.ops.weighted_median import Ranks, first_half, weighted_median
+from saelens_ext.ops.weighted_median import Sorted, weighted_median
 
 Metric = Literal["l1", "l2"]
 CenterKind = Literal["mean", "unit"]
@@ -39,8 +39,8 @@ _BLOCK = 2**15
 _SPARSE = 0.5
 # Sources in a coarse view.
 _SAMPLED = 256
-# Members from which on sorting ranks beats sorting values.
-_RANKED = 128
+# Fraction of all items from which on working with all of them beats picking the members.
+_MANY = 1 / 6
 # Room for remembered clusters.
 _MEMORY_BYTES = 2**28
 
@@ -116,7 +116,7 @@ class PairedViews:
         sparse = metric == "l1" and np.count_nonzero(self.sources) < _SPARSE * max(self.sources.size, 1)
         self._filled = csr_array(self.sources) if sparse else None
         self._nonzero = csr_array((self.sources != 0).T) if sparse else None
-        self._ranks: Ranks | None = None
+        self._sorted: Sorted | None = None
         self._known: dict[bytes, Cluster] = {}
         # Made once, so that searches at other weights share the clusters that were looked at.
         self._coarse: PairedViews | Literal[False] | None = None
@@ -226,31 +226,26 @@ class PairedViews:
             columns = np.flatnonzero(held >= 0.499 * weights.sum())
         own = np.zeros(len(members)) if columns is None else self._row_totals[members]
         n_columns = len(self.sources) if columns is None else len(columns)
+        many = columns is None and len(members) > _MANY * self.n
+        medians = self._ordered_medians(members) if many else np.empty(n_columns)
         step = max(1, 4 * _BLOCK // len(members))
-        medians = np.empty(n_columns)
         for begin in range(0, n_columns, step):
-            rows = slice(begin, begin + step) if columns is None else columns[begin : begin + step]
-            values = np.take(self.sources[rows], members, axis=1)
-            if isinstance(rows, slice) and len(members) >= _RANKED:
-                middle = self._ranked_median(begin, members, weights, len(values))
-            else:
-                middle = weighted_median(values, weights)
-            medians[begin : begin + step] = middle
+            part = slice(begin, begin + step)
+            values = np.take(self.sources[part if columns is None else columns[part]], members, axis=1)
+            if not many:
+                medians[part] = weighted_median(values, weights)
             if columns is not None:
                 own = own - np.abs(values).sum(axis=0)
-            own += np.abs(np.subtract(values, middle[:, None], out=values), out=values).sum(axis=0)
+            own += np.abs(np.subtract(values, medians[part, None], out=values), out=values).sum(axis=0)
         support = np.flatnonzero(medians)
         return (support if columns is None else columns[support], medians[support]), np.maximum(own, 0)
 
-    def _ranked_median(self, begin: int, members: np.ndarray, weights: np.ndarray, n_sources: int) -> np.ndarray:
-        """Weighted medians of consecutive sources, from ranks among all items: integers are sorted much faster."""
-        if self._ranks is None:
-            self._ranks = Ranks(self.sources, self.weights)
-        source = begin + np.arange(n_sources)
-        ranks = np.sort(np.take(self._ranks.rank[begin : begin + n_sources], members, axis=1), axis=1)
-        flat = ranks + (source * self.n)[:, None]
-        at = first_half(np.take(self._ranks.weight.ravel(), flat), weights.sum())
-        return self.sources[source, self._ranks.order[source, ranks[source - begin, at]]]
+    def _ordered_medians(self, members: np.ndarray) -> np.ndarray:
+        if self._sorted is None:
+            self._sorted = Sorted(self.sources)
+        weights = np.zeros(self.n)
+        weights[members] = self.weights[members]
+        return self._sorted.medians(weights)
 
     # --- distances ---
 
@@ -267,8 +262,10 @@ class PairedViews:
     def semantic_distances(self, cluster: Cluster, rows: np.ndarray | slice) -> Float64[np.ndarray, " m"]:
         """|e_i - mu|^2 of some items."""
         center = cluster.semantic_sum / cluster.mass if self.semantic_center == "mean" else _unit(cluster.semantic_sum)
-        found = self._semantic_squares[rows] - 2 * (self.semantic[rows] @ center) + center @ center
-        return np.maximum(found, 0)
+        # To copy many rows takes longer than their product with a vector.
+        whole = isinstance(rows, slice) or len(rows) > _MANY * self.n
+        products = (self.semantic @ center)[rows] if whole else self.semantic[rows] @ center
+        return np.maximum(self._semantic_squares[rows] - 2 * products + center @ center, 0)
 
     def attribution_distances(self, cluster: Cluster, rows: np.ndarray | slice) -> Float64[np.ndarray, " m"]:
         """|a_i - h|_1 of some items, or its square for metric "l2"."""

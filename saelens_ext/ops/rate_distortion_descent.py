@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float64, Int
 
 from saelens_ext.ops.rate_distortion import Cluster, PairedViews, assignment_costs, partition_cost
 from saelens_ext.ops.rate_distortion_proposals import Sketch, sketch_partition, split_proposals
@@ -81,12 +81,13 @@ class Search:
         self.min_members = min_members
         self._random_state = random_state
         self._sketch = Sketch(views, random_state) if sketch is None else sketch
-        self._splits: dict[bytes, list[tuple[Cluster, Cluster]]] = {}
-        self._explored: set[tuple[bytes, float]] = set()
         self.coarse = views.coarse()
         apart = self.coarse is not views
         settings = {"max_iter": max_iter, "tol": tol, "min_members": min_members}
         self._scout = Search(self.coarse, random_state, sketch=self._sketch, **settings) if apart else None
+        # Splits are coarse clusters: those that the scout found serve in full as well.
+        self._splits: dict[bytes, list[tuple[Cluster, Cluster]]] = self._scout._splits if self._scout else {}
+        self._explored: set[tuple[bytes, float]] = self._scout._explored if self._scout else set()
         self.one = views.cluster(np.arange(views.n))
 
     def starts(self, b_e: float, b_a: float) -> list[Int[np.ndarray, " n"]]:
@@ -181,9 +182,9 @@ class Search:
         members, views = cluster.members, self.coarse
         pair = views.cluster(members[part]), views.cluster(members[~part])
         for _ in range(_SPLIT_ROUNDS):
-            first, second = (self._costs(half, members, b_e, b_a) for half in pair)
-            part = first < second
-            if part.all() or not part.any():
+            there = self._costs(pair[0], members, part, b_e, b_a)
+            before, part = part, there < self._costs(pair[1], members, ~part, b_e, b_a)
+            if np.array_equal(part, before) or part.all() or not part.any():
                 break
             new = views.cluster(members[part]), views.cluster(members[~part])
             if partition_cost(new, b_e, b_a) >= partition_cost(pair, b_e, b_a):
@@ -191,7 +192,13 @@ class Search:
             pair = new
         return pair
 
-    def _costs(self, cluster: Cluster, members: np.ndarray, b_e: float, b_a: float) -> np.ndarray:
-        views = self.coarse
-        d_e, d_a = views.semantic_distances(cluster, members), views.attribution_distances(cluster, members)
-        return b_e * d_e + b_a * d_a - np.log(cluster.mass)
+    def _costs(
+        self, half: Cluster, members: np.ndarray, inside: np.ndarray, b_e: float, b_a: float
+    ) -> Float64[np.ndarray, " m"]:
+        """What members of a cluster cost in a part of it, of which some of them are."""
+        views, others = self.coarse, members[~inside]
+        costs = np.empty(len(members))
+        costs[inside] = views.own_costs(half, b_e, b_a)
+        d_e, d_a = views.semantic_distances(half, others), views.attribution_distances(half, others)
+        costs[~inside] = b_e * d_e + b_a * d_a - np.log(half.mass)
+        return costs

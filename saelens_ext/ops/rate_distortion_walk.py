@@ -8,7 +8,7 @@ Symbols
 Every step is judged by the exact L of its outcome and taken only if it lowers L.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -21,6 +21,8 @@ _PAIRS_JUDGED = 4
 _MOVE_ENTRIES = 2**20
 _TARGETS_PER_MOVE = 3
 _SERVING = 32
+# Clusters that join a heavier one at once have no more than this fraction of its mass: they hardly move its centres.
+_LIGHT = 0.25
 # A step is worked out in full unless its estimated loss exceeds this fraction of the distortion it changes.
 _ESTIMATE_MARGIN = 0.1
 _SMALL = 2**14
@@ -104,30 +106,53 @@ class Walk:
             self._take(clusters)
 
     def merge(self) -> bool:
-        """Merge pairs, best first, until none gains."""
+        """Merge clusters, best pairs first, until none gains."""
         merged = False
         while len(self.clusters) > 1:
-            gains = [(self._gain(pair, [union]), pair, union) for pair, union in self._unions()]
-            gain, pair, union = max(gains, key=lambda entry: entry[0], default=(0.0, (), None))
+            gains = [(self._gain(parts, [union]), parts, union) for parts, union in self._unions()]
+            gain, parts, union = max(gains, key=lambda entry: entry[0], default=(0.0, (), None))
             if union is None or gain <= self.least:
                 break
-            self._replace(pair, [union])
+            self._replace(parts, [union])
             merged = True
         return merged
 
-    def _unions(self) -> Iterator[tuple[tuple[Cluster, Cluster], Cluster]]:
-        """The pairs most likely to gain from a merge, and what they merge into: the surest alone where one is sure."""
+    def _unions(self) -> Iterator[tuple[list[Cluster], Cluster]]:
+        """The clusters most likely to gain from a merge, and what they merge into: the surest alone where one is
+        sure.
+        """
         sure, hoped = self._merge_changes()
         first, second = np.triu_indices(len(self.clusters), 1)
-        sure, hoped = sure[first, second], hoped[first, second]
-        order = np.argsort(sure, kind="stable")
-        if not self._small:
-            order = order[:1] if sure[order[0]] < -self.least else order[:_PAIRS_JUDGED]
-        for at in order[hoped[order] < 0]:
-            pair = self.clusters[first[at]], self.clusters[second[at]]
-            members = np.sort(np.concatenate([pair[0].members, pair[1].members]))
-            if sure[at] < -self.least or self._promising(pair, [members]):
-                yield pair, self.views.cluster(members)
+        pairs = np.stack([first, second], axis=1)[np.argsort(sure[first, second], kind="stable")]
+        best = sure[tuple(pairs[0])]
+        if not self._small and best < -self.least:
+            parts, union = self._united(self._joining(sure, *pairs[0]))
+            yield parts, union
+            if self._gain(parts, [union]) < -best:
+                yield self._united(pairs[0])
+            return
+        for pair in pairs if self._small else pairs[:_PAIRS_JUDGED]:
+            if hoped[tuple(pair)] < 0:
+                parts = [self.clusters[k] for k in pair]
+                if sure[tuple(pair)] < -self.least or self._promising(parts, [_members(parts)]):
+                    yield self._united(pair)
+
+    def _joining(self, sure: np.ndarray, first: int, second: int) -> list[int]:
+        """Two clusters, and light ones that would rather join the heavier of the two than any other."""
+        masses = [cluster.mass for cluster in self.clusters]
+        heavy, light = sorted((first, second), key=lambda k: -masses[k])
+        chosen, room = [heavy, light], _LIGHT * masses[heavy] - masses[light]
+        for k in np.argsort(sure[heavy], kind="stable"):
+            if sure[heavy, k] >= -self.least:
+                break
+            if k not in chosen and masses[k] <= room and np.argmin(sure[k]) == heavy:
+                chosen.append(k)
+                room -= masses[k]
+        return chosen
+
+    def _united(self, chosen: Iterable[int]) -> tuple[list[Cluster], Cluster]:
+        parts = [self.clusters[k] for k in chosen]
+        return parts, self.views.cluster(_members(parts))
 
     def _merge_changes(self) -> tuple[np.ndarray, np.ndarray]:
         """Bound from above of the change of L by merging each pair, and what it might be at best.
@@ -154,6 +179,7 @@ class Walk:
             rise = rise * masses[:, None] / total if exact else rise
             rise = np.minimum(rise, rise.T)
             sure, hoped = sure + weight * rise, hoped + weight * rise * (1 if exact else self._hope)
+        np.fill_diagonal(sure, np.inf)
         return sure, hoped
 
     def split(self, least_members: int) -> bool:
@@ -272,3 +298,8 @@ class Walk:
         pairs += [(alone[i], i, None) for i in items]
         for _, item, k in sorted(pairs, key=lambda entry: entry[0]):
             yield int(item), None if k is None else int(k)
+
+
+def _members(clusters: Iterable[Cluster]) -> np.ndarray:
+    """Of all of them, ascending."""
+    return np.sort(np.concatenate([cluster.members for cluster in clusters]))
