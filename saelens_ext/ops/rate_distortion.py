@@ -24,6 +24,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float, Float64, Int
 from scipy.sparse import csr_array
+from scipy.spatial.distance import cdist
 
 from saelens_ext.ops.weighted_median import Sorted, weighted_median
 
@@ -105,14 +106,15 @@ class PairedViews:
         self._semantic_origin = origin
         self.semantic = semantic.astype(np.float64) - origin
         self._semantic_squares = np.einsum("ij,ij->i", self.semantic, self.semantic)
-        # Sources are rows here: a column's members lie side by side.
-        self.sources = np.ascontiguousarray(attribution.T, dtype=np.float64)
+        # Distances read an item's entries side by side, medians a source's.
+        self._rows = np.ascontiguousarray(attribution, dtype=np.float64)
+        self.sources = np.ascontiguousarray(self._rows.T)
         self._source_origin = self.sources @ self.weights if metric == "l2" else np.zeros(len(self.sources))
         if metric == "l2":
             self.sources -= self._source_origin[:, None]
             self._row_totals = np.einsum("ji,ji->i", self.sources, self.sources)
         else:
-            self._row_totals = _column_blocks_sum(np.abs, self.sources)
+            self._row_totals = self._city_block(np.zeros(len(self.sources)), slice(None))
         sparse = metric == "l1" and np.count_nonzero(self.sources) < _SPARSE * max(self.sources.size, 1)
         self._filled = csr_array(self.sources) if sparse else None
         self._nonzero = csr_array((self.sources != 0).T) if sparse else None
@@ -218,34 +220,39 @@ class PairedViews:
             only = self.sources[:, members[0]]
             support = np.flatnonzero(only)
             return (support, only[support]), np.zeros(len(members))
-        columns = None
         if self._nonzero is not None:
-            rows = self._nonzero[members]
-            held = np.bincount(rows.indices, np.repeat(weights, np.diff(rows.indptr)), minlength=len(self.sources))
-            # A margin for rounding: a column too many is harmless, since its median is worked out.
-            columns = np.flatnonzero(held >= 0.499 * weights.sum())
-        own = np.zeros(len(members)) if columns is None else self._row_totals[members]
-        n_columns = len(self.sources) if columns is None else len(columns)
-        many = columns is None and len(members) > _MANY * self.n
-        medians = self._ordered_medians(members) if many else np.empty(n_columns)
+            return self._sparse_median(members, weights)
+        medians = self._dense_median(members, weights)
+        support = np.flatnonzero(medians)
+        return (support, medians[support]), self._city_block(medians, members)
+
+    def _dense_median(self, members: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        if len(members) > _MANY * self.n:
+            if self._sorted is None:
+                self._sorted = Sorted(self.sources)
+            spread = np.zeros(self.n)
+            spread[members] = weights
+            return self._sorted.medians(spread)
         step = max(1, 4 * _BLOCK // len(members))
-        for begin in range(0, n_columns, step):
+        parts = (self.sources[begin : begin + step] for begin in range(0, len(self.sources), step))
+        return np.concatenate([weighted_median(np.take(part, members, axis=1), weights) for part in parts])
+
+    def _sparse_median(self, members: np.ndarray, weights: np.ndarray) -> tuple[tuple, np.ndarray]:
+        assert self._nonzero is not None
+        rows = self._nonzero[members]
+        held = np.bincount(rows.indices, np.repeat(weights, np.diff(rows.indptr)), minlength=len(self.sources))
+        # A margin for rounding: a column too many is harmless, since its median is worked out.
+        columns = np.flatnonzero(held >= 0.499 * weights.sum())
+        medians, own = np.empty(len(columns)), self._row_totals[members]
+        step = max(1, 4 * _BLOCK // len(members))
+        for begin in range(0, len(columns), step):
             part = slice(begin, begin + step)
-            values = np.take(self.sources[part if columns is None else columns[part]], members, axis=1)
-            if not many:
-                medians[part] = weighted_median(values, weights)
-            if columns is not None:
-                own = own - np.abs(values).sum(axis=0)
+            values = np.take(self.sources[columns[part]], members, axis=1)
+            medians[part] = weighted_median(values, weights)
+            own = own - np.abs(values).sum(axis=0)
             own += np.abs(np.subtract(values, medians[part, None], out=values), out=values).sum(axis=0)
         support = np.flatnonzero(medians)
-        return (support if columns is None else columns[support], medians[support]), np.maximum(own, 0)
-
-    def _ordered_medians(self, members: np.ndarray) -> np.ndarray:
-        if self._sorted is None:
-            self._sorted = Sorted(self.sources)
-        weights = np.zeros(self.n)
-        weights[members] = self.weights[members]
-        return self._sorted.medians(weights)
+        return (columns[support], medians[support]), np.maximum(own, 0)
 
     # --- distances ---
 
@@ -273,36 +280,24 @@ class PairedViews:
         totals = self._row_totals[rows]
         if self.metric == "l2":
             return np.maximum(totals - 2 * (values @ self.sources[:, rows]) + values @ values, 0)
-        if 2 * len(columns) > len(self.sources):
-            dense = np.zeros(len(self.sources))
-            dense[columns] = values
-            return self._differences(None, dense, rows, len(totals), corrections=False)
-        if self._filled is not None:
+        if self._filled is not None and 2 * len(columns) <= len(self.sources):
             corrections = _sparse_corrections(self._filled[columns], values, self.n)
             return np.maximum(self._row_totals + corrections, 0)[rows]
-        return np.maximum(totals + self._differences(columns, values, rows, len(totals), corrections=True), 0)
+        return self._city_block(self.attribution_center(cluster), rows)
 
     def center_distances(self, center: Float[np.ndarray, " d_a"]) -> Float64[np.ndarray, " n"]:
         """Distances of all items from any attribution centre, as the metric counts them."""
         if self.metric == "l1":
-            return self._differences(None, center, slice(None), self.n, corrections=False)
+            return self._city_block(center, slice(None))
         center = center - self._source_origin
         return np.maximum(self._row_totals - 2 * (center @ self.sources) + center @ center, 0)
 
-    def _differences(
-        self, columns: np.ndarray | None, values: np.ndarray, rows: np.ndarray | slice, m: int, *, corrections: bool
-    ) -> np.ndarray:
-        """Sum over columns of |a - h|, less |a| where asked, block by block."""
-        found = np.zeros(m)
-        step = max(1, _BLOCK // max(m, 1))
-        for begin in range(0, len(values), step):
-            part = slice(begin, begin + step)
-            block = self.sources[part if columns is None else columns[part]]
-            block = block if isinstance(rows, slice) else np.take(block, rows, axis=1)
-            found += np.abs(block - values[part, None]).sum(axis=0)
-            if corrections:
-                found -= np.abs(block).sum(axis=0)
-        return found
+    def _city_block(self, center: np.ndarray, rows: np.ndarray | slice) -> np.ndarray:
+        """|a - h|_1 of some items, block by block where they must be copied."""
+        if isinstance(rows, slice):
+            return cdist(self._rows[rows], center[None], "cityblock")[:, 0]
+        parts = np.array_split(rows, 1 + len(rows) * len(center) // (8 * _BLOCK))
+        return np.concatenate([cdist(self._rows[part], center[None], "cityblock")[:, 0] for part in parts])
 
 
 def partition_cost(clusters: Sequence[Cluster], b_e: float, b_a: float) -> float:
@@ -346,12 +341,3 @@ def _unit(vector: np.ndarray) -> np.ndarray:
     norm = np.sqrt(vector @ vector)
     # Where the members cancel, every unit vector is as good as any other.
     return vector / norm if norm > 0 else np.eye(1, len(vector))[0]
-
-
-def _column_blocks_sum(function, matrix: np.ndarray) -> np.ndarray:
-    """Sum of a function of the entries over rows, without a second matrix."""
-    found = np.zeros(matrix.shape[1])
-    step = max(1, _BLOCK // max(matrix.shape[1], 1))
-    for begin in range(0, len(matrix), step):
-        found += function(matrix[begin : begin + step]).sum(axis=0)
-    return found

@@ -126,7 +126,7 @@ class Walk:
         pairs = np.stack([first, second], axis=1)[np.argsort(sure[first, second], kind="stable")]
         best = sure[tuple(pairs[0])]
         if not self._small and best < -self.least:
-            parts, union = self._united(self._joining(sure, *pairs[0]))
+            parts, union = self._united(self._joining(sure, pairs[0]))
             yield parts, union
             if self._gain(parts, [union]) < -best:
                 yield self._united(pairs[0])
@@ -137,10 +137,10 @@ class Walk:
                 if sure[tuple(pair)] < -self.least or self._promising(parts, [_members(parts)]):
                     yield self._united(pair)
 
-    def _joining(self, sure: np.ndarray, first: int, second: int) -> list[int]:
+    def _joining(self, sure: np.ndarray, pair: np.ndarray) -> np.ndarray:
         """Two clusters, and light ones that would rather join the heavier of the two than any other."""
         masses = [cluster.mass for cluster in self.clusters]
-        heavy, light = sorted((first, second), key=lambda k: -masses[k])
+        heavy, light = sorted(pair, key=lambda k: -masses[k])
         chosen, room = [heavy, light], _LIGHT * masses[heavy] - masses[light]
         for k in np.argsort(sure[heavy], kind="stable"):
             if sure[heavy, k] >= -self.least:
@@ -148,9 +148,9 @@ class Walk:
             if k not in chosen and masses[k] <= room and np.argmin(sure[k]) == heavy:
                 chosen.append(k)
                 room -= masses[k]
-        return chosen
+        return np.array(chosen)
 
-    def _united(self, chosen: Iterable[int]) -> tuple[list[Cluster], Cluster]:
+    def _united(self, chosen: np.ndarray) -> tuple[list[Cluster], Cluster]:
         parts = [self.clusters[k] for k in chosen]
         return parts, self.views.cluster(_members(parts))
 

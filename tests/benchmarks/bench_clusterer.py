@@ -6,12 +6,16 @@ eight modes; ``--dense`` makes every source non-zero, ``--paper`` uses the publi
 the concatenated views, the medians of ``--repeats`` taken in turn in one process with one thread; times are of the
 processor, so that other work on the machine does not count. ``above`` counts cells whose objective exceeds that of the
 planted partition or of one cluster.
+
+``--growth 500 1000 2000 5000`` times the grid at each of these numbers of rows; ``per_row`` is the time of a row, over
+that at the first of them: 1 throughout is linear growth.
 """
 
 import argparse
 import json
 import time
 import tracemalloc
+from collections.abc import Callable
 from statistics import median
 
 import numpy as np
@@ -45,6 +49,26 @@ def count_above(path: RateDistortionPath, mode: np.ndarray) -> int:
     )
 
 
+def timed(make: Callable[[], object]) -> tuple[float, object]:
+    """Seconds of the processor, and what was made."""
+    start = time.process_time()
+    made = make()
+    return time.process_time() - start, made
+
+
+def grown(rows: list[int], sources: int, *, noise: float, dense: bool, scaling: str) -> list[dict]:
+    """The grid at several numbers of rows."""
+    cases = []
+    for n in rows:
+        semantic, view, weights, _ = planted(n, sources, noise=noise, dense=dense)
+        seconds, _ = timed(
+            lambda: rate_distortion_path(semantic, view, sample_weight=weights, scaling=scaling, random_state=0)
+        )
+        cases.append({"rows": n, "grid_seconds": round(seconds, 2)})
+        cases[-1]["per_row"] = round(seconds / n / (cases[0]["grid_seconds"] / rows[0]), 2)
+    return cases
+
+
 def main() -> None:
     """Time both in turn."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -54,10 +78,17 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dense", action="store_true")
     parser.add_argument("--paper", action="store_true")
+    parser.add_argument("--growth", type=int, nargs="+")
     parser.add_argument("--memory", action="store_true", help="trace allocations of one more run")
     args = parser.parse_args()
     semantic, sources, weights, mode = planted(args.rows, args.sources, noise=args.noise, dense=args.dense)
     scaling = "paper" if args.paper else "balanced"
+    if args.growth:
+        with threadpool_limits(1):
+            cases = grown(args.growth, args.sources, noise=args.noise, dense=args.dense, scaling=scaling)
+        line = {"benchmark": "rate_distortion_path_growth", "sources": args.sources, "dense": args.dense}
+        print(json.dumps(line | {"scaling": scaling, "cases": cases}))
+        return
 
     def grid() -> RateDistortionPath:
         return rate_distortion_path(semantic, sources, sample_weight=weights, scaling=scaling, random_state=0)
@@ -65,12 +96,9 @@ def main() -> None:
     both, k_means, path = np.hstack([semantic, sources]), [], []
     with threadpool_limits(1):
         for _ in range(args.repeats):
-            start = time.process_time()
-            KMeans(n_clusters=16, n_init=10, random_state=0).fit(both)
-            k_means.append(time.process_time() - start)
-            start = time.process_time()
-            found = grid()
-            path.append(time.process_time() - start)
+            k_means.append(timed(lambda: KMeans(n_clusters=16, n_init=10, random_state=0).fit(both))[0])
+            seconds, found = timed(grid)
+            path.append(seconds)
         peak = None
         if args.memory:
             tracemalloc.start()
