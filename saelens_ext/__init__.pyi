@@ -18,6 +18,7 @@ from .analysis.profile import profile_dictionaries as profile_dictionaries
 from .analysis.profile import profile_dictionary as profile_dictionary
 from .audit.audit import AuditConfig as AuditConfig
 from .audit.audit import audit_continuations as audit_continuations
+from .audit.questions import read_continuations as read_continuations
 from .audit.result import Audit as Audit
 from .concepts.comparison import compare_detection as compare_detection
 from .concepts.detection import concept_scores as concept_scores

@@ -483,6 +483,7 @@ WITHOUT_TORCH = {
     "ExemplarRunnerConfig", "Judge", "JudgeScore", "Labeller", "OpenAIJudge", "OpenAILabeller", "OpeningOdds",
     "PromptSplit", "RayActivationStream", "SNMFDictionaryConfig", "SNMFRunnerConfig", "Sampler", "SamplingOptions",
     "ValidationOptions", "begins_with", "list_on_hub", "neuronpedia_labels", "packaged_concepts", "read_concepts",
+    "read_continuations",
 }  # fmt: skip
 
 

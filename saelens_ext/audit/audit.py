@@ -66,8 +66,8 @@ def audit_continuations(
             function of the model that loads them.
         embedder: a sentence-transformers model, its name or folder, or None for the packaged one.
         continuations: what is audited instead of samples, scored with the model: of one prefix a list of texts or of
-            token ids, of several a mapping from each prefix to such a list, or a JSONL file of lines
-            ``{"prompt": …, "continuation": …}`` (or ``"token_ids"``). Equal ones are one, with their ``count``.
+            token ids, of several a mapping from each prefix to such a list, or a JSONL file or log of Inspect that
+            :func:`read_continuations` reads. Equal ones are one, with their ``count``.
         sampler: where continuations are sampled instead of from the model, which scores them, or a function without
             arguments that makes it; see :func:`sample_continuations`.
         folder: where results are kept, stage by stage; what is there from the same audit is used. With it, an audit

@@ -13,6 +13,7 @@ import torch
 
 from saelens_ext import _checks, _files
 from saelens_ext.audit.config import AuditConfig
+from saelens_ext.audit.inspect_log import LOG_SUFFIXES, read_inspect_log
 from saelens_ext.continuations.continuation_set import ContinuationSet
 from saelens_ext.continuations.sample import score_continuations
 from saelens_ext.host.chat_template import Prompt, checked_messages, in_words, listed_prompts
@@ -20,7 +21,7 @@ from saelens_ext.host.models import HostModel
 
 Given = Sequence[str | Sequence[int]]
 Continuations = Given | Mapping[str, Given] | Path
-"""Of one prefix, of several by their texts, or a JSONL file."""
+"""Of one prefix, of several by their texts, or a file of them."""
 _KEYS = ({"prompt", "continuation"}, {"prompt", "token_ids"})
 
 
@@ -62,7 +63,7 @@ def questions(prefixes: Prompt | Sequence[Prompt], continuations: Continuations 
         return [Question(prompt=prompt) for prompt in prompts]
     words = [in_words(prompt) for prompt in prompts]
     if isinstance(continuations, str | Path):
-        found: Mapping[str, Any] = _read(Path(continuations))
+        found: Mapping[str, Any] = read_continuations(continuations)[1]
     elif isinstance(continuations, Mapping):
         found = continuations
     elif len(prompts) == 1:
@@ -95,16 +96,48 @@ def _checked(given: Any, prefix: str) -> tuple[str | tuple[int, ...], ...]:
     return tuple(found)
 
 
-def _read(path: Path) -> dict[str, list[Any]]:
-    """Continuations by prefix, from one JSON object a line."""
+def read_continuations(
+    path: str | Path, *, samples: Sequence[str | int] | None = None
+) -> tuple[list[Prompt], dict[str, list[Any]]]:
+    """Read prefixes and continuations of them for :func:`audit_continuations`.
+
+    Args:
+        path: a JSONL file of lines ``{"prompt": …, "continuation": …}`` (or ``"token_ids"``), where a prompt is a text
+            or a conversation; or a log of Inspect (``.eval``, ``.json``), where the last answer of each sample and
+            epoch continues the conversation before it. Reasoning that a log keeps apart is put back between
+            ``<think>`` and ``</think>``.
+        samples: ids of the samples of a log; all by default.
+
+    Returns:
+        The prefixes, and the continuations of each by its text; that of a conversation is its roles and what each says.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ImportError: a log compressed with Zstandard, and zipfile-zstd is not installed.
+        ValueError: another kind of file; a line that lacks its prompt or its continuation; a log without samples or
+            prompts, with tools, or without a sample asked for.
+
+    Examples:
+        >>> prefixes, continuations = sx.read_continuations("log.eval", samples=["sky"])  # doctest: +SKIP
+        >>> audit = sx.audit_continuations(
+        ...     model, prefixes, dictionaries, continuations=continuations
+        ... )  # doctest: +SKIP
+    """
+    path = Path(path)
+    if path.suffix in LOG_SUFFIXES:
+        return read_inspect_log(path, samples)
+    if samples is not None:
+        raise ValueError(f"samples are those of a log of Inspect ({', '.join(LOG_SUFFIXES)}), and {path} is none.")
+    prompts: dict[str, Prompt] = {}
     found: dict[str, list[Any]] = {}
     for prompt, one in _files.read_json_lines(path, _entry):
-        found.setdefault(prompt, []).append(one)
-    return found
+        prompts[in_words(prompt)] = prompt
+        found.setdefault(in_words(prompt), []).append(one)
+    return list(prompts.values()), found
 
 
-def _entry(entry: Any) -> tuple[str, Any]:
-    """A prefix in words and a continuation of it, from the object in one line."""
+def _entry(entry: Any) -> tuple[Prompt, Any]:
+    """A prefix and a continuation of it, from the object in one line."""
     if not isinstance(entry, dict) or set(entry) not in _KEYS:
         given = sorted(entry) if isinstance(entry, dict) else entry
         raise ValueError(
@@ -114,4 +147,4 @@ def _entry(entry: Any) -> tuple[str, Any]:
     if "token_ids" in entry and not isinstance(one, list):
         raise ValueError(f"token_ids must be a list of whole numbers, got {one!r:.100}.")
     prompt = entry["prompt"]
-    return in_words(prompt if isinstance(prompt, str) else checked_messages(prompt, "prompt")), one
+    return prompt if isinstance(prompt, str) else checked_messages(prompt, "prompt"), one

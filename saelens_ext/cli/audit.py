@@ -15,6 +15,7 @@ from saelens_ext import _files
 from saelens_ext.analysis.labels import Labels
 from saelens_ext.analysis.profile import DictionaryProfile
 from saelens_ext.audit.audit import Audit, AuditConfig, audit_continuations
+from saelens_ext.audit.questions import read_continuations
 from saelens_ext.cli import opening
 from saelens_ext.cli.audit_options import AuditInputs
 from saelens_ext.cli.errors import UsageError
@@ -28,7 +29,8 @@ _CONTINUATIONS, _MODES, _REPORT = "continuations.csv", "modes.csv", "report.html
 
 def audit(inputs: AuditInputs, settings: AuditConfig, context: Context) -> Result:
     """Audit one prefix or several."""
-    prefixes, folder = _prefixes(inputs), _folder(inputs)
+    prefixes, continuations = _prefixes(inputs)
+    folder = _folder(inputs)
     if not inputs.dictionaries:
         raise UsageError("No dictionary was named: --dictionaries=FOLDER, several with commas between.")
     opening.check_writable(folder, "output_path")
@@ -44,7 +46,7 @@ def audit(inputs: AuditInputs, settings: AuditConfig, context: Context) -> Resul
         prefixes,
         partial(_attached, loaded if inputs.n_workers == 1 else list(inputs.dictionaries), inputs.device),
         inputs.embedder,
-        continuations=inputs.continuations,
+        continuations=continuations,
         sampler=sampler,
         folder=folder,
         n_workers=inputs.n_workers,
@@ -61,14 +63,22 @@ def audit(inputs: AuditInputs, settings: AuditConfig, context: Context) -> Resul
     return Result(data=data, text=_text(found, data))
 
 
-def _prefixes(inputs: AuditInputs) -> list[Any]:
-    """The texts given one by one, then those of the file."""
+def _prefixes(inputs: AuditInputs) -> tuple[list[Any], dict[str, list[Any]] | None]:
+    """The texts given one by one, then those of the file, or else those of the continuations; and these, if given."""
     given = [text for one in inputs.prefix for text in (one if isinstance(one, list) else [one])]
     if inputs.prefixes is not None:
         given += opening.texts_in(Path(inputs.prefixes), conversations=True)
+    continuations = None
+    if inputs.continuations is not None:
+        prompts, continuations = read_continuations(inputs.continuations, samples=inputs.samples or None)
+        given = given or prompts
+    elif inputs.samples:
+        raise UsageError("--samples are those of a log of Inspect: --continuations=FILE.eval.")
     if not given:
-        raise UsageError("No prefix was given: --prefix=TEXT, which may be repeated, or --prefixes=FILE.")
-    return given
+        raise UsageError(
+            "No prefix was given: --prefix=TEXT, which may be repeated, --prefixes=FILE, or --continuations=FILE."
+        )
+    return given, continuations
 
 
 def _attached(dictionaries: Sequence[SAE[Any] | str], device: str, model: HostModel) -> list[SAE[Any]]:

@@ -75,7 +75,11 @@ class AuditInputs:
     prefixes: str | None = simple_parsing.field(default=None, type=text_or_none, metavar="FILE")
     """File with a prefix in each line, or a JSON list of texts and conversations (lists of messages)."""
     continuations: str | None = simple_parsing.field(default=None, type=text_or_none, metavar="FILE")
-    """JSONL file of continuations to audit instead of samples: {"prompt": …, "continuation": …} in each line."""
+    """Continuations to audit instead of samples: a JSONL file, {"prompt": …, "continuation": …} in each line, or a log
+    of Inspect (.eval, .json). Without prefixes, all of the file's are audited.
+    """
+    samples: Any = simple_parsing.field(default_factory=list, type=texts, metavar="ID[,ID…]")
+    """Samples of the log of Inspect; all by default."""
     sampler: SamplerOptions = dataclasses.field(default_factory=SamplerOptions)
     """Where continuations are sampled, if not from the model."""
     embedder: str | None = simple_parsing.field(default=None, type=text_or_none, metavar="NAME")

@@ -75,12 +75,12 @@ def test_ctrl_c_says_where_the_stages_are(asked, command, tmp_path, monkeypatch)
 def test_prefixes_from_a_file(tmp_path):
     inputs = audit_command.AuditInputs(prefix=["a, b"], prefixes=str(tmp_path / "p"))
     (tmp_path / "p").write_text("one\n\ntwo\n")
-    assert audit_command._prefixes(inputs) == ["a, b", "one", "two"]
+    assert audit_command._prefixes(inputs)[0] == ["a, b", "one", "two"]
     (tmp_path / "p").write_text(json.dumps(["line\nbreak", "c"]))
-    assert audit_command._prefixes(inputs) == ["a, b", "line\nbreak", "c"]
+    assert audit_command._prefixes(inputs)[0] == ["a, b", "line\nbreak", "c"]
     talk = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because"}]
     (tmp_path / "p").write_text(json.dumps([talk, "c"]))
-    assert audit_command._prefixes(inputs) == ["a, b", talk, "c"]
+    assert audit_command._prefixes(inputs)[0] == ["a, b", talk, "c"]
     (tmp_path / "p").write_text("[1]")
     with pytest.raises(ValueError, match="must hold a JSON list of texts and conversations"):
         audit_command._prefixes(inputs)
@@ -119,6 +119,18 @@ def test_prompts_over_workers_and_their_index(asked, command, tmp_path):
     assert "An expression list" in (tmp_path / "workers" / "pages" / "001.html").read_text()
     other = command(*asked, *more, "--output_path=none", "--n_workers=2")
     assert other.status == 1 and "n_workers=2 needs folder=" in other.error
+
+
+def test_prefixes_of_the_continuations(tmp_path):
+    path = tmp_path / "given.jsonl"
+    path.write_text('{"prompt": "a", "continuation": " x"}\n{"prompt": "b", "continuation": " y"}')
+    alone = audit_command.AuditInputs(continuations=str(path))
+    assert audit_command._prefixes(alone) == (["a", "b"], {"a": [" x"], "b": [" y"]})
+    assert audit_command._prefixes(audit_command.AuditInputs(continuations=str(path), prefix=["a"]))[0] == ["a"]
+    with pytest.raises(UsageError, match="--continuations=FILE.eval"):
+        audit_command._prefixes(audit_command.AuditInputs(samples=["a"], prefix=["a"]))
+    with pytest.raises(UsageError, match="No prefix was given"):
+        audit_command._prefixes(audit_command.AuditInputs())
 
 
 def test_a_sampler_on_the_command_line():
