@@ -25,6 +25,7 @@ from .concepts.detection import concept_scores as concept_scores
 from .concepts.detector import Detector as Detector
 from .concepts.diff_means import diff_means as diff_means
 from .concepts.token_activations import read_texts as read_texts
+from .continuations.answers import mark_answers as mark_answers
 from .continuations.attribution.attribute import attribute_continuations as attribute_continuations
 from .continuations.clustering.joint_clusterer import JointClusterer as JointClusterer
 from .continuations.clustering.joint_clusterer import rate_distortion_path as rate_distortion_path

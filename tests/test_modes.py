@@ -380,6 +380,7 @@ CASES: dict[str, Callable[[SimpleNamespace, Any], Any]] = {
         max_new_tokens=3,
         sampler=ext.HuggingFaceSampler(models_zoo.make_hf_model("llama"), m.model.tokenizer),
     ).to_dataframe(),
+    "mark_answers": lambda m, tmp: ext.mark_answers(m.model, m.drawn, span=(0, 2)),
     "sample_steps": lambda m, tmp: ext.sample_steps(m.model, "The assert statement", **STEPS, folder=tmp),
     "clamp_latent": lambda m, tmp: changed_logits(ext.clamp_latent(m.model, m.dictionary, 3, 1.5), m.model),
     "compare_detection": lambda m, tmp: ext.compare_detection(

@@ -23,6 +23,7 @@ from saelens_ext.audit.result import Audit
 from saelens_ext.audit.spread import WORKERS, Job, spread
 from saelens_ext.audit.stages import NOT_ASKED, KeptAudits, Stages, folder_for, own_folder
 from saelens_ext.audit.subject import Dictionaries, Inputs, Model, Sampling, Subject
+from saelens_ext.continuations.answers import mark_answers
 from saelens_ext.continuations.attribution.attribute import attribute_continuations
 from saelens_ext.continuations.clustering.joint_clusterer import JointClusterer, rate_distortion_path
 from saelens_ext.continuations.clustering.stability import NoEligiblePoint, choose_point
@@ -210,6 +211,8 @@ def _audit(
             rows = sample_continuations(model, question.prompt, config.n, **options)
         else:
             rows = question.scored(model, config)
+        if config.answer_after:
+            rows = mark_answers(model, rows, after=config.answer_after, missing="exclude")
         rows = stages.keep(rows)
     if rows.embeddings is None:
         bar.begin("embedding")

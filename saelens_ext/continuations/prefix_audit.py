@@ -52,7 +52,7 @@ class PrefixAudit:
     def mode_labels(self) -> tuple[Label, ...]:
         """What each mode could be called, scored on members that did not make the label; see :mod:`mode_labels`."""
         weights = self.continuations.weights.double().numpy()
-        return label_modes(self.continuations.texts, self.labels, weights)
+        return label_modes(self.continuations.answers, self.labels, weights)
 
     @property
     def stability(self) -> tuple[float, float]:

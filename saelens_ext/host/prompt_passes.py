@@ -15,6 +15,8 @@ from saelens_ext._modes import callers_autocast
 from saelens_ext.host.bos import TextStart, text_start
 from saelens_ext.host.models import HostModel, tokenizer_of
 
+_MAX_BATCH_TOKENS = 4096
+
 
 def prompt_ids(model: HostModel, prompt: str, *, templated: bool = False) -> Tensor:
     """Token ids ``(length,)`` int64 of a prompt on the model's device, as ``model.to_tokens`` gives them.
@@ -70,6 +72,20 @@ def logits_of(model: HostModel, ids: Tensor, mask: Tensor | None = None) -> Tens
     mask = torch.ones_like(ids) if mask is None else mask.long()
     with callers_autocast():
         return model(ids, return_type="logits", attention_mask=mask)
+
+
+def length_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Rows in batches, longest first, so that those of like length share one and what does not fit fails at once.
+
+    A batch has at most ``batch_size`` rows, and as wide as its longest no more than 4096 tokens; or is one row.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    found: list[list[int]] = []
+    while order:
+        n = max(1, min(batch_size, _MAX_BATCH_TOKENS // max(1, lengths[order[0]])))
+        found.append(order[:n])
+        order = order[n:]
+    return found
 
 
 def has_kv_cache(model: HostModel) -> bool:

@@ -20,7 +20,7 @@ from saelens_ext._modes import standard_modes
 from saelens_ext.host.continued_text import ids_after, text_after
 from saelens_ext.host.hook_edits import edit_point, hooked
 from saelens_ext.host.models import HostModel
-from saelens_ext.host.prompt_passes import CachedPasses, evaluating, logits_of, prompt_ids, prompt_list
+from saelens_ext.host.prompt_passes import CachedPasses, evaluating, length_batches, logits_of, prompt_ids, prompt_list
 from saelens_ext.host.turn_ends import end_ids
 from saelens_ext.steering.divergence_search import adding_rows
 
@@ -212,10 +212,9 @@ def continuation_log_probs(
     The model is as it is, in evaluation mode and without gradients (``evaluating``); float32 on the CPU.
     """
     found: list[Tensor] = [torch.zeros(0)] * len(continuations)
-    # Longest first, so that continuations of like length share a batch and little of it is padding.
-    order = sorted((i for i, ids in enumerate(continuations) if len(ids)), key=lambda i: -len(continuations[i]))
-    for begin in range(0, len(order), batch_size):
-        rows = order[begin : begin + batch_size]
+    filled = [i for i, ids in enumerate(continuations) if len(ids)]
+    for batch in length_batches([len(start) + len(continuations[i]) for i in filled], batch_size):
+        rows = [filled[i] for i in batch]
         for row, scores in zip(rows, _batch_log_probs(model, start, [continuations[i] for i in rows]), strict=True):
             found[row] = scores
     return found
@@ -228,7 +227,9 @@ def _batch_log_probs(model: HostModel, start: Tensor, continuations: list[Sequen
     mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
     # Column t of the logits is about token t + 1; the first that counts is the one the prompt's last token predicts.
     logits = logits_of(model, ids, mask)[:, len(start) - 1 : -1]
-    scores = logits.float().log_softmax(dim=-1).gather(-1, ids[:, len(start) :, None])[..., 0].cpu()
+    chosen = ids[:, len(start) :, None]
+    # Row by row: the float32 of a whole batch's vocabulary would be another copy of the logits.
+    scores = [row.float().log_softmax(dim=-1).gather(-1, own)[:, 0].cpu() for row, own in zip(logits, chosen)]
     return [row[: len(given)] for row, given in zip(scores, continuations, strict=True)]
 
 

@@ -1,6 +1,7 @@
 """Audits of continuations that were brought along: the same as of samples, from lists, mappings and files."""
 
 import json
+from itertools import product
 
 import pandas as pd
 import pytest
@@ -9,6 +10,8 @@ import torch
 from saelens_ext.audit import audit as audit_module
 from saelens_ext.audit.audit import audit_continuations
 from saelens_ext.audit.questions import questions
+from saelens_ext.continuations.answers import mark_answers
+from saelens_ext.continuations.attribution.attribute import attribute_continuations
 from tests.audit.test_audit import OPTIONS, PREFIX
 from tests.continuations._dictionaries import make
 from tests.models_zoo import make_model
@@ -53,6 +56,19 @@ def test_equal_ones_are_one_with_their_count(setting):
     rows = found.continuations
     assert rows.texts == (" is", " was", " has") and rows.columns["count"].tolist() == [3, 1, 1]
     assert rows.weights.tolist() == pytest.approx([0.6, 0.2, 0.2])
+
+
+@pytest.mark.slow
+def test_the_answers_alone_are_audited(setting, caplog):
+    words = ("is", "was", "has", "had", "can", "will")
+    given = [f" so{' so' * (n % 3)} = {a} {b}" for n, (a, b) in enumerate(product(words, words[:3]))]
+    options = FEW | {"answer_after": " ="}
+    (found,) = audit_continuations(setting[0], PREFIX, setting[1], continuations=[*given, " so"], **options).prefixes
+    rows = found.continuations
+    assert len(rows) == len(given) and "1 of 19 continuations have no text behind ' ='" in caplog.text
+    assert rows.answers == tuple(text.partition(" =")[2] for text in given)
+    expected = attribute_continuations(setting[0], setting[1], mark_answers(setting[0], rows, after=" ="))
+    assert torch.equal(expected.columns["target"], rows.columns["target"])
 
 
 def test_whose_they_are(tmp_path):

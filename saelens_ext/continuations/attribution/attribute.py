@@ -48,7 +48,7 @@ from saelens_ext.continuations.continuation_set import PADDING, ContinuationSet
 from saelens_ext.continuations.source_table import KINDS, SourceTable
 from saelens_ext.host.bos import warn_of_other_bos
 from saelens_ext.host.models import HostModel, tokenizer_of
-from saelens_ext.host.prompt_passes import device_of
+from saelens_ext.host.prompt_passes import device_of, length_batches
 from saelens_ext.host.tokens import special_token_ids, token_strings
 from saelens_ext.ops.largest_entries import largest_entries
 
@@ -88,7 +88,8 @@ def attribute_continuations(
         backend: ``"linear"``: direct effects through frozen attention patterns, norm scales and MLPs. ``"gradient"``:
             activation times gradient of the real model. ``"relp"``: the same with relevance rules.
         target: over a continuation's tokens, the ``"mean"`` or ``"sum"`` of their demeaned logits, or that of the
-            ``"first"``. A sum makes length an axis of its own. A tensor ``(d_vocab,)`` asks about an observable
+            ``"first"``. A sum makes length an axis of its own. Where answers are marked (:func:`mark_answers`), over
+            the answer's tokens. A tensor ``(d_vocab,)`` asks about an observable
             instead: that weighted sum of the logits (its mean weight subtracted), averaged over the positions that
             predict the continuation's tokens; for example 1 / m for each of m tokens of a class and 0 elsewhere.
         sources: attribute to exactly these columns, in this order, instead of those with the largest effect; 0 where a
@@ -100,7 +101,9 @@ def attribute_continuations(
             bias), ``"mlp"`` (an MLP without dictionary; linear backend), ``"embedding"``.
         special_positions: let sources at BOS and other special tokens be columns too; they are when the prefix has no
             other token.
-        batch_size: continuations per forward and backward pass.
+        batch_size: continuations per forward and backward pass, at most. Longer ones are fewer at a time, so that
+            prefix and continuations of a pass have no more than 4096 tokens in all, or are one: the memory of a pass
+            does not depend on the number of continuations.
         max_bytes: memory for sources and signatures; a dictionary with more active latents than fit loses the weakest.
         verify: on the first two continuations, check that the sources add up to the target, for the backends where
             they must (``"linear"``, ``"relp"``).
@@ -219,7 +222,8 @@ class _Run:
 
     def completeness(self, rows: Sequence[int]) -> Completeness:
         ids = self.continuations.prefix_ids, self._ids(rows)
-        return measure_completeness(self.model, self.sites, self.saes, self.target, *ids, self.backend)
+        how = self.backend, self.continuations.targeted_ids(rows)
+        return measure_completeness(self.model, self.sites, self.saes, self.target, *ids, *how)
 
     def check(self, rows: Sequence[int]) -> None:
         """Refuse dictionaries that no path leads on from, or sources that do not make up the target, on some rows."""
@@ -271,12 +275,12 @@ class _Run:
         n = len(self.continuations)
         effects = torch.zeros(n, sum(len(part.kinds) for part in sources))
         totals = {name: torch.zeros(n) for name in ("target", "prefix_effect", "continuation_effect")}
-        # Longest first: continuations of like length share a batch, and what does not fit fails at once.
-        order = self.continuations.lengths.argsort(descending=True, stable=True)
+        n_prefix = len(self.continuations.prefix_ids)
+        batches = length_batches((self.continuations.lengths + n_prefix).tolist(), batch_size)
         with traced(self.model, self.sites, self.saes, self.backend) as trace:
-            for rows in tqdm(order.split(batch_size), desc="attributing", unit="batch", disable=not progress):
-                ids = self._ids(rows.tolist())
-                batch = gradients_of(self.model, trace, self.sites, self.target, self.continuations.prefix_ids, ids)
+            for rows in tqdm(batches, desc="attributing", unit="batch", disable=not progress):
+                ids = self._ids(rows), self.continuations.targeted_ids(rows)
+                batch = gradients_of(self.model, trace, self.sites, self.target, self.continuations.prefix_ids, *ids)
                 effects[rows] = self._effects_of(batch, sources)
                 parts = batch.totals(self.sites, len(self.continuations.prefix_ids))
                 for total, values in zip(totals.values(), (batch.targets.float().cpu(), *parts), strict=True):

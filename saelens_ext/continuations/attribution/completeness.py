@@ -52,6 +52,7 @@ def measure_completeness(
     prefix_ids: Sequence[int],
     token_ids: Tensor,
     backend: str = "linear",
+    targeted: Tensor | None = None,
 ) -> Completeness:
     """Take the targets of a few continuations apart.
 
@@ -60,13 +61,14 @@ def measure_completeness(
         prefix_ids: M tokens.
         token_ids: ``(b, T)``, -1 beyond a continuation's end.
         backend: ``"linear"`` or ``"relp"``.
+        targeted: ``token_ids`` with -1 at those that the target is not of; by default it is of all.
     """
     with traced(model, sites, dictionaries, backend) as trace:
         trace.recording = True
-        batch = gradients_of(model, trace, sites, target, prefix_ids, token_ids)
+        batch = gradients_of(model, trace, sites, target, prefix_ids, token_ids, targeted)
         trace.recording, trace.at_zero = False, True
         with torch.no_grad():
-            constant = forward(model, trace, target, prefix_ids, token_ids)
+            constant = forward(model, trace, target, prefix_ids, token_ids, targeted)
         at_zero = {site.hook: trace.captured[site.hook] for site in sites}
     cut = [site.hook for site in sites if site.in_cut]
     # A site that is not a leaf still carries the biases from below it; they are in its own part already.

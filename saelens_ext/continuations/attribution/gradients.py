@@ -6,7 +6,8 @@ Symbols
     c_t       its demeaned logit: logit of y_t minus the mean logit over the vocabulary, read at column M + t - 2, the
               column before its own, whose logits predict it; before a final soft cap, if the model has one, and behind
               a scale of the logits, if it has that (Granite, Cohere)
-    v_t       weights over t: 1 / length (mean), 1 (sum), or 1 for the first token alone
+    v_t       weights over t: 1 / length (mean), 1 (sum), or 1 for the first token alone; where answers are marked, 0
+              outside of a continuation's answer, whose length and first token then count
     target    sum_t v_t c_t
     u         an observable in place of c_t: a direction over the vocabulary, the same at every t; its mean is
               subtracted, so that it too weighs demeaned logits, and v_t is 1 / length
@@ -71,13 +72,11 @@ class Target:
         return self._scale * ((predicting * directions).sum(dim=-1) + (self._bias[tokens] - self._bias_mean))
 
     def token_weights(self, token_ids: Tensor) -> Tensor:
-        """v_t, ``(b, T)``, 0 beyond a continuation's end."""
+        """v_t, ``(b, T)``, 0 where there is no token, -1."""
         real = (token_ids >= 0).float()
         if self._reduction == "mean":
             return real / real.sum(dim=1, keepdim=True)
-        if self._reduction == "first":
-            real[:, 1:] = 0
-        return real
+        return real * (real.cumsum(dim=1) == 1) if self._reduction == "first" else real
 
     def __call__(self, final: Tensor, token_ids: Tensor) -> Tensor:
         """The targets ``(b,)``."""
@@ -149,24 +148,42 @@ def batch_ids(prefix_ids: Sequence[int], token_ids: Tensor, device: torch.device
     return torch.cat([start, torch.where(token_ids >= 0, token_ids, prefix_ids[0])], dim=1).to(device)
 
 
-def forward(model: HostModel, trace: Trace, target: Target, prefix_ids: Sequence[int], token_ids: Tensor) -> Tensor:
-    """Run a batch inside ``traced``; its targets ``(b,)``, in the graph. ValueError: the unembedding is no module."""
+def forward(
+    model: HostModel,
+    trace: Trace,
+    target: Target,
+    prefix_ids: Sequence[int],
+    token_ids: Tensor,
+    targeted: Tensor | None = None,
+) -> Tensor:
+    """Run a batch inside ``traced``; its targets ``(b,)``, in the graph. ValueError: the unembedding is no module.
+
+    ``targeted``: ``token_ids`` with -1 at those that the target is not of; by default it is of all.
+    """
     trace.captured.clear()
     trace.final = None
     logits_of(model, batch_ids(prefix_ids, token_ids, device_of(model)))
     if trace.final is None:
         raise ValueError(f"This {type(model).__name__} does not run its unembedding as a module, as attribution needs.")
-    return target(trace.final, token_ids.to(trace.final.device))
+    return target(trace.final, (token_ids if targeted is None else targeted).to(trace.final.device))
 
 
 def gradients_of(
-    model: HostModel, trace: Trace, sites: Sequence[Site], target: Target, prefix_ids: Sequence[int], token_ids: Tensor
+    model: HostModel,
+    trace: Trace,
+    sites: Sequence[Site],
+    target: Target,
+    prefix_ids: Sequence[int],
+    token_ids: Tensor,
+    targeted: Tensor | None = None,
 ) -> BatchGradients:
     """The gradient of each continuation's target at every site; rows of a batch do not touch one another.
 
+    ``targeted`` as for :func:`forward`.
+
     Refusal: a dictionary from which no path leads to the logits.
     """
-    targets = forward(model, trace, target, prefix_ids, token_ids)
+    targets = forward(model, trace, target, prefix_ids, token_ids, targeted)
     captured = [trace.captured[site.hook] for site in sites]
     found = torch.autograd.grad(targets.sum(), captured, allow_unused=True)
     gradients, activations = {}, {}

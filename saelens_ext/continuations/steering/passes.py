@@ -42,7 +42,7 @@ class SteeredPasses:
 
         Returns:
             `MEASURES` of each job, float64 ``(n, 3)``: the mean demeaned logit of its tokens, and its log-probability
-            in nats per token and in total.
+            in nats per token and in total; of its answer's, where answers are marked.
         """
         found = torch.zeros(len(jobs), len(MEASURES), dtype=torch.float64)
         groups = self._groups(settings, jobs)
@@ -85,7 +85,7 @@ class SteeredPasses:
         columns = slice(len(self._set.prefix_ids) - 1, -1)
         with hooked(self._model, self._scaler.hooks(settings)), _Head(self._model, columns) as head:
             logits = logits_of(self._model, ids)
-        return self._scores(head.final, logits, tokens)
+        return self._scores(head.final, logits, self._set.targeted_ids(rows))
 
     # --- in two pieces ---
 
@@ -104,7 +104,7 @@ class SteeredPasses:
             with _Head(self._model, slice(None)) as head:
                 later = prefix.cache.select(members).run(ids)
             final, logits = torch.cat([final, head.final], dim=1), torch.cat([logits, later], dim=1)
-        return self._scores(final, logits, tokens)
+        return self._scores(final, logits, self._set.targeted_ids(rows))
 
     # --- numbers ---
 
