@@ -1,7 +1,7 @@
 """Forward passes over prompts on any TransformerLens model: tokens in, logits out, with or without a KV cache."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,22 +13,28 @@ from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 from saelens_ext import _checks
 from saelens_ext._modes import callers_autocast
 from saelens_ext.host.bos import TextStart, text_start
+from saelens_ext.host.chat_template import Prompt, asked, checked_messages
 from saelens_ext.host.models import HostModel, tokenizer_of
 
 _MAX_BATCH_TOKENS = 4096
 
 
-def prompt_ids(model: HostModel, prompt: str, *, templated: bool = False) -> Tensor:
+def prompt_ids(
+    model: HostModel, prompt: Prompt, *, templated: bool = False, chat_template_options: Mapping[str, Any] | None = None
+) -> Tensor:
     """Token ids ``(length,)`` int64 of a prompt on the model's device, as ``model.to_tokens`` gives them.
 
     BOS comes first where it does for this model, and only once; a ``templated`` prompt was written by a chat template,
-    which decides about it itself. An EOS that a tokenizer puts behind every text does not come, since the prompt is to
-    be continued.
+    which decides about it itself, and which writes a conversation here, with its options. An EOS that a tokenizer puts
+    behind every text does not come, since the prompt is to be continued.
 
     Raises:
         ValueError: no tokenizer, or a prompt that is no text, has no token, or one that the model does not have.
     """
     tokenizer = tokenizer_of(model)
+    if not isinstance(prompt, str):
+        given = asked(tokenizer, prompt, options=chat_template_options, name="The prompt")
+        prompt, templated = given.text, True
     start = TextStart() if templated else text_start(model)
     ids = [*start.ids, *start.after(tokenizer, _checks.text(prompt, "The prompt"))]
     beyond = [i for i in ids if i >= int(model.cfg.d_vocab)]
@@ -46,6 +52,17 @@ def prompt_ids(model: HostModel, prompt: str, *, templated: bool = False) -> Ten
 def prompt_list(prompts: str | Sequence[str], name: str = "prompts") -> list[str]:
     """One prompt or several, as a list; ValueError when there is none, or one that is no text."""
     return _checks.texts([prompts] if isinstance(prompts, str) else prompts, name, "prompt")
+
+
+def prompts_given(prompts: Prompt | Sequence[Prompt], name: str = "prompts") -> list[Prompt]:
+    """The same of texts and conversations; a conversation alone is one prompt."""
+    if isinstance(prompts, Sequence) and prompts and isinstance(prompts[0], Mapping):
+        return [checked_messages(prompts, name)]
+    listed = _checks.listed([prompts] if isinstance(prompts, str) else prompts, name, "prompt")
+    return [
+        _checks.text(one, f"{name}[{number}]") if isinstance(one, str) else checked_messages(one, f"{name}[{number}]")
+        for number, one in enumerate(listed)
+    ]
 
 
 def device_of(model: HostModel) -> torch.device:

@@ -1,7 +1,7 @@
 """The search for the coefficient at which a steered prediction has diverged by a given amount; see `strength`."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ from scipy.optimize import elementwise
 from torch import Tensor
 
 from saelens_ext import _checks
+from saelens_ext.host.chat_template import Prompt
 from saelens_ext.host.hook_edits import edit_hook, edit_point, flat_rows, hooked
 from saelens_ext.host.models import HostModel, tokenizer_of
 from saelens_ext.host.prompt_passes import logits_of, prompt_ids
@@ -171,11 +172,12 @@ class DivergenceMeter:
         model: HostModel,
         hook_name: str,
         rows: Tensor,
-        prompts: list[str],
+        prompts: Sequence[Prompt],
         batch_size: int,
         *,
         average_over: str = "last",
         templated: bool = False,
+        chat_template_options: Mapping[str, Any] | None = None,
         on_rows: Callable[[int], object] = lambda n: None,
     ):
         self._model = model
@@ -184,7 +186,8 @@ class DivergenceMeter:
         self._rows = rows
         self._batch_size = batch_size
         self._on_rows = on_rows
-        self._ids = [prompt_ids(model, prompt, templated=templated) for prompt in prompts]
+        how: dict[str, Any] = {"templated": templated, "chat_template_options": chat_template_options}
+        self._ids = [prompt_ids(model, prompt, **how) for prompt in prompts]
         special = torch.tensor(special_token_ids(tokenizer_of(model)))
         content = [self._content(ids.cpu(), special) for ids in self._ids]
         self._positions = [[len(ids) - 1] for ids in self._ids] if average_over == "last" else content

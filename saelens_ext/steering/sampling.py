@@ -7,20 +7,28 @@ takes the neighbouring token). The global random state is neither read nor chang
 """
 
 import hashlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from saelens_ext import _checks
 from saelens_ext._modes import standard_modes
+from saelens_ext.host.chat_template import Prompt
 from saelens_ext.host.continued_text import ids_after, text_after
 from saelens_ext.host.hook_edits import edit_point, hooked
 from saelens_ext.host.models import HostModel
-from saelens_ext.host.prompt_passes import CachedPasses, evaluating, length_batches, logits_of, prompt_ids, prompt_list
+from saelens_ext.host.prompt_passes import (
+    CachedPasses,
+    evaluating,
+    length_batches,
+    logits_of,
+    prompt_ids,
+    prompts_given,
+)
 from saelens_ext.host.turn_ends import end_ids
 from saelens_ext.steering.divergence_search import adding_rows
 
@@ -76,10 +84,11 @@ class Drawn:
 @standard_modes()
 def sample_texts(
     model: HostModel,
-    prompts: str | Sequence[str],
+    prompts: Prompt | Sequence[Prompt],
     *,
     n: int = 8,
     options: SamplingOptions = SamplingOptions(),
+    chat_template_options: Mapping[str, Any] | None = None,
     batch_size: int = 32,
 ) -> list[list[str]]:
     """Sample continuations of prompts from the model as it is, hooks and interventions included.
@@ -89,9 +98,11 @@ def sample_texts(
 
     Args:
         model: any TransformerLens model.
-        prompts: one prompt or several; BOS is added where ``model.to_tokens`` adds it.
+        prompts: one prompt or several, each a text, to which BOS is added where ``model.to_tokens`` adds it, or a
+            conversation: messages with "role" and "content", of which the last may be the beginning of the answer.
         n: continuations per prompt, at least 1.
         options: how to sample.
+        chat_template_options: passed to the chat template of conversations, for example ``{"enable_thinking": False}``.
         batch_size: continuations per forward pass.
 
     Returns:
@@ -109,7 +120,7 @@ def sample_texts(
         [3, 3]
     """
     _checks.positive(n, "n")
-    starts = [prompt_ids(model, prompt) for prompt in prompt_list(prompts)]
+    starts = [prompt_ids(model, one, chat_template_options=chat_template_options) for one in prompts_given(prompts)]
     texts: list[list[str]] = [[] for _ in starts]
     for part in equal_length_batches(starts, range(n), batch_size):
         for (prompt, _), text in zip(part, continued(model, starts, part, [number for _, number in part], options)):
@@ -122,10 +133,11 @@ def sample_steered(
     model: HostModel,
     hook_name: str,
     offsets: Tensor,
-    prompts: str | Sequence[str],
+    prompts: Prompt | Sequence[Prompt],
     *,
     n: int = 8,
     options: SamplingOptions = SamplingOptions(),
+    chat_template_options: Mapping[str, Any] | None = None,
     batch_size: int = 32,
 ) -> list[list[list[str]]]:
     """:func:`sample_texts` under each of several interventions at one hook, many to a forward pass.
@@ -136,9 +148,10 @@ def sample_steered(
         model: any TransformerLens model.
         hook_name: any alias of the hook.
         offsets: ``(c, d)``, what each intervention adds to the activation at every token.
-        prompts: one prompt or several.
+        prompts: one prompt or several, texts or conversations.
         n: continuations per intervention and prompt.
         options: how to sample.
+        chat_template_options: passed to the chat template of conversations.
         batch_size: continuations per forward pass.
 
     Returns:
@@ -147,7 +160,7 @@ def sample_steered(
     Raises:
         ValueError: as :func:`sample_texts`, or offsets of another width than the hook.
     """
-    starts = [prompt_ids(model, prompt) for prompt in prompt_list(prompts)]
+    starts = [prompt_ids(model, one, chat_template_options=chat_template_options) for one in prompts_given(prompts)]
     texts: list[list[list[str]]] = [[[] for _ in starts] for _ in offsets]
     point = edit_point(model, hook_name)
     each = [(number, cell) for number in range(_checks.positive(n, "n")) for cell in range(len(offsets))]

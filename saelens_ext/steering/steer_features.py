@@ -8,15 +8,17 @@ together, many to a forward pass, which is what makes a whole dictionary afforda
 t is the typical norm of the activations at the hook.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from saelens_ext import _files
 from saelens_ext._modes import standard_modes
+from saelens_ext.host.chat_template import Prompt, in_words
 from saelens_ext.host.models import HostModel
 from saelens_ext.steering.divergence_search import MatchedStrength
 from saelens_ext.steering.interventions import unit_rows
@@ -45,6 +47,7 @@ class SteeredFeatures:
     hook_name: str
     """Where the features were added, at every token."""
     prompt: str
+    """What was continued; of a conversation its roles and what each says."""
     target: float
     """Divergence of the next token's prediction that each was steered to, in nats."""
     unsteered: str
@@ -66,7 +69,7 @@ def steer_features(
     hook_name: str,
     directions: Tensor,
     *,
-    prompt: str = "I think that",
+    prompt: Prompt = "I think that",
     target: float | int = 0.25,
     features: Sequence[int] | None = None,
     signs: Sequence[int] = (1,),
@@ -74,6 +77,7 @@ def steer_features(
     max_strength: float | int = 100.0,
     typical_norm: float | int | None = None,
     options: SamplingOptions = SamplingOptions(max_new_tokens=25),
+    chat_template_options: Mapping[str, Any] | None = None,
     batch_size: int = 32,
     progress: bool = False,
 ) -> SteeredFeatures:
@@ -85,7 +89,8 @@ def steer_features(
         hook_name: where they are added.
         directions: the directions of features ``(m, d)``, one that is 0 left out; :func:`latent_directions` gives those
             of a dictionary, with the hook.
-        prompt: what is continued, and where the divergence is measured: at its last position.
+        prompt: what is continued, and where the divergence is measured: at its last position. A text, or a
+            conversation as for :func:`sample_texts`.
         target: divergence from the unsteered prediction in nats, above 0.
         features: which of them, in [0, m); by default all.
         signs: +1 along a feature, -1 against it, or both.
@@ -93,6 +98,7 @@ def steer_features(
         max_strength: limit of the coefficient, in units of the typical norm.
         typical_norm: t; by default the median over the prompt's tokens.
         options: how to sample.
+        chat_template_options: passed to the chat template of a conversation.
         batch_size: continuations per forward pass.
         progress: show a progress bar of the search, which takes most of the time.
 
@@ -114,6 +120,7 @@ def steer_features(
     """
     chosen = _checked_features(features, directions)
     rows = directions[chosen]
+    asked: dict[str, Any] = {"chat_template_options": chat_template_options, "batch_size": batch_size}
     searches = match_strengths(
         model,
         hook_name,
@@ -124,8 +131,8 @@ def steer_features(
         tolerance=tolerance,
         max_strength=max_strength,
         typical_norm=typical_norm,
-        batch_size=batch_size,
         progress=progress,
+        **asked,
     )
     strengths = [
         (index, unit, strength)
@@ -134,12 +141,12 @@ def steer_features(
     ]
     reached = [(index, unit, strength) for index, unit, strength in strengths if strength.reached]
     offsets = [torch.zeros_like(rows[0]), *(unit * strength.coefficient for _, unit, strength in reached)]
-    said = sample_steered(model, hook_name, torch.stack(offsets), prompt, n=1, options=options, batch_size=batch_size)
+    said = sample_steered(model, hook_name, torch.stack(offsets), prompt, n=1, options=options, **asked)
     unsteered, *texts = (text for ((text,),) in said)
     text_of = {(index, strength.sign): text for (index, _, strength), text in zip(reached, texts, strict=True)}
     return SteeredFeatures(
         hook_name=hook_name,
-        prompt=prompt,
+        prompt=in_words(prompt),
         target=float(target),
         unsteered=unsteered,
         texts=tuple(SteeredText(feature=i, strength=s, text=text_of.get((i, s.sign))) for i, _, s in strengths),

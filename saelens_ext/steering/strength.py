@@ -23,7 +23,7 @@ network, so whole passes are run; sharing them among targets is what saves time.
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -33,8 +33,9 @@ from tqdm.auto import tqdm
 
 from saelens_ext import _checks
 from saelens_ext._modes import standard_modes
+from saelens_ext.host.chat_template import Prompt
 from saelens_ext.host.models import HostModel
-from saelens_ext.host.prompt_passes import evaluating, prompt_list
+from saelens_ext.host.prompt_passes import evaluating, prompts_given
 from saelens_ext.steering.divergence_search import (
     DivergenceMeter,
     DivergenceSearch,
@@ -88,13 +89,14 @@ def match_strength(
     direction: Tensor,
     targets: Sequence[float | int] = PAPER_TARGETS,
     *,
-    prompts: str | Sequence[str] = "I think that",
+    prompts: Prompt | Sequence[Prompt] = "I think that",
     average_over: Literal["last", "all"] = "last",
     signs: Sequence[int] = (1, -1),
     tolerance: float = 0.01,
     max_strength: float | int = 100.0,
     typical_norm: float | int | None = None,
     templated: bool = False,
+    chat_template_options: Mapping[str, Any] | None = None,
     batch_size: int = 16,
 ) -> StrengthSearch:
     """Find the coefficients of a direction at which steering has given effects on the next token.
@@ -104,7 +106,8 @@ def match_strength(
         hook_name: any alias of the hook.
         direction: ``(d,)``; only its direction counts. It is added at every position of the prompt, BOS included.
         targets: divergences in nats, each above 0.
-        prompts: one prompt or several, over which the divergence is averaged with equal weight.
+        prompts: one prompt or several, over which the divergence is averaged with equal weight; texts, or
+            conversations as for :func:`sample_texts`.
         average_over: ``"last"``: the prediction at the last position of each prompt; ``"all"``: the mean over its
             positions, those of special tokens left out.
         signs: +1, -1 or both; each is searched on its own, since the effects of a and -a differ.
@@ -112,7 +115,8 @@ def match_strength(
         max_strength: the limit of |a|, in units of the typical norm. There is no lower limit.
         typical_norm: t, in units of the activation; by default the median over the prompts' tokens, special tokens
             left out. It scales the limit and the grid, and nothing else.
-        templated: the prompts were written by a chat template, which itself decides about BOS.
+        templated: the texts were written by a chat template, which itself decides about BOS.
+        chat_template_options: passed to the chat template of conversations.
         batch_size: coefficients per forward pass.
 
     Returns:
@@ -145,6 +149,7 @@ def match_strength(
         max_strength=max_strength,
         typical_norm=typical_norm,
         templated=templated,
+        chat_template_options=chat_template_options,
         batch_size=batch_size,
     )
     return search
@@ -157,13 +162,14 @@ def match_strengths(
     directions: Tensor,
     targets: Sequence[float | int] = PAPER_TARGETS,
     *,
-    prompts: str | Sequence[str] = "I think that",
+    prompts: Prompt | Sequence[Prompt] = "I think that",
     average_over: Literal["last", "all"] = "last",
     signs: Sequence[int] = (1, -1),
     tolerance: float = 0.01,
     max_strength: float | int = 100.0,
     typical_norm: float | int | None = None,
     templated: bool = False,
+    chat_template_options: Mapping[str, Any] | None = None,
     batch_size: int = 16,
     progress: bool = False,
 ) -> list[StrengthSearch]:
@@ -182,7 +188,8 @@ def match_strengths(
     rows = torch.stack([sign * unit for unit in units for sign in signs])
     with evaluating(model), tqdm(desc="matching strengths", unit="row", disable=not progress) as bar:
         how: dict[str, Any] = {"average_over": average_over, "templated": templated, "on_rows": bar.update}
-        meter = DivergenceMeter(model, hook_name, rows, prompt_list(prompts), batch_size, **how)
+        how |= {"chat_template_options": chat_template_options}
+        meter = DivergenceMeter(model, hook_name, rows, prompts_given(prompts), batch_size, **how)
         norm = meter.typical_norm if typical_norm is None else typical_norm
         _checks.between(norm, 0, math.inf, "typical_norm")
         limit = norm * max_strength
