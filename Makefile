@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo serve evidence test test-slow test-kernels tutorials lint docs bench clean
+.PHONY: demo serve evidence test test-gpu test-slow test-kernels tutorials lint docs bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m saelens_ext.demo
@@ -29,6 +29,10 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(PYTEST) -m "not slow"
+
+# What is compared with the CPU on CUDA or MPS; skipped where there is neither.
+test-gpu: $(VENV)/installed
+	$(BIN)/python -m pytest -m gpu tests/test_devices.py
 
 # What takes long: the real model, clusters of processes, fresh interpreters, whole pages in a browser.
 test-slow: $(VENV)/installed

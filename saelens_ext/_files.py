@@ -58,7 +58,7 @@ def json_writer(content: Mapping[str, Any]) -> Writer:
 
 def tensors_writer(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> Writer:
     """A writer of ``tensors`` as safetensors."""
-    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     return lambda path: _save_tensors(contiguous, path, dict(metadata or {}))
 
 

@@ -14,13 +14,14 @@ import pandas
 import pytest
 import torch
 from sae_lens import SAE
+from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 import saelens_ext as ext
 from saelens_ext.continuations.embed import visible_rows
 from saelens_ext.evals import baselines
 from saelens_ext.host import edit_effects, mlp_output
-from saelens_ext.host.sentence_model import load_sentence_model
+from saelens_ext.host.sentence_model import packaged_sentence_model
 from tests import models_zoo
 from tests.continuations._dictionaries import make
 from tests.hub.conftest import hub, running_hub  # noqa: F401
@@ -75,25 +76,30 @@ LONG = {
 @pytest.fixture(scope="module")
 def made(tiny_texts):
     """One of everything, made without any mode."""
-    model = models_zoo.make_model("llama", "SAETransformerBridge")
-    residual, neurons = (ext.ActivationStream(model, tiny_texts, hook, **STREAM) for hook in (HOOK, NEURONS))
+    return make_all(tiny_texts)
+
+
+def make_all(texts, device="cpu"):
+    """One of everything, on a device."""
+    model = models_zoo.make_model("llama", "SAETransformerBridge").to(device)
+    residual, neurons = (ext.ActivationStream(model, texts, hook, **STREAM) for hook in (HOOK, NEURONS))
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(120, 24, generator=generator)
-    dictionary = make("standard", HOOK, model.cfg.d_model, d_sae=16)
-    embedder = load_sentence_model(None)
+    x = torch.randn(120, 24, generator=generator).to(device)
+    dictionary = make("standard", HOOK, model.cfg.d_model, d_sae=16).to(device)
+    embedder = SentenceTransformer(str(packaged_sentence_model()), device="cpu")
     drawn = ext.sample_continuations(model, "The assert statement", 24, max_new_tokens=3)
     drawn = drawn.select(visible_rows(drawn, embedder)).select(range(10))
     embedded = ext.embed_continuations(drawn, embedder)
     partition = ext.fit_exemplar_partition(residual, percentile=20)
     return SimpleNamespace(
         model=model,
-        texts=tiny_texts,
+        texts=texts,
         residual=residual,
         neurons=neurons,
         x=x,
         units=torch.nn.functional.normalize(x, dim=1),
-        features=torch.randn(5, models_zoo.D_MLP["llama"], generator=generator),
-        direction=torch.randn(model.cfg.d_model, generator=generator),
+        features=torch.randn(5, models_zoo.D_MLP["llama"], generator=generator).to(device),
+        direction=torch.randn(model.cfg.d_model, generator=generator).to(device),
         dictionary=dictionary,
         partition=partition,
         profile=ext.profile_dictionary(partition.dictionary, residual, n_examples=2, n_boundary=1),
@@ -130,7 +136,8 @@ def method(m, tmp):
 def changed_logits(context, model):
     """What a forward pass of the user's gives inside an intervention made by ours."""
     with context:
-        return model(torch.tensor([[0, 5, 6, 7]]), return_type="logits").tolist()
+        ids = torch.tensor([[0, 5, 6, 7]], device=next(model.parameters()).device)
+        return model(ids, return_type="logits").tolist()
 
 
 def clustered(m, tmp):

@@ -29,6 +29,7 @@ from torch import Tensor
 from saelens_ext import _checks
 from saelens_ext._modes import standard_modes
 from saelens_ext.analysis.match_null import Null, Searcher
+from saelens_ext.ops.precision import wide
 from saelens_ext.ops.spherical import unit_directions
 
 if TYPE_CHECKING:
@@ -307,7 +308,7 @@ def _assignment(first: Tensor, second: Tensor, wanted: bool | None) -> tuple[Ten
             raise ValueError(f"{sentence}. Use one_to_one=False, and read the mutual pairs.")
         logger.info("%s; it is left out.", sentence)
         return None, None
-    cosines = (first[rows].double() @ second[columns].double().T).clamp_(-1, 1).cpu().numpy()
+    cosines = (wide(first[rows]) @ wide(second[columns]).T).clamp_(-1, 1).cpu().numpy()
     i, j = (torch.from_numpy(part) for part in linear_sum_assignment(cosines, maximize=True))
     matched = torch.from_numpy(cosines[i.numpy(), j.numpy()])
     order = matched.sort(descending=True, stable=True).indices

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from saelens_ext import _checks
+from saelens_ext.ops.precision import wide
 from saelens_ext.ops.spherical import nearest, unit_directions
 
 Null = Literal["directions", "rotation"]
@@ -36,7 +37,7 @@ class Searcher:
         index = torch.full((len(queries),), -1)
         cosine = torch.full((len(queries),), torch.nan, dtype=torch.float64)
         neighbour, distance = nearest(queries[rows], target[columns], max_bytes=self.max_bytes)
-        index[rows.cpu()], cosine[rows.cpu()] = columns[neighbour].cpu(), 1 - distance.cpu()
+        index[rows.cpu()], cosine[rows.cpu()] = columns.cpu()[neighbour.cpu()], 1 - distance.cpu()
         self.cutoffs.append(self._cutoff(queries[rows], target[columns], origin))
         return index, cosine
 
@@ -103,8 +104,8 @@ def _covariance_factor(centred: Tensor) -> Tensor:
     k, d = centred.shape
     if k <= d:
         return centred / math.sqrt(k)
-    values, vectors = torch.linalg.eigh((centred.T.double() @ centred.double()) / k)
-    return (values.clamp_min(0).sqrt()[:, None] * vectors.T).float()
+    values, vectors = torch.linalg.eigh(wide(centred).T @ wide(centred) / k)
+    return (values.clamp_min(0).sqrt()[:, None] * vectors.T).float().to(centred.device)
 
 
 def _rotation(d: int, generator: torch.Generator) -> Tensor:

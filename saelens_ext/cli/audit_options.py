@@ -65,7 +65,7 @@ class AuditInputs:
     model_from_pretrained_kwargs: dict[str, Any] | None = parsed(None, mapping_or_none, "JSON")
     """Passed to the model's loader: '{"dtype": "bfloat16"}'."""
     device: str = "auto"
-    """Where to compute: auto (CUDA where there is one, else the CPU) or a device of torch."""
+    """Where to compute: auto (CUDA where there is one, else MPS, else the CPU) or a device of torch."""
     dictionaries: Any = simple_parsing.field(default_factory=list, type=texts, metavar="NAME[,NAME…]")
     """Dictionaries to attribute to: folders of saved ones (their profiles go into the report), repo_id:sae_id on the
     Hub, or release:sae_id of SAELens.

@@ -48,7 +48,7 @@ class ReadingOptions:
     store_batch_size_prompts: int | None = None
     """Windows in a forward pass."""
     device: str = "auto"
-    """Where to compute: auto (CUDA where there is one, else the CPU) or a device of torch."""
+    """Where to compute: auto (CUDA where there is one, else MPS, else the CPU) or a device of torch."""
 
 
 @dataclass(kw_only=True)
@@ -107,7 +107,7 @@ class ReportOptions:
     lens: bool = True
     """Show the tokens that directions promote. Without it only the model's tokenizer is loaded."""
     device: str = "auto"
-    """Where to compute: auto (CUDA where there is one, else the CPU) or a device of torch."""
+    """Where to compute: auto (CUDA where there is one, else MPS, else the CPU) or a device of torch."""
 
 
 @dataclass(kw_only=True)

@@ -34,7 +34,7 @@ class ServeOptions:
     model_class_name: str | None = None
     """SAETransformerBridge or HookedTransformer."""
     device: str = "auto"
-    """Where to compute: auto (CUDA where there is one, else the CPU) or a device of torch."""
+    """Where to compute: auto (CUDA where there is one, else MPS, else the CPU) or a device of torch."""
     port: int = PORT
     """Of the page; 0 takes any that is free."""
     host: str = LOOPBACK

@@ -23,6 +23,7 @@ from saelens_ext.concepts.detector import Detector
 from saelens_ext.concepts.sentence_scores import Pooling, sentence_scores
 from saelens_ext.host.models import HostModel
 from saelens_ext.ops.detection import LOG_RATIO_LIMIT, auroc, auroc_interval, log_ratio, standardised_difference
+from saelens_ext.ops.precision import wide
 
 if TYPE_CHECKING:
     import pandas
@@ -146,7 +147,7 @@ def compare_sentences(
         )
     area = auroc(activating, neutral)
     low, high = auroc_interval(area, len(activating), len(neutral), confidence=confidence)
-    a, b = activating.double().mean(0), neutral.double().mean(0)
+    a, b = wide(activating).mean(0), wide(neutral).mean(0)
     return ConceptScores(
         names=tuple(names),
         activating=activating,

@@ -15,6 +15,7 @@ from saelens_ext.continuations.sample import as_set, fitting_prefix, how_asked
 from saelens_ext.continuations.step_tree import JSON_FILENAME, VERSION, StepTree, step_folder
 from saelens_ext.host.chat_template import Asked, Prompt, asked
 from saelens_ext.host.models import HostModel, describe_model, tokenizer_of
+from saelens_ext.host.prompt_passes import device_of
 from saelens_ext.steering.sampling import SamplingOptions
 
 COMMITS = ("mean_log_prob", "path", "random")
@@ -143,7 +144,7 @@ class _Chain:
         """Sample and commit one more step, or find that there is none."""
         self._check_room()
         n = self.settings["n_candidates"]
-        found = Collected(self._model, torch.tensor(self._ids), n, deduplicate=True)
+        found = Collected(self._model, torch.tensor(self._ids, device=device_of(self._model)), n, deduplicate=True)
         found.draw(self._options, [self.settings["delimiter"]], _DRAWS * n, batch_size, progress)
         if not found.rows and self.steps:
             self.ended_by = "eos"

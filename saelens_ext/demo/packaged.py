@@ -35,7 +35,7 @@ def load_demo_model(device: str = "cpu") -> SAETransformerBridge:
     :func:`cache_directory`; later ones read the copy.
 
     Args:
-        device: where to put the model: "auto" (CUDA where there is one, else the CPU) or a device of torch.
+        device: where to put the model: "auto" (CUDA where there is one, else MPS, else the CPU) or a device of torch.
 
     Raises:
         ImportError: the package that carries the model, or the reader of its format, is not installed.

@@ -52,7 +52,7 @@ def calibrate(
     ends = torch.tensor([len(batch) for batch in batches]).cumsum(0)
     x = torch.cat([batch.activations[hook_name] for batch in batches])[:n_activations]
     documents = torch.cat([batch.document_ids for batch in batches])[:n_activations]
-    center = SphericalCenter(x.shape[1]).update(x).center
+    center = SphericalCenter(x.shape[1]).update(x).center.to(x.device)
     units, norms = unit_directions(x, center)
     thresholds: list[ThresholdEstimate] = []
     if resolutions and threshold_rule == "nearest_neighbour":

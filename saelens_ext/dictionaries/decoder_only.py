@@ -4,6 +4,7 @@ They are decoders first: a matrix ``W_dec`` of ``d_sae`` directions in activatio
 ``b_dec``. The encoder is derived from them, never stored, so ``W_enc`` is a view of ``W_dec``.
 """
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -114,6 +115,7 @@ class DecoderOnlyConfig(SAEConfig):
 class DecoderOnlySAE(SAE[DecoderOnlyConfig]):
     """Base of the dictionaries whose encoder is derived from their decoder."""
 
+    _said_that_it_moves = False
     extra_rows: tuple[str, ...] = ()
     """Names of further ``(d_sae, d_in)`` buffers in the state dict."""
 
@@ -142,21 +144,37 @@ class DecoderOnlySAE(SAE[DecoderOnlyConfig]):
         for name in self.extra_rows:
             self.register_buffer(name, rows.clone())
 
+    def here(self, x: torch.Tensor) -> torch.Tensor:
+        """The tensor on the dictionary's device; that it had to be moved is said once."""
+        if x.device != self.W_dec.device and not self._said_that_it_moves:
+            self._said_that_it_moves = True
+            warnings.warn(
+                f"The dictionary is on {self.W_dec.device} and is given tensors on {x.device}: they are moved "
+                f"there and the results back, at every call. dictionary.to({str(x.device)!r}) spares that.",
+                UserWarning,
+                stacklevel=3,
+            )
+        return x.to(self.W_dec.device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """SAELens' own, on the dictionary's device; the result is where ``x`` is."""
+        return super().forward(self.here(x)).to(x.device)
+
     def process_sae_in(self, sae_in: torch.Tensor) -> torch.Tensor:
-        """Cast, reshape, hook and centre an activation as SAELens does, after a check of its width."""
+        """Move, cast, reshape, hook and centre an activation as SAELens does, after a check of its width."""
         width = (
             sae_in.shape[-2] * sae_in.shape[-1] if self.hook_z_reshaping_mode and sae_in.ndim > 1 else sae_in.shape[-1]
         )
         if width != self.cfg.d_in:
             _checks.width(sae_in, self.cfg.d_in, "The activation")
-        return super().process_sae_in(sae_in)
+        return super().process_sae_in(self.here(sae_in))
 
     @without_autocast()
     def decode(self, feature_acts: torch.Tensor) -> torch.Tensor:
         """Map codes ``(…, d_sae)`` back to activations ``(…, d_in)``: ``codes @ W_dec + b_dec``."""
         _checks.width(feature_acts, self.cfg.d_sae, "The code")
-        out = self.hook_sae_recons(feature_acts @ self.W_dec + self.b_dec)
-        return self.reshape_fn_out(self.run_time_activation_norm_fn_out(out), self.d_head)
+        out = self.hook_sae_recons(self.here(feature_acts) @ self.W_dec + self.b_dec)
+        return self.reshape_fn_out(self.run_time_activation_norm_fn_out(out), self.d_head).to(feature_acts.device)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # The host reads self.dtype and cfg.dtype but updates them only in .to(); .bfloat16(), .half() and .cuda() pass

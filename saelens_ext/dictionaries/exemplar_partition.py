@@ -197,10 +197,10 @@ class ExemplarPartition(DecoderOnlySAE):
             ValueError: wrong width or non-finite activations.
         """
         _checks.width(x, self.cfg.d_in, "The activation")
-        regions, distances = assign_nearest(x.reshape(-1, self.cfg.d_in), self.center, self.exemplars)
+        regions, distances = assign_nearest(self.here(x).reshape(-1, self.cfg.d_in), self.center, self.exemplars)
         if reject:
             regions = torch.where(distances > self.cfg.threshold, -1, regions)
-        return Assignment(regions.reshape(x.shape[:-1]), distances.float().reshape(x.shape[:-1]))
+        return Assignment(*(part.to(x.device).reshape(x.shape[:-1]) for part in (regions, distances.float())))
 
     @without_autocast()
     def encode(self, x: Tensor) -> Tensor:
@@ -216,7 +216,7 @@ class ExemplarPartition(DecoderOnlySAE):
         elif self.cfg.readout == "one_hot":
             has_direction = (offset != 0).any(dim=-1, keepdim=True)
             z = nn.functional.one_hot(z.argmax(dim=-1), self.cfg.d_sae).to(z.dtype) * has_direction
-        return self.hook_sae_acts_post(z)
+        return self.hook_sae_acts_post(z).to(x.device)
 
     def get_activation_fn(self) -> nn.Module:
         """SAELens' own ``TopK`` where the readout is one, which is how other tools recognise it."""

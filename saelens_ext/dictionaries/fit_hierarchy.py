@@ -18,6 +18,7 @@ from saelens_ext.dictionaries.snmf import SNMFDictionary
 from saelens_ext.ops.deep_semi_nmf import DeepFactors, level_errors, refine
 from saelens_ext.ops.nnls import solve_codes
 from saelens_ext.ops.nnls_kernels import FeatureGram
+from saelens_ext.ops.precision import from_float64, where_float64_is
 from saelens_ext.ops.semi_nmf import semi_nmf
 from saelens_ext.ops.semi_nmf_rows import Rows
 from saelens_ext.ops.semi_nmf_updates import normalised, sum_of_squares, support_size
@@ -78,6 +79,7 @@ def fit_hierarchical_snmf(
             f"The activations take more than memory_limit={config.memory_limit} bytes; a hierarchy needs them in "
             "memory. Lower the stream's max_tokens, or raise memory_limit (the fit needs about three times that)."
         )
+    x = where_float64_is(x)
     with torch.no_grad():
         _check_start(start, ranks[0], x, config)
         rows = _rows(x, start, config)
@@ -87,7 +89,8 @@ def fit_hierarchical_snmf(
         history = []
         if refine_iter:
             factors, history = _refined(rows.values, factors, config, refine_iter, progress)
-    dictionaries = _dictionaries(given, factors, rows, config, x)
+    made = _dictionaries(given, factors, rows, config, x)
+    dictionaries = [from_float64(dictionary, given.stream.device) for dictionary in made]
     return HierarchicalSNMF(
         dictionaries=dictionaries,
         links=factors.links,

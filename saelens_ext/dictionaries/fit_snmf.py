@@ -22,6 +22,7 @@ from saelens_ext.dictionaries.activation_matrix import ActivationSource, Restart
 from saelens_ext.dictionaries.snmf import SNMFDictionary
 from saelens_ext.dictionaries.snmf_fit_result import SNMFFitResult
 from saelens_ext.ops.nnls import check_l1
+from saelens_ext.ops.precision import from_float64, where_float64_is, wide
 from saelens_ext.ops.semi_nmf import INITS, METHODS, SemiNMFResult, semi_nmf
 from saelens_ext.ops.semi_nmf_streaming import StreamingSemiNMFResult, semi_nmf_streaming
 from saelens_ext.ops.semi_nmf_updates import sum_of_squares
@@ -179,6 +180,7 @@ def fit_snmf_rows(
         "on_metrics": on_metrics,
     }
     if x is not None:
+        x = where_float64_is(x)
         fit = semi_nmf(x, n_components, method=config.method, tol=config.tol, progress=progress, **shared)
         energy = fit.codes.double().square().sum(dim=0)
         total = sum_of_squares(x)
@@ -201,6 +203,7 @@ def fit_snmf_rows(
     check_spread(fit.features, n_seen)
     shares = energy * fit.features.double().square().sum(dim=1) / total
     dictionary, shares = _dictionary(given, fit, shares, config, n_seen, typical_norm)
+    from_float64(dictionary, given.stream.device)
     held_out_loss, n_held_out = reconstruction_loss(
         dictionary, Restartable(given, held_out=True) if held_out is None else held_out
     )
@@ -282,9 +285,9 @@ def reconstruction_loss(dictionary: Any, blocks: Iterable[Tensor]) -> tuple[floa
         dictionary.turn_off_forward_pass_hook_z_reshaping()
     try:
         for block in blocks:
-            for rows in block.to(dictionary.dtype).split(4096):
-                error += float((rows.double() - dictionary.decode(dictionary.encode(rows)).double()).square().sum())
-                total += float(rows.double().square().sum())
+            for rows in block.to(dictionary.device).to(dictionary.dtype).split(4096):
+                error += float((wide(rows) - wide(dictionary.decode(dictionary.encode(rows)))).square().sum())
+                total += float(wide(rows).square().sum())
             n += len(block)
     finally:
         if takes_heads:

@@ -232,8 +232,8 @@ class _Growth:
             | ({} if self.threshold.factor is None else {"neighbour_factor": self.threshold.factor})
         )
         dictionary = ExemplarPartition.from_regions(
-            self.clustering.exemplars,
-            self.clustering.member_means,
+            self.clustering.exemplars.to(self.calibration.center.device),
+            self.clustering.member_means.to(self.calibration.center.device),
             self.calibration.center,
             self.threshold.threshold,
             percentile=self.threshold.percentile,

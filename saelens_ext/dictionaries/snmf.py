@@ -28,6 +28,7 @@ from saelens_ext.host import mlp_output
 from saelens_ext.host.models import HostModel
 from saelens_ext.ops.nnls import check_l1, nnls, solve_codes
 from saelens_ext.ops.nnls_kernels import FeatureGram
+from saelens_ext.ops.precision import where_float64_is, wide
 from saelens_ext.ops.semi_nmf_updates import support_size
 
 _TOL = {torch.float32: 2e-5, torch.float64: 1e-10}
@@ -172,8 +173,8 @@ class SNMFDictionary(DecoderOnlySAE):
         """
         offset = self.process_sae_in(x)
         codes = self._solve(offset.reshape(-1, self.cfg.d_in)).reshape(*offset.shape[:-1], self.cfg.d_sae)
-        codes = self.hook_sae_acts_pre(codes.to(offset.dtype))
-        return self.hook_sae_acts_post(self.activation_fn(codes))
+        codes = self.hook_sae_acts_pre(codes.to(offset.device).to(offset.dtype))
+        return self.hook_sae_acts_post(self.activation_fn(codes)).to(x.device)
 
     def get_activation_fn(self) -> nn.Module:
         """A ReLU: codes are not negative, whatever a hook makes of them."""
@@ -182,16 +183,16 @@ class SNMFDictionary(DecoderOnlySAE):
     def _solve(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n k"]:
         """Codes in the working dtype."""
         working = torch.promote_types(x.dtype, torch.float32)
-        x = _checks.finite(x.to(working), "The activation")
+        x = where_float64_is(_checks.finite(x.to(working), "The activation"))
         if torch.is_grad_enabled() and (x.requires_grad or self.W_dec.requires_grad):
-            return nnls(x, self.W_dec.to(working), l1=self.cfg.l1, tol=_TOL[working])
+            return nnls(x, where_float64_is(self.W_dec).to(working), l1=self.cfg.l1, tol=_TOL[working])
         return solve_codes(x, self._gram(working), _TOL[working], l1=self.cfg.l1)
 
     @standard_modes()
     @torch.no_grad()
     def _gram(self, working: torch.dtype) -> FeatureGram:
         """The solver's preparation of the features, which costs as much as the codes of a short text: kept."""
-        rows = self.W_dec.detach()
+        rows = where_float64_is(self.W_dec.detach())
         # Compared by value: what is written to W_dec.data leaves neither address nor version changed.
         if self._prepared is not None:
             kept, gram = self._prepared
@@ -272,10 +273,11 @@ class SNMFDictionary(DecoderOnlySAE):
         Returns:
             The norms before, ``(k,)``; 1 for a feature of zeros.
         """
-        norms = torch.linalg.vector_norm(self.W_dec.detach().double(), dim=1)
+        rows = wide(self.W_dec.detach())
+        norms = torch.linalg.vector_norm(rows, dim=1)
         norms = torch.where(norms > 0, norms, 1.0)
-        self.W_dec.data.copy_(self.W_dec.detach().double() / norms[:, None])
-        return norms.to(self.W_dec.dtype)
+        self.W_dec.data.copy_((rows / norms[:, None]).to(self.dtype))
+        return norms.to(self.dtype).to(self.device)
 
     @torch.no_grad()
     def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:

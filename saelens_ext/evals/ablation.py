@@ -21,6 +21,7 @@ from saelens_ext.evals.evidence import Evidence
 from saelens_ext.evals.localisation import Localisation
 from saelens_ext.host.models import HostModel, resolve_hook
 from saelens_ext.host.prompt_passes import evaluating, logits_of, prompt_ids
+from saelens_ext.ops.precision import wide
 from saelens_ext.ops.resampling import monte_carlo_p
 from saelens_ext.ops.statistics import holm, one_size_sign_flip_p_value
 from saelens_ext.report.evidence_section import EvidenceSection
@@ -281,7 +282,7 @@ def acting_centers(
     sums, n = dict.fromkeys(hooks, torch.zeros(())), 0
     for first in range(0, len(split.build), 16):
         read = read_texts(model, hooks, split.build[first : first + 16], chat_template=chat_template)
-        sums = {hook: total + read.activations[hook].double().sum(dim=0).cpu() for hook, total in sums.items()}
+        sums = {hook: total + wide(read.activations[hook]).sum(dim=0).cpu() for hook, total in sums.items()}
         n += len(read.positions)
     return {hook: found.center if hook == own else (total / n).float() for hook, total in sums.items()}
 
@@ -292,7 +293,7 @@ def lacking_centers(
     """By hook the mean last position of the choose prompts that do not show the behaviour, ``(d,)``."""
     prompts = found.prompts.loc[found.prompts["shown"] < 0.5, "prompt"].tolist()
     read = read_texts(model, hooks, prompts, positions="last", chat_template=chat_template)
-    return {hook: read.activations[hook].double().mean(dim=0).float() for hook in hooks}
+    return {hook: wide(read.activations[hook]).mean(dim=0).float() for hook in hooks}
 
 
 def _side_effects(asking: Asking, texts: Sequence[str], conditions: Sequence[Condition]) -> list[dict[str, Any]]:
@@ -307,7 +308,8 @@ def _side_effects(asking: Asking, texts: Sequence[str], conditions: Sequence[Con
             for condition in conditions:
                 with ablating(asking.model, asking.centers, [condition.basis()]):
                     after = log_probabilities(logits_of(asking.model, ids)[0])
-                losses = [-scores[:-1].gather(-1, ids[0, 1:, None]).mean() for scores in (before, after)]
+                following = ids[0, 1:, None].to(before.device)
+                losses = [-scores[:-1].gather(-1, following).mean() for scores in (before, after)]
                 values = {"kl": float(divergence(before, after))}
                 values["perplexity_ratio"] = float((losses[1] - losses[0]).exp())
                 where = {"prompt": unit_name("neutral", number), "method": condition.name, "draw": 0, "text": None}

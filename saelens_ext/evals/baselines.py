@@ -24,6 +24,7 @@ from saelens_ext.dictionaries.fit_sae import fit_sae
 from saelens_ext.evals.methods import Method
 from saelens_ext.host.flat_sae import hooks_of
 from saelens_ext.host.models import HostModel, load_model
+from saelens_ext.ops.precision import wide
 from saelens_ext.ops.spherical import has_direction
 
 
@@ -128,7 +129,7 @@ def single_neurons(
     """
     rows, origin = _centered(x, center)
     _at_most(k, rows.shape[1], "coordinates")
-    largest = rows.double().var(dim=0, correction=0).argsort(descending=True, stable=True)[:k]
+    largest = wide(rows).var(dim=0, correction=0).argsort(descending=True, stable=True)[:k]
     axes = torch.eye(rows.shape[1], device=origin.device)[largest].to(origin)
     what = f"The {k} single coordinates of the activations with the largest variance, with both signs."
     return _control(name or f"single neurons (K={k})", axes, hook_name, origin, both_signs=True, description=what)

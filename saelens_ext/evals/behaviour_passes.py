@@ -26,6 +26,7 @@ from saelens_ext.host.continued_text import ids_after
 from saelens_ext.host.hook_edits import edit_hook, edit_point, hooked
 from saelens_ext.host.models import HostModel, tokenizer_of
 from saelens_ext.host.prompt_passes import evaluating, logits_of, prompt_ids
+from saelens_ext.ops.precision import wide
 from saelens_ext.steering.interventions import orthonormal_basis, unit_rows
 from saelens_ext.steering.sampling import SamplingOptions, continued, equal_length_batches
 
@@ -245,7 +246,7 @@ def _log_probs(model: HostModel, sequences: Sequence[tuple[Tensor, Sequence[int]
     scores = logits[:, from_here:-1].float().log_softmax(dim=-1).gather(-1, ids[:, from_here + 1 :, None])[..., 0]
     at = places[from_here + 1 :]
     counts = (at >= first[:, None]) & (at < lengths[:, None])
-    return torch.where(counts, scores, 0).double().sum(dim=1).cpu()
+    return wide(torch.where(counts, scores, 0)).sum(dim=1).cpu()
 
 
 @standard_modes()

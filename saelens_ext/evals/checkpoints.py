@@ -27,6 +27,7 @@ from saelens_ext.dictionaries.fit_result import ExemplarFitResult
 from saelens_ext.evals.checkpoint_evidence import ACROSS, CHANGED, SIDES, WITHIN, CheckpointEvidence
 from saelens_ext.host.flat_sae import encode_flat, hooks_of
 from saelens_ext.host.models import HostModel
+from saelens_ext.ops.precision import wide
 
 REFERENCE_QUANTILE = 0.05
 """A latent persists if its cosine across is above this quantile of those between replicas of its side."""
@@ -194,7 +195,7 @@ def _quintiles(replicas: Sequence[Replica], sizes: Sequence[int]) -> list[Tensor
     fits = [one for one in replicas if isinstance(one, ExemplarFitResult)]
     if len(fits) < len(replicas):
         return [torch.zeros(size, dtype=torch.int64) for size in sizes]
-    values = [(fit.counts.double() * fit.coherence.double().square()).cpu() for fit in fits]
+    values = [wide(fit.counts) * wide(fit.coherence).square() for fit in fits]
     edges = torch.cat(values).quantile(torch.tensor([0.2, 0.4, 0.6, 0.8], dtype=torch.float64))
     return [torch.searchsorted(edges, one.contiguous()) for one in values]
 

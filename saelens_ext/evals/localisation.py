@@ -25,6 +25,7 @@ from saelens_ext.evals.behaviour import Behaviour, OpeningOdds, PromptSplit
 from saelens_ext.evals.behaviour_passes import Asking, Verdict
 from saelens_ext.host.flat_sae import encode_flat, hooks_of
 from saelens_ext.host.models import HostModel, describe_model
+from saelens_ext.ops.precision import wide
 from saelens_ext.ops.spherical import unit_directions
 from saelens_ext.ops.statistics import holm
 
@@ -201,7 +202,7 @@ def localise_read(
     rows = ranked[list(Candidate._fields)].head(n_candidates).itertuples(index=False)
     is_shown = torch.from_numpy(shown >= 0.5).to(last_out.device)
     known = torch.from_numpy(~np.isnan(shown)).to(last_out.device)
-    rows_of = [last_out[side].double().mean(dim=0) for side in (known & is_shown, known & ~is_shown)]
+    rows_of = [wide(last_out[side]).mean(dim=0) for side in (known & is_shown, known & ~is_shown)]
     return Localisation(
         candidates=tuple(Candidate(int(r[0]), int(r[1]), *map(float, r[2:])) for r in rows),
         regions=table,
@@ -239,10 +240,10 @@ def assign_regions(dictionary: SAE[Any], x: Tensor) -> np.ndarray:
 def _sizes(dictionary: SAE[Any], built: Tensor) -> pd.DataFrame:
     """N and coherence of every region."""
     k = int(dictionary.cfg.d_sae)
-    regions = torch.from_numpy(assign_regions(dictionary, built)).to(built.device)
+    regions = torch.from_numpy(assign_regions(dictionary, built))
     same_space = dictionary.b_dec.shape[0] == built.shape[1]  # a transcoder's lies where it writes
     origin = center_of(dictionary).to(built.device) if same_space else built.float().mean(dim=0)
-    units = unit_directions(built, origin)[0].double()
+    units = wide(unit_directions(built, origin)[0].cpu())
     has = regions >= 0
     counts = torch.bincount(regions[has], minlength=k)
     sums = units.new_zeros(k, units.shape[1]).index_add(0, regions[has], units[has])

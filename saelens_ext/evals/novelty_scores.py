@@ -25,6 +25,7 @@ from saelens_ext.dictionaries.exemplar_partition import ExemplarPartition
 from saelens_ext.host.flat_sae import encode_flat, flat_activations, refuse_sequence_codes
 from saelens_ext.host.models import HostModel
 from saelens_ext.host.prompt_passes import evaluating, logits_of
+from saelens_ext.ops.precision import wide
 from saelens_ext.ops.spherical import assign_nearest, directions, has_direction, spherical_center
 
 NEIGHBOUR_ROWS = 10_000
@@ -50,7 +51,7 @@ class NoveltyScore:
     def __call__(self, x: Float[Tensor, "n d"]) -> Float64[Tensor, " n"]:
         """Score activations, in blocks of bounded memory; float64 on the CPU."""
         rows = max(1, _ENTRIES_PER_BLOCK // self.row_cost)
-        parts = [self.function(part).double().cpu() for part in x.split(rows)]
+        parts = [wide(self.function(part)).cpu() for part in x.split(rows)]
         return _checks.finite(torch.cat(parts), f"The score {self.name!r}") if parts else torch.zeros(0).double()
 
 
@@ -104,7 +105,7 @@ def neighbour_distance(
 
     def score(x: Tensor) -> Tensor:
         cosines = directions(x, center)[0] @ units.T
-        return 1 - cosines.topk(min(k, len(units)), dim=1).values.double().mean(dim=1)
+        return 1 - wide(cosines.topk(min(k, len(units)), dim=1).values).mean(dim=1)
 
     return NoveltyScore(name=name, row_cost=len(units), function=score)
 
@@ -124,7 +125,7 @@ def mahalanobis_distance(name: str, reference: Float[Tensor, "n d"]) -> NoveltyS
             f"A Mahalanobis distance needs the covariance of activations of width {d}; at most {_WIDEST_COVARIANCE} is "
             "allowed. Leave 'mahalanobis' out of baselines."
         )
-    fitted = LedoitWolf(store_precision=False).fit(reference.double().numpy(force=True))
+    fitted = LedoitWolf(store_precision=False).fit(wide(reference).numpy(force=True))
     covariance = torch.from_numpy(fitted.covariance_)
     factor, failed = torch.linalg.cholesky_ex(covariance)
     if bool(failed) or not bool(torch.isfinite(factor).all()):
@@ -135,7 +136,7 @@ def mahalanobis_distance(name: str, reference: Float[Tensor, "n d"]) -> NoveltyS
     mean = torch.from_numpy(fitted.location_)
 
     def score(x: Tensor) -> Tensor:
-        offset = x.double().cpu() - mean
+        offset = wide(x).cpu() - mean
         return torch.linalg.solve_triangular(factor, offset.T, upper=False).norm(dim=0)
 
     return NoveltyScore(name=name, row_cost=4 * d, function=score)
@@ -178,8 +179,8 @@ def reconstruction_error(name: str, sae: SAE[Any]) -> NoveltyScore:
         x = x.to(sae.W_dec)
         with flat_activations(sae):
             rebuilt = sae.decode(encode_flat(sae, x))
-        square = x.double().square().sum(dim=1)
-        return (x.double() - rebuilt.double()).square().sum(dim=1) / square.clamp_min(torch.finfo(torch.float32).tiny)
+        square = wide(x).square().sum(dim=1)
+        return (wide(x) - wide(rebuilt)).square().sum(dim=1) / square.clamp_min(torch.finfo(torch.float32).tiny)
 
     return NoveltyScore(name=name, row_cost=sae.cfg.d_sae + 2 * sae.cfg.d_in, function=score)
 
@@ -203,7 +204,7 @@ def next_token_entropy(model: HostModel, token_ids: Tensor, mask: Tensor) -> Flo
         for ids, real in zip(token_ids.split(windows), mask.split(windows)):
             logits = logits_of(model, ids.to(device), real.to(device))
             # One window at a time: the float32 copy of the logits is the widest tensor here.
-            parts += [torch.distributions.Categorical(logits=row.float()).entropy().double().cpu() for row in logits]
+            parts += [torch.distributions.Categorical(logits=row.float()).entropy().cpu().double() for row in logits]
     return torch.stack(parts)
 
 
@@ -224,5 +225,5 @@ def _with_direction(reference: Tensor, center: Tensor) -> Tensor:
 
 
 def _offset_norms(x: Tensor, center: Tensor) -> Tensor:
-    parts = [(part.double() - center.detach().double()).norm(dim=1) for part in x.detach().split(4096)]
-    return torch.cat(parts) if parts else x.new_zeros(0).double()
+    parts = [(wide(part) - wide(center.detach())).norm(dim=1) for part in x.detach().split(4096)]
+    return torch.cat(parts) if parts else wide(x.new_zeros(0))

@@ -24,6 +24,7 @@ from saelens_ext.dictionaries.fit_exemplars import fit_exemplar_partitions
 from saelens_ext.dictionaries.fit_result import ExemplarFitResult
 from saelens_ext.evals.evidence import evidence_table
 from saelens_ext.evals.replicas import read_all, replicas
+from saelens_ext.ops.precision import wide
 from saelens_ext.report.evidence_section import EvidenceSection, ForestPlot, Line, LineFigure
 
 RULES = {"percentile": "percentile of the pairwise distances", "nearest_neighbour": "times the nearest neighbour"}
@@ -214,17 +215,17 @@ def _values(
     fits: Sequence[ExemplarFitResult], x: Tensor, more: Mapping[str, Callable[[ExemplarFitResult], float]]
 ) -> list[dict[str, Any]]:
     """Every outcome of fits that differ in their order; agreement with the others is a mean over them."""
-    variance = float((x.double() - x.double().mean(dim=0)).square().sum())
+    variance = float((wide(x) - wide(x).mean(dim=0)).square().sum())
     values: list[dict[str, float]] = []
     labels = []
     for fit in fits:
         found = fit.dictionary.assign(x)
         labels.append(found.regions.cpu().numpy())
-        error = sum(float((part - fit.dictionary(part)).double().square().sum()) for part in x.float().split(_ROWS))
+        error = sum(float(wide(part - fit.dictionary(part)).square().sum()) for part in x.float().split(_ROWS))
         values.append(
             {
                 "n_regions": fit.n_regions, "unseen_mass": fit.unseen_mass, "held_out_error": error / variance,
-                "held_out_distance": float(found.distances.double().mean()),
+                "held_out_distance": float(wide(found.distances).mean()),
             }
             | {name: float(function(fit)) for name, function in more.items()}
         )  # fmt: skip

@@ -25,6 +25,7 @@ from saelens_ext.analysis.match import Center, SideMatch, direction_rows, match_
 from saelens_ext.analysis.match_null import Null
 from saelens_ext.dictionaries.fit_result import ExemplarFitResult
 from saelens_ext.evals.evidence import Evidence
+from saelens_ext.ops.precision import wide
 from saelens_ext.ops.statistics import rank_correlation
 
 REPLICAS, TURNED = "replicas", "turned replicas"
@@ -170,7 +171,7 @@ def _predicted(replicas: Mapping[str, Any], cosines: Mapping[str, Tensor]) -> li
     rows = []
     for name, one in replicas.items():
         if isinstance(one, ExemplarFitResult):
-            predictor = (one.counts.double() * one.coherence.double().square()).cpu()
+            predictor = wide(one.counts) * wide(one.coherence).square()
             known = predictor.isfinite() & (predictor > 0)
             value = rank_correlation(predictor[known].log10().numpy(), cosines[name].mean(dim=1)[known].numpy())
             if np.isfinite(value):

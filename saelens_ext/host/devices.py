@@ -7,14 +7,13 @@ def chosen_device(device: str | torch.device) -> str:
     """The name of a device that is there.
 
     Args:
-        device: "auto", which is CUDA where there is one and else the CPU, or any device of torch. Apple's MPS is not
-            chosen by itself: it has no float64, which fits and statistics use.
+        device: "auto", which is CUDA where there is one, else Apple's MPS, else the CPU; or any device of torch.
 
     Raises:
         ValueError: no name of a device, or a device that is not there.
     """
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         wanted = torch.device(device)
     except RuntimeError as error:

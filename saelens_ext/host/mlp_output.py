@@ -25,6 +25,7 @@ from saelens_ext.host.hook_edits import hooked
 from saelens_ext.host.hook_names import hook_layer, locate
 from saelens_ext.host.models import HostModel, resolve_hook
 from saelens_ext.host.prompt_passes import device_of, evaluating, logits_of
+from saelens_ext.ops.precision import wide
 
 _SCALES: WeakKeyDictionary[nn.Module, dict[tuple[int, bool], float]] = WeakKeyDictionary()
 
@@ -197,11 +198,12 @@ def _measured_scale(model: HostModel, layer: int, weights: Tensor | None, declar
         generator = torch.Generator().manual_seed(0)
         probe = torch.randn(seen["end"].shape, generator=generator).to(seen["end"])
         (found,) = torch.autograd.grad(seen["end"], seen["start"], probe)
-    expected = (probe if weights is None else probe.to(weights) @ weights.T).double().flatten()
-    scale = float(found.double().flatten() @ expected / expected.square().sum())
+    expected = wide(probe if weights is None else probe.to(weights) @ weights.T).flatten()
+    measured = wide(found).flatten()
+    scale = float(measured @ expected / expected.square().sum())
     exact = found.dtype in (torch.float32, torch.float64)
     rounding = 1e-3 if exact else 5e-2
-    if float((found.double().flatten() - scale * expected).norm()) > rounding * float(found.double().norm()):
+    if float((measured - scale * expected).norm()) > rounding * float(measured.norm()):
         if weights is None:
             return declared
         raise ValueError(

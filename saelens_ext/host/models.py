@@ -109,8 +109,8 @@ def load_model(
     Args:
         name_or_path: a Hugging Face name or the directory of a saved model; with ``hf_model``, any name to know it by.
         model_class: the class that hosts it.
-        device: where to put it: "auto" (CUDA where there is one, else the CPU), or a device of torch. None leaves
-            ``hf_model`` where it is, or lets the host choose.
+        device: where to put it: "auto" (CUDA where there is one, else MPS, else the CPU), or a device of torch. None
+            leaves ``hf_model`` where it is, or lets the host choose.
         dtype: torch dtype or its name; None keeps that of ``hf_model``, or float32.
         hf_model: an already loaded Hugging Face model; the host takes it over (a bridge rewires it in place).
         tokenizer: an already loaded tokenizer; one that lives only in memory is fine.

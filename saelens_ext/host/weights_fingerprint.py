@@ -14,6 +14,6 @@ def weights_fingerprint(module: torch.nn.Module) -> str:
     for name, value in sorted(module.state_dict().items()):
         if isinstance(value, torch.Tensor):
             flat = value.detach().flatten()
-            sample = flat[:: max(1, len(flat) // _SAMPLED)].double().cpu()
+            sample = flat[:: max(1, len(flat) // _SAMPLED)].cpu().double()
             digest.update(f"{name} {tuple(value.shape)}".encode() + sample.numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -154,7 +154,7 @@ def load_from_hub(
         repo_id: "owner/name".
         sae_id: the folder in it.
         revision: a branch, a tag or a commit hash; by default "main".
-        device: where to put it: "auto" (CUDA where there is one, else the CPU) or a device of torch.
+        device: where to put it: "auto" (CUDA where there is one, else MPS, else the CPU) or a device of torch.
         dtype: for example "bfloat16"; by default the one it was saved in.
         token: by default the one of ``hf auth login``.
 

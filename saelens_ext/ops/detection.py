@@ -15,6 +15,7 @@ from scipy.stats import norm, rankdata
 from torch import Tensor
 
 from saelens_ext import _checks
+from saelens_ext.ops.precision import wide
 
 LOG_RATIO_LIMIT = math.log(1000)
 """L, in nats: by default a ratio of means counts up to a thousand."""
@@ -49,8 +50,8 @@ def log_ratio(
     Source: S_CD of arXiv 2506.10920, which is defined for positive means.
     """
     _checks.between(limit, 0, math.inf, "limit")
-    a = _checks.finite(mean_activating, "mean_activating").double()
-    b = _checks.finite(mean_neutral, "mean_neutral").double()
+    a = wide(_checks.finite(mean_activating, "mean_activating"))
+    b = wide(_checks.finite(mean_neutral, "mean_neutral"))
     quotient = torch.sign(a) * (a.abs().log() - b.abs().log())
     same_sign = torch.sign(a) * torch.sign(b) > 0
     return torch.where(same_sign, quotient, limit * torch.sign(a - b)).clamp(-limit, limit)
@@ -63,7 +64,7 @@ def standardised_difference(activating: Float[Tensor, "p k"], neutral: Float[Ten
         d', float64: infinite where the scores differ between the sets and not within them, 0 where they do not differ
         at all, and NaN where a set holds a single sentence.
     """
-    a, b = activating.double(), neutral.double()
+    a, b = wide(activating), wide(neutral)
     if min(len(a), len(b)) < 2:
         return torch.full(a.shape[1:], torch.nan, dtype=torch.float64)
     difference = a.mean(0) - b.mean(0)
@@ -113,8 +114,8 @@ def auroc_interval(
     """
     _checks.between(confidence, 0, 1, "confidence")
     z = float(norm.ppf((1 + confidence) / 2))
-    low = _limit(estimate.double(), 0.0, z, n_activating, n_neutral)
-    return low, _limit(estimate.double(), 1.0, z, n_activating, n_neutral)
+    low = _limit(wide(estimate), 0.0, z, n_activating, n_neutral)
+    return low, _limit(wide(estimate), 1.0, z, n_activating, n_neutral)
 
 
 def _limit(estimate: Tensor, end: float, z: float, p: int | Tensor, q: int | Tensor) -> Tensor:

@@ -181,7 +181,7 @@ def _tile_hits(tile: Tensor, floor: Tensor, slack: float) -> Candidates:
 
 
 def _merged(known: Candidates, new: Candidates, first_column: int, slack: float) -> Candidates:
-    kept = known.products >= new.best[known.rows] - slack
+    kept = (known.products >= new.best[known.rows] - slack).nonzero()[:, 0]
     return Candidates(
         new.best,
         torch.cat((known.rows[kept], new.rows)),
@@ -210,19 +210,21 @@ def nearest_column(
 
 def _settled(candidates: Candidates, u: Tensor, exemplars: Tensor) -> Candidates:
     """Leave one candidate per row: the nearest by exact cosine, the lowest column of equals."""
-    contested = torch.bincount(candidates.rows, minlength=len(u)) > 1
-    disputed = contested[candidates.rows]
-    if not bool(disputed.any()):
+    # Places, not masks: where the host must wait for a device to know how many there are, it waits once for each.
+    counts = torch.zeros(len(u), dtype=torch.int64, device=u.device)
+    contested = counts.index_add_(0, candidates.rows, torch.ones_like(candidates.rows))[candidates.rows] > 1
+    disputed = contested.nonzero()[:, 0]
+    if not len(disputed):
         return candidates
     rows, columns, products = (part[disputed] for part in candidates[1:])
     cosine = exact_cosine(u, rows, exemplars, columns)
     nearest = torch.full((len(u),), -torch.inf, dtype=torch.float64, device=u.device).scatter_reduce_(
         0, rows, cosine, "amax"
     )
-    tied = cosine == nearest[rows]
+    tied = (cosine == nearest[rows]).nonzero()[:, 0]
     lowest = torch.full((len(u),), len(exemplars), device=u.device).scatter_reduce_(
         0, rows[tied], columns[tied], "amin"
     )
-    winner = columns == lowest[rows]
+    winner, settled = ((columns == lowest[rows]).nonzero()[:, 0], (~contested).nonzero()[:, 0])
     parts = zip(candidates[1:], (rows, columns, products))
-    return Candidates(candidates.best, *(torch.cat((old[~disputed], new[winner])) for old, new in parts))
+    return Candidates(candidates.best, *(torch.cat((old[settled], new[winner])) for old, new in parts))

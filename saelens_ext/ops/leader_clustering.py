@@ -42,6 +42,7 @@ from saelens_ext.ops.grid_products import (
     product_error,
     scan,
 )
+from saelens_ext.ops.precision import where_float64_is
 from saelens_ext.ops.spherical import checked_activations, directions, has_direction
 from saelens_ext.ops.statistics import unseen_mass
 
@@ -55,7 +56,7 @@ class LeaderClustering:
     -1, founds nothing and joins nothing.
 
     Args:
-        center: ``(d,)``, finite. Its device is where the clustering lives.
+        center: ``(d,)``, finite. Its device is where the clustering lives, or the CPU where that has no float64.
         threshold: Cosine distance in (0, 2] within which an activation joins a region.
 
     Raises:
@@ -73,10 +74,10 @@ class LeaderClustering:
     def __init__(self, center: Float[Tensor, " d"], threshold: float | int) -> None:
         if center.ndim != 1 or len(center) == 0 or not center.is_floating_point():
             raise ValueError(f"center must be a float vector (d,), got shape {tuple(center.shape)} and {center.dtype}.")
-        self._center = finite(center.detach(), "center").clone()
+        self._center = where_float64_is(finite(center.detach(), "center")).clone()
         self._threshold = _checked_threshold(float(threshold))
         self._n_seen = self._n_undirected = self._n_regions = 0
-        d, device = len(center), center.device
+        d, device = len(center), self._center.device
         self._exemplars = torch.empty(0, d, device=device)
         self._indices = torch.empty(0, dtype=torch.int64, device=device)
         self._counts = torch.empty(0, dtype=torch.int64, device=device)
@@ -304,9 +305,10 @@ def _first_independent(u: Float32[Tensor, "f d"], threshold: float) -> Bool[Tens
     undecided = torch.arange(len(u), device=u.device)
     while len(undecided):
         free = ~linked.any(dim=1)
-        founders[undecided[free]] = True
-        open_ = ~free & ~linked[:, free].any(dim=1)
-        undecided, linked = undecided[open_], linked[open_][:, open_]
+        found = free.nonzero()[:, 0]
+        founders[undecided[found]] = True
+        left = (~free & ~linked[:, found].any(dim=1)).nonzero()[:, 0]
+        undecided, linked = undecided[left], linked[left][:, left]
     return founders
 
 

@@ -24,6 +24,7 @@ from saelens_ext._checks import finite, positive, width
 from saelens_ext._modes import standard_modes
 from saelens_ext.ops.nnls_active_set import SupportSolver, pivot
 from saelens_ext.ops.nnls_kernels import DualIteration, FeatureGram, PrimalIteration, descent, kkt_residual, penalised
+from saelens_ext.ops.precision import where_float64_is
 
 logger = logging.getLogger(__name__)
 
@@ -90,8 +91,9 @@ def nnls(
         raise ValueError(
             f"tol must be positive, got {tol!r}; it is the largest relative KKT residual, and 1e-4 is a usual value."
         )
-    codes = _NonNegativeLeastSquares.apply(x.to(working), features.to(working), float(l1), float(tol), int(max_sweeps))
-    return codes.to(x.dtype)
+    matrices = (where_float64_is(part).to(working) for part in (x, features))
+    codes = _NonNegativeLeastSquares.apply(*matrices, float(l1), float(tol), int(max_sweeps))
+    return codes.to(x.device).to(x.dtype)
 
 
 def check_l1(l1: float | int) -> None:
@@ -193,11 +195,12 @@ def _solve_chunk(x: Tensor, problem: FeatureGram, dual: bool, tol: float, max_sw
     attempts = _attempts(iteration, scale * tol, max_sweeps)
     for current in attempts:
         codes[:, left] = current
-        is_open = kkt_residual(current, descent(current, target, problem.gram)) > tol * scale
-        left, target, scale = left[is_open], target[:, is_open], scale[is_open]
+        # Places, not a mask: the host waits once to know how many there are.
+        still = (kkt_residual(current, descent(current, target, problem.gram)) > tol * scale).nonzero()[:, 0]
+        left, target, scale = left[still], target[:, still], scale[still]
         if not len(left):
             return codes
-        iteration.keep(is_open)
+        iteration.keep(still)
     codes[:, left] = _finish(codes[:, left], x[left], problem, tol * scale, l1)
     return codes
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from saelens_ext._checks import finite, positive, width
 from saelens_ext.ops.nnls import check_l1, solve_codes
 from saelens_ext.ops.nnls_kernels import FeatureGram
+from saelens_ext.ops.precision import where_float64_is
 from saelens_ext.ops.semi_nmf import SemiNMFResult, check_options, semi_nmf
 from saelens_ext.ops.semi_nmf_rows import Rows
 from saelens_ext.ops.semi_nmf_updates import (
@@ -268,7 +269,7 @@ def _blocks(batches: Iterable[Tensor], like: Tensor) -> Iterator[Tensor]:
     for batch in batches:
         width(finite(batch, "a batch"), like.shape[1], "a batch")
         for block in batch.detach().split(CHUNK_ROWS):
-            yield block.to(like)
+            yield block.to(like.device).to(like.dtype)
 
 
 def _sample(batches: Iterable[Tensor], size: int, generator: torch.Generator) -> tuple[Tensor, int]:
@@ -280,7 +281,7 @@ def _sample(batches: Iterable[Tensor], size: int, generator: torch.Generator) ->
     keys = torch.empty(0, dtype=torch.float64)
     seen = 0
     for batch in batches:
-        batch = batch.detach()
+        batch = where_float64_is(batch.detach())
         batch = finite(batch, "a batch").to(torch.float64 if batch.dtype == torch.float64 else torch.float32)
         if kept is None:
             kept = batch[:0]

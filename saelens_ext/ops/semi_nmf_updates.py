@@ -33,6 +33,7 @@ from saelens_ext.ops.grid_products import summation_error
 from saelens_ext.ops.largest_entries import largest_entries
 from saelens_ext.ops.nnls_active_set import SupportSolver
 from saelens_ext.ops.nnls_kernels import DualIteration, FeatureGram, PrimalIteration, descent, penalised
+from saelens_ext.ops.precision import wide
 
 CHUNK_ROWS = 4096
 DUPLICATE_COSINE = 0.99
@@ -139,7 +140,7 @@ def sum_of_squares(x: Float[Tensor, "n d"]) -> float:
     """Sum of squares of activations ``(n, d)`` in double precision, block by block: a whole copy would take twice
     their memory.
     """
-    return sum(float(rows.double().square().sum()) for rows in x.split(SUM_ROWS))
+    return sum(float(wide(rows).square().sum()) for rows in x.split(SUM_ROWS))
 
 
 def support_size(sparsity: float | int, d: int) -> int:

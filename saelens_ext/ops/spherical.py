@@ -30,6 +30,7 @@ from saelens_ext.ops.grid_products import (
     no_candidates,
     scan,
 )
+from saelens_ext.ops.precision import where_float64_is, wide
 
 _SMALLEST_NORM = torch.finfo(torch.float32).tiny
 _LARGEST_ENTRY = 1e150  # its square is still finite in float64
@@ -59,11 +60,12 @@ class SphericalCenter:
     @standard_modes()
     @torch.no_grad()
     def update(self, x: Float[Tensor, "n d_x"]) -> "SphericalCenter":
-        """Add a batch ``(n, d)`` of any float dtype; n may be 0. The first batch's device is where the sums live.
+        """Add a batch ``(n, d)`` of any float dtype; n may be 0. The sums live on the first batch's device, or on the
+        CPU where that has no float64.
 
         ValueError: An entry is NaN or infinite, or the width is not ``d``.
         """
-        x = checked_activations(x, self._d)
+        x = where_float64_is(checked_activations(x, self._d))
         if self._n_seen == 0:
             self._total, self._pending = self._total.to(x.device), self._pending.to(x.device)
         self._n_seen += len(x)
@@ -101,7 +103,7 @@ def spherical_center(x: Float[Tensor, "n d"]) -> Float32[Tensor, " d"]:
 
     Source: Rumbelow, Exemplar Partitioning (arXiv 2605.14347).
     """
-    return SphericalCenter(x.shape[-1]).update(x).center
+    return SphericalCenter(x.shape[-1]).update(x).center.to(x.device)
 
 
 def _summed(x: Tensor) -> Tensor:
@@ -171,9 +173,9 @@ def _write_directions(x: Tensor, center: Tensor, u: Tensor) -> Tensor:
     torch.mul(offset, scale[:, None], out=u).round_().mul_(1 / GRID)
     extreme = ~((norm > 1e-15) & (norm < 1e15))  # their squares leave the range of float32
     if center.dtype == torch.float32 and bool(extreme.any()):
-        again = u[extreme]
-        norm[extreme] = _write_directions(x[extreme].double(), center.double(), again).float()
-        u[extreme] = again
+        again = where_float64_is(u[extreme])
+        norm[extreme] = _write_directions(wide(x[extreme]), wide(center), again).float().to(norm.device)
+        u[extreme] = again.to(u.device)
     return norm
 
 
@@ -212,12 +214,12 @@ def nearest(
     Returns:
         ``index`` ``(n,)`` int64, the lowest of equally near exemplars, and ``cosine_distance`` ``(n,)`` float64 in
         [0, 2]. Both are functions of the row and the exemplars alone, not of ``n`` or ``max_bytes``. A zero row, which
-        has no direction, gets index 0 and distance 1.
+        has no direction, gets index 0 and distance 1. On the device of ``u``, or on the CPU where that has no float64.
 
     Raises:
         ValueError: Widths differ, an entry is not finite, there is no exemplar or a zero one.
     """
-    u = checked_activations(u, u.shape[-1], "u")
+    u = where_float64_is(checked_activations(u, u.shape[-1], "u"))
     return _nearest(u, _unit_rows, exemplars, max_bytes)
 
 
@@ -232,11 +234,13 @@ def assign_nearest(
 
     Returns:
         ``index`` ``(n,)`` int64 and ``cosine_distance`` ``(n,)`` float64, as ``nearest`` gives them. An activation
-        equal to the centre has no direction and gets index 0 and distance 1.
+        equal to the centre has no direction and gets index 0 and distance 1. On the device of ``x``, or on the CPU
+        where that has no float64.
 
     Raises:
         ValueError: Widths differ, an entry is not finite, there is no exemplar or a zero one.
     """
+    x = where_float64_is(x)
     center = finite(center.detach(), "center").to(x.device)
     x = checked_activations(x, center.shape[0])
     return _nearest(x, lambda rows: directions(rows, center), exemplars, max_bytes)

@@ -88,8 +88,8 @@ class DictionaryRunnerConfig:
     seed: int = 42
     """Of everything random in the run."""
     device: str = "auto"
-    """Where the model is loaded and the dictionaries are built: CUDA where there is one and else the CPU ("auto"), or a
-    device of torch. A model that is handed over stays where it is.
+    """Where the model is loaded and the dictionaries are built: CUDA where there is one, else MPS, else the CPU
+    ("auto"), or a device of torch. A model that is handed over stays where it is.
     """
     dtype: str = "float32"
     """Of the saved dictionaries. Fits compute in float32 or wider, and the model keeps its own dtype."""

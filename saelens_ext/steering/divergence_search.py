@@ -16,6 +16,7 @@ from saelens_ext.host.hook_edits import edit_hook, edit_point, flat_rows, hooked
 from saelens_ext.host.models import HostModel, tokenizer_of
 from saelens_ext.host.prompt_passes import logits_of, prompt_ids
 from saelens_ext.host.tokens import special_token_ids
+from saelens_ext.ops.precision import wide
 
 _GRID_RATIO = 2.0
 _GRID_START = 2.0**-3  # of the typical norm; a target crossed below it is bracketed by 0
@@ -262,9 +263,8 @@ def check_limits(target: float | int, tolerance: float, max_strength: float | in
 
 
 def log_probabilities(logits: Tensor) -> Tensor:
-    """Of logits, in float64 where the device has it."""
-    # One kind of accelerator has no float64.
-    return logits.to(torch.float32 if logits.device.type == "mps" else torch.float64).log_softmax(dim=-1)
+    """Of logits, in float64."""
+    return wide(logits).log_softmax(dim=-1)
 
 
 def divergence(base: Tensor, steered: Tensor) -> Tensor:

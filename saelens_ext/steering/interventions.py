@@ -46,6 +46,7 @@ from saelens_ext.host.flat_sae import (
 )
 from saelens_ext.host.hook_edits import HookFunction, edit_hook, edit_point, flat_rows, hooked
 from saelens_ext.host.models import HostModel, resolve_hook
+from saelens_ext.ops.precision import wide
 
 Hooks = list[tuple[str, HookFunction]]
 
@@ -332,11 +333,10 @@ def _origin(center: Tensor | None, direction: Tensor) -> Tensor:
 
 def orthonormal_basis(rows: Tensor) -> Tensor:
     """Orthonormal columns ``(d, rank)`` that span unit rows ``(m, d)``, dependent ones counted once."""
-    # On the CPU, since not every accelerator has float64.
-    _, values, vectors = torch.linalg.svd(rows.cpu().double(), full_matrices=False)
+    _, values, vectors = torch.linalg.svd(wide(rows.cpu()), full_matrices=False)
     # The rows carry float32 rounding at best, so a smaller singular value is that of no direction.
     tolerance = max(rows.shape) * torch.finfo(torch.float32).eps * values[0]
-    return vectors[values > tolerance].T.to(rows)
+    return vectors[values > tolerance].T.to(rows.dtype).to(rows.device)
 
 
 def _latent_mask(sae: SAE[Any], latents: SupportsIndex | Sequence[SupportsIndex]) -> Tensor:

@@ -23,6 +23,7 @@ from saelens_ext._modes import standard_modes
 from saelens_ext.host.continued_text import ids_after
 from saelens_ext.host.models import HostModel, tokenizer_of
 from saelens_ext.host.sentence_model import load_sentence_model
+from saelens_ext.ops.precision import wide
 from saelens_ext.steering.sampling import SamplingOptions, mean_log_likelihoods, sample_texts
 
 MAX_RATING = 2.0
@@ -175,7 +176,7 @@ class EmbeddingJudge:
         vectors = self.sentence_model.encode(
             [concept, *texts], normalize_embeddings=True, convert_to_tensor=True, show_progress_bar=False
         )
-        return (vectors[1:] @ vectors[0]).double().cpu()
+        return wide(vectors[1:] @ vectors[0]).cpu()
 
     def _measure(self, prompt: str) -> _Anchors:
         (sampled,) = sample_texts(self.model, prompt, n=self.n_references, options=self.options)

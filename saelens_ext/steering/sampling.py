@@ -30,6 +30,7 @@ from saelens_ext.host.prompt_passes import (
     prompts_given,
 )
 from saelens_ext.host.turn_ends import end_ids
+from saelens_ext.ops.precision import wide
 from saelens_ext.steering.divergence_search import adding_rows
 
 T = TypeVar("T")
@@ -338,7 +339,7 @@ def _choose(logits: Tensor, draws: Tensor, options: SamplingOptions) -> Tensor:
     width = min(options.top_k or logits.shape[-1], logits.shape[-1])
     if options.top_k is None and width > _SHORTLIST:
         # Sorting a whole vocabulary takes as long as a small model's step, and the draw nearly always falls early.
-        total = (logits.float().double() / options.temperature).logsumexp(dim=-1, keepdim=True).cpu()
+        total = (wide(logits) / options.temperature).logsumexp(dim=-1, keepdim=True).cpu()
         chosen, found = _choose_among(logits, _SHORTLIST, draws, options, total)
         if bool(found.all()):
             return chosen

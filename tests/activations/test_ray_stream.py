@@ -9,9 +9,12 @@ import torch
 
 from saelens_ext.activations.ray_stream import RayActivationStream
 from saelens_ext.activations.stream import ActivationStream
+from saelens_ext.analysis.profile import profile_dictionary
 from saelens_ext.continuations.clustering.joint_clusterer import rate_distortion_path
 from saelens_ext.dictionaries.fit_exemplars import fit_exemplar_partitions
+from saelens_ext.dictionaries.fit_snmf import fit_snmf
 from tests import models_zoo
+from tests.test_modes import leaves
 
 HOOKS = ["blocks.0.hook_out", "blocks.1.hook_out"]
 OPTIONS = {"context_size": 16, "batch_size": 3, "max_tokens": 500}
@@ -92,6 +95,41 @@ def test_an_actor_that_died_ends_the_pass_and_not_the_stream(cluster, tiny_texts
             list(batches)
         assert stream._actors == [] and len(next(iter(stream))) > 0
     assert ray.is_initialized(), "whoever started Ray shuts it down"
+
+
+def _summed_up(stream):
+    """A profile, and a factorisation whose activations do not fit in memory."""
+    fit = fit_snmf(stream, 5, max_iter=5, memory_limit=10_000)
+    return fit, profile_dictionary(fit.dictionary, stream, hook_name=HOOKS[1], n_examples=2)
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["undisturbed", "a worker dies on the way"])
+def test_factorisations_and_profiles_are_those_of_one_process(cluster, tiny_texts, killed, caplog):
+    expected = _summed_up(ActivationStream(load(), tiny_texts, HOOKS[1], **OPTIONS))
+    with RayActivationStream(load, tiny_texts, HOOKS[1], n_workers=2, restarts=1, **OPTIONS) as stream:
+        if killed:
+            batches = stream.batches
+            passes = []
+
+            def killing(*args):
+                passes.append(len(passes))
+                for number, batch in enumerate(batches(*args)):
+                    if number == 2 and len(passes) in (2, 4):  # a pass of the factorisation, and the next but one
+                        ray.kill(stream._actors[0])
+                    yield batch
+
+            stream.batches = killing
+        found = _summed_up(stream)
+    for (path, one), (_, other) in zip(leaves(expected), leaves(found), strict=True):
+        assert torch.equal(one.nan_to_num(7), other.nan_to_num(7)) if isinstance(one, torch.Tensor) else one == other, (
+            path
+        )
+    assert [record.message[:18] for record in caplog.records].count("A Ray actor died, ") == 2 * killed
+
+
+def test_restarts_are_counted_from_zero(tiny_texts):
+    with pytest.raises(ValueError, match="restarts must be at least 0, got -1"):
+        RayActivationStream(load, tiny_texts, HOOKS, restarts=-1, **OPTIONS)
 
 
 def test_ray_is_shut_down_by_the_last_stream_that_started_it(tiny_texts):

@@ -2,7 +2,8 @@
 
 Run as ``python tests/benchmarks/bench_assign.py`` for 1,000,000 x 576 to 20,000 exemplars (2.3 GB of input, minutes of
 time); ``--rows 20000 --exemplars 2000`` is a quick run. The measurement runs in a process of its own. ``extra_mib`` is
-by how much its resident memory rose at most above inputs and outputs; the bound is 1,024 MiB.
+by how much its resident memory rose at most above inputs and outputs; the bound is 1,024 MiB. On another ``--device``
+it is the host's memory.
 """
 
 import argparse
@@ -10,9 +11,9 @@ import json
 import resource
 import subprocess
 import sys
-import time
 
 import torch
+from _timing import add_device, place, timed
 
 from saelens_ext.ops.spherical import assign_nearest, unit_directions
 
@@ -25,7 +26,7 @@ def resident_bytes() -> int:
         return int(file.read().split()[1]) * resource.getpagesize()
 
 
-def measure(rows: int, width: int, exemplars: int) -> dict:
+def measure(rows: int, width: int, exemplars: int, device: str) -> dict:
     """Assign once; time and memory, with the time of bare products on a part of the rows to compare."""
     generator = torch.Generator().manual_seed(0)
     center = torch.randn(width, generator=generator)
@@ -34,19 +35,16 @@ def measure(rows: int, width: int, exemplars: int) -> dict:
     x = torch.empty(rows, width)
     for block in x.split(4096):
         block.normal_(generator=generator).add_(center)
+    x, center, directions = x.to(device), center.to(device), directions.to(device)
     assign_nearest(x[:1], center, directions)  # loads what torch loads on first use
     before = max(resident_bytes(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-    start = time.perf_counter()
-    index, distances = assign_nearest(x, center, directions)
-    seconds = time.perf_counter() - start
+    seconds, (index, distances) = timed(lambda: assign_nearest(x, center, directions), device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     outputs = sum(part.numel() * part.element_size() for part in (index, distances))
     part = x[:4096]
-    buffer = torch.empty(len(part), exemplars)
+    buffer = torch.empty(len(part), exemplars, device=device)
     torch.mm(part, directions.T, out=buffer)
-    start = time.perf_counter()
-    torch.mm(part, directions.T, out=buffer)
-    products = (time.perf_counter() - start) * rows / len(part)
+    products = timed(lambda: torch.mm(part, directions.T, out=buffer), device)[0] * rows / len(part)
     return {
         "benchmark": "assign_nearest",
         "rows": rows,
@@ -58,8 +56,7 @@ def measure(rows: int, width: int, exemplars: int) -> dict:
         "bound_mib": 1024,
         "seconds": round(seconds, 2),
         "bare_products_seconds": round(products, 2),
-        "threads": torch.get_num_threads(),
-    }
+    } | place(device)
 
 
 def main() -> None:
@@ -68,12 +65,14 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--width", type=int, default=576)
     parser.add_argument("--exemplars", type=int, default=20_000)
+    add_device(parser)
     parser.add_argument("--here", action="store_true", help="measure in this process")
     args = parser.parse_args()
     if args.here:
-        print(json.dumps(measure(args.rows, args.width, args.exemplars)))
+        print(json.dumps(measure(args.rows, args.width, args.exemplars, args.device)))
         return
     sizes = ["--rows", str(args.rows), "--width", str(args.width), "--exemplars", str(args.exemplars)]
+    sizes += ["--device", args.device]
     subprocess.run([sys.executable, __file__, "--here", *sizes], check=True)
 
 

@@ -14,10 +14,10 @@ the forward pass that both share is most of the time. The three signatures must 
 
 import argparse
 import json
-import time
 import warnings
 
 import torch
+from _timing import add_device, place, timed
 from sae_lens import SAE
 
 from saelens_ext.continuations.attribution.attribute import attribute_continuations
@@ -106,12 +106,6 @@ class PerToken:
         return torch.cat(parts)
 
 
-def timed(run):
-    start = time.perf_counter()
-    result = run()
-    return result, time.perf_counter() - start
-
-
 def main() -> None:
     """Time all three on the same model in the same run."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -121,13 +115,16 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--backend", choices=("linear", "gradient", "relp"), default="linear")
     parser.add_argument("--timed", type=int, default=8, help="continuations timed token by token")
+    add_device(parser)
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
-    model = load_demo_model()
+    model = load_demo_model(device=args.device)
     text = tokenizer_of(model)(" ".join(load_demo_corpus()["text"][:20]), verbose=False)["input_ids"]
     given = [text[i * args.tokens : (i + 1) * args.tokens] for i in range(args.continuations)]
     found = score_continuations(model, "The word that follows is the name of a", given)
-    saes = [random_transcoder(layer, model.cfg.d_model) for layer in range(5, 5 + 5 * args.dictionaries, 5)]
+    saes = [
+        random_transcoder(layer, model.cfg.d_model).to(args.device) for layer in range(5, 5 + 5 * args.dictionaries, 5)
+    ]
     baseline = PerToken(model, saes, found, args.backend)
 
     def ours():
@@ -143,11 +140,12 @@ def main() -> None:
         )
 
     attribute_continuations(model, saes, found.select([0, 1]))  # loads what torch loads on first use
-    signatures, seconds = timed(ours)
+    seconds, signatures = timed(ours, args.device)
     rows = list(range(args.timed))
-    separate, separate_seconds = timed(lambda: baseline.with_own_forward(rows, args.batch_size))
-    shared, shared_seconds = timed(lambda: baseline.with_shared_forward(rows, args.batch_size))
+    separate_seconds, separate = timed(lambda: baseline.with_own_forward(rows, args.batch_size), args.device)
+    shared_seconds, shared = timed(lambda: baseline.with_shared_forward(rows, args.batch_size), args.device)
     scale = args.continuations / args.timed
+    separate, shared = separate.cpu(), shared.cpu()
     largest = signatures.signatures.abs().max()
     print(
         json.dumps(
@@ -169,8 +167,8 @@ def main() -> None:
                 "largest_difference_shared_forward": float(
                     (signatures.signatures[rows] - shared).abs().max() / largest
                 ),
-                "threads": torch.get_num_threads(),
             }
+            | place(args.device)
         )
     )
 

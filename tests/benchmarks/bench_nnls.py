@@ -8,19 +8,13 @@ before). Where the activations are fewer than the rows asked for, they are repea
 import argparse
 import json
 import statistics
-import time
 
 import torch
 from _mlp_activations import mlp_activations
+from _timing import add_device, place, timed
 
 from saelens_ext.ops.nnls import nnls
 from saelens_ext.ops.semi_nmf import semi_nmf
-
-
-def timed(function) -> tuple[float, torch.Tensor]:
-    start = time.perf_counter()
-    result = function()
-    return time.perf_counter() - start, result
 
 
 def repeated(x: torch.Tensor, rows: int) -> torch.Tensor:
@@ -48,17 +42,18 @@ def main() -> None:
     parser.add_argument("--fit-iterations", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    add_device(parser)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
     x = mlp_activations(30_000)
     features = semi_nmf(x[: args.fit_rows], args.features, max_iter=args.fit_iterations).features
-    x = repeated(x, args.rows)
+    x, features = repeated(x, args.rows).to(args.device), features.to(args.device)
     x[:4096] @ features.T, nnls(x[:4096], features)
     products, solutions = [], []
     for _ in range(args.repeats):
-        products.append(timed(lambda: x @ features.T)[0])
-        seconds, codes = timed(lambda: nnls(x, features))
+        products.append(timed(lambda: x @ features.T, args.device)[0])
+        seconds, codes = timed(lambda: nnls(x, features), args.device)
         solutions.append(seconds)
     ratios = [a / b for a, b in zip(solutions, products)]
     print(
@@ -74,8 +69,8 @@ def main() -> None:
                 "ratio": round(statistics.median(ratios), 2),
                 "ratio_range": [round(min(ratios), 2), round(max(ratios), 2)],
                 "bound": 10,
-                "threads": torch.get_num_threads(),
             }
+            | place(args.device)
         )
     )
 

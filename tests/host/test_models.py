@@ -452,7 +452,7 @@ def test_a_tokenizer_from_memory_keeps_its_settings(model_class):
 def test_load_on_the_best_device_or_spread_over_devices(tmp_path):
     make_hf_model("llama").save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
-    best = "cuda" if torch.cuda.is_available() else "cpu"
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     alone, spread = (load_model(tmp_path, **how) for how in ({"device": "auto"}, {"device_map": {"": "cpu"}}))
     assert next(alone.parameters()).device.type == best
     with torch.no_grad():

@@ -25,6 +25,7 @@ from saelens_ext.continuations.attribution.frozen_model import Trace, traced
 from saelens_ext.continuations.attribution.sites import Refusal, Site
 from saelens_ext.host.models import HostModel
 from saelens_ext.host.prompt_passes import device_of, logits_of
+from saelens_ext.ops.precision import wide
 
 TARGETS = ("mean", "sum", "first")
 OBSERVABLE = "observable"
@@ -111,9 +112,9 @@ def logit_scale(model: HostModel) -> float:
     if model not in _SCALES:
         ids = torch.linspace(0, int(model.cfg.d_vocab) - 1, 8, device=device_of(model)).long()[:, None]
         with traced(model, [], [], "gradient") as trace, torch.no_grad():
-            given = logits_of(model, ids)[:, 0].double().flatten()
+            given = wide(logits_of(model, ids)[:, 0]).flatten()
         assert trace.final is not None
-        plain = (trace.final[:, 0] @ model.W_U + model.b_U).double().flatten()
+        plain = wide(trace.final[:, 0] @ model.W_U + model.b_U).flatten()
         scale = float(given @ plain / plain.square().sum().clamp_min(1e-30))
         # Neither rounding nor a cap is a scale: what it leaves over is as large as what it explains.
         is_scale = float((given - scale * plain).norm()) < 0.1 * abs(scale - 1) * float(given.norm())

@@ -23,6 +23,7 @@ from saelens_ext.continuations.steering.latents import LatentScaler, Setting
 from saelens_ext.host.hook_edits import hooked
 from saelens_ext.host.models import HostModel
 from saelens_ext.host.prompt_passes import KVCache, device_of, evaluating, has_kv_cache, logits_of
+from saelens_ext.ops.precision import wide
 
 MEASURES = ("demeaned_logit", "mean_log_prob", "log_prob")
 
@@ -120,8 +121,8 @@ class SteeredPasses:
         chosen = logits.gather(-1, tokens.clamp_min(0)[..., None])[..., 0].float()
         normaliser = torch.stack([row.float().logsumexp(dim=-1) for row in logits])
         real = tokens >= 0
-        total = torch.where(real, chosen - normaliser, 0).double().sum(dim=1)
-        return torch.stack([demeaned.double(), total / real.sum(dim=1), total], dim=1).cpu()
+        total = wide(torch.where(real, chosen - normaliser, 0)).sum(dim=1)
+        return torch.stack([wide(demeaned), total / wide(real).sum(dim=1), total], dim=1).cpu()
 
 
 @dataclass(frozen=True)
