@@ -61,6 +61,7 @@ from .evals.behaviour import begins_with as begins_with
 from .evals.behaviour_passes import measure_behaviour as measure_behaviour
 from .evals.checkpoints import compare_checkpoints as compare_checkpoints
 from .evals.clusterings import compare_clusterings as compare_clusterings
+from .evals.clusters import evaluate_clusters as evaluate_clusters
 from .evals.concepts_data import Concept as Concept
 from .evals.concepts_data import packaged_concepts as packaged_concepts
 from .evals.concepts_data import read_concepts as read_concepts

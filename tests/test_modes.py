@@ -68,8 +68,8 @@ MODES = {
 }
 # What takes a second or more. `make test` tries the others, in the strictest mode; `make test-slow` tries the rest.
 LONG = {
-    "Audit", "DictionaryRunner", "Evidence", "audit_continuations", "audit_steps", "evaluate_novelty",
-    "evaluate_probes", "fit_hierarchical_snmf", "fit_snmf",
+    "Audit", "DictionaryRunner", "Evidence", "audit_continuations", "audit_steps", "evaluate_clusters",
+    "evaluate_novelty", "evaluate_probes", "fit_hierarchical_snmf", "fit_snmf",
 }  # fmt: skip
 
 
@@ -298,6 +298,15 @@ def swept(m, tmp):
     return found.cells, found.grid
 
 
+def clusters_steered(m, tmp):
+    prefixes = ["The assert statement", "An object is", "Ships sail", "Bread is", "A dog ran", "The cat"]
+    audit = ext.AuditConfig(
+        n=10, max_new_tokens=3, backend="gradient", min_cluster_size=2, strengths=(-1.0, 1.0), max_rows=4
+    )
+    options = {"embedder": m.embedder, "audit": audit, "n_bootstrap": 20, "n_permutations": 20}
+    return ext.evaluate_clusters(m.model, prefixes, [m.dictionary], cells=((4.0, 0.5),), controls=(), **options).cells
+
+
 STEPS = {
     "n_candidates": 16, "max_steps": 2, "delimiter": "e", "max_step_tokens": 16, "final": (), "temperature": 1.0,
 }  # fmt: skip
@@ -344,6 +353,7 @@ CASES: dict[str, Callable[[SimpleNamespace, Any], Any]] = {
     "export_direction": lambda m, tmp: exported(ext.export_direction(m.model, HOOK, m.direction, 2.0, tmp / "v.gguf")),
     "push_to_neuronpedia": uploaded,
     "compare_steering": steered,
+    "evaluate_clusters": clusters_steered,
     "compare_clusterings": lambda m, tmp: ext.compare_clusterings(
         [replace(m.attributed, prefix=f"Prefix {number}") for number in range(6)], betas=(1.0,), gammas=(0.5,)
     ).summary(),
@@ -502,7 +512,7 @@ RUN_THE_MODEL = {
     "Evidence", "evaluate_novelty", "write_evidence_report",
     "ActivationBatch", "ActivationStream", "Audit", "DictionaryRunner", "EmbeddingJudge", "KeptStream",
     "ablate_directions",
-    "add_direction", "audit_continuations", "audit_steps", "sample_steps", "score_continuations",
+    "add_direction", "audit_continuations", "audit_steps", "evaluate_clusters", "sample_steps", "score_continuations",
     "HuggingFaceSampler",
     "clamp_latent",
     "compare_detection", "concept_scores", "diff_means",

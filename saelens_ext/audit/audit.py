@@ -200,6 +200,44 @@ def _audit(
 ) -> PrefixAudit:
     """All stages of one prefix."""
     model, saes, embedder = subject.model, subject.saes, subject.embedder
+    rows = attributed(subject, question, config, stages, progress, bar)
+    state = stages.clustering()
+    if state is None:
+        bar.begin("clustering")
+        state = stages.keep_clustering(choose_clustering(rows, config).clustering_state())
+    found = PrefixAudit.with_clusters(rows, state, None)
+    reason = found.not_validated or ("" if config.validate else NOT_ASKED)
+    validation = stages.validation()
+    if validation is None and not reason:
+        bar.begin("testing by steering")
+        embed = partial(embed_visible, embedder=embedder, mode=config.embedding)
+        more: dict[str, Any] = {"generate": config.generate, "embed": embed, "progress": progress}
+        try:
+            validation = validate_clusters(model, saes, rows, found.clusterer, config.validation_options(), **more)
+            stages.keep_validation(validation)
+        except NothingToTest as error:
+            # Modes without two members or without a latent are a finding, not the end of the audit.
+            logger.warning("The modes of %r could not be tested by steering: %s", rows.prompt, error)
+            reason = str(error)
+            stages.keep_clustering(state | {"not_validated": reason})
+    return replace(found, validation=validation, not_validated=reason)
+
+
+def attributed(
+    subject: Subject,
+    question: Question,
+    config: AuditConfig,
+    stages: Stages | None = None,
+    progress: bool = False,
+    bar: AuditBar | None = None,
+) -> ContinuationSet:
+    """The continuations of a prefix with both views: sampled (or scored), embedded and attributed.
+
+    Raises:
+        ValueError: fewer than two continuations that can be clustered, and what the stages raise.
+    """
+    model, saes, embedder = subject.model, subject.saes, subject.embedder
+    stages, bar = stages or Stages(None), bar or AuditBar(1, show=False)
     rows = stages.continuations()
     if rows is None:
         names = ("temperature", "top_p", "max_new_tokens", "stop", "seed", "weights")
@@ -224,26 +262,7 @@ def _audit(
         rows = attribute_continuations(model, saes, rows, progress=progress, **options)
         has_effect = torch.as_tensor(rows.both_views()[1].any(axis=1))
         rows = stages.keep(_only(rows, has_effect, "no source of the prefix has an effect on them"))
-    state = stages.clustering()
-    if state is None:
-        bar.begin("clustering")
-        state = stages.keep_clustering(choose_clustering(rows, config).clustering_state())
-    found = PrefixAudit.with_clusters(rows, state, None)
-    reason = found.not_validated or ("" if config.validate else NOT_ASKED)
-    validation = stages.validation()
-    if validation is None and not reason:
-        bar.begin("testing by steering")
-        embed = partial(embed_visible, embedder=embedder, mode=config.embedding)
-        more: dict[str, Any] = {"generate": config.generate, "embed": embed, "progress": progress}
-        try:
-            validation = validate_clusters(model, saes, rows, found.clusterer, config.validation_options(), **more)
-            stages.keep_validation(validation)
-        except NothingToTest as error:
-            # Modes without two members or without a latent are a finding, not the end of the audit.
-            logger.warning("The modes of %r could not be tested by steering: %s", rows.prompt, error)
-            reason = str(error)
-            stages.keep_clustering(state | {"not_validated": reason})
-    return replace(found, validation=validation, not_validated=reason)
+    return rows
 
 
 def _only(continuations: ContinuationSet, usable: torch.Tensor, why_not: str) -> ContinuationSet:
@@ -264,8 +283,7 @@ def choose_clustering(continuations: ContinuationSet, config: AuditConfig) -> Pr
     """Cluster at every beta and gamma and take the most stable clustering within the numbers of modes allowed."""
     e, a = continuations.both_views()
     weights = continuations.weights.double().numpy()
-    smallest = config.min_cluster_size or max(2, len(continuations) // 16)
-    common: dict[str, Any] = {"min_cluster_size": smallest, "random_state": config.seed}
+    common: dict[str, Any] = {"min_cluster_size": config.smallest_mode(len(continuations)), "random_state": config.seed}
     path = rate_distortion_path(e, a, config.betas, config.gammas, sample_weight=weights, **common)
     table, scores, reason = path.to_dataframe(), {}, ""
     how = {"n_resamples": config.n_resamples, "random_state": config.seed}

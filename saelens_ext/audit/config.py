@@ -97,6 +97,10 @@ class AuditConfig:
             for gamma in self.gammas:
                 check_beta_and_gamma(beta, gamma)
 
+    def smallest_mode(self, n: int) -> int:
+        """Fewest of n continuations that a mode may have."""
+        return self.min_cluster_size or max(2, n // 16)
+
     def validation_options(self, **other: Any) -> ValidationOptions:
         """How modes are tested by steering, with some options replaced."""
         names = ("strengths", "top", "direction", "sign", "held_out", "max_rows", "seed")

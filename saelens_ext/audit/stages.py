@@ -26,12 +26,17 @@ NOT_ASKED = "Steering was not asked for."
 
 def describe(model: HostModel, dictionaries: list[SAE[Any]], embedder: Any) -> dict[str, Any]:
     """What an audit is of, enough to know it again; JSON-safe."""
-    weights = {"weights": weights_fingerprint(embedder)} if isinstance(embedder, torch.nn.Module) else {}
     return {
         "model": describe_model(model) | {"weights": weights_fingerprint(model)},
         "dictionaries": [_describe_dictionary(sae) for sae in dictionaries],
-        "embedder": {"name": _name_of(embedder)} | weights,
+        "embedder": describe_embedder(embedder),
     }
+
+
+def describe_embedder(embedder: Any) -> dict[str, Any]:
+    """What a sentence model is; empty for None."""
+    weights = {"weights": weights_fingerprint(embedder)} if isinstance(embedder, torch.nn.Module) else {}
+    return {} if embedder is None else {"name": _name_of(embedder)} | weights
 
 
 def _describe_dictionary(sae: SAE[Any]) -> dict[str, Any]:

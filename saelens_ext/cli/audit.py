@@ -17,7 +17,7 @@ from saelens_ext.analysis.profile import DictionaryProfile
 from saelens_ext.audit.audit import Audit, AuditConfig, audit_continuations
 from saelens_ext.audit.questions import read_continuations
 from saelens_ext.cli import opening
-from saelens_ext.cli.audit_options import AuditInputs
+from saelens_ext.cli.audit_options import AuditInputs, SubjectInputs
 from saelens_ext.cli.errors import UsageError
 from saelens_ext.cli.output import Context, Result, shown, table, write_csv
 from saelens_ext.host.models import HostModel
@@ -31,8 +31,7 @@ def audit(inputs: AuditInputs, settings: AuditConfig, context: Context) -> Resul
     """Audit one prefix or several."""
     prefixes, continuations = _prefixes(inputs)
     folder = _folder(inputs)
-    if not inputs.dictionaries:
-        raise UsageError("No dictionary was named: --dictionaries=FOLDER, several with commas between.")
+    check_named(inputs)
     opening.check_writable(folder, "output_path")
     sampler = inputs.sampler.made(inputs.model_name, folder)
     if inputs.logger.log_to_wandb:
@@ -61,6 +60,19 @@ def audit(inputs: AuditInputs, settings: AuditConfig, context: Context) -> Resul
         data["files"] = {name: str(path) for name, path in _write(found, folder, inputs.dictionaries).items()}
     _log(inputs, settings, found)
     return Result(data=data, text=_text(found, data))
+
+
+def check_named(inputs: SubjectInputs) -> None:
+    """Raise UsageError where no dictionary is named."""
+    if not inputs.dictionaries:
+        raise UsageError("No dictionary was named: --dictionaries=FOLDER, several with commas between.")
+
+
+def open_subject(inputs: SubjectInputs) -> tuple[HostModel, list[SAE[Any]]]:
+    """The model, and the dictionaries on it."""
+    loaded = [opening.open_dictionary(name, inputs.device) for name in inputs.dictionaries]
+    model = opening.open_model(_model_config(inputs, loaded))
+    return model, _attached(loaded, inputs.device, model)
 
 
 def _prefixes(inputs: AuditInputs) -> tuple[list[Any], dict[str, list[Any]] | None]:
@@ -95,7 +107,7 @@ def _folder(inputs: AuditInputs) -> Path | None:
     return Path(inputs.output_path) / os.environ.get("WANDB_RUN_ID", "") if swept else Path(inputs.output_path)
 
 
-def _model_config(inputs: AuditInputs, saes: list[SAE[Any]]) -> DictionaryRunnerConfig:
+def _model_config(inputs: SubjectInputs, saes: list[SAE[Any]]) -> DictionaryRunnerConfig:
     """How to load the model, in the runner's terms."""
     if inputs.model_class_name == "AutoModelForCausalLM":
         raise UsageError("An audit needs --model_class_name=SAETransformerBridge or HookedTransformer, with hooks.")

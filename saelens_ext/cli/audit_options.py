@@ -54,8 +54,8 @@ class SamplerOptions:
 
 
 @dataclass(kw_only=True)
-class AuditInputs:
-    """What is audited, and where the results go."""
+class SubjectInputs:
+    """What is audited."""
 
     # A field typed as a list would take several words; these take one, or are repeated.
     model_name: str = ""
@@ -70,6 +70,14 @@ class AuditInputs:
     """Dictionaries to attribute to: folders of saved ones (their profiles go into the report), repo_id:sae_id on the
     Hub, or release:sae_id of SAELens.
     """
+    embedder: str | None = simple_parsing.field(default=None, type=text_or_none, metavar="NAME")
+    """Name or folder of a sentence-transformers model; by default the packaged one."""
+
+
+@dataclass(kw_only=True)
+class AuditInputs(SubjectInputs):
+    """What is audited, and where the results go."""
+
     prefix: Any = simple_parsing.field(default_factory=list, action="append", type=str, metavar="TEXT")
     """A text that the model continues; may be repeated."""
     prefixes: str | None = simple_parsing.field(default=None, type=text_or_none, metavar="FILE")
@@ -82,8 +90,6 @@ class AuditInputs:
     """Samples of the log of Inspect; all by default."""
     sampler: SamplerOptions = dataclasses.field(default_factory=SamplerOptions)
     """Where continuations are sampled, if not from the model."""
-    embedder: str | None = simple_parsing.field(default=None, type=text_or_none, metavar="NAME")
-    """Name or folder of a sentence-transformers model; by default the packaged one."""
     n_workers: int = 1
     """Prefixes audited at a time, each by a worker that loads the model."""
     workers: str = "joblib"
@@ -107,9 +113,11 @@ _LISTS: dict[str, tuple[Callable[[str], Any], str]] = {
 
 
 def _as_option(field: dataclasses.Field[Any]) -> tuple[str, Any, Any]:
-    """A field that holds several values, read from one text."""
-    convert, metavar = _LISTS[field.name]
+    """A field of the config, read from one text where it holds several values."""
     explained = get_attribute_docstring(AuditConfig, field.name).docstring_below
+    if field.name not in _LISTS:
+        return field.name, field.type, simple_parsing.field(default=field.default, help=explained)
+    convert, metavar = _LISTS[field.name]
     # Without the type of the field, from which the parser would take how many words belong to it.
     return field.name, Any, simple_parsing.field(default=field.default, type=convert, metavar=metavar, help=explained)
 
@@ -123,3 +131,12 @@ AuditSettings = dataclasses.make_dataclass(
     namespace={"__doc__": AuditConfig.__doc__},
 )
 """AuditConfig, whose fields of several values are given as ``1,2`` or ``[1, 2]``."""
+
+_OF_THE_CHOICE = ("betas", "gammas", "n_clusters", "n_resamples", "validate", "direction", "sign", "partitions")
+GivenCells = dataclasses.make_dataclass(
+    "GivenCells",
+    [_as_option(field) for field in dataclasses.fields(AuditConfig) if field.name not in _OF_THE_CHOICE],
+    kw_only=True,
+    namespace={"__doc__": "How continuations are sampled, read and steered."},
+)
+"""AuditConfig without what chooses a clustering, for evaluations that are given their cells."""

@@ -40,15 +40,23 @@ def _named(name: str) -> Any:
     return getattr(import_module(module if "." in module else f"saelens_ext.cli.{module}"), attribute)
 
 
-def _evidence(kind: str, summary: str, arguments: str, options: tuple[str, ...]) -> Command:
+def _evidence(
+    kind: str,
+    summary: str,
+    arguments: str,
+    options: tuple[str, ...],
+    *,
+    more: tuple[str, ...] = (),
+    kept: str = "Nothing was written.",
+) -> Command:
     """An evaluation, whose results all have the same options."""
     return Command(
         name=f"evidence {kind}",
         summary=summary,
         example=f"evidence {kind} {arguments}",
-        options=tuple(f"evidence_options:{name}" for name in (*options, "ResultOptions")),
+        options=(*(f"evidence_options:{name}" for name in (*options, "ResultOptions")), *more),
         runs=f"evidence:{kind}",
-        kept="Nothing was written.",
+        kept=kept,
     )
 
 
@@ -158,6 +166,14 @@ _ALL = (
         "find the regions that hold a behaviour, and ablate them beside controls",
         "output/blocks.6.hook_out_exemplars_p2 --shows=harmful.txt --lacks=harmless.txt",
         ("EvidenceInputs", "BehaviourInputs", "BehaviourSettings"),
+    ),
+    _evidence(
+        "clusters",
+        "steer along joint clusters of many prefixes' continuations, beside controls that could be mistaken for them",
+        "--model_name=gpt2 --dictionaries=output/blocks.6.hook_out_exemplars_p2 --prefixes=prefixes.txt",
+        ("ClusterInputs", "ClusterSettings"),
+        kept="Prefixes that were finished are in the output folder; the same command goes on from there.",
+        more=("audit_options:GivenCells",),
     ),
     _evidence(
         "stability",

@@ -11,9 +11,11 @@ from typing import Any
 import simple_parsing
 from sae_lens import LoggingConfig
 
+from saelens_ext.cli.audit_options import SubjectInputs
 from saelens_ext.cli.options import ReadingOptions, place
 from saelens_ext.evals.ablation import ablate_behaviour
 from saelens_ext.evals.checkpoints import compare_checkpoints
+from saelens_ext.evals.clusters import evaluate_clusters
 from saelens_ext.evals.detection import evaluate_detection
 from saelens_ext.evals.novelty import evaluate_novelty
 from saelens_ext.evals.probing import evaluate_probes
@@ -21,7 +23,7 @@ from saelens_ext.evals.stability import dictionary_stability
 from saelens_ext.evals.steering import compare_steering
 from saelens_ext.evals.synthetic import evaluate_on_synthetic
 from saelens_ext.runner.config import quiet_logger
-from saelens_ext.runner.parsing import number, text_or_none, texts, tuple_of, whole_number
+from saelens_ext.runner.parsing import items, number, text_or_none, texts, tuple_of, whole_number
 
 
 @dataclass(kw_only=True)
@@ -141,6 +143,24 @@ class SteeringInputs:
     """The judging model at the endpoint."""
 
 
+def _pairs(text: str) -> tuple[tuple[float | int, ...], ...]:
+    return tuple(tuple(number(part) for part in str(item).split(":")) for item in items(text))
+
+
+@dataclass(kw_only=True)
+class ClusterInputs(SubjectInputs):
+    """What is clustered and steered."""
+
+    prefixes: str | None = simple_parsing.field(default=None, type=text_or_none, metavar="FILE")
+    """File with a prefix in each line, or a JSON list of texts and conversations; at least 6, and 10 for a claim."""
+    second_embedder: str | None = simple_parsing.field(default=None, type=text_or_none, metavar="NAME")
+    """Another one, whose clusters are compared with the first one's."""
+    cells: Any = simple_parsing.field(default=(), type=_pairs, metavar="B:G[,B:G…]")
+    """Pairs of beta and gamma, such as 1.5:0.5,2:0.3; by default 2:0.5. The verdict is on their mean."""
+    clusterings: bool = True
+    """Also judge the clusterings themselves on held-out continuations, at the same betas and gammas."""
+
+
 _TUPLES: dict[str, tuple[Callable[[str], Any], str]] = {
     "rates": (number, "X[,X…]"),
     "ks": (whole_number, "N[,N…]"),
@@ -160,7 +180,8 @@ def _settings(name: str, function: Callable[..., Any], about: str, leave_out: Se
             continue
         explained = helps.get(option.name, "")
         if isinstance(default, tuple):
-            convert, metavar = _TUPLES.get(option.name, (str, "NAME[,NAME…]"))
+            named = option.name not in _TUPLES or isinstance(default[0], str)
+            convert, metavar = (str, "NAME[,NAME…]") if named else _TUPLES[option.name]
             kind, given = Any, {"type": tuple_of(convert), "metavar": metavar}
         else:
             kind, given = (float if "float" in str(option.annotation) else type(default)), {}
@@ -184,5 +205,6 @@ BehaviourSettings = _settings("BehaviourSettings", ablate_behaviour, "How ablati
 DetectionSettings = _settings("DetectionSettings", evaluate_detection, "How methods are judged.", ("untrained_twin",))
 ProbeSettings = _settings("ProbeSettings", evaluate_probes, "How probes are judged.", ("activations",))
 NoveltySettings = _settings("NoveltySettings", evaluate_novelty, "How novelty is judged.", ("outside",))
+ClusterSettings = _settings("ClusterSettings", evaluate_clusters, "What is compared.", ("cells", "audit", "generate"))
 SteeringSettings = _settings("SteeringSettings", compare_steering, "How methods are compared.", ("options",))
 SyntheticSettings = _settings("SyntheticSettings", evaluate_on_synthetic, "What is fitted and how it is judged.")

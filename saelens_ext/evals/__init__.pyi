@@ -20,6 +20,8 @@ from .checkpoint_evidence import CheckpointEvidence as CheckpointEvidence
 from .checkpoints import compare_checkpoints as compare_checkpoints
 from .clusterings import ClusteringEvidence as ClusteringEvidence
 from .clusterings import compare_clusterings as compare_clusterings
+from .clusters import ClusterEvidence as ClusterEvidence
+from .clusters import evaluate_clusters as evaluate_clusters
 from .concepts_data import Concept as Concept
 from .concepts_data import packaged_concepts as packaged_concepts
 from .concepts_data import packaged_texts as packaged_texts

@@ -35,7 +35,9 @@ _METHODS = {
     "random": "The joint clusters' sizes with members drawn at random.",
     "length": "k-means of the number of tokens alone, matched in the same way as far as lengths differ.",
 }
-_FEWEST_ROWS = 4
+_TIE = 1e-9
+FEWEST_ROWS = 4
+"""Continuations on either side, at least: those that choose and those that judge."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -71,12 +73,7 @@ class ClusteringEvidence(Evidence):
         table, rows = self.per_unit(), []
         for other in (name for name in table.columns if name != JOINT):
             both = table[[JOINT, other]].dropna()
-            difference = (both[JOINT] - both[other]).to_numpy(dtype=np.float64)
-            tied = np.abs(difference) <= 1e-9
-            found = wilson_interval(
-                int(((difference < 0) & ~tied).sum()), len(both), confidence=self.settings["confidence"]
-            )
-            rows.append({"other": other, **found._asdict(), "n_ties": int(tied.sum())})
+            rows.append(win_shares(other, both[other] - both[JOINT], self.settings["confidence"]))
         return pd.DataFrame(rows, columns=["other", "estimate", "low", "high", "n_units", "n_ties"])
 
     def by_cell(self) -> pd.DataFrame:
@@ -108,6 +105,13 @@ class ClusteringEvidence(Evidence):
             high=largest,
             note="In nats, means over prefixes; above 0 the joint clustering describes held-out continuations better.",
         )
+
+
+def win_shares(other: str, gains: pd.Series, confidence: float) -> dict[str, Any]:
+    """In which share of prefixes the joint clusters gain on another method, with Wilson's interval; a tie is no win."""
+    tied = gains.abs() <= _TIE
+    found = wilson_interval(int(((gains > 0) & ~tied).sum()), len(gains), confidence=confidence)
+    return {"other": other, **found._asdict(), "n_ties": int(tied.sum())}
 
 
 @standard_modes()
@@ -149,7 +153,9 @@ def compare_clusterings(
     Source: arXiv 2606.08236, table 1, held out, with one scale and one assignment rule for all methods.
     """
     _checks.between(held_out, 0, 1, "held_out")
-    _check_prefixes(sets)
+    check_prefixes([one.prefix for one in sets], "sets")
+    for one in sets:
+        one.both_views()
     halves = [_halves(one, float(held_out), np.random.default_rng([seed, number])) for number, one in enumerate(sets)]
     options = {"scaling": scaling, "min_cluster_size": min_cluster_size, "random_state": seed}
     jobs = [
@@ -169,28 +175,33 @@ def compare_clusterings(
     )  # fmt: skip
 
 
-def _check_prefixes(sets: Sequence[ContinuationSet]) -> None:
-    if len(sets) < MIN_CLAIM_UNITS:
+def check_prefixes(prefixes: Sequence[str], name: str) -> None:
+    """Raise ValueError for fewer prefixes than a claim needs, or one that is there twice."""
+    if len(prefixes) < MIN_CLAIM_UNITS:
         raise ValueError(
-            f"sets must be of at least {MIN_CLAIM_UNITS} prefixes, got {len(sets)}: the unit is the prefix, and with "
-            "fewer no p-value can fall below 0.05."
+            f"{name} must be of at least {MIN_CLAIM_UNITS} prefixes, got {len(prefixes)}: the unit is the prefix, and "
+            "with fewer no p-value can fall below 0.05."
         )
     seen: set[str] = set()
-    for one in sets:
-        prefix = one.prefix.strip().lower()
-        if prefix in seen:
-            raise ValueError(f"The prefix {one.prefix!r} is given twice; units must be different. Join its sets first.")
-        seen.add(prefix)
-        one.both_views()
+    for prefix in prefixes:
+        if prefix.strip().lower() in seen:
+            raise ValueError(f"The prefix {prefix!r} is given twice; units must be different. Give each once.")
+        seen.add(prefix.strip().lower())
+
+
+def check_halves(n: int, held_out: float | int, what: str) -> int:
+    """How many of n continuations are held out; ValueError where either side has fewer than `FEWEST_ROWS`."""
+    n_out = round(n * held_out)
+    if min(n_out, n - n_out) < FEWEST_ROWS:
+        raise ValueError(
+            f"{what} has {n} continuations: {n - n_out} to cluster and {n_out} to judge on, and either part needs "
+            f"{FEWEST_ROWS}. Sample more, or choose held_out nearer to 0.5."
+        )
+    return n_out
 
 
 def _halves(one: ContinuationSet, held_out: float, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    n_out = round(len(one) * held_out)
-    if min(n_out, len(one) - n_out) < _FEWEST_ROWS:
-        raise ValueError(
-            f"{one.prompt!r} has {len(one)} continuations: {len(one) - n_out} to cluster and {n_out} to judge on, and "
-            f"either part needs {_FEWEST_ROWS}. Sample more, or choose held_out nearer to 0.5."
-        )
+    n_out = check_halves(len(one), held_out, repr(one.prompt))
     order = generator.permutation(len(one))
     return np.sort(order[n_out:]), np.sort(order[:n_out])
 

@@ -184,10 +184,11 @@ class Evidence:
             ValueError: no such method, or fewer than `MIN_CLAIM_UNITS` units.
         """
         n_units = self.per_unit().index.get_level_values(self.unit).nunique()
+        units = verdicts.plural(self.unit)
         if n_units < MIN_CLAIM_UNITS:
             raise ValueError(
-                f"A claim needs at least {MIN_CLAIM_UNITS} {self.unit}s, got {n_units}: with fewer no p-value can fall "
-                f"below 0.05. Evaluate more {self.unit}s; summary() shows what was measured."
+                f"A claim needs at least {MIN_CLAIM_UNITS} {units}, got {n_units}: with fewer no p-value can fall "
+                f"below 0.05. Evaluate more {units}; summary() shows what was measured."
             )
         return self.verdict(reference)
 
@@ -241,7 +242,7 @@ class Evidence:
         table = table.reindex(columns=[name for name in self.metrics if name in table.columns])
         table = order.merge(table.reset_index(), on=index, how="left")
         explained = "; ".join(f"{name.replace('_', ' ')}: {self.metrics[name]}" for name in table.columns[len(index) :])
-        return evidence_table("Estimates", table, f"Means over {self.unit}s. {explained}.")
+        return evidence_table("Estimates", table, f"Means over {verdicts.plural(self.unit)}. {explained}.")
 
     def save(self, directory: str | Path) -> Path:
         """Write ``evidence.json`` and ``evidence.safetensors`` into a directory, one evidence to each; gives it."""

@@ -42,8 +42,8 @@ def verdict(
     least = smallest_p(n_units, settings["n_permutations"], family)
     if least >= LEVEL:
         return (
-            f"Too few {unit}s for any claim: with {n_units} of them and {family} comparisons the smallest corrected "
-            f"p-value possible is {least:.2g}, and a claim needs one below {LEVEL:g}."
+            f"Too few {plural(unit)} for any claim: with {n_units} of them and {family} comparisons the smallest "
+            f"corrected p-value possible is {least:.2g}, and a claim needs one below {LEVEL:g}."
         )
     sentences = []
     for group, part in _by_group(made, groups):
@@ -55,11 +55,16 @@ def verdict(
                 row: Any = estimates.loc[subject]
                 where = f" ({group_text(group)})" if group else ""
                 sentences.append(
-                    f"Over {int(row['n_units'])} {unit}s{where}, {subject} ({metric} {row['estimate']:.3f}, "
+                    f"Over {int(row['n_units'])} {plural(unit)}{where}, {subject} ({metric} {row['estimate']:.3f}, "
                     f"{settings['confidence']:.0%} interval {row['low']:.3f} to {row['high']:.3f}) "
                     f"{'; it '.join(phrases)}."
                 )
     return "\n".join(sentences)
+
+
+def plural(unit: str) -> str:
+    """Several of a unit: concepts, prefixes."""
+    return f"{unit}es" if unit.endswith(("s", "x")) else f"{unit}s"
 
 
 def group_text(group: Mapping[str, Any]) -> str:

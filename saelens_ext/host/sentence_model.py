@@ -21,7 +21,7 @@ def packaged_sentence_model() -> Path:
 
 def load_sentence_model(given: Any = None) -> Any:
     """The sentence-transformers model given, named, or (None) carried by a package."""
-    if hasattr(given, "encode"):
+    if hasattr(given, "encode") and not isinstance(given, str):  # a name has a method of that name too
         return given
     from sentence_transformers import SentenceTransformer  # imports for seconds, so only where it is needed
 

@@ -195,6 +195,25 @@ def test_checkpoints(command, replicas, tmp_path):
     assert "named twice" in twice.error
 
 
+@pytest.mark.slow
+def test_clusters(command, built, place, tmp_path):
+    (tmp_path / "prefixes.txt").write_text("\n".join(sentences(6, 3)))
+    asked = (
+        "evidence", "clusters", f"--model_name={place / 'model'}", f"--dictionaries={built['fine']}",
+        f"--prefixes={tmp_path / 'prefixes.txt'}", "--n=16", "--max_new_tokens=4", "--cells=3:0.5",
+        "--min_cluster_size=2", "--max_rows=4", "--strengths=-1,1", "--signs=positive", "--controls=length",
+        f"--output_path={tmp_path / 'out'}", *FAST,
+    )  # fmt: skip
+    found = command(*asked)
+    content = check(found, "clusters", tmp_path / "out", None)
+    assert content["clusters"]["settings"]["cells"] == [[3, 0.5]] and "clusterings" in content
+    assert len(content["clusterings"]["summary"]) and (tmp_path / "out" / "prefixes" / "prefix 005.json").exists()
+    again = command(*asked)
+    assert again.data["verdict"] == found.data["verdict"]
+    assert "--prefixes=FILE" in command("evidence", "clusters").error
+    assert "--dictionaries=FOLDER" in command("evidence", "clusters", asked[4]).error
+
+
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name.startswith("evidence ")])
 def test_help_lists_the_options_of_the_evaluation(command, name):
     found = command(*name.split(), "--help")

@@ -7,7 +7,7 @@ import torch
 
 from saelens_ext.continuations.embed import continuation_tokens, embed_continuations
 from saelens_ext.continuations.sample import score_continuations
-from saelens_ext.host.sentence_model import load_sentence_model
+from saelens_ext.host.sentence_model import load_sentence_model, packaged_sentence_model
 from tests.models_zoo import make_model
 
 PROMPT = "The bank of the"
@@ -22,6 +22,12 @@ def embedder():
 @pytest.fixture(scope="module")
 def found():
     return score_continuations(make_model("llama", "HookedSAETransformer"), PROMPT, TEXTS)
+
+
+def test_a_model_is_loaded_by_the_name_of_its_folder(embedder, found):
+    named = embed_continuations(found, str(packaged_sentence_model())).embeddings
+    assert torch.equal(named, embed_continuations(found, embedder).embeddings)
+    assert load_sentence_model(embedder) is embedder
 
 
 def by_hand(embedder, text):

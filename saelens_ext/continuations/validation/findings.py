@@ -235,13 +235,13 @@ def _against_another(rows: Mapping[str, Any], outcomes: Mapping[str, str]) -> st
 # --- is the joint clustering needed? ---
 
 
-def joint_words(outcomes: Mapping[str, str]) -> tuple[str, str]:
+def joint_words(outcomes: Mapping[str, str], controls: Sequence[str] = OBJECTIVE_CONTROLS) -> tuple[str, str]:
     """Whether the joint clustering is needed, as an answer and as a predicate of "The joint clustering"."""
     if outcomes.get(NOTHING, "untested") in ("same", "below"):
         return "no", "is not shown to be needed: its directions are not shown to move continuations"
     kinds = {"same": "not detectably better than", "below": "worse than", "untested": "not compared with", "above": ""}
     by_outcome: dict[str, list[str]] = {kind: [] for kind in kinds}
-    for control in OBJECTIVE_CONTROLS:
+    for control in controls:
         by_outcome[outcomes.get(control, "untested")].append(control)
     above = set(by_outcome.pop("above"))
     reasons = [f"{kinds[kind]} {listed(map(method_name, names))}" for kind, names in by_outcome.items() if names]

@@ -1,0 +1,198 @@
+"""Steering along the clusters of many prefixes: planted directions, made-up slopes, matched lengths, fresh draws."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.metrics import adjusted_rand_score
+
+from saelens_ext.audit.config import AuditConfig
+from saelens_ext.continuations.clustering.joint_clusterer import JointClusterer
+from saelens_ext.continuations.validation.methods import EXTRA, METHODS
+from saelens_ext.evals import cluster_cells
+from saelens_ext.evals.cluster_cells import agreement, fit, matched_by_length
+from saelens_ext.evals.clusters import ClusterEvidence, evaluate_clusters
+from saelens_ext.evals.evidence import Evidence
+from saelens_ext.host.sentence_model import packaged_sentence_model
+from saelens_ext.report.evidence_report import write_evidence_report
+from tests.continuations._dictionaries import make
+from tests.continuations.validation.test_validate import dictionaries, model, planted  # noqa: F401
+from tests.evals.continuation_sets import two_view_set
+from tests.models_zoo import make_model
+
+PREFIXES = ["The assert statement", "A test", "An object is", "Names of it", "If a class", "One more"]
+CONFIG = AuditConfig(n=24, min_cluster_size=4, strengths=(-0.03, 0.03), top=6, max_rows=8)
+OPTIONS = {"cells": ((2.0, 0.1),), "audit": CONFIG, "n_bootstrap": 200, "n_permutations": 2000}
+
+
+@pytest.fixture(scope="module")
+def steered(model, dictionaries, tmp_path_factory):  # noqa: F811
+    """Three clusters of one token each, whose meanings are planted across them, on six prefixes; and its folder."""
+    asked, folder = [], tmp_path_factory.mktemp("clusters")
+
+    def rows(subject, question, config, stages):
+        asked.append(question.words)
+        found, _ = planted(model, dictionaries, question.words, seed=len(asked))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cluster_cells, "attributed", rows)
+        found = evaluate_clusters(model, PREFIXES, dictionaries, folder=folder, **OPTIONS)
+        again = evaluate_clusters(model, PREFIXES, dictionaries, folder=folder, **OPTIONS)
+        assert asked == PREFIXES  # the second call reads what is there
+        pd.testing.assert_frame_equal(again.cells, found.cells, check_exact=True)
+        (folder / "prefix 003.json").unlink()
+        evaluate_clusters(model, PREFIXES, dictionaries, folder=folder, **OPTIONS)
+        assert asked == [*PREFIXES, PREFIXES[3]]
+        with pytest.raises(ValueError, match="another cells"):
+            evaluate_clusters(model, PREFIXES, dictionaries, folder=folder, **OPTIONS | {"cells": ((1.0, 0.1),)})
+    return found
+
+
+@pytest.mark.slow
+def test_planted_directions_move_more_than_what_does_not_know_them(steered, tmp_path):
+    assert set(steered.kinds) == {*METHODS, *EXTRA, "nothing"}
+    table = steered.comparisons().set_index("other")
+    for control in ("nothing", "semantic", "random_partition", "wrong_cluster", "random_features"):
+        assert table.loc[control, "low"] > 0 and table.loc[control, "p"] == 2 / 2**6
+    for control in ("attribution", "single_member", "coherent_attribution"):  # all members of a mode are alike
+        assert abs(table.loc[control, "difference"]) < 1e-4
+    wins = steered.wins().set_index("other")
+    assert wins.loc["semantic", "estimate"] == 1 and wins.loc["nothing", "low"] == pytest.approx(0.610, abs=1e-3)
+    assert steered.verdict().startswith("Too few prefixes for any claim: with 6 of them and 12 comparisons")
+    assert "is needed" not in steered.verdict()
+    assert (steered.by_cell().set_index("method").loc["joint", "own_is_largest"]) == 1
+    # All are of one token, so each is matched.
+    cells = steered.cells.set_index(["prefix", "row", "method", "metric"])["value"].unstack("metric")
+    cells = cells[cells["slope"].notna()]
+    assert (cells["slope"] == cells["matched_slope"]).all() and len(cells) > 6 * 8 * 10
+    read = Evidence.load(steered.save(tmp_path / "saved"))
+    assert isinstance(read, ClusterEvidence) and read.verdict() == steered.verdict()
+    page = write_evidence_report(tmp_path / "page.html", [steered.section()]).read_text()
+    assert "Comparisons at matched lengths" in page and "most active latents" in page
+
+
+def made(n_prefixes, gains, *, seed=0, more=()):
+    """Evidence of made-up slopes of 10 continuations a prefix: what a control lacks of the joint ones' by its name."""
+    rng, cells = np.random.default_rng(seed), []
+    for number in range(n_prefixes):
+        where = {"prefix": f"p{number}", "beta": 1.0, "gamma": 0.5, "direction": "medoid", "sign": "all"}
+        for row in range(10):
+            own = 1.0 + row + 0.1 * rng.normal()
+            values = {"joint": own, **{name: own - gain - 0.1 * rng.normal() for name, gain in gains.items()}}
+            if "coherent_semantic" in values and row > 4:
+                del values["coherent_semantic"]
+            cells += [where | {"row": row, "method": m, "metric": "slope", "value": v} for m, v in values.items()]
+            matched = {m: values[m] for m in ("joint", "nothing") if m in values and row % 2}
+            cells += [
+                where | {"row": row, "method": m, "metric": "matched_slope", "value": v} for m, v in matched.items()
+            ]
+        cells += [where | {"row": -1, "method": "joint", "metric": m, "value": v + 0.01 * number} for m, v in more]
+    kinds = {name: "unsupervised" if name == "joint" else "control" for name in ("joint", *gains)}
+    return ClusterEvidence(cells=pd.DataFrame(cells), kinds=kinds, settings={"controls": ["coherent_semantic"]})
+
+
+SIMPLER = ("semantic", "attribution", "random_partition", "global", "single_member", "coherent_semantic")
+
+
+def test_what_a_control_has_no_direction_for_is_left_out_of_both():
+    """The tight groups have the first five continuations alone, whose slopes are lower by themselves."""
+    found = made(8, {"nothing": 5.5, "coherent_semantic": 0.5})
+    table = found.comparisons().set_index("other")
+    assert table.loc["coherent_semantic", "difference"] == pytest.approx(0.5, abs=0.05)
+    means = found.per_unit().mean()
+    assert means["joint"] - means["coherent_semantic"] == pytest.approx(3.0, abs=0.05)
+    assert found.wins().set_index("other").loc["coherent_semantic", "estimate"] == 1
+
+
+@pytest.mark.parametrize(
+    ("gain", "words"),
+    [
+        (0.5, "The joint clustering is needed: every simpler way to choose directions moves them less."),
+        (0.0, "The joint clustering is not shown to be needed: not detectably better than modes by meaning alone, "),
+        (
+            -0.5,
+            "The joint clustering is not shown to be needed: worse than modes by meaning alone, modes by mechanism ",
+        ),
+    ],
+)
+def test_the_verdict_goes_either_way(gain, words):
+    found = made(12, {"nothing": 5.5, **dict.fromkeys(SIMPLER, gain)}, more=[("fresh_ari", 0.3)])
+    said = found.claim()
+    assert words in said and "Over 12 prefixs" not in said
+    assert "on fresh draws, with the clusters that these make by themselves: 0.35 (95%" in said
+    assert ("is above" in said) and (("is below" in said) == (gain < 0))
+    assert "matched by number of tokens, in logits" in said
+
+
+def test_too_few_prefixes_leave_the_joint_clustering_undecided():
+    said = made(8, {"nothing": 5.5, **dict.fromkeys(SIMPLER, 0.5)}).verdict()
+    assert "Too few" in said and "The joint clustering" not in said
+
+
+def test_matching_by_length_pairs_as_many_as_can_be():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        labels, lengths = rng.integers(3, size=25), rng.integers(1, 4, size=25)
+        found = matched_by_length(labels, lengths, seed=1)
+        for length in set(lengths):
+            counts = np.bincount(labels[lengths == length], minlength=3)
+            taken = np.bincount(labels[found & (lengths == length)], minlength=3)
+            assert taken.sum() == 2 * min(counts.sum() // 2, counts.sum() - counts.max())
+            assert (taken <= counts).all() and taken.max() <= taken.sum() - taken.max()
+    assert not matched_by_length(np.array([0, 0, 1]), np.array([3, 3, 4])).any()
+
+
+def test_fresh_draws_of_the_same_modes_fall_into_the_same_clusters():
+    first, other = (two_view_set(3, n=n) for n in (48, 64))
+    clusterer = fit(JointClusterer(2.0, 0.5, min_cluster_size=4, random_state=0), first)
+    assert clusterer.n_clusters_ == 4 and agreement(clusterer, first) == 1
+    noise = two_view_set(4)
+    own = fit(JointClusterer(2.0, 0.5, min_cluster_size=4, random_state=0), noise).labels_
+    expected = adjusted_rand_score(clusterer.predict(*noise.both_views()), own)
+    assert agreement(clusterer, noise) == expected
+    assert agreement(clusterer, other) <= 1
+
+
+@pytest.mark.slow
+def test_a_second_embedder_and_fresh_draws_from_a_model():
+    model = make_model("llama", "SAETransformerBridge")  # noqa: F811
+    dictionary = make("standard", "blocks.1.hook_out", model.cfg.d_model, d_sae=32)
+    config = AuditConfig(
+        n=16, max_new_tokens=4, min_cluster_size=2, embedding="sentence", strengths=(-0.5, 0.5), max_rows=6
+    )
+    second = str(packaged_sentence_model())
+    found = evaluate_clusters(
+        model, PREFIXES, dictionary, cells=((2.0, 0.5), (2.0, 0.2)), second_embedder=second, fresh_draws=16,
+        generate=2, controls=("length",), signs=("all", "positive"), audit=config, n_permutations=100,
+    )  # fmt: skip
+    table = found.by_cell()
+    assert {"second_embedder", "length"} < set(found.kinds) and not {"top_activation"} & set(found.kinds)
+    assert set(table["sign"]) == {"all", "positive"} and {"embedder_ari", "fresh_ari"} < set(table.columns)
+    assert (table["embedder_ari"].dropna() == 1).all()  # the same model by its folder
+    assert "generation_change" in table and table["n_clusters"].max() >= 2
+    assert all("fresh" in str(one) or "one cluster" in str(one) or "latent" in str(one) for one in found.failures)
+
+
+def no_model():
+    raise AssertionError("A model was loaded before the input was checked.")
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="prefixes must be of at least 6 prefixes, got 5"):
+        evaluate_clusters(no_model, PREFIXES[:5], [])
+    with pytest.raises(ValueError, match="'a test ' is given twice"):
+        evaluate_clusters(no_model, [*PREFIXES, "a test "], [])
+    with pytest.raises(ValueError, match="n=7 has 7 continuations: 3 to cluster and 4 to judge on"):
+        evaluate_clusters(no_model, PREFIXES, [], audit=AuditConfig(n=7))
+    for wrong, message in (
+        ({"cells": ((1.0, 2.0),)}, "gamma must lie in"),
+        ({"cells": ((1.0,),)}, "pairs of beta and gamma"),
+        ({"cells": ((1.0, 0.5), (1, 0.5))}, "cells must be different"),
+        ({"directions": ("mean",)}, "directions must be one of"),
+        ({"signs": ()}, "must not be empty"),
+        ({"controls": ("random",)}, "controls must be one of"),
+        ({"fresh_draws": 5}, "fresh_draws must be 0, or at least 8"),
+        ({"generate": -1}, "generate must be a whole number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate_clusters(no_model, PREFIXES, [], **wrong)
