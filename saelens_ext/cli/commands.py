@@ -48,6 +48,7 @@ def _evidence(
     *,
     more: tuple[str, ...] = (),
     kept: str = "Nothing was written.",
+    module: str = "evidence",
 ) -> Command:
     """An evaluation, whose results all have the same options."""
     return Command(
@@ -55,7 +56,7 @@ def _evidence(
         summary=summary,
         example=f"evidence {kind} {arguments}",
         options=(*(f"evidence_options:{name}" for name in (*options, "ResultOptions")), *more),
-        runs=f"evidence:{kind}",
+        runs=f"{module}:{kind}",
         kept=kept,
     )
 
@@ -186,6 +187,31 @@ _ALL = (
         "tell what training changed in a dictionary, by replicas of two models' dictionaries",
         "base_seed0 --compare=base_seed1 --second=tuned_seed0 --second=tuned_seed1",
         ("ReplicaInputs", "OtherModelInputs", "CheckpointSettings"),
+    ),
+    _evidence(
+        "overlap",
+        "compare dictionaries by the tokens on which their latents are strongest, beside shifted tokens",
+        "output/blocks.6.hook_out_exemplars_p2 --compare=my_sae",
+        ("EvidenceInputs", "OverlapSettings"),
+    ),
+    _evidence(
+        "decompose",
+        "write a dictionary's directions as sums of a few of another's, beside bases turned at random",
+        "output/blocks.6.hook_out_exemplars_p10 --basis=output/blocks.6.hook_out_exemplars_p2",
+        ("TargetInputs", "DecompositionSettings"),
+    ),
+    _evidence(
+        "nesting",
+        "find where the regions of partitions go in coarser ones, beside regions around random activations",
+        "output/blocks.6.hook_out_exemplars_p2 --compare=output/blocks.6.hook_out_exemplars_p10",
+        ("EvidenceInputs", "NestingSettings"),
+    ),
+    _evidence(
+        "models",
+        "compare two models by the regions of their activations on the same texts: which training added or took away",
+        "base_model tuned_model --hook_name=blocks.6.hook_out --dataset_path=texts.jsonl",
+        ("ModelInputs", "ModelSettings"),
+        module="evidence_models",
     ),
     _evidence(
         "synthetic",

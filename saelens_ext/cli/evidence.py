@@ -28,6 +28,7 @@ from saelens_ext.cli.evidence_options import (
     ReplicaInputs,
     ResultOptions,
     SteeringInputs,
+    TargetInputs,
 )
 from saelens_ext.cli.output import Context, Result, table
 from saelens_ext.continuations.continuation_set import ContinuationSet
@@ -40,12 +41,15 @@ from saelens_ext.evals.checkpoints import compare_checkpoints
 from saelens_ext.evals.clusterings import compare_clusterings
 from saelens_ext.evals.clusters import evaluate_clusters
 from saelens_ext.evals.concepts_data import Concept, packaged_concepts, read_concepts
+from saelens_ext.evals.decomposition import decompose_dictionary
 from saelens_ext.evals.detection import evaluate_detection
 from saelens_ext.evals.evidence import Evidence
 from saelens_ext.evals.localisation import localise_behaviour
 from saelens_ext.evals.localisation_sweep import localisation_sweep
 from saelens_ext.evals.methods import Method
+from saelens_ext.evals.nesting import partition_nesting
 from saelens_ext.evals.novelty import evaluate_novelty
+from saelens_ext.evals.overlap import overlap_by_tokens
 from saelens_ext.evals.probing import evaluate_probes
 from saelens_ext.evals.results import save_evidence, write_beside
 from saelens_ext.evals.stability import dictionary_stability
@@ -64,7 +68,7 @@ def detection(
     inputs: EvidenceInputs, concepts: ConceptInputs, settings: Any, results: ResultOptions, context: Context
 ) -> Result:
     """Judge what dictionaries detect over many concepts."""
-    _prepare(results)
+    prepare(results)
     given = _concepts(concepts)
     stream, saes = _opened(inputs)
     methods = _methods(saes)
@@ -73,37 +77,37 @@ def detection(
         controls = matched_controls(sae, x, n_draws=concepts.n_coresets, seed=settings.seed)
         methods += [_renamed(control, name) for control in controls] if len(saes) > 1 else controls
     found = evaluate_detection(stream.model, methods, given, progress=context.progress, **vars(settings))
-    return _finish(found, inputs, results, settings)
+    return finish(found, inputs, results, settings)
 
 
 def probes(
     inputs: EvidenceInputs, concepts: ConceptInputs, settings: Any, results: ResultOptions, context: Context
 ) -> Result:
     """Probe for many concepts through dictionaries."""
-    _prepare(results)
+    prepare(results)
     given = _concepts(concepts)
     stream, saes = _opened(inputs)
     activations = dict.fromkeys((hooks_of(sae)[0] for sae in saes.values()), _activations(stream))
     found = evaluate_probes(
         stream.model, saes, given, activations=activations, progress=context.progress, **vars(settings)
     )
-    return _finish(found, inputs, results, settings)
+    return finish(found, inputs, results, settings)
 
 
 def novelty(
     inputs: EvidenceInputs, documents: DocumentInputs, settings: Any, results: ResultOptions, context: Context
 ) -> Result:
     """Judge how well the distance to the nearest exemplar finds unfamiliar text."""
-    _prepare(results)
+    prepare(results)
     if documents.inside is None:
         raise UsageError(
             "No documents were named that the dictionary was not fitted to: --inside=FILE, a JSON list of texts or a "
             "text in each line, of the kind that it was fitted to."
         )
-    inside, outside = opening.texts_in(Path(documents.inside)), _named_files(documents.outside)
+    inside, outside = opening.texts_in(Path(documents.inside)), named_files(documents.outside)
     stream, saes = _opened(inputs)
     found = evaluate_novelty(stream.model, saes, stream, inside, outside, progress=context.progress, **vars(settings))
-    return _finish(found, inputs, results, settings)
+    return finish(found, inputs, results, settings)
 
 
 def steering(
@@ -115,7 +119,7 @@ def steering(
     context: Context,
 ) -> Result:
     """Judge what dictionaries bring about over many concepts."""
-    _prepare(results)
+    prepare(results)
     if steered.prompts is None:
         raise UsageError("No prompts were named: --prompts=FILE, a JSON list of texts or a text in each line.")
     if (steered.judge_url is None) != (steered.judge_model is None):
@@ -133,14 +137,14 @@ def steering(
         stream.model, _methods(saes), given, judges, prompts=prompts, options=options, progress=context.progress,
         **vars(settings),
     )  # fmt: skip
-    return _finish(found, inputs, results, settings)
+    return finish(found, inputs, results, settings)
 
 
 def behaviour(
     inputs: EvidenceInputs, prompts: BehaviourInputs, settings: Any, results: ResultOptions, context: Context
 ) -> Result:
     """Localise a behaviour in a dictionary, and judge what ablating its regions does."""
-    _prepare(results)
+    prepare(results)
     if prompts.shows is None or prompts.lacks is None:
         raise UsageError(
             "No prompts were named: --shows=FILE and --lacks=FILE, each a JSON list of texts or a text in each line."
@@ -162,16 +166,16 @@ def behaviour(
         stream.model, found, split, judge, neutral_texts=neutral, progress=context.progress, **vars(settings)
     )
     if not prompts.sweep:
-        return _finish(ablated, inputs, results, settings)
+        return finish(ablated, inputs, results, settings)
     swept = localisation_sweep(
         stream.model, stream.hook_names[0], split, judge, folder=Path(results.output_path) / "cells", **options
     )
-    return _finish(ablated, inputs, results, settings, swept)
+    return finish(ablated, inputs, results, settings, swept)
 
 
 def clusters(inputs: ClusterInputs, settings: Any, results: ResultOptions, audited: Any, context: Context) -> Result:
     """Steer along joint clusters of many prefixes, and judge the clusterings on the same continuations."""
-    _prepare(results)
+    prepare(results)
     if inputs.prefixes is None:
         raise UsageError("No prefixes were named: --prefixes=FILE, a JSON list, or a text in each line.")
     check_named(inputs)
@@ -185,7 +189,7 @@ def clusters(inputs: ClusterInputs, settings: Any, results: ResultOptions, audit
         generate=config.generate, folder=folder, progress=context.progress, **cells, **vars(settings),
     )  # fmt: skip
     judged = _clusterings(found, folder, config, settings) if inputs.clusterings else ()
-    return _finish(found, None, results, settings, *judged)
+    return finish(found, None, results, settings, *judged)
 
 
 def _clusterings(found: Evidence, folder: Path, config: AuditConfig, settings: Any) -> list[Evidence]:
@@ -204,38 +208,65 @@ def _clusterings(found: Evidence, folder: Path, config: AuditConfig, settings: A
 
 def stability(inputs: ReplicaInputs, settings: Any, results: ResultOptions, context: Context) -> Result:
     """Look for the directions of a dictionary in its replicas."""
-    _prepare(results)
+    prepare(results)
     if not inputs.compare:
         raise UsageError("No other replica was named: --compare=FOLDER, a dictionary built as this one but for a seed.")
     found = dictionary_stability(_replicas([inputs.dictionary, *inputs.compare]), **vars(settings))
-    return _finish(found, inputs, results, settings)
+    return finish(found, inputs, results, settings)
 
 
 def checkpoints(
     inputs: ReplicaInputs, other: OtherModelInputs, settings: Any, results: ResultOptions, context: Context
 ) -> Result:
     """Tell what training changed in a dictionary, by replicas of both models'."""
-    _prepare(results)
+    prepare(results)
     if not inputs.compare or len(other.second) < 2:
         raise UsageError(
             f"Each model needs at least 2 replicas, got {1 + len(inputs.compare)} and {len(other.second)}: "
             "--compare=FOLDER for the first model, --second=FOLDER --second=FOLDER for the other."
         )
     sides = _replicas([inputs.dictionary, *inputs.compare]), _replicas(other.second)
-    return _finish(compare_checkpoints(*sides, **vars(settings)), inputs, results, settings)
+    return finish(compare_checkpoints(*sides, **vars(settings)), inputs, results, settings)
+
+
+def overlap(inputs: EvidenceInputs, settings: Any, results: ResultOptions, context: Context) -> Result:
+    """Compare dictionaries by the tokens on which their latents are strongest."""
+    return _compared(overlap_by_tokens, inputs, settings, results)
+
+
+def nesting(inputs: EvidenceInputs, settings: Any, results: ResultOptions, context: Context) -> Result:
+    """Find where the regions of partitions go in coarser ones."""
+    return _compared(partition_nesting, inputs, settings, results)
+
+
+def _compared(function: Any, inputs: EvidenceInputs, settings: Any, results: ResultOptions) -> Result:
+    prepare(results)
+    if not inputs.compare:
+        raise UsageError("No other dictionary was named: --compare=FOLDER, of the same hook.")
+    stream, saes = _opened(inputs)
+    return finish(function(saes, stream, **vars(settings)), inputs, results, settings)
+
+
+def decompose(inputs: TargetInputs, settings: Any, results: ResultOptions, context: Context) -> Result:
+    """Write a dictionary's directions as sums of a few of another's."""
+    prepare(results)
+    if inputs.basis is None:
+        raise UsageError("No basis was named: --basis=FOLDER, the dictionary whose directions are the terms.")
+    target, basis = (opening.open_dictionary(folder) for folder in (inputs.dictionary, inputs.basis))
+    return finish(decompose_dictionary(target, basis, **vars(settings)), inputs, results, settings)
 
 
 def synthetic(settings: Any, results: ResultOptions, context: Context) -> Result:
     """Compare dictionaries with the features of SAELens' synthetic models."""
-    _prepare(results)
+    prepare(results)
     found = evaluate_on_synthetic(progress=context.progress, **vars(settings))
-    return _finish(found, None, results, settings)
+    return finish(found, None, results, settings)
 
 
 # --- what is read ---
 
 
-def _prepare(results: ResultOptions) -> None:
+def prepare(results: ResultOptions) -> None:
     opening.check_writable(results.output_path, "output_path")
     if results.logger.log_to_wandb:
         check_login()
@@ -299,12 +330,12 @@ def _renamed(control: Method, name: str) -> Method:
     return replace(control, name=f"{control.name} of {name}")
 
 
-def _named_files(given: Sequence[str]) -> dict[str, list[str]]:
+def named_files(given: Sequence[str], option: str = "--outside") -> dict[str, list[str]]:
     found = {}
     for entry in given:
         name, separator, file = entry.partition("=")
         if not (name and separator and file):
-            raise UsageError(f"--outside takes NAME=FILE, got {entry!r}.")
+            raise UsageError(f"{option} takes NAME=FILE, got {entry!r}.")
         found[name] = opening.texts_in(Path(file))
     return found
 
@@ -312,9 +343,9 @@ def _named_files(given: Sequence[str]) -> dict[str, list[str]]:
 # --- what is told ---
 
 
-def _finish(
+def finish(
     found: Evidence,
-    inputs: EvidenceInputs | ReplicaInputs | None,
+    inputs: EvidenceInputs | ReplicaInputs | TargetInputs | None,
     results: ResultOptions,
     settings: Any,
     *more: Evidence,
@@ -333,7 +364,9 @@ def _finish(
     return Result(data=data, text="\n".join([*lines, "", *(f"{name}: {path}" for name, path in files.items())]))
 
 
-def _log(found: Evidence, inputs: EvidenceInputs | ReplicaInputs | None, results: ResultOptions, settings: Any) -> None:
+def _log(
+    found: Evidence, inputs: EvidenceInputs | ReplicaInputs | TargetInputs | None, results: ResultOptions, settings: Any
+) -> None:
     """Log the estimates to a wandb run, under ``metrics/evidence/``."""
     if not results.logger.log_to_wandb:
         return

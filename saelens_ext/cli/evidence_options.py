@@ -16,8 +16,12 @@ from saelens_ext.cli.options import ReadingOptions, place
 from saelens_ext.evals.ablation import ablate_behaviour
 from saelens_ext.evals.checkpoints import compare_checkpoints
 from saelens_ext.evals.clusters import evaluate_clusters
+from saelens_ext.evals.decomposition import decompose_dictionary
 from saelens_ext.evals.detection import evaluate_detection
+from saelens_ext.evals.model_comparison import compare_models
+from saelens_ext.evals.nesting import partition_nesting
 from saelens_ext.evals.novelty import evaluate_novelty
+from saelens_ext.evals.overlap import overlap_by_tokens
 from saelens_ext.evals.probing import evaluate_probes
 from saelens_ext.evals.stability import dictionary_stability
 from saelens_ext.evals.steering import compare_steering
@@ -97,6 +101,44 @@ class OtherModelInputs:
 
     second: Any = simple_parsing.field(default_factory=list, action="append", type=str, metavar="FOLDER")
     """A replica of the other model's dictionary; repeat it, at least 2 are needed."""
+
+
+@dataclass(kw_only=True)
+class TargetInputs:
+    """The dictionary that is taken apart, and the one in whose directions. No model is read."""
+
+    dictionary: str = place("FOLDER")
+    """Folder of a saved dictionary, any that SAELens loads."""
+    basis: str | None = simple_parsing.field(default=None, type=text_or_none, metavar="FOLDER")
+    """The dictionary whose directions are the terms, of the same width."""
+    save: bool = True
+    """Put the verdict and the figures beside the dictionary, for its card."""
+
+
+@dataclass(kw_only=True)
+class ModelInputs:
+    """The two models, and the texts that both read."""
+
+    base: str = place("BASE")
+    """Hugging Face name of the model before training, the folder of a saved one, or demo."""
+    tuned: str = place("TUNED")
+    """The model after it."""
+    hook_name: str | None = simple_parsing.field(default=None, type=text_or_none, metavar="HOOK")
+    """Where to read both."""
+    dataset_path: str | None = simple_parsing.field(default=None, type=text_or_none, metavar="NAME")
+    """Hugging Face name of a dataset, a file or folder of data, or demo. Include text of the kind that training was
+    about."""
+    text_column: str | None = None
+    """Column of the documents."""
+    model_class_name: str | None = None
+    """SAETransformerBridge, HookedTransformer or AutoModelForCausalLM."""
+    training_tokens: int = 200_000
+    """Activations to read of each."""
+    prompts: Any = simple_parsing.field(default_factory=list, action="append", type=str, metavar="NAME=FILE")
+    """Prompts that are not among the texts, a JSON list or one in each line: whether they move into regions that
+    training added; may be repeated."""
+    device: str = "auto"
+    """Where to compute: auto (CUDA where there is one, else the CPU) or a device of torch."""
 
 
 @dataclass(kw_only=True)
@@ -201,6 +243,10 @@ def _explained(docstring: str) -> dict[str, str]:
 
 StabilitySettings = _settings("StabilitySettings", dictionary_stability, "How replicas are compared.")
 CheckpointSettings = _settings("CheckpointSettings", compare_checkpoints, "How the models' replicas are compared.")
+OverlapSettings = _settings("OverlapSettings", overlap_by_tokens, "How overlap is judged.")
+DecompositionSettings = _settings("DecompositionSettings", decompose_dictionary, "How directions are taken apart.")
+NestingSettings = _settings("NestingSettings", partition_nesting, "How nesting is judged.")
+ModelSettings = _settings("ModelSettings", compare_models, "How the models are compared.")
 BehaviourSettings = _settings("BehaviourSettings", ablate_behaviour, "How ablations are judged.")
 DetectionSettings = _settings("DetectionSettings", evaluate_detection, "How methods are judged.", ("untrained_twin",))
 ProbeSettings = _settings("ProbeSettings", evaluate_probes, "How probes are judged.", ("activations",))

@@ -8,6 +8,7 @@ Symbols
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -59,11 +60,38 @@ class ModelComparison:
             replicas), "across" (median cosine with the nearest of the other side), "label" and "contexts", the member
             tokens nearest to the exemplar with what is around them.
         """
-        return self._changed(SIDES[1])
+        return self._changed[SIDES[1]].copy()
 
     def lost(self) -> pd.DataFrame:
         """The dropped regions of the base model's replica "0", as :meth:`gained`."""
-        return self._changed(SIDES[0])
+        return self._changed[SIDES[0]].copy()
+
+    def matched_pairs(self, n: int = _REGIONS_SHOWN) -> pd.DataFrame:
+        """Persisted regions of the base model's replica "0" beside the nearest of the tuned model's, the largest first.
+
+        Args:
+            n: at most so many.
+
+        Returns:
+            One row per region: "latent" and "nearest" (of the tuned model's replica "0"), "members" of either, "cosine"
+            of their directions, "across" as in :meth:`gained`, "label" and "nearest_label", "contexts" and
+            "nearest_contexts".
+        """
+        rows = self._states(SIDES[0], "persisted")
+        counts = [self.profiles[side].counts for side in SIDES]
+        rows = rows.assign(members=counts[0][rows["latent"].tolist()].tolist())
+        rows = rows.sort_values("members", ascending=False, kind="stable").head(_checks.positive(n, "n"))
+        first, second = (self.fits[side]["0"].dictionary.exemplars.detach().double().cpu() for side in SIDES)
+        latents = rows["latent"].tolist()
+        cosines, nearest = (first[latents] @ second.T).max(dim=1)
+        told = [self._described(*pair) for pair in zip(SIDES, (latents, nearest.tolist()))]
+        columns = {
+            "latent": latents, "members": rows["members"].tolist(), "nearest": nearest.tolist(),
+            "nearest_members": counts[1][nearest].tolist(), "cosine": cosines.tolist(),
+            "across": rows["across"].tolist(), "label": told[0]["label"], "nearest_label": told[1]["label"],
+            "contexts": told[0]["contexts"], "nearest_contexts": told[1]["contexts"],
+        }  # fmt: skip
+        return pd.DataFrame(columns)
 
     def verdict(self) -> str:
         """Whether the models differ, how many regions changed, and whether texts and prompts lie in them."""
@@ -71,38 +99,59 @@ class ModelComparison:
 
     def save_html(self, path: str | Path) -> Path:
         """Write the comparison as one page: states, regions lost and gained with contexts, and shifts of prompts."""
-        section = self.checkpoints.section()
-        tables = tuple(
-            evidence_table(
-                f"Regions {CHANGED[side]}",
-                table.assign(contexts=[" | ".join(texts) for texts in table["contexts"]]).head(_REGIONS_SHOWN),
-                f"Replica 0 of the {side} side, the largest {_REGIONS_SHOWN} of {len(table)}.",
-            )
+        section, shown = self.checkpoints.section(), f"the largest {_REGIONS_SHOWN}"
+        parts = [
+            (f"Regions {CHANGED[side]}", table, f"Replica 0 of the {side} side, {shown} of {len(table)}.")
             for side, table in ((SIDES[1], self.gained()), (SIDES[0], self.lost()))
-        )
+        ]
+        note = f"Persisted regions of replica 0 of the first side beside the nearest of the second, {shown}."
+        parts.append(("Matched regions side by side", self.matched_pairs(), note))
+        tables = [
+            evidence_table(title, _joined_contexts(table).head(_REGIONS_SHOWN), note) for title, table, note in parts
+        ]
         sections = [replace(section, tables=(*tables, *section.tables)), self.shift.section()]
         about = {"hook": self.profiles[SIDES[0]].hook_name}
         return write_evidence_report(path, sections, about=about, title="Two models compared")
 
-    def _changed(self, side: str) -> pd.DataFrame:
+    @cached_property
+    def _changed(self) -> dict[str, pd.DataFrame]:
+        """By side, the regions that are not on the other: labels take long, and are made once."""
+        found = {}
+        for side in SIDES:
+            rows = self._states(side, CHANGED[side])
+            latents = rows["latent"].tolist()
+            columns = {
+                "latent": latents,
+                "members": self.profiles[side].counts[latents].tolist(),
+                "own": rows["own"].to_numpy(),
+                "across": rows["across"].to_numpy(),
+            }
+            table = pd.DataFrame(columns | self._described(side, latents))
+            found[side] = table.sort_values("members", ascending=False, kind="stable").reset_index(drop=True)
+        return found
+
+    def _states(self, side: str, state: str) -> pd.DataFrame:
         rows = self.checkpoints.latents
-        rows = rows[(rows["side"] == side) & (rows["replica"] == "0") & (rows["state"] == CHANGED[side])]
-        profile, latents = self.profiles[side], rows["latent"].tolist()
-        labels = label_latents(profile, self.tokenizer, latents=latents, n_null=1) if latents else []
-        columns = {
-            "latent": latents,
-            "members": profile.counts[latents].tolist(),
-            "own": rows["own"].to_numpy(),
-            "across": rows["across"].to_numpy(),
+        return rows[(rows["side"] == side) & (rows["replica"] == "0") & (rows["state"] == state)]
+
+    def _described(self, side: str, latents: list[int]) -> dict[str, list[Any]]:
+        """Labels and contexts of regions of a side's replica "0"."""
+        profile = self.profiles[side]
+        labels = label_latents(profile, self.tokenizer, latents=sorted(set(latents)), n_null=1) if latents else {}
+        return {
             "label": [labels[latent].text for latent in latents],
             "contexts": [self._contexts(profile, latent) for latent in latents],
         }
-        table = pd.DataFrame(columns).sort_values("members", ascending=False, kind="stable")
-        return table.reset_index(drop=True)
 
     def _contexts(self, profile: DictionaryProfile, latent: int) -> list[str]:
         found = profile.contexts(latent, self.tokenizer, n=_CONTEXTS)
         return [f"{row.before}⟦{row.token}⟧{row.after}" for row in found.itertuples()]
+
+
+def _joined_contexts(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with contexts as one text, as a page shows them."""
+    names = [name for name in table.columns if name.endswith("contexts")]
+    return table.assign(**{name: [" | ".join(texts) for texts in table[name]] for name in names})
 
 
 @standard_modes()

@@ -214,11 +214,59 @@ def test_clusters(command, built, place, tmp_path):
     assert "--dictionaries=FOLDER" in command("evidence", "clusters", asked[4]).error
 
 
+def test_overlap_and_nesting_beside_another_dictionary(command, copied, built, tmp_path):
+    given = [copied, f"--compare={built['fine']}", "--training_tokens=300", "--n_bootstrap=20"]
+    found = command(
+        "evidence", "overlap", *given, "--min_active=2", f"--output_path={tmp_path / 'o'}", "--quiet", "--json"
+    )
+    content = check(found, "overlap", tmp_path / "o", copied)
+    assert content["overlap"]["settings"]["n_tokens"] == 300 and len(found.data["summary"]) == 4
+    found = command("evidence", "nesting", *given, "--n_shuffles=5", f"--output_path={tmp_path / 'n'}", *FAST)
+    content = check(found, "nesting", tmp_path / "n", copied)
+    assert content["nesting"]["settings"]["partitions"][1] == "coarse"  # whatever the order they are given in
+    for name in ("overlap", "nesting"):
+        assert "--compare=FOLDER" in command("evidence", name, copied).error
+
+
+def test_decompose(command, copied, built, tmp_path):
+    found = command(
+        "evidence", "decompose", copied, f"--basis={built['fine']}", "--n_null=2", f"--output_path={tmp_path / 'out'}",
+        "--quiet", "--json",
+    )  # fmt: skip
+    check(found, "decomposition", tmp_path / "out", copied)
+    assert {row["method"] for row in found.data["summary"]} == {"basis", "turned basis"}
+    assert "--basis=FOLDER" in command("evidence", "decompose", copied).error
+
+
+def test_models(command, place, tmp_path):
+    given = [place / "model", place / "model", "--context_size=16", "--training_tokens=300", "--n_replicas=2"]
+    reading = ["--hook_name=blocks.1.hook_out", f"--dataset_path={place / 'text.jsonl'}", "--percentile=20"]
+    (tmp_path / "asked.txt").write_text("The assert statement\nA list of names")
+    found = command(
+        "evidence", "models", *given, *reading, f"--prompts=asked={tmp_path / 'asked.txt'}",
+        f"--output_path={tmp_path / 'out'}", "--quiet", "--json",
+    )  # fmt: skip
+    assert found.status == 0, found.err
+    page, content = (
+        (tmp_path / "out" / "evidence.html").read_text(),
+        json.loads((tmp_path / "out" / "results.json").read_text()),
+    )
+    assert {"checkpoints", "prompt_shift"} < set(content) and "Matched regions side by side" in page
+    assert (tmp_path / "out" / "gained.csv").read_text().startswith("latent,members,own")
+    assert "asked" in found.data["verdict"] and Evidence.load(tmp_path / "out" / "prompt_shift").verdict()
+    assert "--hook_name=HOOK" in command("evidence", "models", *given).error
+    assert "--prompts takes NAME=FILE" in command("evidence", "models", *given, *reading, "--prompts=asked").error
+
+
+RESAMPLED = {"overlap": "--n_shifts", "decompose": "--n_null", "models": "--n_replicas"}
+
+
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name.startswith("evidence ")])
 def test_help_lists_the_options_of_the_evaluation(command, name):
     found = command(*name.split(), "--help")
     assert found.status == 0 and f"usage: saelens-ext {name}" in found.out
-    for option in ("--output_path", "--n_permutations", "--seed", "--json"):
+    resampled = RESAMPLED.get(name.removeprefix("evidence "), "--n_permutations")
+    for option in ("--output_path", resampled, "--seed", "--json"):
         assert option in found.out
     assert "of everything random" in found.out.lower() or "seed" in found.out
 

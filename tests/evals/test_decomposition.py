@@ -7,6 +7,7 @@ import pytest
 import torch
 from sae_lens import StandardSAE, StandardSAEConfig
 
+import saelens_ext as sx
 from saelens_ext.evals import decompose_dictionary
 
 
@@ -27,7 +28,10 @@ def test_planted_sums_are_found_again():
         torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio))  # the direction counts, not its length
     assert (found.explained > 1 - 1e-9).all()
     assert torch.allclose(found.p_value, torch.full((3,), 1 / 21, dtype=torch.float64))
-    assert found.summary()["share_above_null"] == 1 and found.summary()["mean_terms"] == 2
+    means = found.summary().set_index(["metric", "method"])["estimate"]
+    assert means["above_null", "basis"] == 1 and means["n_terms", "basis"] == 2
+    assert means["explained", "turned basis"] == pytest.approx(float(found.null.mean()))
+    assert found.comparisons()["p"].item() == 1 / 21 and "more than what the space alone gives" in found.verdict()
     table = found.to_dataframe()
     assert len(table) == 6 and set(table.columns) == {"latent", "term", "weight", "explained", "p"}
 
@@ -48,10 +52,12 @@ def test_the_weights_are_the_best_of_their_terms():
 
 @pytest.mark.slow
 def test_nothing_shared_looks_like_the_null():
-    found = decompose_dictionary(units(400, 20, 3), units(30, 20, 4), n_null=19)
-    assert abs(found.summary()["median_explained"] - found.summary()["median_explained_by_null"]) < 0.05
+    found = decompose_dictionary(units(400, 20, 3), units(30, 20, 4), n_null=20)
+    means = found.summary().set_index(["metric", "method"])["estimate"]
+    assert abs(means["explained", "basis"] - means["explained", "turned basis"]) < 0.05
+    assert found.comparisons()["p"].item() > 0.05 and "which cannot be told from" in found.verdict()
+    assert means["above_null", "basis"] <= 0.1  # .05 expected
     assert float((found.p_value <= 0.05).double().mean()) <= 0.09  # .05 expected
-    assert found.summary()["share_expected_by_chance"] == pytest.approx(0.05)
 
 
 def test_saes_dead_latents_and_small_bases():
@@ -60,7 +66,16 @@ def test_saes_dead_latents_and_small_bases():
     found = decompose_dictionary(sae, units(2, 8, 5), max_terms=4, n_null=2)
     assert found.terms.shape == (5, 4) and (found.terms[:, 2:] == -1).all()
     assert found.explained.isnan().tolist() == [False, False, True, False, False]
-    assert found.p_value.isnan()[2] and found.summary()["n_without_direction"] == 1
+    assert found.p_value.isnan()[2] and found.comparisons()["n_undefined"].item() == 1
+    assert "too few turns for any claim" in found.verdict()
+
+
+def test_saved_and_on_a_page(tmp_path):
+    found = decompose_dictionary(units(7, 8, 0), units(4, 8, 1), n_null=20, n_bootstrap=20)
+    again = sx.Evidence.load(found.save(tmp_path))
+    assert again.verdict() == found.verdict() and torch.equal(again.terms, found.terms)
+    page = sx.write_evidence_report(tmp_path / "page.html", [found.section()]).read_text()
+    assert "Terms" in page and "turned basis" in page
 
 
 def test_bad_input():
@@ -70,6 +85,7 @@ def test_bad_input():
         ("basis has 1 non-finite", (units(3, 8, 0), torch.tensor([[1.0, torch.nan]]).repeat(1, 4)[:, :8]), {}),
         ("max_terms", (units(3, 8, 0), units(3, 8, 0)), {"max_terms": 0}),
         ("n_null", (units(3, 8, 0), units(3, 8, 0)), {"n_null": 0}),
+        ("confidence", (units(3, 8, 0), units(3, 8, 0)), {"confidence": 1.0}),
     ]:
         with pytest.raises(ValueError, match=message if "non-finite" not in message else "basis has . non-finite"):
             decompose_dictionary(*arguments, **options)

@@ -68,6 +68,31 @@ def test_the_planted_region_is_gained(found, trigger):
     assert list(found.lost().columns) == list(gained.columns)
 
 
+def test_matched_regions_stand_side_by_side(found):
+    pairs = found.matched_pairs()
+    latents = found.checkpoints.latents
+    base = latents[(latents["side"] == "first") & (latents["replica"] == "0")]
+    assert 0 < len(pairs) <= 20 and pairs["members"].is_monotonic_decreasing
+    assert set(pairs["latent"]) <= set(base.loc[base["state"] == "persisted", "latent"])
+    first, second = (found.fits[side]["0"].dictionary.exemplars.detach() for side in ("first", "second"))
+    for row in pairs.head(5).itertuples():
+        cosines = [float(first[row.latent] @ other) for other in second]
+        assert row.nearest == int(np.argmax(cosines)) and row.cosine == pytest.approx(max(cosines), abs=1e-5)
+        assert row.nearest_members == int(found.profiles["second"].counts[row.nearest])
+        assert all("⟦" in text for text in (*row.contexts, *row.nearest_contexts)) and row.label and row.nearest_label
+    assert len(found.matched_pairs(2)) == 2
+    with pytest.raises(ValueError, match="n must be"):
+        found.matched_pairs(0)
+
+
+def test_labels_are_made_once(found, monkeypatch):
+    first = found.gained()
+    monkeypatch.setattr("saelens_ext.evals.model_comparison.label_latents", None)
+    pd.testing.assert_frame_equal(found.gained(), first)
+    first["label"] = "changed by the caller"
+    assert not (found.gained()["label"] == "changed by the caller").any()
+
+
 def test_prompts_that_end_in_it_move(found):
     shares = found.shift.summary(metric="share_introduced").set_index(["group", "method"])["estimate"]
     assert shares["with", "tuned"] > 0.9 and shares["with", "base"] < 0.1
