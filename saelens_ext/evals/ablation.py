@@ -290,10 +290,18 @@ def acting_centers(
 def lacking_centers(
     model: HostModel, found: Localisation, hooks: Sequence[str], chat_template: bool
 ) -> dict[str, Tensor]:
-    """By hook the mean last position of the choose prompts that do not show the behaviour, ``(d,)``."""
-    prompts = found.prompts.loc[found.prompts["shown"] < 0.5, "prompt"].tolist()
-    read = read_texts(model, hooks, prompts, positions="last", chat_template=chat_template)
-    return {hook: wide(read.activations[hook]).mean(dim=0).float() for hook in hooks}
+    """By hook the mean last position of the choose prompts that do not show the behaviour, ``(d,)``.
+
+    Where the dictionary writes it is known from the localisation; other hooks are read.
+    """
+    own = resolve_hook(model, found.settings["hook_name_out"])
+    others = [hook for hook in hooks if resolve_hook(model, hook) != own]
+    centers = dict.fromkeys(hooks, found.lacking)
+    if others:
+        prompts = found.prompts.loc[found.prompts["shown"] < 0.5, "prompt"].tolist()
+        read = read_texts(model, others, prompts, positions="last", chat_template=chat_template)
+        centers |= {hook: wide(read.activations[hook]).mean(dim=0).float() for hook in others}
+    return centers
 
 
 def _side_effects(asking: Asking, texts: Sequence[str], conditions: Sequence[Condition]) -> list[dict[str, Any]]:

@@ -58,6 +58,8 @@ class Localisation:
     difference: Tensor
     """Mean of the last positions of prompts that show the behaviour minus that of the others, where the dictionary
     writes, ``(d,)``."""
+    lacking: Tensor
+    """Mean of the last positions of prompts that do not show the behaviour, there, ``(d,)``."""
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -99,6 +101,7 @@ def localise_behaviour(
     min_members: int = 5,
     min_rate: float | int = 0.3,
     n_candidates: int = 5,
+    asked: pd.DataFrame | None = None,
     batch_size: int = 64,
     progress: bool = False,
 ) -> Localisation:
@@ -115,6 +118,8 @@ def localise_behaviour(
         min_members: prompts that a candidate must have.
         min_rate: rate that it must have, in (0, 1].
         n_candidates: candidates at most.
+        asked: what :func:`~saelens_ext.evals.behaviour_passes.measure_behaviour` gave for ``split.choose`` with the
+            same behaviour and options, where they were asked already; by default they are asked here.
         batch_size: answers in a forward pass.
         progress: show a progress bar.
 
@@ -124,7 +129,7 @@ def localise_behaviour(
 
     Raises:
         ValueError: the behaviour is shown by all or none of ``choose``, no chat template, a prompt that is too long, a
-            dictionary without a hook, or an option out of range.
+            dictionary without a hook, an option out of range, or ``asked`` of other prompts than ``split.choose``.
 
     Examples:
         >>> ask = [f"The cat number {i} sat down." for i in range(20)]
@@ -145,16 +150,27 @@ def localise_behaviour(
         model=model, behaviour=behaviour, chat_template=chat_template, max_new_tokens=max_new_tokens,
         batch_size=batch_size,
     )  # fmt: skip
+    if asked is not None and asked["prompt"].tolist() != list(split.choose):
+        raise ValueError(
+            f"asked has {len(asked)} prompts, which are not the {len(split.choose)} of split.choose in their order; "
+            "give what measure_behaviour(model, split.choose, …) gave, or leave it out."
+        )
     read, write = hooks_of(dictionary)
     last = read_texts(model, list({read: 0, write: 0}), split.choose, positions="last", chat_template=chat_template)
-    (verdicts,) = asking.ask(split.choose, progress=progress)
+    if asked is None:
+        (verdicts,) = asking.ask(split.choose, progress=progress)
+    else:
+        verdicts = [
+            Verdict(float(shown), float(odds), str(text))
+            for shown, odds, text in zip(*(asked[name] for name in Verdict._fields))
+        ]
     check_both_shown(verdicts)
     built = read_texts(model, read, split.build, chat_template=chat_template).activations[read]
     settings = {"min_members": min_members, "min_rate": min_rate, "n_candidates": n_candidates}
     found = localise_read(dictionary, built, last.activations[read], last.activations[write], verdicts, **settings)
-    asked = {"chat_template": chat_template, "max_new_tokens": max_new_tokens, "model": describe_model(model)}
-    asked |= {"hook_name": read, "hook_name_out": write, "n_prompts": split.sizes()}
-    return replace(found, prompts=found.prompts.assign(prompt=list(split.choose)), settings=found.settings | asked)
+    options = {"chat_template": chat_template, "max_new_tokens": max_new_tokens, "model": describe_model(model)}
+    options |= {"hook_name": read, "hook_name_out": write, "n_prompts": split.sizes()}
+    return replace(found, prompts=found.prompts.assign(prompt=list(split.choose)), settings=found.settings | options)
 
 
 def check_both_shown(verdicts: Sequence[Verdict]) -> None:
@@ -216,6 +232,7 @@ def localise_read(
         ),
         dictionary=dictionary,
         difference=(rows_of[0] - rows_of[1]).to(torch.promote_types(last_out.dtype, torch.float32)),
+        lacking=rows_of[1].float(),
         settings={"min_members": min_members, "min_rate": float(min_rate), "n_candidates": n_candidates},
     )
 

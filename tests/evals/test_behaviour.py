@@ -60,6 +60,21 @@ class TestPlantedDirection:
             last = [sx.read_texts(model, HOOK, [text]).activations[HOOK][-1] for text in prompts]
         center = lacking_centers(model, found, [HOOK], chat_template=False)[HOOK]
         torch.testing.assert_close(center, torch.stack(last).mean(dim=0), rtol=1e-4, atol=1e-5)
+        others = [f"blocks.{layer}.hook_out" for layer in range(model.cfg.n_layers)]
+        others = [resolve_hook(model, hook) for hook in others]
+        both = lacking_centers(model, found, others, chat_template=False)
+        read = sx.read_texts(model, others, list(prompts), positions="last").activations
+        for hook in others:
+            torch.testing.assert_close(both[hook], read[hook].mean(dim=0), rtol=1e-4, atol=1e-5)
+
+    def test_prompts_that_were_asked_are_not_asked_again(self, planted, monkeypatch):
+        model, _, split, partition, found = planted
+        asked = sx.measure_behaviour(model, split.choose, SAYS_IT, **OPTIONS)
+        monkeypatch.setattr(Asking, "ask", None)
+        again = sx.localise_behaviour(model, partition, split, SAYS_IT, asked=asked, **OPTIONS)
+        assert again.candidates == found.candidates and again.prompts.equals(found.prompts)
+        with pytest.raises(ValueError, match="asked has 3 prompts, which are not the 24 of split.choose"):
+            sx.localise_behaviour(model, partition, split, SAYS_IT, asked=asked.head(3), **OPTIONS)
 
     def test_ablating_it_takes_the_rate_from_1_to_0_and_random_regions_do_nothing(self, planted):
         model, _, split, partition, found = planted
