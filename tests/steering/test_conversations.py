@@ -41,12 +41,18 @@ def test_the_ids_are_those_of_the_template(model, talk):
     assert model.tokenizer.decode(thinking).startswith("<s>[think][system]")
 
 
+def test_a_template_without_bos_gets_none(model, monkeypatch):
+    template = model.tokenizer.chat_template.replace("{{ bos_token }}", "")
+    monkeypatch.setattr(model.tokenizer, "chat_template", template)
+    assert 0 not in prompt_ids(model, TALK) and prompt_ids(model, "Why?")[0] == 0
+
+
 def test_one_conversation_or_several(model):
     assert prompts_given(TALK) == [TALK] and prompts_given(["a", TALK]) == ["a", TALK]
     with pytest.raises(ValueError, match="role and content alone"):
         prompts_given([{"role": "user"}])
-    with pytest.raises(ValueError, match=r"prompts\[1\] must be a text or a conversation, got 5"):
-        prompts_given(["a", 5])
+    with pytest.raises(ValueError, match=r"prompts\[1\] must be a text or a conversation, got \[\]"):
+        prompts_given(["a", []])
     with pytest.raises(ValueError, match="prompts is empty"):
         prompts_given([])
 
