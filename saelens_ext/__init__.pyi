@@ -83,6 +83,7 @@ from .evals.stability import dictionary_stability as dictionary_stability
 from .evals.steering import compare_steering as compare_steering
 from .evals.steps import audit_steps as audit_steps
 from .evals.steps import sample_steps as sample_steps
+from .evals.supernodes import evaluate_supernodes as evaluate_supernodes
 from .evals.synthetic import evaluate_on_synthetic as evaluate_on_synthetic
 from .host.mlp_output import residual_directions as residual_directions
 from .host.models import load_model as load_model

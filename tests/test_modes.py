@@ -69,6 +69,7 @@ MODES = {
 # What takes a second or more. `make test` tries the others, in the strictest mode; `make test-slow` tries the rest.
 LONG = {
     "Audit", "DictionaryRunner", "Evidence", "audit_continuations", "audit_steps", "evaluate_clusters",
+    "evaluate_supernodes",
     "evaluate_novelty", "evaluate_probes", "fit_hierarchical_snmf", "fit_snmf",
 }  # fmt: skip
 
@@ -307,6 +308,14 @@ def clusters_steered(m, tmp):
     return ext.evaluate_clusters(m.model, prefixes, [m.dictionary], cells=((4.0, 0.5),), controls=(), **options).cells
 
 
+def names_swapped(m, tmp):
+    swaps = [(f"{start} is A and B.", "A", "B") for start in ("It", "One", "Two", "That", "What", "Who")]
+    config = ext.AuditConfig(n=2, max_new_tokens=2, backend="gradient")
+    return ext.evaluate_supernodes(
+        m.model, swaps, [m.dictionary], audit=config, n_bootstrap=20, n_permutations=20
+    ).cells
+
+
 STEPS = {
     "n_candidates": 16, "max_steps": 2, "delimiter": "e", "max_step_tokens": 16, "final": (), "temperature": 1.0,
 }  # fmt: skip
@@ -354,6 +363,7 @@ CASES: dict[str, Callable[[SimpleNamespace, Any], Any]] = {
     "push_to_neuronpedia": uploaded,
     "compare_steering": steered,
     "evaluate_clusters": clusters_steered,
+    "evaluate_supernodes": names_swapped,
     "compare_clusterings": lambda m, tmp: ext.compare_clusterings(
         [replace(m.attributed, prefix=f"Prefix {number}") for number in range(6)], betas=(1.0,), gammas=(0.5,)
     ).summary(),
@@ -512,7 +522,8 @@ RUN_THE_MODEL = {
     "Evidence", "evaluate_novelty", "write_evidence_report",
     "ActivationBatch", "ActivationStream", "Audit", "DictionaryRunner", "EmbeddingJudge", "KeptStream",
     "ablate_directions",
-    "add_direction", "audit_continuations", "audit_steps", "evaluate_clusters", "sample_steps", "score_continuations",
+    "add_direction", "audit_continuations", "audit_steps", "evaluate_clusters", "evaluate_supernodes",
+    "sample_steps", "score_continuations",
     "HuggingFaceSampler",
     "clamp_latent",
     "compare_detection", "concept_scores", "diff_means",

@@ -62,4 +62,7 @@ from .steps import StepAudit as StepAudit
 from .steps import StepTree as StepTree
 from .steps import audit_steps as audit_steps
 from .steps import sample_steps as sample_steps
+from .supernodes import EntitySwap as EntitySwap
+from .supernodes import SupernodeEvidence as SupernodeEvidence
+from .supernodes import evaluate_supernodes as evaluate_supernodes
 from .synthetic import evaluate_on_synthetic as evaluate_on_synthetic

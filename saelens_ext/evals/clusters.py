@@ -62,7 +62,7 @@ class ClusterEvidence(Evidence):
     groups: ClassVar[tuple[str, ...]] = _GROUPS
     metrics: ClassVar[dict[str, str]] = {
         "slope": "change of the mean demeaned logit per unit of strength, in logits",
-        "matched_slope": "the same on continuations matched by number of tokens, in logits",
+        "matched_slope": "change of the mean demeaned logit on continuations matched by length, in logits",
         "log_prob_slope": "change of the log-probability per token and unit of strength, in nats",
         "generation_change": "change of the fraction of open-ended samples nearest to the cluster steered along",
         "own_is_largest": "fraction of clusters that their own direction moves most",

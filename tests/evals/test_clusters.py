@@ -121,7 +121,7 @@ def test_the_verdict_goes_either_way(gain, words):
     assert words in said and "Over 12 prefixs" not in said
     assert "on fresh draws, with the clusters that these make by themselves: 0.35 (95%" in said
     assert ("is above" in said) and (("is below" in said) == (gain < 0))
-    assert "matched by number of tokens, in logits" in said
+    assert "matched by length, in logits" in said
 
 
 def test_too_few_prefixes_leave_the_joint_clustering_undecided():

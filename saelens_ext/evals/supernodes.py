@@ -1,0 +1,252 @@
+"""Latents that act together over prompts, and whether they follow what an entity does or what it is called.
+
+Symbols
+    f          a feature: a latent of a dictionary, whatever its position
+    p          a prompt with two names; its swapped twin has them the other way round, the same tokens elsewhere
+    r          a role: the place of the first name, or of the second
+    S          a supernode: features whose effects rise and fall together over prompts
+    e[S, r]    effect of S at the tokens of r: mean over continuations of the sum of its columns there, in logits;
+               e'[S, r] is that of the twin on the same continuations
+
+If S follows the role, e'[S, r] = e[S, r]; if it follows the name, e'[S, r] = e[S, other r]. The score of a prompt is
+
+    sum over S, r of (e' - (e_role + e_name) / 2) (e_role - e_name) / 2,  over the sum of ((e_role - e_name) / 2)^2,
+
+which is 1 where all follow the role, -1 where all follow the name, and 0 half way.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import pandas as pd
+from sae_lens import SAE
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from saelens_ext import _checks, _files
+from saelens_ext._modes import standard_modes
+from saelens_ext.audit.config import AuditConfig
+from saelens_ext.continuations.attribution.attribute import attribute_continuations
+from saelens_ext.continuations.clustering.baselines import SingleView
+from saelens_ext.continuations.continuation_set import ContinuationSet
+from saelens_ext.continuations.sample import sample_continuations, score_continuations
+from saelens_ext.evals.attempts import Attempts
+from saelens_ext.evals.clusterings import check_prefixes
+from saelens_ext.evals.evidence import Evidence, evidence_table
+from saelens_ext.host.models import HostModel, describe_model
+from saelens_ext.report.evidence_section import EvidenceSection
+
+SUPERNODES, SHUFFLED, SINGLE, HALFWAY = "supernodes", "shuffled", "single latents", "half way"
+_DESCRIPTIONS = {
+    SUPERNODES: "Latents grouped by how their effects rise and fall over prompts.",
+    SHUFFLED: "Groups of the same sizes with latents drawn at random, mean of several draws.",
+    SINGLE: "Every latent by itself.",
+    HALFWAY: "As near to following the role as to following the name: a score of 0.",
+}
+Feature = tuple[str, int]
+"""Hook and latent."""
+Effects = dict[Feature, np.ndarray]
+"""Of each feature: at the first name, at the second, and anywhere, ``(3,)``."""
+
+
+class EntitySwap(NamedTuple):
+    """A prompt in which two names have different roles."""
+
+    prompt: str
+    first: str
+    """A name, once in the prompt; it stands before ``second``."""
+    second: str
+
+    @property
+    def swapped(self) -> str:
+        """The prompt with the names the other way round."""
+        start, middle, end = self.parts()
+        return f"{start}{self.second}{middle}{self.first}{end}"
+
+    def parts(self) -> tuple[str, str, str]:
+        """The texts before, between and behind the names; ValueError unless each is there once, in their order."""
+        place, other = self.prompt.find(self.first), self.prompt.find(self.second)
+        counts = self.prompt.count(self.first), self.prompt.count(self.second)
+        if counts != (1, 1) or not self.first or place + len(self.first) > other:
+            raise ValueError(
+                f"{self.prompt!r} must hold {self.first!r} once and then {self.second!r} once; it has them "
+                f"{counts[0]} and {counts[1]} times."
+            )
+        return (
+            self.prompt[:place],
+            self.prompt[place + len(self.first) : other],
+            self.prompt[other + len(self.second) :],
+        )
+
+
+@dataclass(kw_only=True, eq=False)
+class SupernodeEvidence(Evidence):
+    """Scores of role against name; a unit is a prompt."""
+
+    kind: ClassVar[str] = "supernodes"
+    title: ClassVar[str] = "Supernodes"
+    question: ClassVar[str] = "Do latents that act together over prompts follow what an entity does, or its name?"
+    unit: ClassVar[str] = "prompt"
+    unit_text: ClassVar[str] = "Prompts with two names, each beside its twin with the names the other way round."
+    metrics: ClassVar[dict[str, str]] = {"role_score": "1 follows the role, -1 follows the name"}
+    chance: ClassVar[float | None] = 0.0
+
+    members: pd.DataFrame = field(default_factory=pd.DataFrame)
+    """One row per feature: ``hook``, ``latent``, ``supernode``, ``effect`` (mean absolute effect over prompts)."""
+
+    def section(self) -> EvidenceSection:
+        """As for all evidence, with the latents of each supernode."""
+        made, note = super().section(), "effect: mean over prompts of the absolute effect, in logits."
+        strongest = self.members.sort_values(["supernode", "effect"], ascending=[True, False])
+        shown = strongest.groupby("supernode").head(8)
+        return replace(made, tables=(*made.tables, evidence_table("Strongest latents of each", shown, note)))
+
+    def _extra(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        return {"members": _files.json_safe(self.members.to_dict("list"))}, {}
+
+    @classmethod
+    def _with_extra(cls, content: dict[str, Any], tensors: Any) -> dict[str, Any]:
+        return content | {"members": pd.DataFrame(content["members"])}
+
+
+@standard_modes()
+def evaluate_supernodes(
+    model: HostModel,
+    swaps: Sequence[EntitySwap | tuple[str, str, str]],
+    dictionaries: SAE[Any] | Sequence[SAE[Any]],
+    *,
+    n_supernodes: int = 8,
+    n_shuffles: int = 20,
+    audit: AuditConfig = AuditConfig(),
+    n_bootstrap: int = 2000,
+    n_permutations: int = 10_000,
+    confidence: float = 0.95,
+    progress: bool = False,
+) -> SupernodeEvidence:
+    """Group latents that act together over prompts, swap the names in each prompt, and see what the groups follow.
+
+    Continuations are sampled from each prompt and scored behind its twin too, so that both are attributed for the very
+    same tokens. Features are grouped by k-means of their effects over the prompts as they are, each scaled to length 1
+    and weighted by its length before that; the twins take no part in it.
+
+    Args:
+        model: any TransformerLens model, no SAE attached.
+        swaps: prompts with two names each, at least 6: text, first name, second name, each name once. Swapping them
+            must change two runs of tokens and nothing else, as names of one token do.
+        dictionaries: as for ``attribute_continuations``; the backend and the number of sources are those of ``audit``.
+        n_supernodes: groups; fewer where there are fewer features.
+        n_shuffles: draws of the shuffled control.
+        audit: how to sample and attribute.
+        n_bootstrap: resamples of prompts, for intervals.
+        n_permutations: signs drawn for p-values.
+        confidence: of the intervals, in (0, 1).
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: fewer than 6 prompts or one twice, a prompt without its names, or nothing that could be measured.
+    """
+    given = [EntitySwap(*swap) for swap in swaps]
+    check_prefixes([swap.prompt for swap in given], "swaps")
+    for swap in given:
+        swap.parts()
+    for value, name in ((n_supernodes, "n_supernodes"), (n_shuffles, "n_shuffles")):
+        _checks.positive(value, name)
+    attempts, found = Attempts(), dict[str, tuple[Effects, Effects]]()
+    for swap in tqdm(given, disable=not progress, desc="supernodes", unit="prompt"):
+        with attempts.of("", swap.prompt):
+            found[swap.prompt] = _both(model, dictionaries, swap, audit)
+    features, own, twin = tables(list(found.values()))
+    if not len(features):
+        raise ValueError(f"No latent has an effect in any prompt. {'; '.join(map(str, attempts.failures[:3]))}")
+    labels = supernodes(own[:, :, 2], n_supernodes, audit.seed)
+    groups = {SUPERNODES: [labels], SINGLE: [np.arange(len(features))]}
+    generator = np.random.default_rng(audit.seed)
+    groups[SHUFFLED] = [generator.permutation(labels) for _ in range(n_shuffles)]
+    for number, prompt in enumerate(found):
+        for method, each in groups.items():
+            scores = [role_score(own[:, number, :2], twin[:, number, :2], one) for one in each]
+            with attempts.of(method, prompt):
+                if not np.isfinite(scores).all():
+                    raise ValueError("no latent acts differently at the two names")
+                attempts.rows.append({"prompt": prompt, "method": method, "value": float(np.mean(scores))})
+        attempts.rows.append({"prompt": prompt, "method": HALFWAY, "value": 0.0})
+    effect = np.abs(own[:, :, 2]).mean(axis=1)
+    hooks, latents = zip(*features, strict=True)
+    resampled = {"n_bootstrap": n_bootstrap, "n_permutations": n_permutations, "confidence": confidence}
+    about = {"n_supernodes": n_supernodes, "n_shuffles": n_shuffles, "audit": asdict(audit), **describe_model(model)}
+    return SupernodeEvidence(
+        cells=attempts.cells(("prompt", "method", "metric", "value"), metric="role_score"),
+        kinds={name: "unsupervised" if name == SUPERNODES else "control" for name in _DESCRIPTIONS},
+        descriptions=dict(_DESCRIPTIONS),
+        settings=_files.json_safe(about | resampled | {"seed": audit.seed}),
+        failures=attempts.summary(len(given)),
+        members=pd.DataFrame({"hook": hooks, "latent": latents, "supernode": labels, "effect": effect}),
+    )
+
+
+def _both(model: HostModel, dictionaries: Any, swap: EntitySwap, config: AuditConfig) -> tuple[Effects, Effects]:
+    """Effects in a prompt and in its twin, on the same continuations."""
+    names = ("temperature", "top_p", "max_new_tokens", "stop", "seed")
+    options = {name: getattr(config, name) for name in names}
+    drawn = sample_continuations(model, swap.prompt, config.n, **options)
+    ids = [drawn.ids_of(row) for row in range(len(drawn))]
+    other = score_continuations(model, swap.swapped, ids)
+    spans = name_spans(drawn.prefix_ids, other.prefix_ids)
+    how: dict[str, Any] = {"backend": config.backend, "max_sources": config.max_sources}
+    own, twin = (_effects(attribute_continuations(model, dictionaries, one, **how), spans) for one in (drawn, other))
+    return own, twin
+
+
+def name_spans(ids: Sequence[int], swapped: Sequence[int]) -> list[tuple[int, int]]:
+    """Columns of the prefix at which the two names stand: the two runs of tokens in which it differs from its twin."""
+    differ = [i for i, pair in enumerate(zip(ids, swapped)) if pair[0] != pair[1]]
+    starts = [i for i in differ if i - 1 not in differ]
+    ends = [i + 1 for i in differ if i + 1 not in differ]
+    if len(ids) != len(swapped) or len(starts) != 2:
+        raise ValueError(
+            f"with the names swapped, the prompt has {len(swapped)} tokens instead of {len(ids)} and differs in "
+            f"{len(starts)} places; take names of one token each, that do not stand side by side"
+        )
+    return list(zip(starts, ends, strict=True))
+
+
+def _effects(rows: ContinuationSet, spans: Sequence[tuple[int, int]]) -> Effects:
+    assert rows.signatures is not None and rows.sources is not None
+    mean = rows.weights.double() @ rows.signatures.double()
+    found: Effects = {}
+    for column, (kind, hook, position, latent) in enumerate(rows.sources.keys):
+        if kind == "latent":
+            at = found.setdefault((hook, latent), np.zeros(3))
+            inside = [first <= position < last for first, last in spans]
+            at += float(mean[column]) * np.array([*inside, True])
+    return found
+
+
+def tables(prompts: Sequence[tuple[Effects, Effects]]) -> tuple[list[Feature], np.ndarray, np.ndarray]:
+    """The features with an effect in some prompt, and their effects in prompts and twins, each ``(F, P, 3)``."""
+    features = sorted({f for own, _ in prompts for f, effect in own.items() if effect[2]})
+    nothing, shape = np.zeros(3), (len(features), len(prompts), 3)
+    own, twin = ([[pair[side].get(f, nothing) for pair in prompts] for f in features] for side in (0, 1))
+    return features, np.reshape(own, shape), np.reshape(twin, shape)
+
+
+def supernodes(profiles: np.ndarray, n: int, seed: int = 0) -> np.ndarray:
+    """Group features by the direction of their effects over prompts ``(F, P)``: labels ``(F,)``."""
+    size = np.linalg.norm(profiles, axis=1)
+    if len(profiles) < 2:
+        return np.zeros(len(profiles), dtype=int)
+    view = SingleView(profiles / size[:, None], sample_weight=size, random_state=seed)
+    return view.with_clusters(min(n, len(profiles))).labels
+
+
+def role_score(own: np.ndarray, twin: np.ndarray, groups: np.ndarray) -> float:
+    """The score of one prompt, from effects at the two names ``(F, 2)`` and the group of each feature; NaN if none
+    differs between the names.
+    """
+    k = int(groups.max()) + 1
+    e, after = (np.stack([np.bincount(groups, side, k) for side in values.T]) for values in (own, twin))
+    half = (e - e[::-1]) / 2
+    whole = float((half**2).sum())
+    return float(((after - (e + e[::-1]) / 2) * half).sum()) / whole if whole > 0 else float("nan")
