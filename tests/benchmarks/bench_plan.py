@@ -44,7 +44,8 @@ def ratios(width: int, exemplars: int, device: str) -> tuple[dict[str, float], f
         clustering.exemplars, clustering.member_means, center, 0.5, metadata={"hook_name": "rows"}
     )
     rows = regions.exemplars.detach()
-    product = lambda: [part @ rows.T for part in x.split(1024)]  # noqa: E731
+    buffer = torch.empty(1024, len(rows), device=x.device)
+    product = lambda: [torch.mm(part, rows.T, out=buffer) for part in x.split(1024)]  # noqa: E731
     work = {
         "build": lambda: clustering.partial_fit(x),
         "assign": lambda: regions.assign(x),
