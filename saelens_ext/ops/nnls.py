@@ -23,12 +23,20 @@ from torch.autograd.function import once_differentiable
 from saelens_ext._checks import finite, positive, width
 from saelens_ext._modes import standard_modes
 from saelens_ext.ops.nnls_active_set import SupportSolver, pivot
-from saelens_ext.ops.nnls_kernels import DualIteration, FeatureGram, PrimalIteration, descent, kkt_residual, penalised
+from saelens_ext.ops.nnls_kernels import (
+    DualIteration,
+    FeatureGram,
+    PrimalIteration,
+    descent,
+    kkt_residual,
+    lengths,
+    penalised,
+)
 from saelens_ext.ops.precision import where_float64_is
 
 logger = logging.getLogger(__name__)
 
-_CHUNK_ROWS = 4096
+_CHUNK_ROWS = 2048
 _WIDE_ROWS = 1024
 _PILOT_ROWS = 256
 _SWEEPS_BETWEEN_CHECKS = 3
@@ -185,7 +193,7 @@ def dual_is_faster(x: Float[Tensor, "n d"], problem: FeatureGram, l1: float | in
 def _solve_chunk(x: Tensor, problem: FeatureGram, dual: bool, tol: float, max_sweeps: int, l1: float) -> Tensor:
     """Codes ``(k, m)`` per unit feature: coordinate sweeps, dropping activations as they converge, then pivoting."""
     products = problem.unit @ x.T
-    size = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
+    size = lengths(x)
     # An activation orthogonal to all features has only rounding for products: nothing there to be relative to.
     scale = torch.maximum(products.abs().amax(dim=0), _ROUNDING[x.dtype] / tol * size.to(x.dtype))
     target = penalised(products, size.to(x.dtype), l1)

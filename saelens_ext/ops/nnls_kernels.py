@@ -17,6 +17,7 @@ Codes stand in columns because a coordinate step touches one feature of all acti
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Float64
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from saelens_ext.ops.nnls_active_set import exchange
 
+SUM_ROWS = 1024
 _BLOCK = 32
 _RELAXATION = 1.1
 _LARGEST_CONDITION = {torch.float32: 1e5, torch.float64: 1e9}
@@ -44,19 +46,13 @@ class FeatureGram:
     """Unit rows in float64."""
     exact: Float64[Tensor, "k k"]
     """Q in float64."""
-    inverse: Float64[Tensor, "k k"] | None
-    """K in float64; None where the features are too dependent for the working dtype."""
-    dual_gram: Float[Tensor, "k k"] | None
-    """K scaled to a unit diagonal, in the working dtype."""
+    length: Float64[Tensor, " k"]
+    """Lengths in float64, 0 for a zero feature."""
 
     @classmethod
     def of(cls, features: Float[Tensor, "k d"]) -> "FeatureGram":
         """Prepare features of float32 or float64. Rows shorter than 1e-30 count as zero."""
-        wide = features.double()
-        norm = wide.square().sum(dim=1).sqrt()
-        zero = norm < _SHORTEST
-        norm = torch.where(zero, 1.0, norm)
-        unit = torch.where(zero[:, None], 0.0, wide / norm[:, None])
+        unit, norm = unit_rows(features)
         return cls._of(unit, norm, unit @ unit.T, features.dtype)
 
     @classmethod
@@ -76,14 +72,45 @@ class FeatureGram:
     @classmethod
     def _of(cls, unit: Tensor, norm: Tensor, exact: Tensor, dtype: torch.dtype) -> "FeatureGram":
         """From float64 parts."""
+        length = torch.where(exact.diagonal() > 0, norm, 0.0)
         # The coordinate step takes the diagonal for one; rounding must not make it anything else.
         exact = exact.fill_diagonal_(1.0)
-        inverse = _safe_inverse(exact, _LARGEST_CONDITION[dtype])
-        dual = None
-        if inverse is not None:
-            root = inverse.diagonal().sqrt()
-            dual = (inverse / root / root[:, None]).fill_diagonal_(1.0).to(dtype)
-        return cls(unit.to(dtype), norm.to(dtype), exact.to(dtype), unit, exact, inverse, dual)
+        return cls(unit.to(dtype), norm.to(dtype), exact.to(dtype), unit, exact, length)
+
+    @property
+    def products(self) -> Float64[Tensor, "k k"]:
+        """Of all pairs of features, as long as they are."""
+        return self.exact * self.length * self.length[:, None]
+
+    @cached_property
+    def inverse(self) -> Float64[Tensor, "k k"] | None:
+        """K in float64; None where the features are too dependent for the working dtype."""
+        return _safe_inverse(self.exact, _LARGEST_CONDITION[self.gram.dtype])
+
+    @cached_property
+    def dual_gram(self) -> Float[Tensor, "k k"] | None:
+        """K scaled to a unit diagonal, in the working dtype."""
+        if self.inverse is None:
+            return None
+        root = self.inverse.diagonal().sqrt()
+        return (self.inverse / root / root[:, None]).fill_diagonal_(1.0).to(self.gram.dtype)
+
+
+def unit_rows(features: Float[Tensor, "k d"]) -> tuple[Float64[Tensor, "k d"], Float64[Tensor, " k"]]:
+    """Features of length 1, and their lengths, 1 for one that is zero, or shorter than 1e-30."""
+    wide = features.double()
+    norm = wide.square().sum(dim=1).sqrt()
+    zero = norm < _SHORTEST
+    norm = torch.where(zero, 1.0, norm)
+    return torch.where(zero[:, None], 0.0, wide / norm[:, None]), norm
+
+
+def lengths(x: Float[Tensor, "n d"]) -> Float64[Tensor, " n"]:
+    """Norms of activations, in float64: beside an enormous activation, squares of the others may vanish in float32.
+
+    By blocks: torch makes a copy in float64 of what it takes the norms of.
+    """
+    return torch.cat([torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64) for rows in x.split(SUM_ROWS)])
 
 
 def _safe_inverse(gram: Float64[Tensor, "k k"], largest_condition: float) -> Float64[Tensor, "k k"] | None:

@@ -26,15 +26,13 @@ from torch import Tensor
 
 from saelens_ext.ops.grid_products import summation_error
 from saelens_ext.ops.nnls import dual_is_faster
-from saelens_ext.ops.nnls_kernels import FeatureGram
+from saelens_ext.ops.nnls_kernels import SUM_ROWS, FeatureGram, lengths
 from saelens_ext.ops.semi_nmf_updates import (
     CHUNK_ROWS,
-    SUM_ROWS,
     CodeStatistics,
     dead,
     duplicates,
     keep_largest,
-    lengths,
     normalised,
     refit,
     replacement_costs,
@@ -238,7 +236,7 @@ class CoordinateFit:
             x, sizes = self._x[rows], self._sizes[rows]
             new[:, rows], errors[rows] = update_codes(x, problem, codes[:, rows], dual, sizes.to(x.dtype), l1)
             statistics.add(x, new[:, rows], sizes)
-        return _State(features, new, statistics, statistics.error(features), errors)
+        return _State(features, new, statistics, statistics.error(features, problem.products), errors)
 
     def _with_new_directions(self, features: Tensor, places: list[int], codes: Tensor) -> Tensor:
         """Features with new directions at some places, whose codes are zero.

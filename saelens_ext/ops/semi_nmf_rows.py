@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saelens_ext.ops.semi_nmf_updates import CHUNK_ROWS, SUM_ROWS, CodeStatistics, lengths, sum_of_squares
+from saelens_ext.ops.nnls_kernels import SUM_ROWS, lengths
+from saelens_ext.ops.semi_nmf_updates import CHUNK_ROWS, CodeStatistics, sum_of_squares
 
 _LONGEST = 10.0
 _ROUNDING = 64.0

@@ -32,13 +32,21 @@ from torch import Tensor
 from saelens_ext.ops.grid_products import summation_error
 from saelens_ext.ops.largest_entries import largest_entries
 from saelens_ext.ops.nnls_active_set import SupportSolver
-from saelens_ext.ops.nnls_kernels import DualIteration, FeatureGram, PrimalIteration, descent, penalised
+from saelens_ext.ops.nnls_kernels import (
+    SUM_ROWS,
+    DualIteration,
+    FeatureGram,
+    PrimalIteration,
+    descent,
+    penalised,
+    unit_rows,
+)
 from saelens_ext.ops.precision import wide
 
-CHUNK_ROWS = 4096
+CHUNK_ROWS = 2048
 DUPLICATE_COSINE = 0.99
-SUM_ROWS = 1024
 _SWEEPS = 3
+_ROWS_AT_ONCE = 32
 _REFIT_RIDGE = 1e-8
 _FAINT = 1e-12
 _SHORTEST = 1e-300
@@ -116,24 +124,17 @@ class CodeStatistics:
         """The L1 penalty of these codes with some features."""
         return 2 * self.l1 * float(self.sums @ torch.linalg.vector_norm(features.double(), dim=1))
 
-    def error(self, features: Float[Tensor, "k d"]) -> float:
-        """The error of these codes with some features."""
+    def error(self, features: Float[Tensor, "k d"], products: Float64[Tensor, "k k"] | None = None) -> float:
+        """The error of these codes with some features, whose ``products`` H H' save time where they are known."""
         wide = features.double()
-        change = float((wide * (self.gram @ wide - 2 * self.product)).sum())
+        products = wide @ wide.T if products is None else products
+        change = float((self.gram * products).sum() - 2 * (wide * self.product).sum())
         error = self.total + change + self.penalty(features)
         if not math.isfinite(error):
             raise ValueError(
                 "The squared error is not finite: the activations are too large for their dtype. Scale them down."
             )
         return max(0.0, error)
-
-
-def lengths(x: Float[Tensor, "n d"]) -> Float64[Tensor, " n"]:
-    """Norms of activations, in float64: beside an enormous activation, squares of the others may vanish in float32.
-
-    By blocks: torch makes a copy in float64 of what it takes the norms of.
-    """
-    return torch.cat([torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64) for rows in x.split(SUM_ROWS)])
 
 
 def sum_of_squares(x: Float[Tensor, "n d"]) -> float:
@@ -177,24 +178,28 @@ def update_features(
 
 
 def _sweep_features(statistics: CodeStatistics, features: Tensor, count: int, n_sweeps: int) -> Tensor:
-    """Each row in turn to its exact minimiser; float64."""
+    """Each row in turn to its exact minimiser; float64.
+
+    What is left for some rows comes from one product; within them it is kept up by rank-one updates.
+    """
     features = features.clone()
-    residual = statistics.product - statistics.gram @ features
     live = _live(statistics)
     weights = torch.where(live, statistics.gram.diagonal(), 1.0)
     shortened = statistics.l1 * statistics.sums / weights
     error = statistics.rounding * statistics.squares.sqrt() / weights.sqrt()[:, None]
-    # No step waits for a number to arrive from the device, so places are kept, and not looked for.
-    dense = int((features != 0).sum(dim=1).max()) > count
-    for i in live.nonzero()[:, 0].tolist() * n_sweeps:
-        best = features[i] + residual[i] / weights[i]
-        old = slice(None) if dense else features[i].abs().topk(min(count, len(best))).indices
-        new = largest_entries(best, count, error[i], features[i] != 0)
-        values = best[new]
-        values = values * (1 - shortened[i] / torch.linalg.vector_norm(values).clamp(min=_SHORTEST)).clamp(min=0)
-        residual[:, old] += statistics.gram[:, i, None] * features[i, old]
-        residual[:, new] -= statistics.gram[:, i, None] * values
-        features[i] = torch.zeros_like(best).scatter_(0, new, values)
+    for start in list(range(0, len(features), _ROWS_AT_ONCE)) * n_sweeps:
+        rows = slice(start, start + _ROWS_AT_ONCE)
+        left = torch.addmm(statistics.product[rows], statistics.gram[rows], features, alpha=-1)
+        columns = statistics.gram[rows, rows].unbind(1)
+        parts = zip(features[rows], left, weights[rows], shortened[rows], error[rows], live[rows], columns, strict=True)
+        for i, (old, mine, weight, short, rounding, has_codes, column) in enumerate(parts, start=1):
+            best = torch.addcdiv(old, mine, weight)
+            chosen = largest_entries(best, count, rounding, old != 0)
+            values = best[chosen]
+            values = values * (1 - short / torch.linalg.vector_norm(values).clamp(min=_SHORTEST)).clamp(min=0)
+            new = torch.where(has_codes, torch.zeros_like(best).scatter_(0, chosen, values), old)
+            left[i:].addr_(column[i:], old - new)
+            old.copy_(new)
     return features
 
 
@@ -225,8 +230,8 @@ def _live(statistics: CodeStatistics) -> Tensor:
 
 def normalised(features: Float[Tensor, "k d"]) -> tuple[Float[Tensor, "k d"], Float[Tensor, " k"]]:
     """Unit rows, and the lengths, 1 for a zero row: without it codes and features would drift apart in scale."""
-    problem = FeatureGram.of(features)
-    return problem.unit, problem.norm
+    unit, norm = unit_rows(features)
+    return unit.to(features.dtype), norm.to(features.dtype)
 
 
 def update_codes(
@@ -271,7 +276,7 @@ def _gain(codes: Tensor, target: Tensor, problem: FeatureGram) -> Tensor:
 
 def duplicates(features: Float[Tensor, "k d"]) -> list[tuple[int, int]]:
     """Pairs (kept, surplus) of features that point the same way, cosine above 0.99; each surplus one appears once."""
-    unit = FeatureGram.of(features).unit
+    unit = normalised(features)[0]
     near = (unit @ unit.T > DUPLICATE_COSINE).triu(diagonal=1)
     pairs, gone = [], set()
     for i, j in near.nonzero().tolist():
