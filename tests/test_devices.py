@@ -14,6 +14,9 @@ from tests.fake_accelerator import FakeTensor, counted_waits, fake_accelerator
 from tests.hub.conftest import hub, running_hub  # noqa: F401
 from tests.test_modes import CASES, leaves, make_all, shared
 
+# The client's own upload of large files.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw:DeprecationWarning")
+
 TOLERANCE = {"fake": 1e-5, "real": 1e-3}
 """Of numbers, as a fraction of the largest entry of a tensor: gradients are added up in another order on a device."""
 SAME_TO_THE_BIT = {
