@@ -184,7 +184,13 @@ class CoordinateFit:
         ridge = torch.diag(statistics.l1 * statistics.sums / length)
         bounded = replace(statistics, gram=statistics.gram + ridge)
         dense = refit(bounded, torch.ones_like(self.features, dtype=torch.bool), self.features)
-        features, length = normalised(keep_largest(dense, count))
+        # Equal neurons tie, though a product may round them apart.
+        error = (
+            statistics.rounding
+            * statistics.squares.sqrt()
+            / bounded.gram.diagonal().sqrt().clamp(min=_SHORTEST)[:, None]
+        )
+        features, length = normalised(keep_largest(dense, count, error))
         unused = set(dead(features * length[:, None], statistics)) | {surplus for _, surplus in duplicates(features)}
         self._state = self._replaced(features, self._state.codes * length[:, None], sorted(unused))
 

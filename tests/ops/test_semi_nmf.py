@@ -425,13 +425,23 @@ def test_streaming_reaches_the_fit_in_memory():
     assert int((streamed.features != 0).sum(1).max()) <= 4
 
 
+def test_streaming_with_l1_is_on_average_as_good_as_in_memory():
+    """Of each draw either may be better by several per cent: they end in different optima."""
+    ratios = []
+    for seed in range(4):
+        x = planted(n=1000, seed=seed)[0] + 1
+        options = {"sparsity": 0.1, "l1": 0.1, "center": True}
+        streamed = semi_nmf_streaming(x.split(300), 6, sample_size=400, max_passes=6, **options)
+        assert never_rises(streamed.history) and streamed.history[-1] < streamed.history[0]
+        ratios.append(streamed.history[-1] / semi_nmf(x, 6, **options).history[-1])
+    assert sum(ratios) / len(ratios) < 1.03
+
+
 def test_streaming_with_l1():
     x, _ = planted(n=1000)
     x = x + 1
     options = {"sparsity": 0.1, "l1": 0.1, "center": True}
     streamed = semi_nmf_streaming(x.split(300), 6, sample_size=400, max_passes=6, **options)
-    assert never_rises(streamed.history) and streamed.history[-1] < streamed.history[0]
-    assert streamed.history[-1] < 1.05 * semi_nmf(x, 6, **options).history[-1]
     assert float((streamed.center - x.mean(0)).norm()) < 0.1 * float(x.norm(dim=1).median())
     total = x.double().square().sum()
     x = x - streamed.center
