@@ -62,10 +62,16 @@ def test_command_lines_that_are_not_understood(arguments, message, command):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_no_option_is_taken_for_its_beginning(name, command):
-    places = {"match": ["a", "b"], "convert": ["a", "b"], "push": ["a", "b", "c"], "pull": ["a", "b", "c"]}
+    places = {
+        "match": ["a", "b"],
+        "evidence models": ["a", "b"],
+        "convert": ["a", "b"],
+        "push": ["a", "b", "c"],
+        "pull": ["a", "b", "c"],
+    }
     words = {"audit": "--model_nam=", "demo": "--output_pat=", "match": "--cente=own", "convert": "--hook_nam=x"}
     word = words.get(name, "--revisio=x" if name in ("push", "pull") else "--model_nam=gpt2")
-    bare = ("exemplars", "snmf", "audit", "demo", "evidence synthetic")
+    bare = ("exemplars", "snmf", "audit", "demo", "evidence synthetic", "evidence clusters")
     given = places.get(name, [] if name in bare else ["a"])
     required = ["--hook_name=a"] if name in ("exemplars", "snmf") else []
     required += ["--output_path=a", "--latent=0"] if name == "export" else []
