@@ -1,7 +1,7 @@
 """What the README and the documentation tell a reader to type works, and what they link to exists.
 
 The Python blocks of a page run from top to bottom in one namespace, on a tiny model and a few documents: lines that
-load a model by name or name a dataset of the hub are replaced. Blocks marked ``no-run`` need a hub, a cluster or the
+load a model by name or name a dataset of the hub are replaced. Blocks of class ``no-run`` need a hub, a cluster or the
 packaged model.
 """
 
@@ -14,8 +14,7 @@ import saelens_ext as sx
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-SLOW = {"README.md", "docs/how-to/answers.md", "docs/how-to/controls.md"}
-BLOCK = re.compile(r"```python *(no-run)?\n(.*?)```", re.DOTALL)
+BLOCK = re.compile(r"```python *(\{\.no-run\})?\n(.*?)```", re.DOTALL)
 # What a tiny model with three layers of width 32 can do stands in for what a page asks of GPT-2.
 SMALLER = [
     (r'"NeelNanda/pile-10k"', "dataset"),
@@ -46,15 +45,19 @@ def code_of(page: Path) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "page",
-    [pytest.param(page, marks=pytest.mark.slow if named(page) in SLOW else []) for page in PAGES if code_of(page)],
-    ids=named,
-)
+@pytest.mark.parametrize("page", [page for page in PAGES if code_of(page)], ids=named)
 def test_the_code_of_a_page_runs(page, tiny_bridge, tiny_texts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     space = {"sx": sx, "model": tiny_bridge, "dataset": tiny_texts * 2}
     exec(compile(code_of(page), named(page), "exec"), space)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_blocks_of_code_are_such_for_every_renderer(page):
+    """Behind the language, superfences reads nothing but ``{.class}``; of a block with more it makes running text."""
+    fences = re.findall(r"^ *```(.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert [fence for fence in fences if not re.fullmatch(r"(\w+( \{\.[\w-]+\})?)?", fence)] == []
+    assert len(fences) % 2 == 0
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
