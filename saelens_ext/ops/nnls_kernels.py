@@ -16,6 +16,7 @@ is the other way round.
 Codes stand in columns because a coordinate step touches one feature of all activations: a contiguous row.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -24,6 +25,7 @@ from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from saelens_ext.ops.nnls_active_set import exchange
+from saelens_ext.ops.precision import float64_device, where_float64_is
 
 SUM_ROWS = 1024
 _BLOCK = 32
@@ -105,12 +107,20 @@ def unit_rows(features: Float[Tensor, "k d"]) -> tuple[Float64[Tensor, "k d"], F
     return torch.where(zero[:, None], 0.0, wide / norm[:, None]), norm
 
 
-def lengths(x: Float[Tensor, "n d"]) -> Float64[Tensor, " n"]:
-    """Norms of activations, in float64: beside an enormous activation, squares of the others may vanish in float32.
+def wide_blocks(x: Float[Tensor, "n d"]) -> Iterator[Tensor]:
+    """The rows in float64, some at a time, to be overwritten at will: each block is written over the one before.
 
-    By blocks: torch makes a copy in float64 of what it takes the norms of.
+    A copy of its own for each would be more memory than there are rows: allocators do not always use again what is
+    given back to them between blocks.
     """
-    return torch.cat([torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64) for rows in x.split(SUM_ROWS)])
+    buffer = torch.empty(min(SUM_ROWS, len(x)), x.shape[1], dtype=torch.float64, device=float64_device(x.device))
+    for rows in x.split(SUM_ROWS):
+        yield buffer[: len(rows)].copy_(where_float64_is(rows))
+
+
+def lengths(x: Float[Tensor, "n d"]) -> Float64[Tensor, " n"]:
+    """Norms of activations, in float64: beside an enormous activation, squares of the others may vanish in float32."""
+    return torch.cat([torch.linalg.vector_norm(rows, dim=1) for rows in wide_blocks(x)])
 
 
 def _safe_inverse(gram: Float64[Tensor, "k k"], largest_condition: float) -> Float64[Tensor, "k k"] | None:

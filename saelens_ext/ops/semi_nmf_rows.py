@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saelens_ext.ops.nnls_kernels import SUM_ROWS, lengths
+from saelens_ext.ops.nnls_kernels import SUM_ROWS, lengths, wide_blocks
 from saelens_ext.ops.semi_nmf_updates import CHUNK_ROWS, CodeStatistics, sum_of_squares
 
 _LONGEST = 10.0
@@ -21,8 +21,8 @@ def center_of(x: Float[Tensor, "n d"]) -> Float[Tensor, " d"]:
     if not len(positive):
         return torch.zeros_like(x[0], dtype=torch.float64)
     counted = (norms <= _LONGEST * positive.median()).double()
-    parts = zip(x.split(SUM_ROWS), counted.split(SUM_ROWS), strict=True)
-    return torch.stack([weight @ rows.double() for rows, weight in parts]).sum(dim=0) / counted.sum()
+    parts = zip(wide_blocks(x), counted.split(SUM_ROWS), strict=True)
+    return torch.stack([weight @ rows for rows, weight in parts]).sum(dim=0) / counted.sum()
 
 
 @dataclass(frozen=True)

@@ -40,8 +40,8 @@ from saelens_ext.ops.nnls_kernels import (
     descent,
     penalised,
     unit_rows,
+    wide_blocks,
 )
-from saelens_ext.ops.precision import wide
 
 CHUNK_ROWS = 2048
 DUPLICATE_COSINE = 0.99
@@ -113,9 +113,9 @@ class CodeStatistics:
     def _sizes_added(self, x: Tensor) -> Tensor:
         """The sizes of activations, after their squares were added."""
         sizes = []
-        for rows in x.split(SUM_ROWS):
+        for rows in wide_blocks(x):
             # In float64, since the float32 reductions of torch on the CPU understate by up to 1%.
-            squares = rows.double().square()
+            squares = rows.square_()
             self.squares += squares.sum(dim=0)
             sizes.append(squares.sum(dim=1).sqrt())
         return torch.cat(sizes)
@@ -141,7 +141,7 @@ def sum_of_squares(x: Float[Tensor, "n d"]) -> float:
     """Sum of squares of activations ``(n, d)`` in double precision, block by block: a whole copy would take twice
     their memory.
     """
-    return sum(float(wide(rows).square().sum()) for rows in x.split(SUM_ROWS))
+    return sum(float(rows.square_().sum()) for rows in wide_blocks(x))
 
 
 def support_size(sparsity: float | int, d: int) -> int:
