@@ -223,6 +223,22 @@ def _audit(
     return replace(found, validation=validation, not_validated=reason)
 
 
+def sampled(
+    subject: Subject, question: Question, config: AuditConfig, *, n: int, seed: int, progress: bool = False
+) -> ContinuationSet:
+    """Continuations of a prefix as an audit draws them, with its answers marked."""
+    names = ("temperature", "top_p", "max_new_tokens", "stop", "weights", "chat_template", "chat_template_options")
+    options: dict[str, Any] = {name: getattr(config, name) for name in names}
+    options |= {"seed": seed, "sampler": subject.sampler, "progress": progress}
+    return _answers(subject, sample_continuations(subject.model, question.prompt, n, **options), config)
+
+
+def _answers(subject: Subject, rows: ContinuationSet, config: AuditConfig) -> ContinuationSet:
+    if not config.answer_after:
+        return rows
+    return mark_answers(subject.model, rows, after=config.answer_after, missing="exclude")
+
+
 def attributed(
     subject: Subject,
     question: Question,
@@ -240,17 +256,11 @@ def attributed(
     stages, bar = stages or Stages(None), bar or AuditBar(1, show=False)
     rows = stages.continuations()
     if rows is None:
-        names = ("temperature", "top_p", "max_new_tokens", "stop", "seed", "weights")
-        names += ("chat_template", "chat_template_options")
-        options: dict[str, Any] = {name: getattr(config, name) for name in names}
         bar.begin("sampling")
         if question.given is None:
-            options |= {"sampler": subject.sampler, "progress": progress}
-            rows = sample_continuations(model, question.prompt, config.n, **options)
+            rows = sampled(subject, question, config, n=config.n, seed=config.seed, progress=progress)
         else:
-            rows = question.scored(model, config)
-        if config.answer_after:
-            rows = mark_answers(model, rows, after=config.answer_after, missing="exclude")
+            rows = _answers(subject, question.scored(model, config), config)
         rows = stages.keep(rows)
     if rows.embeddings is None:
         bar.begin("embedding")

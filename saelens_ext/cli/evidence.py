@@ -267,6 +267,7 @@ def synthetic(settings: Any, results: ResultOptions, context: Context) -> Result
 
 
 def prepare(results: ResultOptions) -> None:
+    """Refuse before anything is computed what could not be kept: no writable folder, no login."""
     opening.check_writable(results.output_path, "output_path")
     if results.logger.log_to_wandb:
         check_login()
@@ -331,6 +332,7 @@ def _renamed(control: Method, name: str) -> Method:
 
 
 def named_files(given: Sequence[str], option: str = "--outside") -> dict[str, list[str]]:
+    """The texts of files that are given as NAME=FILE, by name."""
     found = {}
     for entry in given:
         name, separator, file = entry.partition("=")

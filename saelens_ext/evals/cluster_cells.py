@@ -17,17 +17,15 @@ import torch
 from sklearn.base import clone
 from sklearn.metrics import adjusted_rand_score
 
-from saelens_ext.audit.audit import attributed
+from saelens_ext.audit.audit import attributed, sampled
 from saelens_ext.audit.config import AuditConfig
 from saelens_ext.audit.questions import Question
 from saelens_ext.audit.stages import Stages
 from saelens_ext.audit.subject import Subject
-from saelens_ext.continuations.answers import mark_answers
 from saelens_ext.continuations.attribution.attribute import attribute_continuations
 from saelens_ext.continuations.clustering.joint_clusterer import JointClusterer
 from saelens_ext.continuations.continuation_set import ContinuationSet
 from saelens_ext.continuations.embed import embed_continuations, embed_visible
-from saelens_ext.continuations.sample import sample_continuations
 from saelens_ext.continuations.validation.findings import MEASURE, STATISTIC
 from saelens_ext.continuations.validation.methods import NOTHING
 from saelens_ext.continuations.validation.results import Validation
@@ -93,13 +91,8 @@ def _or_failed(method: str, failures: list[tuple[str, str]], make: Any, *given: 
 def _fresh(subject: Subject, question: Question, rows: ContinuationSet, plan: ClusterPlan) -> ContinuationSet:
     """Other draws of the prefix, none of which is among the first, attributed to the sources of these."""
     config = plan.audit
-    names = ("temperature", "top_p", "max_new_tokens", "stop", "weights", "chat_template", "chat_template_options")
-    options: dict[str, Any] = {name: getattr(config, name) for name in names}
     # The next seed is that of open-ended samples.
-    options |= {"seed": config.seed + 2, "sampler": subject.sampler}
-    drawn = sample_continuations(subject.model, question.prompt, plan.fresh_draws, **options)
-    if config.answer_after:
-        drawn = mark_answers(subject.model, drawn, after=config.answer_after, missing="exclude")
+    drawn = sampled(subject, question, config, n=plan.fresh_draws, seed=config.seed + 2)
     known = {tuple(rows.ids_of(row)) for row in range(len(rows))}
     new = [row for row in range(len(drawn)) if tuple(drawn.ids_of(row)) not in known]
     embedded = embed_visible(drawn.select(new), subject.embedder, mode=config.embedding) if new else None
