@@ -6,6 +6,7 @@ import torch
 
 import saelens_ext as ext
 from saelens_ext.analysis import profiler
+from saelens_ext.ops.semi_nmf_updates import sum_of_squares
 from tests import models_zoo
 from tests.live_bytes import LiveBytes
 
@@ -85,3 +86,12 @@ def test_a_stream_holds_one_batch_and_reads_no_further(model, tiny_texts, tmp_pa
             del batch
             sizes.append(live.now)
     assert len(sizes) == 12 and max(sizes[2:]) <= 1.05 * sizes[1]
+
+
+def test_a_sum_of_squares_needs_no_whole_copy():
+    x = torch.randn(10_000, 3, generator=torch.Generator().manual_seed(0))
+    expected = float(x.double().square().sum())
+    with LiveBytes() as live:
+        assert sum_of_squares(x) == pytest.approx(expected, rel=1e-12)
+    # A block of at most 4,096 rows in double precision, and single numbers.
+    assert 0 < live.most <= 4096 * 3 * 8 + 100

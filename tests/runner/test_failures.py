@@ -18,7 +18,6 @@ from sae_lens.load_model import HookedProxyLM
 
 from saelens_ext import DictionaryProfile
 from saelens_ext.activations.cached_stream import CachedStream
-from saelens_ext.ops.semi_nmf_updates import sum_of_squares
 from saelens_ext.runner import (
     DictionaryRunner,
     DictionaryRunnerConfig,
@@ -175,15 +174,6 @@ def test_gathered_activations_are_let_go_with_their_last_fit(tiny_bridge, tmp_pa
         [False] * 2 + [True] * 2,
         [False] * 4,
     ]
-
-
-def test_a_sum_of_squares_needs_no_whole_copy(monkeypatch):
-    x = torch.randn(10_000, 3, generator=torch.Generator().manual_seed(0))
-    expected, sizes = float(x.double().square().sum()), []
-    double = torch.Tensor.double
-    monkeypatch.setattr(torch.Tensor, "double", lambda self: sizes.append(len(self)) or double(self))
-    assert sum_of_squares(x) == pytest.approx(expected, rel=1e-12)
-    assert sizes and max(sizes) <= 4096
 
 
 def test_data_that_has_changed_is_noticed_however_it_is_read(tiny_bridge, tmp_path):
