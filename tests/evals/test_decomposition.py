@@ -50,6 +50,13 @@ def test_the_weights_are_the_best_of_their_terms():
         assert float(found.explained[row]) == pytest.approx(best, abs=1e-8)
 
 
+def test_a_basis_that_reaches_everything_explains_no_more_than_turned_ones():
+    basis = torch.cat([torch.eye(2), -torch.eye(2)])
+    found = decompose_dictionary(units(5, 2, 0), basis, n_null=20)
+    assert (found.explained > 1 - 1e-9).all() and (found.p_value == 1).all()
+    assert found.comparisons()["p"].item() == 1 and "which cannot be told from" in found.verdict()
+
+
 @pytest.mark.slow
 def test_nothing_shared_looks_like_the_null():
     found = decompose_dictionary(units(400, 20, 3), units(30, 20, 4), n_null=20)
