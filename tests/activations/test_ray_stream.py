@@ -34,6 +34,14 @@ def cluster():
     ray.shutdown()
 
 
+def kill(actor):
+    """Kill it and wait until it is dead: until then it goes on answering."""
+    ray.kill(actor)
+    with pytest.raises(ray.exceptions.RayActorError):
+        while True:
+            ray.get(actor.__ray_ready__.remote())
+
+
 @pytest.fixture
 def spread(cluster, tiny_texts):
     with RayActivationStream(load, tiny_texts, HOOKS, n_workers=2, **OPTIONS) as stream:
@@ -90,7 +98,7 @@ def test_an_actor_that_died_ends_the_pass_and_not_the_stream(cluster, tiny_texts
     with RayActivationStream(load, tiny_texts, HOOKS, n_workers=1, **OPTIONS) as stream:
         batches = iter(stream)
         next(batches)
-        ray.kill(stream._actors[0])
+        kill(stream._actors[0])
         with pytest.raises(RuntimeError, match="A Ray actor died .*The next pass starts new ones"):
             list(batches)
         assert stream._actors == [] and len(next(iter(stream))) > 0
@@ -115,7 +123,7 @@ def test_factorisations_and_profiles_are_those_of_one_process(cluster, tiny_text
                 passes.append(len(passes))
                 for number, batch in enumerate(batches(*args)):
                     if number == 2 and len(passes) in (2, 4):  # a pass of the factorisation, and the next but one
-                        ray.kill(stream._actors[0])
+                        kill(stream._actors[0])
                     yield batch
 
             stream.batches = killing
