@@ -52,8 +52,8 @@ def fit_hierarchical_snmf(
         hook_name: where a matrix was read; kept in the dictionaries' metadata.
         refine_iter: iterations of the joint refinement at most; 0 leaves the levels as they were built one on another.
         progress: show progress bars.
-        **options: fields of :class:`~saelens_ext.dictionaries.fit_snmf.SNMFFitConfig` for every level; ``held_out`` and
-            ``max_passes`` have no use here. With ``method="paper"`` the published rule builds each level; the links
+        **options: fields of :class:`~saelens_ext.dictionaries.fit_snmf.SNMFFitConfig` for every level, but for
+            ``held_out`` and ``max_passes``. With ``method="paper"`` the published rule builds each level; the links
             and the refinement stay this package's.
 
     Raises:
@@ -72,6 +72,11 @@ def fit_hierarchical_snmf(
     config = _checks.from_options(SNMFFitConfig, options, "The fit")
     if config.held_out:
         raise ValueError("fit_hierarchical_snmf keeps no documents out; leave held_out at 0 and measure with fit_snmf.")
+    if config.max_passes is not None:
+        raise ValueError(
+            f"fit_hierarchical_snmf holds its activations in memory and makes no passes, got "
+            f"max_passes={config.max_passes!r}. Leave it out; max_iter is what bounds the fit of a level."
+        )
     given = ActivationSource.of(source, hook_name, 0.0)
     x = given.in_memory(config.memory_limit)
     if x is None:
@@ -115,7 +120,7 @@ def _checked_ranks(ranks: Sequence[int]) -> tuple[int, ...]:
 
 def _rows(x: Tensor, start: SNMFDictionary | None, config: SNMFFitConfig) -> Rows:
     """The activations as the objective takes them: from the origin of the features to begin with, if there are any."""
-    equal = config.l1 > 0
+    equal = config.penalty > 0
     if start is None:
         return Rows.of(x, center=equal, equal=equal)
     return Rows.around(x, start.b_dec.detach().to(x), equal=equal)
@@ -129,7 +134,7 @@ def _refined(
     total = sum_of_squares(x)
     bar = tqdm(total=_checks.positive(refine_iter, "refine_iter"), desc="refining all levels", disable=not progress)
     factors, history = refine(
-        x, factors, count, float(config.l1), refine_iter, _REFINE_TOL, on_iteration=lambda _: bar.update()
+        x, factors, count, config.penalty, refine_iter, _REFINE_TOL, on_iteration=lambda _: bar.update()
     )
     bar.close()
     return factors, [value / total for value in history]
@@ -140,7 +145,7 @@ def _dictionaries(
 ) -> list[SNMFDictionary]:
     metadata = given.metadata() | {
         "n_seen": len(x),
-        "l1": float(config.l1),
+        "l1": config.penalty,
         "init": config.init,
         "method": config.method,
         "ranks": [len(features) for features in factors.features],
@@ -150,7 +155,7 @@ def _dictionaries(
         SNMFDictionary.from_features(
             features,
             sparsity=config.sparsity,
-            l1=config.l1,
+            l1=config.penalty,
             center=rows.center,
             metadata=metadata | {"level": level},
             reshape_activations=given.reshaping,
@@ -168,8 +173,8 @@ def _check_start(start: SNMFDictionary | None, rank: int, x: Tensor, config: SNM
             f"start has {start.cfg.d_sae} features over {start.cfg.d_in} neurons; the finest level needs {rank} over "
             f"{x.shape[1]}."
         )
-    if start.cfg.l1 != config.l1:
-        raise ValueError(f"start was fitted with l1={start.cfg.l1:g}, not {config.l1:g}; give the same l1 here.")
+    if start.cfg.l1 != config.penalty:
+        raise ValueError(f"start was fitted with l1={start.cfg.l1:g}, not {config.penalty:g}; give the same l1 here.")
 
 
 def _recursive(
@@ -177,7 +182,7 @@ def _recursive(
 ) -> DeepFactors:
     """Each level by itself, on the unit features of the one below."""
     features, links = [], []
-    codes, below, l1 = x.new_empty(0), x, float(config.l1)
+    codes, below, l1 = x.new_empty(0), x, config.penalty
     if start is not None:
         below = normalised(start.features.detach().to(x))[0]
         features, codes = [below], solve_codes(x, FeatureGram.of(below), l1=l1)

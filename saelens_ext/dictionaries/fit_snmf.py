@@ -31,6 +31,10 @@ logger = logging.getLogger(__name__)
 
 OnMetrics = Callable[[dict[str, float]], None]
 
+DEFAULT_L1 = 0.1
+"""Of fits by coordinate steps."""
+_NOT_OF_THE_RULE = {"l1": "L1 penalty", "max_passes": "passes over a stream"}
+
 
 @_checks.normalising
 @dataclass(kw_only=True, frozen=True)
@@ -43,18 +47,21 @@ class SNMFFitConfig:
     """"svd", "kmeans" or "random"."""
     method: str = "coordinate"
     """"coordinate", or "paper" for the published rule and model: multiplicative updates, and codes that are plain
-    non-negative least squares (``l1`` is then 0). It needs all activations in memory."""
-    l1: float | int = 0.1
+    non-negative least squares. It needs all activations in memory."""
+    l1: float | int | None = None
     """Weight of the L1 penalty on the codes, in [0, 1): the cosine that a feature must have with what the others leave
-    of an activation to be active. Activations are then taken from their mean, and weigh the same whatever their norm,
-    so that a few of enormous norm (right behind BOS, at delimiters) do not decide the features. 0 gives the lowest
-    loss, but then nearly all features are active on nearly all tokens, and large activations count for more."""
+    of an activation to be active. By default 0.1, and 0 for "paper", which has none. Activations are then taken from
+    their mean, and weigh the same whatever their norm, so that a few of enormous norm (right behind BOS, at delimiters)
+    do not decide the features. 0 gives the lowest loss, but then nearly all features are active on nearly all tokens,
+    and large activations count for more."""
     max_iter: int | None = None
     """Iterations of a fit in memory, or to the sample of a stream; by default 100, or 500 for "paper"."""
-    max_passes: int = 5
-    """Passes over the stream to improve the features, where it does not fit in memory."""
-    tol: float = 1e-4
-    """Relative fall of the objective below which the fit has converged."""
+    max_passes: int | None = None
+    """Passes over the stream to improve the features, where it does not fit in memory; by default 5. Not for "paper",
+    which makes none."""
+    tol: float | None = None
+    """Relative fall of the objective, from one iteration or pass to the next, below which the fit has converged; by
+    default 1e-4, and 1e-3 for passes over a stream."""
     held_out: float | int = 0.0
     """Share of the documents kept out of the fit, on which ``held_out_loss`` is measured; in [0, 0.5]."""
     memory_limit: int = 4 * 2**30
@@ -64,23 +71,29 @@ class SNMFFitConfig:
 
     def __post_init__(self) -> None:
         _checks.normalise_fields(self)
-        self._drop_penalty()
+        _checks.choice(self.method, METHODS, "method")
+        for name in ("l1", "max_passes"):
+            # A 0 is what the rule has.
+            if self.method == "paper" and getattr(self, name):
+                raise ValueError(
+                    f"The published rule has no {_NOT_OF_THE_RULE[name]}, got {name}={getattr(self, name)!r} with "
+                    f"method='paper'. Leave {name} out, or use method='coordinate'."
+                )
         _checks.between(self.sparsity, 0, 1, "sparsity", closed_high=True)
         _checks.choice(self.init, INITS, "init")
-        _checks.between(self.tol, 0, 1, "tol")
-        check_l1(self.l1)
-        for name in ("max_passes", "memory_limit", *(["max_iter"] if self.max_iter is not None else [])):
-            _checks.positive(getattr(self, name), name)
+        check_l1(self.penalty)
+        if self.tol is not None:
+            _checks.between(self.tol, 0, 1, "tol")
+        for name in ("max_iter", "max_passes", "memory_limit"):
+            if getattr(self, name) is not None:
+                _checks.positive(getattr(self, name), name)
 
-    def _drop_penalty(self) -> None:
-        """The published rule has no penalty: the default one becomes 0, and another is refused."""
-        if _checks.choice(self.method, METHODS, "method") == "paper":
-            if self.l1 not in (0, SNMFFitConfig.l1):
-                raise ValueError(
-                    f"The published rule has no L1 penalty, got l1={self.l1!r} with method='paper'. Leave l1 out, or "
-                    "use method='coordinate'."
-                )
-            object.__setattr__(self, "l1", 0.0)
+    @property
+    def penalty(self) -> float:
+        """``l1``, or the default of the method."""
+        if self.l1 is None:
+            return 0.0 if self.method == "paper" else DEFAULT_L1
+        return float(self.l1)
 
 
 class SNMFFitOptions(TypedDict, total=False):
@@ -89,10 +102,10 @@ class SNMFFitOptions(TypedDict, total=False):
     sparsity: float | int
     init: str
     method: str
-    l1: float | int
+    l1: float | int | None
     max_iter: int | None
-    max_passes: int
-    tol: float
+    max_passes: int | None
+    tol: float | None
     held_out: float | int
     memory_limit: int
     seed: int
@@ -128,7 +141,7 @@ def fit_snmf(
     Raises:
         ValueError: an option that is unknown or out of range, a stream over several hooks, no activation, activations
             that are all zero or not finite, more features than ``init`` can give, too few documents to hold any out,
-            more activations than ``memory_limit`` with ``method="paper"``.
+            and with ``method="paper"`` an ``l1`` above 0, ``max_passes``, or more activations than ``memory_limit``.
 
     Examples:
         >>> fit = sx.fit_snmf(neuron_stream, n_components=8)
@@ -173,15 +186,16 @@ def fit_snmf_rows(
     shared = {
         "sparsity": config.sparsity,
         "init": config.init,
-        "l1": config.l1,
-        "center": config.l1 > 0,
+        "l1": config.penalty,
+        "center": config.penalty > 0,
         "max_iter": config.max_iter,
+        "tol": config.tol,
         "generator": torch.Generator().manual_seed(config.seed),
         "on_metrics": on_metrics,
     }
     if x is not None:
         x = where_float64_is(x)
-        fit = semi_nmf(x, n_components, method=config.method, tol=config.tol, progress=progress, **shared)
+        fit = semi_nmf(x, n_components, method=config.method, progress=progress, **shared)
         energy = fit.codes.double().square().sum(dim=0)
         total = sum_of_squares(x)
         typical_norm = float(torch.linalg.vector_norm(x, dim=1).median())
@@ -195,9 +209,7 @@ def fit_snmf_rows(
         logger.info(
             "More than %d bytes of activations: the fit makes several passes over the stream.", config.memory_limit
         )
-        fit = semi_nmf_streaming(
-            Restartable(given), n_components, max_passes=config.max_passes, tol=max(config.tol, 1e-3), **shared
-        )
+        fit = semi_nmf_streaming(Restartable(given), n_components, max_passes=config.max_passes, **shared)
         energy, total, typical_norm = fit.code_gram.diagonal(), fit.total, fit.typical_norm
         n_seen, limit = fit.n_samples, "max_passes"
     check_spread(fit.features, n_seen)
@@ -241,7 +253,7 @@ def _dictionary(
     metadata = given.metadata() | {
         "n_seen": n_seen,
         "loss": fit.loss,
-        "l1": float(config.l1),
+        "l1": config.penalty,
         "init": config.init,
         "method": config.method,
         "typical_norm": typical_norm,
@@ -249,7 +261,7 @@ def _dictionary(
     dictionary = SNMFDictionary.from_features(
         fit.features[order],
         sparsity=config.sparsity,
-        l1=config.l1,
+        l1=config.penalty,
         center=fit.center,
         metadata=metadata,
         reshape_activations=given.reshaping,

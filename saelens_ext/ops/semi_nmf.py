@@ -46,6 +46,7 @@ INITS = ("svd", "kmeans", "random")
 METHODS = ("coordinate", "paper")
 _SEARCH = 12
 _PATIENCE = {"coordinate": 3, "paper": 100}
+_DEFAULT_TOL = 1e-4
 _DEFAULT_ITERATIONS = {"coordinate": 100, "paper": 500}
 
 
@@ -89,7 +90,7 @@ def semi_nmf(
     l1: float | int = 0.0,
     center: bool = False,
     max_iter: int | None = None,
-    tol: float = 1e-4,
+    tol: float | None = None,
     generator: torch.Generator | None = None,
     start: tuple[Tensor, Tensor] | None = None,
     progress: bool = False,
@@ -112,7 +113,8 @@ def semi_nmf(
             factorisation; 0.1 is a good value for features to be looked at.
         center: whether to factorise the activations from their mean; see the module.
         max_iter: iterations at most; 100 by default, 500 for ``"paper"``.
-        tol: stop when the objective falls by less than this fraction, three iterations running (100 for ``"paper"``).
+        tol: stop when the objective falls by less than this fraction, by default 1e-4, three iterations running (100
+            for ``"paper"``).
         generator: source of randomness, on the CPU; seed 0 by default. The global one is not touched.
         start: codes ``(n, k)`` and features ``(k, d)`` to start from, instead of ``init``.
         progress: show a progress bar.
@@ -124,6 +126,7 @@ def semi_nmf(
             [0, 1) or given with ``method="paper"``, an option is unknown, or ``n_components`` exceeds what ``init``
             can give (min(n, d) for svd, n for kmeans).
     """
+    tol = _DEFAULT_TOL if tol is None else tol
     count = check_options(x, n_components, sparsity, init, tol, l1)
     n_components = positive(n_components, "n_components")
     choice(method, METHODS, "method")

@@ -43,6 +43,8 @@ from saelens_ext.ops.semi_nmf_updates import (
 logger = logging.getLogger(__name__)
 
 _CODES_TOL = 1e-4
+_DEFAULT_PASSES = 5
+_PASS_TOL = 1e-3
 _FEATURE_SWEEPS = 5
 
 
@@ -91,8 +93,8 @@ def semi_nmf_streaming(
     l1: float | int = 0.0,
     center: bool = False,
     max_iter: int | None = None,
-    max_passes: int = 5,
-    tol: float = 1e-3,
+    max_passes: int | None = None,
+    tol: float | None = None,
     sample_size: int = 10_000,
     generator: torch.Generator | None = None,
     on_metrics: Callable[[dict[str, float]], None] | None = None,
@@ -107,8 +109,9 @@ def semi_nmf_streaming(
         l1: weight of the L1 penalty on the codes, in [0, 1), as for :func:`~saelens_ext.ops.semi_nmf.semi_nmf`.
         center: whether to factorise the activations from their mean, as there.
         max_iter: iterations of the fit to the sample.
-        max_passes: passes after the one that draws the sample.
-        tol: stop when a pass lowers the objective by less than this fraction.
+        max_passes: passes after the one that draws the sample; 5 by default.
+        tol: stop when a pass, or an iteration of the fit to the sample, lowers the objective by less than this
+            fraction; by default 1e-3 for passes and 1e-4 for the sample.
         sample_size: activations of the sample, drawn uniformly from the whole stream.
         generator: source of randomness, on the CPU; seed 0 by default.
         on_metrics: called after each pass with ``pass``, ``objective``, ``n_dead``, ``n_revived``.
@@ -123,12 +126,13 @@ def semi_nmf_streaming(
             "starts again each time it is iterated: a list, an ActivationStream-like object, or an object with "
             "__iter__."
         )
-    positive(max_passes, "max_passes")
+    max_passes = positive(_DEFAULT_PASSES if max_passes is None else max_passes, "max_passes")
+    pass_tol = _PASS_TOL if tol is None else tol
     check_l1(l1)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     with torch.no_grad():
         sample, n_samples = _sample(batches, positive(sample_size, "sample_size"), generator)
-        count = check_options(sample, n_components, sparsity, init, tol)
+        count = check_options(sample, n_components, sparsity, init, pass_tol)
         first = semi_nmf(
             sample,
             n_components,
@@ -137,12 +141,13 @@ def semi_nmf_streaming(
             l1=l1,
             center=center,
             max_iter=max_iter,
+            tol=tol,
             generator=generator,
         )
         typical_norm = float(torch.linalg.vector_norm(sample, dim=1).median())
         del sample
         fit = _StreamFit(batches, first, count, n_samples, float(l1))
-        history, converged = _passes(fit, max_passes, tol, on_metrics)
+        history, converged = _passes(fit, max_passes, pass_tol, on_metrics)
     statistics = fit.unweighted
     return StreamingSemiNMFResult(
         features=fit.features,

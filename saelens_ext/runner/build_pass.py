@@ -252,7 +252,7 @@ class BuildPass:
         logger.info("Factorising %s", one.name)
         x, source = one.gathered.matrix(), one.gathered.source
         options = {"held_out": one.gathered.held_out if x is not None else None, "progress": self._config.progress}
-        figures = _Figures(one.name, x, float(one.config.l1), self._on_metrics)
+        figures = _Figures(one.name, x, one.config.penalty, self._on_metrics)
         return fit_snmf_rows(source, x, one.n_components, one.config, on_metrics=figures, **options)
 
     def _finish(self, dictionary: Any) -> Any:

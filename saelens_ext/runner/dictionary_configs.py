@@ -78,7 +78,6 @@ class SNMFBuildConfig(SNMFFitConfig):
 
     def __post_init__(self) -> None:
         _checks.normalise_fields(self)
-        self._drop_penalty()
         _different(several(self.n_components), "n_components")
         _different(several(self.sparsity), "sparsity")
         if not 0 <= self.held_out <= 0.5:

@@ -62,8 +62,12 @@ def test_the_published_rule(stream, tmp_path):
 
 
 def test_what_the_published_rule_cannot_do(stream):
-    with pytest.raises(ValueError, match=r"no L1 penalty, got l1=0\.2 with method='paper'"):
-        fit_snmf(stream, 5, method="paper", l1=0.2)
+    for l1 in (0.1, 0.2):  # the default of the other method is not the rule's
+        with pytest.raises(ValueError, match=rf"no L1 penalty, got l1={l1} with method='paper'\. Leave l1 out"):
+            fit_snmf(stream, 5, method="paper", l1=l1)
+    assert fit_snmf(stream, 5, method="paper", l1=0, max_iter=1).dictionary.cfg.l1 == 0
+    with pytest.raises(ValueError, match=r"no passes over a stream, got max_passes=5 .*Leave max_passes out"):
+        fit_snmf(stream, 5, method="paper", max_passes=5)
     with pytest.raises(ValueError, match="memory_limit=10000 bytes, and method='paper'"):
         fit_snmf(stream, 5, method="paper", memory_limit=10_000)
     with pytest.raises(ValueError, match="method must be one of 'coordinate', 'paper', got 'published'"):

@@ -151,6 +151,10 @@ def test_bad_input():
             fit_hierarchical_snmf(x, ranks)
     with pytest.raises(ValueError, match="keeps no documents out"):
         fit_hierarchical_snmf(x, RANKS, held_out=0.1)
+    with pytest.raises(ValueError, match=r"makes no passes, got max_passes=5\. Leave it out"):
+        fit_hierarchical_snmf(x, RANKS, max_passes=5)
+    with pytest.raises(ValueError, match=r"no L1 penalty, got l1=0\.1 with method='paper'"):
+        fit_hierarchical_snmf(x, RANKS, method="paper", l1=0.1)
     with pytest.raises(ValueError, match="level must be one of"):
         fit_hierarchical_snmf(x, (4, 2), max_iter=2, refine_iter=0).trees(2)
 

@@ -466,6 +466,15 @@ def test_streaming_sample_larger_than_the_stream():
     assert streamed.n_passes == 1 and streamed.loss <= semi_nmf(x, 6, sparsity=0.1).loss * 1.001
 
 
+def test_streaming_takes_the_tolerance_asked_for():
+    x, _ = planted(n=600)
+    passes = {
+        tol: len(semi_nmf_streaming([x], 5, sparsity=0.1, sample_size=40, max_iter=2, max_passes=20, tol=tol).history)
+        for tol in (1e-4, None, 0.3)
+    }
+    assert passes[1e-4] > passes[None] > passes[0.3] == 2
+
+
 class _Changing:
     """A stream that loses a row each time it is read."""
 

@@ -196,10 +196,12 @@ def test_the_command_line():
     )
     assert snmf.dictionary.setting_names == ["snmf_k5_s0.1", "snmf_k10_s0.1"] and snmf.exclude_special_tokens == [0, 2]
     rule = parse(SNMFRunnerConfig, "--hook_name=x", "--dictionary.method=paper", "--dictionary.max_iter=7").dictionary
-    assert rule.setting_names == ["snmf_k100_s0.01_paper"] and rule.l1 == 0
-    assert [(fit.method, fit.l1, fit.max_iter) for _, fit in rule.settings(seed=1)] == [("paper", 0, 7)]
-    with pytest.raises(ValueError, match="no L1 penalty"):
-        parse(SNMFRunnerConfig, "--hook_name=x", "--dictionary.method=paper", "--dictionary.l1=0.3")
+    assert rule.setting_names == ["snmf_k100_s0.01_paper"] and rule.penalty == 0
+    assert [(fit.method, fit.penalty, fit.max_iter) for _, fit in rule.settings(seed=1)] == [("paper", 0, 7)]
+    assert parse(SNMFRunnerConfig, "--hook_name=x").dictionary.penalty == 0.1
+    for wrong, message in (("l1=0.1", "no L1 penalty, got l1=0.1"), ("max_passes=5", "no passes over a stream")):
+        with pytest.raises(ValueError, match=message):
+            parse(SNMFRunnerConfig, "--hook_name=x", "--dictionary.method=paper", f"--dictionary.{wrong}")
 
 
 @pytest.mark.parametrize("kind", [ExemplarRunnerConfig, SNMFRunnerConfig])
