@@ -1,6 +1,6 @@
 """Every public entry gives on an accelerator what it gives on the CPU, and the same each time.
 
-The accelerator is the fake one, whose numbers are the CPU's; and, for tests marked ``gpu``, the one that is$
+The accelerator is the fake one, whose numbers are the CPU's; and, for tests marked ``gpu``, the one that is
 there, whose products are rounded otherwise.
 """
 
@@ -9,6 +9,7 @@ import torch
 
 import saelens_ext as ext
 from saelens_ext.host.devices import chosen_device
+from saelens_ext.ops.semi_nmf_coordinate import CoordinateFit
 from tests.continuations._dictionaries import own
 from tests.fake_accelerator import FakeTensor, counted_waits, fake_accelerator
 from tests.hub.conftest import hub, running_hub  # noqa: F401
@@ -164,3 +165,19 @@ def test_the_host_waits_for_the_device_a_few_times_a_block_and_not_for_each_of_i
             waits[what.__qualname__] = waited.total()
     assert waits["ExemplarPartition.encode"] == 0
     assert waits["build"] <= 20 and waits["ExemplarPartition.assign"] <= 15 and waits["SNMFDictionary.encode"] <= 15
+
+
+def test_an_iteration_of_a_factorisation_waits_three_times():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(12, 128, generator=generator) * (torch.rand(12, 128, generator=generator) < 0.03)
+    codes = torch.rand(3000, 12, generator=generator) * (torch.rand(3000, 12, generator=generator) < 0.1)
+    x = codes @ features + 0.1 * torch.randn(3000, 128, generator=generator)
+    with fake_accelerator(float64=True) as name, torch.no_grad():
+        fit = CoordinateFit(*(part.to(name) for part in (x, codes, features)), 4, 0.1)
+        before = fit.error
+        fit.step()  # with which the kind of sweep is chosen, for the next eight
+        with counted_waits() as waited:
+            for _ in range(5):
+                fit.step()
+    assert fit.error < before and fit.n_dead == 0
+    assert waited.total() <= 5 * 3

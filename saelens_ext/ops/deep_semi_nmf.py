@@ -191,5 +191,5 @@ def _update_codes(x: Tensor, factors: DeepFactors, l1: float) -> Tensor:
     for start in range(0, len(x), CHUNK_ROWS):
         rows = slice(start, start + CHUNK_ROWS)
         codes, sizes = factors.codes[rows].T.contiguous(), torch.linalg.vector_norm(x[rows], dim=1)
-        new[rows] = update_codes(x[rows], problem, codes, dual=False, sizes=sizes, l1=weights)[0].T
+        new[rows] = update_codes(x[rows], problem, codes, dual=False, sizes=sizes, l1=weights).T
     return new

@@ -182,9 +182,9 @@ def dual_is_faster(x: Float[Tensor, "n d"], problem: FeatureGram, l1: float | in
     """Whether a few sweeps over the multipliers get these activations nearer to the optimum than over the codes."""
     if problem.inverse is None or not len(x):
         return False
-    target = penalised(problem.unit @ x.T, torch.linalg.vector_norm(x, dim=1), l1)
+    target = penalised(problem.products_with(x), torch.linalg.vector_norm(x, dim=1), l1)
     residuals = []
-    for iteration in (PrimalIteration(problem, target), DualIteration(problem, target)):
+    for iteration in (PrimalIteration(problem, target, few=l1 > 0), DualIteration(problem, target)):
         codes = iteration.advance(_SWEEPS_BETWEEN_CHECKS)
         residuals.append(float(kkt_residual(codes, descent(codes, target, problem.gram)).sum()))
     return residuals[1] < residuals[0]
@@ -192,14 +192,14 @@ def dual_is_faster(x: Float[Tensor, "n d"], problem: FeatureGram, l1: float | in
 
 def _solve_chunk(x: Tensor, problem: FeatureGram, dual: bool, tol: float, max_sweeps: int, l1: float) -> Tensor:
     """Codes ``(k, m)`` per unit feature: coordinate sweeps, dropping activations as they converge, then pivoting."""
-    products = problem.unit @ x.T
+    products = problem.products_with(x)
     size = lengths(x)
     # An activation orthogonal to all features has only rounding for products: nothing there to be relative to.
     scale = torch.maximum(products.abs().amax(dim=0), _ROUNDING[x.dtype] / tol * size.to(x.dtype))
     target = penalised(products, size.to(x.dtype), l1)
     codes = torch.empty_like(target)
     left = torch.arange(len(x), device=x.device)
-    iteration = DualIteration(problem, target) if dual else PrimalIteration(problem, target)
+    iteration = DualIteration(problem, target) if dual else PrimalIteration(problem, target, few=l1 > 0)
     attempts = _attempts(iteration, scale * tol, max_sweeps)
     for current in attempts:
         codes[:, left] = current

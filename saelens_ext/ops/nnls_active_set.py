@@ -11,9 +11,10 @@ Source: Kim and Park, Fast nonnegative matrix factorization: an active-set-like 
 """
 
 from bisect import bisect_right
+from collections.abc import Iterator
 
 import torch
-from jaxtyping import Bool, Float, Float64
+from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
 _CHUNK_NUMBERS = 4 * 2**20  # 32 MB of float64
@@ -57,19 +58,30 @@ class SupportSolver:
 def _solve_grouped(
     gram: Float[Tensor, "k k"], target: Float[Tensor, "m k"], support: Bool[Tensor, "m k"]
 ) -> Float[Tensor, "m k"]:
-    """Rows in groups of similar support size, so that the systems of a group need little padding and fit the memory."""
+    """Rows in groups of similar support size."""
     solution = torch.zeros_like(target)
-    sizes, order = support.sum(dim=1).sort(stable=True)
+    for rows, size in similar(support.sum(dim=1), _CHUNK_NUMBERS, _PADDING):
+        _solve_padded(gram, target, support, rows, size, solution)
+    return solution
+
+
+def similar(sizes: Int[Tensor, " m"], most_numbers: int, padding: float) -> Iterator[tuple[Int[Tensor, " _"], int]]:
+    """Which rows to solve together, and the largest of their sizes; rows of size 0 are in no group.
+
+    Args:
+        sizes: ``(m,)`` unknowns of each row.
+        most_numbers: of the systems of a group.
+        padding: how many times as large as the smallest of a group its others may be.
+    """
+    sizes, order = sizes.sort(stable=True)
     counts = sizes.tolist()
     start = bisect_right(counts, 0)
     while start < len(counts):
-        largest = max(_SMALLEST_SYSTEM, int(_PADDING * counts[start]))
+        largest = max(_SMALLEST_SYSTEM, int(padding * counts[start]))
         end = bisect_right(counts, largest)
-        end = min(end, start + max(1, _CHUNK_NUMBERS // largest**2))
-        rows = order[start:end]
-        _solve_padded(gram, target, support, rows, counts[end - 1], solution)
+        end = min(end, start + max(1, most_numbers // largest**2))
+        yield order[start:end], counts[end - 1]
         start = end
-    return solution
 
 
 def _solve_padded(

@@ -23,15 +23,18 @@ from functools import cached_property
 import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 from saelens_ext.ops.nnls_active_set import exchange
+from saelens_ext.ops.nnls_few import RELAXATION, sweep_candidates
 from saelens_ext.ops.precision import float64_device, where_float64_is
 
 SUM_ROWS = 1024
 _BLOCK = 32
-_RELAXATION = 1.1
 _LARGEST_CONDITION = {torch.float32: 1e5, torch.float64: 1e9}
 _SHORTEST = 1e-30
+_SPARSE = 32
+"""A product with features gathers their neurons where there are this many times as many neurons in all."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +53,14 @@ class FeatureGram:
     """Q in float64."""
     length: Float64[Tensor, " k"]
     """Lengths in float64, 0 for a zero feature."""
+    used: int | None = None
+    """Neurons that a feature uses at most, where that is known."""
 
     @classmethod
-    def of(cls, features: Float[Tensor, "k d"]) -> "FeatureGram":
+    def of(cls, features: Float[Tensor, "k d"], used: int | None = None) -> "FeatureGram":
         """Prepare features of float32 or float64. Rows shorter than 1e-30 count as zero."""
         unit, norm = unit_rows(features)
-        return cls._of(unit, norm, unit @ unit.T, features.dtype)
+        return cls._of(unit, norm, unit @ unit.T, features.dtype, used)
 
     @classmethod
     def from_gram(cls, maps: Float64[Tensor, "k d"], gram: Float64[Tensor, "k k"], dtype: torch.dtype) -> "FeatureGram":
@@ -72,17 +77,35 @@ class FeatureGram:
         return cls._of(maps / norm[:, None], norm, gram / norm / norm[:, None], dtype)
 
     @classmethod
-    def _of(cls, unit: Tensor, norm: Tensor, exact: Tensor, dtype: torch.dtype) -> "FeatureGram":
+    def _of(
+        cls, unit: Tensor, norm: Tensor, exact: Tensor, dtype: torch.dtype, used: int | None = None
+    ) -> "FeatureGram":
         """From float64 parts."""
         length = torch.where(exact.diagonal() > 0, norm, 0.0)
         # The coordinate step takes the diagonal for one; rounding must not make it anything else.
         exact = exact.fill_diagonal_(1.0)
-        return cls(unit.to(dtype), norm.to(dtype), exact.to(dtype), unit, exact, length)
+        return cls(unit.to(dtype), norm.to(dtype), exact.to(dtype), unit, exact, length, used)
 
     @property
     def products(self) -> Float64[Tensor, "k k"]:
         """Of all pairs of features, as long as they are."""
         return self.exact * self.length * self.length[:, None]
+
+    def products_with(self, x: Float[Tensor, "m d"]) -> Float[Tensor, "k m"]:
+        """Of the unit features with activations."""
+        if self._neurons is None:
+            return self.unit @ x.T
+        indices, values = self._neurons
+        return embedding_bag(indices, x.T.contiguous(), mode="sum", per_sample_weights=values)
+
+    @cached_property
+    def _neurons(self) -> tuple[Tensor, Tensor] | None:
+        """Which neurons each feature uses, and how much; None where they are not few."""
+        used = int(self.unit.count_nonzero(dim=1).max()) if self.used is None else self.used
+        if used * _SPARSE > self.unit.shape[1]:
+            return None
+        indices = self.unit.abs().topk(max(1, used), dim=1).indices
+        return indices, self.unit.gather(1, indices)
 
     @cached_property
     def inverse(self) -> Float64[Tensor, "k k"] | None:
@@ -148,7 +171,7 @@ def sweep(
         moved = torch.addmm(target[rows], gram[rows], codes, alpha=-1)
         views = zip(block.unbind(), moved.unbind(), inner.unbind(1), strict=True)
         for i, (old, new, column) in enumerate(views, start=1):
-            torch.add(old, new, alpha=_RELAXATION, out=new).clamp_(min=0)
+            torch.add(old, new, alpha=RELAXATION, out=new).clamp_(min=0)
             if i < len(block):
                 moved[i:].addr_(column[i:], old.sub_(new))
         block.copy_(moved)
@@ -174,17 +197,27 @@ def kkt_residual(codes: Float[Tensor, "k m"], direction: Float[Tensor, "k m"]) -
 
 
 class PrimalIteration:
-    """Coordinate descent on the codes of some activations."""
+    """Coordinate descent on the codes of some activations; over their candidates alone where these are ``few``."""
 
     def __init__(
-        self, problem: FeatureGram, target: Float[Tensor, "k m"], codes: Float[Tensor, "k m"] | None = None
+        self,
+        problem: FeatureGram,
+        target: Float[Tensor, "k m"],
+        codes: Float[Tensor, "k m"] | None = None,
+        few: bool = False,
     ) -> None:
-        self._gram, self._target = problem.gram, target
+        self._gram, self._target, self._few = problem.gram, target, few
         self._codes = torch.zeros_like(target) if codes is None else codes
 
     def advance(self, n_sweeps: int) -> Float[Tensor, "k m"]:
         """The codes after so many more sweeps."""
-        sweep(self._codes, self._target, self._gram, n_sweeps)
+        if self._few:
+            direction = descent(self._codes, self._target, self._gram)
+            some = sweep_candidates(self._codes, direction, self._gram, n_sweeps)
+            self._few = some is not None
+            self._codes = self._codes if some is None else some
+        if not self._few:
+            sweep(self._codes, self._target, self._gram, n_sweeps)
         return self._codes
 
     def keep(self, columns: Tensor) -> None:

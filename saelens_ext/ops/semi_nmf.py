@@ -38,7 +38,7 @@ from saelens_ext.ops.semi_nmf_coordinate import CoordinateFit
 from saelens_ext.ops.semi_nmf_init import initialise
 from saelens_ext.ops.semi_nmf_paper import PaperFit
 from saelens_ext.ops.semi_nmf_rows import Rows
-from saelens_ext.ops.semi_nmf_updates import CodeStatistics, dead, duplicates, support_size
+from saelens_ext.ops.semi_nmf_updates import CodeStatistics, dead, first_duplicates, support_size
 
 logger = logging.getLogger(__name__)
 
@@ -163,8 +163,8 @@ def semi_nmf(
             converged=converged,
             n_iter=len(history),
             # Beside one enormous activation the parts of all features would count as nothing.
-            n_dead=int((codes.amax(dim=0) <= 0).sum()) if rows.equal else len(dead(fit.features, statistics)),
-            n_duplicate=len(duplicates(fit.features)),
+            n_dead=int((codes.amax(dim=0) <= 0).sum()) if rows.equal else int(dead(fit.features, statistics).sum()),
+            n_duplicate=int((first_duplicates(fit.features) < n_components).sum()),
             n_revived=fit.n_revived,
         )
 
@@ -232,6 +232,6 @@ def _iterate(
                 "loss": fit.squared_error / total,
                 "n_revived": fit.n_revived,
             }
-            on_metrics(metrics | {"n_dead": len(dead(fit.features, fit.statistics))})
+            on_metrics(metrics | {"n_dead": fit.n_dead})
     bar.close()
     return history or [0.0], stalled >= patience or not total > 0

@@ -32,9 +32,11 @@ from saelens_ext.ops.semi_nmf_updates import (
     CodeStatistics,
     dead,
     duplicates,
+    finite_error,
+    first_duplicates,
     keep_largest,
     normalised,
-    refit,
+    refit_together,
     replacement_costs,
     update_codes,
     update_features,
@@ -45,6 +47,7 @@ _PILOT_ROWS = 128
 _REST_AFTER_FAILED_MERGE = 10
 _POWER_ITERATIONS = 3
 _SEARCH_L1 = 0.05
+_ACCELERATOR_ROWS = 2**14
 _SHRINKING = 0.8
 _ROUNDS = 8
 _ROUND_ITERATIONS = 4
@@ -52,7 +55,6 @@ _ROUND_STEPS = 2
 _FAILED_ROUNDS = 3
 _REPLACED = 0.05
 _LEAST_GAIN = 1e-3
-_SHORTEST = 1e-30
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,28 @@ class _State:
     codes: Tensor
     statistics: CodeStatistics
     error: float
-    errors: Tensor
-    """``(n,)`` error of each activation."""
+    dead: list[int]
+    """Features that have no part in the reconstruction."""
+    duplicates: list[tuple[int, int]]
+    """Pairs (kept, surplus) of features that point the same way."""
+
+    @classmethod
+    def of(
+        cls, features: Tensor, codes: Tensor, statistics: CodeStatistics, products: Tensor | None = None
+    ) -> "_State":
+        """Of codes and features; the host waits for the device once."""
+        error = statistics.error_there(features, products)[None]
+        flags = (dead(features, statistics), first_duplicates(features))
+        first, *rest = torch.cat((error, *(part.double() for part in flags))).tolist()
+        k = len(features)
+        return cls(
+            features,
+            codes,
+            statistics,
+            finite_error(first),
+            [i for i in range(k) if rest[i]],
+            duplicates([int(i) for i in rest[k:]]),
+        )
 
 
 class CoordinateFit:
@@ -99,11 +121,7 @@ class CoordinateFit:
         # Dense features to start from are no member of the set: the first sparse ones may be of higher error than they.
         # Rows with hardly any codes are not updated, but must be sparse too.
         features = keep_largest(update_features(statistics, features, count), count)
-        errors = [
-            (rows - part.T @ features).square().sum(dim=1)
-            for rows, part in zip(x.split(SUM_ROWS), columns.split(SUM_ROWS, dim=1), strict=True)
-        ]
-        self._state = _State(features, columns, statistics, statistics.error(features), torch.cat(errors))
+        self._state = _State.of(features, columns, statistics)
         if search:
             self._search(search)
 
@@ -130,7 +148,12 @@ class CoordinateFit:
     @property
     def squared_error(self) -> float:
         """The squared error alone."""
-        return self.error - self.statistics.penalty(self.features)
+        return self.error - float(self.statistics.penalty(self.features))
+
+    @property
+    def n_dead(self) -> int:
+        """Features that have no part in the reconstruction."""
+        return len(self._state.dead)
 
     def step(self) -> None:
         """One iteration; nothing changes unless it lowers the error."""
@@ -164,7 +187,7 @@ class CoordinateFit:
                 skipped, size = skipped + int(size == 1), max(1, size // 4)
         if self._l1 != l1:
             self._l1 = l1
-            self._state = self._pass(self.features, self._state.codes, l1)
+            self._state = self._pass(self.features, self._state.codes, l1, self._count)
         if self._state.error > before.error:
             self._state, self.n_revived = before, n_revived
 
@@ -178,21 +201,12 @@ class CoordinateFit:
     def _fit_together(self, count: int) -> None:
         """An iteration of the search."""
         statistics = self._state.statistics
-        # The penalty's quadratic bound, which touches it here: without it, features may grow large and cancel, and be
-        # cut to different neurons.
-        length = torch.linalg.vector_norm(self.features.double(), dim=1).clamp(min=_SHORTEST)
-        ridge = torch.diag(statistics.l1 * statistics.sums / length)
-        bounded = replace(statistics, gram=statistics.gram + ridge)
-        dense = refit(bounded, torch.ones_like(self.features, dtype=torch.bool), self.features)
-        # Equal neurons tie, though a product may round them apart.
-        error = (
-            statistics.rounding
-            * statistics.squares.sqrt()
-            / bounded.gram.diagonal().sqrt().clamp(min=_SHORTEST)[:, None]
-        )
+        dense, error = refit_together(statistics, self.features)
         features, length = normalised(keep_largest(dense, count, error))
-        unused = set(dead(features * length[:, None], statistics)) | {surplus for _, surplus in duplicates(features)}
-        self._state = self._replaced(features, self._state.codes * length[:, None], sorted(unused))
+        unused = dead(features * length[:, None], statistics) | (first_duplicates(features) < len(features))
+        self._state = self._replaced(
+            features, self._state.codes * length[:, None], unused.nonzero()[:, 0].tolist(), count
+        )
 
     def _replace_weakest(self, size: int, skipped: int) -> None:
         """New directions for the features that the others could replace at least cost, after some that were tried."""
@@ -201,48 +215,52 @@ class CoordinateFit:
         weakest = cost.sort(stable=True).indices[skipped:][:size].tolist()
         # Without the penalty, what is left of the activations is what no feature has, and not what it took from all.
         features[weakest] = 0
-        self._state = self._pass(features, self._state.codes * length[:, None], 0.0)
-        self._state = self._replaced(features, self._state.codes, weakest)
+        self._state = self._pass(features, self._state.codes * length[:, None], 0.0, self._count)
+        self._state = self._replaced(features, self._state.codes, weakest, self._count)
 
     def _attempt(self, *, merge: bool) -> bool:
         """An iteration; whether it was kept. True where nothing was merged: there is nothing else to try."""
         before, n_revived = self._state, self.n_revived
-        features = update_features(before.statistics, before.features, self._count)
-        unused = set(dead(features, before.statistics))
-        features, length = normalised(features)
+        features, length = normalised(update_features(before.statistics, before.features, self._count))
         codes = before.codes * length[:, None]
-        pairs = duplicates(features) if merge else []
+        pairs = before.duplicates if merge else []
         for kept, surplus in pairs:
             codes[kept] += codes[surplus]
-            unused.add(surplus)
-        after = self._replaced(features, codes, sorted(unused))
+        unused = {*before.dead, *(surplus for _, surplus in pairs)}
+        after = self._replaced(features, codes, sorted(unused), self._count)
         if after.error >= before.error:
             self.n_revived = n_revived
             return not pairs
         self._state = after
         return True
 
-    def _replaced(self, features: Tensor, codes: Tensor, places: list[int]) -> _State:
+    def _replaced(self, features: Tensor, codes: Tensor, places: list[int], count: int) -> _State:
         """New codes after some features have become new directions; ``codes`` is overwritten."""
-        codes[places] = 0
-        self.n_revived += len(places)
-        return self._pass(self._with_new_directions(features, places, codes), codes, self._l1)
+        if places:
+            codes[places] = 0
+            self.n_revived += len(places)
+            features = self._with_new_directions(features, places, codes)
+        return self._pass(features, codes, self._l1, count)
 
-    def _pass(self, features: Tensor, codes: Tensor, l1: float) -> _State:
-        """New codes for all activations, starting from some, and what follows from them."""
-        problem = FeatureGram.of(features)
+    def _pass(self, features: Tensor, codes: Tensor, l1: float, count: int) -> _State:
+        """New codes for all activations, starting from some, and what follows from them, for features of at most
+        ``count`` neurons.
+        """
+        problem = FeatureGram.of(features, count)
         if self._n_passes % _PILOT_EVERY == 0:
             self._dual = dual_is_faster(self._x[:: max(1, len(self._x) // _PILOT_ROWS)], problem, l1)
         self._n_passes += 1
         dual = self._dual and problem.inverse is not None
         statistics = replace(self._state.statistics.of_no_codes(), l1=l1)
-        new, errors = torch.empty_like(codes), torch.empty_like(self._x[:, 0])
-        for start in range(0, len(self._x), CHUNK_ROWS):
-            rows = slice(start, start + CHUNK_ROWS)
+        new = torch.empty_like(codes)
+        # What fits a processor's cache; on an accelerator the host waits for each block.
+        size = CHUNK_ROWS if self._x.device.type == "cpu" else _ACCELERATOR_ROWS
+        for start in range(0, len(self._x), size):
+            rows = slice(start, start + size)
             x, sizes = self._x[rows], self._sizes[rows]
-            new[:, rows], errors[rows] = update_codes(x, problem, codes[:, rows], dual, sizes.to(x.dtype), l1)
+            new[:, rows] = update_codes(x, problem, codes[:, rows], dual, sizes.to(x.dtype), l1)
             statistics.add(x, new[:, rows], sizes)
-        return _State(features, new, statistics, statistics.error(features, problem.products), errors)
+        return _State.of(features, new, statistics, problem.products)
 
     def _with_new_directions(self, features: Tensor, places: list[int], codes: Tensor) -> Tensor:
         """Features with new directions at some places, whose codes are zero.
@@ -251,9 +269,9 @@ class CoordinateFit:
         activations are left as they are), and is then fitted to what is left of all: codes given the direction,
         direction given them.
         """
-        if not places:
-            return features
-        worst = self._state.errors.sort(descending=True, stable=True).indices[: len(places)]
+        parts = zip(self._x.split(SUM_ROWS), self._state.codes.split(SUM_ROWS, dim=1), strict=True)
+        errors = [(rows - mine.T @ self.features).square().sum(dim=1) for rows, mine in parts]
+        worst = torch.cat(errors).sort(descending=True, stable=True).indices[: len(places)]
         new = self._x[worst] - codes[:, worst].T @ features
         new = normalised(keep_largest(new, self._count))[0]
         neuron_norms = self._state.statistics.squares.sqrt().to(new)

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saelens_ext.ops.semi_nmf_updates import CodeStatistics, keep_largest
+from saelens_ext.ops.semi_nmf_updates import CodeStatistics, dead, keep_largest
 
 _SMALLEST_CODE = 1e-6
 _RIDGE = 1e-6
@@ -51,6 +51,11 @@ class PaperFit:
     def squared_error(self) -> float:
         """The squared error."""
         return self.error
+
+    @property
+    def n_dead(self) -> int:
+        """Features that have no part in the reconstruction."""
+        return int(dead(self.features, self.statistics).sum())
 
     def step(self) -> None:
         """One iteration; what is best so far changes only if the error is lower."""

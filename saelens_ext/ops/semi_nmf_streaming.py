@@ -34,7 +34,7 @@ from saelens_ext.ops.semi_nmf_updates import (
     CHUNK_ROWS,
     CodeStatistics,
     dead,
-    duplicates,
+    first_duplicates,
     keep_largest,
     normalised,
     update_features,
@@ -161,8 +161,8 @@ def semi_nmf_streaming(
         code_product=statistics.product,
         total=fit.total,
         typical_norm=typical_norm,
-        n_dead=len(dead(fit.features, fit.statistics)),
-        n_duplicate=len(duplicates(fit.features)),
+        n_dead=int(dead(fit.features, fit.statistics).sum()),
+        n_duplicate=int((first_duplicates(fit.features) < n_components).sum()),
         n_revived=fit.n_revived,
     )
 
@@ -208,7 +208,7 @@ class _StreamFit:
     def step(self) -> None:
         """Improve the features and evaluate them by a pass; they are kept if their error is lower."""
         features = update_features(self.statistics, self.features, self._count, _FEATURE_SWEEPS)
-        unused = dead(features, self.statistics)[: len(self._pass.worst)]
+        unused = dead(features, self.statistics).nonzero()[:, 0].tolist()[: len(self._pass.worst)]
         if unused:
             features = features.clone()
             features[unused] = keep_largest(self._pass.worst[: len(unused)], self._count)
@@ -262,7 +262,7 @@ def _passes(
         history.append(fit.error / total if total > 0 else 0.0)
         if on_metrics is not None:
             metrics: dict[str, float] = {"pass": number, "objective": history[-1], "n_revived": fit.n_revived}
-            on_metrics(metrics | {"n_dead": len(dead(fit.features, fit.statistics))})
+            on_metrics(metrics | {"n_dead": int(dead(fit.features, fit.statistics).sum())})
         logger.info("Pass %d: objective %.4f", number, history[-1])
         if number > 1 and history[-2] - history[-1] <= tol * history[-2]:
             return history, True

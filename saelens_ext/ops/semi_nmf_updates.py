@@ -23,10 +23,11 @@ Source: hierarchical alternating least squares (Cichocki and Phan 2009) with the
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
 from saelens_ext.ops.grid_products import summation_error
@@ -50,6 +51,7 @@ _ROWS_AT_ONCE = 32
 _REFIT_RIDGE = 1e-8
 _FAINT = 1e-12
 _SHORTEST = 1e-300
+_SHORTEST_FEATURE = 1e-30
 
 
 @dataclass
@@ -120,21 +122,33 @@ class CodeStatistics:
             sizes.append(squares.sum(dim=1).sqrt())
         return torch.cat(sizes)
 
-    def penalty(self, features: Float[Tensor, "k d"]) -> float:
-        """The L1 penalty of these codes with some features."""
-        return 2 * self.l1 * float(self.sums @ torch.linalg.vector_norm(features.double(), dim=1))
+    def penalty(self, features: Float[Tensor, "k d"]) -> Float64[Tensor, ""]:
+        """The L1 penalty of these codes with some features, on their device."""
+        return 2 * self.l1 * self.sums @ torch.linalg.vector_norm(features.double(), dim=1)
 
-    def error(self, features: Float[Tensor, "k d"], products: Float64[Tensor, "k k"] | None = None) -> float:
-        """The error of these codes with some features, whose ``products`` H H' save time where they are known."""
+    def error(self, features: Float[Tensor, "k d"]) -> float:
+        """The error of these codes with some features."""
+        return finite_error(float(self.error_there(features)))
+
+    def error_there(
+        self, features: Float[Tensor, "k d"], products: Float64[Tensor, "k k"] | None = None
+    ) -> Float64[Tensor, ""]:
+        """The same on their device, as it is rounded; the features' ``products`` H H' save time where they are
+        known.
+        """
         wide = features.double()
         products = wide @ wide.T if products is None else products
-        change = float((self.gram * products).sum() - 2 * (wide * self.product).sum())
-        error = self.total + change + self.penalty(features)
-        if not math.isfinite(error):
-            raise ValueError(
-                "The squared error is not finite: the activations are too large for their dtype. Scale them down."
-            )
-        return max(0.0, error)
+        change = (self.gram * products).sum() - 2 * (wide * self.product).sum()
+        return self.squares.sum() + change + self.penalty(features)
+
+
+def finite_error(error: float) -> float:
+    """The error, 0 where rounding made it negative; ValueError where it is no number."""
+    if not math.isfinite(error):
+        raise ValueError(
+            "The squared error is not finite: the activations are too large for their dtype. Scale them down."
+        )
+    return max(0.0, error)
 
 
 def sum_of_squares(x: Float[Tensor, "n d"]) -> float:
@@ -168,13 +182,16 @@ def update_features(
     Rows whose codes are all zero are left as they are.
     """
     if count >= features.shape[1] and not statistics.l1:
-        candidate = refit(statistics, torch.ones_like(features, dtype=torch.bool), features)
-        return candidate if statistics.error(candidate) <= statistics.error(features) else features
+        return _better(statistics, refit(statistics, None, features), features)
     swept = _sweep_features(statistics, features.double(), count, n_sweeps).to(features.dtype)
     if statistics.l1:
         return swept
-    refitted = refit(statistics, swept != 0, swept)
-    return refitted if statistics.error(refitted) <= statistics.error(swept) else swept
+    return _better(statistics, refit(statistics, swept != 0, swept), swept)
+
+
+def _better(statistics: CodeStatistics, new: Tensor, old: Tensor) -> Tensor:
+    """The new features, unless their error is higher."""
+    return torch.where(statistics.error_there(new) <= statistics.error_there(old), new, old)
 
 
 def _sweep_features(statistics: CodeStatistics, features: Tensor, count: int, n_sweeps: int) -> Tensor:
@@ -203,23 +220,40 @@ def _sweep_features(statistics: CodeStatistics, features: Tensor, count: int, n_
     return features
 
 
-def refit(statistics: CodeStatistics, support: Tensor, features: Float[Tensor, "k d"]) -> Float[Tensor, "k d"]:
-    """Least squares on given supports, ``(k, d)`` booleans; rows whose codes are all zero keep their values."""
+def refit(
+    statistics: CodeStatistics, support: Bool[Tensor, "k d"] | None, features: Float[Tensor, "k d"]
+) -> Float[Tensor, "k d"]:
+    """Least squares on given supports, or on all neurons; rows whose codes are all zero keep their values."""
     live = _live(statistics)
     root = torch.where(live, statistics.gram.diagonal().sqrt(), 1.0)
     gram = (statistics.gram / root / root[:, None]).fill_diagonal_(1.0)
     target = (statistics.product / root[:, None]).T
-    columns = support.T & live
-    if bool(columns[:, live].all()):
+    keeps = ~live
+    if support is None:
         # Every neuron has the same system.
         shared = gram + _REFIT_RIDGE * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         factor, failed = torch.linalg.cholesky_ex(shared)
-        if bool(failed):  # codes too dependent for float64: the values stay
-            return features
+        keeps = keeps | (failed != 0)  # codes too dependent for float64
         solved = torch.cholesky_solve(target.T * live[:, None], factor).T
     else:
-        solved = SupportSolver(gram, _REFIT_RIDGE, has_inverse=False).solve(target, columns)
-    return torch.where(live[:, None], (solved / root).T.to(features.dtype), features)
+        solved = SupportSolver(gram, _REFIT_RIDGE, has_inverse=False).solve(target, support.T & live)
+    return torch.where(keeps[:, None], features, (solved / root).T.to(features.dtype))
+
+
+def refit_together(
+    statistics: CodeStatistics, features: Float[Tensor, "k d"]
+) -> tuple[Float[Tensor, "k d"], Float[Tensor, "k d"]]:
+    """All features as if they could use every neuron: ``(k, d)`` values whose error is not above that of ``features``,
+    and by how much each may be off by rounding, so that equal neurons tie.
+
+    The penalty is taken by its quadratic bound, 2 |h| <= |h|^2 / l + l with l the length so far, which touches it
+    there: without it, features may grow large and cancel, and be cut to different neurons.
+    """
+    length = torch.linalg.vector_norm(features.double(), dim=1).clamp(min=_SHORTEST_FEATURE)
+    bounded = replace(statistics, gram=statistics.gram + torch.diag(statistics.l1 * statistics.sums / length))
+    dense = refit(bounded, None, features)
+    weights = bounded.gram.diagonal().sqrt().clamp(min=_SHORTEST_FEATURE)
+    return dense, statistics.rounding * statistics.squares.sqrt() / weights[:, None]
 
 
 def _live(statistics: CodeStatistics) -> Tensor:
@@ -241,8 +275,8 @@ def update_codes(
     dual: bool,
     sizes: Float[Tensor, " m"],
     l1: float | Float[Tensor, "k 1"] = 0.0,
-) -> tuple[Float[Tensor, "k m"], Float[Tensor, " m"]]:
-    """Codes for one block of activations that are at least as good as the given ones, row by row.
+) -> Float[Tensor, "k m"]:
+    """Codes ``(k, m)`` for one block of activations that are at least as good as the given ones, row by row.
 
     Args:
         x: ``(m, d)`` activations.
@@ -251,22 +285,16 @@ def update_codes(
         dual: whether to look for new codes through their multipliers, or to improve the old ones directly.
         sizes: ``(m,)`` norms of the activations.
         l1: weight of the L1 penalty, or one for each unit feature.
-
-    Returns:
-        ``(k, m)`` codes and ``(m,)`` the errors they leave, short of rounding.
     """
-    target = penalised(problem.unit @ x.T, sizes, l1)
+    target = penalised(problem.products_with(x), sizes, l1)
     scaled = codes * problem.norm[:, None]
     if not dual:
-        new = PrimalIteration(problem, target, scaled).advance(_SWEEPS)
-        gain = _gain(new, target, problem)
-    else:
-        new = DualIteration(problem, target).advance(_SWEEPS)
-        gain, before = _gain(new, target, problem), _gain(scaled, target, problem)
-        # A few sweeps need not have reached the optimum: an activation keeps its codes where they are better.
-        new = torch.where(gain >= before, new, scaled)
-        gain = torch.maximum(gain, before)
-    return new / problem.norm[:, None], sizes.square() - gain
+        few = isinstance(l1, Tensor) or l1 > 0
+        return PrimalIteration(problem, target, scaled, few=few).advance(_SWEEPS) / problem.norm[:, None]
+    new = DualIteration(problem, target).advance(_SWEEPS)
+    # A few sweeps need not have reached the optimum: an activation keeps its codes where they are better.
+    new = torch.where(_gain(new, target, problem) >= _gain(scaled, target, problem), new, scaled)
+    return new / problem.norm[:, None]
 
 
 def _gain(codes: Tensor, target: Tensor, problem: FeatureGram) -> Tensor:
@@ -274,16 +302,23 @@ def _gain(codes: Tensor, target: Tensor, problem: FeatureGram) -> Tensor:
     return (codes * descent(codes, target, problem.gram).add_(target)).sum(dim=0)
 
 
-def duplicates(features: Float[Tensor, "k d"]) -> list[tuple[int, int]]:
-    """Pairs (kept, surplus) of features that point the same way, cosine above 0.99; each surplus one appears once."""
+def first_duplicates(features: Float[Tensor, "k d"]) -> Int[Tensor, " k"]:
+    """Of each feature the first earlier one that points the same way, cosine above 0.99; k if none does."""
     unit = normalised(features)[0]
     near = (unit @ unit.T > DUPLICATE_COSINE).triu(diagonal=1)
-    pairs, gone = [], set()
-    for i, j in near.nonzero().tolist():
-        if i not in gone and j not in gone:
-            pairs.append((i, j))
-            gone.add(j)
-    return pairs
+    places = torch.arange(len(unit), device=unit.device)[:, None]
+    return torch.where(near, places, len(unit)).amin(dim=0)
+
+
+def duplicates(first: Sequence[int]) -> list[tuple[int, int]]:
+    """Pairs (kept, surplus) of features that point the same way, of what :func:`first_duplicates` gave; no feature is
+    kept in one and surplus in another.
+    """
+    kept: dict[int, int] = {}
+    for surplus, earlier in enumerate(first):
+        if earlier < len(first):
+            kept[surplus] = kept.get(earlier, earlier)
+    return [(one, surplus) for surplus, one in kept.items()]
 
 
 def replacement_costs(gram: Float64[Tensor, "k k"], unit: Float[Tensor, "k d"]) -> Float64[Tensor, " k"]:
@@ -310,7 +345,7 @@ def replacement_costs(gram: Float64[Tensor, "k k"], unit: Float[Tensor, "k d"]) 
     return torch.minimum(alone, merged.amin(dim=1))
 
 
-def dead(features: Float[Tensor, "k d"], statistics: CodeStatistics) -> list[int]:
-    """Features that are zero, or whose part in the reconstruction is: below 1e-12 of the sum of squares."""
+def dead(features: Float[Tensor, "k d"], statistics: CodeStatistics) -> Bool[Tensor, " k"]:
+    """Which features are zero, or have a part in the reconstruction that is: below 1e-12 of the sum of squares."""
     part = features.double().square().sum(dim=1) * statistics.gram.diagonal()
-    return (part <= _FAINT * statistics.total).nonzero()[:, 0].tolist()
+    return part <= _FAINT * statistics.squares.sum()

@@ -8,7 +8,8 @@ from scipy.optimize import nnls as scipy_nnls
 
 from saelens_ext.ops.nnls import nnls
 from saelens_ext.ops.nnls_active_set import SupportSolver, pivot
-from saelens_ext.ops.nnls_kernels import DualIteration, FeatureGram, PrimalIteration
+from saelens_ext.ops.nnls_few import sweep_candidates
+from saelens_ext.ops.nnls_kernels import DualIteration, FeatureGram, PrimalIteration, descent, penalised
 
 
 def randn(*shape, seed=0, dtype=torch.float64):
@@ -80,6 +81,38 @@ def test_coordinate_descent_never_raises_the_error():
     iteration = PrimalIteration(problem, problem.unit @ x.T)
     errors = [(x - iteration.advance(1).T @ problem.unit).square().sum(1) for _ in range(10)]
     assert all(bool((after <= before + 1e-12).all()) for before, after in zip(errors, errors[1:], strict=False))
+
+
+def test_sweeps_over_candidates_lower_the_penalised_error_and_end_at_the_optimum():
+    x, features = randn(70, 60), sparse_features(90, 60)
+    problem = FeatureGram.of(features)
+    target = penalised(problem.products_with(x), x.norm(dim=1), 0.3)
+    codes, errors = torch.zeros_like(target), []
+    for _ in range(30):
+        direction = descent(codes, target, problem.gram)
+        errors.append(-(codes * (direction + target)).sum(0))
+        new = sweep_candidates(codes, direction, problem.gram, 1)
+        assert new is not None and bool((new >= 0).all())
+        assert not new[(codes == 0) & (direction <= 0)].any(), "only candidates move"
+        codes = new
+    assert all(bool((after <= before + 1e-12).all()) for before, after in zip(errors, errors[1:], strict=False))
+    torch.testing.assert_close(codes.T / problem.norm, nnls(x, features, l1=0.3), atol=1e-6, rtol=0)
+    dense = torch.ones_like(codes)
+    assert sweep_candidates(dense, descent(dense, target, problem.gram), problem.gram, 1) is None
+    nothing = torch.zeros_like(codes)
+    assert not sweep_candidates(nothing, nothing - 1, problem.gram, 1).any()
+
+
+@pytest.mark.parametrize("used", [None, 2, 5])
+@pytest.mark.parametrize("d", [64, 300])
+def test_products_with_features_of_few_neurons_are_the_plain_ones(d, used):
+    features = torch.zeros(7, d, dtype=torch.float64)
+    features[:6, 3:5], features[2, 9] = randn(6, 2), 0.0
+    x = randn(11, d, seed=2)
+    problem = FeatureGram.of(features, used)
+    torch.testing.assert_close(problem.products_with(x), problem.unit @ x.T)
+    assert (FeatureGram.of(features)._neurons is None) == (d < 64)
+    assert FeatureGram.of(randn(3, d))._neurons is None
 
 
 @pytest.mark.parametrize("has_inverse", [False, True])

@@ -10,7 +10,7 @@ from saelens_ext.ops.nnls import nnls
 from saelens_ext.ops.semi_nmf import semi_nmf
 from saelens_ext.ops.semi_nmf_init import initialise
 from saelens_ext.ops.semi_nmf_streaming import semi_nmf_streaming
-from saelens_ext.ops.semi_nmf_updates import CodeStatistics, update_features
+from saelens_ext.ops.semi_nmf_updates import CodeStatistics, refit_together, update_features
 
 INITS = ("svd", "kmeans", "random")
 
@@ -203,6 +203,22 @@ def test_one_features_step_is_the_best_over_all_supports():
     updated = update_features(statistics, features, 2)
     assert statistics.error(updated) == pytest.approx(best)
     assert torch.equal(updated[1], features[1])
+
+
+def test_features_refitted_together_settle_where_error_and_penalty_balance():
+    """And on the way neither rises: the bound of the penalty lies above it, and touches it."""
+    for seed in range(3):
+        g = generator(seed)
+        x, codes = torch.randn(30, 12, generator=g).double(), torch.rand(5, 30, generator=g).double()
+        statistics = CodeStatistics.of(x, codes, l1=0.05)
+        features, errors = torch.randn(5, 12, generator=g).double(), []
+        for _ in range(100):
+            errors.append(statistics.error(features))
+            features, _ = refit_together(statistics, features)
+        assert all(after <= before * (1 + 1e-12) for before, after in itertools.pairwise(errors))
+        unit = features / features.norm(dim=1, keepdim=True)
+        slope = codes @ (codes.T @ features - x) + 0.05 * (codes @ x.norm(dim=1))[:, None] * unit
+        assert float(slope.abs().max()) < 1e-4 * float((codes @ x).abs().max())
 
 
 @pytest.mark.parametrize("count", [1, 3, 12])
