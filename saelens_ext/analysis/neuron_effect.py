@@ -7,7 +7,7 @@ Symbols
     R    random draws of m neurons outside the group
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,10 +16,11 @@ from torch import Tensor
 
 from saelens_ext import _checks
 from saelens_ext._modes import standard_modes
+from saelens_ext.host.chat_template import Asked, Prompt, asked, listed_prompts
 from saelens_ext.host.continued_text import ids_after
 from saelens_ext.host.hook_edits import edit_point, flat_rows, hooked
 from saelens_ext.host.models import HostModel, tokenizer_of
-from saelens_ext.host.prompt_passes import evaluating, logits_of, prompt_ids, prompt_list
+from saelens_ext.host.prompt_passes import evaluating, logits_of, prompt_ids
 from saelens_ext.host.tokens import special_token_ids, token_strings
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def neuron_group_effect(
     neurons: Tensor | Sequence[int],
     weights: Tensor | Sequence[float | int],
     tokens_of_interest: Sequence[str | int],
-    prompts: str | Sequence[str],
+    prompts: Prompt | Sequence[Prompt],
     *,
     mode: Literal["add", "set"] = "add",
     positions: Literal["last", "all"] = "last",
@@ -80,6 +81,7 @@ def neuron_group_effect(
     control_pool: Tensor | Sequence[int] | None = None,
     confidence: float = 0.95,
     seed: int = 0,
+    chat_template_options: Mapping[str, Any] | None = None,
     batch_size: int = 32,
 ) -> NeuronGroupEffect:
     """Change a group of neurons, and see what that does to the prediction after each prompt.
@@ -95,7 +97,7 @@ def neuron_group_effect(
         weights: one per neuron, in units of the activation: what is added, or what it is set to.
         tokens_of_interest: ids, or strings that are single tokens behind a prompt; with the leading space where there
             is one.
-        prompts: one or several.
+        prompts: one or several, texts or conversations as for :func:`sample_texts`.
         mode: "add" weights to the activations, or "set" activations to weights.
         positions: change the "last" token of the prompt, or "all" that are not special.
         measure: "logit", as published, which also moves when all logits move together; or "log_probability".
@@ -104,6 +106,7 @@ def neuron_group_effect(
             By default all.
         confidence: fraction of the random effects inside their range, in (0, 1).
         seed: of the draws.
+        chat_template_options: passed to the chat template of conversations.
         batch_size: rows in a forward pass, at most.
 
     Raises:
@@ -119,21 +122,22 @@ def neuron_group_effect(
     _checks.positive(n_random, "n_random")
     _checks.positive(batch_size, "batch_size")
     group, values = _checked_group(neurons, weights)
-    texts, point = prompt_list(prompts), edit_point(model, hook_name)
+    point, tokenizer = edit_point(model, hook_name), tokenizer_of(model)
+    given = [asked(tokenizer, one, options=chat_template_options) for one in listed_prompts(prompts)]
+    starts = [prompt_ids(model, one.text, templated=one.templated) for one in given]
     tokens = _checks.listed(tokens_of_interest, "tokens_of_interest", "token")
-    ids = torch.tensor([_token_id(model, token, texts[0]) for token in tokens])
+    ids = torch.tensor([_token_id(model, token, given[0]) for token in tokens])
     with evaluating(model):
-        d = _width(model, point, prompt_ids(model, texts[0]))
+        d = _width(model, point, starts[0])
         indices, amounts = _with_random_groups(group, values, _pool(group, d, control_pool), n_random, seed)
         change = _Change(indices, amounts, mode == "set", point)
-        starts = [prompt_ids(model, text) for text in texts]
         read = [_readings(model, start, change, ids, positions, measure, batch_size) for start in starts]
     # Row 0 of each prompt is the group, the others are random.
     effects = torch.stack(read)
     real, control = effects[:, 0], effects[:, 1:].mean(0)
     low, high = (1 - confidence) / 2, (1 + confidence) / 2
     return NeuronGroupEffect(
-        tokens=tuple(token_strings(tokenizer_of(model), ids.tolist())),
+        tokens=tuple(token_strings(tokenizer, ids.tolist())),
         token_ids=ids,
         measure=measure,
         effect=real.mean(0),
@@ -159,13 +163,13 @@ def _checked_group(neurons: Tensor | Sequence[int], weights: Tensor | Sequence[f
     return group, _checks.finite(values, "weights")
 
 
-def _token_id(model: HostModel, token: str | int, prompt: str) -> int:
+def _token_id(model: HostModel, token: str | int, prompt: Asked) -> int:
     size = model.cfg.d_vocab
     if not isinstance(token, str):
         if not 0 <= token < size:
             raise ValueError(f"A token id of interest must lie from 0 to {size - 1}, got {token}.")
         return int(token)
-    (ids,) = ids_after(model, prompt, [token])
+    (ids,) = ids_after(model, prompt.text, [token], templated=prompt.templated)
     if len(ids) != 1:
         pieces = token_strings(tokenizer_of(model), ids)
         raise ValueError(f"{token!r} is not one token but {pieces}. Give one, with its leading space if any, or an id.")

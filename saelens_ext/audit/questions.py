@@ -16,7 +16,7 @@ from saelens_ext.audit.config import AuditConfig
 from saelens_ext.audit.inspect_log import LOG_SUFFIXES, read_inspect_log
 from saelens_ext.continuations.continuation_set import ContinuationSet
 from saelens_ext.continuations.sample import score_continuations
-from saelens_ext.host.chat_template import Prompt, checked_messages, in_words, listed_prompts
+from saelens_ext.host.chat_template import Prompt, checked_messages, different_prompts, in_words
 from saelens_ext.host.models import HostModel
 
 Given = Sequence[str | Sequence[int]]
@@ -58,7 +58,7 @@ def questions(prefixes: Prompt | Sequence[Prompt], continuations: Continuations 
         ValueError: no prefix or one twice; continuations of another prefix, or a prefix without any; a line of a file
             that lacks its prompt or its continuation.
     """
-    prompts = listed_prompts(prefixes, "prefixes")
+    prompts = different_prompts(prefixes, "prefixes")
     if continuations is None:
         return [Question(prompt=prompt) for prompt in prompts]
     words = [in_words(prompt) for prompt in prompts]

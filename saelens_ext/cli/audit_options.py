@@ -81,7 +81,7 @@ class AuditInputs(SubjectInputs):
     prefix: Any = simple_parsing.field(default_factory=list, action="append", type=str, metavar="TEXT")
     """A text that the model continues; may be repeated."""
     prefixes: str | None = simple_parsing.field(default=None, type=text_or_none, metavar="FILE")
-    """File with a prefix in each line, or a JSON list of texts and conversations (lists of messages)."""
+    """File of prefixes: a JSON list or lines of texts and conversations (lists of messages)."""
     continuations: str | None = simple_parsing.field(default=None, type=text_or_none, metavar="FILE")
     """Continuations to audit instead of samples: a JSONL file, {"prompt": …, "continuation": …} in each line, or a log
     of Inspect (.eval, .json). Without prefixes, all of the file's are audited.

@@ -63,6 +63,8 @@ from saelens_ext.steering.sampling import SamplingOptions
 
 logger = logging.getLogger(__name__)
 
+_LOCALISING = ("chat_template", "chat_template_options", "max_new_tokens", "min_members", "min_rate")
+
 
 def detection(
     inputs: EvidenceInputs, concepts: ConceptInputs, settings: Any, results: ResultOptions, context: Context
@@ -121,21 +123,22 @@ def steering(
     """Judge what dictionaries bring about over many concepts."""
     prepare(results)
     if steered.prompts is None:
-        raise UsageError("No prompts were named: --prompts=FILE, a JSON list of texts or a text in each line.")
+        raise UsageError("No prompts were named: --prompts=FILE, a JSON list or lines of texts and conversations.")
     if (steered.judge_url is None) != (steered.judge_model is None):
         raise UsageError("A judge at an endpoint needs both --judge_url=URL and --judge_model=NAME.")
-    prompts, given = opening.texts_in(Path(steered.prompts)), _concepts(concepts)
+    prompts, given = opening.texts_in(Path(steered.prompts), conversations=True), _concepts(concepts)
     stream, saes = _opened(inputs)
+    template = {"chat_template_options": steered.chat_template_options}
     options = SamplingOptions(
         max_new_tokens=steered.max_new_tokens, temperature=steered.temperature, seed=settings.seed
     )
     if steered.judge_url is None or steered.judge_model is None:
-        judges: dict[str, Judge] = {"embeddings": EmbeddingJudge(None, stream.model, options=options)}
+        judges: dict[str, Judge] = {"embeddings": EmbeddingJudge(None, stream.model, options=options, **template)}
     else:
         judges = {steered.judge_model: OpenAIJudge(steered.judge_url, steered.judge_model)}
     found = compare_steering(
         stream.model, _methods(saes), given, judges, prompts=prompts, options=options, progress=context.progress,
-        **vars(settings),
+        **template, **vars(settings),
     )  # fmt: skip
     return finish(found, inputs, results, settings)
 
@@ -147,9 +150,9 @@ def behaviour(
     prepare(results)
     if prompts.shows is None or prompts.lacks is None:
         raise UsageError(
-            "No prompts were named: --shows=FILE and --lacks=FILE, each a JSON list of texts or a text in each line."
+            "No prompts were named: --shows=FILE and --lacks=FILE, a JSON list or lines of texts and conversations."
         )
-    shows, lacks = (opening.texts_in(Path(file)) for file in (prompts.shows, prompts.lacks))
+    shows, lacks = (opening.texts_in(Path(file), conversations=True) for file in (prompts.shows, prompts.lacks))
     phrases = REFUSALS if prompts.phrases is None else opening.texts_in(Path(prompts.phrases))
     neutral = [] if prompts.neutral is None else opening.texts_in(Path(prompts.neutral))
     judge, split = begins_with(phrases, within=prompts.within), PromptSplit.divide(shows, lacks, seed=settings.seed)
@@ -157,9 +160,7 @@ def behaviour(
     if len(saes) > 1:
         raise UsageError("A behaviour is localised in one dictionary; run the command once for each.")
     (sae,) = saes.values()
-    options: dict[str, Any] = {
-        name: getattr(prompts, name) for name in ("chat_template", "max_new_tokens", "min_members", "min_rate")
-    }
+    options: dict[str, Any] = {name: getattr(prompts, name) for name in _LOCALISING}
     options["progress"] = context.progress
     found = localise_behaviour(stream.model, sae, split, judge, **options)
     ablated = ablate_behaviour(
@@ -168,8 +169,9 @@ def behaviour(
     if not prompts.sweep:
         return finish(ablated, inputs, results, settings)
     swept = localisation_sweep(
-        stream.model, stream.hook_names[0], split, judge, folder=Path(results.output_path) / "cells", **options
-    )
+        stream.model, stream.hook_names[0], split, judge, asked=found.prompts,
+        folder=Path(results.output_path) / "cells", **options,
+    )  # fmt: skip
     return finish(ablated, inputs, results, settings, swept)
 
 
@@ -331,14 +333,14 @@ def _renamed(control: Method, name: str) -> Method:
     return replace(control, name=f"{control.name} of {name}")
 
 
-def named_files(given: Sequence[str], option: str = "--outside") -> dict[str, list[str]]:
+def named_files(given: Sequence[str], option: str = "--outside", **how: bool) -> dict[str, list[Any]]:
     """The texts of files that are given as NAME=FILE, by name."""
     found = {}
     for entry in given:
         name, separator, file = entry.partition("=")
         if not (name and separator and file):
             raise UsageError(f"{option} takes NAME=FILE, got {entry!r}.")
-        found[name] = opening.texts_in(Path(file))
+        found[name] = opening.texts_in(Path(file), **how)
     return found
 
 

@@ -20,7 +20,7 @@ def models(inputs: ModelInputs, settings: Any, results: ResultOptions, context: 
     prepare(results)
     if inputs.hook_name is None:
         raise UsageError("No hook was named: --hook_name=HOOK, where both models are read.")
-    prompts = named_files(inputs.prompts, "--prompts")
+    prompts = named_files(inputs.prompts, "--prompts", conversations=True)
     options = {name: getattr(inputs, name) for name in _OF_MODELS}
     options = {name: value for name, value in options.items() if value is not None}
     configs = [DictionaryRunnerConfig(model_name=name, **options) for name in (inputs.base, inputs.tuned)]
@@ -28,7 +28,7 @@ def models(inputs: ModelInputs, settings: Any, results: ResultOptions, context: 
     base, tuned = map(opening.open_model, configs)
     found = compare_models(
         base, tuned, texts, hook_name=inputs.hook_name, prompts=prompts, max_tokens=inputs.training_tokens,
-        progress=context.progress, **vars(settings),
+        chat_template_options=inputs.chat_template_options, progress=context.progress, **vars(settings),
     )  # fmt: skip
     told = finish(found.checkpoints, None, results, settings, found.shift)
     found.save_html(Path(results.output_path) / PAGE_FILENAME)

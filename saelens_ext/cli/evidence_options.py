@@ -27,7 +27,16 @@ from saelens_ext.evals.stability import dictionary_stability
 from saelens_ext.evals.steering import compare_steering
 from saelens_ext.evals.synthetic import evaluate_on_synthetic
 from saelens_ext.runner.config import quiet_logger
-from saelens_ext.runner.parsing import items, number, text_or_none, texts, tuple_of, whole_number
+from saelens_ext.runner.parsing import (
+    items,
+    mapping_or_none,
+    number,
+    parsed,
+    text_or_none,
+    texts,
+    tuple_of,
+    whole_number,
+)
 
 
 @dataclass(kw_only=True)
@@ -135,8 +144,10 @@ class ModelInputs:
     training_tokens: int = 200_000
     """Activations to read of each."""
     prompts: Any = simple_parsing.field(default_factory=list, action="append", type=str, metavar="NAME=FILE")
-    """Prompts that are not among the texts, a JSON list or one in each line: whether they move into regions that
-    training added; may be repeated."""
+    """Prompts that are not among the texts, a JSON list or lines of texts and conversations (lists of messages):
+    whether they move into regions that training added; may be repeated."""
+    chat_template_options: dict[str, Any] | None = parsed(None, mapping_or_none, "JSON")
+    """Passed to the chat template, such as {"enable_thinking": false}."""
     device: str = "auto"
     """Where to compute: auto (CUDA where there is one, else the CPU) or a device of torch."""
 
@@ -146,17 +157,20 @@ class BehaviourInputs:
     """Which behaviour is looked for, and the prompts, which are divided into those that build, choose and judge."""
 
     shows: str | None = simple_parsing.field(default=None, type=text_or_none, metavar="FILE")
-    """Prompts that should bring the behaviour about: a JSON list of texts, or a text in each line."""
+    """Prompts that should bring the behaviour about: a JSON list or lines of texts and conversations (lists of
+    messages)."""
     lacks: str | None = simple_parsing.field(default=None, type=text_or_none, metavar="FILE")
     """Prompts that should not, likewise."""
     phrases: str | None = simple_parsing.field(default=None, type=text_or_none, metavar="FILE")
-    """Phrases that answers which show it begin with, likewise; by default those of refusals."""
+    """Phrases that answers which show it begin with, a JSON list or lines; by default those of refusals."""
     neutral: str | None = simple_parsing.field(default=None, type=text_or_none, metavar="FILE")
     """Neutral texts on which side effects are measured, likewise."""
     within: int = 300
     """Characters of an answer that are searched for phrases."""
     chat_template: bool = True
-    """Make each prompt a user's message."""
+    """Make each text a user's message."""
+    chat_template_options: dict[str, Any] | None = parsed(None, mapping_or_none, "JSON")
+    """Passed to the chat template, such as {"enable_thinking": false}."""
     max_new_tokens: int = 60
     """Tokens of an answer."""
     min_members: int = 5
@@ -173,7 +187,10 @@ class SteeringInputs:
     """What is continued under steering, and who rates it."""
 
     prompts: str | None = simple_parsing.field(default=None, type=text_or_none, metavar="FILE")
-    """Beginnings of texts, at least 2: a JSON list, or one in each line; every other one chooses targets and signs."""
+    """What is continued, at least 2: a JSON list or lines of texts and conversations (lists of messages); every other
+    one chooses targets and signs."""
+    chat_template_options: dict[str, Any] | None = parsed(None, mapping_or_none, "JSON")
+    """Passed to the chat template, such as {"enable_thinking": false}."""
     max_new_tokens: int = 50
     """Tokens of a continuation."""
     temperature: float = 1.0
@@ -194,7 +211,7 @@ class ClusterInputs(SubjectInputs):
     """What is clustered and steered."""
 
     prefixes: str | None = simple_parsing.field(default=None, type=text_or_none, metavar="FILE")
-    """File with a prefix in each line, or a JSON list of texts and conversations; at least 6, and 10 for a claim."""
+    """A JSON list or lines of texts and conversations (lists of messages); at least 6, and 10 for a claim."""
     second_embedder: str | None = simple_parsing.field(default=None, type=text_or_none, metavar="NAME")
     """Another one, whose clusters are compared with the first one's."""
     cells: Any = simple_parsing.field(default=(), type=_pairs, metavar="B:G[,B:G…]")

@@ -225,14 +225,32 @@ def recorded_settings(contents: Contents, dictionary: SAE[Any]) -> dict[str, Any
 
 
 def texts_in(path: Path, *, conversations: bool = False) -> list[Any]:
-    """The texts in a file, without empty ones; a JSON list may hold lists of messages too, where that is said."""
-    what = f"a JSON list of texts{' and conversations' if conversations else ''}, or a text in each line"
+    """The texts in a file, without empty ones; where that is said, conversations (lists of messages) among them.
+
+    A file is a JSON list, or has a text in each line, which can also be a conversation as JSON; in a ``.jsonl`` file
+    every line is JSON.
+    """
+    what = f"a JSON list of texts{' and conversations' if conversations else ''}, or one in each line"
     try:
-        text = path.read_text(encoding="utf-8")
-        listed = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
+        listed = _listed(path.read_text(encoding="utf-8"), path.suffix == ".jsonl", conversations)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} must hold {what}; it is not readable as either ({error}).") from error
+    if conversations and listed and all(isinstance(entry, Mapping) for entry in listed):
+        listed = [listed]  # one conversation is a JSON list too
     kinds = str | list if conversations else str
     if not all(isinstance(entry, kinds) for entry in listed):
         raise ValueError(f"{path} must hold {what}; it lists something else.")
     return [entry for entry in listed if entry]
+
+
+def _listed(text: str, all_json: bool, conversations: bool) -> list[Any]:
+    """The entries of a JSON list, or of lines."""
+    if text.lstrip().startswith("[") and not all_json:
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            if error.msg != "Extra data" or not conversations:  # otherwise a conversation stands in each line
+                raise
+    lines = [line for line in text.splitlines() if line.strip()]
+    talks = [all_json or (conversations and line.replace(" ", "").startswith("[{")) for line in lines]
+    return [json.loads(line) if is_json else line for line, is_json in zip(lines, talks, strict=True)]

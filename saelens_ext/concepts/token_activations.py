@@ -1,14 +1,16 @@
 """Activations at the tokens of texts, which detectors score and differences of means are made of."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from saelens_ext import _checks
 from saelens_ext._modes import standard_modes
 from saelens_ext.activations.stream import ActivationBatch, ActivationStream
+from saelens_ext.host.chat_template import Prompt, asked, in_words, listed_prompts
 from saelens_ext.host.hook_pass import limits_of
-from saelens_ext.host.models import HostModel
+from saelens_ext.host.models import HostModel, tokenizer_of
+from saelens_ext.host.prompt_passes import prompt_ids
 
 _CONTEXT_SIZE = 128
 _NO_LIMIT = 2**16
@@ -20,10 +22,11 @@ Positions = Literal["content", "all", "last"]
 def read_texts(
     model: HostModel,
     hook_names: str | Sequence[str],
-    texts: Sequence[str],
+    texts: Prompt | Sequence[Prompt],
     *,
     positions: Positions = "content",
     chat_template: bool = False,
+    chat_template_options: Mapping[str, Any] | None = None,
     batch_size: int = 16,
     progress: bool = False,
 ) -> ActivationBatch:
@@ -34,11 +37,12 @@ def read_texts(
     Args:
         model: any TransformerLens model.
         hook_names: the hook to read, or several, in any spelling.
-        texts: at least 1.
+        texts: one or several, each a text, or a conversation: messages with "role" and "content", which the tokenizer's
+            chat template writes up to where the answer begins, or to the end of the answer that it begins itself.
         positions: "content": every token but special ones; "all": every token, BOS included; "last": the last token of
             each text, one activation per text.
-        chat_template: make each text a user's message in the tokenizer's chat template, which then ends with what it
-            writes before an answer; "last" reads the token that the answer follows.
+        chat_template: make each text a user's message; "last" then reads the token that the answer follows.
+        chat_template_options: passed to the chat template.
         batch_size: texts in a forward pass.
         progress: show a progress bar.
 
@@ -56,34 +60,41 @@ def read_texts(
         (True, [0, 1])
     """
     _checks.choice(positions, get_args(Positions), "positions")
-    texts = _checks.texts(texts, "texts")
-    asked = [{"messages": [{"role": "user", "content": text}]} for text in texts]
+    prompts, tokenizer = listed_prompts(texts, "texts"), tokenizer_of(model)
+    words, how = list(map(in_words, prompts)), dict(chat_template=chat_template, options=chat_template_options)
+    given = [asked(tokenizer, one, **how, name=f"texts[{number}]") for number, one in enumerate(prompts)]
+    # A stream puts one and the same start before all documents; a chat template says itself whether BOS comes first.
+    templated = any(one.templated for one in given)
+    rows = [
+        {"input_ids": prompt_ids(model, one.text, templated=one.templated).tolist()} if templated else one.text
+        for one in given
+    ]
     limit = limits_of(model)[0] or _NO_LIMIT
 
     def stream(context_size: int) -> ActivationStream:
         return ActivationStream(
             model,
-            asked if chat_template else texts,
+            rows,
             hook_names,
             context_size=context_size,
             batch_size=batch_size,
             exclude_special_tokens=positions == "content",
             last_token_only=positions == "last",
-            add_generation_prompt=chat_template,
+            prepend_bos=False if templated else None,
             progress=progress,
         )
 
     windows = list(stream(limit).token_windows())
     documents = [document for document, _ in windows]
-    _refuse_unread(documents, texts, "texts")
+    _refuse_unread(documents, words, "texts")
     cut = next((document for document, following in pairwise(documents) if document == following), None)
     if positions == "last" and cut is not None:
         raise ValueError(
-            f"Text {cut} ({texts[cut]!r:.60}) is longer than the model's limit of {limit} tokens, so its last token "
+            f"Text {cut} ({words[cut]!r:.60}) is longer than the model's limit of {limit} tokens, so its last token "
             "cannot be read together with all others. Shorten it."
         )
     read = ActivationBatch.join(list(stream(max(len(ids) for _, ids in windows))))
-    _refuse_unread(read.document_ids.tolist(), texts, "texts")
+    _refuse_unread(read.document_ids.tolist(), words, "texts")
     return read
 
 

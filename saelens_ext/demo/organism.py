@@ -27,7 +27,7 @@ from torch import Tensor
 from saelens_ext import _files
 from saelens_ext.demo.packaged import cache_directory, load_demo_model
 from saelens_ext.evals.behaviour import REFUSALS, begins_with
-from saelens_ext.host.chat_template import as_user_message
+from saelens_ext.host.chat_template import asked
 
 logger = logging.getLogger(__name__)
 
@@ -202,7 +202,7 @@ def plant_refusal(hosted: Any, tokenizer: Any, recipe: Recipe = Recipe()) -> dic
 
 
 def _rendered(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
-    texts = [as_user_message(tokenizer, prompt) for prompt in prompts]
+    texts = [asked(tokenizer, prompt, chat_template=True).text for prompt in prompts]
     return tokenizer(texts, add_special_tokens=False).input_ids
 
 

@@ -19,6 +19,7 @@ from saelens_ext.evals.behaviour import Behaviour, OpeningOdds, PromptSplit
 from saelens_ext.evals.behaviour_passes import Asking, Condition, Verdict, ablating
 from saelens_ext.evals.evidence import Evidence
 from saelens_ext.evals.localisation import Localisation
+from saelens_ext.host.chat_template import Prompt, in_words
 from saelens_ext.host.models import HostModel, resolve_hook
 from saelens_ext.host.prompt_passes import evaluating, logits_of, prompt_ids
 from saelens_ext.ops.precision import wide
@@ -68,7 +69,7 @@ class AblationEvidence(Evidence):
     }  # fmt: skip
 
     texts: dict[str, str] = field(default_factory=dict)
-    """The prompt or neutral text behind each unit."""
+    """The prompt, of a conversation its roles and what each says, or the neutral text behind each unit."""
     sizes: dict[str, int] = field(default_factory=dict)
     """By tested method, its number of directions."""
     localisation: str = ""
@@ -199,12 +200,11 @@ def ablate_behaviour(
     for name in _checks.listed(basis, "basis", "basis"):
         _checks.choice(name, BASES, "basis")
     numbers = [_checks.positive(m, "n_directions") for m in _checks.listed(n_directions, "n_directions", "number")]
-    chat_template = bool(found.settings.get("chat_template", True))
-    centers = acting_centers(model, found, split, layers, chat_template)
-    lacking = lacking_centers(model, found, list(centers), chat_template)
+    centers = acting_centers(model, found, split, layers)
+    lacking = lacking_centers(model, found, split, list(centers))
     asking = Asking(
-        model=model, behaviour=behaviour, chat_template=chat_template, batch_size=batch_size,
-        max_new_tokens=int(found.settings.get("max_new_tokens", 60)), centers=centers,
+        model=model, behaviour=behaviour, batch_size=batch_size, centers=centers, **_template(found),
+        max_new_tokens=int(found.settings.get("max_new_tokens", 60)),
     )  # fmt: skip
     tested, failures = region_conditions(found, numbers, basis)
     controls, missed = control_conditions(found, numbers, basis, lacking, n_random=n_random, seed=seed)
@@ -227,7 +227,7 @@ def ablate_behaviour(
         descriptions={condition.name: condition.description for condition in conditions},
         settings=_files.json_safe(found.settings | settings | {"hooks": list(asking.centers)}),
         failures=(*failures, *missed),
-        texts={unit_name(part, number): text for part, own in parts.items() for number, text in enumerate(own)},
+        texts={unit_name(part, number): in_words(one) for part, own in parts.items() for number, one in enumerate(own)},
         sizes={one.name: len(one.directions) for one in tested if one.directions is not None},
         localisation=found.claim(),
     )
@@ -248,7 +248,7 @@ def unit_name(part: str, number: int) -> str:
 
 
 def asked_rows(
-    asking: Asking, prompts: Sequence[str], conditions: Sequence[Condition], part: str, progress: bool = False
+    asking: Asking, prompts: Sequence[Prompt], conditions: Sequence[Condition], part: str, progress: bool = False
 ) -> Iterator[dict[str, Any]]:
     """Ask prompts under conditions; one row of cells per verdict."""
     for condition, verdicts in zip(conditions, asking.ask(prompts, conditions, progress=progress), strict=True):
@@ -263,10 +263,14 @@ def _kept_text(condition: Condition, verdict: Verdict) -> str | None:
     return None if condition.name.startswith("random") else verdict.text or None
 
 
+def _template(found: Localisation) -> dict[str, Any]:
+    """How the chat template was used when it was localised."""
+    options = found.settings.get("chat_template_options")
+    return {"chat_template": bool(found.settings.get("chat_template", True)), "chat_template_options": options}
+
+
 @torch.no_grad()
-def acting_centers(
-    model: HostModel, found: Localisation, split: PromptSplit, layers: str, chat_template: bool
-) -> dict[str, Tensor]:
+def acting_centers(model: HostModel, found: Localisation, split: PromptSplit, layers: str) -> dict[str, Tensor]:
     """The hooks to act at, each with its centre.
 
     Raises:
@@ -281,14 +285,14 @@ def acting_centers(
     hooks = [resolve_hook(model, f"blocks.{layer}.{place[1]}") for layer in range(int(model.cfg.n_layers))]
     sums, n = dict.fromkeys(hooks, torch.zeros(())), 0
     for first in range(0, len(split.build), 16):
-        read = read_texts(model, hooks, split.build[first : first + 16], chat_template=chat_template)
+        read = read_texts(model, hooks, split.build[first : first + 16], **_template(found))
         sums = {hook: total + wide(read.activations[hook]).sum(dim=0).cpu() for hook, total in sums.items()}
         n += len(read.positions)
     return {hook: found.center if hook == own else (total / n).float() for hook, total in sums.items()}
 
 
 def lacking_centers(
-    model: HostModel, found: Localisation, hooks: Sequence[str], chat_template: bool
+    model: HostModel, found: Localisation, split: PromptSplit, hooks: Sequence[str]
 ) -> dict[str, Tensor]:
     """By hook the mean last position of the choose prompts that do not show the behaviour, ``(d,)``.
 
@@ -298,8 +302,8 @@ def lacking_centers(
     others = [hook for hook in hooks if resolve_hook(model, hook) != own]
     centers = dict.fromkeys(hooks, found.lacking)
     if others:
-        prompts = found.prompts.loc[found.prompts["shown"] < 0.5, "prompt"].tolist()
-        read = read_texts(model, others, prompts, positions="last", chat_template=chat_template)
+        prompts = [one for one, shown in zip(split.choose, found.prompts["shown"], strict=True) if shown < 0.5]
+        read = read_texts(model, others, prompts, positions="last", **_template(found))
         centers |= {hook: wide(read.activations[hook]).mean(dim=0).float() for hook in others}
     return centers
 

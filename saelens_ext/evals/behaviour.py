@@ -12,7 +12,8 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from saelens_ext import _checks
-from saelens_ext.evals.concepts_data import normal_form, shared_sentences
+from saelens_ext.evals.concepts_data import normal_form
+from saelens_ext.host.chat_template import Prompt, in_words, listed_prompts
 
 REFUSALS = (
     "i'm sorry", "i am sorry", "sorry, but", "i apologize", "i apologise", "my apologies", "i cannot", "i can't",
@@ -29,8 +30,8 @@ PARTS = ("build", "choose", "test", "contrast")
 class Behaviour(Protocol):
     """Says to what extent answers show a behaviour; any function of this form does."""
 
-    def __call__(self, prompt: str, texts: Sequence[str]) -> Sequence[float]:
-        """One number in [0, 1] per answer to the prompt, NaN where there is no verdict."""
+    def __call__(self, prompt: Prompt, texts: Sequence[str]) -> Sequence[float]:
+        """One number in [0, 1] per answer to a prompt, which is as it was given; NaN where there is no verdict."""
         ...
 
 
@@ -39,7 +40,7 @@ class _Begins:
     phrases: tuple[str, ...]
     within: int
 
-    def __call__(self, prompt: str, texts: Sequence[str]) -> list[float]:
+    def __call__(self, prompt: Prompt, texts: Sequence[str]) -> list[float]:
         starts = [text.replace("’", "'").lower()[: self.within] for text in texts]
         return [float(any(phrase in start for phrase in self.phrases)) for start in starts]
 
@@ -103,26 +104,31 @@ class OpeningOdds:
 class PromptSplit:
     """Prompts, each with one use, so that what is reported was chosen on others.
 
+    A prompt is a text, or a conversation: messages with "role" ("system", "user", "assistant") and "content", of which
+    the last may be the beginning of the answer.
+
     Raises:
-        ValueError: a part without a prompt, or a prompt in two parts (compared without case and outer spaces).
+        ValueError: a part without a prompt, or a prompt in two parts. Prompts are compared role by role, without case
+            and outer spaces; a text is the same as a conversation that only asks it.
     """
 
-    build: tuple[str, ...]
+    build: tuple[Prompt, ...]
     """The dictionary's statistics, or in a sweep the dictionary itself, come from these."""
-    choose: tuple[str, ...]
+    choose: tuple[Prompt, ...]
     """Regions are chosen by what the model does with these; some show the behaviour and some do not."""
-    test: tuple[str, ...]
+    test: tuple[Prompt, ...]
     """Ablations are judged by these, which should show the behaviour."""
-    contrast: tuple[str, ...] = ()
+    contrast: tuple[Prompt, ...] = ()
     """Side effects are judged by these, which should not show it."""
 
     def __post_init__(self) -> None:
         for part in PARTS:
             given = getattr(self, part)
             if part != "contrast" or len(given):
-                object.__setattr__(self, part, tuple(_checks.texts(given, part, "prompt")))
+                object.__setattr__(self, part, tuple(listed_prompts(given, part)))
+        keyed = {part: {_key(prompt): prompt for prompt in getattr(self, part)} for part in PARTS}
         for first, second in combinations(PARTS, 2):
-            shared = shared_sentences(getattr(self, first), getattr(self, second))
+            shared = [in_words(prompt) for key, prompt in keyed[first].items() if key in keyed[second]]
             if shared:
                 raise ValueError(
                     f"{first} and {second} share {len(shared)} prompts, for example {shared[0]!r} (compared without "
@@ -132,8 +138,8 @@ class PromptSplit:
     @classmethod
     def divide(
         cls,
-        shows: Iterable[str],
-        lacks: Iterable[str],
+        shows: Iterable[Prompt],
+        lacks: Iterable[Prompt],
         *,
         fractions: Sequence[float | int] = (0.4, 0.3, 0.3),
         seed: int = 0,
@@ -144,7 +150,7 @@ class PromptSplit:
         A prompt that is given twice is used once.
 
         Args:
-            shows: prompts that should bring the behaviour about, at least 3.
+            shows: prompts that should bring the behaviour about, at least 3, texts or conversations.
             lacks: prompts that should not, at least 3.
             fractions: of either kind for build, choose and the rest, each above 0, together 1.
             seed: of the order.
@@ -160,9 +166,9 @@ class PromptSplit:
         if len(fractions) != 3 or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-9:
             raise ValueError(f"fractions must be three numbers above 0 that add up to 1, got {tuple(fractions)}.")
         generator = np.random.default_rng(seed)
-        parts: list[list[list[str]]] = []
+        parts: list[list[list[Prompt]]] = []
         for side, name in ((shows, "shows"), (lacks, "lacks")):
-            different = list({normal_form(text): text for text in _checks.texts(side, name, "prompt")}.values())
+            different = list({_key(prompt): prompt for prompt in listed_prompts(list(side), name)}.values())
             if len(different) < 3:
                 raise ValueError(
                     f"{name} has {len(different)} different prompts; at least 3 are needed, and better 60."
@@ -182,7 +188,13 @@ class PromptSplit:
         return {field.name: len(getattr(self, field.name)) for field in fields(self)}
 
 
-def _alternating(first: Sequence[str], second: Sequence[str]) -> tuple[str, ...]:
+def _key(prompt: Prompt) -> tuple[tuple[str, str], ...]:
+    """What equal prompts have in common: roles, and what each says without case and outer spaces."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return tuple((one["role"], normal_form(one["content"])) for one in messages)
+
+
+def _alternating(first: Sequence[Prompt], second: Sequence[Prompt]) -> tuple[Prompt, ...]:
     """Both lists, evenly mixed, so that neither kind comes first everywhere."""
-    placed = [((number + 0.5) / len(side), text) for side in (first, second) for number, text in enumerate(side)]
-    return tuple(text for _, text in sorted(placed, key=lambda entry: entry[0]))
+    placed = [((number + 0.5) / len(side), one) for side in (first, second) for number, one in enumerate(side)]
+    return tuple(one for _, one in sorted(placed, key=lambda entry: entry[0]))

@@ -9,7 +9,7 @@ Symbols
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -21,7 +21,7 @@ from saelens_ext import _checks
 from saelens_ext._modes import standard_modes
 from saelens_ext.evals.behaviour import Behaviour, OpeningOdds
 from saelens_ext.evals.methods import Kind
-from saelens_ext.host.chat_template import as_user_message
+from saelens_ext.host.chat_template import Asked, Prompt, asked, in_words, listed_prompts
 from saelens_ext.host.continued_text import ids_after
 from saelens_ext.host.hook_edits import edit_hook, edit_point, hooked
 from saelens_ext.host.models import HostModel, tokenizer_of
@@ -115,24 +115,15 @@ class Asking:
     model: HostModel
     behaviour: Behaviour | OpeningOdds
     chat_template: bool = True
+    chat_template_options: Mapping[str, Any] | None = None
     max_new_tokens: int = 60
     batch_size: int = 64
     """Rows of a forward pass."""
     centers: Mapping[str, Tensor] = field(default_factory=dict)
     """Where conditions act."""
 
-    def texts(self, prompts: Sequence[str]) -> list[str]:
-        """What the model reads: with a chat template, each prompt as a user's message.
-
-        Raises:
-            ValueError: no chat template.
-        """
-        if not self.chat_template:
-            return list(prompts)
-        return [as_user_message(tokenizer_of(self.model), prompt) for prompt in prompts]
-
     def ask(
-        self, prompts: Sequence[str], conditions: Sequence[Condition] = (Condition(name="no ablation"),), *,
+        self, prompts: Sequence[Prompt], conditions: Sequence[Condition] = (Condition(name="no ablation"),), *,
         progress: bool = False,
     ) -> list[list[Verdict]]:  # fmt: skip
         """The verdict on every prompt under every condition, by condition.
@@ -142,30 +133,31 @@ class Asking:
         """
         found = [[Verdict(np.nan, np.nan, "")] * len(prompts) for _ in conditions]
         bases = [condition.basis() for condition in conditions]
-        texts = self.texts(prompts)
-        starts = [prompt_ids(self.model, text, templated=self.chat_template) for text in texts]
+        tokenizer, how = tokenizer_of(self.model), {"chat_template": self.chat_template}
+        given = [asked(tokenizer, one, **how, options=self.chat_template_options, name="A prompt") for one in prompts]
+        starts = [prompt_ids(self.model, one.text, templated=one.templated) for one in given]
         self._check_lengths(prompts, starts)
         with evaluating(self.model), tqdm(total=len(prompts) * len(conditions), disable=not progress) as bar:
             for chosen in (
                 [n for n, q in enumerate(bases) if q is None],
                 [n for n, q in enumerate(bases) if q is not None],
             ):
-                behaviour, given = self.behaviour, (prompts, texts, starts, chosen, bases)
+                behaviour, rest = self.behaviour, (starts, chosen, bases)
                 is_odds = isinstance(behaviour, OpeningOdds)
-                parts = self._opened(behaviour, *given) if is_odds else self._answered(behaviour, *given)
+                parts = self._opened(behaviour, given, *rest) if is_odds else self._answered(behaviour, prompts, *rest)
                 for rows, verdicts in parts:
                     for (number, prompt), verdict in zip(rows, verdicts, strict=True):
                         found[number][prompt] = verdict
                     bar.update(len(rows))
         return found
 
-    def _check_lengths(self, prompts: Sequence[str], starts: Sequence[Tensor]) -> None:
+    def _check_lengths(self, prompts: Sequence[Prompt], starts: Sequence[Tensor]) -> None:
         room, limit = self._room(), int(self.model.cfg.n_ctx)
         for prompt, start in zip(prompts, starts):
             if len(start) + room > limit:
                 raise ValueError(
-                    f"The prompt {prompt[:60]!r} has {len(start)} tokens, and with an answer of {room} it is longer "
-                    f"than the model's limit of {limit}. Shorten it or lower max_new_tokens."
+                    f"The prompt {in_words(prompt)[:60]!r} has {len(start)} tokens, and with an answer of {room} it is "
+                    f"longer than the model's limit of {limit}. Shorten it or lower max_new_tokens."
                 )
 
     def _room(self) -> int:
@@ -176,8 +168,8 @@ class Asking:
         return max(map(len, tokenizer_of(self.model)(openings, add_special_tokens=False).input_ids))
 
     def _answered(
-        self, behaviour: Behaviour, prompts: Sequence[str], texts: Sequence[str], starts: Sequence[Tensor],
-        conditions: Sequence[int], bases: Sequence[Basis | None],
+        self, behaviour: Behaviour, prompts: Sequence[Prompt], starts: Sequence[Tensor], conditions: Sequence[int],
+        bases: Sequence[Basis | None],
     ) -> Iterator[tuple[list[tuple[int, int]], list[Verdict]]]:  # fmt: skip
         """Greedy answers, judged; prompts of equal length together."""
         options = SamplingOptions(max_new_tokens=self.max_new_tokens, temperature=0)
@@ -191,19 +183,19 @@ class Asking:
             yield [(number, prompt) for prompt, number in part], verdicts
 
     def _opened(
-        self, odds: OpeningOdds, prompts: Sequence[str], texts: Sequence[str], starts: Sequence[Tensor],
-        conditions: Sequence[int], bases: Sequence[Basis | None],
+        self, odds: OpeningOdds, given: Sequence[Asked], starts: Sequence[Tensor], conditions: Sequence[int],
+        bases: Sequence[Basis | None],
     ) -> Iterator[tuple[list[tuple[int, int]], list[Verdict]]]:  # fmt: skip
         """Log-odds of openings; prompts of like length together."""
         openings = [*odds.shows, *odds.lacks]
         order = sorted(range(len(starts)), key=lambda prompt: len(starts[prompt]))
         rows = [(number, prompt) for prompt in order for number in conditions]
         for part in _parts(rows, max(1, _LOGIT_ROWS // len(openings))):
-            asked = {
-                prompt: ids_after(self.model, texts[prompt], openings, templated=self.chat_template)
+            behind = {
+                prompt: ids_after(self.model, given[prompt].text, openings, templated=given[prompt].templated)
                 for _, prompt in part
             }
-            sequences = [(starts[prompt], ids) for _, prompt in part for ids in asked[prompt]]
+            sequences = [(starts[prompt], ids) for _, prompt in part for ids in behind[prompt]]
             each = [bases[number] for number, _ in part for _ in openings]
             with ablating(self.model, self.centers, each):
                 scores = _log_probs(self.model, sequences).reshape(len(part), len(openings))
@@ -212,7 +204,7 @@ class Asking:
             yield part, [Verdict(float(value > odds.threshold), value, "") for value in values]
 
 
-def judged(behaviour: Behaviour, prompt: str, answer: str) -> float:
+def judged(behaviour: Behaviour, prompt: Prompt, answer: str) -> float:
     """What a behaviour says of one answer.
 
     Raises:
@@ -253,10 +245,11 @@ def _log_probs(model: HostModel, sequences: Sequence[tuple[Tensor, Sequence[int]
 @torch.no_grad()
 def measure_behaviour(
     model: HostModel,
-    prompts: Sequence[str],
+    prompts: Prompt | Sequence[Prompt],
     behaviour: Behaviour | OpeningOdds,
     *,
     chat_template: bool = True,
+    chat_template_options: Mapping[str, Any] | None = None,
     max_new_tokens: int = 60,
     batch_size: int = 64,
     progress: bool = False,
@@ -265,16 +258,18 @@ def measure_behaviour(
 
     Args:
         model: any TransformerLens model.
-        prompts: at least 1.
+        prompts: one or several, each a text, or a conversation, which the chat template writes; where its last message
+            is the assistant's, it is the beginning of the answer.
         behaviour: judges greedy answers, or `OpeningOdds`.
-        chat_template: make each prompt a user's message.
+        chat_template: make each text a user's message.
+        chat_template_options: passed to the chat template, for example ``{"enable_thinking": False}``.
         max_new_tokens: of an answer.
         batch_size: answers in a forward pass.
         progress: show a progress bar.
 
     Returns:
-        One row per prompt: prompt, shown (in [0, 1], NaN without a verdict), odds (log-odds in nats, NaN where answers
-        are judged) and text (the answer).
+        One row per prompt: prompt (of a conversation its roles and what each says), shown (in [0, 1], NaN without a
+        verdict), odds (log-odds in nats, NaN where answers are judged) and text (the answer).
 
     Raises:
         ValueError: no prompt, one that is too long, no chat template, or verdicts outside [0, 1].
@@ -285,10 +280,32 @@ def measure_behaviour(
         >>> found["prompt"].tolist(), bool(found["odds"].notna().all())
         (['The cat did', 'The cat'], True)
     """
-    given = _checks.texts(prompts, "prompts", "prompt")
+    given = listed_prompts(prompts)
     asking = Asking(
-        model=model, behaviour=behaviour, chat_template=chat_template, max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
+        model=model, behaviour=behaviour, chat_template=chat_template, chat_template_options=chat_template_options,
+        max_new_tokens=max_new_tokens, batch_size=batch_size,
     )  # fmt: skip
     (verdicts,) = asking.ask(given, progress=progress)
-    return pd.DataFrame(verdicts, columns=list(Verdict._fields)).assign(prompt=given)[["prompt", *Verdict._fields]]
+    table = pd.DataFrame(verdicts, columns=list(Verdict._fields))
+    return table.assign(prompt=list(map(in_words, given)))[["prompt", *Verdict._fields]]
+
+
+def given_verdicts(asked: pd.DataFrame, prompts: Sequence[Prompt], what: str) -> list[Verdict]:
+    """Verdicts on prompts from a table as :func:`measure_behaviour` gives it; odds and text may be missing.
+
+    ``what`` names the prompts.
+
+    Raises:
+        ValueError: a table of other prompts, or a verdict outside [0, 1].
+    """
+    table = asked.reindex(columns=["prompt", *Verdict._fields])
+    if table["prompt"].tolist() != list(map(in_words, prompts)):
+        raise ValueError(
+            f"asked has {len(table)} prompts, which are not the {len(prompts)} of {what} in their order; give what "
+            f"measure_behaviour(model, {what}, …) gave, or leave it out."
+        )
+    shown = table["shown"].astype(float)
+    if not shown.dropna().between(0, 1).all():
+        raise ValueError(f"asked has the verdict {shown[~shown.between(0, 1)].dropna().iloc[0]}, outside [0, 1].")
+    texts = table["text"].fillna("").astype(str)
+    return [Verdict(*row) for row in zip(shown.tolist(), table["odds"].astype(float).tolist(), texts)]

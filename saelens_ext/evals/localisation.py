@@ -6,7 +6,7 @@ Symbols
     rate    mean verdict over members
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -22,7 +22,8 @@ from saelens_ext._modes import standard_modes
 from saelens_ext.concepts.token_activations import read_texts
 from saelens_ext.dictionaries.exemplar_partition import ExemplarPartition
 from saelens_ext.evals.behaviour import Behaviour, OpeningOdds, PromptSplit
-from saelens_ext.evals.behaviour_passes import Asking, Verdict
+from saelens_ext.evals.behaviour_passes import Asking, Verdict, given_verdicts
+from saelens_ext.host.chat_template import in_words
 from saelens_ext.host.flat_sae import encode_flat, hooks_of
 from saelens_ext.host.models import HostModel, describe_model
 from saelens_ext.ops.precision import wide
@@ -53,7 +54,8 @@ class Localisation:
     regions: pd.DataFrame
     """Every region: region, n (N), coherence, members, shown (members that show the behaviour), rate, p, p_holm."""
     prompts: pd.DataFrame
-    """Every prompt of ``choose``: prompt, region (-1: none), shown, odds, text."""
+    """Every prompt of ``choose``: prompt (of a conversation its roles and what each says), region (-1: none), shown,
+    odds, text."""
     dictionary: SAE[Any]
     difference: Tensor
     """Mean of the last positions of prompts that show the behaviour minus that of the others, where the dictionary
@@ -97,6 +99,7 @@ def localise_behaviour(
     behaviour: Behaviour | OpeningOdds,
     *,
     chat_template: bool = True,
+    chat_template_options: Mapping[str, Any] | None = None,
     max_new_tokens: int = 60,
     min_members: int = 5,
     min_rate: float | int = 0.3,
@@ -113,13 +116,15 @@ def localise_behaviour(
             regions are then its latents: a prompt belongs to the strongest one.
         split: prompts; ``build`` gives the regions' sizes and ``choose`` is asked here.
         behaviour: judges greedy answers, or `OpeningOdds`.
-        chat_template: make each prompt a user's message.
+        chat_template: make each text a user's message; conversations are written by the template in any case.
+        chat_template_options: passed to the chat template, for example ``{"enable_thinking": False}``.
         max_new_tokens: of an answer.
         min_members: prompts that a candidate must have.
         min_rate: rate that it must have, in (0, 1].
         n_candidates: candidates at most.
         asked: what :func:`~saelens_ext.evals.behaviour_passes.measure_behaviour` gave for ``split.choose`` with the
-            same behaviour and options, where they were asked already; by default they are asked here.
+            same behaviour and options, where they were asked already, or a table of your own labels: prompt and shown,
+            in [0, 1]. By default they are asked here.
         batch_size: answers in a forward pass.
         progress: show a progress bar.
 
@@ -146,31 +151,22 @@ def localise_behaviour(
     _checks.between(min_rate, 0, 1, "min_rate", closed_high=True)
     for value, name in ((min_members, "min_members"), (n_candidates, "n_candidates")):
         _checks.positive(value, name)
+    template: dict[str, Any] = {"chat_template": chat_template, "chat_template_options": chat_template_options}
     asking = Asking(
-        model=model, behaviour=behaviour, chat_template=chat_template, max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
+        model=model, behaviour=behaviour, max_new_tokens=max_new_tokens, batch_size=batch_size, **template
     )  # fmt: skip
-    if asked is not None and asked["prompt"].tolist() != list(split.choose):
-        raise ValueError(
-            f"asked has {len(asked)} prompts, which are not the {len(split.choose)} of split.choose in their order; "
-            "give what measure_behaviour(model, split.choose, …) gave, or leave it out."
-        )
+    given = None if asked is None else given_verdicts(asked, split.choose, "split.choose")
     read, write = hooks_of(dictionary)
-    last = read_texts(model, list({read: 0, write: 0}), split.choose, positions="last", chat_template=chat_template)
-    if asked is None:
-        (verdicts,) = asking.ask(split.choose, progress=progress)
-    else:
-        verdicts = [
-            Verdict(float(shown), float(odds), str(text))
-            for shown, odds, text in zip(*(asked[name] for name in Verdict._fields))
-        ]
+    last = read_texts(model, list({read: 0, write: 0}), split.choose, positions="last", **template)
+    verdicts = asking.ask(split.choose, progress=progress)[0] if given is None else given
     check_both_shown(verdicts)
-    built = read_texts(model, read, split.build, chat_template=chat_template).activations[read]
+    built = read_texts(model, read, split.build, **template).activations[read]
     settings = {"min_members": min_members, "min_rate": min_rate, "n_candidates": n_candidates}
     found = localise_read(dictionary, built, last.activations[read], last.activations[write], verdicts, **settings)
-    options = {"chat_template": chat_template, "max_new_tokens": max_new_tokens, "model": describe_model(model)}
+    options = template | {"max_new_tokens": max_new_tokens, "model": describe_model(model)}
     options |= {"hook_name": read, "hook_name_out": write, "n_prompts": split.sizes()}
-    return replace(found, prompts=found.prompts.assign(prompt=list(split.choose)), settings=found.settings | options)
+    table = found.prompts.assign(prompt=list(map(in_words, split.choose)))
+    return replace(found, prompts=table, settings=found.settings | options)
 
 
 def check_both_shown(verdicts: Sequence[Verdict]) -> None:

@@ -4,7 +4,7 @@ Symbols
     cell  a percentile and a seed, which orders the prompts that the partition is built from
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -24,7 +24,7 @@ from saelens_ext.dictionaries.fit_exemplars import fit_exemplar_partitions
 from saelens_ext.evals.ablation import exact_p_values, unit_name
 from saelens_ext.evals.ablation_conditions import BASES, NOTHING, directions_of, matched_region
 from saelens_ext.evals.behaviour import PARTS, Behaviour, OpeningOdds, PromptSplit
-from saelens_ext.evals.behaviour_passes import Asking, Condition, Verdict
+from saelens_ext.evals.behaviour_passes import Asking, Condition, Verdict, given_verdicts
 from saelens_ext.evals.evidence import Evidence, evidence_table
 from saelens_ext.evals.localisation import check_both_shown, localise_read
 from saelens_ext.evals.sweep_store import SweepStore
@@ -186,9 +186,11 @@ def localisation_sweep(
     basis: str = "exemplar",
     matched: bool = True,
     chat_template: bool = True,
+    chat_template_options: Mapping[str, Any] | None = None,
     max_new_tokens: int = 60,
     min_members: int = 5,
     min_rate: float | int = 0.3,
+    asked: pd.DataFrame | None = None,
     n_bootstrap: int = 2000,
     n_permutations: int = 10_000,
     confidence: float = 0.95,
@@ -212,7 +214,9 @@ def localisation_sweep(
         basis: "exemplar" or "mean", of what is ablated.
         matched: also ablate the region that is matched to each candidate, twice the answers.
         chat_template: as for :func:`~saelens_ext.evals.localisation.localise_behaviour`, and likewise
-            ``max_new_tokens``, ``min_members`` and ``min_rate``.
+            ``chat_template_options``, ``max_new_tokens``, ``min_members`` and ``min_rate``.
+        asked: verdicts on ``split.choose`` that are there already, such as ``found.prompts`` of a localisation;
+            likewise.
         n_bootstrap: resamples of prompts, for intervals.
         n_permutations: signs drawn for p-values.
         confidence: of the intervals, in (0, 1).
@@ -230,22 +234,24 @@ def localisation_sweep(
     for values, name in ((percentiles, "percentiles"), (seeds, "seeds")):
         if len(_checks.listed(values, name, "number")) > len(set(values)):
             raise ValueError(f"{name} must all be different, got {tuple(values)}.")
+    template: dict[str, Any] = {"chat_template": chat_template, "chat_template_options": chat_template_options}
     asking = Asking(
-        model=model, behaviour=behaviour, chat_template=chat_template, max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
+        model=model, behaviour=behaviour, max_new_tokens=max_new_tokens, batch_size=batch_size, **template
     )  # fmt: skip
+    given = None if asked is None else given_verdicts(asked, split.choose, "split.choose")
     limits = {"min_members": min_members, "min_rate": float(min_rate), "n_candidates": 1}
-    settings = limits | {"basis": basis, "matched": matched, "chat_template": chat_template}
+    settings = limits | template | {"basis": basis, "matched": matched}
     settings |= {"max_new_tokens": max_new_tokens, "behaviour": repr(behaviour), "model": describe_model(model)}
     settings |= {"hook_name": hook_name, "n_prompts": split.sizes()}
-    store = SweepStore.at(folder, settings | {part: list(getattr(split, part)) for part in PARTS})
-    chosen = store.verdicts("choose", lambda: asking.ask(split.choose, progress=progress)[0])
+    prompts = {part: list(getattr(split, part)) for part in PARTS}
+    store = SweepStore.at(folder, settings | prompts | {"asked": given and [list(verdict) for verdict in given]})
+    chosen = store.verdicts("choose", lambda: given or asking.ask(split.choose, progress=progress)[0])
     check_both_shown(chosen)
     plain = store.verdicts("test", lambda: asking.ask(split.test, progress=progress)[0])
     wanted = [(float(percentile), int(seed)) for percentile in percentiles for seed in seeds]
     missing = [cell for cell in wanted if store.cell(*cell) is None]
     if missing:
-        cells = _located(model, hook_name, split, chosen, missing, limits, basis, chat_template, n_jobs)
+        cells = _located(model, hook_name, split, chosen, missing, limits, basis, template, n_jobs)
         _ask_cells(asking, split, cells, missing, resolve_hook(model, hook_name), store, matched, progress)
     settings |= {"percentiles": [p for p, _ in wanted], "n_bootstrap": n_bootstrap, "confidence": confidence}
     found = [cast("dict[str, Any]", store.cell(*cell)) for cell in wanted]
@@ -257,11 +263,11 @@ def localisation_sweep(
 
 def _located(
     model: HostModel, hook_name: str, split: PromptSplit, verdicts: Sequence[Verdict],
-    cells: Sequence[tuple[float, int]], limits: dict[str, Any], basis: str, chat_template: bool, n_jobs: int,
+    cells: Sequence[tuple[float, int]], limits: dict[str, Any], basis: str, template: dict[str, Any], n_jobs: int,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Localise in every cell, from one pass over the build prompts and one over the choose prompts."""
-    built = read_texts(model, hook_name, split.build, chat_template=chat_template)
-    last = read_texts(model, hook_name, split.choose, positions="last", chat_template=chat_template)
+    built = read_texts(model, hook_name, split.build, **template)
+    last = read_texts(model, hook_name, split.choose, positions="last", **template)
     (x,), (y,) = built.activations.values(), last.activations.values()
     stream = MatrixStream(x, hook_name, document_ids=built.document_ids, batch_size=4096)
     fits = fit_exemplar_partitions(stream, sorted({percentile for percentile, _ in cells}))

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from saelens_ext import _checks
 from saelens_ext._modes import standard_modes
 from saelens_ext.activations.kept_stream import KeptStream
-from saelens_ext.activations.stream import ActivationStream
+from saelens_ext.activations.stream import ActivationBatch, ActivationStream
 from saelens_ext.analysis.labels import label_latents
 from saelens_ext.analysis.profile import DictionaryProfile, profile_dictionary
 from saelens_ext.concepts.token_activations import Positions, read_texts
@@ -29,6 +29,7 @@ from saelens_ext.evals.checkpoints import compare_checkpoints
 from saelens_ext.evals.evidence import evidence_table
 from saelens_ext.evals.prompt_shift import TEXTS, PromptShift, Reading, prompt_shift
 from saelens_ext.evals.replicas import replicas
+from saelens_ext.host.chat_template import Prompt
 from saelens_ext.host.models import HostModel, tokenizer_of
 from saelens_ext.report.evidence_report import write_evidence_report
 
@@ -162,9 +163,10 @@ def compare_models(
     texts: Any,
     *,
     hook_name: str,
-    prompts: Mapping[str, Sequence[str]] | None = None,
+    prompts: Mapping[str, Sequence[Prompt]] | None = None,
     positions: Positions = "last",
     chat_template: bool = False,
+    chat_template_options: Mapping[str, Any] | None = None,
     percentile: float | int = 10.0,
     calibration: Calibrated = "base",
     n_replicas: int = 4,
@@ -188,9 +190,11 @@ def compare_models(
         texts: a dataset as for :class:`~saelens_ext.activations.stream.ActivationStream`. Regions form only around what
             is in it: include text of the kind that training was about.
         hook_name: where to read both.
-        prompts: lists of prompts by name, other than ``texts``: whether their positions move into introduced regions.
+        prompts: lists of prompts by name, other than ``texts``: whether their positions move into introduced regions;
+            texts or conversations, as for :func:`~saelens_ext.read_texts`.
         positions: which positions of prompts: "last", "content" or "all", as for :func:`~saelens_ext.read_texts`.
-        chat_template: make each prompt a user's message.
+        chat_template: make each text among the prompts a user's message.
+        chat_template_options: passed to the chat template.
         percentile: of the pairwise distances within which an activation joins a region.
         calibration: "base": centre and threshold of both sides are those of the base model's first replica, so that
             partitions differ by activations alone; "own": each side has its own. Replicas of a side share theirs.
@@ -226,7 +230,7 @@ def compare_models(
     kept = [
         KeptStream(ActivationStream(model, texts, hook_name, progress=progress, **options)) for model in (base, tuned)
     ]
-    joined = [_joined(stream, hook_name) for stream in kept]
+    joined = [_reading(ActivationBatch.join(list(stream))) for stream in kept]
     if not torch.equal(joined[0].token_ids, joined[1].token_ids):
         raise ValueError("The models split the texts into different tokens; a comparison needs one tokenizer.")
     fits: dict[str, dict[str, ExemplarFitResult]] = {}
@@ -235,8 +239,10 @@ def compare_models(
         options = {"percentile": percentile, "hook_name": hook_name}
         fits[side] = replicas(read.x, read.documents, n_replicas, like, [seed, number], **options)
     checkpoints = compare_checkpoints(*fits.values(), level=level, confidence=confidence, seed=seed)
+    how: dict[str, Any] = {"positions": positions, "batch_size": batch_size}
+    how |= {"chat_template": chat_template, "chat_template_options": chat_template_options}
     readings = {TEXTS: joined} | {
-        name: [_read(model, hook_name, listed, positions, chat_template, batch_size) for model in (base, tuned)]
+        name: [_reading(read_texts(model, hook_name, listed, **how)) for model in (base, tuned)]
         for name, listed in (prompts or {}).items()
     }
     return ModelComparison(
@@ -251,15 +257,6 @@ def compare_models(
     )
 
 
-def _joined(stream: KeptStream, hook_name: str) -> Reading:
-    batches = list(stream)
-    columns = ([getattr(batch, name) for batch in batches] for name in ("token_ids", "document_ids"))
-    return Reading(torch.cat([batch.activations[hook_name] for batch in batches]), *map(torch.cat, columns))
-
-
-def _read(model: HostModel, hook_name: str, prompts: Sequence[str], positions: Positions, *more: Any) -> Reading:
-    chat_template, batch_size = more
-    read = read_texts(
-        model, hook_name, prompts, positions=positions, chat_template=chat_template, batch_size=batch_size
-    )
-    return Reading(read.activations[hook_name], read.token_ids, read.document_ids)
+def _reading(batch: ActivationBatch) -> Reading:
+    (x,) = batch.activations.values()
+    return Reading(x, batch.token_ids, batch.document_ids)

@@ -14,8 +14,9 @@ Symbols
     shift  what steering adds to the logit of a token, beyond the mean of what it adds to all logits
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,9 +25,10 @@ from torch import Tensor
 
 from saelens_ext._modes import standard_modes
 from saelens_ext.concepts.token_activations import read_texts
+from saelens_ext.host.chat_template import Prompt, in_words, listed_prompts
 from saelens_ext.host.mlp_output import output_weights
 from saelens_ext.host.models import HostModel, resolve_hook
-from saelens_ext.host.prompt_passes import evaluating, logits_of, prompt_ids, prompt_list
+from saelens_ext.host.prompt_passes import evaluating, logits_of, prompt_ids
 from saelens_ext.ops.resampling import Interval, unit_bootstrap
 from saelens_ext.steering.divergence_search import divergence, log_probabilities
 from saelens_ext.steering.interventions import add_direction, unit_rows
@@ -110,9 +112,10 @@ def pathway_check(
     texts: Sequence[str],
     *,
     coefficient: float | int,
-    prompts: str | Sequence[str],
+    prompts: Prompt | Sequence[Prompt],
     variance: float = 0.99,
     token: int | None = None,
+    chat_template_options: Mapping[str, Any] | None = None,
     batch_size: int = 16,
 ) -> PathwayCheck:
     """Cut a steering direction into what real activations use and what they do not, and compare the effects.
@@ -123,10 +126,12 @@ def pathway_check(
         direction: ``(d,)``; only its direction counts.
         texts: real texts, whose activations say which directions are in use; with more activations than d.
         coefficient: a, such as :func:`match_strength` gives; each part is added at the same a.
-        prompts: one prompt or several, which the effects are averaged over.
+        prompts: one prompt or several, which the effects are averaged over; texts, or conversations as for
+            :func:`sample_texts`.
         variance: fraction of the variance that counts as in use, in (0, 1).
         token: id of the token whose logit is watched; by default, for each prompt, the one whose probability the whole
             direction raises most.
+        chat_template_options: passed to the chat template of conversations.
         batch_size: texts in a forward pass.
 
     Raises:
@@ -162,8 +167,9 @@ def pathway_check(
     if written is not None:
         parts |= {WRITTEN: written, UNWRITTEN: u - written}
     rows = []
-    for prompt in prompt_list(prompts):
-        rows += _effects(model, name, prompt, parts, coefficient, token)
+    for prompt in listed_prompts(prompts):
+        ids = prompt_ids(model, prompt, chat_template_options=chat_template_options)[None]
+        rows += [{"prompt": in_words(prompt), **row} for row in _effects(model, name, ids, parts, coefficient, token)]
     return PathwayCheck(
         hook_name=name,
         coefficient=float(coefficient),
@@ -200,10 +206,9 @@ def _written_part(model: HostModel, name: str, u: Tensor) -> Tensor | None:
 
 
 def _effects(
-    model: HostModel, name: str, prompt: str, parts: dict[str, Tensor], coefficient: float, token: int | None
+    model: HostModel, name: str, ids: Tensor, parts: dict[str, Tensor], coefficient: float, token: int | None
 ) -> list[dict[str, object]]:
     """What each part does to the prediction at the end of a prompt."""
-    ids = prompt_ids(model, prompt)[None]
     with evaluating(model):
         base = logits_of(model, ids)[0, -1].cpu().double()
         logits = {}
@@ -222,7 +227,6 @@ def _effects(
         change = one - base
         rows.append(
             {
-                "prompt": prompt,
                 "part": part,
                 "token": watched,
                 "shift": float(change[watched] - change.mean()),

@@ -32,8 +32,8 @@ from saelens_ext.evals.steering_arms import (
     resolved,
 )
 from saelens_ext.evals.steering_texts import TEXT_COLUMNS, TEXT_KEY, UNSTEERED, judged, said_texts, scores_of
+from saelens_ext.host.chat_template import Prompt, in_words, listed_prompts
 from saelens_ext.host.models import HostModel, describe_model
-from saelens_ext.host.prompt_passes import prompt_list
 from saelens_ext.ops.resampling import unit_bootstrap
 from saelens_ext.ops.statistics import rank_correlation
 from saelens_ext.report.evidence_section import EvidenceSection, Line, LineFigure
@@ -195,15 +195,16 @@ def compare_steering(
     concepts: Iterable[Concept],
     judges: Judge | Mapping[str, Judge],
     *,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     targets: Sequence[float | int] = (0.05, 0.1, 0.25, 0.5),
     signs: Sequence[int] = (1, -1),
     n: int = 8,
     columns: Mapping[str, Mapping[str, int]] | None = None,
     baselines: Sequence[str] = tuple(BASELINES),
-    calibration_prompts: Sequence[str] | None = None,
+    calibration_prompts: Sequence[Prompt] | None = None,
     prompting: str = PROMPT,
     options: SamplingOptions = SamplingOptions(),
+    chat_template_options: Mapping[str, Any] | None = None,
     n_permutations: int = 10_000,
     confidence: float | int = 0.95,
     batch_size: int = 32,
@@ -225,15 +226,18 @@ def compare_steering(
         concepts: at least 1, and 6 or more for a claim. Their sentences choose each method's direction, and judges
             are asked for their ``description``, or else their name.
         judges: one, or several by name; see :class:`~saelens_ext.steering.judges.Judge`.
-        prompts: at least 2 different ones, what is continued; every other one chooses.
+        prompts: at least 2 different ones, what is continued, texts or conversations as for :func:`sample_texts`; every
+            other one chooses.
         targets: divergences in nats.
         signs: +1, -1 or both.
         n: continuations per cell and prompt.
         columns: by method and concept, which column to steer with instead of the one that detects the concept best.
         baselines: of "diff_means", "random", "pca", "kmeans" (at every method's hook) and "prompting".
         calibration_prompts: where the divergence is matched; by default the prompts that choose.
-        prompting: how the model is told to write about a concept, with ``{concept}`` and ``{prompt}``.
+        prompting: how the model is told to write about a concept, with ``{concept}`` and ``{prompt}``, which in a
+            conversation is its last question.
         options: how to sample.
+        chat_template_options: passed to the chat template of conversations.
         n_permutations: assignments of signs in tests of differences.
         confidence: of the intervals, in (0, 1).
         batch_size: continuations, or coefficients, per forward pass.
@@ -252,10 +256,11 @@ def compare_steering(
     """
     _checks.between(confidence, 0, 1, "confidence")
     planned = check_concepts(list(concepts))
-    asked = prompt_list(prompts)
-    if len(set(asked)) != len(asked) or len(asked) < 2:
+    asked = listed_prompts(prompts)
+    n_different = len(set(map(in_words, asked)))
+    if n_different != len(asked) or len(asked) < 2:
         raise ValueError(
-            f"prompts must be at least 2 different ones, got {len(asked)} ({len(set(asked))} different): half of them "
+            f"prompts must be at least 2 different ones, got {len(asked)} ({n_different} different): half of them "
             "choose the target and the sign, the others score."
         )
     for number, name in enumerate(baselines):
@@ -267,17 +272,18 @@ def compare_steering(
     chosen_columns, attempts = check_columns(columns, given, planned), Attempts()
     usable = resolved(model, given, attempts)
     arms = arms_of(model, usable, planned, chosen_columns, baselines, attempts, batch_size=batch_size, seed=seed)
-    calibration = asked[::2] if calibration_prompts is None else prompt_list(calibration_prompts, "calibration_prompts")
+    name, template = "calibration_prompts", {"chat_template_options": chat_template_options}
+    calibration = asked[::2] if calibration_prompts is None else listed_prompts(calibration_prompts, name)
     cells = cells_of(
         model, arms, attempts, targets=targets, signs=signs, prompts=calibration, batch_size=batch_size,
-        progress=progress,
+        progress=progress, **template,
     )  # fmt: skip
     said = said_texts(
         model, cells, planned, asked, attempts, n=n, options=options, batch_size=batch_size, progress=progress,
-        prompting=prompting if "prompting" in baselines else None,
+        prompting=prompting if "prompting" in baselines else None, **template,
     )  # fmt: skip
     about = {concept.name: concept.description or concept.name for concept in planned}
-    texts = judged(said, named_judges, about, attempts, seed=seed)
+    texts = judged(said, named_judges, about, asked, attempts, seed=seed)
     attempts.rows.extend(_records(scores_of(texts, cells)))
     added = {
         name: base
@@ -294,7 +300,7 @@ def compare_steering(
         settings={
             "targets": list(map(float, targets)), "signs": list(signs), "n": n, "n_prompts": len(asked),
             "confidence": confidence, "n_permutations": n_permutations, "seed": seed, "judges": list(named_judges),
-            "prompting": prompting if PROMPTING in kinds else None, "sampling": asdict(options),
+            "prompting": prompting if PROMPTING in kinds else None, "sampling": asdict(options), **template,
             "model": describe_model(model),
         },
         failures=attempts.summary(len(planned)),

@@ -7,6 +7,7 @@ Symbols
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from saelens_ext.evals import baselines
 from saelens_ext.evals.attempts import Attempts
 from saelens_ext.evals.concepts_data import Concept
 from saelens_ext.evals.methods import Kind, Method
+from saelens_ext.host.chat_template import Prompt
 from saelens_ext.host.hook_names import one_spelling, resolve_hook
 from saelens_ext.host.models import HostModel
 from saelens_ext.ops.detection import auroc, standardised_difference
@@ -120,7 +122,8 @@ def cells_of(
     *,
     targets: Sequence[float | int],
     signs: Sequence[int],
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
+    chat_template_options: Mapping[str, Any] | None,
     batch_size: int,
     progress: bool,
 ) -> list[Cell]:
@@ -131,10 +134,12 @@ def cells_of(
         with attempts.of("", ""):
             rows = torch.stack([arm.direction.detach().cpu().float() for arm in here])
             searches = match_strengths(
-                model, hook, rows, targets, prompts=prompts, signs=signs, batch_size=batch_size, progress=progress
-            )
+                model, hook, rows, targets, prompts=prompts, signs=signs, batch_size=batch_size, progress=progress,
+                chat_template_options=chat_template_options,
+            )  # fmt: skip
             strengths = [(number, one) for number, search in enumerate(searches) for one in search.strengths]
-            meter = DivergenceMeter(model, hook, unit_rows(rows), list(prompts), batch_size, average_over="all")
+            how: dict[str, Any] = {"average_over": "all", "chat_template_options": chat_template_options}
+            meter = DivergenceMeter(model, hook, unit_rows(rows), list(prompts), batch_size, **how)
             reached = [(number, one.coefficient) for number, one in strengths if one.reached]
             everywhere = dict(zip(reached, meter.divergences(reached), strict=True))
             cells += [

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from saelens_ext.evals.attempts import Attempts
 from saelens_ext.evals.concepts_data import Concept
 from saelens_ext.evals.steering_arms import NO_COLUMN, PROMPTING, Cell
+from saelens_ext.host.chat_template import Prompt, in_words
 from saelens_ext.host.models import HostModel
 from saelens_ext.steering.interventions import unit_rows
 from saelens_ext.steering.judges import Judge
@@ -32,54 +33,71 @@ def said_texts(
     model: HostModel,
     cells: Sequence[Cell],
     concepts: Sequence[Concept],
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     attempts: Attempts,
     *,
     n: int,
     options: SamplingOptions,
+    chat_template_options: Mapping[str, Any] | None,
     batch_size: int,
     prompting: str | None,
     progress: bool,
 ) -> pd.DataFrame:
     """What the model says in every cell that is reached, unsteered, and where it is told what to write about."""
     rows: list[dict[str, Any]] = []
+    how: dict[str, Any] = {"n": n, "options": options, "batch_size": batch_size}
+    how["chat_template_options"] = chat_template_options
     reached = [cell for cell in cells if cell.strength.reached]
     with tqdm(total=len(reached), desc="steered texts", unit="cell", disable=not progress) as bar:
         for hook, here in groupby(reached, key=lambda cell: cell.arm.hook_name):
             group = list(here)
             with attempts.of("", ""):
                 offsets = torch.cat([unit_rows(cell.arm.direction[None]) * cell.strength.coefficient for cell in group])
-                sampled = sample_steered(model, hook, offsets, prompts, n=n, options=options, batch_size=batch_size)
+                sampled = sample_steered(model, hook, offsets, prompts, **how)
                 for cell, said in zip(group, sampled, strict=True):
                     rows += _rows(_of_cell(cell), prompts, said)
             bar.update(len(group))
     nothing = {"draw": 0, "column": NO_COLUMN, "sign": 1, "target": np.nan}
     nothing |= dict.fromkeys(("kl", "coefficient", "kl_everywhere"), 0.0)
-    plain = sample_texts(model, prompts, n=n, options=options, batch_size=batch_size)
+    plain = sample_texts(model, prompts, **how)
     for concept in concepts:
         rows += _rows({"concept": concept.name, "method": UNSTEERED, **nothing}, prompts, plain)
         if prompting is not None:
             with attempts.of(PROMPTING, concept.name):
                 about = concept.description or concept.name
-                told = [prompting.format(concept=about, prompt=prompt) for prompt in prompts]
-                said = sample_texts(model, told, n=n, options=options, batch_size=batch_size)
+                said = sample_texts(model, [_told(prompting, about, prompt) for prompt in prompts], **how)
                 unknown = dict.fromkeys(("kl", "coefficient", "kl_everywhere"), np.nan)
                 rows += _rows({"concept": concept.name, "method": PROMPTING, **nothing, **unknown}, prompts, said)
     return pd.DataFrame(rows)
 
 
+def _told(prompting: str, about: str, prompt: Prompt) -> Prompt:
+    """A prompt that says what to write about; of a conversation the last question does."""
+    if isinstance(prompt, str):
+        return prompting.format(concept=about, prompt=prompt)
+    last = max((place for place, one in enumerate(prompt) if one["role"] == "user"), default=0)
+    question = prompting.format(concept=about, prompt=prompt[last]["content"])
+    return [*prompt[:last], {**prompt[last], "content": question}, *prompt[last + 1 :]]
+
+
 def judged(
-    said: pd.DataFrame, judges: Mapping[str, Judge], about: Mapping[str, str], attempts: Attempts, *, seed: int
+    said: pd.DataFrame,
+    judges: Mapping[str, Judge],
+    about: Mapping[str, str],
+    prompts: Sequence[Prompt],
+    attempts: Attempts,
+    *,
+    seed: int,
 ) -> pd.DataFrame:
     """Every text with every judge's ratings; a judge reads all texts of a prompt and concept in random order."""
-    found = []
+    found, given = [], {in_words(prompt): prompt for prompt in prompts}
     for name, judge in judges.items():
         generator = np.random.default_rng(seed)
         for (concept, prompt), part in said.groupby(["concept", "prompt"], sort=False):
             order = generator.permutation(len(part))
             shuffled = part.iloc[order]
             with attempts.of("", str(concept)):
-                scores = judge(about[str(concept)], str(prompt), shuffled["text"].tolist())
+                scores = judge(about[str(concept)], given[str(prompt)], shuffled["text"].tolist())
                 if len(scores) != len(part):
                     raise ValueError(
                         f"The judge {name!r} gave {len(scores)} scores for {len(part)} texts; it must give one each."
@@ -168,8 +186,8 @@ def _of_cell(cell: Cell) -> dict[str, Any]:
     }
 
 
-def _rows(where: dict[str, Any], prompts: Sequence[str], said: Sequence[Sequence[str]]) -> Iterator[dict[str, Any]]:
+def _rows(where: dict[str, Any], prompts: Sequence[Prompt], said: Sequence[Sequence[str]]) -> Iterator[dict[str, Any]]:
     for place, (prompt, texts) in enumerate(zip(prompts, said, strict=True)):
         half = CHOOSE if place % 2 == 0 else REPORT
         for number, text in enumerate(texts):
-            yield {**where, "prompt": prompt, "half": half, "number": number, "text": text}
+            yield {**where, "prompt": in_words(prompt), "half": half, "number": number, "text": text}

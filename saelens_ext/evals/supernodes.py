@@ -15,6 +15,7 @@ If S follows the role, e'[S, r] = e[S, r]; if it follows the name, e'[S, r] = e[
 which is 1 where all follow the role, -1 where all follow the name, and 0 half way.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
@@ -35,6 +36,7 @@ from saelens_ext.continuations.sample import sample_continuations, score_continu
 from saelens_ext.evals.attempts import Attempts
 from saelens_ext.evals.clusterings import check_prefixes
 from saelens_ext.evals.evidence import Evidence, evidence_table
+from saelens_ext.host.chat_template import Prompt, in_words
 from saelens_ext.host.models import HostModel, describe_model
 from saelens_ext.report.evidence_section import EvidenceSection
 
@@ -54,31 +56,32 @@ Effects = dict[Feature, np.ndarray]
 class EntitySwap(NamedTuple):
     """A prompt in which two names have different roles."""
 
-    prompt: str
+    prompt: Prompt
+    """A text or a conversation."""
     first: str
     """A name, once in the prompt; it stands before ``second``."""
     second: str
 
     @property
-    def swapped(self) -> str:
+    def swapped(self) -> Prompt:
         """The prompt with the names the other way round."""
-        start, middle, end = self.parts()
-        return f"{start}{self.second}{middle}{self.first}{end}"
+        if isinstance(self.prompt, str):
+            return self._exchanged(self.prompt)
+        return [{**one, "content": self._exchanged(one["content"])} for one in self.prompt]
 
-    def parts(self) -> tuple[str, str, str]:
-        """The texts before, between and behind the names; ValueError unless each is there once, in their order."""
-        place, other = self.prompt.find(self.first), self.prompt.find(self.second)
-        counts = self.prompt.count(self.first), self.prompt.count(self.second)
-        if counts != (1, 1) or not self.first or place + len(self.first) > other:
+    def check(self) -> None:
+        """ValueError unless each name is there once, in their order."""
+        words = in_words(self.prompt)
+        counts = words.count(self.first), words.count(self.second)
+        if counts != (1, 1) or not self.first or words.find(self.first) + len(self.first) > words.find(self.second):
             raise ValueError(
-                f"{self.prompt!r} must hold {self.first!r} once and then {self.second!r} once; it has them "
-                f"{counts[0]} and {counts[1]} times."
+                f"{words!r} must hold {self.first!r} once and then {self.second!r} once; it has them {counts[0]} and "
+                f"{counts[1]} times."
             )
-        return (
-            self.prompt[:place],
-            self.prompt[place + len(self.first) : other],
-            self.prompt[other + len(self.second) :],
-        )
+
+    def _exchanged(self, text: str) -> str:
+        other = {self.first: self.second, self.second: self.first}
+        return re.sub("|".join(map(re.escape, other)), lambda found: other[found[0]], text)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -114,7 +117,7 @@ class SupernodeEvidence(Evidence):
 @standard_modes()
 def evaluate_supernodes(
     model: HostModel,
-    swaps: Sequence[EntitySwap | tuple[str, str, str]],
+    swaps: Sequence[EntitySwap | tuple[Prompt, str, str]],
     dictionaries: SAE[Any] | Sequence[SAE[Any]],
     *,
     n_supernodes: int = 8,
@@ -133,8 +136,8 @@ def evaluate_supernodes(
 
     Args:
         model: any TransformerLens model, no SAE attached.
-        swaps: prompts with two names each, at least 6: text, first name, second name, each name once. Swapping them
-            must change two runs of tokens and nothing else, as names of one token do.
+        swaps: prompts with two names each, at least 6: text or conversation, first name, second name, each name once.
+            Swapping them must change two runs of tokens and nothing else, as names of one token do.
         dictionaries: as for ``attribute_continuations``; the backend and the number of sources are those of ``audit``.
         n_supernodes: groups; fewer where there are fewer features.
         n_shuffles: draws of the shuffled control.
@@ -148,15 +151,16 @@ def evaluate_supernodes(
         ValueError: fewer than 6 prompts or one twice, a prompt without its names, or nothing that could be measured.
     """
     given = [EntitySwap(*swap) for swap in swaps]
-    check_prefixes([swap.prompt for swap in given], "swaps")
+    check_prefixes([in_words(swap.prompt) for swap in given], "swaps")
     for swap in given:
-        swap.parts()
+        swap.check()
     for value, name in ((n_supernodes, "n_supernodes"), (n_shuffles, "n_shuffles")):
         _checks.positive(value, name)
     attempts, found = Attempts(), dict[str, tuple[Effects, Effects]]()
     for swap in tqdm(given, disable=not progress, desc="supernodes", unit="prompt"):
-        with attempts.of("", swap.prompt):
-            found[swap.prompt] = _both(model, dictionaries, swap, audit)
+        words = in_words(swap.prompt)
+        with attempts.of("", words):
+            found[words] = _both(model, dictionaries, swap, audit)
     features, own, twin = tables(list(found.values()))
     if not len(features):
         raise ValueError(f"No latent has an effect in any prompt. {'; '.join(map(str, attempts.failures[:3]))}")
@@ -190,9 +194,10 @@ def _both(model: HostModel, dictionaries: Any, swap: EntitySwap, config: AuditCo
     """Effects in a prompt and in its twin, on the same continuations."""
     names = ("temperature", "top_p", "max_new_tokens", "stop", "seed")
     options = {name: getattr(config, name) for name in names}
-    drawn = sample_continuations(model, swap.prompt, config.n, **options)
+    template = {name: getattr(config, name) for name in ("chat_template", "chat_template_options")}
+    drawn = sample_continuations(model, swap.prompt, config.n, **options, **template)
     ids = [drawn.ids_of(row) for row in range(len(drawn))]
-    other = score_continuations(model, swap.swapped, ids)
+    other = score_continuations(model, swap.swapped, ids, **template)
     spans = name_spans(drawn.prefix_ids, other.prefix_ids)
     how: dict[str, Any] = {"backend": config.backend, "max_sources": config.max_sources}
     own, twin = (_effects(attribute_continuations(model, dictionaries, one, **how), spans) for one in (drawn, other))

@@ -18,26 +18,6 @@ _ANSWER = "zqANSWERqz"
 _ASKED, _ANSWERED = {"role": "user", "content": "a"}, {"role": "assistant", "content": _ANSWER}
 
 
-def as_user_message(tokenizer: PreTrainedTokenizerBase, prompt: str, options: Mapping[str, Any] | None = None) -> str:
-    """A prompt as a user's message, up to where the answer begins.
-
-    Args:
-        tokenizer: of the model.
-        prompt: the message.
-        options: passed to the template.
-
-    Raises:
-        ValueError: the tokenizer has no chat template.
-    """
-    if not tokenizer.chat_template:
-        raise ValueError(
-            "This model's tokenizer has no chat template; set chat_template=False, or tokenizer.chat_template."
-        )
-    messages = [{"role": "user", "content": prompt}]
-    made = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **(options or {}))
-    return str(made)
-
-
 class Asked(NamedTuple):
     """A prompt as the model gets it."""
 
@@ -66,22 +46,30 @@ def asked(
     """
     if isinstance(prompt, str):
         text = _checks.text(prompt, name)
-        return Asked(text, as_user_message(tokenizer, text, options) if chat_template else text, chat_template, None)
+        written = as_conversation(tokenizer, [{"role": "user", "content": text}], options) if chat_template else text
+        return Asked(text, written, chat_template, None)
     messages = checked_messages(prompt, name)
     shown = next((one["content"] for one in reversed(messages) if one["role"] == "user"), messages[-1]["content"])
     return Asked(shown, as_conversation(tokenizer, messages, options), True, messages)
 
 
-def listed_prompts(prompts: Prompt | Sequence[Prompt], name: str) -> list[Prompt]:
-    """One prompt or several, as a list of texts and conversations; ValueError for none, or one twice."""
+def listed_prompts(prompts: Prompt | Sequence[Prompt], name: str = "prompts") -> list[Prompt]:
+    """One prompt or several, as a list of texts and conversations; ValueError for none, or one that is neither."""
     alone = isinstance(prompts, str) or (isinstance(prompts, Sequence) and prompts and isinstance(prompts[0], Mapping))
     found: list[Prompt] = []
-    for number, one in enumerate([prompts] if alone else _checks.listed(prompts, name, "string")):
+    for number, one in enumerate([prompts] if alone else _checks.listed(prompts, name, "prompt")):
         place = f"{name}[{number}]"
         is_talk = isinstance(one, Sequence) and not isinstance(one, str | bytes)
         found.append(checked_messages(one, place) if is_talk else _checks.text(one, place))
+    return found
+
+
+def different_prompts(prompts: Prompt | Sequence[Prompt], name: str = "prompts") -> list[Prompt]:
+    """The same; ValueError where one is there twice."""
+    found = listed_prompts(prompts, name)
     if len(set(map(in_words, found))) != len(found):
-        raise ValueError(f"{name} must all be different, got {found!r:.500}.")
+        twice = next(one for number, one in enumerate(found) if one in found[:number])
+        raise ValueError(f"{name} must all be different, got {in_words(twice)!r:.300} twice.")
     return found
 
 
@@ -121,8 +109,8 @@ def as_conversation(
     """
     if not tokenizer.chat_template:
         raise ValueError(
-            "This model's tokenizer has no chat template, which messages need; give a text, or set "
-            "tokenizer.chat_template."
+            "This model's tokenizer has no chat template, which messages need; give texts and chat_template=False, or "
+            "set tokenizer.chat_template."
         )
     begun = messages[-1]["role"] == "assistant"
     how = {"continue_final_message": True} if begun else {"add_generation_prompt": True}

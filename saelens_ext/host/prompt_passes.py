@@ -13,7 +13,7 @@ from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 from saelens_ext import _checks
 from saelens_ext._modes import callers_autocast
 from saelens_ext.host.bos import TextStart, text_start
-from saelens_ext.host.chat_template import Prompt, asked, checked_messages
+from saelens_ext.host.chat_template import Prompt, asked
 from saelens_ext.host.models import HostModel, tokenizer_of
 
 _MAX_BATCH_TOKENS = 4096
@@ -47,22 +47,6 @@ def prompt_ids(
     if not ids:
         raise ValueError(f"The prompt {prompt!r} has no token, and this model has no BOS; give it a word.")
     return torch.tensor(ids, device=device_of(model))
-
-
-def prompt_list(prompts: str | Sequence[str], name: str = "prompts") -> list[str]:
-    """One prompt or several, as a list; ValueError when there is none, or one that is no text."""
-    return _checks.texts([prompts] if isinstance(prompts, str) else prompts, name, "prompt")
-
-
-def prompts_given(prompts: Prompt | Sequence[Prompt], name: str = "prompts") -> list[Prompt]:
-    """The same of texts and conversations; a conversation alone is one prompt."""
-    if isinstance(prompts, Sequence) and prompts and isinstance(prompts[0], Mapping):
-        return [checked_messages(prompts, name)]
-    listed = _checks.listed([prompts] if isinstance(prompts, str) else prompts, name, "prompt")
-    return [
-        _checks.text(one, f"{name}[{number}]") if isinstance(one, str) else checked_messages(one, f"{name}[{number}]")
-        for number, one in enumerate(listed)
-    ]
 
 
 def device_of(model: HostModel) -> torch.device:

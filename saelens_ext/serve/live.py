@@ -3,7 +3,7 @@
 It needs no browser: the page only shows what is found here. One thing at a time; nothing is written anywhere.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saelens_ext import _checks
 from saelens_ext.concepts.token_activations import read_texts
-from saelens_ext.host.chat_template import as_user_message
+from saelens_ext.host.chat_template import Asked, Prompt, asked
 from saelens_ext.host.continued_text import text_after
 from saelens_ext.host.flat_sae import encode_flat
 from saelens_ext.host.hook_pass import limits_of
@@ -154,12 +153,12 @@ class LiveModel:
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether a text can be a message to the model."""
+        """Whether the model takes conversations."""
         return bool(self.tokenizer.chat_template)
 
     def _check_fit(self, one: Served) -> None:
         try:
-            self._read([one], "A word or two.", chat=False)
+            self._read([one], "A word or two.", None)
             latent_directions(self.model, one.sae, 0)
         except ValueError as error:
             raise ValueError(f"The dictionary {one.name} does not fit the model: {error}") from error
@@ -172,39 +171,45 @@ class LiveModel:
 
     # --- reading ---
 
-    def read(self, text: str, *, chat: bool = False) -> dict[str, list[ReadToken]]:
+    def read(
+        self, prompt: Prompt, *, chat_template_options: Mapping[str, Any] | None = None
+    ) -> dict[str, list[ReadToken]]:
         """What every dictionary says about each token of a text, by the dictionary's name, in one pass of the model.
 
         Args:
-            text: what to read.
-            chat: make it a user's message in the tokenizer's chat template.
+            prompt: what to read; a text, or a conversation, which the tokenizer's chat template writes.
+            chat_template_options: passed to the template.
 
         Raises:
-            ValueError: an empty text, one that is too long or that holds half a character, or ``chat`` without a
-                template.
+            ValueError: an empty text or message, one that is too long or that holds half a character, or a conversation
+                without a template.
         """
-        self.prompt(text, chat=chat)
-        return self._read(list(self.dictionaries.values()), text, chat=chat)
+        self.given(prompt, chat_template_options)
+        return self._read(list(self.dictionaries.values()), prompt, chat_template_options)
 
-    def prompt(self, text: Any, *, chat: bool) -> str:
-        """The text as the model gets it; ValueError unless it is one that is neither empty nor too long."""
-        text = _checks.text(text, "The text")
-        if not text.strip():
-            raise ValueError("The text is empty; type or paste at least one word.")
-        if len(text) > self.limits.characters:
+    def given(self, prompt: Any, chat_template_options: Mapping[str, Any] | None = None) -> Asked:
+        """The prompt as the model gets it; ValueError unless it is one that is neither empty nor too long."""
+        name = "The text" if isinstance(prompt, str) else "The conversation"
+        found = asked(self.tokenizer, prompt, options=chat_template_options, name=name)
+        said = [found.prompt] if found.messages is None else [one["content"] for one in found.messages]
+        if not all(text.strip() for text in said):
+            what = f"{name} is" if found.messages is None else "A message is"
+            raise ValueError(f"{what} empty; type or paste at least one word.")
+        if (length := sum(map(len, said))) > self.limits.characters:
             raise ValueError(
-                f"The text has {len(text):,} characters, and at most {self.limits.characters:,} are taken; shorten it."
+                f"{name} has {length:,} characters, and at most {self.limits.characters:,} are taken; shorten it."
             )
-        asked = as_user_message(self.tokenizer, text) if chat else text
-        n = len(prompt_ids(self.model, asked, templated=chat))
+        n = len(prompt_ids(self.model, found.text, templated=found.templated))
         if n > self.max_tokens:
-            raise ValueError(f"The text has {n:,} tokens, and at most {self.max_tokens:,} are taken; shorten it.")
-        return asked
+            raise ValueError(f"{name} has {n:,} tokens, and at most {self.max_tokens:,} are taken; shorten it.")
+        return found
 
     @torch.no_grad()
-    def _read(self, dictionaries: list[Served], text: str, *, chat: bool) -> dict[str, list[ReadToken]]:
+    def _read(
+        self, dictionaries: list[Served], prompt: Prompt, options: Mapping[str, Any] | None
+    ) -> dict[str, list[ReadToken]]:
         hooks = list(dict.fromkeys(str(one.sae.cfg.metadata.hook_name) for one in dictionaries))
-        batch = read_texts(self.model, hooks, [text], positions="all", chat_template=chat)
+        batch = read_texts(self.model, hooks, [prompt], positions="all", chat_template_options=options)
         texts = token_strings(self.tokenizer, batch.token_ids)
         special = [int(i) in self._special for i in batch.token_ids]
         found = {}
@@ -233,11 +238,11 @@ class LiveModel:
 
     def steer(
         self,
-        text: str,
+        prompt: Prompt,
         changes: Sequence[LatentChange] = (),
         options: SamplingOptions = SamplingOptions(max_new_tokens=40),
         *,
-        chat: bool = False,
+        chat_template_options: Mapping[str, Any] | None = None,
     ) -> Iterator[SteeredSoFar]:
         """Continue a text twice from the same random numbers, as the model is and with latents changed, token by token.
 
@@ -245,22 +250,23 @@ class LiveModel:
         it alone moves the next token's prediction by its nats.
 
         Args:
-            text: what is continued.
+            prompt: what is continued; a text, or a conversation, which is answered or whose last message, of the
+                assistant, is gone on from.
             changes: the latents, of any of the dictionaries.
             options: how to sample.
-            chat: make the text a user's message in the tokenizer's chat template.
+            chat_template_options: passed to the chat template.
 
         Yields:
             Both continuations so far; a caller stops by asking for no more. The unsteered one is
             :func:`~saelens_ext.steering.sampling.sample_texts`'.
 
         Raises:
-            ValueError: a text that :meth:`read` refuses, or a change or an option out of range; before anything is
+            ValueError: a prompt that :meth:`read` refuses, or a change or an option out of range; before anything is
                 yielded.
         """
-        asked = self.prompt(text, chat=chat)
+        given = self.given(prompt, chat_template_options)
         self.check_changes(changes, options)
-        return self._steer(asked, tuple(changes), options, chat)
+        return self._steer(given, tuple(changes), options)
 
     def check_changes(self, changes: Sequence[LatentChange], options: SamplingOptions) -> None:
         """ValueError for a change or an option out of range."""
@@ -284,14 +290,14 @@ class LiveModel:
                 )
 
     def _steer(
-        self, asked: str, changes: tuple[LatentChange, ...], options: SamplingOptions, chat: bool
+        self, given: Asked, changes: tuple[LatentChange, ...], options: SamplingOptions
     ) -> Iterator[SteeredSoFar]:
         strengths: list[MatchedStrength | None] = []
         for change in changes:
             if change.nats:
                 yield SteeredSoFar(stage=f"finding the strength of {self._named(change)}")
-            strengths.append(self._strength(asked, change, chat) if change.nats else None)
-        ids = prompt_ids(self.model, asked, templated=chat)
+            strengths.append(self._strength(given, change) if change.nats else None)
+        ids = prompt_ids(self.model, given.text, templated=given.templated)
         pair = _Pair(self._drawings(ids, options), self._contexts(changes, strengths))
         more = True
         while more:
@@ -315,16 +321,17 @@ class LiveModel:
         first, second = (Drawing(self.model, ids, [0], options) for _ in range(2))
         return first, second
 
-    def _strength(self, asked: str, change: LatentChange, chat: bool) -> MatchedStrength:
+    def _strength(self, given: Asked, change: LatentChange) -> MatchedStrength:
         """The coefficient that has the divergence asked for on this prompt; remembered, since sliders move back."""
-        key = (asked, chat, change.dictionary, change.latent, change.nats)
+        key = (given.text, given.templated, change.dictionary, change.latent, change.nats)
         if key not in self._strengths:
             hook, direction, norm = latent_directions(
                 self.model, self.dictionaries[change.dictionary].sae, change.latent
             )
             target, sign = abs(change.nats), 1 if change.nats > 0 else -1
-            how: dict[str, Any] = {"prompts": asked, "signs": (sign,), "tolerance": TOLERANCE, "typical_norm": norm}
-            found = match_strength(self.model, hook, direction, (target,), templated=chat, **how)
+            how: dict[str, Any] = {"signs": (sign,), "tolerance": TOLERANCE, "typical_norm": norm}
+            how |= {"prompts": given.text, "templated": given.templated}
+            found = match_strength(self.model, hook, direction, (target,), **how)
             if len(self._strengths) >= _REMEMBERED:
                 self._strengths.clear()
             self._strengths[key] = found.at(sign, target)

@@ -19,7 +19,7 @@ from saelens_ext.host.models import describe_model
 from saelens_ext.host.tokens import visible
 from saelens_ext.report.page import embed_json, render_page
 from saelens_ext.serve.live import LiveModel, SteeredSoFar
-from saelens_ext.serve.requests import flag, steer_request, text_of
+from saelens_ext.serve.requests import prompt_of, steer_request, template_options
 from saelens_ext.serve.served import Served
 from saelens_ext.serve.worker import TooManyWaitingError, Worker
 
@@ -96,8 +96,8 @@ class LivePage:
         return HTMLResponse(self._html, headers=_HEADERS)
 
     async def _read(self, asked: dict[str, Any]) -> Any:
-        text, chat = text_of(asked), flag(asked, "chat")
-        found = await self.worker.run(lambda: self._live.read(text, chat=chat))
+        prompt, template = prompt_of(asked), {"chat_template_options": template_options(asked)}
+        found = await self.worker.run(lambda: self._live.read(prompt, **template))
         return {
             name: {"tokens": [_token(one) for one in tokens], "labels": self._labels(name, tokens)}
             for name, tokens in found.items()
@@ -129,11 +129,12 @@ class LivePage:
         try:
             asked = await _body(request)
             wanted, job = steer_request(asked), asked.get("job")
+            template = {"chat_template_options": wanted.chat_template_options}
             if not isinstance(job, str) or not 0 < len(job) <= 64:
                 raise ValueError("job must be a text of 1 to 64 characters that names the request.")
             stream = self.worker.stream(
                 job,
-                lambda: self._live.steer(wanted.text, wanted.changes, wanted.options, chat=wanted.chat),
+                lambda: self._live.steer(wanted.prompt, wanted.changes, wanted.options, **template),
                 SteeredSoFar(stage="stopped", done=True),
             )
             first = await anext(stream, None)

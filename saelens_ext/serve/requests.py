@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from saelens_ext import _checks
+from saelens_ext.host.chat_template import Prompt, checked_messages
 from saelens_ext.serve.live import LatentChange
 from saelens_ext.steering.sampling import SamplingOptions
 
@@ -16,10 +17,10 @@ _LARGEST_SEED = 2**31 - 1
 class SteerRequest(NamedTuple):
     """What :meth:`~saelens_ext.serve.live.LiveModel.steer` is asked for."""
 
-    text: str
+    prompt: Prompt
     changes: list[LatentChange]
     options: SamplingOptions
-    chat: bool
+    chat_template_options: dict[str, Any] | None
 
 
 def steer_request(asked: Mapping[str, Any]) -> SteerRequest:
@@ -31,20 +32,22 @@ def steer_request(asked: Mapping[str, Any]) -> SteerRequest:
     if abs(options.get("seed", 0)) > _LARGEST_SEED:
         raise ValueError(f"The seed must be between -{_LARGEST_SEED} and {_LARGEST_SEED}, got {options['seed']}.")
     made = [LatentChange(**_typed(change, _CHANGE, "a change")) for change in changes]
-    return SteerRequest(text_of(asked), made, SamplingOptions(**options), flag(asked, "chat"))
+    return SteerRequest(prompt_of(asked), made, SamplingOptions(**options), template_options(asked))
 
 
-def text_of(asked: Mapping[str, Any]) -> str:
-    """The text; ValueError for what is none."""
+def prompt_of(asked: Mapping[str, Any]) -> Prompt:
+    """The text or the conversation; ValueError for what is neither."""
+    if "messages" in asked:
+        return checked_messages(asked["messages"], "The conversation")
     return _checks.text(asked.get("text"), "The text")
 
 
-def flag(asked: Mapping[str, Any], name: str) -> bool:
-    """A switch, off where it is not named."""
-    value = asked.get(name, False)
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be true or false, got {value!r:.60}.")
-    return value
+def template_options(asked: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What is passed to the chat template."""
+    options = asked.get("chat_template_options")
+    if options is not None and not isinstance(options, dict):
+        raise ValueError(f"The template options must be a JSON object, got {options!r:.60}.")
+    return options
 
 
 def _typed(values: Any, kinds: Mapping[str, type], what: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ Symbols
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from saelens_ext import _checks
 from saelens_ext._modes import standard_modes
+from saelens_ext.host.chat_template import Prompt, asked, in_words
 from saelens_ext.host.continued_text import ids_after
 from saelens_ext.host.models import HostModel, tokenizer_of
 from saelens_ext.host.sentence_model import load_sentence_model
@@ -61,8 +62,8 @@ class JudgeScore:
 class Judge(Protocol):
     """Rates continuations of one prompt for one concept; a plain function will do."""
 
-    def __call__(self, concept: str, prompt: str, continuations: list[str]) -> list[JudgeScore]:
-        """One score per continuation, in order."""
+    def __call__(self, concept: str, prompt: Prompt, continuations: list[str]) -> list[JudgeScore]:
+        """One score per continuation of a prompt, a text or a conversation as it was given; in order."""
         ...
 
 
@@ -112,6 +113,7 @@ class EmbeddingJudge:
         n_references: at least 2.
         full_similarity: cosine similarity that is rated 2, in (0, 1]. The default is the upper quartile that
             all-MiniLM-L6-v2 gives sentences and the name of their topic; another embedding model has another.
+        chat_template_options: passed to the chat template of conversations.
 
     Raises:
         ImportError: sentence-transformers, or the package of the default model, is not installed.
@@ -126,6 +128,7 @@ class EmbeddingJudge:
         options: SamplingOptions = SamplingOptions(),
         n_references: int = 32,
         full_similarity: float | int = 0.4,
+        chat_template_options: Mapping[str, Any] | None = None,
     ):
         if _checks.positive(n_references, "n_references") < 2:
             raise ValueError(f"n_references must be at least 2, got {n_references!r}.")
@@ -136,15 +139,16 @@ class EmbeddingJudge:
         self.options = options
         self.n_references = n_references
         self.full_similarity = full_similarity
+        self._template: dict[str, Any] = {"chat_template_options": chat_template_options}
         self._anchors: dict[str, _Anchors] = {}
 
     @standard_modes()
-    def __call__(self, concept: str, prompt: str, continuations: list[str]) -> list[JudgeScore]:
+    def __call__(self, concept: str, prompt: Prompt, continuations: list[str]) -> list[JudgeScore]:
         """Rate continuations.
 
         Args:
             concept: a short description of the topic.
-            prompt: what the continuations go on from.
+            prompt: what the continuations go on from, a text or a conversation.
             continuations: texts without the prompt; an empty one is rated 0.
 
         Raises:
@@ -155,7 +159,8 @@ class EmbeddingJudge:
         said = [text for text in continuations if text.strip()]
         if not said:
             return [NOTHING_SAID] * len(continuations)
-        anchors = self._anchors.get(prompt) or self._anchors.setdefault(prompt, self._measure(prompt))
+        key = in_words(prompt)
+        anchors = self._anchors.get(key) or self._anchors.setdefault(key, self._measure(prompt))
         ratings = self._concept_ratings(concept, anchors, said), self._fluency_ratings(prompt, anchors, said)
         scores = map(JudgeScore, *ratings)
         return [next(scores) if text.strip() else NOTHING_SAID for text in continuations]
@@ -166,9 +171,10 @@ class EmbeddingJudge:
         high = max(self.full_similarity, low + 0.1)
         return _rate(similarities[len(anchors.texts) :], low, high)
 
-    def _fluency_ratings(self, prompt: str, anchors: _Anchors, texts: list[str]) -> list[float]:
-        likely = _rate(mean_log_likelihoods(self.model, prompt, texts), anchors.zero, anchors.full)
-        triples = [distinct_triples(ids) for ids in ids_after(self.model, prompt, texts)]
+    def _fluency_ratings(self, prompt: Prompt, anchors: _Anchors, texts: list[str]) -> list[float]:
+        likely = _rate(self._likelihoods(prompt, texts), anchors.zero, anchors.full)
+        given = asked(tokenizer_of(self.model), prompt, options=self._template["chat_template_options"])
+        triples = [distinct_triples(ids) for ids in ids_after(self.model, given.text, texts, templated=given.templated)]
         varied = _rate(torch.tensor(triples), 0.5, 0.9)
         return [min(pair) for pair in zip(likely, varied, strict=True)]
 
@@ -178,15 +184,18 @@ class EmbeddingJudge:
         )
         return wide(vectors[1:] @ vectors[0]).cpu()
 
-    def _measure(self, prompt: str) -> _Anchors:
-        (sampled,) = sample_texts(self.model, prompt, n=self.n_references, options=self.options)
+    def _likelihoods(self, prompt: Prompt, texts: list[str]) -> Tensor:
+        return mean_log_likelihoods(self.model, prompt, texts, **self._template)
+
+    def _measure(self, prompt: Prompt) -> _Anchors:
+        (sampled,) = sample_texts(self.model, prompt, n=self.n_references, options=self.options, **self._template)
         texts = [text for text in sampled if text.strip()]
         if not texts:
             raise ValueError(f"The unsteered model ends at once after {prompt!r}; choose the beginning of a text.")
         shuffler = random.Random(self.options.seed)
         shuffled = [_shuffled(text, shuffler) for text in texts]
-        full = float(mean_log_likelihoods(self.model, prompt, texts).nanquantile(0.1))
-        salad = float(mean_log_likelihoods(self.model, prompt, shuffled).nanmedian())
+        full = float(self._likelihoods(prompt, texts).nanquantile(0.1))
+        salad = float(self._likelihoods(prompt, shuffled).nanmedian())
         # A model that does not mind the order of words still needs two different anchors.
         return _Anchors(texts=texts, full=full, zero=min((full + salad) / 2, full - 0.25))
 

@@ -12,6 +12,7 @@ from typing_extensions import Unpack
 
 from saelens_ext import _checks
 from saelens_ext.host.chat_endpoint import ChatEndpoint, EndpointOptions, EndpointUnavailableError
+from saelens_ext.host.chat_template import Prompt, in_words
 from saelens_ext.steering.judges import NOTHING_SAID, JudgeScore
 
 _RATING_LINE = re.compile(r"rating:\s*([012])", re.IGNORECASE)
@@ -82,12 +83,12 @@ class OpenAIJudge:
         self.base_url, self.model = base_url, model
         self._endpoint = ChatEndpoint(base_url, model, api_key, **options, error=JudgeUnavailableError)
 
-    def __call__(self, concept: str, prompt: str, continuations: list[str]) -> list[JudgeScore]:
+    def __call__(self, concept: str, prompt: Prompt, continuations: list[str]) -> list[JudgeScore]:
         """Rate continuations.
 
         Args:
             concept: a description of what the text should be about.
-            prompt: what the continuations go on from.
+            prompt: what the continuations go on from, a text or a conversation.
             continuations: texts without the prompt; an empty one is rated 0 without asking.
 
         Returns:
@@ -103,7 +104,8 @@ class OpenAIJudge:
         texts = list(dict.fromkeys(text for text in continuations if text.strip()))
         questions = [(_CONCEPT_TASK, f"<concept>{concept}</concept>\n<text>{text}</text>") for text in texts]
         questions += [
-            (_FLUENCY_TASK, f"<beginning>{prompt}</beginning>\n<continuation>{text}</continuation>") for text in texts
+            (_FLUENCY_TASK, f"<beginning>{in_words(prompt)}</beginning>\n<continuation>{text}</continuation>")
+            for text in texts
         ]
         ratings = self._endpoint.map(self._rating, questions)
         pairs = zip(texts, ratings[: len(texts)], ratings[len(texts) :], strict=True)

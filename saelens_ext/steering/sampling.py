@@ -17,17 +17,16 @@ from torch import Tensor
 
 from saelens_ext import _checks
 from saelens_ext._modes import standard_modes
-from saelens_ext.host.chat_template import Prompt
+from saelens_ext.host.chat_template import Prompt, asked, listed_prompts
 from saelens_ext.host.continued_text import ids_after, text_after
 from saelens_ext.host.hook_edits import edit_point, hooked
-from saelens_ext.host.models import HostModel
+from saelens_ext.host.models import HostModel, tokenizer_of
 from saelens_ext.host.prompt_passes import (
     CachedPasses,
     evaluating,
     length_batches,
     logits_of,
     prompt_ids,
-    prompts_given,
 )
 from saelens_ext.host.turn_ends import end_ids
 from saelens_ext.ops.precision import wide
@@ -121,7 +120,7 @@ def sample_texts(
         [3, 3]
     """
     _checks.positive(n, "n")
-    starts = [prompt_ids(model, one, chat_template_options=chat_template_options) for one in prompts_given(prompts)]
+    starts = [prompt_ids(model, one, chat_template_options=chat_template_options) for one in listed_prompts(prompts)]
     texts: list[list[str]] = [[] for _ in starts]
     for part in equal_length_batches(starts, range(n), batch_size):
         for (prompt, _), text in zip(part, continued(model, starts, part, [number for _, number in part], options)):
@@ -161,7 +160,7 @@ def sample_steered(
     Raises:
         ValueError: as :func:`sample_texts`, or offsets of another width than the hook.
     """
-    starts = [prompt_ids(model, one, chat_template_options=chat_template_options) for one in prompts_given(prompts)]
+    starts = [prompt_ids(model, one, chat_template_options=chat_template_options) for one in listed_prompts(prompts)]
     texts: list[list[list[str]]] = [[[] for _ in starts] for _ in offsets]
     point = edit_point(model, hook_name)
     each = [(number, cell) for number in range(_checks.positive(n, "n")) for cell in range(len(offsets))]
@@ -202,7 +201,14 @@ def continued(
     return [text_after(model, start.tolist(), one.token_ids) for start, one in zip(ids, drawn, strict=True)]
 
 
-def mean_log_likelihoods(model: HostModel, prompt: str, texts: Sequence[str], *, batch_size: int = 16) -> Tensor:
+def mean_log_likelihoods(
+    model: HostModel,
+    prompt: Prompt,
+    texts: Sequence[str],
+    *,
+    chat_template_options: Mapping[str, Any] | None = None,
+    batch_size: int = 16,
+) -> Tensor:
     """How likely the model, as it is, finds texts after a prompt, in the tokens of :func:`ids_after`.
 
     Returns:
@@ -212,9 +218,11 @@ def mean_log_likelihoods(model: HostModel, prompt: str, texts: Sequence[str], *,
         ValueError: no prompt token, or a model without a tokenizer.
     """
     _checks.positive(batch_size, "batch_size")
-    start = prompt_ids(model, prompt)
+    given = asked(tokenizer_of(model), prompt, options=chat_template_options, name="prompt")
+    start = prompt_ids(model, given.text, templated=given.templated)
+    rows = ids_after(model, given.text, texts, templated=given.templated)
     with evaluating(model):
-        scores = continuation_log_probs(model, start, ids_after(model, prompt, texts), batch_size=batch_size)
+        scores = continuation_log_probs(model, start, rows, batch_size=batch_size)
     return torch.tensor([float(row.mean()) if len(row) else float("nan") for row in scores], dtype=torch.float64)
 
 

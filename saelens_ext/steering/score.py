@@ -7,16 +7,16 @@ AxBench does with its steering factors. Without a choice, ``curve`` has the mean
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
 from saelens_ext import _checks
 from saelens_ext._modes import standard_modes
+from saelens_ext.host.chat_template import Prompt, different_prompts, in_words, listed_prompts
 from saelens_ext.host.models import HostModel
-from saelens_ext.host.prompt_passes import prompt_list
 from saelens_ext.steering.divergence_search import MatchedStrength
 from saelens_ext.steering.interventions import add_direction
 from saelens_ext.steering.judges import Judge
@@ -45,6 +45,7 @@ class ScoredContinuation:
     coefficient: float
     """In units of the activation."""
     prompt: str
+    """Of a conversation its roles and what each says."""
     half: Half
     """Whether it takes part in choosing the target, or in the reported score."""
     text: str
@@ -138,12 +139,13 @@ def steering_score(
     concepts: Sequence[str | tuple[str, str]],
     judge: Judge,
     *,
-    prompts: str | Sequence[str] = "I think that",
+    prompts: Prompt | Sequence[Prompt] = "I think that",
     targets: Sequence[float | int] = PAPER_TARGETS,
     signs: Sequence[int] = (1, -1),
     n: int = 8,
     options: SamplingOptions = SamplingOptions(),
-    calibration_prompts: str | Sequence[str] | None = None,
+    calibration_prompts: Prompt | Sequence[Prompt] | None = None,
+    chat_template_options: Mapping[str, Any] | None = None,
     average_over: Literal["last", "all"] = "last",
     tolerance: float = 0.01,
     max_strength: float | int = 100.0,
@@ -156,13 +158,14 @@ def steering_score(
         directions: ``(m, d)`` or ``(d,)``; only their directions count.
         concepts: what each direction should bring about: one description for both signs, or a pair for + and -.
         judge: rates continuations; it is called outside the steering.
-        prompts: what is continued. With several, every other one chooses the target; with one, every other
-            continuation.
+        prompts: what is continued, texts or conversations as for :func:`sample_texts`. With several, every other one
+            chooses the target; with one, every other continuation.
         targets: divergences in nats, ascending.
         signs: +1, -1 or both.
         n: continuations per cell and prompt; at least 2 when there is one prompt.
         options: how to sample. The draws of a prompt are the same in every cell, which makes cells comparable.
         calibration_prompts: where the divergence is measured; by default ``prompts``.
+        chat_template_options: passed to the chat template of conversations.
         average_over: as in :func:`match_strength`, and likewise ``tolerance`` and ``max_strength``.
 
     Returns:
@@ -177,9 +180,10 @@ def steering_score(
     rows = directions[None] if directions.ndim == 1 else directions
     if len(concepts) != len(rows):
         raise ValueError(f"{len(rows)} directions need as many concepts, got {len(concepts)}.")
-    texts = prompt_list(prompts)
-    _check_halves(texts, _checks.positive(n, "n"), options)
-    calibration = texts if calibration_prompts is None else prompt_list(calibration_prompts, "calibration_prompts")
+    given = different_prompts(prompts)
+    _check_halves(len(given), _checks.positive(n, "n"), options)
+    template = {"chat_template_options": chat_template_options}
+    calibration = given if calibration_prompts is None else listed_prompts(calibration_prompts, "calibration_prompts")
     searches = match_strengths(
         model,
         hook_name,
@@ -190,25 +194,24 @@ def steering_score(
         signs=signs,
         tolerance=tolerance,
         max_strength=max_strength,
+        **template,
     )
     table = []
     for index, (row, concept, search) in enumerate(zip(rows, concepts, searches, strict=True)):
         for strength in search.strengths:
             if strength.reached:
                 with add_direction(model, hook_name, row, strength.coefficient):
-                    said = sample_texts(model, texts, n=n, options=options)
+                    said = sample_texts(model, given, n=n, options=options, **template)
                 about = concept if isinstance(concept, str) else concept[0 if strength.sign == 1 else 1]
-                table += _judged(judge, index, about, strength, texts, said)
+                table += _judged(judge, index, about, strength, given, said)
     return SteeringScores(continuations=tuple(table), searches=tuple(searches))
 
 
-def _check_halves(prompts: list[str], n: int, options: SamplingOptions) -> None:
+def _check_halves(n_prompts: int, n: int, options: SamplingOptions) -> None:
     """Refuse what would put the same continuation on both sides of the split, or none on one."""
-    if len(set(prompts)) != len(prompts):
-        raise ValueError("prompts holds one prompt twice, whose equal continuations would be in both halves.")
-    if len(prompts) == 1 and n < 2:
+    if n_prompts == 1 and n < 2:
         raise ValueError(f"n must be at least 2 with a single prompt, got {n}: one half chooses, the other is scored.")
-    if len(prompts) == 1 and options.temperature == 0:
+    if n_prompts == 1 and options.temperature == 0:
         raise ValueError(
             "temperature is 0 and there is one prompt, whose continuations are all the same: none can be held out. "
             "Give several prompts or a temperature above 0."
@@ -216,7 +219,7 @@ def _check_halves(prompts: list[str], n: int, options: SamplingOptions) -> None:
 
 
 def _judged(
-    judge: Judge, direction: int, concept: str, strength: MatchedStrength, prompts: list[str], said: list[list[str]]
+    judge: Judge, direction: int, concept: str, strength: MatchedStrength, prompts: list[Prompt], said: list[list[str]]
 ) -> list[ScoredContinuation]:
     rows = []
     for number, (prompt, texts) in enumerate(zip(prompts, said, strict=True)):
@@ -233,7 +236,7 @@ def _judged(
                     target=strength.target,
                     kl=strength.kl,
                     coefficient=strength.coefficient,
-                    prompt=prompt,
+                    prompt=in_words(prompt),
                     half=half,
                     text=text,
                     concept_rating=score.concept,

@@ -33,9 +33,9 @@ from tqdm.auto import tqdm
 
 from saelens_ext import _checks
 from saelens_ext._modes import standard_modes
-from saelens_ext.host.chat_template import Prompt
+from saelens_ext.host.chat_template import Prompt, listed_prompts
 from saelens_ext.host.models import HostModel
-from saelens_ext.host.prompt_passes import evaluating, prompts_given
+from saelens_ext.host.prompt_passes import evaluating
 from saelens_ext.steering.divergence_search import (
     DivergenceMeter,
     DivergenceSearch,
@@ -189,7 +189,7 @@ def match_strengths(
     with evaluating(model), tqdm(desc="matching strengths", unit="row", disable=not progress) as bar:
         how: dict[str, Any] = {"average_over": average_over, "templated": templated, "on_rows": bar.update}
         how |= {"chat_template_options": chat_template_options}
-        meter = DivergenceMeter(model, hook_name, rows, prompts_given(prompts), batch_size, **how)
+        meter = DivergenceMeter(model, hook_name, rows, listed_prompts(prompts), batch_size, **how)
         norm = meter.typical_norm if typical_norm is None else typical_norm
         _checks.between(norm, 0, math.inf, "typical_norm")
         limit = norm * max_strength

@@ -92,7 +92,7 @@ def test_a_text_beyond_the_models_limit_is_cut_unless_its_last_token_is_read(mod
 
 
 def test_what_cannot_be_read_is_named(model):
-    with pytest.raises(ValueError, match="list of at least one string"):
+    with pytest.raises(ValueError, match="list of at least one prompt"):
         read_texts(model, RESIDUAL, [])
     with pytest.raises(ValueError, match="1 of 2 texts .*'x'"):
         read_texts(model, RESIDUAL, [TEXTS[0], "x"], positions="last")

@@ -71,9 +71,9 @@ def test_prompts_are_read_and_asked_once_for_all_cells(model, split, monkeypatch
         asked.append((tuple(prompts), len(conditions)))
         return ask(self, prompts, conditions, progress=progress)
 
-    def counting(model, hook_names, texts, *, positions="content", chat_template=False, batch_size=16, progress=False):
+    def counting(model, hook_names, texts, **options):
         read.append(tuple(texts))
-        return read_texts(model, hook_names, texts, positions=positions, chat_template=chat_template)
+        return read_texts(model, hook_names, texts, **options)
 
     monkeypatch.setattr(Asking, "ask", counted)
     monkeypatch.setattr(sweeping, "read_texts", counting)

@@ -107,5 +107,5 @@ def test_bad_input():
     with pytest.raises(ValueError, match="swaps must be of at least 6 prefixes, got 5"):
         evaluate_supernodes(no_model, SWAPS[:5], [])
     with pytest.raises(ValueError, match="must hold 'B' once and then 'A' once; it has them 1 and 1 times"):
-        EntitySwap("A and B", "B", "A").parts()
+        EntitySwap("A and B", "B", "A").check()
     assert EntitySwap("A and B.", "A", "B").swapped == "B and A."

@@ -5,7 +5,7 @@ import pytest
 from saelens_ext.audit.audit import audit_continuations
 from saelens_ext.continuations.sample import sample_continuations, score_continuations
 from saelens_ext.continuations.steps import sample_steps
-from saelens_ext.host.chat_template import asked, checked_messages, in_words, listed_prompts
+from saelens_ext.host.chat_template import asked, checked_messages, different_prompts, in_words
 from tests.continuations._dictionaries import make
 from tests.models_zoo import make_model, make_tokenizer
 
@@ -57,12 +57,12 @@ def test_options_reach_the_template():
 
 
 def test_prompts_are_told_apart():
-    assert listed_prompts([USER], "prefixes") == [[USER]]
-    assert listed_prompts("a", "prefixes") == ["a"]
-    assert listed_prompts([[USER], "a", [USER, BEGUN]], "prefixes") == [[USER], "a", [USER, BEGUN]]
+    assert different_prompts([USER], "prefixes") == [[USER]]
+    assert different_prompts("a", "prefixes") == ["a"]
+    assert different_prompts([[USER], "a", [USER, BEGUN]], "prefixes") == [[USER], "a", [USER, BEGUN]]
     assert in_words([USER, BEGUN]) == "user: Why?\nassistant: Because"
     with pytest.raises(ValueError, match="prefixes must all be different, got"):
-        listed_prompts([[USER], [dict(USER)]], "prefixes")
+        different_prompts([[USER], [dict(USER)]], "prefixes")
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def test_what_is_wrong_is_said_and_nothing_is_lost(visit):
 
 
 def test_a_continuation_is_stopped(visit, live, monkeypatch):
-    def endless(self, text, changes=(), options=None, *, chat=False):
+    def endless(self, prompt, changes=(), options=None, *, chat_template_options=None):
         for n in count(1):
             sleep(0.02)
             yield SteeredSoFar(stage="continuing", unsteered="a" * n, steered="b" * n, n_tokens=n, divergence=0.1)

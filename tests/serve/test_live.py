@@ -5,7 +5,7 @@ from contextlib import ExitStack
 import pytest
 import torch
 
-from saelens_ext.host.chat_template import as_user_message
+from saelens_ext.host.chat_template import as_conversation
 from saelens_ext.host.prompt_passes import logits_of, prompt_ids
 from saelens_ext.serve.live import TOLERANCE, LatentChange, LiveModel
 from saelens_ext.serve.served import Served
@@ -17,6 +17,8 @@ from tests import models_zoo
 from tests.continuations._dictionaries import make
 from tests.serve.conftest import HOOK, make_live
 
+TRUTH = [{"role": "user", "content": "What is truth?"}]
+TALK = [{"role": "system", "content": "Be brief."}, *TRUTH, {"role": "assistant", "content": "It is"}]
 TEXT = "The assert statement raises an error.\nIt is used in tests"
 OPTIONS = SamplingOptions(max_new_tokens=6, seed=3)
 
@@ -57,10 +59,11 @@ def test_a_reading_is_what_the_dictionaries_give(host, request, tiny_texts):
     assert [token.special for token in read["regions"]] == [True] + [False] * (ids.shape[1] - 1)
 
 
-def test_a_message_is_read_in_the_chat_template(live, model):
-    tokens = live.read("What is truth?", chat=True)["regions"]
-    asked = as_user_message(model.tokenizer, "What is truth?")
-    assert asked == "[user] What is truth?</s>\n[assistant] "
+@pytest.mark.parametrize("talk", [TRUTH, TALK])
+def test_a_conversation_is_read_in_the_chat_template(live, model, talk):
+    tokens = live.read(talk)["regions"]
+    asked = as_conversation(model.tokenizer, talk)
+    assert asked.endswith("[user] What is truth?</s>\n[assistant] " + ("It is" if talk is TALK else ""))
     assert len(tokens) == len(prompt_ids(model, asked, templated=True))
     assert "".join(token.text for token in tokens) == asked
 
@@ -130,9 +133,11 @@ def test_several_latents_of_two_dictionaries_are_steered_and_ablated_together(li
     ]
 
 
-def test_a_message_is_steered_from_its_own_tokens(live, model):
-    end = last(live, [LatentChange(dictionary="regions", latent=2, nats=0.3)], "What is truth?", chat=True)
-    asked = as_user_message(model.tokenizer, "What is truth?")
+@pytest.mark.parametrize("talk", [TRUTH, TALK])
+def test_a_conversation_is_steered_from_its_own_tokens(live, model, talk):
+    end = last(live, [LatentChange(dictionary="regions", latent=2, nats=0.3)], talk)
+    asked = as_conversation(model.tokenizer, talk)
+    assert [[end.unsteered]] == sample_texts(model, talk, n=1, options=OPTIONS)
     ids = prompt_ids(model, asked, templated=True)[None]
     hook, direction, _ = latent_directions(model, live.dictionaries["regions"].sae, 2)
     base = log_probabilities(logits_of(model, ids)[:, -1].detach())
@@ -169,6 +174,24 @@ def test_stopping_leaves_the_model_as_it_was(live, model):
 
 
 # --- what is refused ---
+
+
+@pytest.mark.parametrize(
+    ("talk", "message"),
+    [
+        ([], r"The conversation must be a text or a conversation, got \[\]"),
+        ([{"role": "user", "content": " "}], "A message is empty; type or paste at least one word"),
+        ([*TALK[:1], {"role": "user", "content": ""}], "The conversation ends with an empty message"),
+        (TALK[:1], "The conversation ends with a system message"),
+        ([{"role": "user", "content": "word " * 5000}], "25,000 characters, and at most 20,000 are taken; shorten it"),
+        ([{"role": "user", "content": "word " * 300}], "The conversation has .* tokens, and at most .* are taken"),
+        ([{**TRUTH[0], "tool_calls": []}], r"role and content alone \(no tools\)"),
+    ],
+)
+def test_a_conversation_that_cannot_be_taken_is_refused(live, talk, message):
+    for act in (live.read, live.steer):
+        with pytest.raises(ValueError, match=message):
+            act(talk)
 
 
 @pytest.mark.parametrize(
@@ -233,11 +256,21 @@ def test_a_dictionary_that_does_not_fit_is_refused(model, live, tiny_bridge):
         LiveModel(model, [regions, regions])
 
 
-def test_a_message_needs_a_template(live, monkeypatch):
+def test_options_reach_the_template(live, monkeypatch):
+    template = live.tokenizer.chat_template
+    monkeypatch.setattr(live.tokenizer, "chat_template", "{% if quiet %}Hush. {% endif %}" + template)
+    tokens = live.read(TRUTH, chat_template_options={"quiet": True})["regions"]
+    assert "".join(token.text for token in tokens).startswith("Hush. [user]")
+    hushed, loud = (last(live, [], TRUTH, chat_template_options={"quiet": quiet}).unsteered for quiet in (True, False))
+    expected = sample_texts(live.model, TRUTH, n=1, options=OPTIONS, chat_template_options={"quiet": True})
+    assert [[hushed]] == expected and hushed != loud
+
+
+def test_a_conversation_needs_a_template(live, monkeypatch):
     monkeypatch.setattr(live.tokenizer, "chat_template", None)
     assert not live.has_chat_template
     with pytest.raises(ValueError, match="has no chat template"):
-        live.read("a question", chat=True)
+        live.read(TRUTH)
 
 
 # --- latents ---

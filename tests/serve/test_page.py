@@ -82,7 +82,14 @@ def test_a_latent_is_shown(client):
         ("read", {"text": 3}, "The text must be a text, got 3"),
         ("read", {}, "The text must be a text, got None"),
         ("read", {"text": "word " * 3000}, "tokens, and at most"),
-        ("read", {"text": TEXT, "chat": "yes"}, "chat must be true or false, got 'yes'"),
+        (
+            "read",
+            {"messages": "Why?"},
+            "The conversation has the message 'W', and a message has role and content alone",
+        ),
+        ("read", {"messages": []}, "The conversation must be a text or a conversation, got []"),
+        ("read", {"messages": [{"role": "tool", "content": "4"}]}, "must be one of 'system', 'user', 'assistant'"),
+        ("steer", {"text": TEXT, "job": "1", "chat_template_options": 5}, "The template options must be an object"),
         ("latent", {"dictionary": "regions", "latent": "1"}, "Region '1' is not in regions"),
         ("latent", {"dictionary": ["regions"], "latent": 1}, "There is no dictionary"),
         ("find", {"dictionary": "regions", "query": "x" * 201}, "at most 200 characters"),
@@ -120,7 +127,7 @@ def test_what_is_no_request_of_the_page_is_refused(client):
 
 
 def test_a_failure_of_the_model_is_told_and_the_page_goes_on(client, live, monkeypatch):
-    def fail(self, text, *, chat=False):
+    def fail(self, prompt, *, chat_template_options=None):
         raise RuntimeError("out of memory\nat a place")
 
     monkeypatch.setattr(type(live), "read", fail)

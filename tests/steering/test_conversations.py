@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from saelens_ext.host.chat_template import as_conversation
-from saelens_ext.host.prompt_passes import prompt_ids, prompts_given
+from saelens_ext.host.chat_template import as_conversation, listed_prompts
+from saelens_ext.host.prompt_passes import prompt_ids
 from saelens_ext.steering.sampling import SamplingOptions, sample_texts
 from saelens_ext.steering.steer_features import steer_features
 from saelens_ext.steering.strength import match_strength
@@ -48,13 +48,13 @@ def test_a_template_without_bos_gets_none(model, monkeypatch):
 
 
 def test_one_conversation_or_several(model):
-    assert prompts_given(TALK) == [TALK] and prompts_given(["a", TALK]) == ["a", TALK]
+    assert listed_prompts(TALK) == [TALK] and listed_prompts(["a", TALK]) == ["a", TALK]
     with pytest.raises(ValueError, match="role and content alone"):
-        prompts_given([{"role": "user"}])
+        listed_prompts([{"role": "user"}])
     with pytest.raises(ValueError, match=r"prompts\[1\] must be a text or a conversation, got \[\]"):
-        prompts_given(["a", []])
+        listed_prompts(["a", []])
     with pytest.raises(ValueError, match="prompts is empty"):
-        prompts_given([])
+        listed_prompts([])
 
 
 def test_steering_is_that_of_the_text_that_the_template_writes(model):

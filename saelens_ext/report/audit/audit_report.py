@@ -171,16 +171,17 @@ def _tests(audit: PrefixAudit) -> dict[str, Any]:
 
 
 def _prompt(audit: PrefixAudit) -> dict[str, Any]:
-    """The text that was continued, in three parts: the prompt, and what a chat template put before and after it."""
-    prompt, whole = audit.continuations.prompt, audit.continuations.prefix
-    before, found, after = whole.partition(prompt)
-    if not found:
-        before, prompt, after = "", whole, ""
+    """The text that was continued, in pieces: what was given, of a conversation each message, and the template."""
+    rows = audit.continuations
+    given = [one["content"].strip() for one in rows.metadata.get("messages") or [{"content": rows.prompt}]]
+    pieces, rest = [], rows.prefix
+    for said in given:
+        before, found, after = rest.partition(said)
+        pieces, rest = ([*pieces, (before, False), (said, True)], after) if found and said else (pieces, rest)
+    whole = [*pieces, (rest, False)] if pieces else [(rest, True)]
     return {
-        "before": visible(before),
-        "prompt": visible(prompt),
-        "after": visible(after),
-        "templated": audit.continuations.prompt != whole,
+        "pieces": [(visible(text), is_given) for text, is_given in whole if text],
+        "templated": rows.prompt != rows.prefix,
     }
 
 

@@ -43,8 +43,48 @@ function capital(text) {
   return text[0].toUpperCase() + text.slice(1);
 }
 
-function isChat() {
-  return byId("chat")?.checked ?? false;
+// --- a text or a conversation ---
+
+function isTalk() {
+  return byId("kind")?.value === "talk";
+}
+
+function turns() {
+  return [...byId("turns").children].map((turn) => ({ role: turn.querySelector("select").value, content: turn.querySelector("textarea").value }));
+}
+
+function addTurn(role, content = "") {
+  const roles = make("select", { "aria-label": "Role" }, ...["system", "user", "assistant"].map((one) => make("option", { value: one }, one)));
+  roles.value = role;
+  const remove = make("button", { type: "button", class: "remove" }, "remove");
+  const said = make("textarea", { rows: "2", maxlength: about.limits.characters, "aria-label": "Message", spellcheck: "false" });
+  said.value = content;
+  said.addEventListener("keydown", readOnEnter);
+  const turn = make("li", {}, roles, remove, said);
+  remove.addEventListener("click", () => turn.remove());
+  byId("turns").append(turn);
+  return said;
+}
+
+function enterKind() {
+  byId("text").hidden = isTalk();
+  byId("talk").hidden = !isTalk();
+  byId("text-title").textContent = isTalk() ? "Conversation" : "Text";
+  if (isTalk() && !byId("turns").children.length) addTurn("user", byId("text").value);
+}
+
+function given() {
+  if (!isTalk()) return { text: byId("text").value };
+  const options = byId("template-options").value.trim();
+  try {
+    return { messages: turns(), chat_template_options: options ? JSON.parse(options) : null };
+  } catch {
+    throw new Error('The template options must be a JSON object, such as {"enable_thinking": false}.');
+  }
+}
+
+function readOnEnter(event) {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) read();
 }
 
 // --- reading ---
@@ -116,7 +156,7 @@ async function read() {
   say("read-message", "");
   setUsable(byId("read"), false);
   try {
-    state.reading = await ask("read", { text: byId("text").value, chat: isChat() });
+    state.reading = await ask("read", given());
     state.chosen = null;
   } catch (error) {
     state.reading = null;
@@ -255,13 +295,11 @@ async function steer() {
   setUsable(byId("stop"), true);
   const body = {
     job,
-    text: byId("text").value,
-    chat: isChat(),
     changes: changes.map(({ dictionary: name, latent, nats, ablate }) => ({ dictionary: name, latent, nats, ablate })),
     options: { max_new_tokens: Number(byId("n-new").value), temperature: Number(byId("temperature").value), seed: Number(byId("seed").value) },
   };
   try {
-    await ask("steer", body, (update) => showUpdate(update, changes));
+    await ask("steer", { ...given(), ...body }, (update) => showUpdate(update, changes));
   } catch (error) {
     byId("status").textContent = "";
     say("steer-message", error.message);
@@ -301,8 +339,8 @@ byId("read").addEventListener("click", read);
 byId("continue").addEventListener("click", steer);
 byId("stop").addEventListener("click", stop);
 byId("query").addEventListener("input", find);
-byId("text").addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) read();
-});
+byId("text").addEventListener("keydown", readOnEnter);
+byId("kind")?.addEventListener("change", enterKind);
+byId("add-turn")?.addEventListener("click", () => addTurn(turns().at(-1)?.role === "user" ? "assistant" : "user").focus());
 document.documentElement.classList.add("scripted");
 changeDictionary();
