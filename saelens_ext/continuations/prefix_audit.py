@@ -14,6 +14,7 @@ from saelens_ext.continuations.continuation_set import ContinuationSet
 from saelens_ext.continuations.mode_labels import label_modes
 from saelens_ext.continuations.validation.findings import Verdict, sizes_finding, stability_finding, untested
 from saelens_ext.continuations.validation.results import Validation, combine_validations
+from saelens_ext.host.chat_template import in_words
 from saelens_ext.ops.label_score import Label
 
 
@@ -40,8 +41,10 @@ class PrefixAudit:
 
     @property
     def prompt(self) -> str:
-        """What was given to be continued, before a chat template was put around it."""
-        return self.continuations.prompt
+        """What was given to be continued, before a chat template was put around it; of a conversation its roles and
+        what each says."""
+        messages = self.continuations.metadata.get("messages")
+        return self.continuations.prompt if messages is None else in_words(messages)
 
     @property
     def labels(self) -> np.ndarray:

@@ -10,6 +10,7 @@ import pytest
 from saelens_ext.cli import audit as audit_command
 from saelens_ext.cli.audit_options import SamplerOptions
 from saelens_ext.cli.errors import UsageError
+from saelens_ext.cli.opening import texts_in
 from tests.cli.conftest import logged_run
 from tests.harnesses.openai_script import scripted
 
@@ -81,12 +82,30 @@ def test_prefixes_from_a_file(tmp_path):
     talk = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because"}]
     (tmp_path / "p").write_text(json.dumps([talk, "c"]))
     assert audit_command._prefixes(inputs)[0] == ["a, b", talk, "c"]
+    for written in (json.dumps(talk), json.dumps(talk) + "\n" + json.dumps(talk[:1])):
+        (tmp_path / "p").write_text(written)
+        assert audit_command._prefixes(inputs)[0] == ["a, b", talk, talk[:1]][: 1 + len(written.splitlines())]
+    (tmp_path / "p").write_text(f"one\n{json.dumps(talk)}\n[INST] two\n")
+    assert audit_command._prefixes(inputs)[0] == ["a, b", "one", talk, "[INST] two"]
     (tmp_path / "p").write_text("[1]")
     with pytest.raises(ValueError, match="must hold a JSON list of texts and conversations"):
         audit_command._prefixes(inputs)
     (tmp_path / "p").write_text("[broken")
     with pytest.raises(ValueError, match="must hold a JSON list of texts and conversations"):
         audit_command._prefixes(inputs)
+
+
+def test_texts_and_conversations_in_lines_of_json(tmp_path):
+    talk, path = [{"role": "user", "content": "Why?"}], tmp_path / "p.jsonl"
+    path.write_text(f'"line\\nbreak"\n\n{json.dumps(talk)}\n')
+    assert texts_in(path, conversations=True) == ["line\nbreak", talk]
+    with pytest.raises(
+        ValueError, match="must hold a JSON list of texts, or one in each line; it lists something else"
+    ):
+        texts_in(path)
+    path.write_text("no JSON\n")
+    with pytest.raises(ValueError, match="or one in each line; it is not readable as either"):
+        texts_in(path, conversations=True)
 
 
 @pytest.mark.slow

@@ -101,7 +101,7 @@ def test_an_audit_of_conversations_goes_on_from_its_folder(model, tmp_path):
     options |= {"n_resamples": 2, "validate": False, "folder": tmp_path, "min_cluster_size": 1}
     dictionaries = [make("standard", "blocks.1.hook_out", model.cfg.d_model, d_sae=16)]
     audit = audit_continuations(model, talks, dictionaries, **options)
-    assert [one.prompt for one in audit.prefixes] == ["And so?", "Why?"]
+    assert [one.prompt for one in audit.prefixes] == list(map(in_words, talks))
     again = audit_continuations(model, talks, dictionaries, **options)
     assert again.to_dataframe().equals(audit.to_dataframe())
     with pytest.raises(ValueError, match="holds an audit with another prefix"):

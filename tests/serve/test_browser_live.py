@@ -5,7 +5,9 @@ from time import sleep
 
 import pytest
 
+from saelens_ext.host.tokens import visible
 from saelens_ext.serve.live import SteeredSoFar
+from saelens_ext.steering.sampling import SamplingOptions
 from tests.report.browser import PHONE, WIDE, Visit, chromium
 
 TEXT = 'The assert statement raises <img src=x onerror="window.pwned=1"> an error'
@@ -120,3 +122,36 @@ def test_dictionaries_colours_sliders_and_the_search(visit):
     page.until("document.getElementById('latent-body').textContent.startsWith('No profile lies beside')")
     page.page.click("#changes .remove")
     assert page.page.locator("#no-changes").is_visible()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [WIDE, PHONE])
+def test_a_conversation_is_entered_read_and_continued(visit, live, size):
+    page = visit(size)
+    page.page.fill("#text", "What is truth?")
+    page.page.select_option("#kind", "talk")
+    assert page.text("#text-title") == "Conversation" and page.page.locator("#text").is_hidden()
+    page.page.click("#add-turn")
+    assert [one.input_value() for one in page.page.locator("#turns select").all()] == ["user", "assistant"]
+    page.page.locator("#turns textarea").nth(1).fill("It is")
+    page.page.click("#read")
+    page.page.locator("#tokens button").first.wait_for()
+    talk = [{"role": "user", "content": "What is truth?"}, {"role": "assistant", "content": "It is"}]
+    assert page.texts("#tokens button") == [token.text.replace("\n", "↵\n") for token in live.read(talk)["regions"]]
+    page.page.fill("#n-new", "4")
+    page.page.click("#continue")
+    page.until("document.getElementById('status').textContent.startsWith('Done')")
+    *_, end = live.steer(talk, (), SamplingOptions(max_new_tokens=4))
+    assert page.page.locator("#unsteered").text_content() == visible(end.unsteered)
+    page.page.fill("#template-options", "{thinking")
+    page.page.click("#read")
+    page.until("document.getElementById('read-message').textContent.startsWith('The template options must be')")
+    page.page.fill("#template-options", "[]")
+    page.page.click("#continue")
+    page.until("document.getElementById('steer-message').textContent.startsWith('The template options must be')")
+    page.page.fill("#template-options", "")
+    page.page.locator("#turns .remove").nth(1).click()
+    page.page.click("#read")
+    page.until("!document.getElementById('tokens').textContent.includes('It is')")
+    assert page.overflow() <= 0
+    page.complaints.clear()  # a browser notes refusals by itself

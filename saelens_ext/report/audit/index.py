@@ -18,7 +18,7 @@ from saelens_ext.report.audit.wording import quoted
 from saelens_ext.report.format import count, percentage, visible
 from saelens_ext.report.page import render_page
 
-_MODES_SHOWN, _LONGEST = 3, 60
+_MODES_SHOWN, _LONGEST, _PROMPT = 3, 60, 160
 
 
 class IndexLine(NamedTuple):
@@ -86,7 +86,7 @@ def _line(number: int, outline: PrefixOutline, link: str) -> IndexLine:
     moved, moved_by = _moved(outline)
     return IndexLine(
         number=number,
-        prompt=_shortened(quoted(outline.prompt), 160),
+        prompt=_middle_left_out(quoted(outline.prompt)),
         link=link,
         n=count(outline.n_continuations),
         n_modes=len(modes),
@@ -128,3 +128,8 @@ def _own(outline: PrefixOutline) -> str:
 
 def _shortened(text: str, longest: int = _LONGEST) -> str:
     return text if len(text) <= longest else text[: longest - 1] + "…"
+
+
+def _middle_left_out(prompt: str) -> str:
+    """A long prompt by how it begins and ends: conversations that ask the same often begin otherwise."""
+    return prompt if len(prompt) <= _PROMPT else f"{prompt[: _PROMPT // 2]} … {prompt[-_PROMPT // 2 :]}"
