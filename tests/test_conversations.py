@@ -81,7 +81,7 @@ def odds(model, u, prompts, how):
 
 def answers(model, u, prompts, how):
     plain = {"chat_template": False, "max_new_tokens": 3, **how}
-    return sx.measure_behaviour(model, prompts, sx.begins_with("e"), **plain).drop(columns="prompt")
+    return sx.measure_behaviour(model, prompts, sx.begins_with(["e"]), **plain).drop(columns="prompt")
 
 
 def sampled(model, u, prompts, how):
@@ -102,7 +102,11 @@ ENTRIES = {
 }
 
 
-@pytest.mark.parametrize("options", [{}, {"chat_template_options": {"quiet": True}}], ids=["plain", "options"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, pytest.param({"chat_template_options": {"quiet": True}}, marks=pytest.mark.slow)],
+    ids=["plain", "options"],
+)
 @pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)
 def test_it_is_read_as_the_text_that_its_template_writes(model, u, entry, options):
     written = [as_conversation(model.tokenizer, talk, options.get("chat_template_options")) for talk in (TALK, BEGUN)]
@@ -119,7 +123,6 @@ def test_it_is_read_as_the_text_that_its_template_writes(model, u, entry, option
         ([{**WHY, "tool_calls": []}], r"role and content alone \(no tools\)"),
         ([WHY, {"role": "tool", "content": "4"}], "must be one of 'system', 'user', 'assistant', got 'tool'"),
         ([SYSTEM], "ends with a system message"),
-        (5, r"\[1\] must be a text, got 5"),
     ],
 )
 def test_what_is_no_conversation_is_refused_wherever_prompts_are_taken(model, u, talk, message):
@@ -178,26 +181,28 @@ class TestPromptSplit:
         assert list(split.sizes().values()) == [8, 6, 3, 3] and all(one in shows for one in split.test)
 
 
-class TestBehaviours:
-    """The planted behaviour asked for in conversations, beside the same words as texts."""
+@pytest.fixture(scope="module")
+def planted():
+    """A planted behaviour, and prompts that bring it about as texts and as conversations of the same words."""
+    made, _ = organisms.planted_model("SAETransformerBridge")
+    made.tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    sides = [organisms.prompts(seed, 18, trigger=trigger) for seed, trigger in ((1, True), (2, False))]
 
-    @pytest.fixture(scope="class")
-    def planted(self):
-        made, _ = organisms.planted_model("SAETransformerBridge")
-        made.tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }} {% endfor %}"
-        sides = [organisms.prompts(seed, 18, trigger=trigger) for seed, trigger in ((1, True), (2, False))]
-        # The answer that was begun ends in the trigger, so that nothing stands behind it.
-        kinds = {"texts": lambda text: f"So. Well, {text}"}
-        kinds["talks"] = lambda text: [
-            {"role": "user", "content": "So."}, {"role": "assistant", "content": f"Well, {text}"},
-        ]  # fmt: skip
-        return made, {kind: self.split(sides, make) for kind, make in kinds.items()}
-
-    @staticmethod
-    def split(sides, make):
+    def split(make):
         asked = [[make(text) for text in side] for side in sides]
         mixed = [[one for pair in zip(*(side[a : a + 6] for side in asked)) for one in pair] for a in (0, 6)]
         return sx.PromptSplit(build=mixed[0], choose=mixed[1], test=asked[0][12:], contrast=asked[1][12:])
+
+    def talk(text):
+        # The answer that was begun ends in the trigger, so that nothing stands behind it.
+        return [{"role": "user", "content": "So."}, {"role": "assistant", "content": f"Well, {text}"}]
+
+    return made, {"texts": split(lambda text: f"So. Well, {text}"), "talks": split(talk)}
+
+
+@pytest.mark.slow
+class TestBehaviours:
+    """The planted behaviour asked for in conversations, beside the same words as texts."""
 
     def ablated(self, model, split, judges=None):
         says = judges or sx.begins_with([organisms.SAYS], within=1)
@@ -229,7 +234,7 @@ class TestBehaviours:
             return [float(text == organisms.SAYS) for text in texts]
 
         self.ablated(model, splits["talks"], says)
-        assert seen[0] == splits["talks"].choose[0] and seen[-1] in splits["talks"].contrast
+        assert seen[0] in splits["talks"].choose and seen[-1] in splits["talks"].contrast
 
     def test_a_sweep_takes_them_and_what_they_were_labelled(self, planted, tmp_path, monkeypatch):
         model, splits = planted
@@ -260,6 +265,7 @@ class TestBehaviours:
             sweep(asked=labels.assign(shown=2))
 
 
+@pytest.mark.slow
 def test_methods_are_compared_behind_conversations(model, tmp_path):
     seen = []
 

@@ -307,5 +307,5 @@ def given_verdicts(asked: pd.DataFrame, prompts: Sequence[Prompt], what: str) ->
     shown = table["shown"].astype(float)
     if not shown.dropna().between(0, 1).all():
         raise ValueError(f"asked has the verdict {shown[~shown.between(0, 1)].dropna().iloc[0]}, outside [0, 1].")
-    texts = table["text"].fillna("").astype(str)
+    texts = ["" if pd.isna(text) else str(text) for text in table["text"]]
     return [Verdict(*row) for row in zip(shown.tolist(), table["odds"].astype(float).tolist(), texts)]

@@ -54,15 +54,15 @@ class TestPlantedDirection:
         assert float(torch.nn.functional.cosine_similarity(found.difference, v, dim=0)) > 0.9
 
     def test_its_centre_is_the_mean_of_the_prompts_without_the_behaviour(self, planted):
-        model, *_, found = planted
+        model, _, split, _, found = planted
         prompts = found.prompts.loc[found.prompts["shown"] == 0, "prompt"]
         with torch.no_grad():
             last = [sx.read_texts(model, HOOK, [text]).activations[HOOK][-1] for text in prompts]
-        center = lacking_centers(model, found, [HOOK], chat_template=False)[HOOK]
+        center = lacking_centers(model, found, split, [HOOK])[HOOK]
         torch.testing.assert_close(center, torch.stack(last).mean(dim=0), rtol=1e-4, atol=1e-5)
         others = [f"blocks.{layer}.hook_out" for layer in range(model.cfg.n_layers)]
         others = [resolve_hook(model, hook) for hook in others]
-        both = lacking_centers(model, found, others, chat_template=False)
+        both = lacking_centers(model, found, split, others)
         read = sx.read_texts(model, others, list(prompts), positions="last").activations
         for hook in others:
             torch.testing.assert_close(both[hook], read[hook].mean(dim=0), rtol=1e-4, atol=1e-5)

@@ -89,7 +89,7 @@ def test_a_latent_is_shown(client):
         ),
         ("read", {"messages": []}, "The conversation must be a text or a conversation, got []"),
         ("read", {"messages": [{"role": "tool", "content": "4"}]}, "must be one of 'system', 'user', 'assistant'"),
-        ("steer", {"text": TEXT, "job": "1", "chat_template_options": 5}, "The template options must be an object"),
+        ("steer", {"text": TEXT, "job": "1", "chat_template_options": 5}, "The template options must be a JSON object"),
         ("latent", {"dictionary": "regions", "latent": "1"}, "Region '1' is not in regions"),
         ("latent", {"dictionary": ["regions"], "latent": 1}, "There is no dictionary"),
         ("find", {"dictionary": "regions", "query": "x" * 201}, "at most 200 characters"),
