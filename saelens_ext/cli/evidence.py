@@ -128,7 +128,7 @@ def steering(
         raise UsageError("A judge at an endpoint needs both --judge_url=URL and --judge_model=NAME.")
     prompts, given = opening.texts_in(Path(steered.prompts), conversations=True), _concepts(concepts)
     stream, saes = _opened(inputs)
-    template = {"chat_template_options": steered.chat_template_options}
+    template: dict[str, Any] = {"chat_template_options": steered.chat_template_options}
     options = SamplingOptions(
         max_new_tokens=steered.max_new_tokens, temperature=steered.temperature, seed=settings.seed
     )

@@ -61,7 +61,8 @@ def read_texts(
     """
     _checks.choice(positions, get_args(Positions), "positions")
     prompts, tokenizer = listed_prompts(texts, "texts"), tokenizer_of(model)
-    words, how = list(map(in_words, prompts)), dict(chat_template=chat_template, options=chat_template_options)
+    words = list(map(in_words, prompts))
+    how: dict[str, Any] = {"chat_template": chat_template, "options": chat_template_options}
     given = [asked(tokenizer, one, **how, name=f"texts[{number}]") for number, one in enumerate(prompts)]
     # A stream puts one and the same start before all documents; a chat template says itself whether BOS comes first.
     templated = any(one.templated for one in given)

@@ -182,7 +182,7 @@ def steering_score(
         raise ValueError(f"{len(rows)} directions need as many concepts, got {len(concepts)}.")
     given = different_prompts(prompts)
     _check_halves(len(given), _checks.positive(n, "n"), options)
-    template = {"chat_template_options": chat_template_options}
+    template: dict[str, Any] = {"chat_template_options": chat_template_options}
     calibration = given if calibration_prompts is None else listed_prompts(calibration_prompts, "calibration_prompts")
     searches = match_strengths(
         model,
