@@ -279,7 +279,7 @@ def test_a_config_takes_what_sweeps_and_notebooks_hold(tmp_path):
         ),
         (ExemplarBuildConfig, {"percentile": [2, "x"]}, r"percentile\[1\] must be a finite number or a whole number"),
         (ExemplarBuildConfig, {"k": None}, "k must be a whole number, got None"),
-        (SNMFBuildConfig, {"tol": float("nan")}, "tol must be a finite number, got nan"),
+        (SNMFBuildConfig, {"tol": float("nan")}, "tol must be a finite number or None, got nan"),
         (SNMFBuildConfig, {"n_components": 2.5}, "n_components must be a whole number or a list, got 2.5"),
     ],
 )
