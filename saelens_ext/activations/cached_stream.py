@@ -19,6 +19,7 @@ from saelens_ext.activations.stream import NO_TOKEN, ActivationBatch, Activation
 from saelens_ext.host.bos import begins_with_bos
 from saelens_ext.host.hook_names import spellings_of
 from saelens_ext.host.models import HostModel, describe_model, resolve_hook
+from saelens_ext.ops.memory import memory_for
 
 TOKEN_IDS = "token_ids"
 """The column of token ids in SAELens' cache of activations."""
@@ -133,7 +134,10 @@ class CachedStream(ActivationStream):
 
     @standard_modes()
     def _batch_at(self, start: int) -> ActivationBatch:
-        rows: dict[str, Tensor] = self._rows[start : start + self.batch_size]
+        n_bytes = 4 * self.batch_size * self.context_size * sum(self._d_in.values())
+        what = f"A batch of {self.batch_size} cached windows of {self.context_size} tokens"
+        with memory_for(what, n_bytes, "Lower batch_size."):
+            rows: dict[str, Tensor] = self._rows[start : start + self.batch_size]
         n = len(next(iter(rows.values())))
         windows = rows[TOKEN_IDS].long() if self.has_tokens else torch.full((n, self.context_size), NO_TOKEN)
         keep = self._read_positions.expand(n, -1) & ~torch.isin(windows, self._excluded)

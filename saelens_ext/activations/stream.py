@@ -27,6 +27,7 @@ from saelens_ext.activations.windows import Window, WindowSource
 from saelens_ext.host.bos import TextStart, text_start
 from saelens_ext.host.hook_pass import limits_of, run_to_last_hook
 from saelens_ext.host.models import HostModel, describe_model, resolve_hook, tokenizer_of
+from saelens_ext.ops.memory import memory_for
 
 logger = logging.getLogger(__name__)
 
@@ -257,7 +258,9 @@ class ActivationStream:
         window, position = keep.nonzero(as_tuple=True)
         documents = torch.tensor([w.document_id for w in windows])[window]
         # A batch in which nothing is to be read needs no pass through the model.
-        activations = self._forward(tokens, real, keep) if len(window) else {}
+        what = f"A pass over {len(windows)} windows of up to {tokens.shape[1]} tokens on {self.device}"
+        with memory_for(what, None, f"Lower batch_size (now {self.batch_size}) or context_size."):
+            activations = self._forward(tokens, real, keep) if len(window) else {}
         self._check_activations(activations, documents, position)
         self._remember_widths(activations)
         return ActivationBatch(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from saelens_ext.activations.stream import ActivationBatch
+from saelens_ext.ops.memory import memory_for
 
 # Latents whose lists are merged at once: bounds the copies of their contexts.
 _MERGE_LATENTS = 4096
@@ -164,15 +165,17 @@ class ExampleTable:
 
     def __init__(self, k: int, n: int, context: int, device: torch.device):
         self._n = n
-        self._scores = torch.full((k, n), -torch.inf)
-        self._values = torch.full((k, n), torch.nan)
         # A copy of the last column where the scores are computed, so that few candidates leave that device.
         self.worst = torch.full((k,), -torch.inf, device=device)
         names = ("token_ids", "document_ids", "positions", "sequence_ids")
-        self._records = {name: torch.full((k, n), -1) for name in names} | {
-            "token_values": torch.full((k, n, 2 * context + 1), torch.nan, dtype=torch.float16),
-            "contexts": torch.full((k, n, 2 * context + 1), -1, dtype=torch.int32),
-        }
+        what = f"{n} examples of each of {k:,} latents, with {context} tokens on either side,"
+        with memory_for(what, k * n * (40 + 6 * (2 * context + 1)), "Lower n_examples or context."):
+            self._scores = torch.full((k, n), -torch.inf)
+            self._values = torch.full((k, n), torch.nan)
+            self._records = {name: torch.full((k, n), -1) for name in names} | {
+                "token_values": torch.full((k, n, 2 * context + 1), torch.nan, dtype=torch.float16),
+                "contexts": torch.full((k, n, 2 * context + 1), -1, dtype=torch.int32),
+            }
 
     def offer(self, latents: Tensor, scores: Tensor, rows: Tensor, block: RowBlock, values: Tensor) -> None:
         """Offer row ``rows[i]`` of the block, in stream order: it scores ``scores[i]`` for latent ``latents[i]``, and

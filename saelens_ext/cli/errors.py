@@ -13,7 +13,7 @@ class UsageError(Exception):
 def one_line(error: BaseException) -> str:
     """What an error says, in one line; an error that says nothing gives its kind."""
     # A KeyError's text is the repr of its key, and says nothing without its kind.
-    known = isinstance(error, (ValueError, OSError, RuntimeError, ImportError, UsageError))
+    known = isinstance(error, (ValueError, OSError, RuntimeError, ImportError, MemoryError, UsageError))
     text = " ".join(_text(error).split())
     if not (known and text):
         text = f"{type(error).__name__}: {text}".removesuffix(": ") + " (--debug shows where)"

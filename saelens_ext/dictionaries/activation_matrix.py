@@ -12,6 +12,7 @@ from transformer_lens import HookedTransformer
 
 from saelens_ext.activations.matrix_stream import MatrixStream
 from saelens_ext.activations.stream import ActivationBatch, ActivationStream
+from saelens_ext.ops.memory import memory_for
 
 
 @dataclass(kw_only=True)
@@ -107,7 +108,9 @@ class ActivationSource:
                 return None
         if not parts:
             raise ValueError("There are no activations to fit: all documents were held out, or the stream is empty.")
-        x = torch.cat(parts) if len(parts) > 1 else parts[0]
+        remedy = "Lower memory_limit (fit_snmf then reads the stream in passes), or the stream's max_tokens."
+        with memory_for("The activations to fit, and their copy in one piece,", 2 * size, remedy):
+            x = torch.cat(parts) if len(parts) > 1 else parts[0]
         if not bool(x.any()):
             raise ValueError(f"All {len(x)} activations are zero: there is nothing to fit. Is the hook the right one?")
         return x

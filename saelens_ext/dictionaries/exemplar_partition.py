@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from saelens_ext import _checks
 from saelens_ext._modes import standard_modes, without_autocast
 from saelens_ext.dictionaries.decoder_only import UNSET, DecoderOnlyConfig, DecoderOnlySAE, Metadata
+from saelens_ext.ops.memory import FEWER_ROWS, memory_for
 from saelens_ext.ops.spherical import assign_nearest
 
 Basis = Literal["exemplar", "mean"]
@@ -197,7 +198,10 @@ class ExemplarPartition(DecoderOnlySAE):
             ValueError: wrong width or non-finite activations.
         """
         _checks.width(x, self.cfg.d_in, "The activation")
-        regions, distances = assign_nearest(self.here(x).reshape(-1, self.cfg.d_in), self.center, self.exemplars)
+        rows = self.here(x).reshape(-1, self.cfg.d_in)
+        what = f"Regions and distances of {len(rows):,} activations, and a copy of {len(self.exemplars):,} exemplars,"
+        with memory_for(what, 16 * len(rows) + 4 * self.exemplars.numel(), FEWER_ROWS):
+            regions, distances = assign_nearest(rows, self.center, self.exemplars)
         if reject:
             regions = torch.where(distances > self.cfg.threshold, -1, regions)
         return Assignment(*(part.to(x.device).reshape(x.shape[:-1]) for part in (regions, distances.float())))
@@ -205,7 +209,12 @@ class ExemplarPartition(DecoderOnlySAE):
     @without_autocast()
     def encode(self, x: Tensor) -> Tensor:
         """Read activations ``(…, d_in)`` out as codes ``(…, d_sae)``, as ``cfg.readout`` says."""
-        offset = self.process_sae_in(x)
+        n = x.shape[:-1].numel()
+        what = f"Codes of {n:,} activations over {self.cfg.d_sae:,} regions"
+        with memory_for(what, n * self.cfg.d_sae * self.W_dec.element_size(), FEWER_ROWS):
+            return self._codes(self.process_sae_in(x)).to(x.device)
+
+    def _codes(self, offset: Tensor) -> Tensor:
         z = offset @ self.W_enc
         if self.cfg.readout in ("top_k_cosine", "cosine"):
             # At the centre itself every cosine is 0 / 0; it has no direction, so its code is zero.
@@ -216,7 +225,7 @@ class ExemplarPartition(DecoderOnlySAE):
         elif self.cfg.readout == "one_hot":
             has_direction = (offset != 0).any(dim=-1, keepdim=True)
             z = nn.functional.one_hot(z.argmax(dim=-1), self.cfg.d_sae).to(z.dtype) * has_direction
-        return self.hook_sae_acts_post(z).to(x.device)
+        return self.hook_sae_acts_post(z)
 
     def get_activation_fn(self) -> nn.Module:
         """SAELens' own ``TopK`` where the readout is one, which is how other tools recognise it."""

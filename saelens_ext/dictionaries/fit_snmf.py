@@ -21,6 +21,7 @@ from saelens_ext.activations.stream import ActivationStream
 from saelens_ext.dictionaries.activation_matrix import ActivationSource, Restartable
 from saelens_ext.dictionaries.snmf import SNMFDictionary
 from saelens_ext.dictionaries.snmf_fit_result import SNMFFitResult
+from saelens_ext.ops.memory import memory_for
 from saelens_ext.ops.nnls import check_l1
 from saelens_ext.ops.precision import from_float64, where_float64_is, wide
 from saelens_ext.ops.semi_nmf import INITS, METHODS, SemiNMFResult, semi_nmf
@@ -195,7 +196,10 @@ def fit_snmf_rows(
     }
     if x is not None:
         x = where_float64_is(x)
-        fit = semi_nmf(x, n_components, method=config.method, progress=progress, **shared)
+        what = f"{len(x):,} activations of width {x.shape[1]}, and their codes over {n_components} features,"
+        remedy = "Lower memory_limit, so that a stream is read in passes, n_components, or the number of activations."
+        with memory_for(what, len(x) * (x.shape[1] + n_components) * x.element_size(), remedy):
+            fit = semi_nmf(x, n_components, method=config.method, progress=progress, **shared)
         energy = fit.codes.double().square().sum(dim=0)
         total = sum_of_squares(x)
         typical_norm = float(torch.linalg.vector_norm(x, dim=1).median())

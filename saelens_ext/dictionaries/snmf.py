@@ -26,6 +26,7 @@ from saelens_ext._modes import standard_modes, without_autocast
 from saelens_ext.dictionaries.decoder_only import UNSET, DecoderOnlyConfig, DecoderOnlySAE, Metadata
 from saelens_ext.host import mlp_output
 from saelens_ext.host.models import HostModel
+from saelens_ext.ops.memory import FEWER_ROWS, memory_for
 from saelens_ext.ops.nnls import check_l1, nnls, solve_codes
 from saelens_ext.ops.nnls_kernels import FeatureGram
 from saelens_ext.ops.precision import where_float64_is, wide
@@ -171,10 +172,13 @@ class SNMFDictionary(DecoderOnlySAE):
         Raises:
             ValueError: wrong width, or an activation that is not finite.
         """
-        offset = self.process_sae_in(x)
-        codes = self._solve(offset.reshape(-1, self.cfg.d_in)).reshape(*offset.shape[:-1], self.cfg.d_sae)
-        codes = self.hook_sae_acts_pre(codes.to(offset.device).to(offset.dtype))
-        return self.hook_sae_acts_post(self.activation_fn(codes)).to(x.device)
+        n = x.shape[:-1].numel()
+        what = f"Codes of {n:,} activations over {self.cfg.d_sae:,} features"
+        with memory_for(what, n * self.cfg.d_sae * self.W_dec.element_size(), FEWER_ROWS):
+            offset = self.process_sae_in(x)
+            codes = self._solve(offset.reshape(-1, self.cfg.d_in)).reshape(*offset.shape[:-1], self.cfg.d_sae)
+            codes = self.hook_sae_acts_pre(codes.to(offset.device).to(offset.dtype))
+            return self.hook_sae_acts_post(self.activation_fn(codes)).to(x.device)
 
     def get_activation_fn(self) -> nn.Module:
         """A ReLU: codes are not negative, whatever a hook makes of them."""

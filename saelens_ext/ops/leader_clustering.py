@@ -42,6 +42,7 @@ from saelens_ext.ops.grid_products import (
     product_error,
     scan,
 )
+from saelens_ext.ops.memory import memory_for
 from saelens_ext.ops.precision import where_float64_is
 from saelens_ext.ops.spherical import checked_activations, directions, has_direction
 from saelens_ext.ops.statistics import unseen_mass
@@ -222,8 +223,11 @@ class LeaderClustering:
         first, last = self._n_regions, self._n_regions + len(u)
         if last > len(self._exemplars):
             capacity = max(64, last, 2 * len(self._exemplars))
-            for name in ("_exemplars", "_indices", "_counts", "_sums"):
-                setattr(self, name, _grown(getattr(self, name), capacity, first))
+            what = f"Buffers for {capacity:,} regions of width {u.shape[1]} on {u.device}"
+            remedy = "Raise the threshold or the percentile, bound the regions, or build on another device."
+            with memory_for(what, capacity * (12 * u.shape[1] + 16), remedy):
+                for name in ("_exemplars", "_indices", "_counts", "_sums"):
+                    setattr(self, name, _grown(getattr(self, name), capacity, first))
         self._exemplars[first:last] = u
         self._indices[first:last] = positions
         self._n_regions = last
