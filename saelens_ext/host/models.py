@@ -140,19 +140,23 @@ def load_model(
         to: Any = hf_model.to  # transformers' wrapper of it hides `self` from type checkers
         placed = {"dtype": dtype} | ({} if device is None else {"device": device})
         hf_model = to(**placed)
-    if tokenizer is not None:
-        tokenizer = _with_bos(tokenizer)
+    tokenizer = None if tokenizer is None else _with_bos(tokenizer)
     if model_class == "SAETransformerBridge":
-        model = SAETransformerBridge.boot_transformers(
-            str(name_or_path), device=device, dtype=dtype, hf_model=hf_model, tokenizer=tokenizer, **options
-        )
-        run_replaced_points(model)
+        model = bridge_of(name_or_path, device=device, dtype=dtype, hf_model=hf_model, tokenizer=tokenizer, **options)
     elif hf_model is not None or Path(name_or_path).is_dir():
         model = _hooked_from_hf(name_or_path, hf_model, tokenizer, device, dtype)
     else:
         model = HookedSAETransformer.from_pretrained_no_processing(
             str(name_or_path), device=device, dtype=dtype, tokenizer=tokenizer, **options
         )
+    out_of_inference(model.eval())
+    return model
+
+
+def bridge_of(name_or_path: str | Path, **options: Any) -> SAETransformerBridge:
+    """A bridge in evaluation mode, booted with the host's own options."""
+    model = SAETransformerBridge.boot_transformers(str(name_or_path), **options)
+    run_replaced_points(model)
     out_of_inference(model.eval())
     return model
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import datasets
 from sae_lens import HookedSAETransformer
-from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from sae_lens.constants import DTYPE_MAP
 from sae_lens.load_model import load_model as load_with_saelens
 
@@ -17,7 +16,7 @@ from saelens_ext.activations.cached_stream import CachedStream
 from saelens_ext.activations.fingerprint import fingerprint_files
 from saelens_ext.activations.stream import ActivationStream
 from saelens_ext.host.devices import chosen_device
-from saelens_ext.host.models import describe_model, load_model
+from saelens_ext.host.models import bridge_of, describe_model, load_model
 from saelens_ext.runner.config import MODEL_CLASSES, DictionaryRunnerConfig
 from saelens_ext.runner.dictionary_configs import ExemplarBuildConfig, SNMFBuildConfig
 
@@ -45,7 +44,7 @@ def open_model(config: DictionaryRunnerConfig) -> Any:
     if config.model_class_name == "AutoModelForCausalLM":
         return load_with_saelens("AutoModelForCausalLM", config.model_name, device, arguments).eval()
     if config.model_class_name == "SAETransformerBridge":
-        return SAETransformerBridge.boot_transformers(config.model_name, device=device, **arguments).eval()
+        return bridge_of(config.model_name, device=device, **arguments)
     if not Path(config.model_name).is_dir():
         return HookedSAETransformer.from_pretrained_no_processing(config.model_name, device=device, **arguments).eval()
     _checks.known_keys(arguments, ["dtype"], "A saved model loaded as HookedTransformer")
