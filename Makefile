@@ -32,11 +32,13 @@ test: $(VENV)/installed
 
 # What is compared with the CPU on CUDA or MPS; skipped where there is neither.
 test-gpu: $(VENV)/installed
-	$(BIN)/python -m pytest -m gpu tests/test_devices.py
+	$(BIN)/python -m pytest -m gpu tests/devices
 
-# What takes long: the real model, clusters of processes, fresh interpreters, whole pages in a browser.
+# What takes long: the real model, clusters of processes, fresh interpreters, whole pages in a browser, an accelerator
+# that is made up, with processes to itself.
 test-slow: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(PYTEST) -m slow
+	OMP_NUM_THREADS=1 $(PYTEST) tests/devices
 
 # The numeric tests as another processor would run them, with the kernels that are slowest and round otherwise: nothing
 # that is promised may hang on the last bits of a product. Resuming to the same bits is promised for one thread only: a

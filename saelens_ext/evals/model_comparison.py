@@ -31,6 +31,7 @@ from saelens_ext.evals.prompt_shift import TEXTS, PromptShift, Reading, prompt_s
 from saelens_ext.evals.replicas import replicas
 from saelens_ext.host.chat_template import Prompt
 from saelens_ext.host.models import HostModel, tokenizer_of
+from saelens_ext.ops.precision import wide
 from saelens_ext.report.evidence_report import write_evidence_report
 
 Calibrated = Literal["base", "own"]
@@ -82,7 +83,7 @@ class ModelComparison:
         counts = [self.profiles[side].counts for side in SIDES]
         rows = rows.assign(members=counts[0][rows["latent"].tolist()].tolist())
         rows = rows.sort_values("members", ascending=False, kind="stable").head(_checks.positive(n, "n"))
-        first, second = (self.fits[side]["0"].dictionary.exemplars.detach().double().cpu() for side in SIDES)
+        first, second = (wide(self.fits[side]["0"].dictionary.exemplars.detach()).cpu() for side in SIDES)
         latents = rows["latent"].tolist()
         cosines, nearest = (first[latents] @ second.T).max(dim=1)
         told = [self._described(*pair) for pair in zip(SIDES, (latents, nearest.tolist()))]

@@ -60,7 +60,8 @@ def _check_point(model: TransformerBridge, name: str) -> None:
     before = _short_pass(model, {place: partial(seen.__setitem__, place) for place in watched})
     if name not in seen:
         raise ValueError(f"The hook {name!r} does not fire in a forward pass of this model, so nothing can act there.")
-    if name != stream and stream in seen and torch.equal(seen[name], seen[stream]):
+    # Where a model is split over devices, a block is handed the stream from another.
+    if name != stream and stream in seen and torch.equal(seen[name], seen[stream].to(seen[name].device)):
         raise _on_a_branch(name, stream)
     if torch.equal(_short_pass(model, {name: _disturbed}), before):
         raise ValueError(

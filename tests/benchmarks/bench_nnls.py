@@ -14,6 +14,7 @@ from _mlp_activations import mlp_activations
 from _timing import add_device, place, timed
 
 from saelens_ext.ops.nnls import nnls
+from saelens_ext.ops.precision import wide
 from saelens_ext.ops.semi_nmf import semi_nmf
 
 
@@ -25,7 +26,7 @@ def repeated(x: torch.Tensor, rows: int) -> torch.Tensor:
 
 def largest_kkt(x: torch.Tensor, features: torch.Tensor, codes: torch.Tensor) -> float:
     """The largest relative violation of the optimality conditions, in float64."""
-    x, features, codes = x.double(), features.double(), codes.double()
+    x, features, codes = wide(x), wide(features), wide(codes)
     features = features / features.norm(dim=1, keepdim=True)
     codes = codes * 1.0
     left = (x - codes @ features) @ features.T

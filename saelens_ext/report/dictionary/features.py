@@ -24,6 +24,7 @@ from saelens_ext.analysis.profile import DictionaryProfile
 from saelens_ext.dictionaries.hierarchy import HierarchicalSNMF
 from saelens_ext.dictionaries.snmf import SNMFDictionary
 from saelens_ext.host.tokens import token_strings
+from saelens_ext.ops.precision import wide
 from saelens_ext.report.dictionary.regions import Vocabulary, example_columns, label_column, lens_columns, map_columns
 from saelens_ext.report.dictionary.snmf_section import SNMFLevel, SNMFSection
 from saelens_ext.report.format import visible
@@ -121,7 +122,7 @@ def latent_map(dictionary: SAE[Any], rows: Tensor | None = None) -> dict[str, An
 def activity_fractions(level: Profiled) -> Tensor:
     """Each feature's fraction of all that the features write: sum of its codes times its length; ``(k,)``."""
     profile = level.profile
-    lengths = torch.linalg.vector_norm(level.dictionary.W_dec.detach().double().cpu(), dim=1)
+    lengths = torch.linalg.vector_norm(wide(level.dictionary.W_dec.detach()).cpu(), dim=1)
     written = profile.counts.double() * profile.mean_activation.double() * lengths
     return written / written.sum().clamp_min(torch.finfo(torch.float64).tiny)
 

@@ -1,7 +1,8 @@
 """Every public entry gives on an accelerator what it gives on the CPU, and the same each time.
 
 The accelerator is the fake one, whose numbers are the CPU's; and, for tests marked ``gpu``, the one that is
-there, whose products are rounded otherwise.
+there, whose products are rounded otherwise. Torch knows the fake one for as long as the process lives, so that tests of
+other things do not share one with these: ``pytest`` finds this folder only where it is named.
 """
 
 import pytest
@@ -11,7 +12,7 @@ import saelens_ext as ext
 from saelens_ext.host.devices import chosen_device
 from saelens_ext.ops.semi_nmf_coordinate import CoordinateFit
 from tests.continuations._dictionaries import own
-from tests.fake_accelerator import FakeTensor, counted_waits, fake_accelerator
+from tests.devices.fake_accelerator import FakeTensor, counted_waits, fake_accelerator
 from tests.hub.conftest import hub, running_hub  # noqa: F401
 from tests.test_modes import CASES, leaves, make_all, shared
 
