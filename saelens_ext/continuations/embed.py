@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from saelens_ext import _checks
 from saelens_ext._modes import standard_modes
 from saelens_ext.continuations.continuation_set import ContinuationSet
-from saelens_ext.host.prompt_passes import evaluating
+from saelens_ext.host.prompt_passes import evaluating, length_batches
 from saelens_ext.host.sentence_model import load_sentence_model
 
 MODES = ("contextual", "sentence")
@@ -40,7 +40,8 @@ def embed_continuations(
         mode: ``"contextual"``: the mean of the first module's token states (before pooling and dense heads) over the
             continuation's tokens, read in the context of the prompt. ``"sentence"``: the model's own embedding of the
             continuation alone.
-        batch_size: texts per forward pass.
+        batch_size: texts per forward pass, at most; contextual passes have no more than 4096 tokens in all, nor 2^20
+            pairs of tokens in a row, or are one text.
         progress: show a bar.
 
     Returns:
@@ -92,9 +93,14 @@ def _contextual(model: Any, start: str, texts: list[str], batch_size: int, progr
             "a continuation cannot be found in its context. Use mode='sentence' (in an audit embedding='sentence'), or "
             "a model with a fast tokenizer."
         )
-    batches = tqdm(range(0, len(texts), batch_size), desc="embedding", disable=not progress)
+
+    encoded = model.tokenizer([start + text for text in texts], padding=False, truncation=False, verbose=False)
+    batches = length_batches([len(ids) for ids in encoded["input_ids"]], batch_size)
     with evaluating(model):
-        return torch.cat([_embed_batch(model, start, texts[begin : begin + batch_size]) for begin in batches])
+        shown = tqdm(batches, desc="embedding", disable=not progress)
+        vectors = torch.cat([_embed_batch(model, start, [texts[row] for row in rows]) for rows in shown])
+    order = torch.tensor([row for rows in batches for row in rows], device=vectors.device)
+    return vectors[order.argsort()]
 
 
 def _embed_batch(model: Any, start: str, texts: list[str]) -> Tensor:

@@ -1,6 +1,7 @@
 """Forward passes over prompts on any TransformerLens model: tokens in, logits out, with or without a KV cache."""
 
 import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from saelens_ext import _checks
 from saelens_ext._modes import callers_autocast
@@ -17,6 +19,9 @@ from saelens_ext.host.chat_template import Prompt, asked
 from saelens_ext.host.models import HostModel, tokenizer_of
 
 _MAX_BATCH_TOKENS = 4096
+_MAX_PATTERN = 2**20
+"""Entries of one head's attention pattern in a pass: queries times keys, over all rows."""
+_FEWEST_COLUMNS = 32
 
 
 def prompt_ids(
@@ -78,15 +83,27 @@ def logits_of(model: HostModel, ids: Tensor, mask: Tensor | None = None) -> Tens
 def length_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     """Rows in batches, longest first, so that those of like length share one and what does not fit fails at once.
 
-    A batch has at most ``batch_size`` rows, and as wide as its longest no more than 4096 tokens; or is one row.
+    A batch has at most ``batch_size`` rows, and as wide as its longest no more than 4096 tokens and 2^20 pairs of
+    tokens in a row; or is one row (see :func:`position_chunks`).
     """
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     found: list[list[int]] = []
     while order:
-        n = max(1, min(batch_size, _MAX_BATCH_TOKENS // max(1, lengths[order[0]])))
+        longest = max(1, lengths[order[0]])
+        n = max(1, min(batch_size, _MAX_BATCH_TOKENS // longest, _MAX_PATTERN // longest**2))
         found.append(order[:n])
         order = order[n:]
     return found
+
+
+def position_chunks(length: int) -> list[slice]:
+    """The columns of one long row in chunks of like size, of which each has at most 2^20 pairs with what precedes it.
+
+    A chunk is 32 columns at least. What need not be cut is one.
+    """
+    size = length if length**2 <= _MAX_PATTERN else max(_FEWEST_COLUMNS, _MAX_PATTERN // length)
+    size = math.ceil(length / math.ceil(length / size))
+    return [slice(first, min(first + size, length)) for first in range(0, length, size)]
 
 
 def has_kv_cache(model: HostModel) -> bool:
@@ -94,11 +111,16 @@ def has_kv_cache(model: HostModel) -> bool:
     return bool(getattr(getattr(model, "adapter", None), "supports_kv_cache", True))
 
 
+def is_resumable(model: HostModel) -> bool:
+    """Whether passes in chunks are those in one piece: there is a cache, and no hooks that may count positions."""
+    return has_kv_cache(model) and not any(getattr(point, "fwd_hooks", None) for point in model.hook_dict.values())
+
+
 class KVCache:
     """Keys and values of a batch of n equally long sequences, on any model that :func:`has_kv_cache`."""
 
     def __init__(self, model: HostModel, n: int):
-        self._model = model
+        self._model, self._n = model, n
         self._length = 0
         self._cache: Any = None
         if isinstance(model, HookedTransformer):
@@ -115,6 +137,39 @@ class KVCache:
         past["attention_mask"] = ids.new_ones(len(ids), self._length)
         logits, self._cache = self._model(ids, return_type="logits_and_cache", use_cache=True, **past)
         return logits
+
+    def started(self, past: Sequence[Tensor] = ()) -> "KVCache":
+        """Another of the same model and number of sequences, that keeps all tokens, also behind a sliding window.
+
+        ``past``: keys and values to start with, in the order of :attr:`tensors`, on through which gradients run.
+        """
+        n = self._n
+        made = KVCache(self._model, n)
+        made._length = past[0].shape[self.tokens_dim] if past else 0
+        if isinstance(self._model, HookedTransformer):
+            made._cache.append_attention_mask(torch.ones(n, made._length, dtype=torch.int64))
+            for entry, keys, values in zip(made._cache.entries, past[::2], past[1::2]):
+                entry.past_keys, entry.past_values = keys, values
+            return made
+        made._cache = DynamicCache()
+        for keys, values in zip(past[::2], past[1::2], strict=True):
+            layer = DynamicLayer()
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = keys, values
+            made._cache.layers.append(layer)
+        return made
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Keys and values of each layer, one after the other, with the tokens in dimension :attr:`tokens_dim`."""
+        if isinstance(self._model, HookedTransformer):
+            return [part for entry in self._cache.entries for part in (entry.past_keys, entry.past_values)]
+        return [part for layer in self._cache.layers for part in (layer.keys, layer.values)]
+
+    @property
+    def tokens_dim(self) -> int:
+        """Of the four dimensions of :attr:`tensors`, that of the tokens."""
+        return 1 if isinstance(self._model, HookedTransformer) else 2
 
     def select(self, rows: Sequence[int]) -> "KVCache":
         """A copy with some of the sequences, each any number of times; this one stays as it is."""

@@ -23,9 +23,12 @@ from saelens_ext.host.hook_edits import edit_point, hooked
 from saelens_ext.host.models import HostModel, tokenizer_of
 from saelens_ext.host.prompt_passes import (
     CachedPasses,
+    KVCache,
     evaluating,
+    is_resumable,
     length_batches,
     logits_of,
+    position_chunks,
     prompt_ids,
 )
 from saelens_ext.host.turn_ends import end_ids
@@ -248,11 +251,21 @@ def _batch_log_probs(model: HostModel, start: Tensor, continuations: list[Sequen
     lengths = torch.tensor([len(sequence) for sequence in sequences], device=ids.device)
     mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
     # Column t of the logits is about token t + 1; the first that counts is the one the prompt's last token predicts.
-    logits = logits_of(model, ids, mask)[:, len(start) - 1 : -1]
-    chosen = ids[:, len(start) :, None]
-    # Row by row: the float32 of a whole batch's vocabulary would be another copy of the logits.
-    scores = [row.float().log_softmax(dim=-1).gather(-1, own)[:, 0].cpu() for row, own in zip(logits, chosen)]
-    return [row[: len(given)] for row, given in zip(scores, continuations, strict=True)]
+    first = len(start) - 1
+    chunks = position_chunks(ids.shape[1]) if len(ids) == 1 else []
+    if len(chunks) > 1 and is_resumable(model):
+        cache = KVCache(model, 1).started()
+        runs = ((columns, cache.run(ids[:, columns])) for columns in chunks)
+    else:
+        runs = iter([(slice(0, ids.shape[1]), logits_of(model, ids, mask))])
+    found: list[list[Tensor]] = [[] for _ in continuations]
+    for columns, logits in runs:
+        skipped = max(0, first - columns.start)
+        chosen = ids[:, columns.start + skipped + 1 : columns.stop + 1, None]
+        # Row by row: the float32 of a whole batch's vocabulary would be another copy of the logits.
+        for scores, row, own in zip(found, logits, chosen, strict=True):
+            scores.append(row[skipped : skipped + len(own)].float().log_softmax(dim=-1).gather(-1, own)[:, 0].cpu())
+    return [torch.cat(scores)[: len(given)] for scores, given in zip(found, continuations, strict=True)]
 
 
 def _draws(options: SamplingOptions, ids: Tensor, number: int) -> Tensor:

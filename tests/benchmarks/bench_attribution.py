@@ -26,12 +26,14 @@ from sae_lens import SAE
 
 from saelens_ext.continuations.attribution.attribute import attribute_continuations
 from saelens_ext.continuations.attribution.frozen_model import traced
-from saelens_ext.continuations.attribution.gradients import Target, forward
+from saelens_ext.continuations.attribution.gradients import Passes
 from saelens_ext.continuations.attribution.sites import base_sites, dictionary_sites, plan_sites
 from saelens_ext.continuations.attribution.sources import read_prefix, sources_of
+from saelens_ext.continuations.attribution.target import Target
 from saelens_ext.continuations.sample import score_continuations
 from saelens_ext.demo.packaged import load_demo_corpus, load_demo_model
 from saelens_ext.host.models import tokenizer_of
+from saelens_ext.host.prompt_passes import device_of
 
 KINDS = ("latent", "error", "mlp", "embedding")
 
@@ -65,10 +67,10 @@ class PerToken:
         self.model, self.saes, self.set, self.backend = model, saes, continuations, backend
         own, base = dictionary_sites(model, saes), base_sites(model, backend)
         names = [name for site in [*own, *base] for name in (site.read or site.hook, site.hook)]
-        prefix = read_prefix(model, torch.tensor(continuations.prefix_ids), names)
+        prefix = read_prefix(model, torch.tensor(continuations.prefix_ids, device=device_of(model)), names)
         self.sites = plan_sites(model, own, base, prefix.order, backend)
         self.m = len(continuations.prefix_ids)
-        self.target = Target(model, self.m, "mean")
+        self.target = Target(model, "mean")
         self.sources = [
             sources_of(
                 site, saes[site.dictionary] if site.has_dictionary else None, prefix, KINDS, range(self.m), 10**6
@@ -90,11 +92,11 @@ class PerToken:
             for begin in range(0, len(pairs), batch_size):
                 part = pairs[begin : begin + batch_size]
                 ids = self.set.token_ids[[row for row, _ in part]]
-                forward(self.model, trace, self.target, self.set.prefix_ids, ids)
-                logits = self.target.demeaned_logits(trace.final, ids)
+                Passes(self.model, trace, self.target, self.set.prefix_ids, ids).forward()
+                logits = self.target.demeaned_logits(trace.final[:, self.m - 1 : -1], ids.to(trace.final.device))
                 found = self.backward(trace, logits[range(len(part)), [t for _, t in part]], False)
                 for (row, _), effect in zip(part, found):
-                    effects[rows.index(row)] += effect / length
+                    effects[rows.index(row)] += effect.cpu() / length
         return effects
 
     def bare_passes(self, rows, batch_size):
@@ -102,7 +104,7 @@ class PerToken:
         with traced(self.model, self.sites, self.saes, self.backend) as trace:
             for begin in range(0, len(rows), batch_size):
                 ids = self.set.token_ids[rows[begin : begin + batch_size]]
-                targets = forward(self.model, trace, self.target, self.set.prefix_ids, ids)
+                targets = Passes(self.model, trace, self.target, self.set.prefix_ids, ids).forward()
                 torch.autograd.grad(targets.sum(), [trace.captured[site.hook] for site in self.sites])
 
     def with_shared_forward(self, rows, batch_size):
@@ -111,8 +113,8 @@ class PerToken:
         with traced(self.model, self.sites, self.saes, self.backend) as trace:
             for begin in range(0, len(rows), batch_size):
                 ids = self.set.token_ids[rows[begin : begin + batch_size]]
-                forward(self.model, trace, self.target, self.set.prefix_ids, ids)
-                logits = self.target.demeaned_logits(trace.final, ids)
+                Passes(self.model, trace, self.target, self.set.prefix_ids, ids).forward()
+                logits = self.target.demeaned_logits(trace.final[:, self.m - 1 : -1], ids.to(trace.final.device))
                 n = logits.shape[1]
                 parts.append(sum(self.backward(trace, logits[:, t], t < n - 1) for t in range(n)) / n)
         return torch.cat(parts)

@@ -26,15 +26,9 @@ from saelens_ext.continuations.attribution.completeness import (
     measure_completeness,
     rounding,
 )
-from saelens_ext.continuations.attribution.frozen_model import traced
-from saelens_ext.continuations.attribution.gradients import (
-    OBSERVABLE,
-    BatchGradients,
-    Target,
-    check_target,
-    gradients_of,
-)
-from saelens_ext.continuations.attribution.shown import check_backend
+from saelens_ext.continuations.attribution.frozen_model import Trace, traced
+from saelens_ext.continuations.attribution.gradients import Passes
+from saelens_ext.continuations.attribution.shown import check_backend, runs_in_chunks
 from saelens_ext.continuations.attribution.sites import (
     BACKENDS,
     Refusal,
@@ -44,13 +38,15 @@ from saelens_ext.continuations.attribution.sites import (
     plan_sites,
 )
 from saelens_ext.continuations.attribution.sources import PrefixPass, SiteSources, read_prefix, sources_of
+from saelens_ext.continuations.attribution.target import OBSERVABLE, Target, check_target
 from saelens_ext.continuations.continuation_set import PADDING, ContinuationSet
 from saelens_ext.continuations.source_table import KINDS, SourceTable
 from saelens_ext.host.bos import warn_of_other_bos
 from saelens_ext.host.models import HostModel, tokenizer_of
-from saelens_ext.host.prompt_passes import device_of, length_batches
+from saelens_ext.host.prompt_passes import device_of, length_batches, position_chunks
 from saelens_ext.host.tokens import special_token_ids, token_strings
 from saelens_ext.ops.largest_entries import largest_entries
+from saelens_ext.ops.memory import memory_for
 
 logger = logging.getLogger(__name__)
 
@@ -102,8 +98,11 @@ def attribute_continuations(
         special_positions: let sources at BOS and other special tokens be columns too; they are when the prefix has no
             other token.
         batch_size: continuations per forward and backward pass, at most. Longer ones are fewer at a time, so that
-            prefix and continuations of a pass have no more than 4096 tokens in all, or are one: the memory of a pass
-            does not depend on the number of continuations.
+            prefix and continuations of a pass have no more than 4096 tokens in all, nor more than 2^20 pairs of tokens
+            in an attention pattern. One that has more by itself (above 1024 tokens with its prefix) is taken in chunks
+            of positions, which gives the same up to rounding in a pass more. So neither the number of continuations nor
+            their length makes a pass larger: what grows with a length are its keys and values and their gradients.
+            Hooks of your own, and models without a KV cache, keep a continuation whole.
         max_bytes: memory for sources and signatures; a dictionary with more active latents than fit loses the weakest.
         verify: on the first two continuations, check that the sources add up to the target, for the backends where
             they must (``"linear"``, ``"relp"``).
@@ -184,10 +183,7 @@ def attribution_completeness(
     _checks.positive(batch_size, "batch_size")
     saes = [dictionaries] if isinstance(dictionaries, SAE) else list(dictionaries)
     run = _Run.of(model, saes, continuations, "linear", target)
-    n = len(continuations)
-    parts = [run.completeness(range(first, min(first + batch_size, n))) for first in range(0, n, batch_size)]
-    names = ("target", "prefix", "continuation", "bias")
-    return Completeness(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+    return run.completeness(range(len(continuations)), batch_size)
 
 
 @dataclass(frozen=True)
@@ -213,25 +209,46 @@ class _Run:
         hooks = [name for site in [*described, *base] for name in (site.read or site.hook, site.hook)]
         prefix = read_prefix(model, ids, hooks)
         sites = plan_sites(model, described, base, prefix.order, backend)
-        made = Target(model, len(continuations.prefix_ids), target)
+        made = Target(model, target)
         return cls(model, saes, continuations, backend, made, prefix, sites)
 
     @property
     def tokens(self) -> list[str]:
         return token_strings(tokenizer_of(self.model), self.continuations.prefix_ids)
 
-    def completeness(self, rows: Sequence[int]) -> Completeness:
-        ids = self.continuations.prefix_ids, self._ids(rows)
-        how = self.backend, self.continuations.targeted_ids(rows)
-        return measure_completeness(self.model, self.sites, self.saes, self.target, *ids, *how)
+    def completeness(self, rows: Sequence[int], batch_size: int) -> Completeness:
+        """The parts of the targets of some rows."""
+        found = torch.zeros(4, len(rows))
+        for batch, chunks in self._batches(rows, batch_size):
+            asked = [rows[i] for i in batch]
+            ids = self.continuations.prefix_ids, self._ids(asked)
+            how = self.backend, self.continuations.targeted_ids(asked), chunks
+            parts = measure_completeness(self.model, self.sites, self.saes, self.target, *ids, *how)
+            found[:, batch] = torch.stack([parts.target, parts.prefix, parts.continuation, parts.bias])
+        return Completeness(*found.unbind())
 
     def check(self, rows: Sequence[int]) -> None:
         """Refuse dictionaries that no path leads on from, or sources that do not make up the target, on some rows."""
         if self.backend != "gradient":
             tolerance = rounding(next(iter(self.model.parameters())).dtype, self.backend)
-            return check_linear(self.completeness(rows), tolerance)
+            return check_linear(self.completeness(rows, len(rows)), tolerance)
+        batches = self._batches(rows, len(rows))
         with traced(self.model, self.sites, self.saes, self.backend) as trace:
-            gradients_of(self.model, trace, self.sites, self.target, self.continuations.prefix_ids, self._ids(rows))
+            for batch, chunks in batches:
+                self._passes(trace, [rows[i] for i in batch], chunks).gradients(self.sites)
+
+    def _batches(self, rows: Sequence[int], batch_size: int) -> list[tuple[list[int], list[slice]]]:
+        """Places of some rows in batches, and the columns of each chunk of a batch that is one long row."""
+        lengths = (self.continuations.lengths[list(rows)] + len(self.continuations.prefix_ids)).tolist()
+        found = []
+        for batch in length_batches(lengths, batch_size):
+            chunks = position_chunks(lengths[batch[0]]) if len(batch) == 1 else []
+            found.append((batch, chunks if len(chunks) > 1 and runs_in_chunks(self.model, self.backend) else []))
+        return found
+
+    def _passes(self, trace: Trace, rows: Sequence[int], chunks: Sequence[slice]) -> Passes:
+        ids = self.continuations.prefix_ids, self._ids(rows), self.continuations.targeted_ids(rows)
+        return Passes(self.model, trace, self.target, *ids, chunks)
 
     def known(self, table: SourceTable) -> SourceTable:
         """A table of sources under the names of this model, each one that the sites have."""
@@ -273,17 +290,20 @@ class _Run:
     def effects(self, sources: list[SiteSources], batch_size: int, progress: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Every source's effect on every continuation ``(n, m)``, and the totals by name, each ``(n,)``."""
         n = len(self.continuations)
-        effects = torch.zeros(n, sum(len(part.kinds) for part in sources))
+        m = sum(len(part.kinds) for part in sources)
+        remedy = "Lower max_bytes, give fewer kinds, or attribute fewer continuations at a time."
+        with memory_for(f"Effects of {m:,} sources on {n:,} continuations", 4 * n * m, remedy):
+            effects = torch.zeros(n, m)
         totals = {name: torch.zeros(n) for name in ("target", "prefix_effect", "continuation_effect")}
-        n_prefix = len(self.continuations.prefix_ids)
-        batches = length_batches((self.continuations.lengths + n_prefix).tolist(), batch_size)
+        batches = self._batches(range(n), batch_size)
         with traced(self.model, self.sites, self.saes, self.backend) as trace:
-            for rows in tqdm(batches, desc="attributing", unit="batch", disable=not progress):
-                ids = self._ids(rows), self.continuations.targeted_ids(rows)
-                batch = gradients_of(self.model, trace, self.sites, self.target, self.continuations.prefix_ids, *ids)
-                effects[rows] = self._effects_of(batch, sources)
-                parts = batch.totals(self.sites, len(self.continuations.prefix_ids))
-                for total, values in zip(totals.values(), (batch.targets.float().cpu(), *parts), strict=True):
+            for rows, chunks in tqdm(batches, desc="attributing", unit="batch", disable=not progress):
+                what = f"A pass over {len(rows)} continuations and their prefix"
+                with memory_for(what, None, f"Lower batch_size (now {batch_size})."):
+                    found = self._passes(trace, rows, chunks).gradients(self.sites)
+                of_sites = [part.effects(found.gradients[part.site.hook]).cpu() for part in sources]
+                effects[rows] = torch.cat(of_sites, dim=1)
+                for total, values in zip(totals.values(), (found.targets, found.prefix, found.continuation)):
                     total[rows] = values
         return _checks.finite(effects, "The signature"), totals
 
@@ -291,10 +311,6 @@ class _Run:
         """Tokens of some continuations, as wide as the longest of them, ``(b, T)``."""
         lengths = self.continuations.lengths[list(rows)]
         return self.continuations.token_ids[list(rows), : int(lengths.max())].clone()
-
-    def _effects_of(self, batch: BatchGradients, sources: list[SiteSources]) -> Tensor:
-        n_prefix = len(self.continuations.prefix_ids)
-        return torch.cat([part.effects(batch.gradients[part.site.hook][:, :n_prefix]) for part in sources], dim=1).cpu()
 
 
 @contextmanager

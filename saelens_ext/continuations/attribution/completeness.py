@@ -15,8 +15,9 @@ from sae_lens import SAE
 from torch import Tensor
 
 from saelens_ext.continuations.attribution.frozen_model import traced
-from saelens_ext.continuations.attribution.gradients import Target, forward, gradients_of
+from saelens_ext.continuations.attribution.gradients import Passes
 from saelens_ext.continuations.attribution.sites import Refusal, Site
+from saelens_ext.continuations.attribution.target import Target
 from saelens_ext.host.models import HostModel
 
 
@@ -53,6 +54,7 @@ def measure_completeness(
     token_ids: Tensor,
     backend: str = "linear",
     targeted: Tensor | None = None,
+    chunks: Sequence[slice] = (),
 ) -> Completeness:
     """Take the targets of a few continuations apart.
 
@@ -61,21 +63,12 @@ def measure_completeness(
         prefix_ids: M tokens.
         token_ids: ``(b, T)``, -1 beyond a continuation's end.
         backend: ``"linear"`` or ``"relp"``.
-        targeted: ``token_ids`` with -1 at those that the target is not of; by default it is of all.
+        targeted: as ``chunks`` for :class:`Passes`.
     """
     with traced(model, sites, dictionaries, backend) as trace:
-        trace.recording = True
-        batch = gradients_of(model, trace, sites, target, prefix_ids, token_ids, targeted)
-        trace.recording, trace.at_zero = False, True
-        with torch.no_grad():
-            constant = forward(model, trace, target, prefix_ids, token_ids, targeted)
-        at_zero = {site.hook: trace.captured[site.hook] for site in sites}
-    cut = [site.hook for site in sites if site.in_cut]
-    # A site that is not a leaf still carries the biases from below it; they are in its own part already.
-    gradients = batch.gradients
-    carried = sum((gradients[hook] * at_zero[hook].reshape_as(gradients[hook])).sum(dim=(1, 2)) for hook in cut)
-    prefix, continuation = batch.totals(sites, len(prefix_ids))
-    return Completeness(batch.targets.float().cpu(), prefix, continuation, (constant - carried).float().cpu())
+        passes = Passes(model, trace, target, prefix_ids, token_ids, targeted, chunks)
+        found = passes.gradients(sites, biases=True)
+    return Completeness(found.targets, found.prefix, found.continuation, found.bias)
 
 
 def check_linear(completeness: Completeness, tolerance: float) -> None:

@@ -34,7 +34,7 @@ _ON_THE_BLOCK = re.compile(r"blocks\.\d+\.hook_(attn|mlp)_out$")
 
 
 class Trace:
-    """What one forward pass left behind; filled anew by each."""
+    """What one forward pass left behind."""
 
     def __init__(self) -> None:
         self.captured: dict[str, Tensor] = {}
@@ -48,6 +48,12 @@ class Trace:
         self.recording = False
         self.at_zero = False
         """Whether every leaf is replaced by zero, so that only biases are left."""
+
+    def forget(self) -> None:
+        """Let go of the last pass and its graph; what was frozen stays."""
+        self.captured.clear()
+        self.live.clear()
+        self.final = None
 
 
 @contextmanager

@@ -1,143 +1,214 @@
 """From a batch of continuations to the gradient of each one's target at every site: one forward, one backward pass.
 
+A long continuation is taken in chunks of columns instead. A first pass, without gradients, leaves the keys and values
+of all of them; then the chunks are run again from the last to the first, each from the keys and values before it, and
+the gradients that it has at those go on into the chunks that made them. That is the chain rule, so the gradients are
+those of one piece, up to rounding; of the graph only one chunk is held at a time.
+
 Symbols
-    M, T      tokens of the prefix; of the longest continuation of the batch
-    y_t       token t of a continuation, t = 1 … T, at column M + t - 1
-    c_t       its demeaned logit: logit of y_t minus the mean logit over the vocabulary, read at column M + t - 2, the
-              column before its own, whose logits predict it; before a final soft cap, if the model has one, and behind
-              a scale of the logits, if it has that (Granite, Cohere)
-    v_t       weights over t: 1 / length (mean), 1 (sum), or 1 for the first token alone; where answers are marked, 0
-              outside of a continuation's answer, whose length and first token then count
-    target    sum_t v_t c_t
-    u         an observable in place of c_t: a direction over the vocabulary, the same at every t; its mean is
-              subtracted, so that it too weighs demeaned logits, and v_t is 1 / length
+    b, M, T   continuations; tokens of the prefix; of the longest continuation of the batch
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from saelens_ext import _checks
-from saelens_ext.continuations.attribution.frozen_model import Trace, traced
+from saelens_ext.continuations.attribution.frozen_model import Trace
 from saelens_ext.continuations.attribution.sites import Refusal, Site
+from saelens_ext.continuations.attribution.target import Target
 from saelens_ext.host.models import HostModel
-from saelens_ext.host.prompt_passes import device_of, logits_of
-from saelens_ext.ops.precision import wide
-
-TARGETS = ("mean", "sum", "first")
-OBSERVABLE = "observable"
-"""What a result calls a target that was given as a direction over the vocabulary."""
-_SCALES: WeakKeyDictionary[HostModel, float] = WeakKeyDictionary()
-
-
-class Target:
-    """The demeaned logits of continuations behind ``n_prefix`` tokens, as a linear function of what the unembedding
-    receives; ``reduction`` is one of `TARGETS`, or u, ``(d_vocab,)``, which takes the place of the tokens' own logits.
-    """
-
-    def __init__(self, model: HostModel, n_prefix: int, reduction: str | Tensor):
-        self._rows = model.W_U.detach().T
-        self._bias = model.b_U.detach().float()
-        # The mean over rows in pieces, since a float32 copy of a half-precision vocabulary may not fit.
-        total = torch.stack([part.float().sum(dim=0) for part in self._rows.split(8192)]).sum(dim=0)
-        self._mean = total / len(self._rows)
-        self._bias_mean = self._bias.mean()
-        self._scale = logit_scale(model)
-        self._n_prefix = n_prefix
-        self._reduction = reduction if isinstance(reduction, str) else "mean"
-        self._observable = None if isinstance(reduction, str) else self._observed(reduction)
-
-    def _observed(self, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """An observable's direction before the unembedding ``(d,)``, and what the unembedding's bias adds to it."""
-        weights = weights.to(self._bias)
-        weights = weights - weights.mean()
-        parts = zip(self._rows.split(8192), weights.split(8192), strict=True)
-        return torch.stack([part @ rows.float() for rows, part in parts]).sum(dim=0), weights @ self._bias
-
-    def demeaned_logits(self, final: Tensor, token_ids: Tensor) -> Tensor:
-        """c_t ``(b, T)`` of tokens ``(b, T)``, or the observable there, from the unembedding's input at all columns
-        ``(b, M + T, d)``.
-
-        What stands beyond a continuation's end has no meaning.
-        """
-        tokens = token_ids.clamp_min(0)
-        first = self._n_prefix - 1
-        predicting = final[:, first : first + tokens.shape[1]].float()
-        if self._observable is not None:
-            direction, bias = self._observable
-            return self._scale * (predicting @ direction + bias)
-        directions = self._rows[tokens].float() - self._mean
-        return self._scale * ((predicting * directions).sum(dim=-1) + (self._bias[tokens] - self._bias_mean))
-
-    def token_weights(self, token_ids: Tensor) -> Tensor:
-        """v_t, ``(b, T)``, 0 where there is no token, -1."""
-        real = (token_ids >= 0).float()
-        if self._reduction == "mean":
-            return real / real.sum(dim=1, keepdim=True)
-        return real * (real.cumsum(dim=1) == 1) if self._reduction == "first" else real
-
-    def __call__(self, final: Tensor, token_ids: Tensor) -> Tensor:
-        """The targets ``(b,)``."""
-        weights = self.token_weights(token_ids)
-        logits = self.demeaned_logits(final, token_ids)
-        return torch.where(weights > 0, logits * weights, 0).sum(dim=1)
-
-
-def check_target(target: str | Tensor, model: HostModel) -> None:
-    """Raise ValueError unless ``target`` is one of `TARGETS` or a direction over this model's vocabulary."""
-    if isinstance(target, str):
-        _checks.choice(target, TARGETS, "target")
-        return
-    size = int(model.W_U.shape[1])
-    if not isinstance(target, Tensor) or target.shape != (size,):
-        got = tuple(target.shape) if isinstance(target, Tensor) else repr(target)
-        raise ValueError(
-            f"target must be one of {', '.join(map(repr, TARGETS))} or a tensor of shape ({size},), one weight per "
-            f"token of the vocabulary, got {got}."
-        )
-    _checks.finite(target.float(), "target")
-    if bool((target == target[0]).all()):
-        raise ValueError(
-            f"target weighs every token by {float(target[0]):g}; its mean is subtracted, so nothing is left. Give the "
-            "tokens that you ask about another weight than the rest."
-        )
-
-
-@torch.no_grad()
-def logit_scale(model: HostModel) -> float:
-    """What a model multiplies the logits of its unembedding with; 1 for most, and for those that cap them instead."""
-    if model not in _SCALES:
-        ids = torch.linspace(0, int(model.cfg.d_vocab) - 1, 8, device=device_of(model)).long()[:, None]
-        with traced(model, [], [], "gradient") as trace, torch.no_grad():
-            given = wide(logits_of(model, ids)[:, 0]).flatten()
-        assert trace.final is not None
-        plain = wide(trace.final[:, 0] @ model.W_U + model.b_U).flatten()
-        scale = float(given @ plain / plain.square().sum().clamp_min(1e-30))
-        # Neither rounding nor a cap is a scale: what it leaves over is as large as what it explains.
-        is_scale = float((given - scale * plain).norm()) < 0.1 * abs(scale - 1) * float(given.norm())
-        _SCALES[model] = scale if is_scale else 1.0
-    return _SCALES[model]
+from saelens_ext.host.prompt_passes import KVCache, device_of, logits_of
 
 
 @dataclass(frozen=True)
 class BatchGradients:
-    """What one batch's pass showed."""
+    """What the passes over one batch showed; sums are over the sites of the cut, on the CPU."""
 
     targets: Tensor
     """``(b,)``."""
     gradients: dict[str, Tensor]
-    """Of each continuation's target at each site, ``(b, M + T, d)``, heads joined, float32."""
-    activations: dict[str, Tensor]
-    """The sites' activations in that pass, in the same shape."""
+    """Of each continuation's target at each site of the prefix, ``(b, M, d)``, heads joined, float32."""
+    prefix: Tensor
+    """Activation times gradient at the prefix, ``(b,)``."""
+    continuation: Tensor
+    """The same behind it."""
+    bias: Tensor
+    """What the biases alone give, where that was asked for, else 0: ``(b,)``."""
 
-    def totals(self, sites: Sequence[Site], n_prefix: int) -> tuple[Tensor, Tensor]:
-        """Activation times gradient over the sites of the cut: at the prefix, and behind it, each ``(b,)``."""
-        cut = [site.hook for site in sites if site.in_cut]
-        sums = torch.stack([(self.gradients[hook] * self.activations[hook]).sum(dim=-1) for hook in cut]).sum(dim=0)
-        return sums[:, :n_prefix].sum(dim=1).cpu(), sums[:, n_prefix:].sum(dim=1).cpu()
+
+class Passes:
+    """Runs a batch inside ``traced``, whole or chunk by chunk; rows of a batch do not touch one another.
+
+    Args:
+        prefix_ids: M tokens.
+        token_ids: ``(b, T)``, -1 beyond a continuation's end.
+        targeted: ``token_ids`` with -1 at those that the target is not of; by default it is of all.
+        chunks: the columns of each chunk, in order; by default there is one.
+    """
+
+    def __init__(
+        self,
+        model: HostModel,
+        trace: Trace,
+        target: Target,
+        prefix_ids: Sequence[int],
+        token_ids: Tensor,
+        targeted: Tensor | None = None,
+        chunks: Sequence[slice] = (),
+    ):
+        self._model, self._trace, self._target = model, trace, target
+        targeted = token_ids if targeted is None else targeted
+        self._n_prefix, ahead = len(prefix_ids), len(prefix_ids) - 1
+        self._ids = batch_ids(prefix_ids, token_ids, device_of(model))
+        # By the column that predicts a token, which is the one before its own.
+        self._predicted = pad(targeted, (ahead, 1), value=-1)
+        self._weights = pad(target.token_weights(targeted), (ahead, 1))
+        self._chunks = list(chunks) or [slice(0, self._ids.shape[1])]
+
+    def forward(self, columns: slice | None = None, cache: KVCache | None = None) -> Tensor:
+        """The targets ``(b,)`` in the graph, or what a chunk adds to them, which goes on from a cache.
+
+        ValueError: the unembedding is no module.
+        """
+        trace, columns = self._trace, columns or self._chunks[0]
+        trace.forget()
+        if cache is None:
+            logits_of(self._model, self._ids)
+        else:
+            cache.run(self._ids[:, columns])
+        if trace.final is None:
+            name = type(self._model).__name__
+            raise ValueError(f"This {name} does not run its unembedding as a module, as attribution needs.")
+        asked = slice(max(columns.start, self._n_prefix - 1), min(columns.stop, self._ids.shape[1] - 1))
+        if asked.start >= asked.stop:
+            return trace.final.new_zeros(len(self._ids), dtype=torch.float32)
+        final = trace.final[:, asked.start - columns.start : asked.stop - columns.start]
+        return self._target(final, *(part[:, asked].to(final.device) for part in (self._predicted, self._weights)))
+
+    def gradients(self, sites: Sequence[Site], *, biases: bool = False) -> BatchGradients:
+        """The gradient of each continuation's target at every site.
+
+        ``biases``: measure too what the biases give: run the frozen model with every source at zero.
+
+        Refusal: a dictionary from which no path leads to the logits.
+        """
+        found = _Found(sites, len(self._ids), self._n_prefix)
+        caches = self._caches(biases)
+        whole = caches[0] if caches else None
+        later = [torch.zeros_like(part) for part in whole.tensors] if whole else []
+        for columns in reversed(self._chunks):
+            past = _until(whole, columns.start) if whole else []
+            self._trace.recording = biases
+            found.add(columns.start, *self._differentiated(sites, columns, whole, past, later))
+            if biases:
+                zero = caches[1].started(_until(caches[1], columns.start)) if caches else None
+                found.add_biases(*self._at_zero(sites, columns, zero))
+        self._trace.recording = False
+        self._trace.forget()
+        return found.gathered()
+
+    def _caches(self, biases: bool) -> list[KVCache]:
+        """Keys and values of all but the last chunk, of the model and, for its biases, with every source at zero."""
+        if len(self._chunks) == 1:
+            return []
+        caches = [KVCache(self._model, len(self._ids)).started() for _ in range(1 + biases)]
+        with torch.no_grad():
+            for columns in self._chunks[:-1]:
+                self._trace.recording = biases
+                self.forward(columns, caches[0])
+                if biases:
+                    self._at_zero([], columns, caches[1])
+        return caches
+
+    def _at_zero(
+        self, sites: Sequence[Site], columns: slice, cache: KVCache | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """With every source at zero: what a chunk adds to the targets, and its activations at the sites."""
+        self._trace.recording, self._trace.at_zero = False, True
+        with torch.no_grad():
+            constant = self.forward(columns, cache)
+        self._trace.at_zero = False
+        return constant, {site.hook: self._trace.captured[site.hook] for site in sites}
+
+    def _differentiated(
+        self, sites: Sequence[Site], columns: slice, whole: KVCache | None, past: list[Tensor], later: list[Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """What a chunk adds to the targets, gradients and activations at its sites.
+
+        ``later`` holds the gradients at keys and values: those of the chunk's own are used, those of its past added.
+        """
+        cache = whole.started(past) if whole else None
+        value = self.forward(columns, cache)
+        ends = [(value.sum(), torch.ones_like(value.sum()))]
+        if cache is not None:
+            if columns is not self._chunks[-1]:  # which is nobody's past
+                own = [
+                    [_columns(x, cache, columns.start, columns.stop) for x in part] for part in (cache.tensors, later)
+                ]
+                ends += zip(*own, strict=True)
+            ends = [end for end in ends if end[0].requires_grad]
+        captured = {site.hook: self._trace.captured[site.hook] for site in sites}
+        inputs = [*captured.values(), *past]
+        grads: Sequence[Tensor | None] = [None] * len(inputs)
+        if ends:
+            outputs, given = zip(*ends)
+            grads = torch.autograd.grad(outputs, inputs, given, allow_unused=True)
+        for total, part in zip(later, grads[len(captured) :]):
+            if part is not None and cache is not None:
+                _columns(total, cache, 0, columns.start).add_(part)
+        gradients = {hook: part for hook, part in zip(captured, grads) if part is not None}
+        return value.detach(), gradients, {hook: part.detach() for hook, part in captured.items()}
+
+
+class _Found:
+    """Gathers a batch's results from its chunks."""
+
+    def __init__(self, sites: Sequence[Site], n: int, n_prefix: int):
+        self._sites, self._n_prefix = sites, n_prefix
+        self._cut = {site.hook for site in sites if site.in_cut}
+        self._targets, self._prefix, self._continuation, self._bias = torch.zeros(4, n).unbind()
+        self._gradients: dict[str, Tensor] = {}
+        self._reached: set[str] = set()
+        self._last: dict[str, Tensor] = {}
+
+    def add(self, first: int, value: Tensor, gradients: dict[str, Tensor], activations: dict[str, Tensor]) -> None:
+        """A chunk that begins at column ``first``."""
+        self._targets += value.float().cpu()
+        self._reached |= gradients.keys()
+        self._last = {}
+        for hook, x in activations.items():
+            x = _joined(x)
+            gradient = _joined(gradients[hook]) if hook in gradients else torch.zeros_like(x)
+            behind = max(0, self._n_prefix - first)
+            if behind:
+                shape = len(x), self._n_prefix, x.shape[-1]
+                whole = self._gradients.setdefault(hook, x.new_zeros(shape))
+                whole[:, first : first + x.shape[1]] = gradient[:, :behind]
+            if hook in self._cut:
+                self._last[hook] = gradient
+                each = (gradient * x).sum(dim=-1)
+                self._prefix += each[:, :behind].sum(dim=1).cpu()
+                self._continuation += each[:, behind:].sum(dim=1).cpu()
+
+    def add_biases(self, constant: Tensor, at_zero: dict[str, Tensor]) -> None:
+        """What the biases give in the chunk that was added last."""
+        self._bias += constant.float().cpu()
+        for hook, gradient in self._last.items():
+            # A site that is not a leaf still carries the biases from below it; they are in its own part already.
+            self._bias -= (gradient * _joined(at_zero[hook])).sum(dim=(1, 2)).cpu()
+
+    def gathered(self) -> BatchGradients:
+        """All of it; Refusal where a dictionary was not reached."""
+        for site in self._sites:
+            if site.has_dictionary and site.hook not in self._reached:
+                raise Refusal(
+                    f"From the dictionary at {site.hook} no path that this backend keeps leads to the logits: what it "
+                    "feeds is frozen, or the hook only shows what is computed elsewhere."
+                )
+        return BatchGradients(self._targets, self._gradients, self._prefix, self._continuation, self._bias)
 
 
 def batch_ids(prefix_ids: Sequence[int], token_ids: Tensor, device: torch.device) -> Tensor:
@@ -149,55 +220,13 @@ def batch_ids(prefix_ids: Sequence[int], token_ids: Tensor, device: torch.device
     return torch.cat([start, torch.where(token_ids >= 0, token_ids, prefix_ids[0])], dim=1).to(device)
 
 
-def forward(
-    model: HostModel,
-    trace: Trace,
-    target: Target,
-    prefix_ids: Sequence[int],
-    token_ids: Tensor,
-    targeted: Tensor | None = None,
-) -> Tensor:
-    """Run a batch inside ``traced``; its targets ``(b,)``, in the graph. ValueError: the unembedding is no module.
-
-    ``targeted``: ``token_ids`` with -1 at those that the target is not of; by default it is of all.
-    """
-    trace.captured.clear()
-    trace.final = None
-    logits_of(model, batch_ids(prefix_ids, token_ids, device_of(model)))
-    if trace.final is None:
-        raise ValueError(f"This {type(model).__name__} does not run its unembedding as a module, as attribution needs.")
-    return target(trace.final, (token_ids if targeted is None else targeted).to(trace.final.device))
+def _until(cache: KVCache, stop: int) -> list[Tensor]:
+    """The keys and values of the first columns, each the start of a graph."""
+    return [_columns(part, cache, 0, stop).detach().requires_grad_() for part in cache.tensors]
 
 
-def gradients_of(
-    model: HostModel,
-    trace: Trace,
-    sites: Sequence[Site],
-    target: Target,
-    prefix_ids: Sequence[int],
-    token_ids: Tensor,
-    targeted: Tensor | None = None,
-) -> BatchGradients:
-    """The gradient of each continuation's target at every site; rows of a batch do not touch one another.
-
-    ``targeted`` as for :func:`forward`.
-
-    Refusal: a dictionary from which no path leads to the logits.
-    """
-    targets = forward(model, trace, target, prefix_ids, token_ids, targeted)
-    captured = [trace.captured[site.hook] for site in sites]
-    found = torch.autograd.grad(targets.sum(), captured, allow_unused=True)
-    gradients, activations = {}, {}
-    for site, gradient, x in zip(sites, found, captured, strict=True):
-        if gradient is None and site.has_dictionary:
-            raise Refusal(
-                f"From the dictionary at {site.hook} no path that this backend keeps leads to the logits: what it "
-                "feeds is frozen, or the hook only shows what is computed elsewhere."
-            )
-        gradients[site.hook] = _joined(torch.zeros_like(x) if gradient is None else gradient)
-        activations[site.hook] = _joined(x.detach())
-    trace.captured.clear()
-    return BatchGradients(targets.detach(), gradients, activations)
+def _columns(tensor: Tensor, cache: KVCache, first: int, stop: int | None) -> Tensor:
+    return tensor[(slice(None),) * cache.tokens_dim + (slice(first, stop),)]
 
 
 def _joined(x: Tensor) -> Tensor:

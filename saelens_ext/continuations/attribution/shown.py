@@ -6,6 +6,7 @@ and must hand its gradient on; and a short prompt is taken apart whole, whose fr
 the sum of its sources.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import zip_longest
@@ -17,10 +18,14 @@ from torch import Tensor
 
 from saelens_ext.continuations.attribution.completeness import check_linear, measure_completeness, rounding
 from saelens_ext.continuations.attribution.frozen_model import traced
-from saelens_ext.continuations.attribution.gradients import Target, forward, gradients_of
+from saelens_ext.continuations.attribution.gradients import Passes
 from saelens_ext.continuations.attribution.sites import Refusal, base_sites, points_ending
+from saelens_ext.continuations.attribution.target import Target
 from saelens_ext.host.hook_edits import HookFunction, hooked
 from saelens_ext.host.models import HostModel
+from saelens_ext.host.prompt_passes import is_resumable
+
+logger = logging.getLogger(__name__)
 
 _PREFIX, _CONTINUATION, _ROWS = 4, 3, 3
 # By model, then by backend and by what else changes the answer: why the backend is refused, or None.
@@ -29,14 +34,45 @@ _FAULTS: WeakKeyDictionary[HostModel, dict[tuple[Any, ...], str | None]] = WeakK
 
 def check_backend(model: HostModel, backend: str) -> None:
     """Refuse a backend whose freezes do not hold on this model, naming them; tried once for each model."""
-    hooks = sum(len(point.fwd_hooks) for point in model.hook_dict.values() if hasattr(point, "fwd_hooks"))
-    mode = bool(getattr(model, "compatibility_mode", False))
-    key = (backend, mode, next(iter(model.parameters())).dtype, hooks)
+    key = _key(model, backend)
     known = _FAULTS.setdefault(model, {})
     if key not in known:
         known[key] = _fault(model, backend)
     if known[key] is not None:
         raise Refusal(known[key])
+
+
+def _key(model: HostModel, backend: str) -> tuple[Any, ...]:
+    hooks = sum(len(point.fwd_hooks) for point in model.hook_dict.values() if hasattr(point, "fwd_hooks"))
+    return backend, bool(getattr(model, "compatibility_mode", False)), next(iter(model.parameters())).dtype, hooks
+
+
+def runs_in_chunks(model: HostModel, backend: str) -> bool:
+    """Whether a continuation's gradients can be found chunk by chunk: tried on a short prompt, once for each model."""
+    if not is_resumable(model):
+        return False
+    key = ("chunks", *_key(model, backend))
+    known = _FAULTS.setdefault(model, {})
+    if key not in known:
+        known[key] = _chunk_fault(model, backend)
+        if known[key] is not None:
+            logger.warning("Long continuations are attributed in one piece on this model: %s", known[key])
+    return known[key] is None
+
+
+def _chunk_fault(model: HostModel, backend: str) -> str | None:
+    sites = base_sites(model, backend)
+    target, prefix, ids = _prompt(model)
+    chunks = [slice(0, 3), slice(3, 5), slice(5, len(prefix) + ids.shape[1])]
+    try:
+        with traced(model, sites, [], backend) as trace:
+            whole, cut = (Passes(model, trace, target, prefix, ids, None, c).gradients(sites) for c in ([], chunks))
+    except (AttributeError, TypeError, RuntimeError, NotImplementedError, ValueError, IndexError) as error:
+        return f"its keys and values cannot be kept from chunk to chunk ({type(error).__name__}: {error})."
+    tolerance = rounding(next(iter(model.parameters())).dtype, "relp")
+    pairs = [(whole.targets, cut.targets), *((whole.gradients[hook], cut.gradients[hook]) for hook in whole.gradients)]
+    worst = max(float((a - b).norm() / a.norm().clamp_min(1e-30)) for a, b in pairs)
+    return None if worst <= tolerance else f"chunks of it give gradients that differ by {worst:.1e} of their size."
 
 
 def _fault(model: HostModel, backend: str) -> str | None:
@@ -73,7 +109,7 @@ def _without_effect(model: HostModel) -> list[str]:
     target, prefix, ids = _prompt(model)
     with _host_errors("attention patterns and norm scales are edited"), traced(model, [], [], "gradient") as trace:
         with hooked(model, hooks):
-            reached = forward(model, trace, target, prefix, ids).sum()
+            reached = Passes(model, trace, target, prefix, ids).forward().sum()
     gradients = torch.autograd.grad(reached, list(zeros.values()), allow_unused=True) if reached.requires_grad else ()
     dead = [name for name, gradient in zip_longest(zeros, gradients) if gradient is None]
     shown = {name.split(".attn")[0] for name in zeros if name in patterns}
@@ -86,11 +122,11 @@ def _take_apart(model: HostModel, backend: str) -> None:
     sites = base_sites(model, backend)
     target, prefix, ids = _prompt(model)
     with traced(model, [], [], "gradient") as trace, torch.no_grad():
-        own = forward(model, trace, target, prefix, ids).float().cpu()
+        own = Passes(model, trace, target, prefix, ids).forward().float().cpu()
     with _host_errors("what this backend freezes is set"):
         if backend == "gradient":
             with traced(model, sites, [], backend) as trace:
-                batch = gradients_of(model, trace, sites, target, prefix, ids)
+                batch = Passes(model, trace, target, prefix, ids).gradients(sites)
             live = sites[0].hook
             if not bool(batch.gradients[live].any()):
                 raise Refusal(f"An edit at {live} does not change what this model predicts: it has no gradient there.")
@@ -111,7 +147,7 @@ def _take_apart(model: HostModel, backend: str) -> None:
 def _prompt(model: HostModel) -> tuple[Target, list[int], Tensor]:
     """Tokens from all over the vocabulary."""
     ids = torch.linspace(0, int(model.cfg.d_vocab) - 1, _PREFIX + _ROWS * _CONTINUATION).long()
-    return Target(model, _PREFIX, "sum"), ids[:_PREFIX].tolist(), ids[_PREFIX:].reshape(_ROWS, _CONTINUATION)
+    return Target(model, "sum"), ids[:_PREFIX].tolist(), ids[_PREFIX:].reshape(_ROWS, _CONTINUATION)
 
 
 @contextmanager

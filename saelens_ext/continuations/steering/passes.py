@@ -17,12 +17,21 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from saelens_ext.continuations.attribution.gradients import Target, batch_ids
+from saelens_ext.continuations.attribution.gradients import batch_ids
+from saelens_ext.continuations.attribution.target import Target
 from saelens_ext.continuations.continuation_set import ContinuationSet
 from saelens_ext.continuations.steering.latents import LatentScaler, Setting
 from saelens_ext.host.hook_edits import hooked
 from saelens_ext.host.models import HostModel
-from saelens_ext.host.prompt_passes import KVCache, device_of, evaluating, has_kv_cache, logits_of
+from saelens_ext.host.prompt_passes import (
+    KVCache,
+    device_of,
+    evaluating,
+    is_resumable,
+    length_batches,
+    logits_of,
+    position_chunks,
+)
 from saelens_ext.ops.precision import wide
 
 MEASURES = ("demeaned_logit", "mean_log_prob", "log_prob")
@@ -33,8 +42,7 @@ class SteeredPasses:
 
     def __init__(self, model: HostModel, scaler: LatentScaler, continuations: ContinuationSet, batch_size: int):
         self._model, self._scaler, self._set, self._batch_size = model, scaler, continuations, batch_size
-        # Final columns are cut to those that predict, as if the prefix were one token long.
-        self._target = Target(model, 1, "mean")
+        self._target = Target(model, "mean")
 
     def measure(
         self, settings: Sequence[Setting], jobs: Sequence[tuple[int, int]], *, progress: bool = False
@@ -50,11 +58,10 @@ class SteeredPasses:
         with evaluating(self._model), tqdm(total=len(jobs), desc="steering", disable=not progress) as bar:
             for members, under_them in groups:
                 prefix = self._run_prefix([settings[i] for i in members]) if self._cached else None
-                lengths = self._set.lengths[[jobs[i][1] for i in under_them]]
+                lengths = self._set.lengths[[jobs[i][1] for i in under_them]] + len(self._set.prefix_ids)
                 # Continuations of like length share a batch, so that little of it is padding.
-                order = [under_them[i] for i in lengths.argsort(descending=True, stable=True).tolist()]
-                for first in range(0, len(order), self._batch_size):
-                    batch = order[first : first + self._batch_size]
+                for places in length_batches(lengths.tolist(), self._batch_size):
+                    batch = [under_them[i] for i in places]
                     rows = [jobs[i][1] for i in batch]
                     if prefix is None:
                         found[batch] = self._run_whole([settings[jobs[i][0]] for i in batch], rows)
@@ -65,7 +72,7 @@ class SteeredPasses:
 
     @property
     def _cached(self) -> bool:
-        return has_kv_cache(self._model) and not any(point.fwd_hooks for point in self._model.hook_dict.values())
+        return is_resumable(self._model)
 
     def _groups(
         self, settings: Sequence[Setting], jobs: Sequence[tuple[int, int]]
@@ -86,7 +93,7 @@ class SteeredPasses:
         columns = slice(len(self._set.prefix_ids) - 1, -1)
         with hooked(self._model, self._scaler.hooks(settings)), _Head(self._model, columns) as head:
             logits = logits_of(self._model, ids)
-        return self._scores(head.final, logits, self._set.targeted_ids(rows))
+        return self._measures([self._scores(head.final, logits, tokens)], rows)
 
     # --- in two pieces ---
 
@@ -99,13 +106,17 @@ class SteeredPasses:
 
     def _run_on(self, prefix: "_Prefix", members: Sequence[int], rows: Sequence[int]) -> Tensor:
         tokens = self._tokens(rows)
-        final, logits = prefix.final[members], prefix.logits[members]
-        if tokens.shape[1] > 1:
-            ids = torch.where(tokens >= 0, tokens, self._set.prefix_ids[0])[:, :-1].to(device_of(self._model))
+        scores = [self._scores(prefix.final[members], prefix.logits[members], tokens[:, :1])]
+        ids = torch.where(tokens >= 0, tokens, self._set.prefix_ids[0])[:, :-1].to(device_of(self._model))
+        cache = prefix.cache.select(members) if ids.shape[1] else prefix.cache
+        # A long row is run in chunks.
+        size = position_chunks(len(self._set.prefix_ids) + tokens.shape[1])[0].stop if len(rows) == 1 else ids.shape[1]
+        for first in range(0, ids.shape[1], size or 1):
+            part = slice(first, first + size)
             with _Head(self._model, slice(None)) as head:
-                later = prefix.cache.select(members).run(ids)
-            final, logits = torch.cat([final, head.final], dim=1), torch.cat([logits, later], dim=1)
-        return self._scores(final, logits, self._set.targeted_ids(rows))
+                logits = cache.run(ids[:, part])
+            scores.append(self._scores(head.final, logits, tokens[:, 1:][:, part]))
+        return self._measures(scores, rows)
 
     # --- numbers ---
 
@@ -114,15 +125,22 @@ class SteeredPasses:
         return self._set.token_ids[list(rows), :longest]
 
     def _scores(self, final: Tensor, logits: Tensor, tokens: Tensor) -> Tensor:
-        """`MEASURES` ``(b, 3)`` from what the unembedding received and gave at the predicting columns."""
-        tokens = tokens.to(final.device)
-        demeaned = self._target(final, tokens)
-        # The normaliser row by row: the float32 of a whole batch's vocabulary would be a second copy of the logits.
+        """Demeaned logits and log-probabilities of tokens ``(b, T)`` from what the unembedding received and gave at the
+        columns that predict them: ``(2, b, T)``.
+        """
+        tokens = tokens.to(logits.device)
         chosen = logits.gather(-1, tokens.clamp_min(0)[..., None])[..., 0].float()
+        # The normaliser row by row: the float32 of a whole batch's vocabulary would be a second copy of the logits.
         normaliser = torch.stack([row.float().logsumexp(dim=-1) for row in logits])
-        real = tokens >= 0
-        total = wide(torch.where(real, chosen - normaliser, 0)).sum(dim=1)
-        return torch.stack([wide(demeaned), total / wide(real).sum(dim=1), total], dim=1).cpu()
+        return torch.stack([self._target.demeaned_logits(final, tokens).to(chosen), chosen - normaliser])
+
+    def _measures(self, scores: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
+        """`MEASURES` ``(b, 3)`` of rows from :meth:`_scores` of their tokens, in pieces."""
+        demeaned, log_probs = torch.cat(list(scores), dim=2)
+        real = (self._set.targeted_ids(rows) >= 0).to(demeaned.device)
+        n = wide(real).sum(dim=1)
+        total = wide(torch.where(real, log_probs, 0)).sum(dim=1)
+        return torch.stack([wide(torch.where(real, demeaned, 0)).sum(dim=1) / n, total / n, total], dim=1).cpu()
 
 
 @dataclass(frozen=True)
