@@ -74,6 +74,11 @@ def _save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[s
         raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
 
 
+def short_name(value: Any) -> str:
+    """16 characters that tell a JSON-safe value from others, to name its files by."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
 def write_json(path: str | Path, content: Mapping[str, Any]) -> Path:
     """Write ``content`` as JSON; non-finite numbers are refused, since no other reader takes them."""
     write_together({Path(path): json_writer(content)})

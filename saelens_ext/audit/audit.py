@@ -110,7 +110,7 @@ def audit_continuations(
     _check_workers(model, _checks.positive(n_workers, "n_workers"), folder)
     subject = inputs.load()
     tokenizer, about = tokenizer_of(subject.model), subject.about
-    stages = [Stages(folder_for(folder, number, one, config, about)) for number, one in enumerate(given)]
+    stages = [Stages(folder_for(folder, one, config, about)) for one in given]
     missing = [number for number, own in enumerate(stages) if not own.finished(config.validate)]
     found: dict[int, PrefixAudit] = {}
     if n_workers > 1 and missing:
@@ -186,7 +186,7 @@ def _job(inputs: Inputs, about: Mapping[str, Any], given: Sequence[Question], co
 
     def work(number: int) -> str | None:
         try:
-            own = Stages(own_folder(folder, number))
+            own = Stages(own_folder(folder, given[number]))
             _audit(subject, given[number], config, own, progress=False, bar=AuditBar(1, show=False))
         except ValueError as error:
             return str(error)

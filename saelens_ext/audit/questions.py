@@ -1,7 +1,5 @@
 """What is asked of a model: prefixes, and for each the continuations that were brought along, if any were."""
 
-import hashlib
-import json
 import operator
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -40,7 +38,7 @@ class Question:
     @property
     def digest(self) -> str | None:
         """Of the continuations that were given."""
-        return None if self.given is None else hashlib.sha256(json.dumps(self.given).encode()).hexdigest()[:16]
+        return None if self.given is None else _files.short_name(self.given)
 
     def scored(self, model: HostModel, config: AuditConfig) -> ContinuationSet:
         """The continuations that were given; equal ones are one, with their ``count``."""

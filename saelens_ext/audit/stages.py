@@ -60,16 +60,16 @@ def _name_of(embedder: Any) -> str:
     return "/".join(Path(str(found)).parts[-2:])
 
 
-def own_folder(folder: str | Path | None, number: int) -> Path | None:
-    """The folder of one prefix, unchecked."""
-    return None if folder is None else Path(folder) / f"prefix_{number:03d}"
+def own_folder(folder: str | Path | None, question: Question) -> Path | None:
+    """The folder of one prefix, whatever the others are; unchecked."""
+    return None if folder is None else Path(folder) / f"prefix_{_files.short_name(question.prompt)}"
 
 
 def folder_for(
-    folder: str | Path | None, number: int, question: Question, config: AuditConfig, about: Mapping[str, Any]
+    folder: str | Path | None, question: Question, config: AuditConfig, about: Mapping[str, Any]
 ) -> Path | None:
     """The folder of one prefix, after a check that what lies there is of the same audit."""
-    own = own_folder(folder, number)
+    own = own_folder(folder, question)
     if own is None:
         return None
     asked = {"prefix": question.prompt, "continuations": question.digest}

@@ -45,6 +45,8 @@ class Inputs:
     dictionaries: Dictionaries
     embedder: Any
     sampler: Sampling = None
+    embeds: bool = True
+    """Whether a sentence model is needed."""
 
     def load(self) -> Subject:
         """Load what is to be loaded."""
@@ -54,4 +56,5 @@ class Inputs:
         found: Any = given if isinstance(given, torch.nn.Module | Sequence) else given(model)
         saes = [found] if isinstance(found, SAE) else list(found)
         sampler = self.sampler if self.sampler is None or isinstance(self.sampler, Sampler) else self.sampler()
-        return Subject(model=model, saes=saes, embedder=load_sentence_model(self.embedder), sampler=sampler)
+        embedder = load_sentence_model(self.embedder) if self.embeds else None
+        return Subject(model=model, saes=saes, embedder=embedder, sampler=sampler)

@@ -2,7 +2,7 @@
 # ruff: noqa: RUF009  `parsed` and `simple_parsing.field` make fields.
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from simple_parsing.docstring import get_attribute_docstring
 from saelens_ext.audit.audit import AuditConfig
 from saelens_ext.cli.errors import UsageError
 from saelens_ext.continuations.samplers.endpoint_sampler import EndpointSampler
+from saelens_ext.evals.supernodes import READ
 from saelens_ext.runner.config import quiet_logger
 from saelens_ext.runner.parsing import mapping_or_none, number, parsed, text_or_none, texts, tuple_of, whole_number
 
@@ -70,12 +71,20 @@ class SubjectInputs:
     """Dictionaries to attribute to: folders of saved ones (their profiles go into the report), repo_id:sae_id on the
     Hub, or release:sae_id of SAELens.
     """
+    sampler: SamplerOptions = dataclasses.field(default_factory=SamplerOptions)
+    """Where continuations are sampled, if not from the model."""
+
+
+@dataclass(kw_only=True)
+class EmbeddedInputs(SubjectInputs):
+    """The same, and what embeds continuations."""
+
     embedder: str | None = simple_parsing.field(default=None, type=text_or_none, metavar="NAME")
     """Name or folder of a sentence-transformers model; by default the packaged one."""
 
 
 @dataclass(kw_only=True)
-class AuditInputs(SubjectInputs):
+class AuditInputs(EmbeddedInputs):
     """What is audited, and where the results go."""
 
     prefix: Any = simple_parsing.field(default_factory=list, action="append", type=str, metavar="TEXT")
@@ -88,8 +97,6 @@ class AuditInputs(SubjectInputs):
     """
     samples: Any = simple_parsing.field(default_factory=list, type=texts, metavar="ID[,ID…]")
     """Samples of the log of Inspect; all by default."""
-    sampler: SamplerOptions = dataclasses.field(default_factory=SamplerOptions)
-    """Where continuations are sampled, if not from the model."""
     n_workers: int = 1
     """Prefixes audited at a time, each by a worker that loads the model."""
     workers: str = "joblib"
@@ -133,10 +140,20 @@ AuditSettings = dataclasses.make_dataclass(
 """AuditConfig, whose fields of several values are given as ``1,2`` or ``[1, 2]``."""
 
 _OF_THE_CHOICE = ("betas", "gammas", "n_clusters", "n_resamples", "validate", "direction", "sign", "partitions")
-GivenCells = dataclasses.make_dataclass(
+
+
+def _some(name: str, about: str, names: Collection[str]) -> type:
+    """A dataclass of some fields of AuditConfig."""
+    made = [_as_option(field) for field in dataclasses.fields(AuditConfig) if field.name in names]
+    return dataclasses.make_dataclass(name, made, kw_only=True, namespace={"__doc__": about, "__module__": __name__})
+
+
+GivenCells = _some(
     "GivenCells",
-    [_as_option(field) for field in dataclasses.fields(AuditConfig) if field.name not in _OF_THE_CHOICE],
-    kw_only=True,
-    namespace={"__doc__": "How continuations are sampled, read and steered."},
+    "How continuations are sampled, read and steered.",
+    {field.name for field in dataclasses.fields(AuditConfig)}.difference(_OF_THE_CHOICE),
 )
 """AuditConfig without what chooses a clustering, for evaluations that are given their cells."""
+
+Attributed = _some("Attributed", "How continuations are sampled and attributed.", READ)
+"""AuditConfig without what is done after attribution."""

@@ -175,6 +175,16 @@ _ALL = (
         ("ClusterInputs", "ClusterSettings"),
         kept="Prefixes that were finished are in the output folder; the same command goes on from there.",
         more=("audit_options:GivenCells",),
+        module="evidence_clusters",
+    ),
+    _evidence(
+        "supernodes",
+        "group latents that act together over prompts, and see whether the groups follow a name or its role",
+        "--model_name=gpt2 --dictionaries=output/blocks.6.hook_out_exemplars_p2 --swaps=swaps.jsonl",
+        ("SupernodeInputs", "SupernodeSettings"),
+        kept="Prompts that were finished are in the output folder; the same command goes on from there.",
+        more=("audit_options:Attributed",),
+        module="evidence_clusters",
     ),
     _evidence(
         "stability",

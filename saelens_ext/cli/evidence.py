@@ -1,6 +1,5 @@
 """The commands ``evidence …``: evaluations that end in a claim."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -13,13 +12,10 @@ from torch import Tensor
 from saelens_ext._files import json_safe
 from saelens_ext.activations.kept_stream import KeptStream
 from saelens_ext.activations.stream import ActivationStream
-from saelens_ext.audit.config import AuditConfig
 from saelens_ext.cli import opening
-from saelens_ext.cli.audit import check_named, open_subject
 from saelens_ext.cli.errors import UsageError
 from saelens_ext.cli.evidence_options import (
     BehaviourInputs,
-    ClusterInputs,
     ConceptChoice,
     ConceptInputs,
     DocumentInputs,
@@ -31,15 +27,12 @@ from saelens_ext.cli.evidence_options import (
     TargetInputs,
 )
 from saelens_ext.cli.output import Context, Result, table
-from saelens_ext.continuations.continuation_set import ContinuationSet
 from saelens_ext.dictionaries.exemplar_partition import ExemplarPartition
 from saelens_ext.dictionaries.fit_result import ExemplarFitResult
 from saelens_ext.evals.ablation import ablate_behaviour
 from saelens_ext.evals.baselines import matched_controls
 from saelens_ext.evals.behaviour import REFUSALS, PromptSplit, begins_with
 from saelens_ext.evals.checkpoints import compare_checkpoints
-from saelens_ext.evals.clusterings import compare_clusterings
-from saelens_ext.evals.clusters import evaluate_clusters
 from saelens_ext.evals.concepts_data import Concept, packaged_concepts, read_concepts
 from saelens_ext.evals.decomposition import decompose_dictionary
 from saelens_ext.evals.detection import evaluate_detection
@@ -61,9 +54,8 @@ from saelens_ext.steering.judges import EmbeddingJudge, Judge
 from saelens_ext.steering.openai_judge import OpenAIJudge
 from saelens_ext.steering.sampling import SamplingOptions
 
-logger = logging.getLogger(__name__)
-
 _LOCALISING = ("chat_template", "chat_template_options", "max_new_tokens", "min_members", "min_rate")
+
 
 
 def detection(
@@ -173,39 +165,6 @@ def behaviour(
         folder=Path(results.output_path) / "cells", **options,
     )  # fmt: skip
     return finish(ablated, inputs, results, settings, swept)
-
-
-def clusters(inputs: ClusterInputs, settings: Any, results: ResultOptions, audited: Any, context: Context) -> Result:
-    """Steer along joint clusters of many prefixes, and judge the clusterings on the same continuations."""
-    prepare(results)
-    if inputs.prefixes is None:
-        raise UsageError("No prefixes were named: --prefixes=FILE, a JSON list, or a text in each line.")
-    check_named(inputs)
-    prefixes = opening.texts_in(Path(inputs.prefixes), conversations=True)
-    config, folder = AuditConfig(**vars(audited)), Path(results.output_path) / "prefixes"
-    cells = {"cells": inputs.cells} if inputs.cells else {}
-    model, saes = open_subject(inputs)
-    context.kept.append(f"Prefixes that were finished are in {folder}; the same command goes on from there.")
-    found = evaluate_clusters(
-        model, prefixes, saes, embedder=inputs.embedder, second_embedder=inputs.second_embedder, audit=config,
-        generate=config.generate, folder=folder, progress=context.progress, **cells, **vars(settings),
-    )  # fmt: skip
-    judged = _clusterings(found, folder, config, settings) if inputs.clusterings else ()
-    return finish(found, None, results, settings, *judged)
-
-
-def _clusterings(found: Evidence, folder: Path, config: AuditConfig, settings: Any) -> list[Evidence]:
-    """The clusterings of the continuations that lie in a folder, judged on a part of them."""
-    betas, gammas = (list(dict.fromkeys(axis)) for axis in zip(*found.settings["cells"], strict=True))
-    options = {name: getattr(settings, name) for name in ("n_permutations", "confidence")}
-    options |= {"held_out": config.held_out, "seed": config.seed}
-    fewest = config.smallest_mode(round(config.n * (1 - config.held_out)))
-    try:
-        sets = [ContinuationSet.load(one / "continuations") for one in sorted(folder.glob("prefix_*"))]
-        return [compare_clusterings(sets, betas=betas, gammas=gammas, min_cluster_size=fewest, **options)]
-    except (ValueError, FileNotFoundError) as error:  # prefixes with too few continuations are named in the evidence
-        logger.warning("The clusterings were not judged on held-out continuations: %s", error)
-        return []
 
 
 def stability(inputs: ReplicaInputs, settings: Any, results: ResultOptions, context: Context) -> Result:

@@ -11,7 +11,7 @@ from typing import Any
 import simple_parsing
 from sae_lens import LoggingConfig
 
-from saelens_ext.cli.audit_options import SubjectInputs
+from saelens_ext.cli.audit_options import EmbeddedInputs, SubjectInputs
 from saelens_ext.cli.options import ReadingOptions, place
 from saelens_ext.evals.ablation import ablate_behaviour
 from saelens_ext.evals.checkpoints import compare_checkpoints
@@ -25,6 +25,7 @@ from saelens_ext.evals.overlap import overlap_by_tokens
 from saelens_ext.evals.probing import evaluate_probes
 from saelens_ext.evals.stability import dictionary_stability
 from saelens_ext.evals.steering import compare_steering
+from saelens_ext.evals.supernodes import evaluate_supernodes
 from saelens_ext.evals.synthetic import evaluate_on_synthetic
 from saelens_ext.runner.config import quiet_logger
 from saelens_ext.runner.parsing import (
@@ -207,7 +208,7 @@ def _pairs(text: str) -> tuple[tuple[float | int, ...], ...]:
 
 
 @dataclass(kw_only=True)
-class ClusterInputs(SubjectInputs):
+class ClusterInputs(EmbeddedInputs):
     """What is clustered and steered."""
 
     prefixes: str | None = simple_parsing.field(default=None, type=text_or_none, metavar="FILE")
@@ -218,6 +219,15 @@ class ClusterInputs(SubjectInputs):
     """Pairs of beta and gamma, such as 1.5:0.5,2:0.3; by default 2:0.5. The verdict is on their mean."""
     clusterings: bool = True
     """Also judge the clusterings themselves on held-out continuations, at the same betas and gammas."""
+
+
+@dataclass(kw_only=True)
+class SupernodeInputs(SubjectInputs):
+    """What is attributed."""
+
+    swaps: str | None = simple_parsing.field(default=None, type=text_or_none, metavar="FILE")
+    """JSONL file of prompts, at least 6: prompt, first and second in each line, two names of one token each that are in
+    the prompt once, in that order."""
 
 
 _TUPLES: dict[str, tuple[Callable[[str], Any], str]] = {
@@ -269,5 +279,6 @@ DetectionSettings = _settings("DetectionSettings", evaluate_detection, "How meth
 ProbeSettings = _settings("ProbeSettings", evaluate_probes, "How probes are judged.", ("activations",))
 NoveltySettings = _settings("NoveltySettings", evaluate_novelty, "How novelty is judged.", ("outside",))
 ClusterSettings = _settings("ClusterSettings", evaluate_clusters, "What is compared.", ("cells", "audit", "generate"))
+SupernodeSettings = _settings("SupernodeSettings", evaluate_supernodes, "How latents are grouped.", ("audit",))
 SteeringSettings = _settings("SteeringSettings", compare_steering, "How methods are compared.", ("options",))
 SyntheticSettings = _settings("SyntheticSettings", evaluate_on_synthetic, "What is fitted and how it is judged.")

@@ -18,7 +18,7 @@ from saelens_ext._modes import standard_modes
 from saelens_ext.audit.config import AuditConfig
 from saelens_ext.audit.questions import questions
 from saelens_ext.audit.stages import Stages, describe_embedder, own_folder
-from saelens_ext.audit.subject import Dictionaries, Inputs, Model
+from saelens_ext.audit.subject import Dictionaries, Inputs, Model, Sampling
 from saelens_ext.continuations.clustering.problem import check_beta_and_gamma
 from saelens_ext.continuations.steering.latents import SIGNS
 from saelens_ext.continuations.validation.findings import OBJECTIVE_CONTROLS, joint_words, outcome
@@ -181,6 +181,7 @@ def evaluate_clusters(
     second_embedder: Any = None,
     fresh_draws: int = 0,
     audit: AuditConfig = AuditConfig(),
+    sampler: Sampling = None,
     n_bootstrap: int = 2000,
     n_permutations: int = 10_000,
     confidence: float = 0.95,
@@ -210,10 +211,12 @@ def evaluate_clusters(
             that they fall in agree with the ones that they make themselves? 0 draws none, or at least 8.
         audit: how to sample, embed, attribute and steer. What it says of the choice of beta and gamma, of direction,
             sign, open-ended samples and further controls is not used.
+        sampler: as for ``audit_continuations``.
         n_bootstrap: resamples of prefixes, for intervals.
         n_permutations: signs drawn for p-values.
         confidence: of the intervals, in (0, 1).
-        folder: where every prefix is kept when it is done, and its continuations; what is there is not computed again.
+        folder: where every prefix is kept when it is done, and its continuations; what is there is not computed again,
+            also where prefixes were added.
         progress: show a progress bar.
 
     Raises:
@@ -237,16 +240,16 @@ def evaluate_clusters(
     if not plan.directions or not plan.signs:
         raise ValueError(f"directions and signs must not be empty, got {directions!r} and {signs!r}.")
     check_halves(audit.n, audit.held_out, f"n={audit.n}")
-    subject = Inputs(model=model, dictionaries=dictionaries, embedder=embedder).load()
+    subject = Inputs(model=model, dictionaries=dictionaries, embedder=embedder, sampler=sampler).load()
     settings = asdict(replace(plan, second_embedder=None)) | {
         "second_embedder": describe_embedder(plan.second_embedder)
     }
     settings = _files.json_safe({**settings, **subject.about})
-    store = SweepStore.at(folder, settings | {"prefixes": [one.prompt for one in given]})
+    store = SweepStore.at(folder, settings)
     parts, failures = [], []
-    for number, question in enumerate(tqdm(given, disable=not progress, desc="clusters", unit="prefix")):
-        stages = Stages(own_folder(folder, number))
-        found = store.named(f"prefix {number:03d}", partial(measure_prefix, subject, question, plan, stages))
+    for question in tqdm(given, disable=not progress, desc="clusters", unit="prefix"):
+        stages = Stages(own_folder(folder, question))
+        found = store.of("prefix", question.prompt, partial(measure_prefix, subject, question, plan, stages))
         parts.append(pd.DataFrame(found["cells"]))
         failures += [Failure(method, question.words, reason) for method, reason in found["failures"]]
     measured = pd.concat(parts, ignore_index=True)

@@ -30,6 +30,7 @@ from saelens_ext.evals.localisation import check_both_shown, localise_read
 from saelens_ext.evals.sweep_store import SweepStore
 from saelens_ext.evals.verdicts import LEVEL
 from saelens_ext.host.models import HostModel, describe_model, resolve_hook
+from saelens_ext.host.weights_fingerprint import weights_fingerprint
 from saelens_ext.ops.leader_clustering import LeaderClustering
 from saelens_ext.ops.resampling import Interval, wilson_interval
 from saelens_ext.ops.statistics import holm
@@ -241,7 +242,8 @@ def localisation_sweep(
     given = None if asked is None else given_verdicts(asked, split.choose, "split.choose")
     limits = {"min_members": min_members, "min_rate": float(min_rate), "n_candidates": 1}
     settings = limits | template | {"basis": basis, "matched": matched}
-    settings |= {"max_new_tokens": max_new_tokens, "behaviour": repr(behaviour), "model": describe_model(model)}
+    model_about = describe_model(model) | {"weights": weights_fingerprint(model)}
+    settings |= {"max_new_tokens": max_new_tokens, "behaviour": repr(behaviour), "model": model_about}
     settings |= {"hook_name": hook_name, "n_prompts": split.sizes()}
     prompts = {part: list(getattr(split, part)) for part in PARTS}
     store = SweepStore.at(folder, settings | prompts | {"asked": given and [list(verdict) for verdict in given]})

@@ -249,7 +249,8 @@ def audit_steps(
         n_bootstrap: resamples of problems, for intervals.
         n_permutations: signs drawn for p-values.
         confidence: of the intervals, in (0, 1).
-        folder: where every target step is kept when it is done; what is there already is not computed again.
+        folder: where every target step is kept when it is done; what is there already is not computed again, also where
+            problems were added.
         progress: show a progress bar.
 
     Raises:
@@ -264,13 +265,13 @@ def audit_steps(
     saes = [dictionaries] if isinstance(dictionaries, SAE) else list(dictionaries)
     embedder = load_sentence_model(embedder)
     settings: dict[str, Any] = {"sources": sources, "audit": asdict(audit), **describe(model, saes, embedder)}
-    store = SweepStore.at(folder, settings | {"problems": [tree.token_ids for tree in given]})
+    store = SweepStore.at(folder, settings)
     places = [(number, j) for number, tree in enumerate(given) for j in range(2, len(tree) + 1)]
     cells: list[dict[str, Any]] = []
     failures: list[Failure] = []
     for number, j in tqdm(places, disable=not progress, desc="steps", unit="step"):
         make = partial(_target, model, saes, given[number], j, sources, embedder, audit)
-        found = store.named(f"problem {number} step {j}", make)
+        found = store.of(f"step {j}", _asked(given[number], j), make)
         cells += [{"problem": f"problem {number:03d}", "target": j, **cell} for cell in found["cells"]]
         failures += [Failure(method, f"problem {number}, {where}", why) for method, where, why in found["failures"]]
     own = [cell for cell in cells if cell["method"] == pairs.OWN and cell["metric"] == "slope"]
@@ -300,6 +301,12 @@ def _check_trees(trees: Sequence[StepTree]) -> None:
             )
     if len({tuple(tree.prompt_ids) for tree in trees}) < len(trees):
         raise ValueError("Two trees have the same prompt; problems are the units of the tests, and must be different.")
+
+
+def _asked(tree: StepTree, j: int) -> list[Any]:
+    """What tells a target step from others: the prompt and the steps before it, and its candidates."""
+    rows = tree.steps[j - 1]
+    return [list(rows.prefix_ids), tree.spans[:j], [rows.ids_of(row) for row in range(len(rows))]]
 
 
 def _target(

@@ -18,26 +18,29 @@ which is 1 where all follow the role, -1 where all follow the name, and 0 half w
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import pandas as pd
-from sae_lens import SAE
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from saelens_ext import _checks, _files
 from saelens_ext._modes import standard_modes
+from saelens_ext.audit.audit import sampled
 from saelens_ext.audit.config import AuditConfig
+from saelens_ext.audit.questions import Question
+from saelens_ext.audit.subject import Dictionaries, Inputs, Model, Sampling, Subject
 from saelens_ext.continuations.attribution.attribute import attribute_continuations
 from saelens_ext.continuations.clustering.baselines import SingleView
 from saelens_ext.continuations.continuation_set import ContinuationSet
-from saelens_ext.continuations.sample import sample_continuations, score_continuations
 from saelens_ext.evals.attempts import Attempts
 from saelens_ext.evals.clusterings import check_prefixes
 from saelens_ext.evals.evidence import Evidence, evidence_table
-from saelens_ext.host.chat_template import Prompt, in_words
-from saelens_ext.host.models import HostModel, describe_model
+from saelens_ext.evals.sweep_store import SweepStore
+from saelens_ext.host.chat_template import Prompt, checked_messages, in_words
 from saelens_ext.report.evidence_section import EvidenceSection
 
 SUPERNODES, SHUFFLED, SINGLE, HALFWAY = "supernodes", "shuffled", "single latents", "half way"
@@ -47,6 +50,11 @@ _DESCRIPTIONS = {
     SINGLE: "Every latent by itself.",
     HALFWAY: "As near to following the role as to following the name: a score of 0.",
 }
+READ = (
+    "n", "temperature", "top_p", "max_new_tokens", "stop", "chat_template", "chat_template_options", "answer_after",
+    "weights", "backend", "max_sources", "seed",
+)  # fmt: skip
+"""What is used of an audit's settings."""
 Feature = tuple[str, int]
 """Hook and latent."""
 Effects = dict[Feature, np.ndarray]
@@ -114,41 +122,72 @@ class SupernodeEvidence(Evidence):
         return content | {"members": pd.DataFrame(content["members"])}
 
 
+def read_swaps(path: str | Path) -> list[EntitySwap]:
+    """Read prompts with two names from a JSONL file, one ``{"prompt": …, "first": …, "second": …}`` a line; a prompt is
+    a text or a conversation.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a line that is no such object, naming it, or no line at all.
+    """
+    found = _files.read_json_lines(path, _swap)
+    if not found:
+        raise ValueError(f'The file {path} has no prompt; write {{"prompt": …, "first": …, "second": …}} in each line.')
+    return found
+
+
+def _swap(entry: Any) -> EntitySwap:
+    names = EntitySwap._fields
+    if not isinstance(entry, dict) or set(entry) != set(names):
+        held = f"the keys {', '.join(map(str, entry)) or 'none'}" if isinstance(entry, dict) else f"{entry!r:.100}"
+        raise ValueError(f"a prompt with two names is an object with {', '.join(names)}, got {held}.")
+    prompt = entry["prompt"]
+    prompt = checked_messages(prompt, "prompt") if isinstance(prompt, list) else _checks.text(prompt, "prompt")
+    return EntitySwap(prompt, *(_checks.text(entry[name], name) for name in names[1:]))
+
+
 @standard_modes()
 def evaluate_supernodes(
-    model: HostModel,
+    model: Model,
     swaps: Sequence[EntitySwap | tuple[Prompt, str, str]],
-    dictionaries: SAE[Any] | Sequence[SAE[Any]],
+    dictionaries: Dictionaries,
     *,
     n_supernodes: int = 8,
     n_shuffles: int = 20,
     audit: AuditConfig = AuditConfig(),
+    sampler: Sampling = None,
     n_bootstrap: int = 2000,
     n_permutations: int = 10_000,
     confidence: float = 0.95,
+    folder: str | Path | None = None,
     progress: bool = False,
 ) -> SupernodeEvidence:
     """Group latents that act together over prompts, swap the names in each prompt, and see what the groups follow.
 
-    Continuations are sampled from each prompt and scored behind its twin too, so that both are attributed for the very
-    same tokens. Features are grouped by k-means of their effects over the prompts as they are, each scaled to length 1
-    and weighted by its length before that; the twins take no part in it.
+    Continuations are drawn from each prompt as an audit draws them, and attributed behind its twin too, with the same
+    weights and the same answers marked. Features are grouped by k-means of their effects over the prompts as they are,
+    each scaled to length 1 and weighted by its length before that; the twins take no part in it.
 
     Args:
-        model: any TransformerLens model, no SAE attached.
+        model: as for ``audit_continuations``.
         swaps: prompts with two names each, at least 6: text or conversation, first name, second name, each name once.
             Swapping them must change two runs of tokens and nothing else, as names of one token do.
-        dictionaries: as for ``attribute_continuations``; the backend and the number of sources are those of ``audit``.
+        dictionaries: as for ``audit_continuations``.
         n_supernodes: groups; fewer where there are fewer features.
         n_shuffles: draws of the shuffled control.
-        audit: how to sample and attribute.
+        audit: how to sample, weight and attribute, and behind which marker answers stand; what it says of embedding,
+            clustering and steering is not used.
+        sampler: as for ``audit_continuations``.
         n_bootstrap: resamples of prompts, for intervals.
         n_permutations: signs drawn for p-values.
         confidence: of the intervals, in (0, 1).
+        folder: where the effects in every prompt are kept when they are known; what is there is not computed again,
+            also where prompts were added.
         progress: show a progress bar.
 
     Raises:
-        ValueError: fewer than 6 prompts or one twice, a prompt without its names, or nothing that could be measured.
+        ValueError: fewer than 6 prompts or one twice, a prompt without its names, a folder of other settings, or
+            nothing that could be measured.
     """
     given = [EntitySwap(*swap) for swap in swaps]
     check_prefixes([in_words(swap.prompt) for swap in given], "swaps")
@@ -156,30 +195,24 @@ def evaluate_supernodes(
         swap.check()
     for value, name in ((n_supernodes, "n_supernodes"), (n_shuffles, "n_shuffles")):
         _checks.positive(value, name)
+    subject = Inputs(model=model, dictionaries=dictionaries, embedder=None, sampler=sampler, embeds=False).load()
+    asked = {name: value for name, value in asdict(audit).items() if name in READ}
+    store = SweepStore.at(folder, {"audit": asked, **subject.about})
     attempts, found = Attempts(), dict[str, tuple[Effects, Effects]]()
     for swap in tqdm(given, disable=not progress, desc="supernodes", unit="prompt"):
         words = in_words(swap.prompt)
         with attempts.of("", words):
-            found[words] = _both(model, dictionaries, swap, audit)
+            kept = store.of("prompt", list(swap), partial(_both, subject, swap, audit))
+            found[words] = _unpacked(kept["own"]), _unpacked(kept["twin"])
     features, own, twin = tables(list(found.values()))
     if not len(features):
         raise ValueError(f"No latent has an effect in any prompt. {'; '.join(map(str, attempts.failures[:3]))}")
     labels = supernodes(own[:, :, 2], n_supernodes, audit.seed)
-    groups = {SUPERNODES: [labels], SINGLE: [np.arange(len(features))]}
-    generator = np.random.default_rng(audit.seed)
-    groups[SHUFFLED] = [generator.permutation(labels) for _ in range(n_shuffles)]
-    for number, prompt in enumerate(found):
-        for method, each in groups.items():
-            scores = [role_score(own[:, number, :2], twin[:, number, :2], one) for one in each]
-            with attempts.of(method, prompt):
-                if not np.isfinite(scores).all():
-                    raise ValueError("no latent acts differently at the two names")
-                attempts.rows.append({"prompt": prompt, "method": method, "value": float(np.mean(scores))})
-        attempts.rows.append({"prompt": prompt, "method": HALFWAY, "value": 0.0})
+    _score(attempts, list(found), own, twin, labels, n_shuffles, audit.seed)
     effect = np.abs(own[:, :, 2]).mean(axis=1)
     hooks, latents = zip(*features, strict=True)
     resampled = {"n_bootstrap": n_bootstrap, "n_permutations": n_permutations, "confidence": confidence}
-    about = {"n_supernodes": n_supernodes, "n_shuffles": n_shuffles, "audit": asdict(audit), **describe_model(model)}
+    about = {"n_supernodes": n_supernodes, "n_shuffles": n_shuffles, "audit": asked, **subject.about}
     return SupernodeEvidence(
         cells=attempts.cells(("prompt", "method", "metric", "value"), metric="role_score"),
         kinds={name: "unsupervised" if name == SUPERNODES else "control" for name in _DESCRIPTIONS},
@@ -190,18 +223,49 @@ def evaluate_supernodes(
     )
 
 
-def _both(model: HostModel, dictionaries: Any, swap: EntitySwap, config: AuditConfig) -> tuple[Effects, Effects]:
-    """Effects in a prompt and in its twin, on the same continuations."""
-    names = ("temperature", "top_p", "max_new_tokens", "stop", "seed")
-    options = {name: getattr(config, name) for name in names}
-    template = {name: getattr(config, name) for name in ("chat_template", "chat_template_options")}
-    drawn = sample_continuations(model, swap.prompt, config.n, **options, **template)
-    ids = [drawn.ids_of(row) for row in range(len(drawn))]
-    other = score_continuations(model, swap.swapped, ids, **template)
+def _score(
+    attempts: Attempts,
+    prompts: Sequence[str],
+    own: np.ndarray,
+    twin: np.ndarray,
+    labels: np.ndarray,
+    n_shuffles: int,
+    seed: int,
+) -> None:
+    """Put the scores of every prompt, with each way to group the features, among the cells."""
+    generator = np.random.default_rng(seed)
+    groups = {SUPERNODES: [labels], SINGLE: [np.arange(len(labels))]}
+    groups[SHUFFLED] = [generator.permutation(labels) for _ in range(n_shuffles)]
+    for number, prompt in enumerate(prompts):
+        for method, each in groups.items():
+            scores = [role_score(own[:, number, :2], twin[:, number, :2], one) for one in each]
+            with attempts.of(method, prompt):
+                if not np.isfinite(scores).all():
+                    raise ValueError("no latent acts differently at the two names")
+                attempts.rows.append({"prompt": prompt, "method": method, "value": float(np.mean(scores))})
+        attempts.rows.append({"prompt": prompt, "method": HALFWAY, "value": 0.0})
+
+
+def _both(subject: Subject, swap: EntitySwap, config: AuditConfig) -> dict[str, Any]:
+    """Effects in a prompt and in its twin, on the same continuations: rows of hook, latent and what `Effects` says."""
+    drawn = sampled(subject, Question(prompt=swap.prompt), config, n=config.n, seed=config.seed)
+    ids = tuple(tuple(drawn.ids_of(row)) for row in range(len(drawn)))
+    scored = Question(prompt=swap.swapped, given=ids).scored(subject.model, config)
+    other = replace(scored, weights=drawn.weights, columns=drawn.columns)
     spans = name_spans(drawn.prefix_ids, other.prefix_ids)
     how: dict[str, Any] = {"backend": config.backend, "max_sources": config.max_sources}
-    own, twin = (_effects(attribute_continuations(model, dictionaries, one, **how), spans) for one in (drawn, other))
-    return own, twin
+    own, twin = (
+        _effects(attribute_continuations(subject.model, subject.saes, one, **how), spans) for one in (drawn, other)
+    )
+    return {"own": _packed(own), "twin": _packed(twin)}
+
+
+def _packed(effects: Effects) -> list[list[Any]]:
+    return [[*feature, *effect.tolist()] for feature, effect in effects.items()]
+
+
+def _unpacked(rows: Sequence[Sequence[Any]]) -> Effects:
+    return {(hook, latent): np.array(effect) for hook, latent, *effect in rows}
 
 
 def name_spans(ids: Sequence[int], swapped: Sequence[int]) -> list[tuple[int, int]]:

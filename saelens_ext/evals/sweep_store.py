@@ -51,6 +51,10 @@ class SweepStore:
         number = lambda value: np.nan if value is None else float(value)  # noqa: E731
         return [Verdict(number(shown), number(odds), text) for shown, odds, text in found["verdicts"]]
 
+    def of(self, kind: str, key: Any, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The result of a JSON-safe key, whatever other keys there are; as `named`."""
+        return self.named(f"{kind} {_files.short_name(key)}", make)
+
     def named(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """A result that is there, or made and kept now, as JSON holds it."""
         found = self._get(name)

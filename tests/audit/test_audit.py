@@ -218,7 +218,7 @@ def test_one_bad_prefix_does_not_cost_the_others(setting, monkeypatch, tmp_path)
         ValueError, match=r"1 of 2 prefixes could not be audited; 'Bad': 'Bad' gave 1 continuation\(s\)"
     ):
         audit_continuations(setting[0], ["Bad", PREFIX], setting[1], folder=tmp_path, **OPTIONS | {"validate": False})
-    assert (tmp_path / "prefix_001" / "clustering.json").exists()
+    assert len(list(tmp_path.glob("prefix_*/clustering.json"))) == 1
 
 
 @pytest.mark.slow
@@ -298,7 +298,7 @@ def test_what_is_refused(kept, setting, tmp_path):
         audit_continuations(model, [], dictionaries)
     with pytest.raises(ValueError, match="prefixes must all be different, got"):
         audit_continuations(model, [PREFIX, PREFIX], dictionaries)
-    path = folder / "prefix_000" / "audit.json"
+    (path,) = folder.glob("prefix_*/audit.json")
     content = json.loads(path.read_text())
     path.write_text(json.dumps(content | {"format_version": 99}))
     with pytest.raises(ValueError, match="99"):
@@ -312,7 +312,7 @@ def test_what_is_refused(kept, setting, tmp_path):
 )
 def test_a_damaged_clustering_is_named(change, message, kept, setting):
     folder, _ = kept
-    path = folder / "prefix_000" / "clustering.json"
+    (path,) = folder.glob("prefix_*/clustering.json")
     whole = path.read_text()
     content = json.loads(whole) | change
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not ...}))

@@ -11,6 +11,8 @@ import torch
 
 from saelens_ext.audit import audit as audit_module
 from saelens_ext.audit.audit import audit_continuations
+from saelens_ext.audit.questions import Question
+from saelens_ext.audit.stages import own_folder
 from saelens_ext.continuations.prefix_audit import PrefixAudit
 from saelens_ext.report.audit.wording import quoted
 from tests.audit.test_audit import OPTIONS, same
@@ -60,6 +62,20 @@ def test_with_a_folder_one_prompt_is_held_and_the_results_are_the_same(alone, tm
     assert [one.prompt for one in audit.prefixes[1:]] == PROMPTS[1:] and audit.prefixes[-1].prompt == PROMPTS[-1]
     with pytest.raises(IndexError):
         audit.prefixes[3]
+    # What is kept of a prompt does not depend on which others there are, nor on their order.
+    asked = []
+    monkeypatch.setattr(audit_module, "_audit", lambda subject, question, *more: asked.append(question.words))
+    other = audit_continuations(load, [PROMPTS[2], PROMPTS[0]], dictionaries, folder=tmp_path, **OPTIONS)
+    assert not asked and other.outlines[0] == audit.outlines[2] and other.outlines[1] == audit.outlines[0]
+
+    def failing(subject, question, *more):
+        asked.append(question.words)
+        raise ValueError("not audited")
+
+    monkeypatch.setattr(audit_module, "_audit", failing)
+    more = {"folder": tmp_path, "on_failure": "record", **OPTIONS}
+    wider = audit_continuations(load, ["One more", *PROMPTS], dictionaries, **more)
+    assert asked == list(wider.failures) == ["One more"] and wider.outlines == audit.outlines
 
 
 @pytest.mark.slow
@@ -167,11 +183,12 @@ def test_a_worker_that_is_killed_ends_the_call_and_the_next_goes_on(workers, tmp
     if workers == "ray":
         request.getfixturevalue("cluster")
     here, killed = os.getpid(), tmp_path / "killed"
+    kept_of = lambda prompt: own_folder(tmp_path / "audit", Question(prompt=prompt))  # noqa: E731
 
     def dying():
         """A model whose process is killed during the second prompt that it audits."""
         model = load()
-        first = tmp_path / "audit" / "prefix_000" / "clustering.json"
+        first = kept_of(PROMPTS[0]) / "clustering.json"
 
         def die(x, hook):
             if os.getpid() != here and first.exists() and not killed.exists():
@@ -187,12 +204,12 @@ def test_a_worker_that_is_killed_ends_the_call_and_the_next_goes_on(workers, tmp
     with pytest.raises(RuntimeError, match="A worker died .*the same call goes on from there"):
         audit_continuations(dying, PROMPTS, dictionaries, **options)
     assert killed.exists()
-    done = tmp_path / "audit" / "prefix_000" / "continuations"
+    done = kept_of(PROMPTS[0]) / "continuations"
     before = {path: path.stat().st_mtime_ns for path in done.iterdir()}
     audit = audit_continuations(dying, PROMPTS, dictionaries, **options)
     same(alone, audit)
     assert {path: path.stat().st_mtime_ns for path in done.iterdir()} == before
-    assert json.loads((tmp_path / "audit" / "prefix_002" / "audit.json").read_text())["prefix"] == PROMPTS[2]
+    assert json.loads((kept_of(PROMPTS[2]) / "audit.json").read_text())["prefix"] == PROMPTS[2]
 
 
 def test_nothing_of_a_prompt_is_left_in_the_overview(alone):

@@ -46,7 +46,7 @@ def test_a_folder_is_of_one_sampler(setting, tmp_path):
     (one,) = found.prefixes
     assert one.continuations.texts[:2] == (" is is", " was is") and len(one.continuations) == 16
     assert one.continuations.metadata["sampling"]["sampler"] == found.about["sampler"] == {"kind": "lists", "name": "a"}
-    assert json.loads((tmp_path / "prefix_000" / "audit.json").read_text())["about"]["sampler"]["name"] == "a"
+    assert json.loads(next(tmp_path.glob("prefix_*/audit.json")).read_text())["about"]["sampler"]["name"] == "a"
     again = Lists()
     (same,) = audit_continuations(model, PREFIX, dictionaries, sampler=lambda: again, **options).prefixes
     assert same.continuations.texts == one.continuations.texts and not again.asked

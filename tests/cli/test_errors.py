@@ -71,7 +71,7 @@ def test_no_option_is_taken_for_its_beginning(name, command):
     }
     words = {"audit": "--model_nam=", "demo": "--output_pat=", "match": "--cente=own", "convert": "--hook_nam=x"}
     word = words.get(name, "--revisio=x" if name in ("push", "pull") else "--model_nam=gpt2")
-    bare = ("exemplars", "snmf", "audit", "demo", "evidence synthetic", "evidence clusters")
+    bare = ("exemplars", "snmf", "audit", "demo", "evidence synthetic", "evidence clusters", "evidence supernodes")
     given = places.get(name, [] if name in bare else ["a"])
     required = ["--hook_name=a"] if name in ("exemplars", "snmf") else []
     required += ["--output_path=a", "--latent=0"] if name == "export" else []

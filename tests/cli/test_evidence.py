@@ -207,11 +207,37 @@ def test_clusters(command, built, place, tmp_path):
     found = command(*asked)
     content = check(found, "clusters", tmp_path / "out", None)
     assert content["clusters"]["settings"]["cells"] == [[3, 0.5]] and "clusterings" in content
-    assert len(content["clusterings"]["summary"]) and (tmp_path / "out" / "prefixes" / "prefix 005.json").exists()
+    assert len(content["clusterings"]["summary"]) and (tmp_path / "out" / "prefixes" / "sweep.json").exists()
     again = command(*asked)
     assert again.data["verdict"] == found.data["verdict"]
+    # Prefixes that were asked before, and are not now, take no part.
+    (tmp_path / "prefixes.txt").write_text("\n".join(sentences(7, 3)[1:]))
+    others = check(command(*asked), "clusters", tmp_path / "out", None)["clusterings"]
+    assert others["settings"]["n_prefixes"] <= 6
     assert "--prefixes=FILE" in command("evidence", "clusters").error
     assert "--dictionaries=FOLDER" in command("evidence", "clusters", asked[4]).error
+
+
+@pytest.mark.slow
+def test_supernodes(command, built, place, tmp_path):
+    file = tmp_path / "swaps.jsonl"
+    prompts = [f"{start} A and B:" for start in "QPxyzw"]
+    file.write_text("".join(json.dumps({"prompt": one, "first": "A", "second": "B"}) + "\n" for one in prompts))
+    asked = (
+        "evidence", "supernodes", f"--model_name={place / 'model'}", f"--dictionaries={built['fine']}",
+        f"--swaps={file}", "--n=4", "--max_new_tokens=3", "--backend=gradient", "--weights=path", "--n_supernodes=3",
+        f"--output_path={tmp_path / 'out'}", *FAST,
+    )  # fmt: skip
+    found = command(*asked)
+    content = check(found, "supernodes", tmp_path / "out", None)["supernodes"]
+    settings = content["settings"]
+    assert settings["n_supernodes"] == 3 and settings["audit"]["weights"] == "path"
+    assert {row["method"] for row in found.data["summary"]} >= {"supernodes", "shuffled", "half way"}
+    assert len(list((tmp_path / "out" / "prompts").glob("prompt *.json"))) == 6
+    assert command(*asked).data == found.data
+    assert "--swaps=FILE" in command("evidence", "supernodes").error
+    assert "--dictionaries=FOLDER" in command("evidence", "supernodes", asked[4]).error
+    assert "There is no option --min_cluster_size" in command(*asked, "--min_cluster_size=2").error
 
 
 def test_overlap_and_nesting_beside_another_dictionary(command, copied, built, tmp_path):

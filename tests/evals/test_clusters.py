@@ -40,9 +40,17 @@ def steered(model, dictionaries, tmp_path_factory):  # noqa: F811
         again = evaluate_clusters(model, PREFIXES, dictionaries, folder=folder, **OPTIONS)
         assert asked == PREFIXES  # the second call reads what is there
         pd.testing.assert_frame_equal(again.cells, found.cells, check_exact=True)
-        (folder / "prefix 003.json").unlink()
+        # What is kept of a prefix does not depend on which others there are, nor on their order.
+        wider = evaluate_clusters(model, ["In front", *PREFIXES[::-1]], dictionaries, folder=folder, **OPTIONS)
+        assert asked == [*PREFIXES, "In front"]
+        for prefix, values in found.cells.groupby("prefix"):
+            own = wider.cells[wider.cells["prefix"] == prefix]
+            pd.testing.assert_frame_equal(own.reset_index(drop=True), values.reset_index(drop=True), check_exact=True)
+        assert len(wider.cells) > len(found.cells) and wider.settings["n_prefixes"] == 7
+        for path in folder.glob("prefix *.json"):
+            path.unlink()
         evaluate_clusters(model, PREFIXES, dictionaries, folder=folder, **OPTIONS)
-        assert asked == [*PREFIXES, PREFIXES[3]]
+        assert asked[7:] == PREFIXES
         with pytest.raises(ValueError, match="another cells"):
             evaluate_clusters(model, PREFIXES, dictionaries, folder=folder, **OPTIONS | {"cells": ((1.0, 0.1),)})
     return found

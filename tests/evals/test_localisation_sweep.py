@@ -102,6 +102,14 @@ def test_it_goes_on_from_the_cells_that_are_there(model, split, swept, tmp_path,
     with pytest.raises(ValueError, match="sweep of another"):
         sx.localisation_sweep(model, HOOK, other, SAYS_IT, **GRID, **OPTIONS, folder=tmp_path)
     assert json.loads((tmp_path / "sweep.json").read_text())["hook_name"] == HOOK
+    asked.clear()
+    wider = {"percentiles": (40, 20, 30), "seeds": (0, 1)}
+    more = sx.localisation_sweep(model, HOOK, split, SAYS_IT, **wider, **OPTIONS, folder=tmp_path)
+    assert len(asked) == 1 and len(more.table()) == 6  # the two cells of the new percentile
+    with monkeypatch.context() as changed:
+        changed.setattr(sweeping, "weights_fingerprint", lambda model: "others")
+        with pytest.raises(ValueError, match="sweep of another model"):
+            sx.localisation_sweep(model, HOOK, split, SAYS_IT, **GRID, **OPTIONS, folder=tmp_path)
 
 
 def test_a_backend_of_threads_gives_the_same(model, split, swept):

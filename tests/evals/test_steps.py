@@ -1,5 +1,7 @@
 """The audit of reasoning steps: a model that copies from step 2, the columns of its spans, controls, and pages."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -83,8 +85,13 @@ def tree(copier):
 
 
 @pytest.fixture(scope="module")
-def found(copier, latents, tree):
-    return audit_steps(copier, [tree, make_tree(copier, "P?")], latents, sources="all", audit=CONFIG)
+def other_problem(copier):
+    return make_tree(copier, "P?")
+
+
+@pytest.fixture(scope="module")
+def found(copier, latents, tree, other_problem):
+    return audit_steps(copier, [tree, other_problem], latents, sources="all", audit=CONFIG)
 
 
 def slopes(evidence, method, source, target=3):
@@ -135,7 +142,7 @@ def test_a_run_elsewhere_is_as_long_and_apart(source):
 
 
 @pytest.mark.slow
-def test_a_killed_audit_goes_on_to_the_same_bits(copier, latents, tree, found, tmp_path, monkeypatch):
+def test_a_killed_audit_goes_on_to_the_same_bits(copier, latents, tree, other_problem, found, tmp_path, monkeypatch):
     kept, calls = steps_module._target, []
 
     def killed(*args):
@@ -155,6 +162,16 @@ def test_a_killed_audit_goes_on_to_the_same_bits(copier, latents, tree, found, t
     assert again.failures == tuple(one for one in found.failures if one.unit.startswith("problem 0"))
     with pytest.raises(ValueError, match="another sources"):
         audit_steps(copier, tree, latents, **options | {"sources": "prompt"})
+    # Problems may be added; a step of other candidates is another one.
+    calls.clear()
+    nothing = {"source": 1, "distance": 1, "method": pairs.OWN, "metric": "slope", "value": 0.0}
+    made = {"cells": [nothing], "failures": []}
+    monkeypatch.setattr(steps_module, "_target", lambda *args: calls.append(args[3]) or made)
+    fewer = replace(tree, steps=(*tree.steps[:2], tree.steps[2].select(range(len(tree.steps[2]) - 1))))
+    audit_steps(copier, [other_problem, tree], latents, **options)
+    assert calls == [2, 3]
+    audit_steps(copier, fewer, latents, **options)
+    assert calls == [2, 3, 3]
 
 
 def test_what_is_refused(copier, latents, tree):

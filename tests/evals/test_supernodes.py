@@ -1,15 +1,23 @@
 """Supernodes: scores of role against name in closed form, planted groups, a model that copies names."""
 
+import importlib
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 
 from saelens_ext.audit.config import AuditConfig
+from saelens_ext.continuations.answers import mark_answers
+from saelens_ext.continuations.sample import sample_continuations
+from saelens_ext.continuations.samplers.sampler import Draw
 from saelens_ext.evals.evidence import Evidence
 from saelens_ext.evals.supernodes import (
     EntitySwap,
     SupernodeEvidence,
     evaluate_supernodes,
     name_spans,
+    read_swaps,
     role_score,
     supernodes,
     tables,
@@ -18,6 +26,7 @@ from tests.continuations._dictionaries import make
 from tests.evals.test_steps import copier, latents  # noqa: F401
 from tests.models_zoo import make_model
 
+module = importlib.import_module("saelens_ext.evals.supernodes")
 RNG = np.random.default_rng(0)
 
 
@@ -86,13 +95,12 @@ def test_latents_of_a_model_that_copies_names_follow_the_name(copier, latents): 
 
 
 @pytest.mark.slow
-def test_on_a_model(tmp_path):
+def test_on_a_model(tmp_path, monkeypatch):
     model = make_model("llama", "HookedSAETransformer")
     dictionary = make("standard", "blocks.1.hook_mlp_out", d_sae=24)
     config = AuditConfig(n=4, max_new_tokens=3, backend="gradient")
-    found = evaluate_supernodes(
-        model, SWAPS, dictionary, n_supernodes=3, n_shuffles=4, audit=config, n_permutations=200
-    )
+    options = {"n_supernodes": 3, "n_shuffles": 4, "audit": config, "n_permutations": 200, "folder": tmp_path / "kept"}
+    found = evaluate_supernodes(model, SWAPS, dictionary, **options)
     table = found.per_unit()
     assert set(table.columns) == {"supernodes", "shuffled", "single latents", "half way"} and len(table) == 6
     assert (table["half way"] == 0).all() and found.members["supernode"].nunique() == 3
@@ -100,6 +108,57 @@ def test_on_a_model(tmp_path):
     read = Evidence.load(found.save(tmp_path))
     assert isinstance(read, SupernodeEvidence) and read.members.equals(found.members)
     assert found.section().tables[-1].title == "Strongest latents of each"
+    # What is kept of a prompt does not depend on which others there are.
+    computed, attribute = [], module.attribute_continuations
+
+    def counted(model, dictionaries, rows, **options):
+        computed.append(rows.prompt)
+        return attribute(model, dictionaries, rows, **options)
+
+    monkeypatch.setattr(module, "attribute_continuations", counted)
+    one_more = EntitySwap("v A then B:", "A", "B")
+    wider = evaluate_supernodes(model, [one_more, *SWAPS], dictionary, **options)
+    assert computed == [one_more.prompt, one_more.swapped] and wider.per_unit().shape[0] == 7
+    again = evaluate_supernodes(model, SWAPS, dictionary, **options)
+    assert again.cells.equals(found.cells) and again.members.equals(found.members) and len(computed) == 2
+    with pytest.raises(ValueError, match="another audit"):
+        evaluate_supernodes(model, SWAPS, dictionary, **options | {"audit": replace(config, n=5)})
+
+
+class Answers:
+    """A sampler of texts of which most have an answer behind a marker."""
+
+    def describe(self):
+        return {"kind": "answers"}
+
+    def draw(self, prefix, prefix_ids, numbers, options, stop):
+        words = ("is", "was", "has", "had", "can", "will", "may")
+        return [Draw(text=f" so{' =' * (n % 3 > 0)} {words[n % 7]}") for n in numbers]
+
+
+@pytest.mark.parametrize("sampler", [pytest.param(None, marks=pytest.mark.slow), Answers()])
+def test_continuations_are_drawn_as_an_audit_draws_them(sampler, monkeypatch):
+    model, seen = make_model("llama", "SAETransformerBridge"), []
+    monkeypatch.setattr(module, "attribute_continuations", lambda model, saes, rows, **_: seen.append(rows) or rows)
+    monkeypatch.setattr(module, "_effects", lambda rows, spans: {})
+    options = {"chat_template": True, "weights": "path", "max_new_tokens": 3, "temperature": 0.7, "seed": 3}
+    config = AuditConfig(n=6, answer_after="=" if sampler else "", **options)
+    dictionary = make("standard", "blocks.1.hook_out", model.cfg.d_model, d_sae=24)
+    with pytest.raises(ValueError, match="No latent has an effect"):
+        evaluate_supernodes(model, SWAPS, dictionary, audit=config, sampler=sampler)
+    assert [rows.prompt for rows in seen] == [text for swap in SWAPS for text in (swap.prompt, swap.swapped)]
+    own, twin = seen[:2]
+    expected = sample_continuations(model, SWAPS[0].prompt, 6, sampler=sampler, **options)
+    if sampler is not None:
+        expected = mark_answers(model, expected, after="=", missing="exclude")
+        assert 0 < len(expected) < 6
+    assert own.prefix == expected.prefix != SWAPS[0].prompt and own.texts == expected.texts
+    assert torch.equal(own.weights, expected.weights) and own.answers == expected.answers
+    # Behind the twin stand the same continuations, as much weighted and marked.
+    assert twin.prefix == own.prefix.replace(SWAPS[0].prompt, SWAPS[0].swapped) != own.prefix
+    assert torch.equal(twin.token_ids, own.token_ids) and torch.equal(twin.weights, own.weights)
+    assert twin.answers == own.answers and {*twin.columns} == {*own.columns}
+    assert not torch.equal(twin.log_probs, own.log_probs)
 
 
 def test_bad_input():
@@ -109,3 +168,18 @@ def test_bad_input():
     with pytest.raises(ValueError, match="must hold 'B' once and then 'A' once; it has them 1 and 1 times"):
         EntitySwap("A and B", "B", "A").check()
     assert EntitySwap("A and B.", "A", "B").swapped == "B and A."
+
+
+def test_a_file_of_prompts(tmp_path):
+    path = tmp_path / "swaps.jsonl"
+    path.write_text('{"prompt": "A and B", "first": "A", "second": "B"}\n\n')
+    assert read_swaps(path) == [EntitySwap("A and B", "A", "B")]
+    for line, message in (
+        ('["A and B", "A", "B"]', r"Line 1 of .*: .* is an object with prompt, first, second, got \['A and B'"),
+        ('{"prompt": "A", "name": "A"}', "got the keys prompt, name"),
+        ('{"prompt": "A and B", "first": "A", "second": 3}', "second must be a text, got 3"),
+        ("", "has no prompt; write"),
+    ):
+        path.write_text(line)
+        with pytest.raises(ValueError, match=message):
+            read_swaps(path)
