@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from saelens_ext import _checks
 from saelens_ext._modes import standard_modes
@@ -68,20 +70,25 @@ def embed_continuations(
 
 @standard_modes()
 def visible_rows(continuations: ContinuationSet, embedder: Any = None) -> Tensor:
-    """Which continuations hold text that the embedder's tokenizer sees, as contextual embedding needs: bool ``(n,)``.
+    """Which continuations hold text that the embedder's tokenizer sees, as embedding needs: bool ``(n,)``.
 
-    A continuation of spaces, or of parts of characters, may hold none.
+    One that is empty, or of spaces, characters without width or parts of characters, may hold none.
     """
-    model = load_sentence_model(embedder)
-    options = {"add_special_tokens": False, "padding": False, "truncation": False, "verbose": False}
-    encoded = model.tokenizer(list(continuations.answers), **options)
-    return torch.tensor([len(ids) > 0 for ids in encoded["input_ids"]])
+    tokenizer, texts = getattr(load_sentence_model(embedder), "tokenizer", None), list(continuations.answers)
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        options = {"add_special_tokens": False, "padding": False, "truncation": False, "verbose": False}
+        rows = tokenizer(texts, **options)["input_ids"]
+    elif isinstance(tokenizer, Tokenizer):  # of static embeddings
+        rows = [one.ids for one in tokenizer.encode_batch(texts, add_special_tokens=False)]
+    else:
+        rows = [text.strip() for text in texts]
+    return torch.tensor([len(row) > 0 for row in rows])
 
 
 def embed_visible(
     continuations: ContinuationSet, embedder: Any = None, *, mode: str = "contextual"
 ) -> ContinuationSet | None:
-    """:func:`embed_continuations` of the rows that hold visible text; None where none does."""
+    """:func:`embed_continuations` of the rows that :func:`visible_rows` finds; None where there is none."""
     seen = visible_rows(continuations, embedder)
     return embed_continuations(continuations.select(seen), embedder, mode=mode) if bool(seen.any()) else None
 

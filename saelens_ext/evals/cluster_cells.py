@@ -25,15 +25,18 @@ from saelens_ext.audit.subject import Subject
 from saelens_ext.continuations.attribution.attribute import attribute_continuations
 from saelens_ext.continuations.clustering.joint_clusterer import JointClusterer
 from saelens_ext.continuations.continuation_set import ContinuationSet
-from saelens_ext.continuations.embed import embed_continuations, embed_visible
+from saelens_ext.continuations.embed import embed_continuations, embed_visible, visible_rows
 from saelens_ext.continuations.validation.findings import MEASURE, STATISTIC
-from saelens_ext.continuations.validation.methods import NOTHING
+from saelens_ext.continuations.validation.further import LEFT_OUT
+from saelens_ext.continuations.validation.methods import EXTRA, NOTHING, PARTITIONS
 from saelens_ext.continuations.validation.results import Validation
 from saelens_ext.continuations.validation.statistics import member_statistics
 from saelens_ext.continuations.validation.validate import validate_clusters
 from saelens_ext.evals.clusterings import FEWEST_ROWS, JOINT, check_halves
 
 SECOND = "second_embedder"
+# Controls that are groups of the continuations.
+_GROUPINGS = (*PARTITIONS[1:-1], *EXTRA[:-1], SECOND)
 NO_ROW = -1
 """In the place of a row: a value of the whole prefix."""
 _MEASURES = {MEASURE: "slope", "mean_log_prob": "log_prob_slope"}
@@ -64,9 +67,7 @@ def measure_prefix(subject: Subject, question: Question, plan: ClusterPlan, stag
         return {"cells": {}, "failures": [("", str(error))]}
     second = fresh = None
     if plan.second_embedder is not None:
-        second = _or_failed(
-            SECOND, failures, embed_continuations, rows, plan.second_embedder, mode=plan.audit.embedding
-        )
+        second = _or_failed(SECOND, failures, _second, rows, plan)
     if plan.fresh_draws:
         fresh = _or_failed(JOINT, failures, _fresh, subject, question, rows, plan)
     for beta, gamma in plan.cells:
@@ -86,6 +87,14 @@ def _or_failed(method: str, failures: list[tuple[str, str]], make: Any, *given: 
     except ValueError as error:
         failures.append((method, str(error)))
         return None
+
+
+def _second(rows: ContinuationSet, plan: ClusterPlan) -> tuple[ContinuationSet, np.ndarray]:
+    """The rows in which the second embedder sees text, with its embeddings, and which they are, bool ``(n,)``."""
+    seen = visible_rows(rows, plan.second_embedder)
+    check_halves(int(seen.sum()), plan.audit.held_out, f"What the second embedder sees of {rows.prompt!r}")
+    embedded = embed_continuations(rows.select(seen), plan.second_embedder, mode=plan.audit.embedding)
+    return embedded, seen.numpy()
 
 
 def _fresh(subject: Subject, question: Question, rows: ContinuationSet, plan: ClusterPlan) -> ContinuationSet:
@@ -112,7 +121,7 @@ def _fresh(subject: Subject, question: Question, rows: ContinuationSet, plan: Cl
 def _cell(
     subject: Subject,
     rows: ContinuationSet,
-    second: ContinuationSet | None,
+    second: tuple[ContinuationSet, np.ndarray] | None,
     fresh: ContinuationSet | None,
     beta: float,
     gamma: float,
@@ -127,8 +136,10 @@ def _cell(
     partitions: dict[str, np.ndarray] = {}
     whole = {"n_clusters": float(clusterer.n_clusters_)}
     if second is not None:
-        partitions[SECOND] = refit(clusterer, second).labels_
-        whole["embedder_ari"] = float(adjusted_rand_score(clusterer.labels_, partitions[SECOND]))
+        embedded, seen = second
+        partitions[SECOND] = np.full(len(rows), LEFT_OUT)
+        partitions[SECOND][seen] = own = refit(clusterer, embedded).labels_
+        whole["embedder_ari"] = float(adjusted_rand_score(clusterer.labels_[seen], own))
     if fresh is not None:
         whole["fresh_ari"] = agreement(clusterer, fresh)
     found = []
@@ -202,7 +213,9 @@ def matched_by_length(labels: np.ndarray, lengths: np.ndarray, seed: int = 0) ->
 def _of_prefix(tested: Validation, whole: Mapping[str, float]) -> list[dict[str, Any]]:
     """Values that single continuations do not have."""
     specific: Any = tested.specificity_summary().set_index("measure").loc[MEASURE]
-    values = {(JOINT, name): value for name, value in whole.items()}
+    groups = tested.directions.groupby("method")["cluster"].nunique()
+    values = {(name, "n_clusters"): float(groups[name]) for name in _GROUPINGS if name in groups}
+    values |= {(JOINT, name): value for name, value in whole.items()}
     values[JOINT, "own_is_largest"] = float(specific["own_is_largest_of_cluster"])
     if not tested.generations.empty:
         shares = tested.generations

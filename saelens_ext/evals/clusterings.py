@@ -66,15 +66,28 @@ class ClusteringEvidence(Evidence):
         "n_clusters": "clusters",
     }
 
+    def comparisons(self, reference: str | None = None, *, metric: str | None = None) -> pd.DataFrame:
+        """Paired differences; ``note`` says where a method is one cluster for all, so that nothing is clustered; see
+        :meth:`Evidence.comparisons`.
+        """
+        return noted(super().comparisons(reference, metric=metric), self.cells)
+
+    def verdict(self, reference: str | None = None) -> str:
+        """The comparisons, and which of them are with no clustering at all."""
+        said, alone = super().verdict(reference), one_cluster_words(self.cells)
+        what = "nothing is clustered: the difference says what clusters cost or gain, not which clustering is better"
+        return f"{said}\nWhere a control is one cluster for all ({alone}), {what}." if alone else said
+
     def wins(self) -> pd.DataFrame:
         """By other method, the share of prefixes whose mean held-out L the joint clustering has lower, with Wilson's
-        interval; a tie is no win.
+        interval; a tie is no win. ``note`` as in :meth:`comparisons`.
         """
         table, rows = self.per_unit(), []
         for other in (name for name in table.columns if name != JOINT):
             both = table[[JOINT, other]].dropna()
             rows.append(win_shares(other, both[other] - both[JOINT], self.settings["confidence"]))
-        return pd.DataFrame(rows, columns=["other", "estimate", "low", "high", "n_units", "n_ties"])
+        found = pd.DataFrame(rows, columns=["other", "estimate", "low", "high", "n_units", "n_ties"])
+        return noted(found, self.cells)
 
     def by_cell(self) -> pd.DataFrame:
         """One row per cell and method: means over prefixes of every metric."""
@@ -105,6 +118,40 @@ class ClusteringEvidence(Evidence):
             high=largest,
             note="In nats, means over prefixes; above 0 the joint clustering describes held-out continuations better.",
         )
+
+
+def one_cluster(cells: pd.DataFrame) -> dict[str, tuple[int, int]]:
+    """By control, in how many prefixes it is one cluster for all in a cell where the joint clustering has several, and
+    of how many; those that are in any.
+    """
+    counts = cells[cells["metric"] == "n_clusters"]
+    wide = counts.pivot_table(index=["prefix", "beta", "gamma"], columns="method", values="value")
+    if JOINT not in wide.columns:
+        return {}
+    wide = wide[wide[JOINT] > 1]
+    alone = (wide == 1).groupby("prefix").any()
+    known = wide.notna().groupby("prefix").any().sum()
+    return {str(name): (int(n), int(known[name])) for name, n in alone.sum().items() if n}
+
+
+def one_cluster_words(cells: pd.DataFrame) -> str:
+    """The same in words: "length in 9 of 10 prefixes"; empty for none."""
+    return ", ".join(f"{name} in {n} of {of} prefixes" for name, (n, of) in one_cluster(cells).items())
+
+
+def noted(table: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
+    """Comparisons with a ``note`` on each that has a control which is one cluster for all in some prefixes."""
+    alone = one_cluster(cells)
+    sides = [name for name in ("method", "other") if name in table]
+    notes = [
+        "; ".join(
+            f"{row[side]} is one cluster in {alone[row[side]][0]} of {alone[row[side]][1]} prefixes"
+            for side in sides
+            if row[side] in alone
+        )
+        for row in table.to_dict("records")
+    ]
+    return table.assign(note=notes) if alone else table
 
 
 def win_shares(other: str, gains: pd.Series, confidence: float) -> dict[str, Any]:

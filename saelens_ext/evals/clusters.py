@@ -26,7 +26,15 @@ from saelens_ext.continuations.validation.methods import EXTRA, METHODS, NOTHING
 from saelens_ext.continuations.validation.options import REPRESENTATIVES, checked_controls
 from saelens_ext.evals import verdicts
 from saelens_ext.evals.cluster_cells import SECOND, ClusterPlan, measure_prefix
-from saelens_ext.evals.clusterings import FEWEST_ROWS, JOINT, check_halves, check_prefixes, win_shares
+from saelens_ext.evals.clusterings import (
+    FEWEST_ROWS,
+    JOINT,
+    check_halves,
+    check_prefixes,
+    noted,
+    one_cluster_words,
+    win_shares,
+)
 from saelens_ext.evals.evidence import Evidence, Failure, evidence_table
 from saelens_ext.evals.sweep_store import SweepStore
 from saelens_ext.host.chat_template import Prompt
@@ -66,7 +74,7 @@ class ClusterEvidence(Evidence):
         "log_prob_slope": "change of the log-probability per token and unit of strength, in nats",
         "generation_change": "change of the fraction of open-ended samples nearest to the cluster steered along",
         "own_is_largest": "fraction of clusters that their own direction moves most",
-        "n_clusters": "clusters",
+        "n_clusters": "clusters, or groups of a control",
         "embedder_ari": "adjusted Rand index with the clusters under the second embedder",
         "fresh_ari": "adjusted Rand index, on fresh draws, with the clusters that these make by themselves",
     }
@@ -77,8 +85,8 @@ class ClusterEvidence(Evidence):
     }  # fmt: skip
 
     def comparisons(self, reference: str | None = None, *, metric: str | None = None) -> pd.DataFrame:
-        """Differences over prefixes, each from the continuations that both methods have a direction for; see
-        :meth:`Evidence.comparisons`.
+        """Differences over prefixes, each from the continuations that both methods have a direction for; ``note`` says
+        where the groups of a control are one group; see :meth:`Evidence.comparisons`.
         """
         rows = []
         for group, method, other, both in self._both(reference, metric):
@@ -87,7 +95,7 @@ class ClusterEvidence(Evidence):
             rows.append({**group, "method": method, "other": other, **found._asdict()})
         columns = ["method", "other", "difference", "low", "high", "p", "n_units", "n_undefined"]
         table = pd.DataFrame(rows, columns=[*self.groups, *columns])
-        return table.assign(p_holm=holm(table["p"].to_numpy(dtype=np.float64)))
+        return noted(table.assign(p_holm=holm(table["p"].to_numpy(dtype=np.float64))), self.cells)
 
     def _both(
         self, reference: str | None, metric: str | None
@@ -109,7 +117,8 @@ class ClusterEvidence(Evidence):
             {**group, **win_shares(other, both[JOINT] - both[other], self.settings["confidence"])}
             for group, _, other, both in self._both(JOINT, metric)
         ]
-        return pd.DataFrame(rows, columns=[*_GROUPS, "other", "estimate", "low", "high", "n_units", "n_ties"])
+        found = pd.DataFrame(rows, columns=[*_GROUPS, "other", "estimate", "low", "high", "n_units", "n_ties"])
+        return noted(found, self.cells)
 
     def by_cell(self) -> pd.DataFrame:
         """One row per cell, direction, sign and method: means of every metric over prefixes, each counting once."""
@@ -132,6 +141,8 @@ class ClusterEvidence(Evidence):
             needed = [*OBJECTIVE_CONTROLS, *(one for one in self.settings["controls"] if one in outcomes)]
             where = f" ({verdicts.group_text(dict(zip(_GROUPS, key)))})" if several else ""
             said.append(f"The joint clustering{where} {joint_words(outcomes, needed)[1]}.")
+        if alone := one_cluster_words(self.cells):
+            said.append(f"Where a control is one group ({alone}), its direction is that of all continuations.")
         said.append(self._matched())
         for name in ("embedder_ari", "fresh_ari"):
             for row in self.summary(metric=name)[:1].to_dict("records"):

@@ -27,7 +27,8 @@ def verdict(
     """What comparisons say of each subject, group by group.
 
     Args:
-        comparisons: one family, as :meth:`~saelens_ext.evals.evidence.Evidence.comparisons` gives it.
+        comparisons: one family, as :meth:`~saelens_ext.evals.evidence.Evidence.comparisons` gives it; a column "note"
+            says what else must be known of a row.
         summary: estimates of the same metric.
         subjects: methods whose merit is asked.
         groups: columns that tell the groups apart.
@@ -82,25 +83,30 @@ def _by_group(table: pd.DataFrame, groups: Sequence[str]) -> list[tuple[dict[str
 
 def _phrases(table: pd.DataFrame, subject: str) -> list[str]:
     """ "is above A and B; is below C; cannot be told from D", of one subject."""
-    found: dict[str, list[tuple[str, float, float]]] = {"is above": [], "is below": [], UNDECIDED: []}
+    found: dict[str, list[tuple[str, float, float, str]]] = {"is above": [], "is below": [], UNDECIDED: []}
     for row in table.to_dict("records"):
         if subject not in (row["method"], row["other"]):
             continue
         is_first = row["method"] == subject
         difference = row["difference"] if is_first else -row["difference"]
         verb = UNDECIDED if not row["p_holm"] < LEVEL else "is above" if difference > 0 else "is below"
-        found[verb].append((row["other"] if is_first else row["method"], difference, row["p_holm"]))
+        other = row["other"] if is_first else row["method"]
+        found[verb].append((other, difference, row["p_holm"], row.get("note", "")))
     return [f"{verb} {_described(others, verb)}" for verb, others in found.items() if others]
 
 
-def _described(others: Sequence[tuple[str, float, float]], verb: str) -> str:
+def _described(others: Sequence[tuple[str, float, float, str]], verb: str) -> str:
     """Names with differences and p-values; of many that nothing follows for, the names and the range."""
     if verb == UNDECIDED and len(others) > _NUMBERED:
-        differences = [difference for _, difference, _ in others]
+        differences = [difference for _, difference, *_ in others]
         return (
             f"{_listed([name for name, *_ in others])} (differences {min(differences):+.3f} to {max(differences):+.3f})"
         )
-    return _listed([f"{name} ({difference:+.3f}, p = {_p_text(p)})" for name, difference, p in others])
+    texts = [
+        f"{name} ({difference:+.3f}, p = {_p_text(p)}{f'; {note}' if note else ''})"
+        for name, difference, p, note in others
+    ]
+    return _listed(texts)
 
 
 def _p_text(p: float) -> str:

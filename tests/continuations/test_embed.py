@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from saelens_ext.continuations.embed import continuation_tokens, embed_continuations
+from saelens_ext.continuations.embed import continuation_tokens, embed_continuations, embed_visible, visible_rows
 from saelens_ext.continuations.sample import score_continuations
 from saelens_ext.host.sentence_model import load_sentence_model, packaged_sentence_model
+from tests.continuations.static_embedder import UNSEEN, static_embedder
 from tests.models_zoo import make_model
 
 PROMPT = "The bank of the"
@@ -109,6 +110,33 @@ def test_what_cannot_be_embedded(embedder, found):
 
     with pytest.raises(ValueError, match="mode='sentence'"):
         embed_continuations(found, Slow())
+
+
+@pytest.mark.parametrize("kind", ["packaged", "static", "of no tokenizer"])
+def test_rows_without_text_that_is_seen(kind, embedder, found):
+    texts = [" river", *(UNSEEN if kind != "of no tokenizer" else UNSEEN[:3]), "\u200bbank"]
+    rows = replace(found, **one_row_for_each(texts))
+    model = {"packaged": embedder, "static": static_embedder(), "of no tokenizer": WithoutTokenizer()}[kind]
+    assert visible_rows(rows, model).tolist() == [True, *[False] * (len(texts) - 2), True]
+    for mode in ("sentence",) if kind == "static" else ("sentence", "contextual") if kind == "packaged" else ():
+        made = embed_visible(rows, model, mode=mode)
+        assert made.texts == (texts[0], texts[-1]) and torch.isfinite(made.embeddings).all()
+    assert embed_visible(rows.select(range(1, len(texts) - 1)), model) is None
+
+
+class WithoutTokenizer:
+    """A sentence model of the user's own."""
+
+    def encode(self, texts, **options):
+        raise AssertionError("nothing was to be embedded")
+
+
+def one_row_for_each(texts):
+    n = len(texts)
+    return {
+        "texts": tuple(texts), "token_ids": torch.full((n, 1), 3), "lengths": torch.ones(n, dtype=torch.int64),
+        "log_probs": torch.full((n, 1), -1.0), "weights": torch.full((n,), 1 / n, dtype=torch.float64),
+    }  # fmt: skip
 
 
 def test_a_chat_prompt_is_read_without_its_template(embedder):

@@ -48,6 +48,30 @@ def test_noise_alone_gives_no_claim():
     assert not ((table["p_holm"] < 0.05) & (table["difference"] < 0)).any()
 
 
+def test_a_control_that_is_one_cluster_for_all_is_said_to_be_none(two_views):
+    cells = two_views.cells.copy()
+    where = (cells["metric"] == "n_clusters") & cells["prefix"].isin([f"Prefix {n}" for n in range(5)])
+    assert (cells.loc[where & (cells["method"] == "joint"), "value"] > 1).all()
+    cells.loc[where & (cells["method"] == "length"), "value"] = 1.0
+    found = replace(two_views, cells=cells)
+    notes = found.comparisons().set_index("other")["note"]
+    assert notes["length"] == "length is one cluster in 5 of 8 prefixes" and set(notes.drop("length")) == {""}
+    assert found.wins().set_index("other")["note"].equals(notes[found.wins()["other"]])
+    assert "; length is one cluster in 5 of 8 prefixes)" in found.verdict()
+    assert "is one cluster for all (length in 5 of 8 prefixes), nothing is clustered" in found.verdict()
+    # Where the joint clustering is one cluster as well, the two are the same.
+    cells.loc[where & (cells["method"] == "joint") & (cells["prefix"] != "Prefix 0"), "value"] = 1.0
+    assert "length in 1 of 4 prefixes" in replace(two_views, cells=cells).verdict()
+    assert "one cluster" not in two_views.verdict() and "note" not in two_views.comparisons()
+
+
+@pytest.mark.slow
+def test_continuations_of_one_length_are_one_cluster_by_length():
+    sets = [two_view_set(number, lengths=np.full(48, 3)) for number in range(6)]
+    found = compare_clusterings(sets, **CELL)
+    assert "length is one cluster in 6 of 6 prefixes" in found.verdict()
+
+
 def test_figures_are_those_of_loops(two_views):
     """Rates match, and one prefix is worked out by hand from the labels of a clusterer fitted to the same half."""
     cells = two_views.cells.pivot_table(index=["prefix", "beta", "gamma", "method"], columns="metric", values="value")

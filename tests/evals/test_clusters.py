@@ -1,5 +1,7 @@
 """Steering along the clusters of many prefixes: planted directions, made-up slopes, matched lengths, fresh draws."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -15,6 +17,7 @@ from saelens_ext.evals.evidence import Evidence
 from saelens_ext.host.sentence_model import packaged_sentence_model
 from saelens_ext.report.evidence_report import write_evidence_report
 from tests.continuations._dictionaries import make
+from tests.continuations.static_embedder import UNSEEN, static_embedder
 from tests.continuations.validation.test_validate import dictionaries, model, planted  # noqa: F401
 from tests.evals.continuation_sets import two_view_set
 from tests.models_zoo import make_model
@@ -69,7 +72,10 @@ def test_planted_directions_move_more_than_what_does_not_know_them(steered, tmp_
     assert steered.verdict().startswith("Too few prefixes for any claim: with 6 of them and 12 comparisons")
     assert "is needed" not in steered.verdict()
     assert (steered.by_cell().set_index("method").loc["joint", "own_is_largest"]) == 1
-    # All are of one token, so each is matched.
+    # All are of one token, so each is matched, and by length they are one group.
+    counts = steered.by_cell().set_index("method")["n_clusters"]
+    assert counts["length"] == 1 and counts["joint"] == counts["semantic"] == counts["coherent_semantic"] == 3
+    assert "(length in 6 of 6 prefixes), its direction is that of all" in steered.verdict()
     cells = steered.cells.set_index(["prefix", "row", "method", "metric"])["value"].unstack("metric")
     cells = cells[cells["slope"].notna()]
     assert (cells["slope"] == cells["matched_slope"]).all() and len(cells) > 6 * 8 * 10
@@ -132,6 +138,21 @@ def test_the_verdict_goes_either_way(gain, words):
     assert "matched by length, in logits" in said
 
 
+def test_a_control_that_is_one_group_is_said_to_be():
+    found = made(12, {"nothing": 5.5, **dict.fromkeys((*SIMPLER, "length"), 0.0)})
+    assert "one group" not in found.verdict()
+    where = {"beta": 1.0, "gamma": 0.5, "direction": "medoid", "sign": "all", "row": -1, "metric": "n_clusters"}
+    sizes = [
+        where | {"prefix": f"p{number}", "method": method, "value": 1.0 + number % 4 * (method == "joint")}
+        for number in range(12)
+        for method in ("joint", "length")
+    ]
+    found = replace(found, cells=pd.concat([found.cells, pd.DataFrame(sizes)], ignore_index=True))
+    assert "Where a control is one group (length in 9 of 9 prefixes), its direction is that of all" in found.verdict()
+    assert found.comparisons().set_index("other")["note"]["length"] == "length is one cluster in 9 of 9 prefixes"
+    assert found.wins().set_index("other")["note"]["global"] == ""
+
+
 def test_too_few_prefixes_leave_the_joint_clustering_undecided():
     said = made(8, {"nothing": 5.5, **dict.fromkeys(SIMPLER, 0.5)}).verdict()
     assert "Too few" in said and "The joint clustering" not in said
@@ -159,6 +180,21 @@ def test_fresh_draws_of_the_same_modes_fall_into_the_same_clusters():
     expected = adjusted_rand_score(clusterer.predict(*noise.both_views()), own)
     assert agreement(clusterer, noise) == expected
     assert agreement(clusterer, other) <= 1
+
+
+def test_a_second_embedder_sees_nothing_in_some_rows():
+    rows = two_view_set(3)
+    rows = replace(rows, texts=("river", *UNSEEN, *rows.texts[1 + len(UNSEEN) :]))
+    audit = AuditConfig(embedding="sentence")
+    plan = cluster_cells.ClusterPlan(
+        cells=(), directions=(), signs=(), generate=0, controls=(), second_embedder=static_embedder(), fresh_draws=0,
+        audit=audit,
+    )  # fmt: skip
+    embedded, seen = cluster_cells._second(rows, plan)
+    assert seen.tolist() == [True, *[False] * len(UNSEEN), *[True] * (47 - len(UNSEEN))]
+    assert len(embedded) == 48 - len(UNSEEN) and embedded.signatures is not None
+    with pytest.raises(ValueError, match="What the second embedder sees of 'Prefix 3' has 5 continuations"):
+        cluster_cells._second(rows.select(range(5 + len(UNSEEN))), plan)
 
 
 @pytest.mark.slow

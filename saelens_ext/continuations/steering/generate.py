@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from saelens_ext import _checks
 from saelens_ext.continuations.continuation_set import PADDING, ContinuationSet, pad_rows
-from saelens_ext.continuations.embed import embed_continuations
+from saelens_ext.continuations.embed import embed_continuations, visible_rows
 from saelens_ext.continuations.steering.latents import LatentScaler, Setting
 from saelens_ext.host.continued_text import text_after
 from saelens_ext.host.hook_edits import hooked
@@ -27,7 +27,7 @@ Classifier = Callable[[ContinuationSet], Any]
 """From a set of generations to one whole number per row, the cluster that it falls into."""
 
 NOTHING = -1
-"""Label of a generation without visible text."""
+"""Label of a generation without text that is seen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,8 +128,9 @@ def nearest_cluster(
 ) -> Classifier:
     """A classifier by meaning alone: the cluster whose mean embedding is nearest.
 
-    What causes a generation is what steering changes, so a generation is placed by what it says. ``labels`` are the
-    clusters of the rows ``(n,)``; ``embedder`` and ``mode`` are what made the embeddings, see ``embed_continuations``.
+    What causes a generation is what steering changes, so a generation is placed by what it says; one in which the
+    embedder sees no text falls in none, `NOTHING`. ``labels`` are the clusters of the rows ``(n,)``; ``embedder`` and
+    ``mode`` are what made the embeddings, see ``embed_continuations``.
 
     Raises:
         ValueError: a set without embeddings, or labels of another length; when it is used, an embedder of another
@@ -138,14 +139,19 @@ def nearest_cluster(
     centers, names = cluster_means(continuations, labels)
 
     def classify(generations: ContinuationSet) -> np.ndarray:
-        vectors = embed_continuations(generations, embedder, mode=mode).embeddings
+        found = np.full(len(generations), NOTHING)
+        seen = visible_rows(generations, embedder).numpy()
+        if not seen.any():
+            return found
+        vectors = embed_continuations(generations.select(seen), embedder, mode=mode).embeddings
         assert vectors is not None
         if vectors.shape[1] != centers.shape[1]:
             raise ValueError(
                 f"The embedder gives vectors of width {vectors.shape[1]}, and the continuations' embeddings have width "
                 f"{centers.shape[1]}; give the embedder and mode that they were made with."
             )
-        return names[torch.cdist(vectors.double(), centers).argmin(dim=1).numpy()]
+        found[seen] = names[torch.cdist(vectors.double(), centers).argmin(dim=1).numpy()]
+        return found
 
     return classify
 

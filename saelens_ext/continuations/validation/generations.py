@@ -103,7 +103,8 @@ def _embedded(model: HostModel, continuations: ContinuationSet, drawn: Sequence[
     if embedded is None or embedded.shape[1] != vectors.shape[1]:
         raise ValueError(
             f"embed must give embeddings of width {vectors.shape[1]}, as the continuations have; give the embedder and "
-            "mode that theirs were made with, for example embed=lambda s: embed_continuations(s, embedder, mode=...)."
+            "mode that theirs were made with: embed=lambda s: embed_visible(s, embedder, mode=...), with embed_visible "
+            "of saelens_ext.continuations.embed."
         )
     of_text = dict(zip(made.texts, embedded.double(), strict=True))
     for i, text in enumerate(texts):

@@ -1,10 +1,13 @@
 """Free generations under steering: paired, changed from the prefix on, and placed in clusters."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from saelens_ext.continuations.attribution.attribute import attribute_continuations
+from saelens_ext.continuations.embed import embed_continuations
 from saelens_ext.continuations.sample import sample_continuations
 from saelens_ext.continuations.steering.generate import nearest_cluster
 from saelens_ext.continuations.steering.steer import steer_continuations
@@ -15,6 +18,7 @@ from saelens_ext.host.hook_edits import hooked
 from saelens_ext.host.models import resolve_hook
 from saelens_ext.steering.sampling import SamplingOptions, sample_texts
 from tests.continuations._dictionaries import make
+from tests.continuations.static_embedder import UNSEEN, static_embedder
 from tests.models_zoo import MODEL_CLASSES, make_model
 
 FAST = ValidationOptions(strengths=(0, 2), top=3, n_bootstrap=200, n_permutations=500)
@@ -101,11 +105,30 @@ def test_the_nearest_cluster_is_that_of_the_nearest_mean(monkeypatch):
     found = found.with_embeddings(torch.stack([angles.cos(), angles.sin()], dim=1))
     labels = np.repeat([7, 3, 5], 4)
     monkeypatch.setattr("saelens_ext.continuations.steering.generate.embed_continuations", lambda s, *_, **__: s)
+    monkeypatch.setattr(
+        "saelens_ext.continuations.steering.generate.visible_rows", lambda s, *_: torch.ones(len(s)).bool()
+    )
     assert nearest_cluster(found, labels)(found).tolist() == labels.tolist()
     with pytest.raises(ValueError, match="one per continuation"):
         nearest_cluster(found, labels[:3])
     with pytest.raises(ValueError, match="width 3"):
         nearest_cluster(found, labels)(found.with_embeddings(torch.eye(12)[:, :3] + 1))
+
+
+def test_generations_in_which_the_embedder_sees_nothing_fall_in_no_cluster(monkeypatch):
+    model, embedder = make_model("llama", "SAETransformerBridge"), static_embedder()
+    sae, found = prepared(model)
+    words = ["river", "bank"] * 6
+    found = embed_continuations(replace(found, texts=tuple(words)), embedder, mode="sentence")
+    classify = nearest_cluster(found, np.arange(12) % 2 + 3, embedder, mode="sentence")
+    texts = [*UNSEEN, "bank", "river"]
+    monkeypatch.setattr("saelens_ext.continuations.steering.steer.generated_texts", lambda *_: texts)
+    options = {"strengths": (1,), "generate": len(texts), "classify": classify}
+    steered = steer_continuations(model, sae, found, found.signatures[0], **options)
+    assert steered.generation_labels == ((*[-1] * len(UNSEEN), 4, 3),)
+    texts[:] = [UNSEEN[-1]] * len(texts)
+    steered = steer_continuations(model, sae, found, found.signatures[0], **options)
+    assert steered.generation_labels == ((-1,) * len(texts),)
 
 
 @pytest.mark.slow
