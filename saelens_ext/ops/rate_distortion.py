@@ -171,8 +171,7 @@ class PairedViews:
 
     def clusters(self, labels: Int[np.ndarray, " n"]) -> list[Cluster]:
         """One cluster per label; labels are 0 to K - 1, each in use."""
-        order = np.argsort(labels, kind="stable")
-        return [self.cluster(part) for part in np.split(order, np.cumsum(np.bincount(labels))[:-1])]
+        return [self.cluster(part) for part in members_by_label(labels)]
 
     def _made(self, members: np.ndarray, key: bytes) -> Cluster:
         weights = self.weights[members]
@@ -296,8 +295,15 @@ class PairedViews:
         """|a - h|_1 of some items, block by block where they must be copied."""
         if isinstance(rows, slice):
             return cdist(self._rows[rows], center[None], "cityblock")[:, 0]
-        parts = np.array_split(rows, 1 + len(rows) * len(center) // (8 * _BLOCK))
+        n_parts = 1 + len(rows) * len(center) // (8 * _BLOCK)
+        parts = np.array_split(rows, n_parts) if n_parts > 1 else [rows]  # which takes longer than few distances
         return np.concatenate([cdist(self._rows[part], center[None], "cityblock")[:, 0] for part in parts])
+
+
+def members_by_label(labels: Int[np.ndarray, " n"]) -> list[Int[np.ndarray, " m"]]:
+    """The items of each label in use, ascending."""
+    order, ends = np.argsort(labels, kind="stable"), np.cumsum(np.bincount(labels)).tolist()
+    return [order[first:end] for first, end in zip([0, *ends], ends) if first < end]
 
 
 def partition_cost(clusters: Sequence[Cluster], b_e: float, b_a: float) -> float:

@@ -89,6 +89,8 @@ class Search:
         self._splits: dict[bytes, list[tuple[Cluster, Cluster]]] = self._scout._splits if self._scout else {}
         self._explored: set[tuple[bytes, float]] = self._scout._explored if self._scout else set()
         self.one = views.cluster(np.arange(views.n))
+        # Partitions from which no step lowers L, with the weights of the views.
+        self._ends: set[tuple[frozenset[bytes], float, float]] = set()
 
     def starts(self, b_e: float, b_a: float) -> list[Int[np.ndarray, " n"]]:
         """Partitions worth descending from: one cluster, two found in the sketch; for few items single ones and random
@@ -154,6 +156,8 @@ class Search:
         walk = Walk(self, self.allowed(labels, b_e, b_a), b_e, b_a, self.tol * max(self.one.cost(b_e, b_a), 1e-300))
         rounds, converged = 0, False
         while rounds < self.max_iter and not converged:
+            if converged := (walk.key, b_e, b_a) in self._ends:
+                break
             rounds += 1
             walk.settle()
             changed = walk.merge()
@@ -161,7 +165,9 @@ class Search:
             if self.min_members == 1:
                 changed = changed or walk.evict() or walk.split(least_members=1)
             converged = not (changed or walk.move() or (self.min_members > 1 and walk.swap()))
-        if not converged:
+        if converged:
+            self._ends.add((walk.key, b_e, b_a))
+        else:
             walk.settle()
         return Descent(walk.labels, walk.clusters, walk.history, rounds, converged)
 

@@ -13,7 +13,13 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from saelens_ext.ops.rate_distortion import Cluster, PairedViews, assignment_costs, partition_cost
+from saelens_ext.ops.rate_distortion import (
+    Cluster,
+    PairedViews,
+    assignment_costs,
+    members_by_label,
+    partition_cost,
+)
 
 # Pairs whose union is worked out per merge; all where views are small.
 _PAIRS_JUDGED = 4
@@ -59,6 +65,11 @@ class Walk:
         self._hope = 0.5 if self._small else 0.8
         self.clusters = self.views.clusters(labels)
         self.history = [partition_cost(self.clusters, b_e, b_a)]
+
+    @property
+    def key(self) -> frozenset[bytes]:
+        """What tells the partition from others, whatever the order of its clusters."""
+        return frozenset(cluster.key for cluster in self.clusters)
 
     def _cost(self, clusters: Sequence[Cluster]) -> float:
         return partition_cost(clusters, self.b_e, self.b_a)
@@ -213,9 +224,7 @@ class Walk:
         while len(leaving):
             labels = self.labels.copy()
             labels[leaving] = len(self.clusters) + np.arange(len(leaving))
-            parts = np.split(
-                np.argsort(labels, kind="stable"), np.cumsum(np.unique(labels, return_counts=True)[1])[:-1]
-            )
+            parts = members_by_label(labels)
             if not self._promising(self.clusters, parts):
                 leaving = leaving[: len(leaving) // 2]
                 continue
@@ -293,11 +302,13 @@ class Walk:
         extra = costs - costs[items, self.labels][:, None]
         extra[items, self.labels] = np.inf
         nearest = np.argsort(extra, axis=1)[:, : min(_TARGETS_PER_MOVE, len(self.clusters) - 1)]
-        pairs = [(extra[i, k], i, k) for i in items for k in nearest[i] if extra[i, k] < np.inf]
         alone = -costs[items, self.labels] - np.log(self.views.weights)
-        pairs += [(alone[i], i, None) for i in items]
-        for _, item, k in sorted(pairs, key=lambda entry: entry[0]):
-            yield int(item), None if k is None else int(k)
+        rise = np.concatenate([np.take_along_axis(extra, nearest, axis=1).ravel(), alone])
+        for place in np.argsort(rise, kind="stable"):
+            if place >= nearest.size:
+                yield int(place) - nearest.size, None
+            elif rise[place] < np.inf:
+                yield int(place) // nearest.shape[1], int(nearest.flat[place])
 
 
 def _members(clusters: Iterable[Cluster]) -> np.ndarray:

@@ -9,6 +9,7 @@ import pytest
 from scipy.stats import entropy
 
 import saelens_ext as sx
+from saelens_ext.continuations.clustering.baselines import SingleView
 from saelens_ext.evals.clusterings import ClusteringEvidence, compare_clusterings
 from saelens_ext.report.evidence_report import write_evidence_report
 from tests.evals.continuation_sets import one_view_set, planted_set, two_view_set
@@ -101,6 +102,11 @@ def test_figures_are_those_of_loops(two_views):
     own = cells.loc["Prefix 0", 2.0, 0.5, "joint"]
     assert own["objective"] == pytest.approx(total) and own["n_clusters"] == len(masses)
     assert own["fitted_rate"] == pytest.approx(entropy(masses))
+    # Each control is made from its own view alone, at the rate of the joint clusters.
+    for name, view in {"semantic": e, "attribution": a, "length": one.lengths.double().numpy()[:, None]}.items():
+        control = SingleView(view[chosen], random_state=0).with_rate(point.rate)
+        found = cells.loc["Prefix 0", 2.0, 0.5, name]
+        assert found["fitted_rate"] == pytest.approx(control.rate) and found["n_clusters"] == control.n_clusters
 
 
 def _lower_median(values):

@@ -1,6 +1,7 @@
 """Steering along the clusters of many prefixes: planted directions, made-up slopes, matched lengths, fresh draws."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -195,6 +196,35 @@ def test_a_second_embedder_sees_nothing_in_some_rows():
     assert len(embedded) == 48 - len(UNSEEN) and embedded.signatures is not None
     with pytest.raises(ValueError, match="What the second embedder sees of 'Prefix 3' has 5 continuations"):
         cluster_cells._second(rows.select(range(5 + len(UNSEEN))), plan)
+
+
+def test_what_each_cell_is_steered_with(monkeypatch):
+    """The clusters of the second embedder are its own, and every direction and sign is tried with all controls."""
+    rows, asked = two_view_set(3), []
+    other = two_view_set(4).select(range(44)).with_signatures(rows.signatures[:44])
+    seen = np.arange(48) < 44
+
+    def tested(_, saes, continuations, clusterer, options, *, partitions, **more):
+        asked.append((options.direction, options.sign, options.controls, partitions))
+        raise ValueError("seen")
+
+    monkeypatch.setattr(cluster_cells, "validate_clusters", tested)
+    plan = cluster_cells.ClusterPlan(
+        cells=(), directions=("medoid", "center"), signs=("positive", "all"), generate=0, controls=("length",),
+        second_embedder=None, fresh_draws=0, audit=AuditConfig(min_cluster_size=4),
+    )  # fmt: skip
+    subject = SimpleNamespace(model=None, saes=None, embedder=None)
+    ways = [(direction, sign) for direction in plan.directions for sign in plan.signs]
+    for direction, sign in ways:
+        only = replace(plan, directions=(direction,), signs=(sign,))
+        with pytest.raises(ValueError, match="seen"):
+            cluster_cells._cell(subject, rows, (other, seen), None, 2.0, 0.5, only)
+    assert [one[:3] for one in asked] == [(*way, ("length",)) for way in ways]
+    clusters = fit(JointClusterer(2.0, 0.5, min_cluster_size=4, random_state=0), rows)
+    own = fit(JointClusterer(2.0, 0.5, min_cluster_size=4, random_state=0), other).labels_
+    partition = asked[0][3]["second_embedder"]
+    assert partition[:44].tolist() == own.tolist() and set(partition[44:]) == {-1}
+    assert adjusted_rand_score(own, clusters.labels_[:44]) < 0.9
 
 
 @pytest.mark.slow

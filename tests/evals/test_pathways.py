@@ -60,6 +60,7 @@ def test_a_constructed_dormant_direction_is_flagged(model, texts):
     mixed = check(model, texts, 0.8 * active + 0.6 * dormant)
     assert mixed.shares["active"] == pytest.approx(0.64, abs=1e-6)
     assert sum(mixed.shares[part] for part in ("active", "dormant")) == pytest.approx(1)
+    assert mixed.flagged and mixed.dormant_effect > 0.5 and mixed.shares["dormant"] < 0.4
 
 
 def test_effects_are_those_of_plain_interventions(model, texts):

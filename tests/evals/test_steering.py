@@ -241,6 +241,16 @@ def test_people_as_another_judge(found, tmp_path):
             read_ratings(path)
 
 
+def test_files_of_ratings_that_are_refused(tmp_path):
+    path = tmp_path / "rate.csv"
+    path.write_text("id,concept_rating\na,1\n")
+    with pytest.raises(ValueError, match="lacks the columns fluency_rating; it is not a file of export_for_people"):
+        read_ratings(path)
+    path.write_text("id,concept_rating,fluency_rating\na,1,2\nb,,\na,0,2\n")
+    with pytest.raises(ValueError, match="Line 4 of .* rates a a second time"):
+        read_ratings(path)
+
+
 def test_bad_input(model, planted, concepts):
     for message, options in [
         ("prompts must be at least 2 different ones, got 1", {"prompts": ["a b"]}),

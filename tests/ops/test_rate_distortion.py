@@ -5,10 +5,10 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from saelens_ext.ops.rate_distortion import PairedViews, assignment_costs, partition_cost
+from saelens_ext.ops.rate_distortion import PairedViews, assignment_costs, members_by_label, partition_cost
 from saelens_ext.ops.rate_distortion_descent import Search
 from saelens_ext.ops.rate_distortion_proposals import Sketch, sketch_partition, split_proposals
-from saelens_ext.ops.weighted_median import weighted_median
+from saelens_ext.ops.weighted_median import Sorted, weighted_median
 
 
 def random_views(seed: int, n: int, d_e: int = 3, d_a: int = 8, share: float = 0.5):
@@ -192,3 +192,35 @@ def test_memory_does_not_hold_items_by_clusters_by_sources():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 8 * n * d * 4 < 8 * n * k * d
+
+
+@pytest.mark.parametrize("n", [5, 48, 63, 64, 65, 100, 131])
+def test_medians_by_a_known_order_are_those_of_the_members(n):
+    rng = np.random.default_rng(n)
+    values, weights = rng.integers(-4, 5, size=(30, n)) + 0.25 * rng.integers(2, size=(30, 1)), rng.random(n) + 0.01
+    known = Sorted(values.astype(np.float64))
+    for size in {1, 2, n // 2, n - 1, n}:
+        members = np.sort(rng.permutation(n)[:size])
+        spread = np.zeros(n)
+        spread[members] = weights[members]
+        expected = weighted_median(values[:, members].astype(np.float64), weights[members])
+        assert known.medians(spread).tolist() == expected.tolist()
+
+
+def test_members_of_the_labels_in_use():
+    parts = members_by_label(np.array([3, 0, 3, 5, 0]))
+    assert [part.tolist() for part in parts] == [[1, 4], [0, 2], [3]]
+
+
+def test_a_descent_ends_where_one_ended_before():
+    rng = np.random.default_rng(3)
+    views = PairedViews(rng.normal(size=(40, 3)), rng.normal(size=(40, 6)), np.ones(40))
+    search = Search(views, np.random.RandomState(0))
+    first = search.descend(rng.integers(5, size=40), 2.0, 1.0)
+    again = search.descend(first.labels.max() - first.labels, 2.0, 1.0)
+    assert first.converged and again.converged and again.n_iter == 0 and len(again.history) == 1
+    assert again.cost == pytest.approx(first.cost, abs=1e-12)
+    # At other weights it may go on.
+    assert search.descend(first.labels, 4.0, 1.0).n_iter > 0
+    # Nor is it lower for a search that knows no end.
+    assert Search(views, np.random.RandomState(0)).descend(first.labels, 2.0, 1.0).cost == again.cost
