@@ -70,7 +70,7 @@ def test_a_control_that_is_one_cluster_for_all_is_said_to_be_none(two_views):
 def test_continuations_of_one_length_are_one_cluster_by_length():
     sets = [two_view_set(number, lengths=np.full(48, 3)) for number in range(6)]
     found = compare_clusterings(sets, **CELL)
-    assert "length is one cluster in 6 of 6 prefixes" in found.verdict()
+    assert "(length in 6 of 6 prefixes), nothing is clustered" in found.verdict()
 
 
 def test_figures_are_those_of_loops(two_views):
