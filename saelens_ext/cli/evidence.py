@@ -57,7 +57,6 @@ from saelens_ext.steering.sampling import SamplingOptions
 _LOCALISING = ("chat_template", "chat_template_options", "max_new_tokens", "min_members", "min_rate")
 
 
-
 def detection(
     inputs: EvidenceInputs, concepts: ConceptInputs, settings: Any, results: ResultOptions, context: Context
 ) -> Result:
