@@ -1,8 +1,8 @@
-"""Prompts spread over worker processes, each with a model of its own.
+"""Work spread over worker processes: prompts of an audit, each worker with a model of its own; cells of a sweep.
 
-What is done for a prompt comes as a function without arguments that loads the model and gives back a function of the
-prompt's number. It travels by cloudpickle, and a worker calls it once. Numbers are handed out one by one, so that a
-slow prompt holds up no other; results are left in files, and only errors come back.
+What is done comes as a function without arguments that loads what is needed, such as the model, and gives back a
+function of a number, of the prompt or cell. It travels by cloudpickle, and a worker calls it once. Numbers are handed
+out one by one, so that a slow one holds up no other. An audit leaves results in files, so that only errors come back.
 """
 
 import threading
@@ -21,8 +21,9 @@ from saelens_ext.activations.ray_actors import RayActors
 
 WORKERS = ("joblib", "ray")
 
-Job = Callable[[int], str | None]
-"""Does the work for a number; an error in words, or None."""
+Job = Callable[[int], Any]
+"""Does the work for a number; gives what is to come back, if anything."""
+IN_FOLDER = "What was finished is in the folder; the same call goes on from there."
 
 # One entry: the run that this thread works for, and its job. joblib's workers are kept for the next run.
 _LOADED = threading.local()
@@ -35,32 +36,45 @@ def spread(
     n_workers: int,
     actor_options: dict[str, Any] | None,
     progress: bool,
-) -> dict[int, str]:
-    """Do the work for all numbers, and give the errors by number.
+    after_a_death: str = IN_FOLDER,
+) -> dict[int, Any]:
+    """Do the work for all numbers, and give what it gave by number, where that is not None.
+
+    ``after_a_death``: what to do when a worker died, as a sentence.
 
     Raises:
         ValueError: more actors than Ray has resources for.
         RuntimeError: a worker died.
     """
     n_workers = min(n_workers, len(numbers))
-    if workers == "ray":
-        return _RaySpread(load, n_workers, actor_options).errors(numbers, progress)
-    return _over_joblib(load, numbers, n_workers)
+    try:
+        if workers == "ray":
+            return _RaySpread(load, n_workers, actor_options).found(numbers, progress)
+        return _over_joblib(load, numbers, n_workers)
+    except _Died as death:
+        raise RuntimeError(
+            "A worker died (out of memory, stopped from outside, or what it needs could not be loaded there). "
+            f"{after_a_death} Its end was reported as: {death}"
+        ) from death.__cause__
 
 
-def _over_joblib(load: Callable[[], Job], numbers: Sequence[int], n_workers: int) -> dict[int, str]:
+class _Died(Exception):
+    """The end of a worker, in the words of what ran it."""
+
+
+def _over_joblib(load: Callable[[], Job], numbers: Sequence[int], n_workers: int) -> dict[int, Any]:
     """The same by joblib's workers: processes here, or those of a cluster that a backend names."""
     run, threads = uuid4().hex, _threads()
     options: dict[str, Any] = {"batch_size": 1, "pre_dispatch": "n_jobs"}  # one by one
     parallel = joblib.Parallel(n_jobs=n_workers, **options)
     try:
-        errors: Any = parallel(joblib.delayed(_in_worker)(run, load, threads, number) for number in numbers)
+        found: Any = parallel(joblib.delayed(_in_worker)(run, load, threads, number) for number in numbers)
     except BrokenProcessPool as error:
-        raise _died(error) from error
-    return {number: error for number, error in zip(numbers, errors, strict=True) if error is not None}
+        raise _Died(error) from error
+    return {number: one for number, one in zip(numbers, found, strict=True) if one is not None}
 
 
-def _in_worker(run: str, load: Callable[[], Job], threads: dict[str, int], number: int) -> str | None:
+def _in_worker(run: str, load: Callable[[], Job], threads: dict[str, int], number: int) -> Any:
     if getattr(_LOADED, "run", None) != run:
         _LOADED.job = None  # before another model is loaded
         _LOADED.job, _LOADED.run = load(), run
@@ -78,8 +92,8 @@ class _RaySpread(RayActors):
     def _actor(self) -> tuple[type, tuple[Any, ...]]:
         return _Actor, (self._load, _threads())
 
-    def errors(self, numbers: Sequence[int], progress: bool) -> dict[int, str]:
-        """Errors by number; the actors are stopped afterwards."""
+    def found(self, numbers: Sequence[int], progress: bool) -> dict[int, Any]:
+        """What came back by number; the actors are stopped afterwards."""
         waiting, running, found = list(reversed(numbers)), {}, {}
         try:
             free = list(self._started())
@@ -91,14 +105,14 @@ class _RaySpread(RayActors):
                     done, _ = self._ray.wait(list(running))
                     for reference in done:
                         actor, number = running.pop(reference)
-                        error = self._ray.get(reference)
-                        found |= {number: error} if error is not None else {}
+                        result = self._ray.get(reference)
+                        found |= {number: result} if result is not None else {}
                         free.append(actor)
                         bar.update()
         except self._ray.exceptions.RayTaskError as error:
             raise error.cause from error
         except self._ray.exceptions.RayActorError as error:
-            raise _died(error) from error
+            raise _Died(error) from error
         finally:
             self.close()
         return found
@@ -108,17 +122,10 @@ class _Actor:
     def __init__(self, load: Callable[[], Job], threads: dict[str, int]) -> None:
         self._job, self._threads = load(), threads
 
-    def work(self, number: int) -> str | None:
+    def work(self, number: int) -> Any:
         """Do the work for a number."""
         with _limited(self._threads):
             return self._job(number)
-
-
-def _died(error: Exception) -> RuntimeError:
-    return RuntimeError(
-        "A worker died (out of memory, stopped from outside, or the model could not be loaded there). What was "
-        f"finished is in the folder; the same call goes on from there. Its end was reported as: {error}"
-    )
 
 
 def _threads() -> dict[str, int]:

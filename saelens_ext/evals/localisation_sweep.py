@@ -6,6 +6,7 @@ Symbols
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from saelens_ext import _checks, _files
 from saelens_ext._modes import standard_modes
 from saelens_ext.activations.matrix_stream import MatrixStream
+from saelens_ext.audit.spread import IN_FOLDER, WORKERS, Job, spread
 from saelens_ext.concepts.token_activations import read_texts
 from saelens_ext.dictionaries.exemplar_partition import ExemplarPartition
 from saelens_ext.dictionaries.fit_exemplars import fit_exemplar_partitions
@@ -197,6 +199,8 @@ def localisation_sweep(
     confidence: float = 0.95,
     batch_size: int = 64,
     n_jobs: int = 1,
+    workers: str = "joblib",
+    actor_options: dict[str, Any] | None = None,
     folder: str | Path | None = None,
     progress: bool = False,
 ) -> SweepEvidence:
@@ -224,14 +228,18 @@ def localisation_sweep(
         batch_size: answers in a forward pass.
         n_jobs: partitions at a time, as joblib counts; a backend set by ``joblib.parallel_config`` spreads them over a
             cluster. The answers of all cells share the model's batches here.
+        workers: "joblib", or "ray": actors on the cluster that ``ray.init`` was called for, or on this machine.
+        actor_options: Ray's resources of an actor; one CPU by default.
         folder: where every cell is written when it is done; what is there already is not computed again.
         progress: show a progress bar.
 
     Raises:
         ValueError: no percentile or seed, one given twice, a folder of another sweep, or as
             :func:`~saelens_ext.evals.localisation.localise_behaviour`.
+        RuntimeError: a worker died.
     """
     _checks.choice(basis, BASES, "basis")
+    _checks.choice(workers, WORKERS, "workers")
     for values, name in ((percentiles, "percentiles"), (seeds, "seeds")):
         if len(_checks.listed(values, name, "number")) > len(set(values)):
             raise ValueError(f"{name} must all be different, got {tuple(values)}.")
@@ -253,7 +261,8 @@ def localisation_sweep(
     wanted = [(float(percentile), int(seed)) for percentile in percentiles for seed in seeds]
     missing = [cell for cell in wanted if store.cell(*cell) is None]
     if missing:
-        cells = _located(model, hook_name, split, chosen, missing, limits, basis, template, n_jobs)
+        cells = _located(model, hook_name, split, chosen, missing, limits, basis, template)
+        cells = _spread(cells, n_jobs, workers, actor_options, "" if store.folder is None else IN_FOLDER)
         _ask_cells(asking, split, cells, missing, resolve_hook(model, hook_name), store, matched, progress)
     settings |= {"percentiles": [p for p, _ in wanted], "n_bootstrap": n_bootstrap, "confidence": confidence}
     found = [cast("dict[str, Any]", store.cell(*cell)) for cell in wanted]
@@ -265,9 +274,9 @@ def localisation_sweep(
 
 def _located(
     model: HostModel, hook_name: str, split: PromptSplit, verdicts: Sequence[Verdict],
-    cells: Sequence[tuple[float, int]], limits: dict[str, Any], basis: str, template: dict[str, Any], n_jobs: int,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Localise in every cell, from one pass over the build prompts and one over the choose prompts."""
+    cells: Sequence[tuple[float, int]], limits: dict[str, Any], basis: str, template: dict[str, Any],
+) -> "list[partial[dict[str, Any]]]":  # fmt: skip
+    """A call that localises, for each cell, from one pass over the build prompts and one over the choose prompts."""
     built = read_texts(model, hook_name, split.build, **template)
     last = read_texts(model, hook_name, split.choose, positions="last", **template)
     (x,), (y,) = built.activations.values(), last.activations.values()
@@ -276,11 +285,27 @@ def _located(
     calibrated = {
         percentile: (fit.dictionary.center.detach(), fit.threshold.threshold) for (_, percentile), fit in fits.items()
     }
-    jobs = (
-        joblib.delayed(_locate)(x, built.document_ids, y, verdicts, *calibrated[p], p, seed, limits, basis, hook_name)
+    return [
+        partial(_locate, x, built.document_ids, y, verdicts, *calibrated[p], p, seed, limits, basis, hook_name)
         for p, seed in cells
-    )
-    return cast("list[dict[str, Any]]", joblib.Parallel(n_jobs=n_jobs)(jobs))
+    ]
+
+
+def _spread(
+    jobs: "Sequence[partial[dict[str, Any]]]", n_jobs: int, workers: str, actor_options: dict[str, Any] | None,
+    after_a_death: str,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """The results of some calls, by several workers."""
+    n_workers = joblib.effective_n_jobs(n_jobs) if workers == "joblib" else n_jobs
+    if n_workers == 1:
+        return [job() for job in jobs]
+    load = partial(_by_number, list(jobs))
+    found = spread(load, range(len(jobs)), workers, n_workers, actor_options, False, after_a_death or "Call it again.")
+    return [found[number] for number in range(len(jobs))]
+
+
+def _by_number(jobs: "Sequence[partial[dict[str, Any]]]") -> Job:
+    return lambda number: jobs[number]()
 
 
 def _locate(

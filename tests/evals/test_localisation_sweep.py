@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 
 import joblib
 import numpy as np
@@ -138,3 +139,53 @@ def test_bad_options(model, split, options):
 def test_a_behaviour_that_is_never_shown_is_refused(model, split):
     with pytest.raises(ValueError, match="never shown"):
         sx.localisation_sweep(model, HOOK, split, sx.begins_with(["xyzzy"]), **GRID, **OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 * 2**20)
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning:joblib", "ignore::ResourceWarning")
+@pytest.mark.parametrize("workers", ["joblib", "ray"])
+def test_a_worker_that_is_killed_ends_the_call_and_the_next_goes_on(
+    workers, model, split, swept, tmp_path, monkeypatch, request
+):
+    if workers == "ray":
+        request.getfixturevalue("cluster")
+    here, killed = os.getpid(), tmp_path / "killed"
+
+    def dying(*args):
+        if os.getpid() != here and not killed.exists():
+            killed.touch()
+            os._exit(9)
+        # In a worker that is the function itself.
+        return importlib.import_module("saelens_ext.evals.localisation_sweep")._locate(*args)
+
+    options = {**GRID, **OPTIONS, "folder": tmp_path / "sweep", "n_jobs": 2, "workers": workers}
+    said = "A worker died .* What was finished is in the folder; the same call goes on"
+    with pytest.MonkeyPatch.context() as patch:  # what travels to a worker cannot hold the function that it replaces
+        patch.setattr(sweeping, "_locate", dying)
+        with pytest.raises(RuntimeError, match=said):
+            sx.localisation_sweep(model, HOOK, split, SAYS_IT, **options)
+    assert killed.exists()
+    asked, ask = [], Asking.ask
+
+    def counted(self, prompts, conditions=(Condition(name="plain"),), *, progress=False):
+        asked.append(len(conditions))
+        return ask(self, prompts, conditions, progress=progress)
+
+    monkeypatch.setattr(Asking, "ask", counted)
+    found = sx.localisation_sweep(model, HOOK, split, SAYS_IT, **options)
+    assert found.table().equals(swept.table())
+    assert 1 not in asked[:1], "what the plain model answers was there"
+
+
+def test_workers_are_those_that_are_known(model, split):
+    with pytest.raises(ValueError, match="workers must be one of 'joblib', 'ray', got 'dask'"):
+        sx.localisation_sweep(model, HOOK, split, SAYS_IT, **GRID, **OPTIONS, workers="dask")
