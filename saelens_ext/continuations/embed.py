@@ -76,7 +76,7 @@ def visible_rows(continuations: ContinuationSet, embedder: Any = None) -> Tensor
     """
     tokenizer, texts = getattr(load_sentence_model(embedder), "tokenizer", None), list(continuations.answers)
     if isinstance(tokenizer, PreTrainedTokenizerBase):
-        options = {"add_special_tokens": False, "padding": False, "truncation": False, "verbose": False}
+        options: dict[str, Any] = dict.fromkeys(("add_special_tokens", "padding", "truncation", "verbose"), False)
         rows = tokenizer(texts, **options)["input_ids"]
     elif isinstance(tokenizer, Tokenizer):  # of static embeddings
         rows = [one.ids for one in tokenizer.encode_batch(texts, add_special_tokens=False)]

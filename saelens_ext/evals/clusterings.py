@@ -131,7 +131,7 @@ def one_cluster(cells: pd.DataFrame) -> dict[str, tuple[int, int]]:
     wide = wide[wide[JOINT] > 1]
     alone = (wide == 1).groupby("prefix").any()
     known = wide.notna().groupby("prefix").any().sum()
-    return {str(name): (int(n), int(known[name])) for name, n in alone.sum().items() if n}
+    return {str(name): (int(n), int(of)) for name, n, of in zip(alone, alone.sum(), known) if n}
 
 
 def one_cluster_words(cells: pd.DataFrame) -> str:
