@@ -44,18 +44,17 @@ def main():
         model=model, behaviour=begins_with(), chat_template=False, max_new_tokens=arguments.tokens,
         centers={arguments.hook: torch.zeros(d)},
     )  # fmt: skip
-    texts = asking.texts(prompts)
     options = SamplingOptions(max_new_tokens=arguments.tokens, temperature=0)
     start = time.process_time()
-    plain = sample_texts(model, texts, n=len(conditions), options=options, batch_size=64)
+    plain = sample_texts(model, prompts, n=len(conditions), options=options, batch_size=64)
     between = time.process_time()
     asked = asking.ask(prompts, conditions)
     end = time.process_time()
-    n_plain = sum(len(ids) for text, each in zip(texts, plain) for ids in ids_after(model, text, each))
+    n_plain = sum(len(ids) for text, each in zip(prompts, plain) for ids in ids_after(model, text, each))
     n_asked = sum(
         len(ids)
         for verdicts in asked
-        for text, one in zip(texts, verdicts)
+        for text, one in zip(prompts, verdicts)
         for ids in ids_after(model, text, [one.text])
     )
     ratio = ((end - between) / n_asked) / ((between - start) / n_plain)
