@@ -1,7 +1,10 @@
 """Importing the package registers its architectures and loads nothing else before it is used."""
 
+import ast
+import importlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -35,3 +38,14 @@ def test_importing_twice_does_not_touch_the_network_or_print(capfd):
     import saelens_ext  # noqa: F401
 
     assert capfd.readouterr() == ("", "")
+
+
+def test_benchmarks_import_what_is_there():
+    """Nobody runs the benchmarks on every change."""
+    missing = []
+    for path in sorted((Path(__file__).parent / "benchmarks").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("saelens_ext"):
+                module = importlib.import_module(node.module)
+                missing += [f"{path.name}: {name.name}" for name in node.names if not hasattr(module, name.name)]
+    assert missing == []

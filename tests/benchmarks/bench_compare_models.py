@@ -15,12 +15,13 @@ import torch
 import saelens_ext as sx
 from saelens_ext.demo.organism import load_organism, organism_prompts
 from saelens_ext.demo.packaged import load_demo_corpus, load_demo_model
-from saelens_ext.host.chat_template import as_user_message
+from saelens_ext.host.chat_template import asked
 
 
 def texts_of(model, n_chats, n_corpus):
     """Chats of either kind, and documents of the corpus cut to one window."""
-    chats = [as_user_message(model.tokenizer, prompt) for side in organism_prompts("train") for prompt in side]
+    prompts = [prompt for side in organism_prompts("train") for prompt in side]
+    chats = [asked(model.tokenizer, prompt, chat_template=True).text for prompt in prompts]
     return chats + [text[:400] for text in load_demo_corpus()["text"][:n_corpus]]
 
 
