@@ -58,14 +58,15 @@ def test_other_errors_pass_and_the_inner_sentence_stays():
 
 @pytest.mark.slow
 def test_regions_that_grow_beyond_memory():
-    x = rows(6000, 1000)
-    clustering = ext.LeaderClustering(torch.zeros(1000), 0.1)
+    # Buffers of tens of megabytes are memory of their own; smaller ones may be what the process has left over.
+    x = rows(6000, 4000)
+    clustering = ext.LeaderClustering(torch.zeros(4000), 0.1)
     clustering.partial_fit(x[:10])  # what torch keeps from its first use
-    said = r"Buffers for [\d,]+ regions of width 1000 on cpu need at least \d+ MB"
+    said = r"Buffers for [\d,]+ regions of width 4000 on cpu need at least \d+ MB"
     with no_more_than(60 * MB), pytest.raises(NotEnoughMemory, match=said):
         for block in x.split(200):
             clustering.partial_fit(block)
-    assert 1000 < len(clustering.exemplars) < 6000, "what was found before is still there"
+    assert 10 < len(clustering.exemplars) < 6000, "what was found before is still there"
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,9 @@ def test_chunks_of_a_continuation_give_what_it_gives_whole(architecture, model_c
         cut, seen = passes(model, attribute)
         # The prefix is read whole.
         assert sorted(seen)[-2] <= len(found.prefix_ids) + 4 < 38
-        torch.testing.assert_close(cut.signatures, whole.signatures, rtol=1e-4, atol=1e-5)
+        # Sums of large terms that cancel: in float64 the two differ by 1e-7 of the largest.
+        largest = float(whole.signatures.abs().max())
+        torch.testing.assert_close(cut.signatures, whole.signatures, rtol=1e-4, atol=3e-5 * max(largest, 1))
         for name, column in whole.columns.items():
             torch.testing.assert_close(cut.columns[name], column, rtol=1e-4, atol=1e-5)
     cut, seen = passes(model, lambda: score_continuations(model, PREFIX, ROWS))
@@ -101,11 +103,12 @@ def test_answers_behind_long_reasoning_and_effects_on_them(architecture, chunked
     model = make_model(architecture, "SAETransformerBridge")
     found = mark_answers(model, score_continuations(model, PREFIX, ROWS), span=(-2, None))
     whole = attribute_continuations(model, dictionaries(), found, **MANY)
-    effects = steer_continuations(model, dictionaries(), whole, whole.signatures[0], top=3, strengths=(-1, 1))
+    # The short row's: through a window of 12 the prefix does not reach the end of the long ones.
+    effects = steer_continuations(model, dictionaries(), whole, whole.signatures[1], top=3, strengths=(-1, 1))
     chunked()
     cut = attribute_continuations(model, dictionaries(), found, **MANY)
     torch.testing.assert_close(cut.signatures, whole.signatures, rtol=1e-4, atol=1e-5)
-    again = steer_continuations(model, dictionaries(), whole, whole.signatures[0], top=3, strengths=(-1, 1))
+    again = steer_continuations(model, dictionaries(), whole, whole.signatures[1], top=3, strengths=(-1, 1))
     for measure, changes in effects.changes.items():
         torch.testing.assert_close(again.changes[measure], changes, rtol=1e-4, atol=5e-5)
 

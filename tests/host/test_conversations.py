@@ -104,7 +104,9 @@ def test_an_audit_of_conversations_goes_on_from_its_folder(model, tmp_path):
     assert [one.prompt for one in audit.prefixes] == list(map(in_words, talks))
     again = audit_continuations(model, talks, dictionaries, **options)
     assert again.to_dataframe().equals(audit.to_dataframe())
-    with pytest.raises(ValueError, match="holds an audit with another prefix"):
-        audit_continuations(model, talks[::-1], dictionaries, **options)
+    turned = audit_continuations(model, talks[::-1], dictionaries, **options)
+    assert [one.prompt for one in turned.prefixes] == [one.prompt for one in audit.prefixes][::-1]
+    for one, other in zip(turned.prefixes, audit.prefixes[::-1]):
+        assert one.continuations.texts == other.continuations.texts and one.modes().equals(other.modes())
     page = audit.save_html(tmp_path / "page.html").read_text()
     assert all(f"<b>{one['content']}</b>" in page for talk in talks for one in talk)
