@@ -35,10 +35,11 @@ test-gpu: $(VENV)/installed
 	$(BIN)/python -m pytest -m gpu tests/devices
 
 # What takes long: the real model, clusters of processes, fresh interpreters, whole pages in a browser, an accelerator
-# that is made up, with processes to itself.
+# that is made up, with processes to itself, and limits of memory, in one that has none left over from other tests.
 test-slow: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(PYTEST) -m slow
 	OMP_NUM_THREADS=1 $(PYTEST) tests/devices
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/memory
 
 # The numeric tests as another processor would run them, with the kernels that are slowest and round otherwise: nothing
 # that is promised may hang on the last bits of a product. Resuming to the same bits is promised for one thread only: a

@@ -294,7 +294,7 @@ def test_what_is_refused(kept, setting, tmp_path):
         )
     with pytest.raises(ValueError, match="'tempreature'.*temperature"):
         audit_continuations(model, PREFIX, dictionaries, tempreature=2)
-    with pytest.raises(ValueError, match="prefixes is empty; give a list of at least one string"):
+    with pytest.raises(ValueError, match="prefixes is empty; give a list of at least one prompt"):
         audit_continuations(model, [], dictionaries)
     with pytest.raises(ValueError, match="prefixes must all be different, got"):
         audit_continuations(model, [PREFIX, PREFIX], dictionaries)

@@ -240,6 +240,7 @@ def test_supernodes(command, built, place, tmp_path):
     assert "There is no option --min_cluster_size" in command(*asked, "--min_cluster_size=2").error
 
 
+@pytest.mark.slow
 def test_overlap_and_nesting_beside_another_dictionary(command, copied, built, tmp_path):
     given = [copied, f"--compare={built['fine']}", "--training_tokens=300", "--n_bootstrap=20"]
     found = command(
@@ -264,6 +265,7 @@ def test_decompose(command, copied, built, tmp_path):
     assert "--basis=FOLDER" in command("evidence", "decompose", copied).error
 
 
+@pytest.mark.slow
 def test_models(command, place, tmp_path):
     given = [place / "model", place / "model", "--context_size=16", "--training_tokens=300", "--n_replicas=2"]
     reading = ["--hook_name=blocks.1.hook_out", f"--dataset_path={place / 'text.jsonl'}", "--percentile=20"]

@@ -1,7 +1,6 @@
 """Steering along the clusters of many prefixes: planted directions, made-up slopes, matched lengths, fresh draws."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -9,6 +8,7 @@ import pytest
 from sklearn.metrics import adjusted_rand_score
 
 from saelens_ext.audit.config import AuditConfig
+from saelens_ext.audit.subject import Subject
 from saelens_ext.continuations.clustering.joint_clusterer import JointClusterer
 from saelens_ext.continuations.validation.methods import EXTRA, METHODS
 from saelens_ext.evals import cluster_cells
@@ -172,6 +172,7 @@ def test_matching_by_length_pairs_as_many_as_can_be():
     assert not matched_by_length(np.array([0, 0, 1]), np.array([3, 3, 4])).any()
 
 
+@pytest.mark.slow
 def test_fresh_draws_of_the_same_modes_fall_into_the_same_clusters():
     first, other = (two_view_set(3, n=n) for n in (48, 64))
     clusterer = fit(JointClusterer(2.0, 0.5, min_cluster_size=4, random_state=0), first)
@@ -213,7 +214,9 @@ def test_what_each_cell_is_steered_with(monkeypatch):
         cells=(), directions=("medoid", "center"), signs=("positive", "all"), generate=0, controls=("length",),
         second_embedder=None, fresh_draws=0, audit=AuditConfig(min_cluster_size=4),
     )  # fmt: skip
-    subject = SimpleNamespace(model=None, saes=None, embedder=None)
+    model = make_model("llama", "SAETransformerBridge")  # noqa: F811
+    saes = [make("standard", "blocks.1.hook_out", model.cfg.d_model, d_sae=8)]
+    subject = Subject(model=model, saes=saes, embedder=None)
     ways = [(direction, sign) for direction in plan.directions for sign in plan.signs]
     for direction, sign in ways:
         only = replace(plan, directions=(direction,), signs=(sign,))

@@ -135,6 +135,7 @@ def test_pairs_of_about_equal_length_by_a_double_loop(model):
     assert np.isnan(plain(none, "equal_length_auroc")["gaussian 7"].item())
 
 
+@pytest.mark.slow
 def test_many_columns_of_noise_look_good_where_they_were_chosen(model):
     concepts = [concept(100 + i, None) for i in range(16)]
     found = evaluate_detection(model, [gaussian(500, first=N_TRIGGERS)], concepts, n_splits=3, probe=False)

@@ -83,6 +83,7 @@ def test_prompts_are_read_and_asked_once_for_all_cells(model, split, monkeypatch
     assert asked == [(split.choose, 1), (split.test, 1), (split.test, 6)]
 
 
+@pytest.mark.slow
 def test_it_goes_on_from_the_cells_that_are_there(model, split, swept, tmp_path, monkeypatch):
     first = sx.localisation_sweep(model, HOOK, split, SAYS_IT, **GRID, **OPTIONS, folder=tmp_path)
     assert first.table().equals(swept.table())

@@ -85,6 +85,7 @@ def test_matched_regions_stand_side_by_side(found):
         found.matched_pairs(0)
 
 
+@pytest.mark.slow
 def test_labels_are_made_once(found, monkeypatch):
     first = found.gained()
     monkeypatch.setattr("saelens_ext.evals.model_comparison.label_latents", None)

@@ -118,6 +118,7 @@ def test_exact_ties_are_settled_as_the_double_loop_settles_them(threshold: float
     check_against_oracle(integer_rows(400, d, seed=d), torch.zeros(d), threshold, batches=(1, 3, 50, None))
 
 
+@pytest.mark.slow
 def test_a_row_midway_between_two_exemplars_joins_the_nearer_by_a_hair() -> None:
     d = 512
     generator = torch.Generator().manual_seed(0)
@@ -370,6 +371,7 @@ def streams(draw) -> tuple[torch.Tensor, torch.Tensor, float, list[int]]:
 
 @settings(deadline=None, max_examples=100)
 @given(streams())
+@pytest.mark.slow
 def test_laws(stream) -> None:
     x, center, threshold, sizes = stream
     clustering = LeaderClustering(center, threshold)

@@ -441,6 +441,7 @@ def test_streaming_reaches_the_fit_in_memory():
     assert int((streamed.features != 0).sum(1).max()) <= 4
 
 
+@pytest.mark.slow
 def test_streaming_with_l1_is_on_average_as_good_as_in_memory():
     """Of each draw either may be better by several per cent: they end in different optima."""
     ratios = []
@@ -469,6 +470,7 @@ def test_streaming_with_l1():
     torch.testing.assert_close(whole.center, x.mean(0), atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_streaming_does_not_depend_on_the_cut():
     x, _ = planted(n=1000)
     fits = [semi_nmf_streaming(x.split(size), 5, sparsity=0.1, sample_size=300, max_passes=3) for size in (1000, 7)]

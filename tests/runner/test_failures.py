@@ -252,6 +252,7 @@ def test_paths_and_devices_of_a_config_cost_no_pass(tiny_bridge, tmp_path):
         assert saved.output_path == str(tmp_path / "output") and saved.device == "cpu"
 
 
+@pytest.mark.slow
 def test_a_finished_run_that_is_run_again_and_killed_keeps_its_profiles(tiny_bridge, tmp_path, monkeypatch):
     def run(**changes):
         given = config(tmp_path, n_eval_batches=1, profile=True, **changes)

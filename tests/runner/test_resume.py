@@ -154,6 +154,7 @@ def test_stopped_before_anything_is_built(kind, how, uninterrupted, tiny_bridge,
         assert len(read) <= 12 - made[-1] // 60, "what was read is not read again"
 
 
+@pytest.mark.slow
 def test_a_run_killed_after_the_pass_reads_nothing_again(uninterrupted, tiny_bridge, tmp_path, monkeypatch):
     kind = "the whole stream calibrates"
     expected = uninterrupted(kind)  # made before anything is replaced
