@@ -96,3 +96,13 @@ def smol():
     from saelens_ext.demo.packaged import load_demo_model
 
     return load_demo_model()
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A Ray of two workers on this machine."""
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 * 2**20)
+    yield
+    ray.shutdown()

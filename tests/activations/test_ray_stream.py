@@ -27,13 +27,6 @@ def load():
 pytestmark = pytest.mark.slow  # starts clusters
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 * 2**20)
-    yield
-    ray.shutdown()
-
-
 def kill(actor):
     """Kill it and wait until it is dead: until then it goes on answering."""
     ray.kill(actor)

@@ -168,15 +168,6 @@ def test_the_index(alone, tmp_path):
 # --- real workers ---
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    import ray
-
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 * 2**20)
-    yield
-    ray.shutdown()
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning:joblib", "ignore::ResourceWarning")
 @pytest.mark.parametrize("workers", ["joblib", "ray"])

@@ -142,15 +142,6 @@ def test_a_behaviour_that_is_never_shown_is_refused(model, split):
         sx.localisation_sweep(model, HOOK, split, sx.begins_with(["xyzzy"]), **GRID, **OPTIONS)
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    import ray
-
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 * 2**20)
-    yield
-    ray.shutdown()
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning:joblib", "ignore::ResourceWarning")
 @pytest.mark.parametrize("workers", ["joblib", "ray"])
