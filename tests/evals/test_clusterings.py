@@ -6,11 +6,13 @@ import joblib
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from scipy.stats import entropy
 
 import saelens_ext as sx
 from saelens_ext.continuations.clustering.baselines import SingleView
-from saelens_ext.evals.clusterings import ClusteringEvidence, compare_clusterings
+from saelens_ext.evals import clusterings
+from saelens_ext.evals.clusterings import ClusteringEvidence, compare_clusterings, one_cluster
 from saelens_ext.report.evidence_report import write_evidence_report
 from tests.evals.continuation_sets import one_view_set, planted_set, two_view_set
 
@@ -107,6 +109,79 @@ def test_figures_are_those_of_loops(two_views):
         control = SingleView(view[chosen], random_state=0).with_rate(point.rate)
         found = cells.loc["Prefix 0", 2.0, 0.5, name]
         assert found["fitted_rate"] == pytest.approx(control.rate) and found["n_clusters"] == control.n_clusters
+
+
+def test_weights_count_on_both_sides():
+    """One prefix of continuations of unequal weight, by loops; every control is clustered with the weights too."""
+    rng, one = np.random.default_rng(7), two_view_set(1)
+    weights = rng.dirichlet(np.full(48, 0.5))
+    one = replace(one, weights=torch.as_tensor(weights))
+    order = rng.permutation(48)
+    chosen, judged = np.sort(order[:30]), np.sort(order[30:])
+    options = {"scaling": "balanced", "min_cluster_size": 3, "random_state": 0}
+    rows = clusterings._judged(one, chosen, judged, (2.0,), (0.3,), options)
+    found = pd.DataFrame(rows).pivot_table(index="method", columns="metric", values="value")
+    (e, a), lengths = one.both_views(), one.lengths.double().numpy()[:, None]
+    w = weights[chosen] / weights[chosen].sum()
+    path = sx.rate_distortion_path(e[chosen], a[chosen], (2.0,), (0.3,), sample_weight=w, **options)
+    labels = {"joint": path.at(2.0, 0.3).labels}
+    rate = entropy(np.bincount(labels["joint"], w))
+    for name, view in {"semantic": e, "attribution": a, "length": lengths}.items():
+        labels[name] = SingleView(view[chosen], sample_weight=w, random_state=0).with_rate(rate).labels
+    for name, own in labels.items():
+        masses = np.bincount(own, w)
+        centers = [
+            (np.average(e[chosen][own == k], axis=0, weights=w[own == k]), _median(a[chosen][own == k], w[own == k]))
+            for k in range(len(masses))
+        ]
+        total = 0.0
+        for row in judged:
+            parts = [
+                (((e[row] - c_e) ** 2).sum() / path.problem.semantic_scale,
+                 np.abs(a[row] - c_a).sum() / path.problem.attribution_scale)
+                for c_e, c_a in centers
+            ]  # fmt: skip
+            costs = [-np.log(mass) + 2.0 * (0.3 * d_e + 0.7 * d_a) for mass, (d_e, d_a) in zip(masses, parts)]
+            total += min(costs) * weights[row] / weights[judged].sum()
+        assert found.loc[name, "objective"] == pytest.approx(total), name
+        assert found.loc[name, "fitted_rate"] == pytest.approx(entropy(masses))
+    sizes = sorted(np.bincount(labels["joint"]))
+    assert found.loc["random", "n_clusters"] == len(sizes)
+    assert found.loc["random", "objective"] > found.loc["joint", "objective"]
+
+
+def _median(values, weights):
+    order = np.argsort(values, axis=0)
+    reached = np.take(weights, order).cumsum(axis=0) >= weights.sum() / 2 - 1e-12
+    return np.take_along_axis(values, np.take_along_axis(order, reached.argmax(axis=0)[None], 0), 0)[0]
+
+
+def made_cells(values):
+    keys = ["prefix", "beta", "gamma", "method", "metric", "value"]
+    return pd.DataFrame([dict(zip(keys, row)) for row in values])
+
+
+def test_one_cell_in_which_a_control_is_one_cluster_is_enough():
+    counts = {("p", 1.0): (3, 2), ("p", 2.0): (4, 1), ("q", 1.0): (1, 1), ("q", 2.0): (5, 2)}
+    rows = [
+        (prefix, beta, 0.5, method, "n_clusters", float(n))
+        for (prefix, beta), sizes in counts.items()
+        for method, n in zip(("joint", "length"), sizes)
+    ]
+    assert one_cluster(made_cells(rows)) == {"length": (1, 2)}
+
+
+def test_the_map_shows_what_the_better_single_view_lacks():
+    objectives = {"joint": (1.0, 2.0), "semantic": (1.5, 5.0), "attribution": (4.0, 1.75)}
+    rows = [
+        (prefix, beta, 0.5, method, "objective", value + shift)
+        for prefix, shift in (("p", -0.25), ("q", 0.25))
+        for method, pair in objectives.items()
+        for beta, value in zip((1.0, 2.0), pair)
+    ]
+    evidence = ClusteringEvidence(cells=made_cells(rows), kinds=dict.fromkeys(objectives, "control"))
+    shown = evidence._margins(evidence.by_cell())
+    assert shown.values == ((0.5, -0.25),) and shown.columns == ("1", "2") and (shown.low, shown.high) == (-0.5, 0.5)
 
 
 def _lower_median(values):

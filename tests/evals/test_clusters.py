@@ -5,12 +5,15 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from sklearn.metrics import adjusted_rand_score
 
 from saelens_ext.audit.config import AuditConfig
+from saelens_ext.audit.questions import Question
 from saelens_ext.audit.subject import Subject
 from saelens_ext.continuations.clustering.joint_clusterer import JointClusterer
 from saelens_ext.continuations.validation.methods import EXTRA, METHODS
+from saelens_ext.continuations.validation.results import Validation
 from saelens_ext.evals import cluster_cells
 from saelens_ext.evals.cluster_cells import agreement, fit, matched_by_length
 from saelens_ext.evals.clusters import ClusterEvidence, evaluate_clusters
@@ -109,6 +112,15 @@ def made(n_prefixes, gains, *, seed=0, more=()):
 SIMPLER = ("semantic", "attribution", "random_partition", "global", "single_member", "coherent_semantic")
 
 
+def test_a_cell_counts_every_prefix_once():
+    found = made(8, {"nothing": 0.0})
+    cells = found.cells[(found.cells["prefix"] != "p0") | (found.cells["row"] < 2)]
+    own = cells[(cells["method"] == "joint") & (cells["metric"] == "slope")]
+    row = replace(found, cells=cells).by_cell().set_index("method").loc["joint"]
+    by_prefix = [np.mean([one.value for one in own.itertuples() if one.prefix == f"p{number}"]) for number in range(8)]
+    assert row["slope"] == pytest.approx(np.mean(by_prefix)) != pytest.approx(own["value"].mean())
+
+
 def test_what_a_control_has_no_direction_for_is_left_out_of_both():
     """The tight groups have the first five continuations alone, whose slopes are lower by themselves."""
     found = made(8, {"nothing": 5.5, "coherent_semantic": 0.5})
@@ -170,6 +182,103 @@ def test_matching_by_length_pairs_as_many_as_can_be():
             assert taken.sum() == 2 * min(counts.sum() // 2, counts.sum() - counts.max())
             assert (taken <= counts).all() and taken.max() <= taken.sum() - taken.max()
     assert not matched_by_length(np.array([0, 0, 1]), np.array([3, 3, 4])).any()
+
+
+def made_up_test(rows, *, slopes, change=(), cells=()):
+    """A test by steering at -1 and 1 whose effects are those of given slopes, by method, row and measure."""
+    joint = np.arange(len(rows)) % 2
+    members = [
+        ("p", method, row, 7, int(joint[row]), strength, measure, strength * slope)
+        for (method, row, measure), slope in slopes.items()
+        for strength in (-1.0, 0.0, 1.0)
+    ]
+    keys = ["prefix", "method", "row", "cluster", "joint_cluster", "strength", "measure", "change"]
+    matrix = [("p", "demeaned_logit", d, c, value, 2) for d, row in enumerate(cells) for c, value in enumerate(row)]
+    return Validation(
+        members=pd.DataFrame(members, columns=keys),
+        cells=pd.DataFrame(matrix, columns=["prefix", "measure", "direction", "cluster", "change", "n_members"]),
+        directions=pd.DataFrame(
+            {"method": ["joint"] * 3 + ["length"] * 2 + ["wrong_cluster"], "cluster": [0, 1, 2, 0, 1, 0]}
+        ),
+        generations=pd.DataFrame(change, columns=["method", "cluster", "share", "unsteered"]),
+        settings={"specificity_strength": 1.0},
+    )
+
+
+def test_slopes_of_members_and_of_those_with_a_partner_as_long():
+    """Rows 2, 3 and 5 are measured; 2 and 3, of different clusters, are the only two of one length."""
+    rows = two_view_set(3).select(range(6))
+    rows = replace(rows, lengths=torch.tensor([4, 1, 4, 4, 4, 2]))
+    slopes = {
+        (method, row, measure): row + 10 * (method == "length") + 100 * (measure == "mean_log_prob")
+        for method in ("joint", "length")
+        for row in (2, 3, 5)
+        for measure in ("demeaned_logit", "mean_log_prob", "log_prob")
+    }
+    found = cluster_cells._of_members(made_up_test(rows, slopes=slopes), rows, 0)
+    values = {(one["method"], one["row"], one["metric"]): one["value"] for one in found}
+    expected = {}
+    for row in (2, 3, 5):
+        for method, slope in (("joint", row), ("length", row + 10)):
+            expected |= {(method, row, "slope"): slope, (method, row, "log_prob_slope"): slope + 100}
+        expected |= {("nothing", row, metric): 0 for metric in ("slope", "log_prob_slope")}
+    matched = {(method, row, "matched_slope"): value for (method, row, m), value in expected.items() if m == "slope"}
+    expected |= {key: value for key, value in matched.items() if key[1] != 5}
+    assert len(found) == len(values) and values == pytest.approx(expected)
+
+
+def test_values_of_a_whole_prefix():
+    """Of two clusters one is moved most by its own direction; both directions move the first most."""
+    rows = two_view_set(3).select(range(6))
+    change = [("joint", 0, 0.5, 0.25), ("joint", 1, 0.5, 0.0), ("length", 0, 0.0, 0.25)]
+    slopes = {("joint", 2, "demeaned_logit"): 1.0}
+    cells = [(3.0, 2.0), (4.0, 1.0)]
+    tested = made_up_test(rows, slopes=slopes, change=change, cells=cells)
+    tested = replace(tested, cells=tested.cells.assign(change=[3.0, 0.0, 4.0, 1.0]))
+    found = {
+        (one["method"], one["metric"]): one["value"] for one in cluster_cells._of_prefix(tested, {"n_clusters": 4.0})
+    }
+    assert found == {
+        ("joint", "n_clusters"): 4.0, ("length", "n_clusters"): 2.0, ("joint", "own_is_largest"): 0.5,
+        ("joint", "generation_change"): 0.375, ("length", "generation_change"): -0.25,
+        ("nothing", "generation_change"): 0.0,
+    }  # fmt: skip
+    tested = replace(tested, cells=tested.cells.assign(change=[3.0, 4.0, 1.0, 5.0]))
+    found = cluster_cells._of_prefix(tested, {"n_clusters": 4.0})
+    assert {one["value"] for one in found if one["metric"] == "own_is_largest"} == {1.0}
+
+
+def test_fresh_draws_are_others_and_have_the_same_sources(monkeypatch):
+    rows = two_view_set(3, lengths=np.full(48, 3))
+    rows = replace(rows, token_ids=torch.arange(len(rows))[:, None].expand(rows.token_ids.shape).clone())
+    other = replace(rows, token_ids=rows.token_ids + 40)  # the first eight are among the first draws
+    asked = []
+
+    def sampled(subject, question, config, *, n, seed, progress=False):
+        asked.append((n, seed))
+        return other.select(range(n))
+
+    def attribute(_, saes, continuations, **options):
+        asked.append(options["sources"])
+        signatures = continuations.signatures.clone()
+        signatures[0] = 0  # which nothing of the prefix is said to have caused
+        return continuations.with_signatures(signatures)
+
+    monkeypatch.setattr(cluster_cells, "sampled", sampled)
+    monkeypatch.setattr(cluster_cells, "embed_visible", lambda rows, embedder, mode: rows)
+    monkeypatch.setattr(cluster_cells, "attribute_continuations", attribute)
+    plan = cluster_cells.ClusterPlan(
+        cells=(), directions=(), signs=(), generate=0, controls=(), second_embedder=None, fresh_draws=24,
+        audit=AuditConfig(seed=5),
+    )  # fmt: skip
+    subject = Subject(model=make_model("llama", "SAETransformerBridge"), saes=[], embedder=None)
+    question = Question(prompt=rows.prompt)
+    fresh = cluster_cells._fresh(subject, question, rows, plan)
+    # The first draws have the seed itself, and open-ended samples the next.
+    assert asked == [(24, 7), rows.sources]
+    assert fresh.token_ids[:, 0].tolist() == list(range(49, 64))
+    with pytest.raises(ValueError, match="of 16 fresh draws fewer than 8 are new"):
+        cluster_cells._fresh(subject, question, rows, replace(plan, fresh_draws=16))
 
 
 @pytest.mark.slow

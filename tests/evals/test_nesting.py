@@ -9,6 +9,7 @@ import torch
 
 import saelens_ext as sx
 from saelens_ext.evals import NestingEvidence, partition_nesting
+from saelens_ext.evals.baselines import random_activations
 
 
 def directions(*angles):
@@ -75,6 +76,31 @@ def test_shares_are_those_of_a_double_loop(fitted):
         step = rows["p15", "p40", rows["p5", "p15", row["region"]]["majority"]]["majority"]
         assert row["stepwise"] == (step == row["p40"]) and row["p40"] == rows["p5", "p40", row["region"]]["majority"]
     assert 0 < chain["stepwise"].mean() < 1 and "go the same way step by step" in found.verdict()
+
+
+def test_controls_are_as_many_random_activations_around_the_same_centre_and_permuted_labels(fitted):
+    fits, x, found = fitted
+    cells = found.cells.set_index(["pair", "method", "metric", "document"])["value"].sort_index()
+    fine, coarse = (fits[name].dictionary.assign(x).regions for name in ("p5", "p40"))
+    own = found.regions[(found.regions["fine"] == "p5") & (found.regions["coarse"] == "p40")].set_index("region")
+    permuted = own["expected"].loc[fine.numpy()].to_numpy().reshape(30, 10).mean(axis=1)
+    np.testing.assert_allclose(cells["p5 in p40", "permuted labels", "share"], permuted)
+    above = cells["p5 in p40", "coarser partition", "share"] - permuted
+    np.testing.assert_allclose(cells["p5 in p40", "coarser partition", "above_chance"], above)
+    center, rng = fits["p40"].dictionary.center.detach(), np.random.default_rng(0)
+    shares, chances = [], []
+    for draw in range(3):
+        rows = random_activations(x, len(set(coarse.tolist())), "", center=center, draw=draw).directions
+        nearest = (torch.nn.functional.normalize(x - center, dim=1) @ rows.T).argmax(dim=1)
+        counts = np.histogram2d(fine, nearest, bins=(range(fine.max() + 2), range(nearest.max() + 2)))[0]
+        shares.append(counts.argmax(axis=1)[fine] == nearest.numpy())
+        sizes, members = np.bincount(nearest), np.bincount(fine)
+        most = [rng.multivariate_hypergeometric(sizes, n, size=300).max(axis=1).mean() / n for n in members if n]
+        chances.append(np.average(most, weights=members[members > 0]))
+    by_document = np.mean(shares, axis=0).reshape(30, 10).mean(axis=1)
+    np.testing.assert_allclose(cells["p5 in p40", "random activations", "share"], by_document)
+    control = cells["p5 in p40", "random activations"].groupby("metric").mean()
+    assert control["share"] - control["above_chance"] == pytest.approx(np.mean(chances), abs=0.01)
 
 
 def test_labels_without_relation_nest_as_permuted_ones_do():

@@ -1,6 +1,7 @@
 """Curves count what a loop over the activations founds; planted sources saturate at what they hold."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -52,6 +53,32 @@ def test_curves_are_those_of_a_loop_over_activations():
         curve = found.curves[found.curves["order"] == order]
         assert curve["regions"].tolist() == [counts[seen] for seen in curve["seen"]]
         assert curve["seen"].iloc[0] == 0 and curve["seen"].iloc[-1] == 80 and len(curve) > 10
+
+
+def test_the_table_holds_means_the_least_and_the_most_over_orders():
+    """Sources of 4 and 6 activations in two orders each, made up."""
+    seen = {"short": [0, 2, 4], "long": [0, 2, 4, 6]}
+    regions = {("short", 0): [0, 1, 2], ("short", 1): [0, 2, 3], ("long", 0): [0, 2, 4, 5], ("long", 1): [0, 1, 1, 6]}
+    curves = [
+        pd.DataFrame({"source": source, "order": order, "seen": seen[source], "regions": counts})
+        for (source, order), counts in regions.items()
+    ]
+    ends = pd.DataFrame(
+        {
+            "source": source,
+            "order": order,
+            "n_seen": seen[source][-1],
+            "regions": counts[-1],
+            "unseen_mass": 0.1 * order,
+        }
+        for (source, order), counts in regions.items()
+    ).assign(unseen_mass_upper=0.5)
+    made = Saturation(curves=pd.concat(curves), ends=ends, settings={"n_common": 4})
+    table = made.table().set_index("source")
+    assert table[["n_seen", "regions", "regions_at", "low", "high"]].to_numpy().tolist() == [
+        [4, 2.5, 2.5, 2, 3], [6, 5.5, 2.5, 1, 4],
+    ]  # fmt: skip
+    assert table["unseen_mass"].tolist() == pytest.approx([0.05, 0.05])
 
 
 def test_one_centre_and_threshold_for_sources_and_models(tiny_bridge, tiny_texts, tmp_path):

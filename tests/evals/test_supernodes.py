@@ -2,6 +2,7 @@
 
 import importlib
 from dataclasses import replace
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from saelens_ext.audit.config import AuditConfig
 from saelens_ext.continuations.answers import mark_answers
 from saelens_ext.continuations.sample import sample_continuations
 from saelens_ext.continuations.samplers.sampler import Draw
+from saelens_ext.continuations.source_table import SourceTable
 from saelens_ext.evals.evidence import Evidence
 from saelens_ext.evals.supernodes import (
     EntitySwap,
@@ -23,6 +25,7 @@ from saelens_ext.evals.supernodes import (
     tables,
 )
 from tests.continuations._dictionaries import make
+from tests.evals.continuation_sets import planted_set
 from tests.evals.test_steps import copier, latents  # noqa: F401
 from tests.models_zoo import make_model
 
@@ -61,6 +64,73 @@ def test_features_that_rise_and_fall_together_are_one_supernode():
     found = supernodes(profiles, 3)
     assert all(len(set(found[labels == k])) == 1 for k in range(3)) and len(set(found)) == 3
     assert supernodes(profiles[:1], 8).tolist() == [0]
+
+
+def test_a_feature_between_two_groups_joins_the_weaker():
+    """Moving a feature costs its length, so the one that bends less of the whole is bent."""
+    ways = np.array([[np.cos(a), np.sin(a)] for a in np.deg2rad([0, 40, 80])])
+    for sizes, together in (([1, 9, 9], [0, 1]), ([9, 9, 1], [1, 2])):
+        found = supernodes(ways * np.array(sizes)[:, None], 2)
+        assert found[together[0]] == found[together[1]] and len(set(found)) == 2
+
+
+def test_effects_are_weighted_means_of_the_columns_at_the_names():
+    keys = [("latent", 3, 7), ("latent", 4, 7), ("latent", 5, 7), ("latent", 6, 7), ("latent", 3, 8), ("error", 3, -1)]
+    kinds, positions, numbers = zip(*keys)
+    m = len(keys)
+    sources = SourceTable(kinds, ("a",) * m, positions, numbers, (1.0,) * m, ("t",) * m, (0,) * m)
+    signatures, weights = RNG.normal(size=(4, m)), torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
+    rows = replace(planted_set(0, np.zeros(4, int), np.zeros(4, int)), weights=weights)
+    found = module._effects(rows.with_signatures(signatures, sources), [(3, 5), (6, 7)])
+    mean = [sum(float(w) * row[j] for w, row in zip(weights, signatures)) for j in range(m)]
+    assert set(found) == {("a", 7), ("a", 8)}
+    np.testing.assert_allclose(found["a", 7], [mean[0] + mean[1], mean[3], sum(mean[:4])], rtol=1e-5)
+    np.testing.assert_allclose(found["a", 8], [mean[4], 0, mean[4]], rtol=1e-5)
+
+
+def test_groups_are_those_of_the_prompts_as_they_are_and_scores_those_of_loops(monkeypatch):
+    """Anywhere in the prompts latents 0 to 2 rise together; at the first name, and in the twins, others do."""
+    rng = np.random.default_rng(1)
+    rise, other = np.eye(2, 6)[[0, 0, 0, 1, 1]], np.eye(2, 6)[[0, 1, 0, 1, 0]]
+    names, twins = rng.normal(size=(5, 6, 2)), rng.normal(size=(5, 6, 2))
+    names[:, :, 0] += 9 * other
+    own, twin = (np.concatenate([at, anywhere[:, :, None]], axis=2) for at, anywhere in ((names, rise), (twins, other)))
+    packed = {swap.prompt: number for number, swap in enumerate(SWAPS)}
+
+    def both(subject, swap, config):
+        p = packed[swap.prompt]
+        return {side: [["a", f, *all_[f, p]] for f in range(5)] for side, all_ in (("own", own), ("twin", twin))}
+
+    monkeypatch.setattr(module, "_both", both)
+    model = make_model("llama", "HookedSAETransformer")
+    dictionary = make("standard", "blocks.1.hook_mlp_out", d_sae=24)
+    found = evaluate_supernodes(model, SWAPS, dictionary, n_supernodes=2, n_shuffles=300, n_permutations=10)
+    labels = found.members["supernode"].to_numpy()
+    assert found.members["latent"].tolist() == [0, 1, 2, 3, 4]
+    assert labels.tolist() in ([0, 0, 0, 1, 1], [1, 1, 1, 0, 0])
+    np.testing.assert_allclose(found.members["effect"], np.abs(rise).mean(axis=1))
+
+    def score(prompt, groups):
+        top = whole = 0.0
+        for group in set(groups):
+            inside = [f for f in range(5) if groups[f] == group]
+            for role in (0, 1):
+                e_role, e_name = (sum(own[f, prompt, side] for f in inside) for side in (role, 1 - role))
+                half = (e_role - e_name) / 2
+                top += (sum(twin[f, prompt, role] for f in inside) - (e_role + e_name) / 2) * half
+                whole += half**2
+        return top / whole
+
+    table = found.per_unit()
+    each = sorted(set(permutations(labels.tolist())))  # as many ways to deal out groups of these sizes
+    for p, swap in enumerate(SWAPS):
+        row = table.loc[swap.prompt]
+        assert row["supernodes"] == pytest.approx(score(p, labels))
+        assert row["single latents"] == pytest.approx(score(p, range(5)))
+        shuffled = [score(p, groups) for groups in each]
+        assert len(each) == 10 and row["shuffled"] == pytest.approx(
+            np.mean(shuffled), abs=4 * np.std(shuffled) / 300**0.5
+        )
 
 
 def test_tables_hold_every_feature_of_every_prompt():
