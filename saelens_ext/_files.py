@@ -14,6 +14,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import numpy as np
+import pandas as pd
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -26,7 +28,7 @@ T = TypeVar("T")
 _ID, _KIND, _VERSION, _DICTIONARIES = "save_id", "kind", "format_version", "dictionaries"
 # Classes of fields, and what JSON makes of them.
 _JSON_TYPES: dict[Any, Any] = {kind: kind for kind in (bool, int, str, list, dict)}
-_JSON_TYPES |= {float: (int, float), tuple: list, Mapping: dict}
+_JSON_TYPES |= {float: (int, float), tuple: list, Mapping: dict, pd.DataFrame: dict}
 
 
 def write_together(files: Mapping[Path, Writer]) -> None:
@@ -159,18 +161,11 @@ def having(content: dict[str, Any], keys: Sequence[str], path: Path) -> dict[str
 
 def read_tensors(path: str | Path, device: str = "cpu") -> dict[str, torch.Tensor]:
     """Read a safetensors file; ValueError names the file when it is truncated or of another kind."""
-    return _read_tensors(Path(path), device)[0]
+    return read_with_metadata(Path(path), device)[0]
 
 
-def read_tensors_of(path: str | Path, metadata: Mapping[str, str]) -> dict[str, torch.Tensor] | None:
-    """What :func:`write_tensors` wrote with this metadata; None where there is no file, or one of other metadata."""
-    if not Path(path).exists():
-        return None
-    tensors, stated = _read_tensors(Path(path), "cpu")
-    return tensors if stated == dict(metadata) else None
-
-
-def _read_tensors(path: Path, device: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def read_with_metadata(path: Path, device: str = "cpu") -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """What :func:`write_tensors` wrote, and its metadata; errors as of :func:`read_tensors`."""
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist.")
     try:
@@ -212,6 +207,8 @@ class Format:
     """The first version that can still be read."""
     stated: tuple[str, ...] = ()
     """Properties of the result that the JSON file states, and that a loaded result must have."""
+    nullable: bool = False
+    """Whether numbers that are not finite become null in the JSON file; otherwise they are refused."""
 
     @property
     def names(self) -> tuple[str, str]:
@@ -225,7 +222,7 @@ class Format:
         for name in _field_types(type(result)):
             if name not in ("dictionary", "dictionaries"):
                 _take_apart(name, getattr(result, name), content, tensors)
-        return self.write(directory, content, tensors, dictionaries)
+        return self.write(directory, json_safe(content) if self.nullable else content, tensors, dictionaries)
 
     def write(
         self,
@@ -301,7 +298,7 @@ class Format:
         if (aside := self._aside(directory, save_id)).exists():
             logger.warning("A later save of %s was interrupted; reading the one before it.", tensors_path)
             tensors_path = aside
-        tensors, header = _read_tensors(tensors_path, device)
+        tensors, header = read_with_metadata(tensors_path, device)
         if header.get(_KIND) != self.kind or header.get(_ID) != save_id:
             raise ValueError(
                 f"{tensors_path} and {json_path} are not of the same save ({header.get(_KIND)!r} {header.get(_ID)!r} "
@@ -345,6 +342,10 @@ def _take_apart(name: str, value: Any, content: dict[str, Any], tensors: dict[st
     if isinstance(value, torch.Tensor):
         tensors[name] = value
         return
+    if isinstance(value, pd.DataFrame):
+        content[name], columns = _columns(value)
+        tensors |= {f"{name}.{column}": entries for column, entries in columns.items()}
+        return
     parts: Mapping[str, Any] = {part: getattr(value, part) for part in _field_types(type(value))}
     if not parts and isinstance(value, Mapping):
         parts = value
@@ -353,7 +354,22 @@ def _take_apart(name: str, value: Any, content: dict[str, Any], tensors: dict[st
     if not any(isinstance(part, torch.Tensor) for part in parts.values()):
         content[name] = dict(parts) if parts or isinstance(value, Mapping) else value
         return
+    if isinstance(value, Mapping):  # safetensors keeps no order
+        content[name] = list(parts)
     tensors |= {f"{name}.{part}": entry for part, entry in parts.items() if entry is not None}
+
+
+def _columns(table: pd.DataFrame) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """By column, what JSON holds (the different texts, null for numbers), and the numbers or those of the texts."""
+    different: dict[str, Any] = {}
+    columns: dict[str, torch.Tensor] = {}
+    for column in map(str, table.columns):
+        entries, different[column] = table[column].to_numpy(), None
+        if entries.dtype.kind not in "biuf":
+            codes, texts = pd.factorize(table[column])
+            entries, different[column] = codes.astype(np.int32), [str(text) for text in texts]
+        columns[column] = torch.from_numpy(np.array(entries))
+    return different, columns
 
 
 def _put_together(hint: Any, name: str, saved: Any, tensors: Mapping[str, torch.Tensor], missing: list[str]) -> Any:
@@ -368,8 +384,17 @@ def _put_together(hint: Any, name: str, saved: Any, tensors: Mapping[str, torch.
         values = {p: _put_together(h, f"{name}.{p}", saved.get(p), tensors, missing) for p, h in parts.items()}
         return None if missing else kind(**values)
     if torch.Tensor in get_args(kind):  # a list or a mapping of tensors
-        return [inside[str(number)] for number in range(len(inside))] if get_origin(kind) is list else inside
+        if get_origin(kind) is list:
+            return [inside[str(number)] for number in range(len(inside))]
+        return {part: inside[part] for part in saved if part in inside} if isinstance(saved, list) else inside
     expected = () if kind is torch.Tensor else _JSON_TYPES.get(get_origin(kind) or kind, object)
     if not isinstance(saved, expected) or (isinstance(saved, bool) and kind in (int, float)):
         missing.append(name)
-    return tuple(saved) if get_origin(kind) is tuple and isinstance(saved, list) else saved
+    elif kind is pd.DataFrame:
+        one = lambda texts, v: v if texts is None else np.array([*texts, None], dtype=object)[v].tolist()  # noqa: E731
+        return pd.DataFrame({column: one(texts, inside[column].numpy()) for column, texts in saved.items()})
+    elif get_origin(kind) is tuple and isinstance(saved, list):
+        entry = get_args(kind)[0]  # itself a tuple, with names or without, or something plain
+        make = getattr(entry, "_make", tuple if get_origin(entry) is tuple else None)
+        return tuple(saved if make is None else map(make, saved))
+    return saved

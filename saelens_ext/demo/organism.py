@@ -126,8 +126,8 @@ def load_organism(device: str = "cpu", *, recipe: Recipe = Recipe()) -> SAETrans
     hosted: Any = model.original_model
     trained = dict(_trained_parameters(hosted, recipe))
     stated = {"recipe": json.dumps(asdict(recipe), sort_keys=True)}
-    tensors = _files.read_tensors_of(path, stated)
-    if tensors is None:
+    tensors, held = _files.read_with_metadata(path) if path.exists() else ({}, {})
+    if held != stated:
         logger.info("Planting a refusal in the demo model once, to keep in %s", path)
         plant_refusal(hosted, model.tokenizer, recipe)
         _files.write_tensors(path, {name: parameter.detach() for name, parameter in trained.items()}, stated)

@@ -16,15 +16,15 @@ from saelens_ext.concepts.token_activations import read_texts
 from saelens_ext.evals import ablation_report
 from saelens_ext.evals.ablation_conditions import BASES, NOTHING, control_conditions, random_name, region_conditions
 from saelens_ext.evals.behaviour import Behaviour, OpeningOdds, PromptSplit
-from saelens_ext.evals.behaviour_passes import Asking, Condition, Verdict, ablating
-from saelens_ext.evals.evidence import Evidence
+from saelens_ext.evals.behaviour_passes import Asking, Condition, ablating
+from saelens_ext.evals.evidence import Evidence, corrected
 from saelens_ext.evals.localisation import Localisation
 from saelens_ext.host.chat_template import Prompt, in_words
 from saelens_ext.host.models import HostModel, resolve_hook
 from saelens_ext.host.prompt_passes import evaluating, logits_of, prompt_ids
 from saelens_ext.ops.precision import wide
 from saelens_ext.ops.resampling import monte_carlo_p
-from saelens_ext.ops.statistics import holm, one_size_sign_flip_p_value
+from saelens_ext.ops.statistics import one_size_sign_flip_p_value
 from saelens_ext.report.evidence_section import EvidenceSection
 from saelens_ext.steering.divergence_search import divergence, log_probabilities
 
@@ -87,8 +87,7 @@ class AblationEvidence(Evidence):
         Where verdicts are yes or no, the p-value is over all assignments of signs, however many prompts there are.
         """
         table = super().comparisons(reference, metric=metric)
-        p = exact_p_values(table, self.per_unit(metric))
-        return table.assign(p=p, p_holm=holm(p))
+        return corrected(table.assign(p=exact_p_values(table, self.per_unit(metric))))
 
     def against_random(self) -> pd.DataFrame:
         """The tested directions against as many random regions.
@@ -108,7 +107,7 @@ class AblationEvidence(Evidence):
                 p = monte_carlo_p(value, null, side="less")
                 rows.append((method, value, len(null), int((null <= value).sum()), p))
         table = pd.DataFrame(rows, columns=["method", "difference", "n_draws", "as_large", "p"])
-        return table.assign(p_holm=holm(table["p"].to_numpy(dtype=np.float64)))
+        return corrected(table)
 
     def verdict(self, reference: str | None = None) -> str:
         """What the evidence says in words: the tested directions beside controls, random regions and side effects.
@@ -133,9 +132,6 @@ class AblationEvidence(Evidence):
         made = super().section()
         more = ablation_report.random_table(self.against_random())
         return replace(made, tables=(*made.tables, *more), answers=ablation_report.answer_sets(self.answers()))
-
-    def _extra(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        return {name: _files.json_safe(getattr(self, name)) for name in ("texts", "sizes", "localisation")}, {}
 
 
 @standard_modes()
@@ -254,13 +250,10 @@ def asked_rows(
     for condition, verdicts in zip(conditions, asking.ask(prompts, conditions, progress=progress), strict=True):
         for number, verdict in enumerate(verdicts):
             where = {"prompt": unit_name(part, number), "method": condition.name, "draw": condition.draw}
-            yield where | {"metric": "shown", "value": verdict.shown, "text": _kept_text(condition, verdict)}
+            text = None if condition.name.startswith("random") else verdict.text or None
+            yield where | {"metric": "shown", "value": verdict.shown, "text": text}
             if np.isfinite(verdict.odds):
                 yield where | {"metric": "odds", "value": verdict.odds, "text": None}
-
-
-def _kept_text(condition: Condition, verdict: Verdict) -> str | None:
-    return None if condition.name.startswith("random") else verdict.text or None
 
 
 def _template(found: Localisation) -> dict[str, Any]:

@@ -1,17 +1,16 @@
 """What :func:`compare_checkpoints` gives: states of latents, how far two sides drifted, and whether labels matter."""
 
 import math
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import combinations
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import pandas as pd
 from torch import Tensor
 
 from saelens_ext import _checks
-from saelens_ext.evals.evidence import Evidence, columns_apart, columns_together, evidence_table
+from saelens_ext.evals.evidence import Evidence, evidence_table
 from saelens_ext.evals.verdicts import LEVEL
 from saelens_ext.ops.resampling import monte_carlo_p
 from saelens_ext.report.evidence_section import EvidenceSection
@@ -88,7 +87,8 @@ class CheckpointEvidence(Evidence):
             return Drift(observed, math.nan, smallest, n_labellings)
         n_permutations = int(self.settings["n_permutations"])
         if n_labellings <= n_permutations:
-            null = np.array([_difference(values, labels) for labels in _labellings(n, n_first)])
+            labellings = (np.isin(np.arange(n), chosen) for chosen in combinations(range(n), n_first))
+            null = np.array([_difference(values, labels) for labels in labellings])
             return Drift(observed, float((null >= observed - 1e-12).mean()), smallest, n_labellings)
         generator = np.random.default_rng(self.settings["seed"])
         null = np.array([_difference(values, generator.permutation(is_first)) for _ in range(n_permutations)])
@@ -172,27 +172,9 @@ class CheckpointEvidence(Evidence):
         )
         return replace(section, tables=(*section.tables, *more))
 
-    def _extra(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        columns, tensors = columns_apart(self.latents, "latents")
-        content = {"latent_columns": columns, "replicas": [list(key) for key in self.replicas]}
-        return content | {"pair_names": list(self.pairs)}, tensors | {
-            f"pairs.{name}": one for name, one in self.pairs.items()
-        }
-
-    @classmethod
-    def _with_extra(cls, content: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        content["latents"] = columns_together(content.pop("latent_columns"), tensors, "latents")
-        content["replicas"] = tuple((side, name) for side, name in content["replicas"])
-        return content | {"pairs": {name: tensors[f"pairs.{name}"] for name in content.pop("pair_names")}}
-
 
 def _difference(values: np.ndarray, is_first: np.ndarray) -> float:
     """Mean within a side minus mean across."""
     same = is_first[:, None] == is_first[None]
     np.fill_diagonal(off := np.ones_like(same), False)
     return float(values[same & off].mean() - values[~same].mean())
-
-
-def _labellings(n: int, n_first: int) -> Iterator[np.ndarray]:
-    for chosen in combinations(range(n), n_first):
-        yield np.isin(np.arange(n), chosen)

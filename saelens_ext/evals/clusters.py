@@ -35,12 +35,11 @@ from saelens_ext.evals.clusterings import (
     one_cluster_words,
     win_shares,
 )
-from saelens_ext.evals.evidence import Evidence, Failure, evidence_table
+from saelens_ext.evals.evidence import Evidence, Failure, Pair, corrected, evidence_table
 from saelens_ext.evals.sweep_store import SweepStore
 from saelens_ext.host.chat_template import Prompt
 from saelens_ext.host.sentence_model import load_sentence_model
-from saelens_ext.ops.resampling import paired_units, smallest_p
-from saelens_ext.ops.statistics import holm
+from saelens_ext.ops.resampling import smallest_p
 from saelens_ext.report.evidence_section import EvidenceSection
 
 _GROUPS = ("direction", "sign")
@@ -88,20 +87,11 @@ class ClusterEvidence(Evidence):
         """Differences over prefixes, each from the continuations that both methods have a direction for; ``note`` says
         where the groups of a control are one group; see :meth:`Evidence.comparisons`.
         """
-        rows = []
-        for group, method, other, both in self._both(reference, metric):
-            options = self._resampling() | {"n_permutations": self.settings["n_permutations"]}
-            found = paired_units(both[method].to_numpy(), both[other].to_numpy(), **options)
-            rows.append({**group, "method": method, "other": other, **found._asdict()})
-        columns = ["method", "other", "difference", "low", "high", "p", "n_units", "n_undefined"]
-        table = pd.DataFrame(rows, columns=[*self.groups, *columns])
-        return noted(table.assign(p_holm=holm(table["p"].to_numpy(dtype=np.float64))), self.cells)
+        return noted(super().comparisons(reference, metric=metric), self.cells)
 
-    def _both(
-        self, reference: str | None, metric: str | None
-    ) -> Iterator[tuple[dict[str, Any], str, str, pd.DataFrame]]:
+    def _both(self, reference: str | None, metric: str) -> Iterator[Pair]:
         """By group and pair of methods, the means over prefixes of what both have."""
-        name = _checks.choice(metric or self.headline, tuple(self.metrics), "metric")
+        name = _checks.choice(metric, tuple(self.metrics), "metric")
         own = self.cells[self.cells["metric"] == name]
         for key, part in own.groupby(list(_GROUPS), sort=False):
             places = ["prefix", "beta", "gamma", "row"]
@@ -115,7 +105,7 @@ class ClusterEvidence(Evidence):
         """
         rows = [
             {**group, **win_shares(other, both[JOINT] - both[other], self.settings["confidence"])}
-            for group, _, other, both in self._both(JOINT, metric)
+            for group, _, other, both in self._both(JOINT, metric or self.headline)
         ]
         found = pd.DataFrame(rows, columns=[*_GROUPS, "other", "estimate", "low", "high", "n_units", "n_ties"])
         return noted(found, self.cells)
@@ -161,8 +151,7 @@ class ClusterEvidence(Evidence):
         if table.empty:
             return "No two continuations of different clusters have as many tokens, so lengths could not be matched."
         options = {"subjects": [JOINT], "groups": self.groups, "unit": self.unit, "metric": self.metrics[name]}
-        table = table.assign(p_holm=holm(table["p"].to_numpy(dtype=np.float64)))
-        return verdicts.verdict(table, self.summary(metric=name), settings=self.settings, **options)
+        return verdicts.verdict(corrected(table), self.summary(metric=name), settings=self.settings, **options)
 
     def section(self) -> EvidenceSection:
         """As for all evidence, with the share of wins, the comparisons at matched lengths, and every cell."""

@@ -32,7 +32,6 @@ BASIS, TURNED = "basis", "turned basis"
 _ROUNDING = 1e-9
 """Weights of unit directions below this are rounding."""
 _ROWS_SHOWN = 40
-_TENSORS = ("terms", "weights", "explained", "null")
 
 
 @dataclass(kw_only=True, eq=False)
@@ -123,13 +122,6 @@ class Decomposition(Evidence):
         note = f"Of the latents that are explained best, {_ROWS_SHOWN} terms of {len(table)}."
         return replace(section, tables=(evidence_table("Terms", shown, note), *section.tables))
 
-    def _extra(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        return {}, {name: getattr(self, name) for name in _TENSORS}
-
-    @classmethod
-    def _with_extra(cls, content: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        return content | {name: tensors[name] for name in _TENSORS}
-
 
 @standard_modes()
 @torch.no_grad()
@@ -170,7 +162,8 @@ def decompose_dictionary(
     _checks.positive(max_terms, "max_terms")
     _checks.positive(n_bootstrap, "n_bootstrap")
     _checks.between(confidence, 0, 1, "confidence")
-    rows = [_units(part, name) for part, name in ((target, "target"), (basis, "basis"))]
+    found = direction_rows(target, "target"), direction_rows(basis, "basis")
+    rows = [torch.nn.functional.normalize(part.cpu().double(), dim=1) for part in found]
     if rows[0].shape[1] != rows[1].shape[1]:
         raise ValueError(
             f"target has directions of width {rows[0].shape[1]} and basis of {rows[1].shape[1]}; give dictionaries of "
@@ -208,10 +201,6 @@ def decompose_dictionary(
         },
         terms=terms, weights=weights, explained=explained, null=null,
     )  # fmt: skip
-
-
-def _units(dictionary: SAE[Any] | Tensor, name: str) -> Tensor:
-    return torch.nn.functional.normalize(direction_rows(dictionary, name).cpu().double(), dim=1)
 
 
 def _decomposed(target: Tensor, basis: Tensor, max_terms: int) -> tuple[Tensor, Tensor, Tensor]:

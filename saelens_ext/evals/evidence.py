@@ -11,18 +11,17 @@ Symbols
 
 import importlib
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 import numpy as np
 import pandas as pd
-import torch
 
 from saelens_ext import _checks, _files
 from saelens_ext.evals import verdicts
-from saelens_ext.ops.resampling import paired_units, unit_bootstrap
+from saelens_ext.ops.resampling import Paired, paired_units, unit_bootstrap
 from saelens_ext.ops.statistics import holm
 from saelens_ext.report.evidence_section import EvidenceSection, EvidenceTable, ForestPlot, ForestRow
 
@@ -32,8 +31,12 @@ KINDS = ("unsupervised", "supervised", "control")
 MIN_CLAIM_UNITS = 6
 """With fewer units, flipping signs gives no p-value below .05."""
 
-_STEM, _VERSION = "evidence", 1
+_STEM, _VERSION = "evidence", 2
 _SETTINGS: dict[str, Any] = {"confidence": 0.95, "n_bootstrap": 2000, "n_permutations": 10_000, "seed": 0}
+
+
+Pair = tuple[dict[str, Any], str, str, pd.DataFrame]
+"""Group, method, other method and a table that has both, one row for each unit."""
 
 
 class Failure(NamedTuple):
@@ -147,14 +150,11 @@ class Evidence:
             ValueError: no such method or metric.
         """
         rows = []
-        for group, table in self._parts(metric or self.headline):
-            for method, other in self._pairs(reference, list(table.columns)):
-                options = self._resampling() | {"n_permutations": self.settings["n_permutations"]}
-                found = paired_units(*(table[name].to_numpy(dtype=np.float64) for name in (method, other)), **options)
-                rows.append({**group, "method": method, "other": other, **found._asdict()})
+        for group, method, other, table in self._both(reference, metric or self.headline):
+            found = self._paired(*(table[name].to_numpy(dtype=np.float64) for name in (method, other)))
+            rows.append({**group, "method": method, "other": other, **found._asdict()})
         columns = ["method", "other", "difference", "low", "high", "p", "n_units", "n_undefined"]
-        table = pd.DataFrame(rows, columns=[*self.groups, *columns])
-        return table.assign(p_holm=holm(table["p"].to_numpy(dtype=np.float64)))
+        return corrected(pd.DataFrame(rows, columns=[*self.groups, *columns]))
 
     def verdict(self, reference: str | None = None) -> str:
         """What the evidence says in words, a line for each method and group.
@@ -246,12 +246,7 @@ class Evidence:
 
     def save(self, directory: str | Path) -> Path:
         """Write ``evidence.json`` and ``evidence.safetensors`` into a directory, one evidence to each; gives it."""
-        columns, tensors = columns_apart(self.cells)
-        content = {"columns": columns} | {
-            name: _files.json_safe(getattr(self, name)) for name in ("kinds", "descriptions", "settings", "failures")
-        }
-        more, other = self._extra()
-        return self._format().write(Path(directory), content | more, tensors | other)
+        return self._format().save(self, Path(directory))
 
     @classmethod
     def load(cls: type[E], directory: str | Path) -> E:
@@ -269,25 +264,13 @@ class Evidence:
             kind = _files.read_json(Path(directory) / f"{_STEM}.json").get("kind")
             known = {each._format().kind: each for each in _all_subclasses(cls)}
             own = known.get(str(kind), cls)
-        content, tensors = own._format().read(Path(directory))
-        failures = tuple(Failure(*entry) for entry in content.pop("failures"))
-        cells = columns_together(content.pop("columns"), tensors)
-        return own(cells=cells, failures=failures, **own._with_extra(content, tensors))
+        return own._format().load(own, Path(directory))
 
     # --- for subclasses ---
 
     @classmethod
     def _format(cls) -> _files.Format:
-        return _files.Format(stem=_STEM, kind=f"{cls.kind} evidence", version=_VERSION)
-
-    def _extra(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """What a subclass saves besides: fields that JSON can hold, and tensors."""
-        return {}, {}
-
-    @classmethod
-    def _with_extra(cls, content: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-        """The fields of a subclass, from the content and the tensors that it saved."""
-        return content
+        return _files.Format(stem=_STEM, kind=f"{cls.kind} evidence", version=_VERSION, oldest=_VERSION, nullable=True)
 
     def _parts(self, metric: str) -> list[tuple[dict[str, Any], pd.DataFrame]]:
         """The table of :meth:`per_unit` by group."""
@@ -296,6 +279,12 @@ class Evidence:
             return [({}, table)] if len(table) else []
         parts = table.groupby(level=list(self.groups), sort=False)
         return [(dict(zip(self.groups, cast(tuple, key))), part) for key, part in parts]
+
+    def _both(self, reference: str | None, metric: str) -> Iterator[Pair]:
+        """By group and pair of methods, the table of units that they are compared on."""
+        for group, table in self._parts(metric):
+            for method, other in self._pairs(reference, list(table.columns)):
+                yield group, method, other, table
 
     def _subjects(self, reference: str | None) -> list[str]:
         """The methods whose merit is asked."""
@@ -315,6 +304,9 @@ class Evidence:
         generator = np.random.default_rng([self.settings["seed"], zlib.crc32(self.kind.encode())])
         return {name: self.settings[name] for name in ("n_bootstrap", "confidence")} | {"generator": generator}
 
+    def _paired(self, first: np.ndarray, second: np.ndarray) -> Paired:
+        return paired_units(first, second, **self._resampling(), n_permutations=self.settings["n_permutations"])
+
 
 class OverConcepts:
     """What evaluations have in common whose units are concepts and whose headline is 0.5 without knowledge."""
@@ -322,6 +314,14 @@ class OverConcepts:
     unit: ClassVar[str] = "concept"
     chance: ClassVar[float | None] = 0.5
     bounds: ClassVar[tuple[float, float]] = (0.0, 1.0)
+
+
+def corrected(table: pd.DataFrame, families: pd.Series | None = None) -> pd.DataFrame:
+    """Comparisons with ``p_holm``: Holm's correction of ``p`` over all rows, or over those of each family."""
+    correct = lambda p: holm(p.to_numpy(dtype=np.float64))  # noqa: E731
+    if families is None:
+        return table.assign(p_holm=correct(table["p"]))
+    return table.assign(p_holm=table.groupby(families, sort=False)["p"].transform(correct).astype(float))
 
 
 def evidence_table(title: str, table: pd.DataFrame, note: str) -> EvidenceTable:
@@ -332,28 +332,3 @@ def evidence_table(title: str, table: pd.DataFrame, note: str) -> EvidenceTable:
 
 def _all_subclasses(kind: type) -> list[Any]:
     return [each for own in kind.__subclasses__() for each in (own, *_all_subclasses(own))]
-
-
-def columns_apart(table: pd.DataFrame, name: str = "cells") -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Numbers as tensors under ``name``, texts as numbers of the different ones, which JSON holds."""
-    columns: dict[str, Any] = {}
-    tensors: dict[str, torch.Tensor] = {}
-    for column in map(str, table.columns):
-        values: Any = table[column].to_numpy()
-        columns[column] = None
-        if values.dtype.kind not in "biuf":
-            codes, texts = pd.factorize(table[column])
-            values, columns[column] = codes.astype(np.int32), [str(text) for text in texts]
-        tensors[f"{name}.{column}"] = torch.from_numpy(np.array(values))
-    return columns, tensors
-
-
-def columns_together(
-    columns: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], name: str = "cells"
-) -> pd.DataFrame:
-    """The table that :func:`columns_apart` took apart."""
-    table = {}
-    for column, texts in columns.items():
-        values = tensors[f"{name}.{column}"].numpy()
-        table[column] = values if texts is None else [texts[code] if code >= 0 else None for code in values]
-    return pd.DataFrame(table)

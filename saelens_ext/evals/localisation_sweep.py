@@ -27,7 +27,7 @@ from saelens_ext.evals.ablation import exact_p_values, unit_name
 from saelens_ext.evals.ablation_conditions import BASES, NOTHING, directions_of, matched_region
 from saelens_ext.evals.behaviour import PARTS, Behaviour, OpeningOdds, PromptSplit
 from saelens_ext.evals.behaviour_passes import Asking, Condition, Verdict, given_verdicts
-from saelens_ext.evals.evidence import Evidence, evidence_table
+from saelens_ext.evals.evidence import Evidence, corrected, evidence_table
 from saelens_ext.evals.localisation import check_both_shown, localise_read
 from saelens_ext.evals.sweep_store import SweepStore
 from saelens_ext.evals.verdicts import LEVEL
@@ -35,7 +35,6 @@ from saelens_ext.host.models import HostModel, describe_model, resolve_hook
 from saelens_ext.host.weights_fingerprint import weights_fingerprint
 from saelens_ext.ops.leader_clustering import LeaderClustering
 from saelens_ext.ops.resampling import Interval, wilson_interval
-from saelens_ext.ops.statistics import holm
 from saelens_ext.report.evidence_section import EvidenceSection, HeatMap
 
 COLLAPSE = -0.5
@@ -99,7 +98,8 @@ class SweepEvidence(Evidence):
             found = found.rename(columns=sides)
             found[["difference", "low", "high"]] = 0.0 - found[["difference", "low", "high"]]
             found = found[["method", "other", "difference", "low", "high", "p", "n_units", "n_undefined"]]
-        return _corrected_apart(found.assign(p=exact_p_values(found, self.per_unit(metric))), self.kinds)
+        exact = found.assign(p=exact_p_values(found, self.per_unit(metric)))
+        return corrected(exact, exact["method"].map(self.kinds))  # the cells, and the controls apart
 
     def verdict(self, reference: str | None = None) -> str:
         """What the cells say together; no single one is picked."""
@@ -155,9 +155,6 @@ class SweepEvidence(Evidence):
             note="Strong colour: the behaviour is gone. Every cell is shown; none was picked.",
         )
 
-    def _extra(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        return {"grid": _files.json_safe(self.grid)}, {}
-
 
 def cell_name(percentile: float | int, seed: int) -> str:
     """The name of a cell's method."""
@@ -167,13 +164,6 @@ def cell_name(percentile: float | int, seed: int) -> str:
 def matched_name(cell: str) -> str:
     """The name of the region that is matched to a cell's candidate."""
     return f"matched region of {cell}"
-
-
-def _corrected_apart(table: pd.DataFrame, kinds: dict[str, str]) -> pd.DataFrame:
-    """Holm's correction over the cells, and over the controls apart."""
-    families = table["method"].map(kinds)
-    adjusted = table.groupby(families, sort=False)["p"].transform(lambda p: holm(p.to_numpy(dtype=np.float64)))
-    return table.assign(p_holm=adjusted.astype(float))
 
 
 @standard_modes()

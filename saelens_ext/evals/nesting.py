@@ -24,7 +24,7 @@ from saelens_ext.activations.stream import ActivationStream
 from saelens_ext.dictionaries.fit_result import ExemplarFitResult
 from saelens_ext.evals.baselines import random_activations
 from saelens_ext.evals.checkpoints import strongest_latents
-from saelens_ext.evals.evidence import Evidence, columns_apart, columns_together, evidence_table
+from saelens_ext.evals.evidence import Evidence, evidence_table
 from saelens_ext.evals.replicas import read_all
 from saelens_ext.ops.spherical import assign_nearest
 from saelens_ext.report.evidence_section import EvidenceSection
@@ -112,14 +112,6 @@ class NestingEvidence(Evidence):
         parts = zip(("Where fine regions go", "From partition to partition"), (largest, self.chain()), notes)
         tables = tuple(evidence_table(title, table.head(_SHOWN), note) for title, table, note in parts)
         return replace(section, tables=(*tables, *section.tables))
-
-    def _extra(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        columns, tensors = columns_apart(self.regions, "regions")
-        return {"region_columns": columns}, tensors
-
-    @classmethod
-    def _with_extra(cls, content: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        return content | {"regions": columns_together(content.pop("region_columns"), tensors, "regions")}
 
 
 class _Majorities(NamedTuple):

@@ -16,9 +16,9 @@ import pandas as pd
 from scipy import stats
 from torch import Tensor
 
-from saelens_ext import _checks, _files
+from saelens_ext import _checks
 from saelens_ext.evals import novelty_report
-from saelens_ext.evals.evidence import Evidence
+from saelens_ext.evals.evidence import Evidence, corrected
 from saelens_ext.ops.paired_auroc import (
     ScoredDocuments,
     bootstrap_weights,
@@ -30,7 +30,6 @@ from saelens_ext.ops.paired_auroc import (
     sign_flip_p_values,
 )
 from saelens_ext.ops.resampling import student_stretch, tpr_at_fpr
-from saelens_ext.ops.statistics import holm
 from saelens_ext.report.evidence_section import EvidenceSection
 
 INSIDE = "inside"
@@ -246,9 +245,7 @@ class NoveltyEvidence(Evidence):
         ]
         columns = ["difference", "low", "high", "p_documents", "p_draws", "p", "n_units", "n_inside"]
         table = pd.DataFrame(rows, columns=["set", "method", "other", *columns])
-        families = table["other"].map(self.family_of)
-        adjusted = table.groupby(families, sort=False)["p"].transform(lambda p: holm(p.to_numpy(dtype=np.float64)))
-        return table.assign(p_holm=adjusted.astype(float))
+        return corrected(table, table["other"].map(self.family_of))
 
     @staticmethod
     def family_of(method: str) -> str:
@@ -303,17 +300,6 @@ class NoveltyEvidence(Evidence):
     def section(self) -> EvidenceSection:
         """What a page shows of this evidence."""
         return replace(super().section(), tables=novelty_report.tables(self), figures=novelty_report.figures(self))
-
-    # --- files ---
-
-    def _extra(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        content = {name: getattr(self, name) for name in ("sizes", "baselines", "partitions")}
-        return _files.json_safe(content | {"series": [list(one) for one in self.series]}), {"scores": self.scores}
-
-    @classmethod
-    def _with_extra(cls, content: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
-        series = tuple(Series(str(method), int(draw)) for method, draw in content.pop("series"))
-        return content | {"series": series, "scores": tensors["scores"]}
 
 
 def _fraction_above(outside: ScoredDocuments, inside: ScoredDocuments, rate: float) -> np.ndarray:

@@ -95,7 +95,8 @@ def tables(evidence: Any) -> tuple[EvidenceTable, ...]:
     found = []
     for metric, words in evidence.metrics.items():
         own = summary[summary["metric"] == metric]
-        cells = {(row.method, row.set): _with_interval(row) for row in own.itertuples()}
+        shown = ((row, f"{row.estimate:.2f} ({row.low:.2f} to {row.high:.2f})") for row in own.itertuples())
+        cells = {(row.method, row.set): text for row, text in shown}
         rows = tuple(
             (method, *(cells.get((method, name), "–") for name in evidence.outside)) for method in evidence.kinds
         )
@@ -114,10 +115,6 @@ def tables(evidence: Any) -> tuple[EvidenceTable, ...]:
         )
     )
     return tuple(found)
-
-
-def _with_interval(row: Any) -> str:
-    return f"{row.estimate:.2f} ({row.low:.2f} to {row.high:.2f})"
 
 
 def figures(evidence: Any) -> tuple[LineFigure, ...]:

@@ -22,12 +22,11 @@ from torch import Tensor
 from saelens_ext import _checks
 from saelens_ext._modes import standard_modes
 from saelens_ext.activations.stream import ActivationStream
-from saelens_ext.evals.evidence import Evidence
+from saelens_ext.evals.evidence import Evidence, corrected
 from saelens_ext.evals.verdicts import LEVEL
 from saelens_ext.host.flat_sae import encode_flat, hooks_of
 from saelens_ext.host.hook_names import resolve_hook
 from saelens_ext.ops.resampling import monte_carlo_p
-from saelens_ext.ops.statistics import holm
 
 STRONG = 0.5
 """Partners of a larger F1 are called strong."""
@@ -95,8 +94,7 @@ class OverlapEvidence(Evidence):
             p = monte_carlo_p(share - 1e-12, null, side="greater")
             row = {**group, "method": FOUND, "other": SHIFTED, "difference": share - null.mean()}
             rows.append(row | {"low": np.nan, "high": np.nan, "p": p, "n_units": len(table), "n_undefined": 0})
-        table = pd.DataFrame(rows)
-        return table.assign(p_holm=holm(table["p"].to_numpy(dtype=np.float64)))
+        return corrected(pd.DataFrame(rows))
 
     def verdict(self, reference: str | None = None) -> str:
         """How many latents of each dictionary have a strong partner in each other, and whether shifts give as many.
@@ -123,17 +121,6 @@ class OverlapEvidence(Evidence):
                 f"the smallest corrected p-value possible is {least:.2g}."
             )
         return "\n".join(lines)
-
-    def _extra(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        parts = {name: getattr(self, name) for name in ("bootstrap", "null", "partners")}
-        tensors = {f"{part}.{i}": one for part, own in parts.items() for i, one in enumerate(own.values())}
-        return {"pairs": list(self.null)}, tensors
-
-    @classmethod
-    def _with_extra(cls, content: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        pairs = content.pop("pairs")
-        parts = ("bootstrap", "null", "partners")
-        return content | {part: {pair: tensors[f"{part}.{i}"] for i, pair in enumerate(pairs)} for part in parts}
 
 
 @standard_modes()

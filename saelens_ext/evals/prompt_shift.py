@@ -15,9 +15,8 @@ from torch import Tensor
 
 from saelens_ext.dictionaries.fit_result import ExemplarFitResult
 from saelens_ext.evals.checkpoint_evidence import CHANGED, SIDES, CheckpointEvidence
-from saelens_ext.evals.evidence import Evidence, columns_apart, columns_together, evidence_table
+from saelens_ext.evals.evidence import Evidence, corrected, evidence_table
 from saelens_ext.ops.resampling import paired_units
-from saelens_ext.ops.statistics import holm
 from saelens_ext.report.evidence_section import EvidenceSection
 
 TEXTS = "texts"
@@ -67,14 +66,6 @@ class PromptShift(Evidence):
         note = f"The {_ROWS_SHOWN} regions with the smallest p-values of {len(self.regions)}, corrected over all."
         return replace(section, tables=(*section.tables, evidence_table("Shares of regions", order, note)))
 
-    def _extra(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        columns, tensors = columns_apart(self.regions, "regions")
-        return {"region_columns": columns}, tensors
-
-    @classmethod
-    def _with_extra(cls, content: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        return content | {"regions": columns_together(content.pop("region_columns"), tensors, "regions")}
-
 
 def prompt_shift(
     fits: Mapping[str, Mapping[str, ExemplarFitResult]],
@@ -122,7 +113,7 @@ def prompt_shift(
             BASE: "Activations of the base model on the same tokens, assigned to the same regions.",
         },
         settings={"confidence": confidence, "seed": seed},
-        regions=regions.assign(p_holm=holm(regions["p"].to_numpy(dtype=np.float64))),
+        regions=corrected(regions),
     )
 
 

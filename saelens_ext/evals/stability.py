@@ -67,16 +67,6 @@ class StabilityEvidence(Evidence):
         name = _checks.choice(replica, tuple(self.cosines), "replica")
         return (self.cosines[name] > self.cutoffs[name]).double().mean(dim=1)
 
-    def _extra(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        parts = {"cosines": self.cosines, "cutoffs": self.cutoffs}
-        tensors = {f"{part}.{name}": one for part, columns in parts.items() for name, one in columns.items()}
-        return {"replicas": list(self.cosines)}, tensors
-
-    @classmethod
-    def _with_extra(cls, content: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        names = content.pop("replicas")
-        return content | {part: {name: tensors[f"{part}.{name}"] for name in names} for part in ("cosines", "cutoffs")}
-
 
 @standard_modes()
 @torch.no_grad()

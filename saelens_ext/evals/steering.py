@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from saelens_ext import _checks, _files
+from saelens_ext import _checks
 from saelens_ext._modes import standard_modes
 from saelens_ext.evals.attempts import Attempts
 from saelens_ext.evals.concepts_data import Concept, check_concepts
@@ -31,7 +31,7 @@ from saelens_ext.evals.steering_arms import (
     check_columns,
     resolved,
 )
-from saelens_ext.evals.steering_texts import TEXT_COLUMNS, TEXT_KEY, UNSTEERED, judged, said_texts, scores_of
+from saelens_ext.evals.steering_texts import TEXT_KEY, UNSTEERED, judged, said_texts, scores_of
 from saelens_ext.host.chat_template import Prompt, in_words, listed_prompts
 from saelens_ext.host.models import HostModel, describe_model
 from saelens_ext.ops.resampling import unit_bootstrap
@@ -172,15 +172,6 @@ class SteeringEvidence(Evidence):
             note="Every line is over the concepts that reach a target; nothing is chosen.",
         )
         return replace(section, tables=(*section.tables, *tables), figures=(figure,) if lines else ())
-
-    def _extra(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        return {"texts": _files.json_safe(self.texts.to_dict("list"))}, {}
-
-    @classmethod
-    def _with_extra(cls, content: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-        texts = pd.DataFrame(content.pop("texts"), columns=TEXT_COLUMNS)
-        numbers = ["kl", "coefficient", "target", "concept_rating", "fluency_rating", "score"]
-        return content | {"texts": texts.astype(dict.fromkeys(numbers, "float64"))}
 
 
 def _records(table: pd.DataFrame) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ at its tokens, modes are made from them, and latents at these tokens are steered
 candidates, of the change of their mean demeaned logit per unit of strength along their own mode's direction.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,6 @@ from typing import Any, ClassVar, cast
 import numpy as np
 import pandas as pd
 from sae_lens import SAE
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from saelens_ext import _checks, _files
@@ -24,13 +23,12 @@ from saelens_ext.audit.stages import describe
 from saelens_ext.continuations.step_tree import StepTree as StepTree
 from saelens_ext.continuations.steps import sample_steps as sample_steps
 from saelens_ext.evals import step_pairs as pairs
-from saelens_ext.evals.evidence import Evidence, Failure, evidence_table
+from saelens_ext.evals.evidence import Evidence, Failure, Pair, corrected, evidence_table
 from saelens_ext.evals.sweep_store import SweepStore
 from saelens_ext.evals.verdicts import LEVEL
 from saelens_ext.host.models import HostModel
 from saelens_ext.host.sentence_model import load_sentence_model
-from saelens_ext.ops.resampling import paired_units, smallest_p
-from saelens_ext.ops.statistics import holm
+from saelens_ext.ops.resampling import smallest_p
 from saelens_ext.report.evidence_section import EvidenceSection, EvidenceTable, HeatMap
 
 SOURCES = ("each_step", "prompt", "all")
@@ -77,19 +75,15 @@ class StepAudit(Evidence):
         What stands elsewhere or at a step's place belongs to other steps, so that over all steps it does as well as
         they do by construction: these controls are compared pair by pair, by :meth:`by_pair`.
         """
-        name = _checks.choice(metric or self.headline, tuple(self.metrics), "metric")
+        return super().comparisons(reference, metric=metric)
+
+    def _both(self, reference: str | None, metric: str) -> Iterator[Pair]:
+        name = _checks.choice(metric, tuple(self.metrics), "metric")
         own = self.cells[self.cells["metric"] == name]
         wide = own.pivot_table(index=["problem", *_PAIR], columns="method", values="value", sort=True)
-        rows = []
         methods = [one for one in self.kinds if one in wide.columns and one not in _BY_PAIR]
         for method, other in self._pairs(reference, methods):
-            both = wide[[method, other]].dropna().groupby(level="problem").mean()
-            options = self._resampling() | {"n_permutations": self.settings["n_permutations"]}
-            found = paired_units(both[method].to_numpy(), both[other].to_numpy(), **options)
-            rows.append({"method": method, "other": other, **found._asdict()})
-        columns = ["method", "other", "difference", "low", "high", "p", "n_units", "n_undefined"]
-        table = pd.DataFrame(rows, columns=columns)
-        return table.assign(p_holm=holm(table["p"].to_numpy(dtype=np.float64)))
+            yield {}, method, other, wide[[method, other]].dropna().groupby(level="problem").mean()
 
     def by_pair(self, control: str | None = None) -> pd.DataFrame:
         """For each source and target: mean slope over problems, low, high, p, p_holm, n_problems, attribution_share.
@@ -123,17 +117,13 @@ class StepAudit(Evidence):
         rows = []
         for key, part in cast(Any, own.dropna().rename("value").reset_index().groupby(keys)):
             values = part.groupby("problem")["value"].mean().to_numpy(dtype=np.float64)
-            options = self._resampling() | {"n_permutations": self.settings["n_permutations"]}
-            found = paired_units(values, np.zeros_like(values), **options)
+            found = self._paired(values, np.zeros_like(values))
             share = shares[(shares[keys] == list(key)).all(axis=1)]["value"].mean()
             p = found.p if len(values) >= MIN_PROBLEMS else np.nan
             row = {"slope": found.difference, "low": found.low, "high": found.high, "p": p, "n_problems": len(values)}
             rows.append({**dict(zip(keys, key)), **row, "attribution_share": share})
         columns = [*keys, "slope", "low", "high", "p", "n_problems", "attribution_share"]
-        table = pd.DataFrame(rows, columns=columns)
-        table["p_holm"] = np.nan
-        tested = table["p"].notna()
-        table.loc[tested, "p_holm"] = holm(table.loc[tested, "p"].to_numpy(dtype=np.float64))
+        table = corrected(pd.DataFrame(rows, columns=columns))
         if control is None:
             return table
         return table.rename(columns={"slope": "difference"}).drop(columns="attribution_share")
@@ -214,9 +204,6 @@ class StepAudit(Evidence):
             note = f"{problem['n_steps']} steps, ended by {problem['ended_by']}. Problem: {problem['prompt'][:300]}"
             tables.append(evidence_table(f"Candidates of problem {number}", rows, note))
         return tables
-
-    def _extra(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        return {"candidates": _files.json_safe(self.candidates)}, {}
 
 
 @standard_modes()

@@ -24,7 +24,6 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import pandas as pd
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from saelens_ext import _checks, _files
@@ -113,13 +112,6 @@ class SupernodeEvidence(Evidence):
         strongest = self.members.sort_values(["supernode", "effect"], ascending=[True, False])
         shown = strongest.groupby("supernode").head(8)
         return replace(made, tables=(*made.tables, evidence_table("Strongest latents of each", shown, note)))
-
-    def _extra(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        return {"members": _files.json_safe(self.members.to_dict("list"))}, {}
-
-    @classmethod
-    def _with_extra(cls, content: dict[str, Any], tensors: Any) -> dict[str, Any]:
-        return content | {"members": pd.DataFrame(content["members"])}
 
 
 def read_swaps(path: str | Path) -> list[EntitySwap]:
