@@ -68,7 +68,8 @@ def detection(
     x = _activations(stream)
     for name, sae in saes.items():
         controls = matched_controls(sae, x, n_draws=concepts.n_coresets, seed=settings.seed)
-        methods += [_renamed(control, name) for control in controls] if len(saes) > 1 else controls
+        of = f" of {name}" if len(saes) > 1 else ""
+        methods += [replace(control, name=control.name + of) for control in controls]
     found = evaluate_detection(stream.model, methods, given, progress=context.progress, **vars(settings))
     return finish(found, inputs, results, settings)
 
@@ -263,13 +264,9 @@ def _opened(inputs: EvidenceInputs) -> tuple[ActivationStream, dict[str, SAE[Any
     contents = opening.read_folder(inputs.dictionary)
     first = opening.open_dictionary(inputs.dictionary, inputs.device)
     saes = [first, *(opening.open_dictionary(folder, inputs.device) for folder in inputs.compare)]
-    config = opening.reading_config(contents, first, inputs, **_given(inputs))
+    config = opening.reading_config(contents, first, inputs, training_tokens=inputs.training_tokens)
     stream = opening.open_stream(config)
     return stream, {name: opening.attach(sae, stream.model) for name, sae in zip(names, saes, strict=True)}
-
-
-def _given(inputs: EvidenceInputs) -> dict[str, Any]:
-    return {"training_tokens": inputs.training_tokens}
 
 
 def _activations(stream: ActivationStream) -> Tensor:
@@ -285,10 +282,6 @@ def _methods(saes: Mapping[str, SAE[Any]]) -> list[Method]:
         for name, sae in saes.items()
         for basis in (("exemplar", "mean") if isinstance(sae, ExemplarPartition) else (None,))
     ]
-
-
-def _renamed(control: Method, name: str) -> Method:
-    return replace(control, name=f"{control.name} of {name}")
 
 
 def named_files(given: Sequence[str], option: str = "--outside", **how: bool) -> dict[str, list[Any]]:

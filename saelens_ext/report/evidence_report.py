@@ -5,16 +5,15 @@ It knows evaluations by their :class:`~saelens_ext.report.evidence_section.Evide
 
 import math
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from saelens_ext import _checks, _files
+from saelens_ext import _checks
 from saelens_ext.continuations.validation.figures import MINUS, NOTHING, p_value
 from saelens_ext.report.audit.wording import plain
 from saelens_ext.report.evidence_section import EvidenceSection, EvidenceTable, ForestPlot, HeatMap, LineFigure
 from saelens_ext.report.format import count, visible
-from saelens_ext.report.page import embed_json, render_page
+from saelens_ext.report.page import embed_json, write_page
 
 STYLES = ("dictionary.css", "audit.css", "evidence.css")
 SCRIPTS = ("text.js", "line_chart.js", "evidence_figures.js")
@@ -74,23 +73,20 @@ def write_evidence_report(
         ValueError: no section, a row of a table or a line of a figure of another length than its columns or x values,
             or an estimate that is not finite.
     """
-    path, given = Path(path), list(sections)
+    given = list(sections)
     if not given:
         raise ValueError("sections is empty; give what section() of at least one evidence gives.")
     for section in given:
         _check(section)
-    keys = _keys(given)
-    page = render_page(
+    return write_page(
+        path,
         "evidence.html",
         styles=STYLES,
         scripts=SCRIPTS,
-        title=visible(title),
-        sections=[_section(key, section) for key, section in zip(keys, given)],
+        title=title,
+        sections=[_section(f"evidence-{number}", section) for number, section in enumerate(given)],
         about=_settings(about or {}),
-        version=version("saelens-ext"),
     )
-    _files.write_together({path: lambda temporary: temporary.write_bytes(page.encode("utf-8"))})
-    return path
 
 
 def _check(section: EvidenceSection) -> None:
@@ -123,11 +119,6 @@ def _check(section: EvidenceSection) -> None:
         _checks.choice(row.kind, tuple(_KINDS), "kind of a forest row")
         if not math.isfinite(row.estimate):
             raise ValueError(f"The estimate of {row.label!r} is {row.estimate}; leave out what has no estimate.")
-
-
-def _keys(sections: Sequence[EvidenceSection]) -> list[str]:
-    """Anchors, none of them twice."""
-    return [f"evidence-{number}" for number in range(len(sections))]
 
 
 def _section(key: str, section: EvidenceSection) -> dict[str, Any]:

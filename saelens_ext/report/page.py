@@ -4,10 +4,15 @@ import base64
 import hashlib
 import json
 from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+
+from saelens_ext import _files
+from saelens_ext.report.format import visible
 
 # Inside <script type="application/json"> the parser looks only for tags and comments, so without "<" nothing can end
 # the block; the rest are escaped for readers other than a browser. Non-ASCII text, U+2028 and lone surrogates included,
@@ -52,6 +57,16 @@ def render_page(
     return environment.get_template(template).render(
         style=Markup(style), script=Markup(script), policy=policy, **values
     )
+
+
+def write_page(path: str | Path, template: str, *, title: str, **options: Any) -> Path:
+    """Write a rendered page, which also says by which version it was made, as one file, replaced in one step.
+
+    ``options`` are those of :func:`render_page`; missing directories are made.
+    """
+    page = render_page(template, title=visible(title), version=version("saelens-ext"), **options)
+    _files.write_together({Path(path): lambda temporary: temporary.write_bytes(page.encode("utf-8"))})
+    return Path(path)
 
 
 def _join(environment: Environment, names: Sequence[str]) -> str:

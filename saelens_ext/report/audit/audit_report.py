@@ -1,13 +1,11 @@
 """The report on an audit of continuations: a single HTML file that opens anywhere and asks the network for nothing."""
 
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from saelens_ext import _files
 from saelens_ext.analysis.labels import Labels
 from saelens_ext.analysis.profile import DictionaryProfile
 from saelens_ext.continuations.prefix_audit import PrefixAudit, verdict_of
@@ -18,9 +16,9 @@ from saelens_ext.report.audit.maps import maps_data
 from saelens_ext.report.audit.modes import ExampleFinder, modes_of, prefix_tokens, weighs_draws
 from saelens_ext.report.audit.path import one_cluster, path_data, path_rows
 from saelens_ext.report.audit.settings import dictionary_hooks, facts, settings_rows
-from saelens_ext.report.audit.wording import quoted
+from saelens_ext.report.audit.wording import quoted, shortened
 from saelens_ext.report.format import count, percentage, visible
-from saelens_ext.report.page import embed_json, render_page
+from saelens_ext.report.page import embed_json, write_page
 
 STYLES = ("dictionary.css", "audit.css")
 SCRIPTS = (
@@ -76,23 +74,20 @@ def write_audit_report(
         ValueError: no prefix; profiles without a tokenizer; or a prefix whose continuations have no embeddings or
             signatures.
     """
-    path = Path(path)
     _check(prefixes, profiles, tokenizer)
     finder = ExampleFinder(profiles, tokenizer, dictionary_hooks(about), labels)
     shown = [_prefix(number, audit, finder, tokenizer, config) for number, audit in enumerate(prefixes)]
-    page = render_page(
+    return write_page(
+        path,
         "audit.html",
         styles=STYLES,
         scripts=SCRIPTS,
-        title=visible(title),
+        title=title,
         index=index,
         prefixes=shown,
         together=tests_section.shown_verdict(verdict_of(prefixes)),
         settings=settings_rows(about, config),
-        version=version("saelens-ext"),
     )
-    _files.write_together({path: lambda temporary: temporary.write_bytes(page.encode("utf-8"))})
-    return path
 
 
 def _check(prefixes: Sequence[PrefixAudit], profiles: Mapping[str, Any] | None, tokenizer: Any) -> None:
@@ -124,7 +119,7 @@ def _prefix(
     }
     return {
         "key": f"p{number}",
-        "label": _shortened(quoted(audit.continuations.prompt)),
+        "label": shortened(quoted(audit.continuations.prompt), 70),
         **_prompt(audit),
         "verdict": tests_section.shown_verdict(audit.verdict),
         "facts": facts(audit, config),
@@ -183,7 +178,3 @@ def _prompt(audit: PrefixAudit) -> dict[str, Any]:
         "pieces": [(visible(text), is_given) for text, is_given in whole if text],
         "templated": rows.prompt != rows.prefix,
     }
-
-
-def _shortened(text: str, longest: int = 70) -> str:
-    return text if len(text) <= longest else text[: longest - 1] + "…"

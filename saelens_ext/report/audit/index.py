@@ -1,22 +1,20 @@
 """The index of an audit of many prompts: for each its modes, what moved, what was found, and a link to its page."""
 
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from saelens_ext import _files
 from saelens_ext.continuations.prefix_audit import PrefixOutline
 from saelens_ext.continuations.validation.figures import fixed, interval_decimals, p_value
 from saelens_ext.continuations.validation.findings import MEASURE, STATISTIC, Finding, Verdict
 from saelens_ext.continuations.validation.methods import NOTHING
 from saelens_ext.report.audit.settings import settings_rows
 from saelens_ext.report.audit.tests_section import shown_verdict
-from saelens_ext.report.audit.wording import quoted
-from saelens_ext.report.format import count, percentage, visible
-from saelens_ext.report.page import render_page
+from saelens_ext.report.audit.wording import quoted, shortened
+from saelens_ext.report.format import count, percentage
+from saelens_ext.report.page import write_page
 
 _MODES_SHOWN, _LONGEST, _PROMPT = 3, 60, 160
 
@@ -61,24 +59,21 @@ def write_audit_index(
         config: settings of the audit, by name.
         title: heading of the page.
     """
-    path = Path(path)
     if not outlines or len(outlines) != len(links):
         raise ValueError(
             f"An index needs one prompt or more and a link for each, got {len(outlines)} and {len(links)}."
         )
-    page = render_page(
+    return write_page(
+        path,
         "audit_index.html",
         styles=("dictionary.css", "audit.css", "audit_index.css"),
         scripts=("text.js", "audit_index.js"),
-        title=visible(title),
+        title=title,
         together=shown_verdict(verdict),
         lines=[_line(number, *pair) for number, pair in enumerate(zip(outlines, links, strict=True))],
         failures=[(quoted(prompt), quoted(why)) for prompt, why in failures.items()],
         settings=settings_rows(about, config),
-        version=version("saelens-ext"),
     )
-    _files.write_together({path: lambda temporary: temporary.write_bytes(page.encode("utf-8"))})
-    return path
 
 
 def _line(number: int, outline: PrefixOutline, link: str) -> IndexLine:
@@ -91,7 +86,7 @@ def _line(number: int, outline: PrefixOutline, link: str) -> IndexLine:
         n=count(outline.n_continuations),
         n_modes=len(modes),
         modes=tuple(
-            (percentage(mode["weight"]), _shortened(quoted(mode["text"])), bool(mode["at_floor"]))
+            (percentage(mode["weight"]), shortened(quoted(mode["text"]), _LONGEST), bool(mode["at_floor"]))
             for mode in modes[:_MODES_SHOWN]
         ),
         n_more=max(0, len(modes) - _MODES_SHOWN),
@@ -124,10 +119,6 @@ def _own(outline: PrefixOutline) -> str:
     table = table[table["measure"] == MEASURE]
     n, share = int(table["n_clusters"].sum()), table["own_is_largest_of_cluster"].to_numpy(dtype=np.float64)
     return f"{round(float(share[0]) * n)} of {n}" if len(share) == 1 and np.isfinite(share[0]) else ""
-
-
-def _shortened(text: str, longest: int = _LONGEST) -> str:
-    return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
 def _middle_left_out(prompt: str) -> str:

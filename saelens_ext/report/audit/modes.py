@@ -15,7 +15,7 @@ from saelens_ext.analysis.profile import DictionaryProfile
 from saelens_ext.continuations.prefix_audit import PrefixAudit
 from saelens_ext.continuations.validation.figures import decimals_of, fixed
 from saelens_ext.host.tokens import token_strings
-from saelens_ext.report.audit.wording import quoted
+from saelens_ext.report.audit.wording import quoted, shortened
 from saelens_ext.report.format import count, percentage, significant
 
 N_EXEMPLARS = 5
@@ -222,7 +222,7 @@ def token_label(token: str, longest: int = 80) -> str:
     text = quoted(token)
     if not text.strip():
         text = "␣" * min(len(text), 8) or "∅"
-    return text if len(text) <= longest else text[: longest - 1] + "…"
+    return shortened(text, longest)
 
 
 class ExampleFinder:

@@ -57,6 +57,11 @@ def quoted(text: str) -> str:
     return visible(text.replace("\r\n", "\n")).replace("\n", "↵").replace("\t", "⇥")
 
 
+def shortened(text: str, longest: int) -> str:
+    """A text that is cut where it is longer."""
+    return text if len(text) <= longest else text[: longest - 1] + "…"
+
+
 def plain(value: Any) -> str:
     """A setting as a reader would write it."""
     if isinstance(value, bool):

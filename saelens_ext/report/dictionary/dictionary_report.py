@@ -1,14 +1,13 @@
 """The report on dictionaries: a single HTML file that opens anywhere and asks the network for nothing."""
 
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from sae_lens import SAE
 from transformers import PreTrainedTokenizerBase
 
-from saelens_ext import _checks, _files
+from saelens_ext import _checks
 from saelens_ext._modes import standard_modes
 from saelens_ext.analysis.labels import Labels
 from saelens_ext.analysis.logit_lens import LensResult
@@ -22,7 +21,7 @@ from saelens_ext.report.dictionary.latents import LatentSection, latent_part
 from saelens_ext.report.dictionary.regions import region_data
 from saelens_ext.report.dictionary.snmf_section import SNMFSection
 from saelens_ext.report.format import count, significant, visible
-from saelens_ext.report.page import embed_json, render_page
+from saelens_ext.report.page import embed_json, write_page
 
 STYLES = ("dictionary.css", "features.css")
 SCRIPTS = (
@@ -97,7 +96,6 @@ def write_dictionary_report(
         ValueError: nothing to report on, or ``chosen`` without its profile; ``chosen`` is not among ``fits``, the
             profile or lens is of another dictionary, or a generation lacks one of its texts.
     """
-    path = Path(path)
     if sae is not None:
         if profile is None or chosen is not None or latents is not None:
             raise ValueError("sae= goes with its profile=, and with neither fits, chosen nor latents.")
@@ -115,11 +113,12 @@ def write_dictionary_report(
         lens is not None or evals is not None or generations or (labels is not None and sae is None)
     ):
         raise ValueError("lens, evals, generations and labels need a partition: pass fits, chosen and profile.")
-    page = render_page(
+    return write_page(
+        path,
         "dictionary.html",
         styles=STYLES,
         scripts=SCRIPTS,
-        title=visible(title),
+        title=title,
         regions=None
         if chosen is None or profile is None
         else _regions(fits, chosen, profile, lens, tokenizer, evals, generations, labels),
@@ -130,10 +129,7 @@ def write_dictionary_report(
         else latent_part(latents, tokenizer),
         compared=None if compared is None else compared_part(compared, labels),
         evidence=[(visible(str(one["title"])), visible(str(one["verdict"]))) for one in (evidence or {}).values()],
-        version=version("saelens-ext"),
     )
-    _files.write_together({path: lambda temporary: temporary.write_bytes(page.encode("utf-8"))})
-    return path
 
 
 def _regions(

@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-from saelens_ext.report.format import significant
+from saelens_ext.report.format import Fact, significant
 
 _MEANINGS = {
     "kl_div_score": (
@@ -74,16 +74,7 @@ _MEANINGS = {
 }
 
 
-class EvaluationRow(NamedTuple):
-    """One line of the table."""
-
-    name: str
-    key: str
-    value: str
-    meaning: str
-
-
-def evaluation_rows(evals: Mapping[str, Any]) -> list[EvaluationRow]:
+def evaluation_rows(evals: Mapping[str, Any]) -> list[Fact]:
     """The figures of ``sae_lens.evals.run_evals``, nested by group as it returns them or flat, in the order given.
 
     Figures that this version does not know are shown under SAELens' own name; anything that is not a number is left
@@ -92,7 +83,7 @@ def evaluation_rows(evals: Mapping[str, Any]) -> list[EvaluationRow]:
     rows = []
     for key, value in _numbers(evals):
         name, meaning = _MEANINGS.get(key, (key.replace("_", " "), "As SAELens reports it under this name."))
-        rows.append(EvaluationRow(name, key, significant(value) if math.isfinite(value) else "not defined", meaning))
+        rows.append(Fact(key, name, significant(value) if math.isfinite(value) else "not defined", meaning))
     return rows
 
 

@@ -28,11 +28,16 @@ class Detail {
     setUsable(this.element("-back"), this.beside(id, -1) !== null);
     setUsable(this.element("-on"), this.beside(id, 1) !== null);
   }
-}
 
-function tokenList(name, note, vocabulary, tokens, logits) {
-  const item = (v, i) => make("li", {}, tokenChip(vocabulary[v], 24), number(logits[i] === null ? "–" : logits[i].toFixed(2)));
-  return make("div", {}, ...headed(name, note), make("ol", { class: "tokens" }, ...tokens.map(item)));
+  // The tokens that a direction promotes and suppresses; `high` and `low` say which these are.
+  lensLists(lens, id, high, low) {
+    const list = (name, note, tokens, logits) => {
+      const item = (v, i) => make("li", {}, tokenChip(this.data.vocabulary[v], 24), number(logits[i] === null ? "–" : logits[i].toFixed(2)));
+      return make("div", {}, ...headed(name, note), make("ol", { class: "tokens" }, ...tokens.map(item)));
+    };
+    const promoted = list("Promoted tokens", high, lens.promoted[id], lens.promoted_logits[id]);
+    return make("div", { class: "lens" }, promoted, list("Suppressed tokens", low, lens.suppressed[id], lens.suppressed_logits[id]));
+  }
 }
 
 function headed(name, note) {

@@ -61,15 +61,9 @@ class FeatureDetail extends Detail {
 
   lens(id) {
     const { data } = this;
-    const name = "Promoted tokens";
     if (data.promoted[id] === null) return make("p", { class: "hint" }, "No logit lens was computed for this report.");
     const high = "Highest logits of the direction it writes into the residual stream, through the final norm and unembedding: its logit lens.";
-    return make(
-      "div",
-      { class: "lens" },
-      tokenList(name, high, data.vocabulary, data.promoted[id], data.promoted_logits[id]),
-      tokenList("Suppressed tokens", "Lowest logits of that direction, lowest first.", data.vocabulary, data.suppressed[id], data.suppressed_logits[id]),
-    );
+    return this.lensLists(data, id, high, "Lowest logits of that direction, lowest first.");
   }
 
   // --- the trees ---

@@ -62,13 +62,7 @@ class RegionDetail extends Detail {
     const { lens } = this.data;
     if (lens === null) return make("p", { class: "hint" }, "No logit lens was computed for this report.");
     const high = "Highest logits of the exemplar through the final norm and unembedding.";
-    const low = "Lowest logits, lowest first.";
-    return make(
-      "div",
-      { class: "lens" },
-      tokenList("Promoted tokens", high, this.data.vocabulary, lens.promoted[id], lens.promoted_logits[id]),
-      tokenList("Suppressed tokens", low, this.data.vocabulary, lens.suppressed[id], lens.suppressed_logits[id]),
-    );
+    return this.lensLists(lens, id, high, "Lowest logits, lowest first.");
   }
 
   // `list` holds columns of equal length, or is missing where none were gathered.
