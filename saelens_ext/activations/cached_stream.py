@@ -1,6 +1,5 @@
 """Activations that SAELens' CacheActivationsRunner wrote, as a stream."""
 
-import math
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -103,17 +102,8 @@ class CachedStream(ActivationStream):
                 stacklevel=2,
             )
 
-    def batches(self, first_window: int = 0, n_read: int = 0) -> Iterator[ActivationBatch]:
-        """The batches of a pass from a window on, as :meth:`ActivationStream.batches`."""
-        left = math.inf if self.max_tokens is None else self.max_tokens - n_read
-        for start in range(first_window, len(self._rows), self.batch_size):
-            if left <= 0:
-                return
-            batch = self._batch_at(start)
-            if len(batch):
-                batch = batch if len(batch) <= left else batch.first(int(left))
-                left -= len(batch)
-                yield batch
+    def _read(self, first_window: int) -> Iterator[ActivationBatch]:
+        return map(self._batch_at, range(first_window, len(self._rows), self.batch_size))
 
     @property
     def device(self) -> torch.device:

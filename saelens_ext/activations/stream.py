@@ -182,17 +182,21 @@ class ActivationStream:
             first_window: windows that came before, a whole number of batches.
             n_read: activations that they gave.
         """
-        _warn_of_dropout(self.model)
         left = math.inf if self.max_tokens is None else self.max_tokens - n_read
         if left <= 0:
             return
-        for batch in self._batches(_numbered_chunks(self._windows, self.batch_size, first_window)):
+        for batch in self._read(first_window):
             if len(batch):
                 batch = batch if len(batch) <= left else batch.first(int(left))
                 left -= len(batch)
                 yield batch
                 if left == 0:
                     return
+
+    def _read(self, first_window: int) -> Iterator[ActivationBatch]:
+        """All batches from a window on, whatever their number."""
+        _warn_of_dropout(self.model)
+        return self._batches(_numbered_chunks(self._windows, self.batch_size, first_window))
 
     def token_windows(self) -> Iterator[tuple[int, list[int]]]:
         """Every window as its document and its token ids; the model is not run."""
@@ -337,7 +341,7 @@ def _warn_of_dropout(model: torch.nn.Module) -> None:
             "The model is in training mode and has dropout, so its activations differ from pass to pass: call "
             "model.eval().",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
