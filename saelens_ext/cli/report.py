@@ -47,7 +47,7 @@ def report(options: ReportOptions, context: Context) -> Result:
     others = [opening.open_contents(_name(name), options.device) for name in options.compare]
     model, tokenizer, name = _host(options, contents)
     target = Path(options.html or (Path(options.dictionary) / "report.html" if is_folder else "report.html"))
-    first = _first(contents)
+    first = contents.sae
     shown = {
         "evidence": contents.evidence,
         "tokenizer": tokenizer,
@@ -80,11 +80,11 @@ def _profiles(options: ReportOptions, contents: Contents, context: Context) -> l
         return [_profile(path, sae) for sae, path in opening.dictionaries_in(contents, options.dictionary)]
     names = ("dictionary", "model_name", "model_class_name", "dataset_path", "device")
     reading = ReadingOptions(**{name: getattr(options, name) for name in names})
-    config = opening.reading_config(contents, _first(contents), reading, training_tokens=options.training_tokens)
+    config = opening.reading_config(contents, contents.sae, reading, training_tokens=options.training_tokens)
     stream = opening.open_stream(config)
     n = f"{config.training_tokens:,}"
     logger.info("No profile lies beside it: reading %s activations of %s", n, stream.hook_names[0])
-    sae = opening.attach(_first(contents), stream.model)
+    sae = opening.attach(contents.sae, stream.model)
     return [profile_dictionary(sae, stream, n_random=N_RANDOM, progress=context.progress)]
 
 
@@ -103,7 +103,7 @@ def labels_of(
 
 def _compared(first: SAE[Any], other: Contents, name: str, options: ReportOptions, tokenizer: Any) -> ComparedWith:
     """How the directions of another dictionary match those of the first."""
-    second = _first(other)
+    second = other.sae
     with torch.no_grad():
         match = match_dictionaries(first, second)
     labels = other.labels
@@ -122,19 +122,14 @@ def _name(given: str | list[str]) -> str:
     return given[0] if isinstance(given, list) else given
 
 
-def _first(contents: Contents) -> SAE[Any]:
-    whole = contents.dictionary
-    return whole.dictionaries[0] if isinstance(whole, HierarchicalSNMF) else whole
-
-
 def _host(options: ReportOptions, contents: Contents) -> tuple[Any, Any, str]:
     """The model, None where it is not needed, its tokenizer, and its name."""
-    recorded = opening.recorded_settings(contents, _first(contents))
+    recorded = opening.recorded_settings(contents, contents.sae)
     name = options.model_name or recorded.get("model_name")
     if not name:
         raise UsageError(f"{options.dictionary} does not say which model it is of: --model_name=NAME.")
     if options.model_name is not None:
-        opening.check_model(_first(contents), name)
+        opening.check_model(contents.sae, name)
     kind = options.model_class_name or recorded.get("model_class_name") or "SAETransformerBridge"
     if options.lens and kind == "AutoModelForCausalLM":
         kind = "SAETransformerBridge"  # the lens needs a model that shows its last norm and unembedding

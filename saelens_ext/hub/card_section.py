@@ -42,8 +42,7 @@ N_LABELS = 10
 
 def describe(contents: Contents, repo_id: str, sae_id: str, metrics: Metrics | None, revision: str | None) -> Section:
     """The section of a card about a dictionary and what is pushed with it."""
-    whole = contents.dictionary
-    sae = whole.dictionaries[0] if isinstance(whole, HierarchicalSNMF) else whole
+    whole, sae = contents.dictionary, contents.sae
     architecture = sae.cfg.architecture()
     widths = " → ".join(map(str, whole.ranks)) if isinstance(whole, HierarchicalSNMF) else str(sae.cfg.d_sae)
     levels = isinstance(whole, HierarchicalSNMF)
@@ -95,9 +94,7 @@ def snippet(contents: Contents, repo_id: str, sae_id: str, revision: str | None)
 
 def results(contents: Contents, sae_id: str, metrics: Metrics | None) -> list[EvalResult]:
     """The finite numbers among metrics, as the Hub reads them; ``sae_id`` is an argument of each."""
-    whole = contents.dictionary
-    sae = whole.dictionaries[0] if isinstance(whole, HierarchicalSNMF) else whole
-    dataset = str(sae.cfg.metadata.get("dataset_path") or "unknown")
+    dataset = str(contents.sae.cfg.metadata.get("dataset_path") or "unknown")
     given = {name: value for one in (contents.evidence or {}).values() for name, value in one["figures"].items()}
     given |= dict(metrics or {})
     found = {name: value.item() if hasattr(value, "item") else value for name, value in given.items()}

@@ -64,6 +64,12 @@ class Contents:
     evidence: dict[str, dict[str, Any]] | None = None
     """By kind of evaluation, its "title", "verdict" and "figures"."""
 
+    @property
+    def sae(self) -> SAE[Any]:
+        """The dictionary, of a hierarchy the finest one."""
+        whole = self.dictionary
+        return whole.dictionaries[0] if isinstance(whole, HierarchicalSNMF) else whole
+
 
 def known_names(names: Iterable[str]) -> list[str]:
     """Those of the names, relative to a dictionary's folder, that belong to it."""

@@ -124,7 +124,7 @@ def push_to_hub(
             section = describe(contents, repo_id, sae_id, metrics, revision)
             front = FrontMatter(
                 tags=tags(contents),
-                base_model=base_model or _base_model(contents),
+                base_model=base_model or hub_model_name(contents.sae.cfg.metadata.model_name),
                 license=license,
                 results=results(contents, sae_id, metrics),
             )
@@ -299,12 +299,6 @@ def _published(config: Path | bytes) -> bytes:
     if isinstance(name := plain_name(content.get("architecture")), str):
         content["architecture"] = written_name(name)
     return hub_files.json_bytes(content | {"device": "cpu"})
-
-
-def _base_model(contents: Contents) -> str | None:
-    whole = contents.dictionary
-    sae = whole.dictionaries[0] if isinstance(whole, HierarchicalSNMF) else whole
-    return hub_model_name(sae.cfg.metadata.model_name)
 
 
 def _ensure_branch(api: HfApi, repo_id: str, private: bool, revision: str | None) -> str:
