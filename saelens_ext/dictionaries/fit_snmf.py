@@ -24,8 +24,8 @@ from saelens_ext.dictionaries.snmf_fit_result import SNMFFitResult
 from saelens_ext.ops.memory import memory_for
 from saelens_ext.ops.nnls import check_l1
 from saelens_ext.ops.precision import from_float64, where_float64_is, wide
-from saelens_ext.ops.semi_nmf import INITS, METHODS, SemiNMFResult, semi_nmf
-from saelens_ext.ops.semi_nmf_streaming import StreamingSemiNMFResult, semi_nmf_streaming
+from saelens_ext.ops.semi_nmf import INITS, METHODS, FittedFeatures, semi_nmf
+from saelens_ext.ops.semi_nmf_streaming import semi_nmf_streaming
 from saelens_ext.ops.semi_nmf_updates import sum_of_squares
 
 logger = logging.getLogger(__name__)
@@ -246,7 +246,7 @@ def fit_snmf_rows(
 
 def _dictionary(
     given: ActivationSource,
-    fit: SemiNMFResult | StreamingSemiNMFResult,
+    fit: FittedFeatures,
     shares: Tensor,
     config: SNMFFitConfig,
     n_seen: int,

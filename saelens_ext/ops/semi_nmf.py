@@ -50,34 +50,41 @@ _DEFAULT_TOL = 1e-4
 _DEFAULT_ITERATIONS = {"coordinate": 100, "paper": 500}
 
 
-@dataclass(frozen=True)
-class SemiNMFResult:
-    """A factorisation, and why it ended."""
+@dataclass(frozen=True, kw_only=True)
+class FittedFeatures:
+    """Features of a fit, and why it ended."""
 
-    codes: Float[Tensor, "n k"]
-    """Codes, >= 0: the optimum for these features, as :func:`~saelens_ext.ops.nnls.nnls` finds it with the same ``l1``.
-    """
     features: Float[Tensor, "k d"]
     """Signed features, at most ceil(sparsity * d) non-zeros each."""
     center: Float[Tensor, " d"]
     """What was subtracted from the activations; zero unless asked for."""
     loss: float
-    """Squared error of these codes and features, and of the centre, over the sum of squares of the activations (0 if
-    that is 0).
+    """Squared error of the features with exact codes, and of the centre, over the sum of squares of the activations (0
+    if that is 0).
     """
     history: list[float]
-    """The objective after each iteration, which is the loss where ``l1`` is 0 and there is no centre; never rises, and
-    then ``loss`` is not above its last. For ``method="paper"``, the best loss so far."""
+    """The objective after each iteration (or of the best features after each pass), which is the loss where ``l1`` is 0
+    and there is no centre; never rises, and then ``loss`` is not above its last. For ``method="paper"``, the best loss
+    so far."""
     converged: bool
-    """Whether the objective had stopped falling, as against the iterations having run out."""
-    n_iter: int
-    """Iterations made, after the search for a start."""
+    """Whether the objective had stopped falling, as against the iterations or passes having run out."""
     n_dead: int
     """Features that are zero or whose codes all are, at the end."""
     n_duplicate: int
     """Features whose cosine with an earlier one exceeds 0.99, at the end."""
     n_revived: int
-    """Dead or duplicate features replaced during the fit."""
+    """Dead or duplicate features replaced during the fit, or dead ones between passes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SemiNMFResult(FittedFeatures):
+    """A factorisation."""
+
+    codes: Float[Tensor, "n k"]
+    """Codes, >= 0: the optimum for these features, as :func:`~saelens_ext.ops.nnls.nnls` finds it with the same ``l1``.
+    """
+    n_iter: int
+    """Iterations made, after the search for a start."""
 
 
 def semi_nmf(

@@ -28,7 +28,7 @@ from saelens_ext._checks import finite, positive, width
 from saelens_ext.ops.nnls import check_l1, solve_codes
 from saelens_ext.ops.nnls_kernels import FeatureGram
 from saelens_ext.ops.precision import where_float64_is
-from saelens_ext.ops.semi_nmf import SemiNMFResult, check_options, semi_nmf
+from saelens_ext.ops.semi_nmf import FittedFeatures, SemiNMFResult, check_options, semi_nmf
 from saelens_ext.ops.semi_nmf_rows import Rows
 from saelens_ext.ops.semi_nmf_updates import (
     CHUNK_ROWS,
@@ -48,22 +48,10 @@ _PASS_TOL = 1e-3
 _FEATURE_SWEEPS = 5
 
 
-@dataclass(frozen=True)
-class StreamingSemiNMFResult:
+@dataclass(frozen=True, kw_only=True)
+class StreamingSemiNMFResult(FittedFeatures):
     """Features fitted to a stream, and the statistics of their exact codes on it."""
 
-    features: Float[Tensor, "k d"]
-    """Signed features, at most ceil(sparsity * d) non-zeros each."""
-    center: Float[Tensor, " d"]
-    """What was subtracted from the activations; zero unless asked for."""
-    loss: float
-    """Squared error of the features with exact codes, and of the centre, over the sum of squares of the activations (0
-    if that is 0).
-    """
-    history: list[float]
-    """The objective of the best features after each pass, which is the loss where ``l1`` is 0; never rises."""
-    converged: bool
-    """Whether the objective had stopped falling, as against the passes having run out."""
     n_passes: int
     """Passes made to evaluate and improve the features. One more made the sample."""
     n_samples: int
@@ -76,12 +64,6 @@ class StreamingSemiNMFResult:
     """Sum of squares of the activations."""
     typical_norm: float
     """Median norm of the sampled activations, not from the centre."""
-    n_dead: int
-    """Features that are zero or whose codes all are."""
-    n_duplicate: int
-    """Features whose cosine with an earlier one exceeds 0.99."""
-    n_revived: int
-    """Dead features replaced between passes, or during the fit to the sample."""
 
 
 def semi_nmf_streaming(

@@ -103,8 +103,4 @@ class SingleView:
         means = KMeans(k, n_init=self._n_init, random_state=self._random_state)  # pyright: ignore[reportArgumentType]
         labels = means.fit_predict(self._rows, sample_weight=self._weights)
         labels = np.unique(labels, return_inverse=True)[1]
-        return BaselinePartition(labels, _rate(labels, self._weights))
-
-
-def _rate(labels: np.ndarray, weights: np.ndarray) -> float:
-    return max(0.0, float(entropy(np.bincount(labels, weights))))
+        return BaselinePartition(labels, max(0.0, float(entropy(np.bincount(labels, self._weights)))))
