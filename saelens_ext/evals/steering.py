@@ -99,8 +99,8 @@ class SteeringEvidence(Evidence):
 
     def agreement(self) -> pd.DataFrame:
         """How judges agree on the same texts: Spearman's correlation of their scores, and Cohen's kappa with quadratic
-        weights of their ratings rounded to 0, 1 and 2, with intervals over concepts; one row per pair of judges and
-        rating.
+        weights of their ratings rounded to 0, 1 and 2, with intervals over concepts; one row per rating and pair of
+        judges that both rated some text.
         """
         from sklearn.metrics import cohen_kappa_score
 
@@ -115,10 +115,14 @@ class SteeringEvidence(Evidence):
 
         judges, rows = list(dict.fromkeys(self.texts["judge"])), []
         for rating in ("concept_rating", "fluency_rating", "score"):
-            table = self.texts.pivot_table(index=TEXT_KEY, columns="judge", values=rating, sort=False)
+            # Texts without a target, unsteered or told what to write about, count as well.
+            by_text = self.texts.groupby([*TEXT_KEY, "judge"], sort=False, dropna=False)[rating]
+            table = by_text.mean().unstack("judge")
             for number, first in enumerate(judges):
                 for second in judges[number + 1 :]:
                     both = table[[first, second]].dropna()
+                    if both.empty:
+                        continue
                     units = [part.to_numpy() for _, part in both.groupby(level="concept", sort=False)]
                     for name, statistic in (("spearman", correlation), ("kappa", kappa)):
                         found = unit_bootstrap(statistic, units, **self._resampling(), bounds=(-1, 1))
@@ -207,7 +211,8 @@ def compare_steering(
     Every method acts at its own hook, at the coefficients at which the model's prediction has moved by the same
     divergence. A prompt's random numbers are the same in every cell. Judges see a prompt's texts in random order,
     without the names of methods. Half of the prompts choose each method's target and sign for a concept; the score is
-    that of the other half. No text is left out.
+    that of the other half. Texts that a judge fails on, or gives no usable rating, are left out of its means, and
+    ``failures`` say so; no other is left out.
 
     Memory: the activations at the concepts' sentences, and the texts.
 

@@ -85,8 +85,8 @@ def arms_of(
 ) -> list[Arm]:
     """The directions of methods and baselines for every concept.
 
-    A method's column is the one given, or the one whose sentence maximum has the highest AUROC on the concept's
-    sentences. The sentences choose what to steer with and judge nothing, so none is kept apart.
+    A method's column is the one given, or of those with a direction the one whose sentence maximum has the highest
+    AUROC on the concept's sentences. The sentences choose what to steer with and judge nothing, so none is kept apart.
     """
     hooks = list(dict.fromkeys(str(method.acts_at) for method in methods))
     read_at = list(dict.fromkeys([*(method.detector.hook_name for method in methods), *hooks]))
@@ -188,7 +188,8 @@ def _best(method: Method, batches: Sequence[ActivationBatch], concept: Concept) 
     n = len(concept.positives)
     scores = pool_scores(batches, {"": method.detector}, n + len(concept.negatives), "max")[""]
     sides = scores[:n], scores[n:]
-    return best_column(auroc(*sides), standardised_difference(*sides))
+    alive = method.acting()[1].any(dim=1).to(scores.device)
+    return best_column(torch.where(alive, auroc(*sides), -1.0), standardised_difference(*sides))
 
 
 def _difference(batches: Sequence[ActivationBatch], concept: Concept, hook: str) -> Tensor:

@@ -105,7 +105,16 @@ def judged(
                 values = [(one.concept, one.fluency, one.score) for one in scores]
                 ratings = pd.DataFrame(values, columns=list(_RATINGS), index=shuffled.index, dtype="float64")
                 found.append(shuffled.join(ratings).assign(judge=name).sort_index())
-    return pd.concat(found, ignore_index=True)[TEXT_COLUMNS] if found else pd.DataFrame(columns=TEXT_COLUMNS)
+    if not found:
+        return pd.DataFrame(columns=TEXT_COLUMNS)
+    texts = pd.concat(found, ignore_index=True)[TEXT_COLUMNS]
+    for method, part in texts.groupby("method", sort=False):
+        missing = part["score"].isna().groupby(part["judge"], sort=False).agg(["sum", "size"])
+        if missing["sum"].any():
+            with attempts.of(str(method), ""):
+                counts = (f"{n} of {all_} texts by {judge!r}" for judge, n, all_ in missing.itertuples() if n)
+                raise ValueError(f"no usable rating of {', '.join(counts)}; they are left out of the means")
+    return texts
 
 
 def scores_of(texts: pd.DataFrame, cells: Sequence[Cell] | pd.DataFrame) -> pd.DataFrame:
