@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import docstring_parser
 import simple_parsing
 from sae_lens import LoggingConfig
 
@@ -260,11 +261,11 @@ def _settings(name: str, function: Callable[..., Any], about: str, leave_out: Se
 
 def _explained(docstring: str) -> dict[str, str]:
     """What a docstring says of each argument, on one line."""
-    (_, _, rest), found = docstring.partition("\nArgs:\n"), {}
-    arguments = re.split(r"\n(?=\S)", rest)[0]
-    for name, text in re.findall(r"^    (\w+): ((?:.*\n?)(?:        .*\n?)*)", arguments, re.MULTILINE):
-        sentence = " ".join(text.replace("``", "").replace("`", "").split())
-        found[name] = re.sub(r":(?:class|func|meth):~?", "", sentence).capitalize() if sentence else ""
+    found = {}
+    for argument in docstring_parser.parse(docstring).params:
+        sentence = " ".join((argument.description or "").replace("`", "").split())
+        sentence = re.sub(r":(?:class|func|meth):~?", "", sentence)
+        found[argument.arg_name] = sentence[:1].upper() + sentence[1:]
     return found
 
 
