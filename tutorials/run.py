@@ -3,6 +3,7 @@
     python tutorials/run.py                 all of them, each saved with its outputs
     python tutorials/run.py --check         run them and save nothing, as a test
     python tutorials/run.py 1_*.ipynb       some of them
+    python tutorials/run.py --jobs 2        two at a time, each on half of the cores
 
 A notebook runs in a folder of its own that is deleted afterwards, so what it writes there is gone. Progress bars,
 warnings and times are left out of what is saved: they differ from run to run and say nothing about the result.
@@ -13,6 +14,7 @@ import os
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
@@ -63,30 +65,40 @@ def tidy(notebook: NotebookNode) -> list[str]:
     return left_out
 
 
+def run(path: Path, timeout: int, save: bool) -> bool:
+    """Run one notebook, say how long it took, and whether it ended well."""
+    start = time.perf_counter()
+    try:
+        notebook = execute(path, timeout)
+    except (CellExecutionError, CellTimeoutError) as error:
+        print(f"{path.name} FAILED after {time.perf_counter() - start:.0f} s\n{error}", file=sys.stderr)
+        return False
+    for text in tidy(notebook):
+        print(text.strip(), file=sys.stderr)
+    if save:
+        nbformat.write(notebook, path)
+    print(f"{path.name}: {time.perf_counter() - start:.0f} s", flush=True)
+    return True
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("notebooks", nargs="*", type=Path, help="which; all by default")
     parser.add_argument("--check", action="store_true", help="save nothing")
+    parser.add_argument("--jobs", type=int, default=1, help="notebooks at a time (default: %(default)s)")
     parser.add_argument(
         "--timeout", type=int, default=TIMEOUT, help="seconds that a notebook may take (default: %(default)s)"
     )
     options = parser.parse_args(arguments)
     os.environ |= {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    failed = []
-    for path in options.notebooks or sorted(HERE.glob("*.ipynb")):
-        start = time.perf_counter()
-        try:
-            notebook = execute(path, options.timeout)
-        except (CellExecutionError, CellTimeoutError) as error:
-            print(f"{path.name} FAILED after {time.perf_counter() - start:.0f} s\n{error}", file=sys.stderr)
-            failed.append(path.name)
-            continue
-        for text in tidy(notebook):
-            print(text.strip(), file=sys.stderr)
-        if not options.check:
-            nbformat.write(notebook, path)
-        print(f"{path.name}: {time.perf_counter() - start:.0f} s")
+    if options.jobs > 1:
+        os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // options.jobs))
+    # The last ones take longest.
+    paths = options.notebooks or sorted(HERE.glob("*.ipynb"), reverse=True)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        ended_well = list(pool.map(lambda path: run(path, options.timeout, not options.check), paths))
+    failed = [path.name for path, well in zip(paths, ended_well, strict=True) if not well]
     if failed:
         print(f"Failed: {', '.join(failed)}", file=sys.stderr)
     return bool(failed)
