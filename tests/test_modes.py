@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from types import SimpleNamespace
@@ -66,11 +66,15 @@ MODES = {
     **{name: partial(default_dtype, dtype) for name, dtype in DEFAULTS.items()},
     "autocast": partial(torch.autocast, "cpu", torch.bfloat16),
 }
-# What takes a second or more. `make test` tries the others, in the strictest mode; `make test-slow` tries the rest.
+# Tried together where one does not hide the other.
+COMBINED = {"inference, bfloat16": ("inference", "bfloat16"), "no_grad, float64": ("no_grad", "float64")} | {
+    "autocast": ("autocast",)
+}
+# What takes a second or more. `make test` tries the others, in the strictest modes; `make test-slow` tries the rest.
 LONG = {
     "Audit", "DictionaryRunner", "Evidence", "audit_continuations", "audit_steps", "evaluate_clusters",
     "evaluate_supernodes",
-    "evaluate_novelty", "evaluate_probes", "fit_hierarchical_snmf", "fit_snmf",
+    "evaluate_novelty", "evaluate_probes", "fit_hierarchical_snmf", "fit_snmf", "write_evidence_report",
 }  # fmt: skip
 
 
@@ -583,31 +587,31 @@ def test_every_public_name_is_tried():
 
 
 @pytest.mark.parametrize(
-    ("name", "mode"),
+    ("name", "modes"),
     [
-        pytest.param(name, mode, marks=pytest.mark.slow if name in LONG or mode != "inference" else ())
+        pytest.param(name, modes, marks=pytest.mark.slow if name in LONG or "inference" not in modes else (), id=text)
         for name in CASES
-        for mode in MODES
+        for text, modes in ((f"{name}-{combined}", modes) for combined, modes in COMBINED.items())
     ],
 )
-def test_a_mode_changes_nothing(made, plain, request, tmp_path, name, mode):
+def test_modes_change_nothing(made, plain, request, tmp_path, name, modes):
     if CASES[name] is shared:
         request.getfixturevalue("hub")
     expected = plain(name)
     before = torch.get_default_dtype(), torch.is_grad_enabled()
-    with MODES[mode]():
+    with ExitStack() as entered:
+        for mode in modes:
+            entered.enter_context(MODES[mode]())
         result = CASES[name](made, tmp_path)
-        assert torch.is_inference_mode_enabled() == (mode == "inference")
-        assert torch.is_autocast_enabled("cpu") == (mode == "autocast")
-        assert torch.get_default_dtype() == {"float64": torch.float64, "bfloat16": torch.bfloat16}.get(
-            mode, torch.float32
-        )
+        assert torch.is_inference_mode_enabled() == ("inference" in modes)
+        assert torch.is_autocast_enabled("cpu") == ("autocast" in modes)
+        assert torch.get_default_dtype() == DEFAULTS.get(modes[-1], torch.float32)
     assert (torch.get_default_dtype(), torch.is_grad_enabled()) == before
     found = dict(leaves(result))
     for path, value in found.items():
         if isinstance(value, Tensor):
             assert not value.is_inference(), f"{path} is of no use outside inference mode"
-    if mode == "autocast" and name in RUN_THE_MODEL:
+    if "autocast" in modes and name in RUN_THE_MODEL:
         for path, value in found.items():
             if isinstance(value, Tensor) and value.is_floating_point() and isinstance(expected.get(path), Tensor):
                 assert value.dtype == expected[path].dtype or name in STREAMS, path
