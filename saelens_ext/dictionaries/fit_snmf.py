@@ -52,9 +52,9 @@ class SNMFFitConfig:
     l1: float | int | None = None
     """Weight of the L1 penalty on the codes, in [0, 1): the cosine that a feature must have with what the others leave
     of an activation to be active. By default 0.1, and 0 for "paper", which has none. Activations are then taken from
-    their mean, and weigh the same whatever their norm, so that a few of enormous norm (right behind BOS, at delimiters)
-    do not decide the features. 0 gives the lowest loss, but then nearly all features are active on nearly all tokens,
-    and large activations count for more."""
+    where most lie (neuron by neuron, the mean of the half that lies closest together), and weigh the same whatever
+    their norm, so that a few of enormous norm (right behind BOS, at delimiters) do not decide the features. 0 gives the
+    lowest loss, but then nearly all features are active on nearly all tokens, and large activations count for more."""
     max_iter: int | None = None
     """Iterations of a fit in memory, or to the sample of a stream; by default 100, or 500 for "paper"."""
     max_passes: int | None = None
@@ -275,10 +275,10 @@ def _dictionary(
 
 
 def check_spread(fitted: Tensor, n_seen: int) -> None:
-    """Refuse activations of which nothing is left when their mean is subtracted."""
+    """Refuse activations of which nothing is left when their centre is subtracted."""
     if not bool(fitted.any()):
         raise ValueError(
-            f"All {n_seen} activations are equal: from their mean there is nothing to fit. Give more varied "
+            f"All {n_seen} activations are equal: from where they lie there is nothing to fit. Give more varied "
             "text, or l1=0, which takes activations as they are."
         )
 

@@ -3,7 +3,7 @@
 Symbols
     x   an activation over neurons, ``(d,)``
     F   features, ``(k, d)``: ``W_dec``; signed, each non-zero at few neurons
-    b   the origin, ``b_dec``: the mean activation where ``l1`` is not 0, else zero unless set by hand
+    b   the origin, ``b_dec``: where most activations lie, if ``l1`` is not 0, else zero unless set by hand
     g   the code of an activation, ``(k,)``, the g >= 0 that minimises |x - b - g F|^2 + 2 l1 |x - b| sum_i g_i |F_i|
 
 Source: Shafran, Geiger and Geva, "Decomposing MLP activations into interpretable features via semi-nonnegative matrix

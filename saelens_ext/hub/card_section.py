@@ -26,7 +26,7 @@ _ABOUT = {
         "Sparse signed groups of MLP neurons with non-negative codes ([arXiv "
         "2506.10920](https://arxiv.org/abs/2506.10920)), by semi-nonnegative matrix factorisation of activations. "
         "`encode` is exact non-negative least squares, under an L1 penalty where `l1` is not 0: a feature is then "
-        "active where its cosine with what the others leave of an activation, taken from the mean, exceeds `l1`, and "
+        "active where its cosine with what the others leave of an activation, taken from `b_dec`, exceeds `l1`, and "
         "in the fit activations of any norm weighed the same."
     ),
 }

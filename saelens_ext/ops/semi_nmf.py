@@ -15,8 +15,9 @@ token and cancel each other. The penalty makes a code zero unless the feature ha
 leave of the activation. It is invariant to the scale of features against codes and of each activation, so that a few
 activations of enormous norm weigh no more than others, and all steps stay exact.
 
-The centre is the mean activation, without those of more than ten times the median norm: where there are none it is
-exactly the mean, and where there are some they do not move it.
+The centre is where activations lie that no feature is active on, estimated neuron by neuron: see
+:func:`~saelens_ext.ops.semi_nmf_rows.center_of`. From their mean the codes would be of either sign, which non-negative
+ones make up for with features of their own. Enormous activations do not move it.
 
 Source: Shafran, Geiger and Geva, arXiv 2506.10920; the default updates are this package's, see
 :mod:`.semi_nmf_updates`.
@@ -118,7 +119,7 @@ def semi_nmf(
         method: ``"coordinate"``, or ``"paper"`` for the published multiplicative rule, whose best iterate is returned.
         l1: weight of the L1 penalty on the codes, a cosine in [0, 1); see the module. 0, the default, is the plain
             factorisation; 0.1 is a good value for features to be looked at.
-        center: whether to factorise the activations from their mean; see the module.
+        center: whether to factorise the activations from their centre; see the module.
         max_iter: iterations at most; 100 by default, 500 for ``"paper"``.
         tol: stop when the objective falls by less than this fraction, by default 1e-4, three iterations running (100
             for ``"paper"``).

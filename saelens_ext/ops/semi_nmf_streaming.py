@@ -7,7 +7,7 @@ Symbols:
 A pass finds the exact codes of every activation for the current features, and so their objective; the features' step
 then uses A, B and the sums of the codes alone. The objective at the next pass cannot be higher: its codes are the best
 for features that were better already with the old codes. The first features come from a fit in memory to a uniform
-sample, and so does the centre: its error is that of a mean over the sample.
+sample, and so does the centre.
 
 Cost: memory is one block and its codes, 8 (k^2 + 4 k d) bytes of sums and features, and the sample. A pass is
 4 n k d floating-point operations in products plus the non-negative least squares, which is several times n k^2 more.
@@ -89,7 +89,7 @@ def semi_nmf_streaming(
         sparsity: fraction of neurons that a feature may use, in (0, 1].
         init: ``"svd"``, ``"kmeans"`` or ``"random"``, of the fit to the sample.
         l1: weight of the L1 penalty on the codes, in [0, 1), as for :func:`~saelens_ext.ops.semi_nmf.semi_nmf`.
-        center: whether to factorise the activations from their mean, as there.
+        center: whether to factorise the activations from their centre, as there.
         max_iter: iterations of the fit to the sample.
         max_passes: passes after the one that draws the sample; 5 by default.
         tol: stop when a pass, or an iteration of the fit to the sample, lowers the objective by less than this

@@ -68,3 +68,13 @@ def pairwise_distances(units: np.ndarray, keep) -> np.ndarray:
     return np.array(
         [1 - units[i] @ units[j] for i in range(len(units)) for j in range(i + 1, len(units)) if keep(i, j)]
     )
+
+
+def shortest_half_means(x: np.ndarray) -> np.ndarray:
+    """Of each column the mean of the n // 2 + 1 values that lie closest together, the lowest such."""
+    half, means = len(x) // 2 + 1, []
+    for column in x.astype(np.float64).T:
+        values = sorted(column)
+        windows = [values[first : first + half] for first in range(len(values) - half + 1)]
+        means.append(np.mean(min(windows, key=lambda window: window[-1] - window[0])))
+    return np.array(means)

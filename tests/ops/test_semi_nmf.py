@@ -6,11 +6,13 @@ import math
 import pytest
 import torch
 
+from saelens_ext.ops import semi_nmf_rows
 from saelens_ext.ops.nnls import nnls
 from saelens_ext.ops.semi_nmf import semi_nmf
 from saelens_ext.ops.semi_nmf_init import initialise
 from saelens_ext.ops.semi_nmf_streaming import semi_nmf_streaming
 from saelens_ext.ops.semi_nmf_updates import CodeStatistics, refit_together, update_features
+from tests.ops.oracles import shortest_half_means
 
 INITS = ("svd", "kmeans", "random")
 
@@ -27,6 +29,10 @@ def planted(n=300, d=40, k=6, s=4, noise=0.05, seed=0):
         row[torch.randperm(d, generator=g)[:s]] = torch.randn(s, generator=g)
     codes = torch.rand(n, k, generator=g) * (torch.rand(n, k, generator=g) < 0.5)
     return codes @ features + noise * torch.randn(n, d, generator=g), features
+
+
+def origin(x):
+    return torch.from_numpy(shortest_half_means(x.numpy())).to(x)
 
 
 def true_loss(x, result):
@@ -63,7 +69,7 @@ def test_l1_objective(init, sparsity):
         x, 6, sparsity=sparsity, init=init, l1=0.1, center=True, tol=1e-9, max_iter=60, on_metrics=seen.append
     )
     assert never_rises(result.history) and seen[-1]["objective"] == result.history[-1]
-    torch.testing.assert_close(result.center, x.mean(0))
+    torch.testing.assert_close(result.center, origin(x))
     total = float(x.square().sum())
     x = x - result.center
     torch.testing.assert_close(result.features.norm(dim=1), torch.ones(6).double())
@@ -134,14 +140,32 @@ def test_center():
     x, _ = planted()
     x = x + 2
     assert not semi_nmf(x, 3, max_iter=2).center.any()
-    torch.testing.assert_close(semi_nmf(x, 3, max_iter=2, center=True).center, x.mean(0))
-    torch.testing.assert_close(semi_nmf(x, 3, max_iter=2, l1=0.1, center=True).center, x.mean(0))
+    torch.testing.assert_close(semi_nmf(x, 3, max_iter=2, center=True).center, origin(x))
+    torch.testing.assert_close(semi_nmf(x, 3, max_iter=2, l1=0.1, center=True).center, origin(x))
     centered, shifted = (semi_nmf(rows, 3, max_iter=2, center=True) for rows in (x, x - 5))
     assert centered.history == pytest.approx(shifted.history, rel=1e-4)
     large = x.clone()
     large[5] = 1e30
     middle = semi_nmf(large, 3, max_iter=2, l1=0.1, center=True).center
-    assert float((middle - x[torch.arange(300) != 5].mean(0)).norm()) < 0.05 * float(x.norm(dim=1).median())
+    assert float((middle - origin(x[torch.arange(300) != 5])).norm()) < 0.05 * float(x.norm(dim=1).median())
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 8, 301])
+def test_the_centre_is_the_mean_of_the_shortest_half(n, monkeypatch):
+    x = torch.randn(n, 7, generator=generator())
+    x[:, 1], x[:, 2], x[:, 3] = 0.1, x[:, 2].relu(), x[:, 3].round()
+    monkeypatch.setattr(semi_nmf_rows, "_ENTRIES_AT_ONCE", 3 * n)
+    expected = torch.from_numpy(shortest_half_means(x.numpy()))
+    torch.testing.assert_close(semi_nmf_rows.center_of(x), expected, atol=1e-9, rtol=1e-9)
+    shuffled = x[torch.randperm(n, generator=generator())]
+    assert torch.equal(semi_nmf_rows.center_of(shuffled), semi_nmf_rows.center_of(x))
+
+
+def test_the_centre_is_where_no_feature_is_active():
+    """Where the mean is not: each of the first ten neurons is raised in two of five activations."""
+    x = 0.1 * torch.randn(2000, 20, generator=generator()) + 3
+    x[:, :10] += 2 * (torch.rand(2000, 10, generator=generator()) < 0.4)
+    assert float((semi_nmf_rows.center_of(x) - 3).abs().max()) < 0.05 < 0.7 < float((x.mean(0) - 3)[:10].min())
 
 
 @pytest.mark.slow
@@ -459,7 +483,7 @@ def test_streaming_with_l1():
     x = x + 1
     options = {"sparsity": 0.1, "l1": 0.1, "center": True}
     streamed = semi_nmf_streaming(x.split(300), 6, sample_size=400, max_passes=6, **options)
-    assert float((streamed.center - x.mean(0)).norm()) < 0.1 * float(x.norm(dim=1).median())
+    assert float((streamed.center - origin(x)).norm()) < 0.1 * float(x.norm(dim=1).median())
     total = x.double().square().sum()
     x = x - streamed.center
     codes = nnls(x, streamed.features, l1=0.1)
@@ -467,7 +491,7 @@ def test_streaming_with_l1():
     assert streamed.loss == pytest.approx(float(left), abs=1e-4)
     torch.testing.assert_close(streamed.code_gram, (codes.T @ codes).double(), rtol=1e-2, atol=0.1)
     whole = semi_nmf_streaming([x], 6, sample_size=5000, max_passes=1, **options)
-    torch.testing.assert_close(whole.center, x.mean(0), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(whole.center, origin(x), atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.slow

@@ -95,6 +95,16 @@ def test_groups_are_found_under_an_l1_penalty(name, seed):
     assert recovered(features, fitted(x, shape, l1=0.05).features) >= 0.97
 
 
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_groups_are_found_wherever_the_activations_lie(name, seed):
+    """By the default of fits to activations, penalty and centre; about their mean, one or two groups were lost."""
+    shape = SHAPES[name]
+    x, features, _ = shape.make(seed)
+    x += 3 * torch.randn(shape.d, generator=torch.Generator().manual_seed(9))
+    assert recovered(features, fitted(x, shape, l1=0.1, center=True).features) == 1.0
+
+
 def test_the_search_replaces_what_is_surplus():
     """From planted groups of which one is missing and one is there twice, in halves."""
     shape = SHAPES["10 of 20 of 200"]
