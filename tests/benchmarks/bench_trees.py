@@ -85,7 +85,7 @@ def level(number: int, trees: list[HierarchicalSNMF], matched: tuple, held_out: 
     for dictionary in dictionaries:
         codes = dictionary.encode(held_out)
         active.append(float((codes > codes.amax(dim=0) / 20).float().mean()))
-    losses = [reconstruction_loss(dictionary, [held_out])[0] for dictionary in dictionaries]
+    losses = [reconstruction_loss(dictionary, [held_out])[0] or 0.0 for dictionary in dictionaries]
     out = {"features": dictionaries[0].cfg.d_sae, "loss": round(mean(losses), 3), "active": round(mean(active), 3)}
     if number:
         first, second = (ancestors(tree, number)[places] for tree, places in zip(trees, matched, strict=True))
