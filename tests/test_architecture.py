@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "saelens_ext"
 # Folders, lowest first. A module imports from its own folder and from the floors below, and any may use COMMON.
 COMMON = ["_checks", "_files", "_modes"]
 LAYERS = [
-    ["ops"],
+    ["ops", "workers"],
     ["host"],
     ["activations"],
     ["dictionaries", "steering"],

@@ -1,29 +1,44 @@
 """Forward passes spread over Ray actors, with the batches coming back in order.
 
 The dataset is tokenised once, where the fit runs; each actor holds a copy of the model and turns windows of tokens into
-activations. Batches are cut, numbered and handed on as in a single process, so a fit cannot tell the difference: on the
-same kind of device and with the same number of threads, exemplars are the same to the bit.
+activations, or into what is made of them (:meth:`RayActivationStream.mapped`). Batches are cut, numbered and handed on
+as in a single process, so a fit cannot tell the difference: on the same kind of device and with the same number of
+threads, exemplars are the same to the bit.
 """
 
 import logging
+import math
 from collections import deque
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
-import torch
 from typing_extensions import Unpack
 
 from saelens_ext import _checks
 from saelens_ext._modes import standard_modes
-from saelens_ext.activations.ray_actors import RayActors
 from saelens_ext.activations.settings import StreamOptions
-from saelens_ext.activations.stream import ActivationBatch, ActivationStream
+from saelens_ext.activations.stream import (
+    ActivationBatch,
+    ActivationStream,
+    numbered_chunks,
+    up_to,
+    warn_of_dropout,
+)
 from saelens_ext.activations.windows import Window
 from saelens_ext.host.models import HostModel
+from saelens_ext.ops.groups import groups
+from saelens_ext.workers.ray_actors import RayActors
+from saelens_ext.workers.threads import limited, threads_here
 
 logger = logging.getLogger(__name__)
 
-# Batches per actor that are under way or wait for their turn: enough that none is idle, and bounded memory.
+T = TypeVar("T")
+Chunk = tuple[int, list[Window]]
+"""The windows of a batch, after the number of the first."""
+_Task = tuple[list[Chunk], float | int]
+"""What an actor is asked for: batches, and how many of their activations, at most."""
+
+# Tasks per actor that are under way or wait for their turn: enough that none is idle, and bounded memory.
 _AHEAD = 2
 
 
@@ -31,8 +46,9 @@ class RayActivationStream(RayActors, ActivationStream):
     """An :class:`ActivationStream` whose forward passes run on Ray actors.
 
     Args:
-        load_model: a function without arguments that loads the model, in this process and in every actor; it travels by
-            cloudpickle. Hooks and SAEs that are to be in force in the actors must be attached by it.
+        load_model: a function without arguments that loads the model, in every actor and in this process, where it
+            runs in no pass: it has the tokenizer, the names of hooks, and what :meth:`describe` says. The function
+            travels by cloudpickle. Hooks and SAEs that are to be in force in the actors must be attached by it.
         dataset: as for :class:`ActivationStream`, as are the options.
         hook_name: the hook to read, or several.
         n_workers: actors, at least 1.
@@ -75,73 +91,133 @@ class RayActivationStream(RayActors, ActivationStream):
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _batches(self, chunks: Iterator[tuple[int, list[Window]]]) -> Iterator[ActivationBatch]:
-        self._started()
-        # What each batch is computed from is kept until it is here.
-        waiting: deque[tuple[Any, int, list[Window]]] = deque()
-        left = self._restarts
-        for turn, (first, windows) in enumerate(chunks):
-            if len(waiting) == _AHEAD * self.n_workers:
-                left -= self._revived(waiting, left)
-                yield self._received(waiting.popleft()[0])
-            waiting.append(self._asked(turn, first, windows))
-        while waiting:
-            left -= self._revived(waiting, left)
-            yield self._received(waiting.popleft()[0])
+    def mapped(self, work: Callable[[Iterator[ActivationBatch]], T], n_batches: int = 1) -> Iterator[T]:
+        """As :meth:`ActivationStream.mapped`, the work being done in the actors.
 
-    def _asked(self, turn: int, first: int, windows: list[Window]) -> tuple[Any, int, list[Window]]:
-        actors = self._started()
-        return actors[turn % len(actors)].batch.remote(windows, first), first, windows
+        Args:
+            work: likewise; it travels once a pass, and an actor holds the last one.
+            n_batches: likewise; an actor holds one batch at a time.
 
-    def _revived(self, waiting: deque[tuple[Any, int, list[Window]]], left: int) -> int:
-        """Wait for the first batch; where its actor died, start new ones and ask for all again. How often that was."""
-        for used in range(left):
-            try:
-                self._ray.get(waiting[0][0])
-            except self._ray.exceptions.RayActorError as error:
-                logger.warning("A Ray actor died, and new ones go on where it was. Ray says: %s", error)
-                self.close()
-                owed = [self._asked(turn, first, windows) for turn, (_, first, windows) in enumerate(waiting)]
-                waiting.clear()
-                waiting.extend(owed)
-            except self._ray.exceptions.RayTaskError:
-                return used  # which `_received` raises
-            else:
-                return used
-        return left
+        Raises:
+            ValueError, RuntimeError: as reading batches does, and what the work raises.
+        """
+        warn_of_dropout(self.model)
+        with self._bar() as bar:
+            for found, n_read in self._in_turn(self._groups(n_batches), work):
+                bar.update(int(n_read))
+                yield found
+        self._check_read()
 
-    @standard_modes()
-    def _received(self, reference: Any) -> ActivationBatch:
-        try:
-            batch = self._ray.get(reference)
-        except self._ray.exceptions.RayTaskError as error:
-            # What the stream itself would have raised, rather than Ray's account of it.
-            raise error.cause from error
-        except self._ray.exceptions.RayActorError as error:
-            self.close()
-            raise RuntimeError(
-                "A Ray actor died (out of memory, or load_model failed there), and the pass with it. The next pass "
-                f"starts new ones; with restarts=… a pass goes on with new ones. Ray says: {error}"
-            ) from error
-        self._d_in.update({name: rows.shape[1] for name, rows in batch.activations.items()})
-        return batch
+    def _batches(self, chunks: Iterator[Chunk]) -> Iterator[ActivationBatch]:
+        for found, _ in self._in_turn((([chunk], math.inf) for chunk in chunks), list):
+            yield from found
+
+    def _groups(self, n_batches: int) -> Iterator[_Task]:
+        """The windows of so many batches at a time, none of which is empty, and how many activations to read."""
+
+        def chunks() -> Iterator[tuple[Chunk, float | int]]:
+            left = math.inf if self.max_tokens is None else self.max_tokens
+            for chunk in numbered_chunks(self._windows, self.batch_size, 0):
+                n = min(left, int(self._to_read(chunk[1])[2].sum()))
+                if n:
+                    yield chunk, n
+                left -= n
+                if left == 0:
+                    return
+
+        for group in groups(chunks(), n_batches):
+            these, sizes = zip(*group, strict=True)
+            yield list(these), sum(sizes)
+
+    def _in_turn(self, tasks: Iterable[_Task], work: Callable[..., T]) -> Iterator[tuple[T, float | int]]:
+        """What the work gives for each task, and how many activations were to be read for it."""
+        owed = _Owed(self, work)
+        for task in tasks:
+            if len(owed) == _AHEAD * self.n_workers:
+                yield owed.first()
+            owed.ask(task)
+        while len(owed):
+            yield owed.first()
 
     def _actor(self) -> tuple[type, tuple[Any, ...]]:
-        return _Worker, (self._load_model, self.requested_hook_names, self._options, torch.get_num_threads())
+        return _Worker, (self._load_model, self.requested_hook_names, self._options, threads_here())
+
+
+class _Owed:
+    """What the actors of a stream owe in a pass, with what each answer is computed from, kept until it is here."""
+
+    def __init__(self, stream: RayActivationStream, work: Callable[..., Any]):
+        self._stream, self._work, self._restarts_left = stream, work, stream._restarts
+        self._waiting: deque[tuple[Any, _Task]] = deque()
+        self._turn, self._shipped = 0, self._shipped_anew()
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def _shipped_anew(self) -> list[Any]:
+        """Where the work lies, to be fetched once by each actor: in a list, or Ray would fetch it for every task."""
+        self._stream._started()
+        return [self._stream._ray.put(self._work)]
+
+    def ask(self, task: _Task) -> None:
+        """Ask the next actor."""
+        actors = self._stream._started()
+        self._waiting.append((actors[self._turn % len(actors)].do.remote(*task, self._shipped), task))
+        self._turn += 1
+
+    def first(self) -> tuple[Any, float | int]:
+        """The answer that is waited for longest, and how many activations it is of, at most."""
+        stream = self._stream
+        while True:
+            reference, (_, n_read) = self._waiting[0]
+            try:
+                with standard_modes():
+                    found, widths = stream._ray.get(reference)
+            except stream._ray.exceptions.RayTaskError as error:
+                # What the stream itself would have raised, rather than Ray's account of it.
+                raise error.cause from error
+            except stream._ray.exceptions.RayActorError as error:
+                stream.close()
+                if not self._restarts_left:
+                    raise RuntimeError(
+                        "A Ray actor died (out of memory, or load_model failed there), and the pass with it. The next "
+                        f"pass starts new ones; with restarts=… a pass goes on with new ones. Ray says: {error}"
+                    ) from error
+                logger.warning("A Ray actor died, and new ones go on where it was. Ray says: %s", error)
+                self._restarts_left -= 1
+                # A Ray of one's own was shut down, with what it held.
+                self._shipped, owed = self._shipped_anew(), list(self._waiting)
+                self._waiting.clear()
+                for _, task in owed:
+                    self.ask(task)
+            else:
+                self._waiting.popleft()
+                stream._d_in.update(widths)
+                return found, n_read
 
 
 class _Worker:
-    """An actor: a model, and a stream that is asked for single batches."""
+    """An actor: a model, and a stream that is asked for some batches at a time."""
 
     def __init__(
-        self, load_model: Callable[[], HostModel], hook_names: tuple[str, ...], options: StreamOptions, n_threads: int
+        self,
+        load_model: Callable[[], HostModel],
+        hook_names: tuple[str, ...],
+        options: StreamOptions,
+        threads: dict[str, int],
     ):
-        # Sums are cut by thread, and would differ in their last bits.
-        torch.set_num_threads(n_threads)
-        # The windows come with each batch; a stream wants a dataset all the same.
+        self._threads = threads
+        # The windows come with each task; a stream wants a dataset all the same.
         options["progress"] = False
         self._stream = ActivationStream(load_model(), [{"input_ids": [0]}], list(hook_names), **options)
+        self._shipped: Any = None
+        self._work: Callable[[Iterator[ActivationBatch]], Any] = list
 
-    def batch(self, windows: list[Window], first: int) -> ActivationBatch:
-        """Activations of some windows."""
-        return self._stream._batch(windows, first)
+    def do(self, chunks: list[Chunk], n_read: float | int, shipped: list[Any]) -> tuple[Any, dict[str, int]]:
+        """What the work that lies at ``shipped`` gives for some batches, and the widths of their activations."""
+        import ray
+
+        if self._shipped != shipped[0]:
+            self._shipped, self._work = shipped[0], ray.get(shipped[0])
+        with limited(self._threads):
+            return self._work(up_to(n_read, self._stream._batches(iter(chunks)))), self._stream._d_in

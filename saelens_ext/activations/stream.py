@@ -6,9 +6,9 @@ Symbols: ``n`` activations in a batch, ``d_in`` the width of one, ``b`` windows 
 import logging
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Int64
@@ -27,9 +27,12 @@ from saelens_ext.activations.windows import Window, WindowSource
 from saelens_ext.host.bos import TextStart, text_start
 from saelens_ext.host.hook_pass import limits_of, run_to_last_hook
 from saelens_ext.host.models import HostModel, describe_model, resolve_hook, tokenizer_of
+from saelens_ext.ops.groups import groups
 from saelens_ext.ops.memory import memory_for
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class ActivationStream:
@@ -164,10 +167,28 @@ class ActivationStream:
 
     def __iter__(self) -> Iterator[ActivationBatch]:
         """Start a pass from the first document."""
-        with tqdm(total=self.max_tokens, unit="tok", desc="activations", disable=not self.progress) as bar:
+        with self._bar() as bar:
             for batch in self.batches():
                 bar.update(len(batch))
                 yield batch
+        self._check_read()
+
+    def mapped(self, work: Callable[[Iterator[ActivationBatch]], T], n_batches: int = 1) -> Iterator[T]:
+        """What some work gives for the batches of a pass, so many consecutive ones at a time, in order.
+
+        A stream whose forward passes run elsewhere does the work there, and only what it gives comes back.
+
+        Args:
+            work: a function of an iterator of batches, all of which it must read; it travels by cloudpickle.
+            n_batches: batches at a time, at least 1; fewer at the end.
+        """
+        return (work(batches) for batches in groups(self, n_batches))
+
+    def _bar(self) -> Any:
+        return tqdm(total=self.max_tokens, unit="tok", desc="activations", disable=not self.progress)
+
+    def _check_read(self) -> None:
+        """ValueError after a pass in which there was nothing to read."""
         if not self._d_in:
             raise ValueError(
                 f"No activation to read: exclude_special_tokens={self.exclude_special_tokens!r}, "
@@ -183,20 +204,13 @@ class ActivationStream:
             n_read: activations that they gave.
         """
         left = math.inf if self.max_tokens is None else self.max_tokens - n_read
-        if left <= 0:
-            return
-        for batch in self._read(first_window):
-            if len(batch):
-                batch = batch if len(batch) <= left else batch.first(int(left))
-                left -= len(batch)
-                yield batch
-                if left == 0:
-                    return
+        if left > 0:
+            yield from up_to(left, self._read(first_window))
 
     def _read(self, first_window: int) -> Iterator[ActivationBatch]:
         """All batches from a window on, whatever their number."""
-        _warn_of_dropout(self.model)
-        return self._batches(_numbered_chunks(self._windows, self.batch_size, first_window))
+        warn_of_dropout(self.model)
+        return self._batches(numbered_chunks(self._windows, self.batch_size, first_window))
 
     def token_windows(self) -> Iterator[tuple[int, list[int]]]:
         """Every window as its document and its token ids; the model is not run."""
@@ -252,13 +266,7 @@ class ActivationStream:
 
     @standard_modes()
     def _batch(self, windows: list[Window], first_sequence_id: int) -> ActivationBatch:
-        tokens, real = self._padded(windows)
-        keep = real & self._read_positions[: tokens.shape[1]]
-        if self.last_token_only:
-            ends = [len(w.token_ids) - 1 if w.ends_document else NO_TOKEN for w in windows]
-            keep &= torch.arange(tokens.shape[1]) == torch.tensor(ends)[:, None]
-        elif self._excluded.numel():
-            keep &= ~torch.isin(tokens, self._excluded)
+        tokens, real, keep = self._to_read(windows)
         window, position = keep.nonzero(as_tuple=True)
         documents = torch.tensor([w.document_id for w in windows])[window]
         # A batch in which nothing is to be read needs no pass through the model.
@@ -276,6 +284,17 @@ class ActivationStream:
             windows=self._full_width(tokens, real),
             first_sequence_id=first_sequence_id,
         )
+
+    def _to_read(self, windows: list[Window]) -> tuple[Int64[Tensor, "b l"], Bool[Tensor, "b l"], Bool[Tensor, "b l"]]:
+        """As :meth:`_padded`, and the tokens whose activations are to be read."""
+        tokens, real = self._padded(windows)
+        keep = real & self._read_positions[: tokens.shape[1]]
+        if self.last_token_only:
+            ends = [len(w.token_ids) - 1 if w.ends_document else NO_TOKEN for w in windows]
+            keep &= torch.arange(tokens.shape[1]) == torch.tensor(ends)[:, None]
+        elif self._excluded.numel():
+            keep &= ~torch.isin(tokens, self._excluded)
+        return tokens, real, keep
 
     def _padded(self, windows: list[Window]) -> tuple[Int64[Tensor, "b l"], Bool[Tensor, "b l"]]:
         """Token ids and which of them are real, as wide as the longest window."""
@@ -335,7 +354,7 @@ class ActivationStream:
         self._d_in.update({name: rows.shape[1] for name, rows in activations.items()})
 
 
-def _warn_of_dropout(model: torch.nn.Module) -> None:
+def warn_of_dropout(model: torch.nn.Module) -> None:
     if any(isinstance(m, torch.nn.Dropout) and m.training and m.p > 0 for m in model.modules()):
         warnings.warn(
             "The model is in training mode and has dropout, so its activations differ from pass to pass: call "
@@ -348,11 +367,22 @@ def _warn_of_dropout(model: torch.nn.Module) -> None:
 # --- the pass --------------------------------------------------------------------------------------------------------
 
 
-def _numbered_chunks(items: Iterable[Window], size: int, first: int) -> Iterator[tuple[int, list[Window]]]:
+def numbered_chunks(items: Iterable[Window], size: int, first: int) -> Iterator[tuple[int, list[Window]]]:
     iterator = islice(items, first, None)
     while chunk := list(islice(iterator, size)):
         yield first, chunk
         first += len(chunk)
+
+
+def up_to(left: float | int, batches: Iterable[ActivationBatch]) -> Iterator[ActivationBatch]:
+    """Batches that hold activations, until there were ``left`` of them, exactly."""
+    for batch in batches:
+        if len(batch):
+            batch = batch if len(batch) <= left else batch.first(int(left))
+            left -= len(batch)
+            yield batch
+            if left == 0:
+                return
 
 
 def kept_rows(activation: Tensor, keep: Bool[Tensor, "b l"], name: str) -> Tensor:

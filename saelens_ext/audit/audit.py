@@ -14,15 +14,14 @@ from typing import Any
 import torch
 from typing_extensions import Unpack
 
-from saelens_ext import _checks, _files
+from saelens_ext import _checks
 from saelens_ext._modes import standard_modes
 from saelens_ext.audit.config import AuditConfig, AuditOptions
 from saelens_ext.audit.progress import AuditBar
 from saelens_ext.audit.questions import Continuations, Question, questions
 from saelens_ext.audit.result import Audit
-from saelens_ext.audit.spread import WORKERS, Job, spread
 from saelens_ext.audit.stages import NOT_ASKED, KeptAudits, Stages, folder_for, own_folder
-from saelens_ext.audit.subject import Dictionaries, Inputs, Model, Sampling, Subject
+from saelens_ext.audit.subject import Dictionaries, Inputs, Model, Sampling, Subject, let_go
 from saelens_ext.continuations.answers import mark_answers
 from saelens_ext.continuations.attribution.attribute import attribute_continuations
 from saelens_ext.continuations.clustering.joint_clusterer import JointClusterer, rate_distortion_path
@@ -35,6 +34,7 @@ from saelens_ext.continuations.validation.controls import NothingToTest
 from saelens_ext.continuations.validation.validate import validate_clusters
 from saelens_ext.host.chat_template import Prompt
 from saelens_ext.host.models import tokenizer_of
+from saelens_ext.workers.spread import WORKERS, Job, spread
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +74,9 @@ def audit_continuations(
         folder: where results are kept, stage by stage; what is there from the same audit is used. With it, an audit
             of several prefixes holds one of them in memory at a time.
         n_workers: prefixes audited at a time, each by a worker with a model of its own: ``model`` must then be a
-            function, which is called here and in every worker, and ``folder`` must be on storage that all share. With
-            the same number of threads the results are the same to the bit.
+            function, and ``folder`` must be on storage that all share. The function is called here too, to tell what
+            is audited; that model is let go before workers load theirs. With the same number of threads the results
+            are the same to the bit.
         workers: "joblib", processes or what ``joblib.parallel_config`` names ("dask", for example); or "ray", actors
             on the cluster that ``ray.init`` was called for, or on this machine.
         actor_options: Ray's resources of an actor, such as ``{"num_gpus": 1}``; one CPU by default.
@@ -107,13 +108,19 @@ def audit_continuations(
     _checks.choice(on_failure, ("raise", "record"), "on_failure")
     inputs = Inputs(model=model, dictionaries=dictionaries, embedder=embedder, sampler=sampler)
     _checks.choice(workers, WORKERS, "workers")
-    _check_workers(model, _checks.positive(n_workers, "n_workers"), folder)
+    inputs.check_workers(_checks.positive(n_workers, "n_workers"))
+    if n_workers > 1 and folder is None:
+        raise ValueError(
+            f"n_workers={n_workers} needs folder=, on storage that all workers share: they leave their results there."
+        )
     subject = inputs.load()
     tokenizer, about = tokenizer_of(subject.model), subject.about
     stages = [Stages(folder_for(folder, one, config, about)) for one in given]
     missing = [number for number, own in enumerate(stages) if not own.finished(config.validate)]
     found: dict[int, PrefixAudit] = {}
     if n_workers > 1 and missing:
+        del subject
+        let_go()
         load = partial(_job, inputs, about, tuple(given), config, Path(folder or ""))
         errors = spread(load, missing, workers, n_workers, actor_options, progress)
     else:
@@ -135,20 +142,6 @@ def audit_continuations(
         tokenizer=tokenizer,
         failures={given[number].words: error for number, error in sorted(errors.items())},
     )
-
-
-def _check_workers(model: Model, n_workers: int, folder: str | Path | None) -> None:
-    if n_workers == 1:
-        return
-    if folder is None:
-        raise ValueError(
-            f"n_workers={n_workers} needs folder=, on storage that all workers share: they leave their results there."
-        )
-    if isinstance(model, torch.nn.Module):
-        raise ValueError(
-            f"n_workers={n_workers} needs a model for each worker: give a function without arguments that loads it, "
-            f"such as lambda: load_model(name), instead of a {type(model).__name__}."
-        )
 
 
 def _here(
@@ -180,9 +173,7 @@ def _here(
 
 def _job(inputs: Inputs, about: Mapping[str, Any], given: Sequence[Question], config: AuditConfig, folder: Path) -> Job:
     """What a worker does for the number of a prefix; the model is loaded here."""
-    subject = inputs.load()
-    if (own := _files.json_safe(subject.about)) != _files.json_safe(about):
-        raise ValueError(f"A worker audits another model, dictionary or embedder, {own}, than {about} here.")
+    subject = inputs.load_as(about)
 
     def work(number: int) -> str | None:
         try:

@@ -1,5 +1,6 @@
 """What is audited, and with what: a model, dictionaries, a sentence model, a sampler; given or to be loaded."""
 
+import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from sae_lens import SAE
 
+from saelens_ext import _files
 from saelens_ext.audit.stages import describe
 from saelens_ext.continuations.samplers.sampler import Sampler
 from saelens_ext.host.models import HostModel
@@ -48,6 +50,21 @@ class Inputs:
     embeds: bool = True
     """Whether a sentence model is needed."""
 
+    def check_workers(self, n_workers: int) -> None:
+        """ValueError for several workers and a model that they could not load."""
+        if n_workers > 1 and isinstance(self.model, torch.nn.Module):
+            raise ValueError(
+                f"n_workers={n_workers} needs a model for each worker: give a function without arguments that loads "
+                f"it, such as lambda: load_model(name), instead of a {type(self.model).__name__}."
+            )
+
+    def load_as(self, about: Mapping[str, Any]) -> Subject:
+        """The same in a worker; ValueError if it is not what it is elsewhere."""
+        subject = self.load()
+        if (own := _files.json_safe(subject.about)) != _files.json_safe(about):
+            raise ValueError(f"A worker audits another model, dictionary or embedder, {own}, than {about} here.")
+        return subject
+
     def load(self) -> Subject:
         """Load what is to be loaded."""
         # Modules can be called too.
@@ -58,3 +75,12 @@ class Inputs:
         sampler = self.sampler if self.sampler is None or isinstance(self.sampler, Sampler) else self.sampler()
         embedder = load_sentence_model(self.embedder) if self.embeds else None
         return Subject(model=model, saes=saes, embedder=embedder, sampler=sampler)
+
+
+def let_go() -> None:
+    """Give back the memory of a model that nothing refers to, before workers load their own: hooks refer to themselves,
+    and CUDA's allocator keeps what it had.
+    """
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

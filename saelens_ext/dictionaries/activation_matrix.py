@@ -1,9 +1,10 @@
 """One hook's activations as a matrix, or in blocks where they do not fit in memory."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -13,6 +14,8 @@ from transformer_lens import HookedTransformer
 from saelens_ext.activations.matrix_stream import MatrixStream
 from saelens_ext.activations.stream import ActivationBatch, ActivationStream
 from saelens_ext.ops.memory import memory_for
+
+T = TypeVar("T")
 
 
 @dataclass(kw_only=True)
@@ -74,29 +77,38 @@ class ActivationSource:
         """
         if held_out and not self.held_out:
             return
-        n_documents = n_out = 0
-        for batch in self.stream:
-            rows = self.rows_of(batch, held_out=held_out)
-            n_documents = max(n_documents, int(batch.document_ids.max()) + 1)
-            n_out += len(rows) if held_out else len(batch) - len(rows)
-            if len(rows):
-                yield rows
-        if self.held_out and n_out == 0:
-            raise ValueError(
-                f"held_out={self.held_out:g} keeps one document in {1 / self.held_out:g} out of the fit, and of the "
-                f"{n_documents} that the stream read none was due. Give it more documents, raise held_out (0.5 needs "
-                "two documents), or set it to 0."
-            )
+        met = _Met()
+        yield from self._picked(held_out).blocks(self.stream, met)
+        self._check_met(met)
+
+    def mapped(
+        self, work: Callable[[Iterator[Tensor]], T], n_batches: int = 1, *, held_out: bool = False
+    ) -> Iterator[T]:
+        """What some work gives for the blocks of so many batches at a time, in order, done where the stream computes
+        them; see :meth:`ActivationStream.mapped`. Raises as :meth:`blocks`.
+        """
+        if held_out and not self.held_out:
+            return
+        met = _Met()
+        for found, here in self.stream.mapped(partial(_with_met, work, self._picked(held_out)), n_batches):
+            met.add(here.n_documents, here.n_out)
+            yield found
+        self._check_met(met)
 
     def rows_of(self, batch: ActivationBatch, *, held_out: bool = False) -> Float[Tensor, "m d"]:
         """A batch's activations to fit, or those kept out; float32 unless they are float64."""
-        rows = batch.activations[self.hook_name]
-        if self.held_out:
-            out = _is_held_out(batch.document_ids, self.held_out)
-            rows = rows[(out if held_out else ~out).to(rows.device)]
-        elif held_out:
-            rows = rows[:0]
-        return _wide(rows)
+        return self._picked(held_out).rows_of(batch)
+
+    def _picked(self, held_out: bool) -> "_Picked":
+        return _Picked(hook_name=self.hook_name, share=self.held_out, held_out=held_out)
+
+    def _check_met(self, met: "_Met") -> None:
+        if self.held_out and met.n_out == 0:
+            raise ValueError(
+                f"held_out={self.held_out:g} keeps one document in {1 / self.held_out:g} out of the fit, and of the "
+                f"{met.n_documents} that the stream read none was due. Give it more documents, raise held_out (0.5 "
+                "needs two documents), or set it to 0."
+            )
 
     def in_memory(self, limit: int) -> Float[Tensor, "n d"] | None:
         """The activations to fit; None if a stream gives more than ``limit`` bytes of them."""
@@ -130,6 +142,55 @@ class Restartable:
 
     def __iter__(self) -> Iterator[Tensor]:
         return self._source.blocks(held_out=self._held_out)
+
+    def mapped(self, work: Callable[[Iterator[Tensor]], T], size: int = 1) -> Iterator[T]:
+        """What some work gives for the blocks of so many batches at a time, done where they are computed."""
+        return self._source.mapped(work, size, held_out=self._held_out)
+
+
+@dataclass
+class _Met:
+    """What was met on the way through some batches."""
+
+    n_documents: int = 0
+    n_out: int = 0
+    """Activations that are kept out."""
+
+    def add(self, n_documents: int, n_out: int) -> None:
+        """Take in what was met elsewhere in the stream."""
+        self.n_documents, self.n_out = max(self.n_documents, n_documents), self.n_out + n_out
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Picked:
+    """Which activations of a batch are read; it travels to where the batches are."""
+
+    hook_name: str
+    share: float
+    held_out: bool
+
+    def blocks(self, batches: Iterable[ActivationBatch], met: _Met) -> Iterator[Float[Tensor, "m d"]]:
+        """Activations, batch by batch; what was met is added up."""
+        for batch in batches:
+            rows = self.rows_of(batch)
+            met.add(int(batch.document_ids.max()) + 1, len(rows) if self.held_out else len(batch) - len(rows))
+            if len(rows):
+                yield rows
+
+    def rows_of(self, batch: ActivationBatch) -> Float[Tensor, "m d"]:
+        """A batch's; float32 unless they are float64."""
+        rows = batch.activations[self.hook_name]
+        if self.share:
+            out = _is_held_out(batch.document_ids, self.share)
+            rows = rows[(out if self.held_out else ~out).to(rows.device)]
+        elif self.held_out:
+            rows = rows[:0]
+        return _wide(rows)
+
+
+def _with_met(work: Callable[[Iterator[Tensor]], T], picked: _Picked, batches: Iterator[ActivationBatch]) -> Any:
+    met = _Met()
+    return work(picked.blocks(batches, met)), met
 
 
 def _is_held_out(document_ids: Tensor, share: float) -> Tensor:

@@ -6,8 +6,9 @@ the model (one to draw a sample, then up to ``max_passes``, then one for the fin
 """
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from saelens_ext.activations.stream import ActivationStream
 from saelens_ext.dictionaries.activation_matrix import ActivationSource, Restartable
 from saelens_ext.dictionaries.snmf import SNMFDictionary
 from saelens_ext.dictionaries.snmf_fit_result import SNMFFitResult
+from saelens_ext.ops.groups import mapped
 from saelens_ext.ops.memory import memory_for
 from saelens_ext.ops.nnls import check_l1
 from saelens_ext.ops.precision import from_float64, where_float64_is, wide
@@ -300,12 +302,22 @@ def reconstruction_loss(dictionary: Any, blocks: Iterable[Tensor]) -> tuple[floa
     if takes_heads:
         dictionary.turn_off_forward_pass_hook_z_reshaping()
     try:
-        for block in blocks:
-            for rows in block.to(dictionary.device).to(dictionary.dtype).split(4096):
-                error += float((wide(rows) - wide(dictionary.decode(dictionary.encode(rows)))).square().sum())
-                total += float(wide(rows).square().sum())
-            n += len(block)
+        for part in mapped(blocks, partial(_squares, dictionary)):
+            error, total, n = error + part[0], total + part[1], n + part[2]
     finally:
         if takes_heads:
             dictionary.turn_on_forward_pass_hook_z_reshaping()
     return (error / total if total > 0 else 0.0) if n else None, n
+
+
+@torch.no_grad()
+def _squares(dictionary: Any, blocks: Iterator[Tensor]) -> tuple[float, float, int]:
+    """Sums of squares of errors and of activations, and how many these are; computed where they are."""
+    error = total = 0.0
+    n = 0
+    for block in blocks:
+        for rows in block.to(dictionary.device).to(dictionary.dtype).split(4096):
+            error += float((wide(rows) - wide(dictionary.decode(dictionary.encode(rows)))).square().sum())
+            total += float(wide(rows).square().sum())
+        n += len(block)
+    return error, total, n

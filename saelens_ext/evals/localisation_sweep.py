@@ -19,7 +19,6 @@ from torch import Tensor
 from saelens_ext import _checks, _files
 from saelens_ext._modes import standard_modes
 from saelens_ext.activations.matrix_stream import MatrixStream
-from saelens_ext.audit.spread import IN_FOLDER, WORKERS, Job, spread
 from saelens_ext.concepts.token_activations import read_texts
 from saelens_ext.dictionaries.exemplar_partition import ExemplarPartition
 from saelens_ext.dictionaries.fit_exemplars import fit_exemplar_partitions
@@ -36,6 +35,7 @@ from saelens_ext.host.weights_fingerprint import weights_fingerprint
 from saelens_ext.ops.leader_clustering import LeaderClustering
 from saelens_ext.ops.resampling import Interval, wilson_interval
 from saelens_ext.report.evidence_section import EvidenceSection, HeatMap
+from saelens_ext.workers.spread import IN_FOLDER, WORKERS, Job, spread
 
 COLLAPSE = -0.5
 """A cell counts as collapsed where the rate changes by this or less."""

@@ -9,22 +9,29 @@ then uses A, B and the sums of the codes alone. The objective at the next pass c
 for features that were better already with the old codes. The first features come from a fit in memory to a uniform
 sample, and so does the centre.
 
-Cost: memory is one block and its codes, 8 (k^2 + 4 k d) bytes of sums and features, and the sample. A pass is
+Where batches can be worked on elsewhere (:class:`~saelens_ext.ops.groups.Mapped`), codes are found there, and sums come
+back: 16 k^2 + 20 k d bytes with an L1 penalty (8 k^2 + 12 k d without) for at least 20 k activations, which are 80 k d
+bytes in float32. Sums are made of the same batches and added in the same order everywhere.
+
+Cost: memory is one block and its codes, up to 16 (3 k^2 + 5 k d) bytes of sums and features, and the sample. A pass is
 4 n k d floating-point operations in products plus the non-negative least squares, which is several times n k^2 more.
-For 1,000,000 activations of 16,384 neurons and 400 features that is 0.3 GB plus a block (and 0.7 GB for a sample of
+For 1,000,000 activations of 16,384 neurons and 400 features that is 0.5 GB plus a block (and 0.7 GB for a sample of
 10,000) and 3e13 operations a pass, minutes on a machine of 200 GFLOP/s; the 64 GB of activations (float32) are read
 once per pass.
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from saelens_ext._checks import finite, positive, width
+from saelens_ext.ops.groups import mapped
 from saelens_ext.ops.nnls import check_l1, solve_codes
 from saelens_ext.ops.nnls_kernels import FeatureGram
 from saelens_ext.ops.precision import where_float64_is
@@ -46,6 +53,8 @@ _CODES_TOL = 1e-4
 _DEFAULT_PASSES = 5
 _PASS_TOL = 1e-3
 _FEATURE_SWEEPS = 5
+_ROWS_PER_FEATURE = 20
+"""Activations that are summed, where batches lie elsewhere, before the sums are sent: these are then a quarter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +122,7 @@ def semi_nmf_streaming(
     check_l1(l1)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     with torch.no_grad():
-        sample, n_samples = _sample(batches, positive(sample_size, "sample_size"), generator)
+        sample, n_samples, n_batches = _sample(batches, positive(sample_size, "sample_size"), generator)
         count = check_options(sample, n_components, sparsity, init, pass_tol)
         first = semi_nmf(
             sample,
@@ -128,7 +137,7 @@ def semi_nmf_streaming(
         )
         typical_norm = float(torch.linalg.vector_norm(sample, dim=1).median())
         del sample
-        fit = _StreamFit(batches, first, count, n_samples, float(l1))
+        fit = _StreamFit(batches, first, count, n_samples, n_batches, float(l1))
         history, converged = _passes(fit, max_passes, pass_tol, on_metrics)
     statistics = fit.unweighted
     return StreamingSemiNMFResult(
@@ -149,25 +158,76 @@ def semi_nmf_streaming(
     )
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Pass:
-    """What a pass over the stream leaves of the exact codes for some features."""
+    """What a pass over the stream, or over a part of it, leaves of the exact codes for some features."""
 
     statistics: CodeStatistics
     """Of the rows as the objective weighs them."""
-    unweighted: CodeStatistics
-    """Of the activations from the centre; the same where no penalty makes all weigh alike."""
-    total: float
-    """Sum of squares of the activations."""
+    unweighted: CodeStatistics | None
+    """Of the activations from the centre, where a penalty makes all weigh alike."""
     worst: Tensor
-    """``(k, d)`` at most, what the codes leave of the worst reconstructed rows."""
+    """``(k, d)`` at most, what the codes leave of the worst reconstructed rows, the worst first."""
+    sizes: Tensor
+    """Their norms."""
+    total: float = 0.0
+    """Sum of squares of the activations."""
+    n: int = 0
+    """Activations."""
+
+    @classmethod
+    def of_nothing(cls, features: Tensor, l1: float) -> "_Pass":
+        """Before the first block."""
+        k, d = features.shape
+        weighted = CodeStatistics.empty(k, d, features.device, l1)
+        plain = CodeStatistics.empty(k, d, features.device) if l1 else None
+        return cls(weighted, plain, features[:0], features[:0, 0])
+
+    def add(self, block: Tensor, features: Tensor, problem: FeatureGram, center: Tensor) -> None:
+        """Take in a block of activations."""
+        l1 = self.statistics.l1
+        rows = Rows.around(block, center, equal=l1 > 0)
+        codes = solve_codes(rows.values, problem, _CODES_TOL, l1=l1)
+        self.statistics.add(rows.values, codes.T)
+        if self.unweighted is not None:
+            self.unweighted.add(rows.values * rows.lengths, (codes * rows.lengths).T)
+        left = rows.values - codes @ features
+        self._keep_worst(left, torch.linalg.vector_norm(left, dim=1), len(features))
+        self.total += rows.total
+        self.n += len(block)
+
+    def merge(self, other: "_Pass") -> None:
+        """Take in what a later part of the stream left."""
+        self.statistics.merge(other.statistics)
+        if self.unweighted is not None and other.unweighted is not None:
+            self.unweighted.merge(other.unweighted)
+        self._keep_worst(other.worst, other.sizes, len(self.statistics.gram))
+        self.total += other.total
+        self.n += other.n
+
+    def _keep_worst(self, left: Tensor, sizes: Tensor, k: int) -> None:
+        worst, sizes = torch.cat((self.worst, left)), torch.cat((self.sizes, sizes))
+        keep = sizes.sort(descending=True, stable=True).indices[:k]
+        self.worst, self.sizes = worst[keep], sizes[keep]
+
+
+@torch.no_grad()
+def _summed(features: Tensor, problem: FeatureGram, center: Tensor, l1: float, batches: Iterator[Tensor]) -> _Pass:
+    """What some batches leave; computed where they are."""
+    found = _Pass.of_nothing(features, l1)
+    for block in _blocks(batches, features):
+        found.add(block, features, problem, center)
+    return found
 
 
 class _StreamFit:
     """The best features so far, with the statistics of their exact codes."""
 
-    def __init__(self, batches: Iterable[Tensor], first: SemiNMFResult, count: int, n_samples: int, l1: float) -> None:
+    def __init__(
+        self, batches: Iterable[Tensor], first: SemiNMFResult, count: int, n_samples: int, n_batches: int, l1: float
+    ) -> None:
         self._batches, self._count, self._n_samples, self._l1 = batches, count, n_samples, l1
+        self._together = math.ceil(_ROWS_PER_FEATURE * len(first.features) * n_batches / n_samples)
         self.features, self._center, self.n_revived = first.features, first.center, first.n_revived
         self._pass = self.evaluate(self.features)
         self.error = self._pass.statistics.error(self.features)
@@ -180,7 +240,7 @@ class _StreamFit:
     @property
     def unweighted(self) -> CodeStatistics:
         """Of the same, for the activations as they are."""
-        return self._pass.unweighted
+        return self._pass.unweighted or self._pass.statistics
 
     @property
     def total(self) -> float:
@@ -202,32 +262,21 @@ class _StreamFit:
             self.n_revived += len(unused)
 
     def evaluate(self, features: Tensor) -> _Pass:
-        """A pass with exact codes."""
-        problem = FeatureGram.of(features)
-        k, d = features.shape
-        statistics = CodeStatistics.empty(k, d, features.device, self._l1)
-        unweighted = CodeStatistics.empty(k, d, features.device) if self._l1 else statistics
-        worst, sizes = features[:0], features[:0, 0]
-        seen, total = 0, 0.0
-        for block in _blocks(self._batches, features):
-            rows = Rows.around(block, self._center, equal=self._l1 > 0)
-            codes = solve_codes(rows.values, problem, _CODES_TOL, l1=self._l1)
-            total += rows.total
-            statistics.add(rows.values, codes.T)
-            if self._l1:
-                unweighted.add(rows.values * rows.lengths, (codes * rows.lengths).T)
-            left = rows.values - codes @ features
-            worst = torch.cat((worst, left))
-            sizes = torch.cat((sizes, torch.linalg.vector_norm(left, dim=1)))
-            keep = sizes.sort(descending=True, stable=True).indices[:k]
-            worst, sizes = worst[keep], sizes[keep]
-            seen += len(block)
-        if seen != self._n_samples:
+        """A pass with exact codes.
+
+        Batches are summed some at a time, and those sums in order, wherever they were made: to the bit, the result does
+        not depend on where.
+        """
+        work = partial(_summed, features, FeatureGram.of(features), self._center, self._l1)
+        found = _Pass.of_nothing(features, self._l1)
+        for part in mapped(self._batches, work, self._together):
+            found.merge(part)
+        if found.n != self._n_samples:
             raise ValueError(
-                f"batches gave {self._n_samples} activations on the first pass and {seen} on a later one; "
+                f"batches gave {self._n_samples} activations on the first pass and {found.n} on a later one; "
                 "every pass must give the same activations."
             )
-        return _Pass(statistics, unweighted, total, worst)
+        return found
 
 
 def _passes(
@@ -259,21 +308,21 @@ def _blocks(batches: Iterable[Tensor], like: Tensor) -> Iterator[Tensor]:
             yield block.to(like.device).to(like.dtype)
 
 
-def _sample(batches: Iterable[Tensor], size: int, generator: torch.Generator) -> tuple[Tensor, int]:
-    """A uniform sample of the rows of a stream, in stream order, and the number of all rows.
+def _sample(batches: Iterable[Tensor], size: int, generator: torch.Generator) -> tuple[Tensor, int, int]:
+    """A uniform sample of the rows of a stream, in stream order, and the numbers of all rows and of batches.
 
     Every row gets a random key and the smallest keys stay, so the result does not depend on how the stream is cut.
     """
     kept: Tensor | None = None
     keys = torch.empty(0, dtype=torch.float64)
-    seen = 0
+    seen = n_batches = 0
     for batch in batches:
         batch = where_float64_is(batch.detach())
         batch = finite(batch, "a batch").to(torch.float64 if batch.dtype == torch.float64 else torch.float32)
         if kept is None:
             kept = batch[:0]
         width(batch, kept.shape[1], "a batch")
-        seen += len(batch)
+        seen, n_batches = seen + len(batch), n_batches + 1
         # Only rows that may stay are copied: after the first blocks, few do.
         new = torch.rand(len(batch), generator=generator, dtype=torch.float64)
         limit = keys.max() if len(keys) == size else torch.inf
@@ -283,4 +332,4 @@ def _sample(batches: Iterable[Tensor], size: int, generator: torch.Generator) ->
         keys, kept = keys[stay], kept[stay.to(kept.device)]
     if kept is None or not seen:
         raise ValueError("batches gave no activations; the stream must hold at least one.")
-    return kept, seen
+    return kept, seen, n_batches

@@ -94,6 +94,13 @@ class CodeStatistics:
         statistics.add(x, codes)
         return statistics
 
+    def merge(self, other: "CodeStatistics") -> None:
+        """Take in those of other activations."""
+        for name in ("gram", "product", "squares", "sums"):
+            mine = getattr(self, name)
+            mine += getattr(other, name)
+        self.rounding = max(self.rounding, other.rounding)
+
     def add(
         self, x: Float[Tensor, "m d"], codes: Float[Tensor, "k m"], sizes: Float64[Tensor, " m"] | None = None
     ) -> None:

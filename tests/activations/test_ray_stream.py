@@ -13,6 +13,7 @@ from saelens_ext.analysis.profile import profile_dictionary
 from saelens_ext.continuations.clustering.joint_clusterer import rate_distortion_path
 from saelens_ext.dictionaries.fit_exemplars import fit_exemplar_partitions
 from saelens_ext.dictionaries.fit_snmf import fit_snmf
+from saelens_ext.ops import semi_nmf_streaming
 from tests import models_zoo
 from tests.test_modes import leaves
 
@@ -98,34 +99,68 @@ def test_an_actor_that_died_ends_the_pass_and_not_the_stream(cluster, tiny_texts
     assert ray.is_initialized(), "whoever started Ray shuts it down"
 
 
-def _summed_up(stream):
+def test_work_on_batches_is_that_of_one_process(cluster, tiny_texts):
+    def work(batches):
+        # Documents longer than a window leave windows, and batches, of which nothing is read.
+        return [(batch.first_sequence_id, batch.token_ids.tolist(), batch.activations[HOOKS[1]]) for batch in batches]
+
+    def failing(batches):
+        raise ValueError(f"of {sum(map(len, batches))}")
+
+    options = OPTIONS | {"batch_size": 2, "last_token_only": True, "max_tokens": 7}
+    single = ActivationStream(load(), tiny_texts, HOOKS, **options)
+    with RayActivationStream(load, tiny_texts, HOOKS, n_workers=2, **options) as stream:
+        expected, found = (list(one.mapped(work, 2)) for one in (single, stream))
+        assert [len(part) for part in expected] == [2] * (len(expected) - 1) + [len(expected[-1])]
+        assert sum(len(ids) for part in expected for _, ids, _ in part) == 7 and stream.d_in == single.d_in
+        for mine, other in zip(
+            [one for part in expected for one in part], [one for part in found for one in part], strict=True
+        ):
+            assert mine[:2] == other[:2] and torch.equal(mine[2], other[2])
+        with pytest.raises(ValueError, match="^of 2$"):
+            next(stream.mapped(failing, 2))
+
+
+def _summed_up(stream, l1, held_out):
     """A profile, and a factorisation whose activations do not fit in memory."""
-    fit = fit_snmf(stream, 5, max_iter=5, memory_limit=10_000)
+    fit = fit_snmf(stream, 3, max_iter=5, memory_limit=10_000, l1=l1, held_out=held_out)
     return fit, profile_dictionary(fit.dictionary, stream, hook_name=HOOKS[1], n_examples=2)
 
 
-@pytest.mark.parametrize("killed", [False, True], ids=["undisturbed", "a worker dies on the way"])
-def test_factorisations_and_profiles_are_those_of_one_process(cluster, tiny_texts, killed, caplog):
-    expected = _summed_up(ActivationStream(load(), tiny_texts, HOOKS[1], **OPTIONS))
+@pytest.mark.parametrize(
+    ("killed", "l1", "held_out"),
+    [(False, 0.0, 0.0), (True, 0.1, 0.25)],
+    ids=["undisturbed", "a worker dies on the way"],
+)
+def test_factorisations_and_profiles_are_those_of_one_process(
+    cluster, tiny_texts, killed, l1, held_out, caplog, monkeypatch
+):
+    expected = _summed_up(ActivationStream(load(), tiny_texts, HOOKS[1], **OPTIONS), l1, held_out)
+    assert (expected[0].n_held_out > 0) == (held_out > 0)
+    passes = []
     with RayActivationStream(load, tiny_texts, HOOKS[1], n_workers=2, restarts=1, **OPTIONS) as stream:
-        if killed:
-            batches = stream.batches
-            passes = []
+        in_turn = stream._in_turn
 
-            def killing(*args):
-                passes.append(len(passes))
-                for number, batch in enumerate(batches(*args)):
-                    if number == 2 and len(passes) in (2, 4):  # a pass of the factorisation, and the next but one
-                        kill(stream._actors[0])
-                    yield batch
+        def watched(tasks, work):
+            passes.append(0)
+            for answer in in_turn(tasks, work):
+                passes[-1] += 1
+                yield answer
+                if killed and passes[-1] == 1 and len(passes) in (2, 3):  # the sample, and the first sums
+                    kill(stream._actors[0])
 
-            stream.batches = killing
-        found = _summed_up(stream)
+        def not_here(x, problem, tol=0.0, max_sweeps=30, l1=0.0):
+            raise AssertionError("codes of a pass over the stream are found in the actors")
+
+        stream._in_turn = watched
+        monkeypatch.setattr(semi_nmf_streaming, "solve_codes", not_here)
+        found = _summed_up(stream, l1, held_out)
     for (path, one), (_, other) in zip(leaves(expected), leaves(found), strict=True):
         assert torch.equal(one.nan_to_num(7), other.nan_to_num(7)) if isinstance(one, torch.Tensor) else one == other, (
             path
         )
     assert [record.message[:18] for record in caplog.records].count("A Ray actor died, ") == 2 * killed
+    assert 4 < passes[2] < passes[1], "sums are of several batches"
 
 
 def test_restarts_are_counted_from_zero(tiny_texts):

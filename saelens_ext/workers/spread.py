@@ -6,18 +6,16 @@ out one by one, so that a slow one holds up no other. An audit leaves results in
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from typing import Any
 from uuid import uuid4
 
 import joblib
-import torch
-from threadpoolctl import threadpool_info, threadpool_limits
 from tqdm.auto import tqdm
 
-from saelens_ext.activations.ray_actors import RayActors
+from saelens_ext.workers.ray_actors import RayActors
+from saelens_ext.workers.threads import limited, threads_here
 
 WORKERS = ("joblib", "ray")
 
@@ -64,7 +62,7 @@ class _Died(Exception):
 
 def _over_joblib(load: Callable[[], Job], numbers: Sequence[int], n_workers: int) -> dict[int, Any]:
     """The same by joblib's workers: processes here, or those of a cluster that a backend names."""
-    run, threads = uuid4().hex, _threads()
+    run, threads = uuid4().hex, threads_here()
     options: dict[str, Any] = {"batch_size": 1, "pre_dispatch": "n_jobs"}  # one by one
     parallel = joblib.Parallel(n_jobs=n_workers, **options)
     try:
@@ -78,7 +76,7 @@ def _in_worker(run: str, load: Callable[[], Job], threads: dict[str, int], numbe
     if getattr(_LOADED, "run", None) != run:
         _LOADED.job = None  # before another model is loaded
         _LOADED.job, _LOADED.run = load(), run
-    with _limited(threads):
+    with limited(threads):
         return _LOADED.job(number)
 
 
@@ -90,7 +88,7 @@ class _RaySpread(RayActors):
         self._load = load
 
     def _actor(self) -> tuple[type, tuple[Any, ...]]:
-        return _Actor, (self._load, _threads())
+        return _Actor, (self._load, threads_here())
 
     def found(self, numbers: Sequence[int], progress: bool) -> dict[int, Any]:
         """What came back by number; the actors are stopped afterwards."""
@@ -124,22 +122,5 @@ class _Actor:
 
     def work(self, number: int) -> Any:
         """Do the work for a number."""
-        with _limited(self._threads):
+        with limited(self._threads):
             return self._job(number)
-
-
-def _threads() -> dict[str, int]:
-    """Threads of torch and of the numeric libraries here: sums are cut by thread, and would differ in last bits."""
-    return {"torch": torch.get_num_threads()} | {one["user_api"]: one["num_threads"] for one in threadpool_info()}
-
-
-@contextmanager
-def _limited(threads: dict[str, int]) -> Iterator[None]:
-    """As many threads as where the run was started."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads["torch"])
-    try:
-        with threadpool_limits({api: n for api, n in threads.items() if api != "torch"}):
-            yield
-    finally:
-        torch.set_num_threads(before)
