@@ -1,7 +1,7 @@
 """``audit``: why a model continues texts in different ways."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
@@ -36,14 +36,13 @@ def audit(inputs: AuditInputs, settings: AuditConfig, context: Context) -> Resul
     sampler = inputs.sampler.made(inputs.model_name, folder)
     if inputs.logger.log_to_wandb:
         check_login()
-    # Before the model is loaded: a name may be wrong.
-    loaded = [opening.open_dictionary(name, inputs.device) for name in inputs.dictionaries]
+    model, dictionaries = subject_of(inputs, inputs.n_workers)
     if folder is not None:
         context.kept.append(f"Stages that were finished are in {folder}; the same command goes on from there.")
     found = audit_continuations(
-        partial(opening.open_model, _model_config(inputs, loaded)),
+        model,
         prefixes,
-        partial(_attached, loaded if inputs.n_workers == 1 else list(inputs.dictionaries), inputs.device),
+        dictionaries,
         inputs.embedder,
         continuations=continuations,
         sampler=sampler,
@@ -68,11 +67,13 @@ def check_named(inputs: SubjectInputs) -> None:
         raise UsageError("No dictionary was named: --dictionaries=FOLDER, several with commas between.")
 
 
-def open_subject(inputs: SubjectInputs) -> tuple[HostModel, list[SAE[Any]]]:
-    """The model, and the dictionaries on it."""
+def subject_of(
+    inputs: SubjectInputs, n_workers: int
+) -> tuple[Callable[[], HostModel], Callable[[HostModel], list[SAE[Any]]]]:
+    """What opens the model, and the dictionaries on it. These are opened before: a name may be wrong."""
     loaded = [opening.open_dictionary(name, inputs.device) for name in inputs.dictionaries]
-    model = opening.open_model(_model_config(inputs, loaded))
-    return model, _attached(loaded, inputs.device, model)
+    attached = partial(_attached, loaded if n_workers == 1 else list(inputs.dictionaries), inputs.device)
+    return partial(opening.open_model, _model_config(inputs, loaded)), attached
 
 
 def _prefixes(inputs: AuditInputs) -> tuple[list[Any], dict[str, list[Any]] | None]:

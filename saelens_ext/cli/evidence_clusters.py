@@ -9,7 +9,7 @@ from saelens_ext.audit.config import AuditConfig
 from saelens_ext.audit.questions import questions
 from saelens_ext.audit.stages import Stages, own_folder
 from saelens_ext.cli import opening
-from saelens_ext.cli.audit import check_named, open_subject
+from saelens_ext.cli.audit import check_named, subject_of
 from saelens_ext.cli.errors import UsageError
 from saelens_ext.cli.evidence import finish, prepare
 from saelens_ext.cli.evidence_options import ClusterInputs, ResultOptions, SupernodeInputs
@@ -32,12 +32,12 @@ def clusters(inputs: ClusterInputs, settings: Any, results: ResultOptions, audit
     prefixes = opening.texts_in(Path(inputs.prefixes), conversations=True)
     config, folder = AuditConfig(**vars(audited)), Path(results.output_path) / "prefixes"
     cells = {"cells": inputs.cells} if inputs.cells else {}
-    model, saes = open_subject(inputs)
+    model, saes = subject_of(inputs, settings.n_workers)
     context.kept.append(f"Prefixes that were finished are in {folder}; the same command goes on from there.")
     found = evaluate_clusters(
         model, prefixes, saes, embedder=inputs.embedder, second_embedder=inputs.second_embedder, audit=config,
         sampler=inputs.sampler.made(inputs.model_name, folder), generate=config.generate, folder=folder,
-        progress=context.progress, **cells, **vars(settings),
+        actor_options=inputs.actor_options, progress=context.progress, **cells, **vars(settings),
     )  # fmt: skip
     judged = _clusterings(found, prefixes, folder, config, settings) if inputs.clusterings else ()
     return finish(found, None, results, settings, *judged)
@@ -73,10 +73,10 @@ def supernodes(
     check_named(inputs)
     swaps, folder = read_swaps(inputs.swaps), Path(results.output_path) / "prompts"
     sampler = inputs.sampler.made(inputs.model_name, folder)
-    model, saes = open_subject(inputs)
+    model, saes = subject_of(inputs, settings.n_workers)
     context.kept.append(f"Prompts that were finished are in {folder}; the same command goes on from there.")
     found = evaluate_supernodes(
         model, swaps, saes, audit=AuditConfig(**vars(audited)), sampler=sampler, folder=folder,
-        progress=context.progress, **vars(settings),
+        actor_options=inputs.actor_options, progress=context.progress, **vars(settings),
     )  # fmt: skip
     return finish(found, None, results, settings)

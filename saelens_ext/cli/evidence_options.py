@@ -220,6 +220,8 @@ class ClusterInputs(EmbeddedInputs):
     """Pairs of beta and gamma, such as 1.5:0.5,2:0.3; by default 2:0.5. The verdict is on their mean."""
     clusterings: bool = True
     """Also judge the clusterings themselves on held-out continuations, at the same betas and gammas."""
+    actor_options: dict[str, Any] | None = parsed(None, mapping_or_none, "JSON")
+    """Ray's resources of an actor: '{"num_gpus": 1}'; one CPU by default."""
 
 
 @dataclass(kw_only=True)
@@ -229,6 +231,8 @@ class SupernodeInputs(SubjectInputs):
     swaps: str | None = simple_parsing.field(default=None, type=text_or_none, metavar="FILE")
     """JSONL file of prompts, at least 6: prompt, first and second in each line, two names of one token each that are in
     the prompt once, in that order."""
+    actor_options: dict[str, Any] | None = parsed(None, mapping_or_none, "JSON")
+    """Ray's resources of an actor: '{"num_gpus": 1}'; one CPU by default."""
 
 
 _TUPLES: dict[str, tuple[Callable[[str], Any], str]] = {

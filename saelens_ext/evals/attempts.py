@@ -28,8 +28,12 @@ class Attempts:
         try:
             yield
         except Exception as error:  # whatever a user's method or a host library raises
-            self.failures.append(Failure(method, unit, f"{type(error).__name__}: {error}"))
-            logger.warning("%s", self.failures[-1])
+            self.failed(method, unit, f"{type(error).__name__}: {error}")
+
+    def failed(self, method: str, unit: str, error: str) -> None:
+        """Record an error of a method on a unit."""
+        self.failures.append(Failure(method, unit, error))
+        logger.warning("%s", self.failures[-1])
 
     def usable(self, model: HostModel, methods: Sequence[Method]) -> list[Method]:
         """The methods whose hook the model has."""

@@ -11,14 +11,13 @@ from typing import Any, ClassVar, cast
 
 import numpy as np
 import pandas as pd
-from tqdm.auto import tqdm
 
 from saelens_ext import _checks, _files
 from saelens_ext._modes import standard_modes
 from saelens_ext.audit.config import AuditConfig
-from saelens_ext.audit.questions import questions
+from saelens_ext.audit.questions import Question, questions
 from saelens_ext.audit.stages import Stages, describe_embedder, own_folder
-from saelens_ext.audit.subject import Dictionaries, Inputs, Model, Sampling
+from saelens_ext.audit.subject import Dictionaries, Inputs, Model, Sampling, Subject
 from saelens_ext.continuations.clustering.problem import check_beta_and_gamma
 from saelens_ext.continuations.steering.latents import SIGNS
 from saelens_ext.continuations.validation.findings import OBJECTIVE_CONTROLS, joint_words, outcome
@@ -36,6 +35,7 @@ from saelens_ext.evals.clusterings import (
     win_shares,
 )
 from saelens_ext.evals.evidence import Evidence, Failure, Pair, corrected, evidence_table
+from saelens_ext.evals.over_prompts import OverPrompts, Unmeasured
 from saelens_ext.evals.sweep_store import SweepStore
 from saelens_ext.host.chat_template import Prompt
 from saelens_ext.host.sentence_model import load_sentence_model
@@ -186,6 +186,9 @@ def evaluate_clusters(
     n_permutations: int = 10_000,
     confidence: float = 0.95,
     folder: str | Path | None = None,
+    n_workers: int = 1,
+    workers: str = "joblib",
+    actor_options: dict[str, Any] | None = None,
     progress: bool = False,
 ) -> ClusterEvidence:
     """Cluster the continuations of many prefixes by both views, and steer along the clusters beside all controls.
@@ -217,11 +220,19 @@ def evaluate_clusters(
         confidence: of the intervals, in (0, 1).
         folder: where every prefix is kept when it is done, and its continuations; what is there is not computed again,
             also where prefixes were added.
+        n_workers: prefixes at a time, each by a worker with a model of its own: ``model`` must then be a function, and
+            ``folder``, if any, be on storage that all share. It is called here too, to tell what is measured, and that
+            model is let go. With the same number of threads the results are the same to the bit.
+        workers: "joblib", processes or what ``joblib.parallel_config`` names; or "ray", actors on the cluster that
+            ``ray.init`` was called for, or on this machine.
+        actor_options: Ray's resources of an actor, such as ``{"num_gpus": 1}``; one CPU by default.
         progress: show a progress bar.
 
     Raises:
         ValueError: fewer than 6 prefixes, one twice, fewer than 4 continuations on either side, an option out of
-            range, no prefix that could be measured, or a folder of other settings.
+            range, no prefix that could be measured, a folder of other settings, or several workers and a model that is
+            no function.
+        RuntimeError: a worker died; with a folder the same call goes on from what was finished.
 
     Source: arXiv 2606.08236, steering, with the controls that its reviewers asked for.
     """
@@ -240,16 +251,26 @@ def evaluate_clusters(
     if not plan.directions or not plan.signs:
         raise ValueError(f"directions and signs must not be empty, got {directions!r} and {signs!r}.")
     check_halves(audit.n, audit.held_out, f"n={audit.n}")
-    subject = Inputs(model=model, dictionaries=dictionaries, embedder=embedder, sampler=sampler).load()
+    each = OverPrompts(
+        inputs=Inputs(model=model, dictionaries=dictionaries, embedder=embedder, sampler=sampler),
+        keys=[question.prompt for question in given],
+        kind="prefix",
+        n_workers=n_workers,
+        workers=workers,
+        actor_options=actor_options,
+    )
+    each.check()
+    about, subject = each.load()
     settings = asdict(replace(plan, second_embedder=None)) | {
         "second_embedder": describe_embedder(plan.second_embedder)
     }
-    settings = _files.json_safe({**settings, **subject.about})
+    settings = _files.json_safe({**settings, **about})
     store = SweepStore.at(folder, settings)
     parts, failures = [], []
-    for question in tqdm(given, disable=not progress, desc="clusters", unit="prefix"):
-        stages = Stages(own_folder(folder, question))
-        found = store.of("prefix", question.prompt, partial(measure_prefix, subject, question, plan, stages))
+    kept = None if folder is None else Path(folder)
+    every = each.measured(partial(_prefix, given, plan, kept), subject, about, store, progress)
+    for question, found in zip(given, every, strict=True):
+        assert not isinstance(found, Unmeasured)
         parts.append(pd.DataFrame(found["cells"]))
         failures += [Failure(method, question.words, reason) for method, reason in found["failures"]]
     measured = pd.concat(parts, ignore_index=True)
@@ -265,6 +286,12 @@ def evaluate_clusters(
         settings=settings | resampled | {"n_prefixes": len(given), "seed": audit.seed},
         failures=tuple(failures),
     )
+
+
+def _prefix(
+    given: Sequence[Question], plan: ClusterPlan, folder: Path | None, subject: Subject, number: int
+) -> dict[str, Any]:
+    return measure_prefix(subject, given[number], plan, Stages(own_folder(folder, given[number])))
 
 
 def _checked_cells(cells: Sequence[Sequence[float | int]]) -> tuple[tuple[float, float], ...]:

@@ -14,20 +14,19 @@ from typing import Any, ClassVar, cast
 import numpy as np
 import pandas as pd
 from sae_lens import SAE
-from tqdm.auto import tqdm
 
 from saelens_ext import _checks, _files
 from saelens_ext._modes import standard_modes
 from saelens_ext.audit.config import AuditConfig
-from saelens_ext.audit.stages import describe
+from saelens_ext.audit.subject import Dictionaries, Inputs, Model, Subject
 from saelens_ext.continuations.step_tree import StepTree as StepTree
 from saelens_ext.continuations.steps import sample_steps as sample_steps
 from saelens_ext.evals import step_pairs as pairs
 from saelens_ext.evals.evidence import Evidence, Failure, Pair, corrected, evidence_table
+from saelens_ext.evals.over_prompts import OverPrompts, Unmeasured
 from saelens_ext.evals.sweep_store import SweepStore
 from saelens_ext.evals.verdicts import LEVEL
 from saelens_ext.host.models import HostModel
-from saelens_ext.host.sentence_model import load_sentence_model
 from saelens_ext.ops.resampling import smallest_p
 from saelens_ext.report.evidence_section import EvidenceSection, EvidenceTable, HeatMap
 
@@ -208,9 +207,9 @@ class StepAudit(Evidence):
 
 @standard_modes()
 def audit_steps(
-    model: HostModel,
+    model: Model,
     trees: StepTree | Sequence[StepTree],
-    dictionaries: SAE[Any] | Sequence[SAE[Any]],
+    dictionaries: Dictionaries,
     *,
     sources: str = "each_step",
     embedder: Any = None,
@@ -219,6 +218,9 @@ def audit_steps(
     n_permutations: int = 10_000,
     confidence: float = 0.95,
     folder: str | Path | None = None,
+    n_workers: int = 1,
+    workers: str = "joblib",
+    actor_options: dict[str, Any] | None = None,
     progress: bool = False,
 ) -> StepAudit:
     """Ask which earlier step moves the candidates of each later one.
@@ -227,7 +229,7 @@ def audit_steps(
     A small model cannot reason: on one, this shows the structure of the method, and nothing about reasoning.
 
     Args:
-        model: the model of the trees.
+        model: the model of the trees, or a function without arguments that loads it.
         trees: from ``sample_steps``, one for each problem, of two steps or more.
         dictionaries: SAEs or transcoders, as for ``audit_continuations``.
         sources: "each_step", every step before the target; "prompt", the prompt alone; "all", both.
@@ -238,27 +240,42 @@ def audit_steps(
         confidence: of the intervals, in (0, 1).
         folder: where every target step is kept when it is done; what is there already is not computed again, also where
             problems were added.
+        n_workers: target steps at a time, each by a worker with a model of its own: ``model`` must then be a function,
+            and ``folder``, if any, be on storage that all share. It is called here too, to tell what is measured, and
+            that model is let go. With the same number of threads the results are the same to the bit.
+        workers: "joblib", processes or what ``joblib.parallel_config`` names; or "ray", actors on the cluster that
+            ``ray.init`` was called for, or on this machine.
+        actor_options: Ray's resources of an actor, such as ``{"num_gpus": 1}``; one CPU by default.
         progress: show a progress bar.
 
     Raises:
-        ValueError: no tree, or one of a single step; a problem twice; no pair of steps that could be measured; or a
-            folder of another audit.
+        ValueError: no tree, or one of a single step; a problem twice; no pair of steps that could be measured; several
+            workers and a model that is no function; or a folder of another audit.
+        RuntimeError: a worker died; with a folder the same call goes on from what was finished.
 
     Source: arXiv 2606.08236, reasoning experiment, with controls of place, order and length.
     """
     given = [trees] if isinstance(trees, StepTree) else list(trees)
     _check_trees(given)
     _checks.choice(sources, SOURCES, "sources")
-    saes = [dictionaries] if isinstance(dictionaries, SAE) else list(dictionaries)
-    embedder = load_sentence_model(embedder)
-    settings: dict[str, Any] = {"sources": sources, "audit": asdict(audit), **describe(model, saes, embedder)}
-    store = SweepStore.at(folder, settings)
     places = [(number, j) for number, tree in enumerate(given) for j in range(2, len(tree) + 1)]
+    each = OverPrompts(
+        inputs=Inputs(model=model, dictionaries=dictionaries, embedder=embedder),
+        keys=[[f"step {j}", _asked(given[number], j)] for number, j in places],
+        kind="step",
+        n_workers=n_workers,
+        workers=workers,
+        actor_options=actor_options,
+    )
+    each.check()
+    about, subject = each.load()
+    settings: dict[str, Any] = {"sources": sources, "audit": asdict(audit), **about}
+    store = SweepStore.at(folder, settings)
     cells: list[dict[str, Any]] = []
     failures: list[Failure] = []
-    for number, j in tqdm(places, disable=not progress, desc="steps", unit="step"):
-        make = partial(_target, model, saes, given[number], j, sources, embedder, audit)
-        found = store.of(f"step {j}", _asked(given[number], j), make)
+    every = each.measured(partial(_step, given, places, sources, audit), subject, about, store, progress)
+    for (number, j), found in zip(places, every, strict=True):
+        assert not isinstance(found, Unmeasured)
         cells += [{"problem": f"problem {number:03d}", "target": j, **cell} for cell in found["cells"]]
         failures += [Failure(method, f"problem {number}, {where}", why) for method, where, why in found["failures"]]
     own = [cell for cell in cells if cell["method"] == pairs.OWN and cell["metric"] == "slope"]
@@ -294,6 +311,18 @@ def _asked(tree: StepTree, j: int) -> list[Any]:
     """What tells a target step from others: the prompt and the steps before it, and its candidates."""
     rows = tree.steps[j - 1]
     return [list(rows.prefix_ids), tree.spans[:j], [rows.ids_of(row) for row in range(len(rows))]]
+
+
+def _step(
+    given: Sequence[StepTree],
+    places: Sequence[tuple[int, int]],
+    sources: str,
+    config: AuditConfig,
+    subject: Subject,
+    place: int,
+) -> dict[str, Any]:
+    number, j = places[place]
+    return _target(subject.model, subject.saes, given[number], j, sources, subject.embedder, config)
 
 
 def _target(

@@ -24,7 +24,6 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import pandas as pd
-from tqdm.auto import tqdm
 
 from saelens_ext import _checks, _files
 from saelens_ext._modes import standard_modes
@@ -38,6 +37,7 @@ from saelens_ext.continuations.continuation_set import ContinuationSet
 from saelens_ext.evals.attempts import Attempts
 from saelens_ext.evals.clusterings import check_prefixes
 from saelens_ext.evals.evidence import Evidence, evidence_table
+from saelens_ext.evals.over_prompts import OverPrompts, Unmeasured
 from saelens_ext.evals.sweep_store import SweepStore
 from saelens_ext.host.chat_template import Prompt, checked_messages, in_words
 from saelens_ext.report.evidence_section import EvidenceSection
@@ -152,6 +152,9 @@ def evaluate_supernodes(
     n_permutations: int = 10_000,
     confidence: float = 0.95,
     folder: str | Path | None = None,
+    n_workers: int = 1,
+    workers: str = "joblib",
+    actor_options: dict[str, Any] | None = None,
     progress: bool = False,
 ) -> SupernodeEvidence:
     """Group latents that act together over prompts, swap the names in each prompt, and see what the groups follow.
@@ -175,11 +178,18 @@ def evaluate_supernodes(
         confidence: of the intervals, in (0, 1).
         folder: where the effects in every prompt are kept when they are known; what is there is not computed again,
             also where prompts were added.
+        n_workers: prompts at a time, each by a worker with a model of its own: ``model`` must then be a function, and
+            ``folder``, if any, be on storage that all share. It is called here too, to tell what is measured, and that
+            model is let go. With the same number of threads the results are the same to the bit.
+        workers: "joblib", processes or what ``joblib.parallel_config`` names; or "ray", actors on the cluster that
+            ``ray.init`` was called for, or on this machine.
+        actor_options: Ray's resources of an actor, such as ``{"num_gpus": 1}``; one CPU by default.
         progress: show a progress bar.
 
     Raises:
-        ValueError: fewer than 6 prompts or one twice, a prompt without its names, a folder of other settings, or
-            nothing that could be measured.
+        ValueError: fewer than 6 prompts or one twice, a prompt without its names, a folder of other settings, several
+            workers and a model that is no function, or nothing that could be measured.
+        RuntimeError: a worker died; with a folder the same call goes on from what was finished.
     """
     given = [EntitySwap(*swap) for swap in swaps]
     check_prefixes([in_words(swap.prompt) for swap in given], "swaps")
@@ -187,15 +197,27 @@ def evaluate_supernodes(
         swap.check()
     for value, name in ((n_supernodes, "n_supernodes"), (n_shuffles, "n_shuffles")):
         _checks.positive(value, name)
-    subject = Inputs(model=model, dictionaries=dictionaries, embedder=None, sampler=sampler, embeds=False).load()
+    each = OverPrompts(
+        inputs=Inputs(model=model, dictionaries=dictionaries, embedder=None, sampler=sampler, embeds=False),
+        keys=[list(swap) for swap in given],
+        kind="prompt",
+        n_workers=n_workers,
+        workers=workers,
+        actor_options=actor_options,
+        catch=Exception,  # whatever a sampler or a host library raises
+    )
+    each.check()
+    described, subject = each.load()
     asked = {name: value for name, value in asdict(audit).items() if name in READ}
-    store = SweepStore.at(folder, {"audit": asked, **subject.about})
+    store = SweepStore.at(folder, {"audit": asked, **described})
     attempts, found = Attempts(), dict[str, tuple[Effects, Effects]]()
-    for swap in tqdm(given, disable=not progress, desc="supernodes", unit="prompt"):
+    every = each.measured(partial(_prompt, given, audit), subject, described, store, progress)
+    for swap, one in zip(given, every, strict=True):
         words = in_words(swap.prompt)
-        with attempts.of("", words):
-            kept = store.of("prompt", list(swap), partial(_both, subject, swap, audit))
-            found[words] = _unpacked(kept["own"]), _unpacked(kept["twin"])
+        if isinstance(one, Unmeasured):
+            attempts.failed("", words, one.error)
+        else:
+            found[words] = _unpacked(one["own"]), _unpacked(one["twin"])
     features, own, twin = tables(list(found.values()))
     if not len(features):
         raise ValueError(f"No latent has an effect in any prompt. {'; '.join(map(str, attempts.failures[:3]))}")
@@ -204,7 +226,7 @@ def evaluate_supernodes(
     effect = np.abs(own[:, :, 2]).mean(axis=1)
     hooks, latents = zip(*features, strict=True)
     resampled = {"n_bootstrap": n_bootstrap, "n_permutations": n_permutations, "confidence": confidence}
-    about = {"n_supernodes": n_supernodes, "n_shuffles": n_shuffles, "audit": asked, **subject.about}
+    about = {"n_supernodes": n_supernodes, "n_shuffles": n_shuffles, "audit": asked, **described}
     return SupernodeEvidence(
         cells=attempts.cells(("prompt", "method", "metric", "value"), metric="role_score"),
         kinds={name: "unsupervised" if name == SUPERNODES else "control" for name in _DESCRIPTIONS},
@@ -236,6 +258,10 @@ def _score(
                     raise ValueError("no latent acts differently at the two names")
                 attempts.rows.append({"prompt": prompt, "method": method, "value": float(np.mean(scores))})
         attempts.rows.append({"prompt": prompt, "method": HALFWAY, "value": 0.0})
+
+
+def _prompt(given: Sequence[EntitySwap], config: AuditConfig, subject: Subject, number: int) -> dict[str, Any]:
+    return _both(subject, given[number], config)
 
 
 def _both(subject: Subject, swap: EntitySwap, config: AuditConfig) -> dict[str, Any]:

@@ -55,6 +55,10 @@ class SweepStore:
         """The result of a JSON-safe key, whatever other keys there are; as `named`."""
         return self.named(f"{kind} {_files.short_name(key)}", make)
 
+    def kept(self, kind: str, key: Any) -> dict[str, Any] | None:
+        """The result of a key if it is there."""
+        return self._get(f"{kind} {_files.short_name(key)}")
+
     def named(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """A result that is there, or made and kept now, as JSON holds it."""
         found = self._get(name)

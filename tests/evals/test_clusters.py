@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import joblib
 import numpy as np
 import pandas as pd
 import pytest
@@ -357,6 +358,21 @@ def test_a_second_embedder_and_fresh_draws_from_a_model():
     assert (table["embedder_ari"].dropna() == 1).all()  # the same model by its folder
     assert "generation_change" in table and table["n_clusters"].max() >= 2
     assert all("fresh" in str(one) or "one cluster" in str(one) or "latent" in str(one) for one in found.failures)
+
+
+@pytest.mark.slow
+def test_over_workers_it_is_the_same_to_the_bit(tmp_path):
+    load = lambda: make_model("llama", "SAETransformerBridge")  # noqa: E731
+    dictionary = make("standard", "blocks.1.hook_out", 32, d_sae=32)
+    config = AuditConfig(n=10, max_new_tokens=3, min_cluster_size=2, strengths=(-0.5, 0.5), max_rows=4)
+    options = {"cells": ((2.0, 0.2),), "controls": (), "audit": config, "n_permutations": 50, "n_bootstrap": 50}
+    alone = evaluate_clusters(load, PREFIXES, dictionary, **options)
+    with joblib.parallel_config(backend="sequential"):
+        spread = evaluate_clusters(load, PREFIXES, dictionary, folder=tmp_path, n_workers=2, **options)
+    pd.testing.assert_frame_equal(spread.cells, alone.cells, check_exact=True)
+    assert spread.failures == alone.failures and len(list(tmp_path.glob("prefix *.json"))) == len(PREFIXES)
+    with pytest.raises(ValueError, match="n_workers=2 needs a model for each worker"):
+        evaluate_clusters(load(), PREFIXES, dictionary, n_workers=2, **options)
 
 
 def no_model():

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import joblib
 import numpy as np
 import pandas as pd
 import pytest
@@ -155,7 +156,8 @@ def test_a_killed_audit_goes_on_to_the_same_bits(copier, latents, tree, other_pr
     options = {"sources": "all", "audit": CONFIG, "folder": tmp_path}
     with pytest.raises(KeyboardInterrupt):
         audit_steps(copier, tree, latents, **options)
-    again = audit_steps(copier, tree, latents, **options)
+    with joblib.parallel_config(backend="sequential"):
+        again = audit_steps(lambda: copier, tree, latents, n_workers=2, **options)  # in a worker
     assert calls == [2, 3, 3], "the second step was there"
     whole = found.cells[found.cells["problem"] == "problem 000"]
     pd.testing.assert_frame_equal(again.cells, whole, check_exact=True)

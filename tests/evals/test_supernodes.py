@@ -4,6 +4,7 @@ import importlib
 from dataclasses import replace
 from itertools import permutations
 
+import joblib
 import numpy as np
 import pytest
 import torch
@@ -193,6 +194,28 @@ def test_on_a_model(tmp_path, monkeypatch):
     assert again.cells.equals(found.cells) and again.members.equals(found.members) and len(computed) == 2
     with pytest.raises(ValueError, match="another audit"):
         evaluate_supernodes(model, SWAPS, dictionary, **options | {"audit": replace(config, n=5)})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["joblib", "ray"])
+def test_over_workers_it_is_the_same_to_the_bit(workers, tmp_path, request):
+    config = AuditConfig(n=3, max_new_tokens=2, backend="gradient")
+    options = {"n_supernodes": 2, "n_shuffles": 2, "audit": config, "n_permutations": 20, "n_bootstrap": 20}
+    load = lambda: make_model("llama", "HookedSAETransformer")  # noqa: E731
+    dictionary = make("standard", "blocks.1.hook_mlp_out", d_sae=24)
+    swaps = [*SWAPS, EntitySwap("A A?", "A A", "?")]  # whose names are of different lengths
+    alone = evaluate_supernodes(load, swaps, dictionary, **options)
+    assert [failure.unit for failure in alone.failures] == ["A A?"]
+    if workers == "ray":
+        request.getfixturevalue("cluster")
+        spread = evaluate_supernodes(load, swaps, dictionary, n_workers=2, workers=workers, **options)
+    else:
+        options["folder"] = tmp_path
+        with joblib.parallel_config(backend="sequential"):
+            spread = evaluate_supernodes(load, swaps, dictionary, n_workers=2, **options)
+        assert len(list(tmp_path.glob("prompt *.json"))) == 6
+    assert spread.cells.equals(alone.cells) and spread.members.equals(alone.members)
+    assert spread.failures == alone.failures and spread.settings == alone.settings
 
 
 class Answers:
