@@ -150,6 +150,69 @@ def test_peels_find_the_mode_that_halves_miss():
     assert len(np.unique(sketch_partition(10 * z, views.weights, 32, np.random.RandomState(0)))) >= 8
 
 
+@pytest.mark.parametrize("metric", ["l1", "l2"])
+def test_a_sketch_costs_as_much_as_what_it_stands_for(metric):
+    e, a, w = random_views(3, 20)
+    views = PairedViews(e, a, w, metric)
+    z = Sketch(views, np.random.RandomState(0)).joint(2.0, 0.3)
+    whole = views.cluster(np.arange(20))
+    assert scatter(z, views.weights, range(20)) == pytest.approx(2.0 * whole.v_e + 0.3 * whole.v_a)
+    alone = Sketch(views, np.random.RandomState(0)).joint(2.0, 0.0)
+    for i, j in ((0, 1), (3, 17)):
+        distance = 2.0 * ((e[i] - e[j]) ** 2).sum()
+        assert ((alone[i] - alone[j]) ** 2).sum() == pytest.approx(distance)
+        if metric == "l2":
+            assert ((z[i] - z[j]) ** 2).sum() == pytest.approx(distance + 0.3 * ((a[i] - a[j]) ** 2).sum())
+
+
+def scatter(z, w, members):
+    members = list(members)
+    mean = np.average(z[members], axis=0, weights=w[members])
+    return sum(w[i] * ((z[i] - mean) ** 2).sum() for i in members)
+
+
+def sketch_cost(z, w, *parts):
+    """Scatter within parts and the entropy of dealing items out to them, as shares of all weight that is given."""
+    return sum(scatter(z, w, part) - w[part].sum() * np.log(w[part].sum()) for part in map(list, parts))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_proposals_come_by_what_they_save_and_no_worse_than_the_best_straight_cut(seed):
+    """The weights are those of one cluster among several."""
+    rng = np.random.default_rng(seed)
+    z, w = rng.normal(size=(24, 3)) * [3, 1, 1], 0.4 * rng.dirichlet(np.full(24, 2.0))
+    z[:9] += 4
+    parts = split_proposals(z, w, np.random.RandomState(0))
+    rows, one = np.arange(24), sketch_cost(z, w, range(24))
+    saved = [one - sketch_cost(z, w, rows[part], rows[~part]) for part in parts]
+    assert len(saved) > 1 and saved == sorted(saved, reverse=True)
+    centered = z - w @ z / w.sum()
+    along = centered @ np.linalg.svd(np.sqrt(w)[:, None] * centered)[2][0]
+    order = np.argsort(along)
+    straight = [one - sketch_cost(z, w, order[:n], order[n:]) for n in range(1, 24)]
+    assert saved[0] >= max(straight) - 1e-12
+    # None is improved by giving one item to the other side at the means that there are.
+    best = parts[0]
+    means = [np.average(z[side], axis=0, weights=w[side]) for side in (best, ~best)]
+    costs = np.stack([((z - m) ** 2).sum(axis=1) - np.log(w[s].sum()) for m, s in zip(means, (best, ~best))])
+    assert np.array_equal(costs[0] < costs[1], best)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_merge_of_a_partition_of_the_sketch_saves_anything(seed):
+    rng = np.random.default_rng(seed)
+    mode = np.arange(60) % 5
+    z, w = 4 * rng.normal(size=(5, 3))[mode] + rng.normal(size=(60, 3)), rng.dirichlet(np.full(60, 2.0))
+    labels = sketch_partition(z, w, 12, np.random.RandomState(seed))
+    groups = [np.flatnonzero(labels == k) for k in range(labels.max() + 1)]
+    assert 2 <= len(groups) <= 12 and all(map(len, groups))
+    for i in range(len(groups)):
+        for j in range(i):
+            apart = sketch_cost(z, w, groups[i], groups[j])
+            assert sketch_cost(z, w, [*groups[i], *groups[j]]) >= apart - 1e-9
+    assert sketch_cost(z, w, *groups) <= sketch_cost(z, w, *(np.flatnonzero(mode == k) for k in range(5))) + 0.1
+
+
 def test_dense_views_are_scouted_on_a_sample_and_judged_in_full():
     rng = np.random.default_rng(0)
     mode = np.arange(120) % 6

@@ -204,9 +204,10 @@ class _Chooser:
 
     def __init__(self, sources: SourceTable, top: int, sign: str):
         self._sources, self._top, self._sign = sources, top, sign
-        self._is_latent = np.array([kind == "latent" for kind in sources.kinds])
         self._hooks, self._positions = np.array(sources.hooks), np.array(sources.positions)
         self._activations = np.abs(np.array(sources.activations))
+        # Of given sources some may be inactive here: to scale them does nothing.
+        self._is_active_latent = np.array([kind == "latent" for kind in sources.kinds]) & (self._activations > 0)
 
     def planned(
         self, method: str, cluster: int, row: int, n_choosing: int, weights: np.ndarray
@@ -231,7 +232,7 @@ class _Chooser:
         """Random latents in the places of a direction's, with its weights; None where there are not enough others."""
         taken, columns = set(direction.columns), []
         for column in direction.columns:
-            free = self._is_latent & ~np.isin(np.arange(len(self._is_latent)), list(taken))
+            free = self._is_active_latent & ~np.isin(np.arange(len(self._activations)), list(taken))
             same_hook = free & (self._hooks == self._hooks[column])
             same_place = same_hook & (self._positions == self._positions[column])
             pool = next((np.flatnonzero(p) for p in (same_place, same_hook, free) if p.any()), None)
