@@ -52,11 +52,11 @@ class Method:
     decode: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
-def neuron_groups(x: torch.Tensor, k: int, **options) -> Method:
-    """A semi-nonnegative factorisation, encoded as a SNMFDictionary does."""
+def neuron_groups(x: torch.Tensor, k: int, origin: torch.Tensor | None = None, **options) -> Method:
+    """A semi-nonnegative factorisation, encoded as a SNMFDictionary does; from its own origin or another."""
     l1 = options.get("l1", 0.0)
-    fit = semi_nmf(x, k, center=l1 > 0, **options)
-    center, features = fit.center.to(x), normalize(fit.features, dim=1)
+    fit = semi_nmf(x if origin is None else x - origin, k, center=l1 > 0 and origin is None, **options)
+    center, features = fit.center.to(x) if origin is None else origin, normalize(fit.features, dim=1)
     return Method(features, center, lambda rows: nnls(rows - center, features, l1=l1), lambda g: g @ features + center)
 
 
@@ -111,6 +111,8 @@ def methods(k: int) -> dict[str, Callable[[torch.Tensor], Method]]:
         "published rule": lambda x: neuron_groups(x, k, method="paper", max_iter=300),
         "l1 0": lambda x: neuron_groups(x, k),
         **{f"l1 {l1:g}": lambda x, l1=l1: neuron_groups(x, k, l1=l1) for l1 in (0.05, 0.1, 0.15)},
+        "l1 0.1, from the mean": lambda x: neuron_groups(x, k, x.mean(dim=0), l1=0.1),
+        "l1 0.1, from the median": lambda x: neuron_groups(x, k, x.median(dim=0).values, l1=0.1),
         "l1 0.1, kmeans": lambda x: neuron_groups(x, k, l1=0.1, init="kmeans"),
         "l1 0.1, 5%": lambda x: neuron_groups(x, k, l1=0.1, sparsity=0.05),
         "SAE, k=8": lambda x: sae(x, k, 8),
@@ -210,6 +212,7 @@ def main() -> None:
     parser.add_argument("--components", type=int, default=100)
     parser.add_argument("--layer", type=int, default=15)
     parser.add_argument("--methods", nargs="+")
+    parser.add_argument("--rows", type=int, help="activations to fit to, and half as many to each half")
     parser.add_argument("--no-agreement", action="store_true")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
@@ -221,11 +224,12 @@ def main() -> None:
     cases = []
     for name in args.methods or available:
         begin = time.perf_counter()
-        made = available[name](x[~out])
+        made = available[name](x[~out][: args.rows])
         case = {"method": name, "seconds": round(time.perf_counter() - begin, 1)}
         case |= figures(made, x[out], bank, sentences, concepts)
         if not args.no_agreement:
-            halves = [available[name](x[~out & (bank.documents % 2 == half)]) for half in (0, 1)]
+            parts = [x[~out & (bank.documents % 2 == half)] for half in (0, 1)]
+            halves = [available[name](part[: args.rows and args.rows // 2]) for part in parts]
             case["agreement"] = agreement(halves, x[out])
         cases.append({key: round(value, 3) if isinstance(value, float) else value for key, value in case.items()})
         print(name, "done", file=sys.stderr, flush=True)
@@ -237,7 +241,7 @@ def main() -> None:
                 "benchmark": "snmf_features",
                 "layer": args.layer,
                 "components": args.components,
-                "rows": int((~out).sum()),
+                "rows": len(x[~out][: args.rows]),
                 "largest_norm_over_median": round(float(norms.max() / norms.median()), 1),
                 "cases": cases,
             }
