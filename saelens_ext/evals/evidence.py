@@ -21,7 +21,7 @@ import pandas as pd
 
 from saelens_ext import _checks, _files
 from saelens_ext.evals import verdicts
-from saelens_ext.ops.resampling import Paired, paired_units, unit_bootstrap
+from saelens_ext.ops.resampling import Interval, Paired, paired_units, unit_bootstrap
 from saelens_ext.ops.statistics import holm
 from saelens_ext.report.evidence_section import EvidenceSection, EvidenceTable, ForestPlot, ForestRow
 
@@ -123,14 +123,12 @@ class Evidence:
             metric: one of them alone; by default all.
         """
         rows = []
-        all_bounds = {**self.other_bounds, self.headline: self.bounds}
         for name in self.metrics if metric is None else [metric]:
             for group, table in self._parts(name):
                 for method in table.columns:
                     values = table[method].dropna().to_numpy(dtype=np.float64)
                     if len(values):
-                        bounds = all_bounds.get(name, (-np.inf, np.inf))
-                        found = unit_bootstrap(np.mean, values, **self._resampling(), bounds=bounds)
+                        found = self._estimate(name, group, method, values)
                         rows.append({**group, "metric": name, "method": method, **found._asdict()})
         return pd.DataFrame(rows, columns=[*self.groups, "metric", "method", "estimate", "low", "high", "n_units"])
 
@@ -279,6 +277,11 @@ class Evidence:
             return [({}, table)] if len(table) else []
         parts = table.groupby(level=list(self.groups), sort=False)
         return [(dict(zip(self.groups, cast(tuple, key))), part) for key, part in parts]
+
+    def _estimate(self, metric: str, group: Mapping[str, Any], method: str, values: np.ndarray) -> Interval:
+        """What a method has on the units of a group, with its interval."""
+        bounds = self.bounds if metric == self.headline else self.other_bounds.get(metric, (-np.inf, np.inf))
+        return unit_bootstrap(np.mean, values, **self._resampling(), bounds=bounds)
 
     def _both(self, reference: str | None, metric: str) -> Iterator[Pair]:
         """By group and pair of methods, the table of units that they are compared on."""

@@ -26,7 +26,7 @@ from saelens_ext.evals.evidence import Evidence, corrected
 from saelens_ext.evals.verdicts import LEVEL
 from saelens_ext.host.flat_sae import encode_flat, hooks_of
 from saelens_ext.host.hook_names import resolve_hook
-from saelens_ext.ops.resampling import monte_carlo_p
+from saelens_ext.ops.resampling import Interval, monte_carlo_p
 
 STRONG = 0.5
 """Partners of a larger F1 are called strong."""
@@ -60,23 +60,13 @@ class OverlapEvidence(Evidence):
     partners: dict[str, Tensor] = field(default_factory=dict)
     """By pair, the best partner of each latent: int64 ``(k,)``, -1 where no token is shared."""
 
-    def summary(self, *, metric: str | None = None) -> pd.DataFrame:
-        """As that of any evidence, but with the intervals of the share from redrawing documents, and none for others.
-
-        Args:
-            metric: one of them alone; by default all.
-        """
-        rows = []
-        tail = (1 - self.settings["confidence"]) / 2
-        for name in self.metrics if metric is None else [metric]:
-            for group, table in self._parts(name):
-                for method in table.columns:
-                    low = high = np.nan
-                    if name == self.headline and method == FOUND:
-                        low, high = np.quantile(self.bootstrap[group["pair"]].numpy(), [tail, 1 - tail])
-                    where = {**group, "metric": name, "method": method, "estimate": table[method].mean()}
-                    rows.append({**where, "low": low, "high": high, "n_units": len(table)})
-        return pd.DataFrame(rows)
+    def _estimate(self, metric: str, group: Mapping[str, Any], method: str, values: np.ndarray) -> Interval:
+        """The interval of the share is from redrawing documents; others have none."""
+        low = high = np.nan
+        if metric == self.headline and method == FOUND:
+            tail = (1 - self.settings["confidence"]) / 2
+            low, high = np.quantile(self.bootstrap[group["pair"]].numpy(), [tail, 1 - tail])
+        return Interval(values.mean(), low, high, len(values))
 
     def comparisons(self, reference: str | None = None, *, metric: str | None = None) -> pd.DataFrame:
         """The share of strong latents against that under shifts, one-sided, with Holm's correction over pairs.
