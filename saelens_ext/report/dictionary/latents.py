@@ -15,7 +15,7 @@ from saelens_ext.host.tokens import token_strings
 from saelens_ext.report.dictionary.evaluation import evaluation_rows
 from saelens_ext.report.dictionary.features import latent_columns, latent_map, of_rows
 from saelens_ext.report.dictionary.regions import Vocabulary
-from saelens_ext.report.dictionary.summary import excluded, hook_fact, model_fact, read_from
+from saelens_ext.report.dictionary.summary import active_fact, excluded, hook_fact, model_fact, read_from
 from saelens_ext.report.format import Fact, count
 from saelens_ext.report.page import embed_json
 
@@ -78,17 +78,14 @@ def _lead(section: LatentSection) -> str:
 def _facts(section: LatentSection) -> list[Fact]:
     config, profile = section.dictionary.cfg, section.profile
     metadata: dict[str, Any] = config.metadata.to_dict()
-    silent = int((profile.counts == 0).sum())
-    active = f"{int(profile.counts.sum()) / max(1, profile.n_activations):.1f}"
     cut = f"; shown are the {count(MAX_LATENTS)} active most often" if config.d_sae > MAX_LATENTS else ""
-    never = "every feature is active somewhere" if silent == 0 else f"{count(silent)} are active nowhere"
     return [
         model_fact(metadata),
         hook_fact(str(metadata.get("hook_name") or profile.hook_name), config.d_in, metadata),
         Fact("seen", "Activations profiled", count(profile.n_activations), read_from(metadata)),
         Fact("excluded", "Excluded", *excluded(metadata)),
         Fact("features", "Features", count(config.d_sae), f"architecture {plain_name(config.architecture())}{cut}"),
-        Fact("active", "Features active", active, f"on a token; {never}"),
+        active_fact(profile),
     ]
 
 

@@ -10,7 +10,14 @@ from saelens_ext.dictionaries.hierarchy import HierarchicalSNMF
 from saelens_ext.dictionaries.snmf import SNMFDictionary
 from saelens_ext.dictionaries.snmf_fit_result import SNMFFitResult
 from saelens_ext.report.dictionary.snmf_section import SNMFLevel, SNMFSection
-from saelens_ext.report.dictionary.summary import excluded, hook_fact, model_fact, read_from
+from saelens_ext.report.dictionary.summary import (
+    active_fact,
+    active_per_token,
+    excluded,
+    hook_fact,
+    model_fact,
+    read_from,
+)
 from saelens_ext.report.format import Fact, Line, count
 
 _STOPPED = {
@@ -57,7 +64,7 @@ def snmf_facts(section: SNMFSection) -> list[Fact]:
         _features(level),
         _loss(section),
         Fact("l1", "L1 penalty", f"{config.l1:g}", _PENALTY),
-        _active(level),
+        active_fact(level.profile, f", of {count(level.profile.n_activations)} profiled"),
     ]
     return facts if isinstance(made, HierarchicalSNMF) else [*facts, _stopped(made)]
 
@@ -91,22 +98,6 @@ def _own_loss(section: SNMFSection, level: int) -> float:
 def _held_out(section: SNMFSection, level: int) -> float | None:
     measured, made = section.levels[level].held_out_loss, section.made
     return made.held_out_loss if measured is None and not isinstance(made, HierarchicalSNMF) else measured
-
-
-def _active(level: SNMFLevel) -> Fact:
-    profile = level.profile
-    silent = int((profile.counts == 0).sum())
-    never = "every feature is active somewhere" if silent == 0 else f"{count(silent)} are active nowhere"
-    return Fact(
-        "active",
-        "Features active",
-        _per_token(level),
-        f"on a token, of {count(profile.n_activations)} profiled; {never}",
-    )
-
-
-def _per_token(level: SNMFLevel) -> str:
-    return f"{int(level.profile.counts.sum()) / max(1, level.profile.n_activations):.1f}"
 
 
 def _stopped(fit: SNMFFitResult) -> Fact:
@@ -151,7 +142,7 @@ def _line(
         "Features": count(made.dictionary.cfg.d_sae),
         **{key: _loss_text(value) for key, value in zip(("Loss", "Held out"), losses)},
         **{key: _loss_text(value) for key, value in zip(("Through the tree", "Before refinement"), of_tree)},
-        "Active per token": "–" if level is None else _per_token(level),
+        "Active per token": "–" if level is None else active_per_token(level.profile),
         "Dead": count(fit.n_dead if fit is not None else silent),
         "Duplicates": count(fit.n_duplicate if fit is not None else n_duplicates(made.dictionary)),
         "Revived": "–" if fit is None else count(fit.n_revived),

@@ -68,6 +68,18 @@ def hook_fact(hook_name: str, width: int, metadata: dict[str, Any]) -> Fact:
     return Fact("hook", "Hook", hook_name or "not recorded", f"activations of width {width}{known_as}")
 
 
+def active_fact(profile: DictionaryProfile, of: str = "") -> Fact:
+    """How many features are active on a token; ``of`` says of how many tokens."""
+    silent = int((profile.counts == 0).sum())
+    never = "every feature is active somewhere" if silent == 0 else f"{count(silent)} are active nowhere"
+    return Fact("active", "Features active", active_per_token(profile), f"on a token{of}; {never}")
+
+
+def active_per_token(profile: DictionaryProfile) -> str:
+    """The mean number of features that are active on a token."""
+    return f"{int(profile.counts.sum()) / max(1, profile.n_activations):.1f}"
+
+
 def read_from(metadata: dict[str, Any]) -> str:
     """What the activations were read from."""
     parts = ["one per token"]
