@@ -184,6 +184,13 @@ class DecoderOnlySAE(SAE[DecoderOnlyConfig]):
         self.cfg.dtype, self.cfg.device = dtype_to_str(self.dtype), str(self.device)
         return result
 
+    def _take_unscaled(self, scaling_factor: float) -> None:
+        """Put the origin, and the record of a typical norm, into units of raw activations."""
+        self.b_dec.data /= scaling_factor
+        if self.cfg.metadata.typical_norm is not None:
+            self.cfg.metadata.typical_norm /= scaling_factor
+        self.cfg.normalize_activations = "none"
+
     def fold_activation_whitening(
         self, mean: torch.Tensor, whitening_matrix: torch.Tensor, unwhitening_matrix: torch.Tensor
     ) -> NoReturn:

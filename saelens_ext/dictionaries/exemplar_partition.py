@@ -278,10 +278,7 @@ class ExemplarPartition(DecoderOnlySAE):
                 "with the activation, so that reconstructions would change. Use with_readout('top_k') or 'projection' "
                 "first."
             )
-        self.b_dec.data /= scaling_factor
-        if self.cfg.metadata.typical_norm is not None:
-            self.cfg.metadata.typical_norm /= scaling_factor
-        self.cfg.normalize_activations = "none"
+        self._take_unscaled(scaling_factor)
 
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
         """Check shapes and finiteness, and that every row is a direction.

@@ -294,7 +294,4 @@ class SNMFDictionary(DecoderOnlySAE):
         """
         _checks.between(scaling_factor, 0, math.inf, "scaling_factor")
         self.W_dec.data /= scaling_factor
-        self.b_dec.data /= scaling_factor
-        if self.cfg.metadata.typical_norm is not None:
-            self.cfg.metadata.typical_norm /= scaling_factor
-        self.cfg.normalize_activations = "none"
+        self._take_unscaled(scaling_factor)
