@@ -87,11 +87,9 @@ def write_json(path: str | Path, content: Mapping[str, Any]) -> Path:
     return Path(path)
 
 
-def write_tensors(
-    path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
-) -> Path:
+def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> Path:
     """Write ``tensors`` as safetensors."""
-    write_together({Path(path): tensors_writer(tensors, metadata)})
+    write_together({Path(path): tensors_writer(tensors)})
     return Path(path)
 
 
@@ -165,7 +163,7 @@ def read_tensors(path: str | Path, device: str = "cpu") -> dict[str, torch.Tenso
 
 
 def read_with_metadata(path: Path, device: str = "cpu") -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """What :func:`write_tensors` wrote, and its metadata; errors as of :func:`read_tensors`."""
+    """What :func:`tensors_writer` wrote, and its metadata; errors as of :func:`read_tensors`."""
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist.")
     try:
@@ -390,9 +388,10 @@ def _put_together(hint: Any, name: str, saved: Any, tensors: Mapping[str, torch.
     expected = () if kind is torch.Tensor else _JSON_TYPES.get(get_origin(kind) or kind, object)
     if not isinstance(saved, expected) or (isinstance(saved, bool) and kind in (int, float)):
         missing.append(name)
-    elif kind is pd.DataFrame:
-        one = lambda texts, v: v if texts is None else np.array([*texts, None], dtype=object)[v].tolist()  # noqa: E731
-        return pd.DataFrame({column: one(texts, inside[column].numpy()) for column, texts in saved.items()})
+    elif kind is pd.DataFrame and isinstance(saved, dict):
+        table: dict[str, Any] = {column: inside[column].numpy() for column in saved}
+        table |= {c: np.array([*t, None], dtype=object)[table[c]].tolist() for c, t in saved.items() if t is not None}
+        return pd.DataFrame(table)
     elif get_origin(kind) is tuple and isinstance(saved, list):
         entry = get_args(kind)[0]  # itself a tuple, with names or without, or something plain
         make = getattr(entry, "_make", tuple if get_origin(entry) is tuple else None)
