@@ -166,18 +166,18 @@ class NoveltyEvidence(Evidence):
 
     def _row(self, name: str, values: np.ndarray) -> dict[str, Any]:
         """An estimate with its interval, from the statistic and its resamples under each draw, ``(draws, 1 + b)``."""
-        estimate, *resamples = values.mean(axis=0)
-        low, high = self._limits(estimate, np.array(resamples), name)
+        found = values.mean(axis=0)
         ends = (values[:, 0].min(), values[:, 0].max()) if len(values) > 1 else (np.nan, np.nan)
-        n = {"n_units": len(self.sizes[name]), "n_inside": len(self.sizes[INSIDE])}
-        return {"estimate": estimate, "low": low, "high": high, **n, "draw_low": ends[0], "draw_high": ends[1]}
+        return {"estimate": found[0], **self._interval(name, found), "draw_low": ends[0], "draw_high": ends[1]}
 
-    def _limits(self, estimate: float, resamples: np.ndarray, name: str, bounds: tuple[float, float] = (0.0, 1.0)):
+    def _interval(self, name: str, found: np.ndarray, bounds: tuple[float, float] = (0.0, 1.0)) -> dict[str, Any]:
+        """The interval of a statistic that was found with all documents, then with each resample; and the documents."""
         tail = (1 - self.settings["confidence"]) / 2
-        n = min(len(self.sizes[name]), len(self.sizes[INSIDE]))
-        stretch = student_stretch(n, self.settings["confidence"])
-        ends = np.quantile(resamples, [tail, 1 - tail])
-        return tuple(float(np.clip(estimate + stretch * (end - estimate), *bounds)) for end in ends)
+        counts = {"n_units": len(self.sizes[name]), "n_inside": len(self.sizes[INSIDE])}
+        stretch = student_stretch(min(counts.values()), self.settings["confidence"])
+        ends = np.quantile(found[1:], [tail, 1 - tail])
+        low, high = (float(np.clip(found[0] + stretch * (end - found[0]), *bounds)) for end in ends)
+        return {"low": low, "high": high, **counts}
 
     def _auroc(self, name: str, draw: int, pair: Pair) -> np.ndarray:
         """The AUROC of all documents, then of each resample."""
@@ -267,22 +267,10 @@ class NoveltyEvidence(Evidence):
         mine = np.mean([self._auroc(name, draw, pair) for draw, pair in enumerate(own)], axis=0)
         for (other, pairs), p in zip(known, p_values, strict=True):
             theirs = np.array([self._auroc(name, draw, pair) for draw, pair in enumerate(pairs)])
-            estimate, *resamples = mine - theirs.mean(axis=0)
-            low, high = self._limits(estimate, np.array(resamples), name, (-1.0, 1.0))
+            found = mine - theirs.mean(axis=0)
             p_draws = _p_of_one_more_draw(mine[0], theirs[:, 0])
-            yield (
-                other,
-                {
-                    "difference": estimate,
-                    "low": low,
-                    "high": high,
-                    "p_documents": float(p),
-                    "p_draws": p_draws,
-                    "p": float(np.fmax(p, p_draws)),
-                    "n_units": len(self.sizes[name]),
-                    "n_inside": len(self.sizes[INSIDE]),
-                },
-            )
+            p_values = {"p_documents": float(p), "p_draws": p_draws, "p": float(np.fmax(p, p_draws))}
+            yield other, {"difference": found[0], **p_values, **self._interval(name, found, (-1.0, 1.0))}
 
     # --- words and pages ---
 

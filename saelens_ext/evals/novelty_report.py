@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from saelens_ext.evals.evidence import evidence_table
 from saelens_ext.evals.verdicts import LEVEL
 from saelens_ext.ops.resampling import smallest_p
 from saelens_ext.report.evidence_section import EvidenceTable, Line, LineFigure
@@ -48,11 +49,7 @@ def _against_coreset(evidence: Any, method: str, rows: pd.DataFrame) -> str:
     better = len(certain) > 0 and bool((certain["difference"] > 0).all())
     n = (evidence.partitions.get(method) or {}).get("n_regions")
     what = f"{method} ({n:,.0f} exemplars)" if n else method
-    opening = (
-        f"{what} is better than as many random activations"
-        if better
-        else (f"{what} is no better than as many random activations")
-    )
+    opening = f"{what} is {'better' if better else 'no better'} than as many random activations"
     parts = [
         f"{word} on {_listed(part)}"
         for word, part in (
@@ -104,17 +101,11 @@ def tables(evidence: Any) -> tuple[EvidenceTable, ...]:
             f"Estimates with {evidence.settings['confidence']:.0%} intervals; a coreset's is the mean over its draws."
         )
         found.append(EvidenceTable(title=words, columns=("method", *evidence.outside), rows=rows, note=note))
-    table = evidence.comparisons()
-    found.append(
-        EvidenceTable(
-            title="Differences of AUROC",
-            columns=tuple(map(str, table.columns)),
-            rows=tuple(tuple(row) for row in table.astype(object).itertuples(index=False)),
-            note="Intervals are over documents. p is the larger of p_documents, from exchanging scores of documents, "
-            "and p_draws, over the draws of a coreset; p_holm is corrected over the methods and sets of one baseline.",
-        )
+    note = (
+        "Intervals are over documents. p is the larger of p_documents, from exchanging scores of documents, and "
+        "p_draws, over the draws of a coreset; p_holm is corrected over the methods and sets of one baseline."
     )
-    return tuple(found)
+    return (*found, evidence_table("Differences of AUROC", evidence.comparisons(), note))
 
 
 def figures(evidence: Any) -> tuple[LineFigure, ...]:
