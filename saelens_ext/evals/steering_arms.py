@@ -170,18 +170,11 @@ def _arm(method: Method, concept: Concept, column: int) -> Arm:
     direction = directions[column].detach().cpu()
     if not bool(direction.any()):
         raise ValueError(f"Column {column} of {method.name!r} is a dead latent, without a direction.")
-    return Arm(
-        method=method.name,
-        draw=method.draw,
-        concept=concept.name,
-        column=column,
-        hook_name=hook_name,
-        direction=direction,
-    )
+    return _made(method.name, concept, hook_name, direction, method.draw, column)
 
 
-def _made(name: str, concept: Concept, hook: str, direction: Tensor) -> Arm:
-    return Arm(method=name, draw=0, concept=concept.name, column=NO_COLUMN, hook_name=hook, direction=direction)
+def _made(name: str, concept: Concept, hook: str, direction: Tensor, draw: int = 0, column: int = NO_COLUMN) -> Arm:
+    return Arm(method=name, draw=draw, concept=concept.name, column=column, hook_name=hook, direction=direction)
 
 
 def _best(method: Method, batches: Sequence[ActivationBatch], concept: Concept) -> int:

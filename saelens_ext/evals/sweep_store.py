@@ -44,10 +44,7 @@ class SweepStore:
 
     def verdicts(self, name: str, make: Callable[[], Sequence[Verdict]]) -> list[Verdict]:
         """Verdicts that are there, or made now."""
-        found = self._get(name)
-        if found is None:
-            found = {"verdicts": _files.json_safe([list(one) for one in make()])}
-            self._put(name, found)
+        found = self.named(name, lambda: {"verdicts": [list(one) for one in make()]})
         number = lambda value: np.nan if value is None else float(value)  # noqa: E731
         return [Verdict(number(shown), number(odds), text) for shown, odds, text in found["verdicts"]]
 
