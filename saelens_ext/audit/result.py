@@ -82,16 +82,9 @@ class Audit:
         Returns:
             The path written.
         """
-        return write_audit_report(
-            path,
-            prefixes=self.prefixes,
-            about=self.about,
-            config=asdict(self.config),
-            profiles=profiles,
-            labels=labels,
-            tokenizer=self.tokenizer,
-            title=title or "Why the model continues in different ways",
-        )
+        shown = self._shown() | {"profiles": profiles, "labels": labels, "tokenizer": self.tokenizer}
+        heading = title or "Why the model continues in different ways"
+        return write_audit_report(path, prefixes=self.prefixes, title=heading, **shown)
 
     def save_index(
         self,
@@ -112,28 +105,22 @@ class Audit:
         Returns:
             The path of the index.
         """
-        folder, config = Path(folder), asdict(self.config)
-        links = []
+        folder, links = Path(folder), []
+        shown = self._shown() | {"profiles": profiles, "labels": labels, "tokenizer": self.tokenizer}
         for number, prefix in enumerate(self.prefixes):
             links.append(f"pages/{number:03d}.html")
-            write_audit_report(
-                folder / links[-1],
-                prefixes=[prefix],
-                about=self.about,
-                config=config,
-                profiles=profiles,
-                labels=labels,
-                tokenizer=self.tokenizer,
-                title=f"Why the model continues prompt {number} in different ways",
-                index="../index.html",
-            )
+            heading = f"Why the model continues prompt {number} in different ways"
+            write_audit_report(folder / links[-1], prefixes=[prefix], title=heading, index="../index.html", **shown)
         return write_audit_index(
             folder / "index.html",
             outlines=self.outlines,
             verdict=self.verdict,
             links=links,
             failures=self.failures,
-            about=self.about,
-            config=config,
+            **self._shown(),
             title=title or "Why the model continues prompts in different ways",
         )
+
+    def _shown(self) -> dict[str, Any]:
+        """What every page says of how the audit was made."""
+        return {"about": self.about, "config": asdict(self.config)}
