@@ -98,10 +98,8 @@ class LivePage:
     async def _read(self, asked: dict[str, Any]) -> Any:
         prompt, template = prompt_of(asked), {"chat_template_options": template_options(asked)}
         found = await self.worker.run(lambda: self._live.read(prompt, **template))
-        return {
-            name: {"tokens": [_token(one) for one in tokens], "labels": self._labels(name, tokens)}
-            for name, tokens in found.items()
-        }
+        shown = {name: [asdict(one) | {"text": visible(one.text)} for one in own] for name, own in found.items()}
+        return {name: {"tokens": shown[name], "labels": self._labels(name, own)} for name, own in found.items()}
 
     def _labels(self, name: str, tokens: list[Any]) -> dict[int, Any]:
         """The labels of all latents that are named in a reading."""
@@ -209,7 +207,3 @@ def _update(update: SteeredSoFar) -> dict[str, Any]:
 def _label(one: Served, latent: int) -> dict[str, Any]:
     found = one.label(latent)
     return {"text": visible(found["text"]), "sure": found["sure"]}
-
-
-def _token(token: Any) -> dict[str, Any]:
-    return asdict(token) | {"text": visible(token.text)}
