@@ -235,6 +235,9 @@ def test_supernodes(command, built, place, tmp_path):
     assert {row["method"] for row in found.data["summary"]} >= {"supernodes", "shuffled", "half way"}
     assert len(list((tmp_path / "out" / "prompts").glob("prompt *.json"))) == 6
     assert command(*asked).data == found.data
+    workers = ("--n_workers=2", "--workers=ray", '--actor_options={"num_cpus": 1}')
+    assert command(*asked, *workers).data == found.data  # nothing is left for workers to do
+    assert "workers must be one of" in command(*asked, "--workers=dask").error
     assert "--swaps=FILE" in command("evidence", "supernodes").error
     assert "--dictionaries=FOLDER" in command("evidence", "supernodes", asked[4]).error
     assert "There is no option --min_cluster_size" in command(*asked, "--min_cluster_size=2").error
