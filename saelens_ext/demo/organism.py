@@ -130,7 +130,8 @@ def load_organism(device: str = "cpu", *, recipe: Recipe = Recipe()) -> SAETrans
     if held != stated:
         logger.info("Planting a refusal in the demo model once, to keep in %s", path)
         plant_refusal(hosted, model.tokenizer, recipe)
-        _files.write_tensors(path, {name: parameter.detach() for name, parameter in trained.items()}, stated)
+        writer = _files.tensors_writer({name: parameter.detach() for name, parameter in trained.items()}, stated)
+        _files.write_together({path: writer})
     else:
         with torch.no_grad():
             for name, parameter in trained.items():
