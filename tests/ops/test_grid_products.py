@@ -95,3 +95,36 @@ def test_candidates_stay_few_when_everything_ties() -> None:
     near = scan(no_candidates(u), u, exemplars, new_tile(u.device, 50 * 512))
     assert len(near.rows) <= 50 * 16
     assert nearest_column(near, u, exemplars).tolist() == [0] * 50
+
+
+def test_rows_that_products_cannot_tell_apart_are_told_apart() -> None:
+    """Exemplars so near to a row that their float32 products are rounding: the exact cosine says which is nearest."""
+    u = units(6, 40)
+    noise = torch.randn(6, 30, 40, generator=torch.Generator().manual_seed(2))
+    exemplars = unit_directions((u[:, None] + 1e-4 * noise).reshape(180, 40), torch.zeros(40))[0]
+    exact = [oracles.exact_cosines(row, exemplars.numpy()) for row in u.numpy()]
+    expected = [int(np.argmax(row)) for row in exact]
+    assert (u @ exemplars.T).argmax(dim=1).tolist() != expected
+    near = scan(no_candidates(u), u, exemplars, new_tile(u.device))
+    assert nearest_column(near, u, exemplars).tolist() == expected
+
+
+def test_of_equal_columns_the_lowest_is_taken_in_whichever_piece_it_was_seen() -> None:
+    u, exemplars = units(3, 7), units(1500, 7, seed=1)
+    exemplars[[700, 5, 1400]] = u[0]
+    exemplars[[1300, 600]] = u[1]
+    for middle in (0, 3, 650, 1350):
+        near = scan(no_candidates(u), u, exemplars, new_tile(u.device, 3 * 512), last=middle)
+        near = scan(near, u, exemplars, new_tile(u.device, 3 * 512), first=middle)
+        assert nearest_column(near, u, exemplars).tolist()[:2] == [5, 600]
+
+
+def test_forbidden_pairs_are_those_of_the_new_columns() -> None:
+    u, exemplars = units(20, 5), units(1200, 5, seed=1)
+    forbidden = torch.rand(20, 1193, generator=torch.Generator().manual_seed(3)) < 0.5
+    near = scan(no_candidates(u), u, exemplars, new_tile(u.device, 20 * 512), last=7)
+    near = scan(near, u, exemplars, new_tile(u.device, 20 * 512), first=7, forbidden=forbidden)
+    exact = np.stack([oracles.exact_cosines(row, exemplars.numpy()) for row in u.numpy()])
+    exact[:, 7:][forbidden.numpy()] = -2
+    assert nearest_column(near, u, exemplars).tolist() == exact.argmax(axis=1).tolist()
+    assert np.abs(near.best.numpy() - exact.max(axis=1)).max() < product_error(5)

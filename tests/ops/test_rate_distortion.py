@@ -7,7 +7,7 @@ import pytest
 
 from saelens_ext.ops.rate_distortion import PairedViews, assignment_costs, members_by_label, partition_cost
 from saelens_ext.ops.rate_distortion_descent import Search
-from saelens_ext.ops.rate_distortion_proposals import Sketch, sketch_partition, split_proposals
+from saelens_ext.ops.rate_distortion_proposals import Sketch, _merged, _two_means, sketch_partition, split_proposals
 from saelens_ext.ops.weighted_median import Sorted, weighted_median
 
 
@@ -211,6 +211,37 @@ def test_no_merge_of_a_partition_of_the_sketch_saves_anything(seed):
             apart = sketch_cost(z, w, groups[i], groups[j])
             assert sketch_cost(z, w, [*groups[i], *groups[j]]) >= apart - 1e-9
     assert sketch_cost(z, w, *groups) <= sketch_cost(z, w, *(np.flatnonzero(mode == k) for k in range(5))) + 0.1
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_two_means_end_where_every_item_is_in_the_cheaper_part(seed):
+    """Two overlapping parts of unequal weight, whose entropy moves the border between them."""
+    rng = np.random.default_rng(seed)
+    z, w = np.concatenate([rng.normal(size=30), rng.normal(size=6) + 3])[:, None], rng.dirichlet(np.full(36, 4.0))
+    part = _two_means(z - w @ z, w, z[:, 0] > 1.5)
+    costs = [
+        ((z - np.average(z[side], axis=0, weights=w[side])) ** 2).sum(axis=1) - np.log(w[side].sum())
+        for side in (part, ~part)
+    ]
+    assert 0 < part.sum() < 18 and np.array_equal(costs[0] < costs[1], part)
+
+
+def test_merges_are_those_that_save_most_one_after_the_other():
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        z, w = rng.normal(size=(9, 2)), rng.dirichlet(np.full(9, 0.7))
+        groups = [[i] for i in range(9)]
+        while len(groups) > 1:
+            change, a, b = min(
+                (sketch_cost(z, w, [*groups[a], *groups[b]]) - sketch_cost(z, w, groups[a], groups[b]), a, b)
+                for b in range(len(groups)) for a in range(b)
+            )  # fmt: skip
+            if change >= 0:
+                break
+            groups[a] += groups.pop(b)
+        found = _merged(np.arange(9), w, z)
+        assert {frozenset(np.flatnonzero(found == k)) for k in set(found)} == set(map(frozenset, groups))
+        assert 1 < len(groups) < 8
 
 
 def test_dense_views_are_scouted_on_a_sample_and_judged_in_full():
