@@ -55,6 +55,13 @@ class NeuronGroupEffect:
     confidence: float
     """Fraction of the random effects in the range, in (0, 1)."""
 
+    def __str__(self) -> str:
+        prompts = f"{len(self.by_prompt)} prompt{'s' if len(self.by_prompt) > 1 else ''}"
+        heading = (
+            f"Change of the {self.measure.replace('_', ' ')} over {prompts}, beside {len(self.control)} random groups"
+        )
+        return f"{heading}\n{self.to_dataframe().to_string(index=False)}"
+
     def to_dataframe(self) -> "pandas.DataFrame":
         """One row per token of interest."""
         import pandas

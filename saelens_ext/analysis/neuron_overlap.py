@@ -47,6 +47,13 @@ class NeuronOverlap:
     p_adjusted: Tensor
     """The p-values corrected for the number of pairs: the smallest false discovery rate that still finds a pair."""
 
+    def __str__(self) -> str:
+        table = self.to_dataframe()
+        heading = (
+            f"{len(self.sizes)} features over {self.population} neurons, the most surprising of {len(table)} pairs"
+        )
+        return f"{heading}\n{table.head(10).to_string(index=False)}"
+
     def to_dataframe(self) -> "pandas.DataFrame":
         """One row per pair i < j, the most surprising first."""
         import pandas

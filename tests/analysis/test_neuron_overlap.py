@@ -94,7 +94,10 @@ def test_scale_and_overall_sign_of_a_feature_change_nothing_but_the_agreement():
 def test_the_table_lists_every_pair_once_the_least_likely_first():
     features = random_features(6, 50, 5)
     features[4] = features[1]
-    table = neuron_overlap(features).to_dataframe()
+    found = neuron_overlap(features)
+    table = found.to_dataframe()
+    assert str(found).startswith(f"6 features over {found.population} neurons, the most surprising of 15 pairs\n")
+    assert len(str(found).splitlines()) == 12 and str(found).splitlines()[2].split()[:2] == ["1", "4"]
     assert len(table) == 15 and (table["i"] < table["j"]).all()
     assert table.loc[0, ["i", "j", "overlap"]].tolist() == [1, 4, 5]
     assert table["p_value"].is_monotonic_increasing
@@ -196,6 +199,9 @@ def test_neurons_that_write_a_token_are_told_from_random_ones(model_class):
     assert torch.allclose(inside, torch.full((2,), 0.9, dtype=torch.float64), atol=0.02)
     table = found.to_dataframe()
     assert table["token_id"].tolist() == [123, 50] and table["effect"].tolist() == found.effect.tolist()
+    heading, columns, *lines = str(found).splitlines()
+    assert heading.startswith("Change of the logit over ") and heading.endswith(" beside 99 random groups")
+    assert "p_value" in columns and len(lines) == 2 and f"{float(found.effect[0]):.6f}" in lines[0]
 
 
 def test_a_group_that_is_random_itself_is_not_remarkable(tiny_hooked):
