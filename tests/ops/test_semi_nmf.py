@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,7 +12,7 @@ from saelens_ext.ops.nnls import nnls
 from saelens_ext.ops.semi_nmf import semi_nmf
 from saelens_ext.ops.semi_nmf_init import initialise
 from saelens_ext.ops.semi_nmf_streaming import semi_nmf_streaming
-from saelens_ext.ops.semi_nmf_updates import CodeStatistics, refit_together, update_features
+from saelens_ext.ops.semi_nmf_updates import CodeStatistics, refit_together, replacement_costs, update_features
 from tests.ops.oracles import shortest_half_means
 
 INITS = ("svd", "kmeans", "random")
@@ -543,3 +544,26 @@ def test_streaming_bad_input():
     x[0, 0] = float("nan")
     with pytest.raises(ValueError, match="a batch has 1 non-finite"):
         semi_nmf_streaming([x], 3)
+
+
+def test_what_a_feature_costs_to_replace_is_the_lower_of_two_bounds():
+    """Left to the others as they are, or made one with another of the same side: by least squares and by an SVD."""
+    rng = np.random.default_rng(0)
+    codes, features = rng.exponential(size=(50, 6)) * (rng.random((50, 6)) < 0.5), rng.normal(size=(6, 9))
+    features[1] = features[0] + 0.2 * features[1]
+    features[3] = -features[2] + 0.2 * features[3]
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    found = replacement_costs(torch.from_numpy(codes.T @ codes), torch.from_numpy(features)).numpy()
+    expected, kinds = [], set()
+    for i in range(6):
+        others = np.delete(features, i, axis=0)
+        left = features[i] - np.linalg.lstsq(others.T, features[i], rcond=None)[0] @ others
+        bounds = [(codes[:, i] ** 2).sum() * (left**2).sum()]
+        for j in range(6):
+            if features[i] @ features[j] > 0 and (codes[:, i] ** 2).sum() < (codes[:, j] ** 2).sum():
+                pair = [i, j]
+                bounds.append(np.linalg.svd(codes[:, pair] @ features[pair])[1][1] ** 2)
+        expected.append(min(bounds))
+        kinds.add(int(np.argmin(bounds)) > 0)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert kinds == {True, False}
