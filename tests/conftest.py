@@ -15,10 +15,22 @@ ALL_THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else torch.get_num_thread
 THREADS = int(os.environ.get("OMP_NUM_THREADS", "1"))
 
 
+# Fixtures that take seconds, by the files of the tests that share them.
+LONG = {
+    "test_clusterings.py": "two_views",
+    "test_many_prompts.py": "alone",
+    "test_model_comparison.py": "found",
+    "test_novelty.py": "found",
+    "test_steering.py": "found",
+    "test_steps.py": "found",
+}
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         in_browser = "browser" in item.fixturenames and not item.get_closest_marker("quick")
-        if "smol" in item.fixturenames or in_browser or _is_of_a_variation(item):
+        takes_long = "smol" in item.fixturenames or LONG.get(item.path.name) in item.fixturenames
+        if takes_long or in_browser or _is_of_a_variation(item):
             item.add_marker("slow")
 
 

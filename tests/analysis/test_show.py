@@ -88,6 +88,7 @@ def test_hostile_text_is_text(old):
     )
 
 
+@pytest.mark.slow
 def test_what_does_not_belong_is_refused(profile, tokenizer):
     labels = label_latents(profile, tokenizer)
     other = planted.make_profile(n_noise=1)

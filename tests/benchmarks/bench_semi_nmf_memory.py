@@ -11,6 +11,7 @@ Run as ``python tests/benchmarks/bench_semi_nmf_memory.py``; each measurement ru
 """
 
 import argparse
+import ctypes
 import json
 import subprocess
 import sys
@@ -32,6 +33,7 @@ class Peak:
     """By how much the resident memory rises, in MiB, since its making. Linux only."""
 
     def __init__(self) -> None:
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not be used in silence
         Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
         self._before = self._read("VmRSS")
 

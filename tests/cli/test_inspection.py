@@ -233,6 +233,7 @@ def test_a_report_without_a_profile_says_how_to_make_one(copied, command):
     assert found.status == 1 and f"make it with `saelens-ext profile {copied['fine']}`" in found.error
 
 
+@pytest.mark.slow
 def test_a_hierarchy(command, place, tmp_path, tiny_bridge, tiny_texts):
     from saelens_ext.activations.stream import ActivationStream
     from saelens_ext.dictionaries.fit_hierarchy import fit_hierarchical_snmf

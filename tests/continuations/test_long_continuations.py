@@ -86,6 +86,7 @@ def test_chunks_of_a_continuation_give_what_it_gives_whole(architecture, model_c
     torch.testing.assert_close(cut.log_probs, found.log_probs, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_the_parts_of_a_long_continuation_make_up_its_target(chunked):
     model = make_model("llama", "SAETransformerBridge")
     found = score_continuations(model, PREFIX, ROWS)

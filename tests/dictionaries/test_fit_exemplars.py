@@ -28,6 +28,7 @@ def all_activations(stream: ActivationStream) -> torch.Tensor:
     return torch.cat([next(iter(batch.activations.values())) for batch in stream])
 
 
+@pytest.mark.slow
 def test_the_exemplars_are_activations_of_the_stream(stream):
     result = fit_exemplar_partition(stream, percentile=10)
     x = all_activations(stream)
@@ -40,6 +41,7 @@ def test_the_exemplars_are_activations_of_the_stream(stream):
     assert 1 < result.n_regions < 700
 
 
+@pytest.mark.slow
 def test_exemplars_are_fixed_points_of_encode_and_decode(stream):
     result = fit_exemplar_partition(stream, percentile=10)
     founders = all_activations(stream)[result.exemplar_indices]
@@ -106,6 +108,7 @@ def test_a_given_threshold(stream):
     assert float(distances.fill_diagonal_(2).min()) > 0.5 - 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"percentile": 10}, {"threshold": 0.5}, {"percentile": 20, "stop": "unseen_mass"}])
 def test_a_matrix_gives_what_its_stream_gives(stream, options):
     x, batches = all_activations(stream), list(stream)
@@ -122,6 +125,7 @@ def test_a_matrix_gives_what_its_stream_gives(stream, options):
     assert held.hook_name == held.dictionary.cfg.metadata.hook_name == HOOK
 
 
+@pytest.mark.slow
 def test_each_row_of_a_matrix_is_a_document_unless_said_otherwise(stream, tmp_path):
     x = all_activations(stream)
     fit = fit_exemplar_partition(x)
@@ -132,6 +136,7 @@ def test_each_row_of_a_matrix_is_a_document_unless_said_otherwise(stream, tmp_pa
     assert torch.equal(again.dictionary.W_dec, fit.dictionary.W_dec) and not again.dictionary.cfg.metadata.hook_name
 
 
+@pytest.mark.slow
 def test_another_fits_centre_and_threshold_are_used_as_they_are(tiny_bridge, tiny_texts, stream):
     first = fit_exemplar_partition(stream, percentile=10)
     halves = [ActivationStream(tiny_bridge, texts, HOOK, context_size=16) for texts in (tiny_texts[:6], tiny_texts[6:])]
@@ -230,6 +235,7 @@ def test_save_and_load(stream, tmp_path):
     assert torch.equal(loaded.dictionary.assign(x).regions, result.dictionary.assign(x).regions)
 
 
+@pytest.mark.slow
 def test_a_fit_of_another_dictionary_is_refused(stream, tmp_path):
     fit_exemplar_partition(stream, percentile=10).save(tmp_path)
     fit_exemplar_partition(stream, percentile=4).dictionary.save_model(tmp_path)

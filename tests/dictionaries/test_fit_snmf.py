@@ -33,6 +33,7 @@ def relative_error(x, features, center=0.0, l1=0.0):
     return float(left.double().square().sum() / x.double().square().sum())
 
 
+@pytest.mark.slow
 def test_the_dictionary_is_the_factorisation(stream):
     result = fit_snmf(stream, 8, l1=0, **OPTIONS)
     x = rows_of(stream)

@@ -138,6 +138,7 @@ def test_in_other_dtypes(x, dtype):
     assert torch.allclose(codes.float(), expected, rtol=2 * torch.finfo(codes.dtype).eps, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_gradients():
     # Independent features: codes of dependent ones are not unique, and have no derivative.
     dictionary = SNMFDictionary.from_features(sparse_features(5, 7, share=0.8).double())

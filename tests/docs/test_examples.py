@@ -9,7 +9,7 @@ import torch
 import saelens_ext as sx
 
 ENTRIES = [name for name in sx.__all__ if ">>> " in (getattr(sx, name).__doc__ or "")]
-SLOW = {"audit_continuations"}
+SLOW = {"audit_continuations", "evaluate_novelty"}
 
 
 @pytest.fixture(scope="module")

@@ -102,6 +102,7 @@ class TestPlantedDirection:
         plain = [text for (text,) in sx.sample_texts(model, split.test, n=1, options=options)]
         assert [verdict.text for verdict in verdicts] == plain
 
+    @pytest.mark.slow
     def test_conditions_in_one_batch_are_as_each_alone(self, planted):
         model, v, split, partition, found = planted
         conditions = [Condition(name=str(i), directions=partition.exemplars[: i + 1]) for i in range(3)]
@@ -168,6 +169,7 @@ class TestPlantedDirection:
         cells = evidence.cells.set_index(["method", "metric", "prompt"])["value"]
         assert cells["no ablation", "odds", "test 0000"] == pytest.approx(expected, abs=1e-4)
 
+    @pytest.mark.slow
     def test_it_is_the_same_after_saving(self, planted, tmp_path):
         model, _, split, _, found = planted
         evidence = sx.ablate_behaviour(

@@ -111,6 +111,7 @@ def test_figures_are_those_of_loops(two_views):
         assert found["fitted_rate"] == pytest.approx(control.rate) and found["n_clusters"] == control.n_clusters
 
 
+@pytest.mark.slow
 def test_weights_count_on_both_sides():
     """One prefix of continuations of unequal weight, by loops; every control is clustered with the weights too."""
     rng, one = np.random.default_rng(7), two_view_set(1)

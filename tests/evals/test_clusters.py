@@ -152,6 +152,7 @@ def test_the_verdict_goes_either_way(gain, words):
     assert "matched by length, in logits" in said
 
 
+@pytest.mark.slow
 def test_a_control_that_is_one_group_is_said_to_be():
     found = made(12, {"nothing": 5.5, **dict.fromkeys((*SIMPLER, "length"), 0.0)})
     assert "one group" not in found.verdict()
@@ -309,6 +310,7 @@ def test_a_second_embedder_sees_nothing_in_some_rows():
         cluster_cells._second(rows.select(range(5 + len(UNSEEN))), plan)
 
 
+@pytest.mark.slow
 def test_what_each_cell_is_steered_with(monkeypatch):
     """The clusters of the second embedder are its own, and every direction and sign is tried with all controls."""
     rows, asked = two_view_set(3), []

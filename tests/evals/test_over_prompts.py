@@ -23,6 +23,7 @@ def run(measure, model, folder=None, **options):
         return each.measured(measure, subject, about, SweepStore.at(folder, {}), progress=False)
 
 
+@pytest.mark.slow
 def test_workers_give_what_one_process_gives_and_keep_it(tiny_bridge, tmp_path):
     measured, loaded = [], []
 
@@ -52,6 +53,7 @@ def test_workers_give_what_one_process_gives_and_keep_it(tiny_bridge, tmp_path):
         assert run(measure, model, None, **options) == expected
 
 
+@pytest.mark.slow
 def test_the_model_here_is_let_go_before_workers_load_theirs():
     held = []
 

@@ -88,6 +88,7 @@ def test_the_tokens_are_those_of_the_whole_where_it_begins_with_the_prompt(famil
         assert ids_after(model, prompt, [text]) == [rest]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @given(prompt=st.sampled_from(PROMPTS), tokens=st.lists(st.integers(4, VOCABULARY - 1), min_size=1, max_size=3))
 @settings(deadline=None, max_examples=150)

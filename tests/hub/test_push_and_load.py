@@ -238,6 +238,7 @@ def test_the_snippet_runs(hub, made, kind, revision):
     assert ("sae" in names) == (revision is None)
 
 
+@pytest.mark.slow
 def test_revisions(hub, made):
     first = push_to_hub(made.partition, REPO, "x")
     push_to_hub(made.standard, REPO, "x", revision="trial")

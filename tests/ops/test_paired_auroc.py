@@ -113,6 +113,7 @@ def test_thresholds_and_what_exceeds_them_are_those_of_the_resampled_scores(sets
         assert found[row] == pytest.approx((high > thresholds[row]).mean(), abs=1e-12)
 
 
+@pytest.mark.slow
 def test_thresholds_of_many_scores_are_looked_for_among_the_highest_first():
     generator = np.random.default_rng(3)
     inside = scored([500] * 20, generator, step=1e-3)

@@ -192,6 +192,7 @@ def test_how_much_latents_carry_beside_other_sources(audit, tmp_path):
     assert "Effect of latents 12.5%" in text and "87.5% token embeddings" in text
 
 
+@pytest.mark.slow
 def test_label_and_context_of_a_latent_stand_before_its_number(page, audit, tmp_path):
     text = Page(page).text
     card = text[text.index("Latents that set it apart") :]
@@ -220,6 +221,7 @@ def test_only_corrected_p_values_count():
     assert outcomes == ["same", "above", "below", "untested", "same"]
 
 
+@pytest.mark.slow
 def test_a_verdict_without_tests_gives_the_reason(tmp_path):
     audit = made.make_audit(validated=False)
     assert audit.verdict.answer == "untested"

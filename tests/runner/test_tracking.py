@@ -89,6 +89,7 @@ def logging_config(**options) -> LoggingConfig:
     return LoggingConfig(**{"log_to_wandb": True, "wandb_project": "tests", "wandb_log_frequency": 1} | options)
 
 
+@pytest.mark.slow
 def test_each_dictionary_of_a_run_has_its_own_wandb_run(written, tiny_bridge, tmp_path):
     given = config(
         tmp_path,

@@ -187,6 +187,7 @@ def test_clusters_without_a_second_member_or_a_second_cluster_are_left_out(model
     assert "another mode: not tested" in one.claim()
 
 
+@pytest.mark.slow
 def test_clusterers_and_further_partitions(model, dictionaries):
     found, labels = planted(model, dictionaries)
     clusterer = JointClusterer(gamma=0.1, random_state=0).fit(found.embeddings.numpy(), found.signatures.numpy())
