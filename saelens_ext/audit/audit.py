@@ -96,7 +96,8 @@ def audit_continuations(
 
     Examples:
         >>> audit = sx.audit_continuations(
-        ...     model, "The assert statement", [partition], n=16, max_new_tokens=4, n_clusters=(1, 8), validate=False
+        ...     model, "The assert statement", [partition], n=16, max_new_tokens=4, n_clusters=(1, 8), betas=(1.0,),
+        ...     gammas=(0.5,), validate=False,
         ... )
         >>> sorted({"text", "weight"} - set(audit.modes().columns))
         []
