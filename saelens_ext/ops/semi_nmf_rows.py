@@ -12,7 +12,7 @@ from saelens_ext.ops.precision import where_float64_is
 from saelens_ext.ops.semi_nmf_updates import CHUNK_ROWS, CodeStatistics, sum_of_squares
 
 _ROUNDING = 64.0
-_ENTRIES_AT_ONCE = 2**22
+_ENTRIES_AT_ONCE = 2**18
 
 
 def center_of(x: Float[Tensor, "n d"]) -> Float[Tensor, " d"]:
