@@ -177,10 +177,10 @@ def compare_clusterings(
 ) -> ClusteringEvidence:
     """Cluster a part of each prefix's continuations jointly and by each view alone, and judge on the rest.
 
-    For every cell, k-means of each view and of the lengths are given the joint clustering's rate; random groups have its
-    numbers of members, and its rate where continuations weigh the same. All partitions get centres, weights and scales
-    from the rows that were clustered, and the held-out rows are assigned by one rule: to the cluster that adds least to
-    the objective.
+    For every cell, k-means of each view and of the lengths are given the joint clustering's rate; random groups have
+    its numbers of members, and its rate where continuations weigh the same. All partitions get centres, weights and
+    scales from the rows that were clustered, and the held-out rows are assigned by one rule: to the cluster that adds
+    least to the objective.
 
     Args:
         sets: with embeddings and signatures, of different prefixes, at least 6.
