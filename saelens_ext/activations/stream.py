@@ -355,6 +355,7 @@ class ActivationStream:
 
 
 def warn_of_dropout(model: torch.nn.Module) -> None:
+    """Warn where a pass would not give what the last one gave."""
     if any(isinstance(m, torch.nn.Dropout) and m.training and m.p > 0 for m in model.modules()):
         warnings.warn(
             "The model is in training mode and has dropout, so its activations differ from pass to pass: call "
@@ -368,6 +369,7 @@ def warn_of_dropout(model: torch.nn.Module) -> None:
 
 
 def numbered_chunks(items: Iterable[Window], size: int, first: int) -> Iterator[tuple[int, list[Window]]]:
+    """So many items at a time, from the first one asked for on, after the number of the first of each."""
     iterator = islice(items, first, None)
     while chunk := list(islice(iterator, size)):
         yield first, chunk
