@@ -157,6 +157,7 @@ def semi_nmf(
         del codes, features
         history, converged = _iterate(fit, max_iter, tol, _PATIENCE[method], progress, on_metrics)
         codes = fit.codes if method == "paper" else _exact_codes(rows.values, fit, float(l1))
+        codes[:, ~fit.features.any(dim=1)] = 0  # they may be anything
         statistics = rows.statistics(codes)
         total = rows.total if center else statistics.total
         error = statistics.error(fit.features)

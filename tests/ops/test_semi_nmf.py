@@ -358,11 +358,16 @@ def test_duplicate_features_are_merged_and_counted():
     assert result.loss < start.loss - 0.05
 
 
-def test_what_cannot_be_revived_is_counted():
-    x = torch.randn(50, 1, generator=generator()).abs() * torch.randn(1, 8, generator=generator())  # rank one
-    result = semi_nmf(x, 3, sparsity=1.0, init="random", max_iter=20)
-    assert result.loss < 1e-6
-    assert result.n_dead + result.n_duplicate >= 1
+@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("seed", range(6))
+def test_what_cannot_be_revived_is_counted(init, seed):
+    x = torch.randn(50, 1, generator=generator(seed)).abs() * torch.randn(1, 8, generator=generator(seed + 100))
+    # The penalty forbids features that cancel each other, and one takes all activations of a ray.
+    result = semi_nmf(x, 3, sparsity=1.0, init=init, l1=0.1)
+    assert result.loss < 0.02
+    assert result.n_dead + result.n_duplicate >= 2
+    no_feature = ~result.features.any(dim=1)
+    assert not result.codes[:, no_feature].any()
 
 
 @pytest.mark.slow
