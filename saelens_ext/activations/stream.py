@@ -3,7 +3,6 @@
 Symbols: ``n`` activations in a batch, ``d_in`` the width of one, ``b`` windows in a batch, ``L`` the context size.
 """
 
-import logging
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,8 +28,6 @@ from saelens_ext.host.hook_pass import limits_of, run_to_last_hook
 from saelens_ext.host.models import HostModel, describe_model, resolve_hook, tokenizer_of
 from saelens_ext.ops.groups import groups
 from saelens_ext.ops.memory import memory_for
-
-logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 

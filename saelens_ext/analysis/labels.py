@@ -5,13 +5,13 @@ Symbols
     U     AUROC of a label: the probability that a member of the latent scores above a random activation
 """
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -27,11 +27,6 @@ from saelens_ext.analysis.logit_lens import LensResult
 from saelens_ext.analysis.profile import DictionaryProfile
 from saelens_ext.ops.detection import auroc_interval
 from saelens_ext.ops.label_score import FIGURES, LEVEL, Label, Scorer
-
-if TYPE_CHECKING:
-    import pandas
-
-logger = logging.getLogger(__name__)
 
 FORMAT = _files.Format("labels", "saelens_ext.Labels", version=1, stated=("d_sae",))
 METHODS = ("contexts", "promoted")
@@ -97,15 +92,13 @@ class Labels:
             **{name: float(getattr(self, figure)[latent]) for name, figure in figures},
         )
 
-    def to_dataframe(self) -> "pandas.DataFrame":
+    def to_dataframe(self) -> pd.DataFrame:
         """One row per latent."""
-        import pandas
-
         columns: dict[str, Any] = {"label": list(self.texts)}
         if self.outputs:
             columns["output"] = list(self.outputs)
         columns |= {name: getattr(self, name).numpy() for name in (*FIGURES, "distinguishes", "n_members", "n_others")}
-        return pandas.DataFrame(columns, index=pandas.RangeIndex(self.d_sae, name="latent"))
+        return pd.DataFrame(columns, index=pd.RangeIndex(self.d_sae, name="latent"))
 
     def save(self, path: str | Path) -> Path:
         """Write ``labels.safetensors`` and ``labels.json`` into a directory, usually that of the profile.

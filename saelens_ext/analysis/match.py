@@ -19,8 +19,9 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
+import pandas as pd
 import torch
 from sae_lens import SAE
 from scipy.optimize import linear_sum_assignment
@@ -31,9 +32,6 @@ from saelens_ext._modes import standard_modes
 from saelens_ext.analysis.match_null import Null, Searcher
 from saelens_ext.ops.precision import wide
 from saelens_ext.ops.spherical import unit_directions
-
-if TYPE_CHECKING:
-    import pandas
 
 logger = logging.getLogger(__name__)
 
@@ -120,12 +118,10 @@ class DictionaryMatch:
             }
         return found
 
-    def to_dataframe(self) -> "pandas.DataFrame":
+    def to_dataframe(self) -> pd.DataFrame:
         """One row per latent of either dictionary: its nearest, mutual and one-to-one partners, -1 for none."""
-        import pandas
-
-        sides = [pandas.DataFrame(self._columns(side)) for side in ("first", "second")]
-        return pandas.concat(sides, ignore_index=True).set_index(["side", "latent"])
+        sides = [pd.DataFrame(self._columns(side)) for side in ("first", "second")]
+        return pd.concat(sides, ignore_index=True).set_index(["side", "latent"])
 
     def _columns(self, side: str) -> dict[str, Any]:
         match: SideMatch = getattr(self, side)
@@ -147,16 +143,14 @@ class DictionaryMatch:
             columns |= {"one_to_one": partner.numpy(), "one_to_one_cosine": cosine.numpy()}
         return columns
 
-    def pairs_dataframe(self) -> "pandas.DataFrame":
+    def pairs_dataframe(self) -> pd.DataFrame:
         """One row per mutual pair, the nearest first."""
-        import pandas
-
         rows = self.first.mutual.nonzero().squeeze(1)
         rows = rows[self.first.cosine[rows].sort(descending=True, stable=True).indices]
         partners = self.first.nearest[rows]
         above = self.first.above[rows] & self.second.above[partners]
         columns = {"first": rows, "second": partners, "cosine": self.first.cosine[rows], "above_both_cutoffs": above}
-        return pandas.DataFrame({name: column.numpy() for name, column in columns.items()})
+        return pd.DataFrame({name: column.numpy() for name, column in columns.items()})
 
 
 @standard_modes()

@@ -9,8 +9,9 @@ Symbols
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -22,9 +23,6 @@ from saelens_ext.host.hook_edits import edit_point, flat_rows, hooked
 from saelens_ext.host.models import HostModel, tokenizer_of
 from saelens_ext.host.prompt_passes import evaluating, logits_of, prompt_ids
 from saelens_ext.host.tokens import special_token_ids, token_strings
-
-if TYPE_CHECKING:
-    import pandas
 
 # Logits held at once: 128 MB in float32.
 _LOGITS_PER_PASS = 2**25
@@ -62,14 +60,12 @@ class NeuronGroupEffect:
         )
         return f"{heading}\n{self.to_dataframe().to_string(index=False)}"
 
-    def to_dataframe(self) -> "pandas.DataFrame":
+    def to_dataframe(self) -> pd.DataFrame:
         """One row per token of interest."""
-        import pandas
-
         columns = {"effect": self.effect, "control_mean": self.control.mean(0)}
         columns |= {name: getattr(self, name) for name in ("control_low", "control_high", "p_value")}
         ids = {"token": list(self.tokens), "token_id": self.token_ids.numpy()}
-        return pandas.DataFrame(ids | {name: column.numpy() for name, column in columns.items()})
+        return pd.DataFrame(ids | {name: column.numpy() for name, column in columns.items()})
 
 
 @standard_modes()

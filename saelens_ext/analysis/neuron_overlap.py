@@ -11,9 +11,10 @@ Symbols
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float
 from scipy.stats import false_discovery_control, hypergeom
@@ -21,9 +22,6 @@ from torch import Tensor
 
 from saelens_ext import _checks
 from saelens_ext._modes import standard_modes
-
-if TYPE_CHECKING:
-    import pandas
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -54,14 +52,12 @@ class NeuronOverlap:
         )
         return f"{heading}\n{table.head(10).to_string(index=False)}"
 
-    def to_dataframe(self) -> "pandas.DataFrame":
+    def to_dataframe(self) -> pd.DataFrame:
         """One row per pair i < j, the most surprising first."""
-        import pandas
-
         i, j = torch.triu_indices(len(self.sizes), len(self.sizes), offset=1)
         columns = ("overlap", "expected", "jaccard", "same_sign", "p_value", "p_adjusted")
         sizes = {"size_i": self.sizes[i].numpy(), "size_j": self.sizes[j].numpy()}
-        table = pandas.DataFrame(
+        table = pd.DataFrame(
             {"i": i.numpy(), "j": j.numpy()} | sizes | {name: getattr(self, name)[i, j].numpy() for name in columns}
         )
         return table.sort_values(["p_value", "overlap"], ascending=[True, False], kind="stable", ignore_index=True)

@@ -7,8 +7,9 @@ Symbols
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+import pandas as pd
 import torch
 from sae_lens import SAE
 from sae_lens.constants import SAE_CFG_FILENAME
@@ -27,9 +28,6 @@ from saelens_ext.analysis.show import LatentLabels, LatentView, ShownContext, sh
 from saelens_ext.analysis.tallies import RandomExamples
 from saelens_ext.host.hook_names import BLOCKS, spellings_of
 from saelens_ext.host.tokens import token_strings
-
-if TYPE_CHECKING:
-    import pandas
 
 FORMAT = _files.Format("profile", "saelens_ext.DictionaryProfile", version=1, stated=("d_sae",))
 TABLES = ("top", "boundary", "random")
@@ -142,10 +140,8 @@ class DictionaryProfile:
             return
         raise ValueError(f"{mismatch}: they do not belong together.")
 
-    def to_dataframe(self) -> "pandas.DataFrame":
+    def to_dataframe(self) -> pd.DataFrame:
         """One row per latent: its name, count, fraction of all activations and figures."""
-        import pandas
-
         columns: dict[str, Any] = {
             "name": list(self.latent_names),
             "count": self.counts.numpy(),
@@ -154,7 +150,7 @@ class DictionaryProfile:
         for name in ("mean_activation", "max_activation", "coherence", "mean_distance", "max_distance"):
             if getattr(self, name) is not None:
                 columns[name] = getattr(self, name).numpy()
-        return pandas.DataFrame(columns, index=pandas.RangeIndex(self.d_sae, name="latent"))
+        return pd.DataFrame(columns, index=pd.RangeIndex(self.d_sae, name="latent"))
 
     def contexts(
         self,
@@ -163,7 +159,7 @@ class DictionaryProfile:
         n: int = 5,
         *,
         which: Literal["top", "boundary", "random"] = "top",
-    ) -> "pandas.DataFrame":
+    ) -> pd.DataFrame:
         """The examples of one latent as text.
 
         Args:
@@ -179,13 +175,11 @@ class DictionaryProfile:
         Raises:
             ValueError: no such latent, ``n`` below 1, or no such examples.
         """
-        import pandas
-
         rows = []
         for one in self._shown(latent, tokenizer, n, which):
             parts = one.tokens[: one.mark], one.tokens[one.mark : one.mark + 1], one.tokens[one.mark + 1 :]
             rows.append((one.value, one.document, *map("".join, parts)))
-        return pandas.DataFrame(rows, columns=["value", "document", "before", "token", "after"])
+        return pd.DataFrame(rows, columns=["value", "document", "before", "token", "after"])
 
     def show(
         self,

@@ -14,10 +14,9 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import pandas
+import pandas as pd
 
 from saelens_ext._files import json_safe
 
@@ -125,7 +124,7 @@ def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__
         print(f"{PROGRAM}: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
-def write_csv(table: "pandas.DataFrame", path: Path) -> None:
+def write_csv(table: pd.DataFrame, path: Path) -> None:
     """Write a table whose texts may hold anything.
 
     Texts are quoted, since an unquoted carriage return ends a row for many readers. NUL and lone surrogates, which no

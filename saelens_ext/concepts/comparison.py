@@ -8,9 +8,10 @@ score on the second.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -23,9 +24,6 @@ from saelens_ext.concepts.diff_means import difference_of, sentence_sums, split_
 from saelens_ext.concepts.sentence_scores import Pooling, pool_scores, warn_of_bos
 from saelens_ext.concepts.token_activations import token_activations
 from saelens_ext.host.models import HostModel
-
-if TYPE_CHECKING:
-    import pandas
 
 DIFF_MEANS = "difference of means"
 
@@ -76,11 +74,9 @@ class ConceptComparison:
     n_judging: tuple[int, int]
     """Activating and neutral sentences that judged."""
 
-    def to_dataframe(self) -> "pandas.DataFrame":
+    def to_dataframe(self) -> pd.DataFrame:
         """One row per method, without the directions."""
-        import pandas
-
-        return pandas.DataFrame([_plain(row) for row in self.rows])
+        return pd.DataFrame([_plain(row) for row in self.rows])
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe, without the directions."""

@@ -14,8 +14,8 @@ Symbols
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
+import pandas as pd
 from torch import Tensor
 
 from saelens_ext._modes import standard_modes
@@ -24,9 +24,6 @@ from saelens_ext.concepts.sentence_scores import Pooling, sentence_scores
 from saelens_ext.host.models import HostModel
 from saelens_ext.ops.detection import LOG_RATIO_LIMIT, auroc, auroc_interval, log_ratio, standardised_difference
 from saelens_ext.ops.precision import wide
-
-if TYPE_CHECKING:
-    import pandas
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -63,10 +60,8 @@ class ConceptScores:
         """A - B, in units of the score."""
         return self.mean_activating - self.mean_neutral
 
-    def to_dataframe(self) -> "pandas.DataFrame":
+    def to_dataframe(self) -> pd.DataFrame:
         """One row per score."""
-        import pandas
-
         columns = (
             "mean_activating",
             "mean_neutral",
@@ -78,7 +73,7 @@ class ConceptScores:
             "auroc_low",
             "auroc_high",
         )
-        return pandas.DataFrame({"name": list(self.names)} | {name: getattr(self, name).numpy() for name in columns})
+        return pd.DataFrame({"name": list(self.names)} | {name: getattr(self, name).numpy() for name in columns})
 
 
 @standard_modes()

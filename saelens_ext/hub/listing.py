@@ -1,8 +1,9 @@
 """The dictionaries of a repository on the Hub, without their weights."""
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 from huggingface_hub import HfApi, ModelCard, constants, hf_hub_download
 from sae_lens.constants import SAE_CFG_FILENAME
 
@@ -11,13 +12,10 @@ from saelens_ext.hub.contents import HIERARCHY_FILENAME, folders_with_dictionari
 from saelens_ext.hub.errors import clear_errors
 from saelens_ext.hub.fetch import check_names, paths
 
-if TYPE_CHECKING:
-    import pandas
-
 _FIELDS = {"d_in": "d_in", "d_sae": "d_sae", "percentile": "percentile", "threshold": "threshold", "l1": "l1"}
 
 
-def list_on_hub(repo_id: str, *, revision: str | None = None, token: str | bool | None = None) -> "pandas.DataFrame":
+def list_on_hub(repo_id: str, *, revision: str | None = None, token: str | bool | None = None) -> pd.DataFrame:
     """The dictionaries of a repository, any that SAELens loads, with what they say of themselves.
 
     Only their small ``cfg.json`` and the model card are fetched.
@@ -36,8 +34,6 @@ def list_on_hub(repo_id: str, *, revision: str | None = None, token: str | bool 
         FileNotFoundError, PermissionError, ConnectionError: as :func:`load_from_hub`.
         ValueError: a name that no repository has, or a file that is damaged.
     """
-    import pandas
-
     check_names(repo_id, "any")
     with clear_errors(repo_id, "read", ""):
         info = HfApi(token=token).model_info(repo_id, revision=revision)
@@ -53,7 +49,7 @@ def list_on_hub(repo_id: str, *, revision: str | None = None, token: str | bool 
         card = fetched(constants.REPOCARD_NAME) if constants.REPOCARD_NAME in names else ""
     figures = _figures(card)
     rows = [_row(folder, config, repo_id) | figures.get(folder, {}) for folder, config in configs.items()]
-    return pandas.DataFrame(rows, index=pandas.Index(folders, name="sae_id"))
+    return pd.DataFrame(rows, index=pd.Index(folders, name="sae_id"))
 
 
 def _config_of(folder: str, names: list[str]) -> str:

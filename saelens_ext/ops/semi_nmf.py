@@ -23,7 +23,6 @@ Source: Shafran, Geiger and Geva, arXiv 2506.10920; the default updates are this
 :mod:`.semi_nmf_updates`.
 """
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -40,8 +39,6 @@ from saelens_ext.ops.semi_nmf_init import initialise
 from saelens_ext.ops.semi_nmf_paper import PaperFit
 from saelens_ext.ops.semi_nmf_rows import Rows
 from saelens_ext.ops.semi_nmf_updates import CodeStatistics, dead, first_duplicates, support_size
-
-logger = logging.getLogger(__name__)
 
 INITS = ("svd", "kmeans", "random")
 METHODS = ("coordinate", "paper")

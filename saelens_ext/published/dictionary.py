@@ -8,17 +8,15 @@ Symbols
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor
 
 from saelens_ext import _files
 from saelens_ext.dictionaries.exemplar_partition import ExemplarPartition
 from saelens_ext.published.regions import Ragged, RegionStatistics
-
-if TYPE_CHECKING:
-    import pandas
 
 FORMAT = _files.Format("published", "saelens_ext.PublishedDictionary", version=2, oldest=2, stated=("n_regions",))
 
@@ -58,10 +56,8 @@ class PublishedDictionary(RegionStatistics):
             "source": self.source,
         }
 
-    def to_dataframe(self) -> "pandas.DataFrame":
+    def to_dataframe(self) -> pd.DataFrame:
         """One row per region: count, coherence, mean distance, label, and the prompt nearest to the exemplar."""
-        import pandas
-
         first = self.nearest.prompts[:, 0].tolist() if self.nearest.prompts.shape[1] else [-1] * self.n_regions
         columns = {
             "count": self.counts.numpy(),
@@ -71,7 +67,7 @@ class PublishedDictionary(RegionStatistics):
             "label": list(self.labels),
             "nearest_prompt": [self.prompts[i] if i >= 0 else None for i in first],
         }
-        return pandas.DataFrame(columns, index=pandas.RangeIndex(self.n_regions, name="region"))
+        return pd.DataFrame(columns, index=pd.RangeIndex(self.n_regions, name="region"))
 
     def save(self, path: str | Path) -> Path:
         """Write the dictionary and, beside it, ``published.json`` and ``published.safetensors`` into a directory."""

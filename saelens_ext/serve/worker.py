@@ -1,7 +1,6 @@
 """One piece of work with the model at a time, the others waiting in turn, each of which can be stopped."""
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
@@ -9,8 +8,6 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 MAX_WAITING = 8
-
-logger = logging.getLogger(__name__)
 
 
 class TooManyWaitingError(RuntimeError):

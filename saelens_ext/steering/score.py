@@ -9,8 +9,9 @@ AxBench does with its steering factors. Without a choice, ``curve`` has the mean
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+import pandas as pd
 from torch import Tensor
 
 from saelens_ext import _checks
@@ -22,9 +23,6 @@ from saelens_ext.steering.interventions import add_direction
 from saelens_ext.steering.judges import Judge
 from saelens_ext.steering.sampling import SamplingOptions, sample_texts
 from saelens_ext.steering.strength import PAPER_TARGETS, StrengthSearch, match_strengths
-
-if TYPE_CHECKING:
-    import pandas
 
 Half = Literal["choose", "report"]
 
@@ -85,11 +83,11 @@ class SteeringScores:
     searches: tuple[StrengthSearch, ...]
     """Matched strengths, one search per direction; targets that were not reached are in here."""
 
-    def to_dataframe(self) -> "pandas.DataFrame":
+    def to_dataframe(self) -> pd.DataFrame:
         """One row per continuation."""
         return _frame(self.continuations, ScoredContinuation)
 
-    def curve(self) -> "pandas.DataFrame":
+    def curve(self) -> pd.DataFrame:
         """Mean ratings and score of each cell over its continuations, missing ones left out; no target is chosen."""
         keys, ratings = ["direction", "sign", "target"], ["concept_rating", "fluency_rating", "score"]
         return self.to_dataframe().groupby(keys, sort=False)[ratings].mean().reset_index()
@@ -105,7 +103,7 @@ class SteeringScores:
     def _signs(self) -> list[tuple[int, ...]]:
         return [tuple(dict.fromkeys(strength.sign for strength in search.strengths)) for search in self.searches]
 
-    def summary(self) -> "pandas.DataFrame":
+    def summary(self) -> pd.DataFrame:
         """:meth:`by_sign` as a table."""
         return _frame(self.by_sign(), DirectionScore)
 
@@ -257,7 +255,5 @@ def _mean(scores: Sequence[float]) -> float:
     return sum(known) / len(known) if known else math.nan
 
 
-def _frame(rows: Sequence[ScoredContinuation] | Sequence[DirectionScore], kind: type) -> "pandas.DataFrame":
-    import pandas
-
-    return pandas.DataFrame([asdict(row) for row in rows], columns=list(kind.__dataclass_fields__))
+def _frame(rows: Sequence[ScoredContinuation] | Sequence[DirectionScore], kind: type) -> pd.DataFrame:
+    return pd.DataFrame([asdict(row) for row in rows], columns=list(kind.__dataclass_fields__))

@@ -25,8 +25,9 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+import pandas as pd
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -44,9 +45,6 @@ from saelens_ext.steering.divergence_search import (
     checked_signs,
 )
 from saelens_ext.steering.interventions import unit_rows
-
-if TYPE_CHECKING:
-    import pandas
 
 logger = logging.getLogger(__name__)
 
@@ -75,11 +73,9 @@ class StrengthSearch:
         known = ", ".join(f"({strength.sign:+d}, {strength.target:g})" for strength in self.strengths)
         raise ValueError(f"No strength was searched for sign {sign!r} and target {target!r}; there are {known}.")
 
-    def to_dataframe(self) -> "pandas.DataFrame":
+    def to_dataframe(self) -> pd.DataFrame:
         """One row per sign and target."""
-        import pandas
-
-        return pandas.DataFrame([{**asdict(s), "reached": s.reached} for s in self.strengths])
+        return pd.DataFrame([{**asdict(s), "reached": s.reached} for s in self.strengths])
 
 
 @standard_modes()

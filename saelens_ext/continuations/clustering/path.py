@@ -14,10 +14,11 @@ costs a sum, and a cell descends again from a partition that suits it better tha
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import joblib
 import numpy as np
+import pandas as pd
 from jaxtyping import Int
 from sklearn.utils import check_random_state
 
@@ -25,9 +26,6 @@ from saelens_ext.continuations.clustering.problem import Problem, RateDistortion
 from saelens_ext.ops.rate_distortion import partition_cost
 from saelens_ext.ops.rate_distortion_descent import Search
 from saelens_ext.ops.rate_distortion_proposals import Sketch
-
-if TYPE_CHECKING:
-    import pandas
 
 BETAS = (0.5, 0.75, 1.0, 1.25)
 """Values of beta published in arXiv 2606.08236."""
@@ -69,12 +67,10 @@ class RateDistortionPath:
         cells = ", ".join(f"({point.beta:g}, {point.gamma:g})" for point in self.points)
         raise ValueError(f"No cell has beta {beta!r} and gamma {gamma!r}; there are {cells}.")
 
-    def to_dataframe(self) -> "pandas.DataFrame":
+    def to_dataframe(self) -> pd.DataFrame:
         """One row per cell, labels left out."""
-        import pandas
-
         columns = ("gamma", "beta", "n_clusters", "objective", "rate", "semantic_distortion", "attribution_distortion")
-        return pandas.DataFrame([{name: getattr(point, name) for name in columns} for point in self.points])
+        return pd.DataFrame([{name: getattr(point, name) for name in columns} for point in self.points])
 
 
 def sweep(
