@@ -13,18 +13,20 @@ _CALLERS: ContextVar[tuple[tuple[str, torch.dtype], ...]] = ContextVar("autocast
 
 
 @contextmanager
-def standard_modes(*, model_too: bool = False) -> Iterator[None]:
+def standard_modes(*, gradients: bool = True, model_too: bool = False) -> Iterator[None]:
     """Compute as torch does when nothing is set; a context and a decorator, not for generators.
 
     Inference mode is left, gradients staying off: a tensor made in it can never be changed or differentiated outside.
     New tensors are float32, and nothing is cast by autocast, which rounds sums and distances to bfloat16. Only models
     run under the caller's autocast (:func:`callers_autocast`), unless ``model_too`` is set. The default dtype is one
-    for all threads; it is touched only where the caller has set another.
+    for all threads; it is touched only where the caller has set another. Without ``gradients`` none are recorded.
     """
     found = _autocast()
     with ExitStack() as stack:
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))  # which turns gradients on
+            gradients = False
+        if not gradients:
             stack.enter_context(torch.no_grad())
         if torch.get_default_dtype() != torch.float32:
             stack.callback(torch.set_default_dtype, torch.get_default_dtype())

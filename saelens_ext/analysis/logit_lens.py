@@ -35,8 +35,7 @@ class LensResult:
     """Their logits: float32 ``(k, n)``."""
 
 
-@standard_modes()
-@torch.no_grad()
+@standard_modes(gradients=False)
 def logit_lens(model: HostModel, directions: Tensor, *, top_n: int = 10) -> LensResult:
     """Read unit directions out through the model's final normalisation and unembedding.
 

@@ -153,8 +153,7 @@ class DictionaryMatch:
         return pd.DataFrame({name: column.numpy() for name, column in columns.items()})
 
 
-@standard_modes()
-@torch.no_grad()
+@standard_modes(gradients=False)
 def match_dictionaries(
     first: Dictionary,
     second: Dictionary,

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
-import torch
 from sae_lens import SAE
 from sae_lens.constants import SAE_CFG_FILENAME
 from torch import Tensor
@@ -295,8 +294,7 @@ def profile_dictionary(
     return profile
 
 
-@standard_modes()
-@torch.no_grad()
+@standard_modes(gradients=False)
 def profile_dictionaries(
     saes: Sequence[SAE[Any]],
     stream: ActivationStream,

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from torch import Tensor
 
 from saelens_ext import _files
@@ -84,8 +83,7 @@ class ConceptComparison:
         return _files.json_safe(content | {"rows": [_plain(row) for row in self.rows]})
 
 
-@standard_modes()
-@torch.no_grad()
+@standard_modes(gradients=False)
 def compare_detection(
     model: HostModel,
     detectors: Mapping[str, Detector],

@@ -69,8 +69,7 @@ class HeldOutDiffMeans(NamedTuple):
     """Row by row of ``scores.neutral``."""
 
 
-@standard_modes()
-@torch.no_grad()
+@standard_modes(gradients=False)
 def diff_means(
     model: HostModel,
     hook_name: str,

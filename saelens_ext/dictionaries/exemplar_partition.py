@@ -179,8 +179,7 @@ class ExemplarPartition(DecoderOnlySAE):
         """The origin of all directions, ``(d,)``."""
         return self.b_dec
 
-    @standard_modes()
-    @torch.no_grad()
+    @standard_modes(gradients=False)
     def assign(self, x: Float[Tensor, "*batch d"], reject: bool = False) -> Assignment:
         """Find the region of each activation: the nearest exemplar, whatever the basis and readout.
 

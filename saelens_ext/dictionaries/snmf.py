@@ -192,8 +192,7 @@ class SNMFDictionary(DecoderOnlySAE):
             return nnls(x, where_float64_is(self.W_dec).to(working), l1=self.cfg.l1, tol=_TOL[working])
         return solve_codes(x, self._gram(working), _TOL[working], l1=self.cfg.l1)
 
-    @standard_modes()
-    @torch.no_grad()
+    @standard_modes(gradients=False)
     def _gram(self, working: torch.dtype) -> FeatureGram:
         """The solver's preparation of the features, which costs as much as the codes of a short text: kept."""
         rows = where_float64_is(self.W_dec.detach())

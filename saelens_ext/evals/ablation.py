@@ -134,8 +134,7 @@ class AblationEvidence(Evidence):
         return replace(made, tables=(*made.tables, *more), answers=ablation_report.answer_sets(self.answers()))
 
 
-@standard_modes()
-@torch.no_grad()
+@standard_modes(gradients=False)
 def ablate_behaviour(
     model: HostModel,
     found: Localisation,

@@ -241,8 +241,7 @@ def _log_probs(model: HostModel, sequences: Sequence[tuple[Tensor, Sequence[int]
     return wide(torch.where(counts, scores, 0)).sum(dim=1).cpu()
 
 
-@standard_modes()
-@torch.no_grad()
+@standard_modes(gradients=False)
 def measure_behaviour(
     model: HostModel,
     prompts: Prompt | Sequence[Prompt],

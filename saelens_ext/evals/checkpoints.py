@@ -37,8 +37,7 @@ _ROWS = 4096
 Replica = SAE[Any] | ExemplarFitResult | Tensor
 
 
-@standard_modes()
-@torch.no_grad()
+@standard_modes(gradients=False)
 def compare_checkpoints(
     first: Mapping[str, Replica],
     second: Mapping[str, Replica],

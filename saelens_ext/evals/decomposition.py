@@ -123,8 +123,7 @@ class Decomposition(Evidence):
         return replace(section, tables=(evidence_table("Terms", shown, note), *section.tables))
 
 
-@standard_modes()
-@torch.no_grad()
+@standard_modes(gradients=False)
 def decompose_dictionary(
     target: SAE[Any] | Tensor,
     basis: SAE[Any] | Tensor,

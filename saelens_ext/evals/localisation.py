@@ -90,8 +90,7 @@ class Localisation:
         return pd.DataFrame(self.candidates, columns=list(Candidate._fields))
 
 
-@standard_modes()
-@torch.no_grad()
+@standard_modes(gradients=False)
 def localise_behaviour(
     model: HostModel,
     dictionary: SAE[Any],

@@ -166,8 +166,7 @@ def matched_name(cell: str) -> str:
     return f"matched region of {cell}"
 
 
-@standard_modes()
-@torch.no_grad()
+@standard_modes(gradients=False)
 def localisation_sweep(
     model: HostModel,
     hook_name: str,

@@ -156,8 +156,7 @@ def _joined_contexts(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(**{name: [" | ".join(texts) for texts in table[name]] for name in names})
 
 
-@standard_modes()
-@torch.no_grad()
+@standard_modes(gradients=False)
 def compare_models(
     base: HostModel,
     tuned: HostModel,

@@ -13,7 +13,6 @@ from typing import Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 import pandas as pd
-import torch
 from sae_lens import SAE
 from scipy.sparse import coo_array
 from torch import Tensor
@@ -121,8 +120,7 @@ class _Majorities(NamedTuple):
     count: np.ndarray
 
 
-@standard_modes()
-@torch.no_grad()
+@standard_modes(gradients=False)
 def partition_nesting(
     partitions: Mapping[str, SAE[Any] | ExemplarFitResult],
     source: ActivationStream | Tensor,

@@ -46,8 +46,7 @@ class NoveltyScore:
     function: Callable[[Tensor], Tensor]
     """Maps activations ``(n, d)`` to scores ``(n,)``."""
 
-    @standard_modes()
-    @torch.no_grad()
+    @standard_modes(gradients=False)
     def __call__(self, x: Float[Tensor, "n d"]) -> Float64[Tensor, " n"]:
         """Score activations, in blocks of bounded memory; float64 on the CPU."""
         rows = max(1, _ENTRIES_PER_BLOCK // self.row_cost)

@@ -113,8 +113,7 @@ class OverlapEvidence(Evidence):
         return "\n".join(lines)
 
 
-@standard_modes()
-@torch.no_grad()
+@standard_modes(gradients=False)
 def overlap_by_tokens(
     saes: Mapping[str, SAE[Any]],
     stream: ActivationStream,

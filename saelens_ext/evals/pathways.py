@@ -103,8 +103,7 @@ class PathwayCheck:
         return pd.DataFrame(rows)
 
 
-@standard_modes()
-@torch.no_grad()
+@standard_modes(gradients=False)
 def pathway_check(
     model: HostModel,
     hook_name: str,

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
-import torch
 from torch import Tensor
 
 from saelens_ext import _checks, _files
@@ -94,8 +93,7 @@ class Saturation:
         )  # fmt: skip
 
 
-@standard_modes()
-@torch.no_grad()
+@standard_modes(gradients=False)
 def saturation_curves(
     sources: Mapping[str, ActivationStream | Tensor],
     *,

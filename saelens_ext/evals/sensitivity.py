@@ -115,8 +115,7 @@ class ThresholdSensitivity:
         )
 
 
-@standard_modes()
-@torch.no_grad()
+@standard_modes(gradients=False)
 def threshold_sensitivity(
     source: ActivationStream | Tensor,
     *,

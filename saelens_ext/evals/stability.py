@@ -68,8 +68,7 @@ class StabilityEvidence(Evidence):
         return (self.cosines[name] > self.cutoffs[name]).double().mean(dim=1)
 
 
-@standard_modes()
-@torch.no_grad()
+@standard_modes(gradients=False)
 def dictionary_stability(
     replicas: Mapping[str, SAE[Any] | ExemplarFitResult | Tensor],
     *,

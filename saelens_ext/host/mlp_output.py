@@ -30,8 +30,7 @@ from saelens_ext.ops.precision import wide
 _SCALES: WeakKeyDictionary[nn.Module, dict[tuple[int, bool], float]] = WeakKeyDictionary()
 
 
-@standard_modes()
-@torch.no_grad()
+@standard_modes(gradients=False)
 def residual_directions(
     model: HostModel, features: SAE[Any] | Tensor, *, hook_name: str | None = None, layer: int | None = None
 ) -> Tensor:

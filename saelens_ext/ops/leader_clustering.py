@@ -156,8 +156,7 @@ class LeaderClustering:
         """How many activations from stream position ``index`` on founded a region."""
         return int((self.exemplar_indices >= index).sum())
 
-    @standard_modes()
-    @torch.no_grad()
+    @standard_modes(gradients=False)
     def partial_fit(self, x: Float[Tensor, "n d_x"]) -> Int64[Tensor, " n"]:
         """Add a batch to the stream.
 

@@ -57,8 +57,7 @@ class SphericalCenter:
         """Activations seen."""
         return self._n_seen
 
-    @standard_modes()
-    @torch.no_grad()
+    @standard_modes(gradients=False)
     def update(self, x: Float[Tensor, "n d_x"]) -> "SphericalCenter":
         """Add a batch ``(n, d)`` of any float dtype; n may be 0. The sums live on the first batch's device, or on the
         CPU where that has no float64.
@@ -246,8 +245,7 @@ def assign_nearest(
     return _nearest(x, lambda rows: directions(rows, center), exemplars, max_bytes)
 
 
-@standard_modes()
-@torch.no_grad()
+@standard_modes(gradients=False)
 def _nearest(
     x: Tensor, directions_of: Callable[[Tensor], tuple[Tensor, Tensor]], exemplars: Tensor, max_bytes: int
 ) -> tuple[Tensor, Tensor]:
