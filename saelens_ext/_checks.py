@@ -215,9 +215,7 @@ def _key(key: Any, name: str) -> str:
     return str(key)
 
 
-@cache
-def _hints(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind)
+_hints = cache(get_type_hints)
 
 
 def _fitting(value: Any, hint: Any, name: str) -> Any:

@@ -11,10 +11,10 @@ from saelens_ext import _checks
 from saelens_ext.activations.stream import ActivationStream
 from saelens_ext.analysis.background import BackgroundTally
 from saelens_ext.analysis.examples import BlockCutter, RowBlock, TokenValues
-from saelens_ext.analysis.profiled_hook import profiled_hook
 from saelens_ext.analysis.tallies import CodeTally, RandomExamples, RegionTally
 from saelens_ext.host.bos import warn_of_other_bos
 from saelens_ext.host.flat_sae import encode_flat, refuse_sequence_codes
+from saelens_ext.host.hook_names import resolve_hook
 
 # Codes held at once: 16 MB in float32, whatever the number of latents.
 _CODES_PER_BLOCK = 2**22
@@ -85,3 +85,22 @@ class Profiler:
         results["background"] = None if self.background is None else self.background.background()
         places = {"hook_name": self.key, "hook_aliases": self.aliases}
         return places | {"n_activations": self.n, "context": self.context} | results
+
+
+def profiled_hook(sae: SAE[Any], stream: ActivationStream, hook_name: str | None) -> tuple[str, tuple[str, ...]]:
+    """The stream's key for the hook to profile, and every name under which that hook is known here."""
+    resolved = dict(zip(stream.requested_hook_names, stream.hook_names, strict=True))
+    own = sae.cfg.metadata.hook_name
+    hook = hook_name or own or (stream.hook_names[0] if len(resolved) == 1 else None)
+    if hook is None:
+        raise ValueError(f"The dictionary names no hook; pass hook_name= as one of {', '.join(resolved)}.")
+    place = hook if hook in stream.hook_names else resolved.get(hook) or resolve_hook(stream.model, hook)
+    keys = [key for key, name in resolved.items() if name == place]
+    if not keys:
+        whose = "hook_name is" if hook_name else "The dictionary is of"
+        raise ValueError(
+            f"{whose} {hook!r}, which the stream does not read; it reads {', '.join(resolved)}. Make a stream over "
+            "that hook, or pass hook_name= to profile the dictionary on another one."
+        )
+    names = [keys[0], place] if hook_name or own is None else [keys[0], place, own]
+    return keys[0], tuple(dict.fromkeys(names))

@@ -183,22 +183,6 @@ class PushOptions:
 
 
 @dataclass(kw_only=True)
-class PullOptions:
-    """What to pull, and where to."""
-
-    repo_id: str = place("REPO_ID")
-    """Repository, owner/name."""
-    sae_id: str = place("SAE_ID")
-    """Folder in it."""
-    output_path: str = place("FOLDER")
-    """Where to put it; holds no other dictionary."""
-    revision: str | None = None
-    """Branch, tag or commit; by default main."""
-    token: str | None = None
-    """By default the one of `hf auth login` or HF_TOKEN, where other users of this machine cannot see it."""
-
-
-@dataclass(kw_only=True)
 class ListOptions:
     """Where to look."""
 
@@ -208,6 +192,16 @@ class ListOptions:
     """Branch, tag or commit; by default main."""
     token: str | None = None
     """By default the one of `hf auth login` or HF_TOKEN, where other users of this machine cannot see it."""
+
+
+@dataclass(kw_only=True)
+class PullOptions(ListOptions):
+    """What to pull, and where to."""
+
+    sae_id: str = place("SAE_ID")
+    """Folder in it."""
+    output_path: str = place("FOLDER")
+    """Where to put it; holds no other dictionary."""
 
 
 @dataclass(kw_only=True)

@@ -88,9 +88,7 @@ def sentence_scores(
     context_size: int | None = ...,
     batch_size: int = ...,
     progress: bool = ...,
-) -> Tensor:
-    """Score sentences by one detector, ``(n, k)``."""
-    ...
+) -> Tensor: ...
 
 
 @overload
@@ -103,9 +101,7 @@ def sentence_scores(
     context_size: int | None = ...,
     batch_size: int = ...,
     progress: bool = ...,
-) -> dict[str, Tensor]:
-    """Score sentences by several detectors, one table ``(n, k)`` by name."""
-    ...
+) -> dict[str, Tensor]: ...
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from typing import Any
 
 import pandas as pd
 
+from saelens_ext.continuations.validation.figures import listed
 from saelens_ext.ops.resampling import smallest_p
 
 LEVEL = 0.05
@@ -100,18 +101,14 @@ def _described(others: Sequence[tuple[str, float, float, str]], verb: str) -> st
     if verb == UNDECIDED and len(others) > _NUMBERED:
         differences = [difference for _, difference, *_ in others]
         return (
-            f"{_listed([name for name, *_ in others])} (differences {min(differences):+.3f} to {max(differences):+.3f})"
+            f"{listed([name for name, *_ in others])} (differences {min(differences):+.3f} to {max(differences):+.3f})"
         )
     texts = [
         f"{name} ({difference:+.3f}, p = {_p_text(p)}{f'; {note}' if note else ''})"
         for name, difference, p, note in others
     ]
-    return _listed(texts)
+    return listed(texts)
 
 
 def _p_text(p: float) -> str:
     return f"{p:.2f}" if p >= 0.1 else f"{p:.2g}"
-
-
-def _listed(texts: Sequence[str]) -> str:
-    return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} and {texts[-1]}"

@@ -3,10 +3,8 @@
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -166,11 +164,6 @@ def digest(path: Path, lfs: bool) -> str:
         while block := file.read(2**22):
             checksum.update(block)
     return checksum.hexdigest()
-
-
-def copy_together(files: Mapping[Path, Path]) -> None:
-    """Copy files (target to source) so that all of them are in place or none of the old ones is touched."""
-    _files.write_together({target: partial(shutil.copyfile, source) for target, source in files.items()})
 
 
 def json_bytes(content: Mapping[str, Any]) -> bytes:

@@ -1,6 +1,7 @@
 """The dictionaries of a repository on the Hub, without their weights."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -40,9 +41,7 @@ def list_on_hub(repo_id: str, *, revision: str | None = None, token: str | bool 
         names = paths(info)
 
         def fetched(name: str) -> str:
-            path = hf_hub_download(repo_id, name, revision=info.sha, token=token)
-            with open(path, encoding="utf-8") as file:
-                return file.read()
+            return Path(hf_hub_download(repo_id, name, revision=info.sha, token=token)).read_text(encoding="utf-8")
 
         folders = folders_with_dictionaries(names)
         configs = {folder: fetched(_config_of(folder, names)) for folder in folders}

@@ -223,8 +223,10 @@ def _activations(
     profile: DictionaryProfile, tokenizer: PreTrainedTokenizerBase, latent: int, place: dict[str, Any]
 ) -> Iterator[Any]:
     """The strongest examples, then the random ones by interval, the highest first."""
+    from neuronpedia.np_activation import Activation
+
     for tokens, values, _ in _examples(profile.top, tokenizer, latent):
-        yield _activation(place, tokens, values)
+        yield Activation(**place, tokens=tokens, values=values)
     if profile.random is None or profile.random.token_values is None:
         return
     largest = float(profile.max_activation[latent])
@@ -237,13 +239,8 @@ def _activations(
         within = [(tokens, values) for number, tokens, values in drawn if number == part]
         for tokens, values in within:
             limits = {"quantileMin": largest * part / N_BINS, "quantileMax": largest * (part + 1) / N_BINS}
-            yield _activation(place, tokens, values, **limits, quantileFraction=len(within) / len(drawn))
-
-
-def _activation(place: dict[str, Any], tokens: list[str], values: list[float], **interval: Any) -> Any:
-    from neuronpedia.np_activation import Activation
-
-    return Activation(**place, tokens=tokens, values=values, **interval)
+            limits["quantileFraction"] = len(within) / len(drawn)
+            yield Activation(**place, tokens=tokens, values=values, **limits)
 
 
 def _examples(

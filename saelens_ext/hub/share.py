@@ -9,7 +9,9 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from shutil import copyfile
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -201,7 +203,7 @@ def pull_from_hub(
             f"{destination} holds {', '.join(strangers)}, which would not belong to {sae_id!r}. Give an empty or a new "
             "directory."
         )
-    hub_files.copy_together({destination / name: source for name, source in files.items()})
+    _files.write_together({destination / name: partial(copyfile, source) for name, source in files.items()})
     return destination
 
 

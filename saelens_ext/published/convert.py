@@ -22,6 +22,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from tqdm.auto import tqdm
 
 from saelens_ext import _checks, _files
@@ -283,9 +285,6 @@ def _download(
     source: str, repo_id: str, revision: str, sha256: str | None, max_bytes: int, cache_dir: str | Path | None
 ) -> tuple[Path, str]:
     """Fetch a build and its metadata; return where the pickle is and the checksum that it must have."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-
     if not re.fullmatch(r"[0-9a-f]{40}", revision):
         raise ValueError(f"revision must be a commit, 40 hexadecimal digits, got {revision!r}: others can change.")
     match = _BUILD.fullmatch(source)
@@ -303,8 +302,6 @@ def _download(
 
 
 def _stated_checksum(file: str, repo_id: str, revision: str, max_bytes: int) -> str:
-    from huggingface_hub import HfApi
-
     paths = HfApi().get_paths_info(repo_id, [file], revision=revision, repo_type="dataset")
     if not paths:
         raise FileNotFoundError(f"huggingface.co/datasets/{repo_id}/tree/{revision} has no {file}.")

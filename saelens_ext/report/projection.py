@@ -24,18 +24,14 @@ class Projection(NamedTuple):
     """What may be read off it and what may not."""
 
 
+# One thread: sums then have one order on every machine, and on a busy one threads waiting for each other are several
+# times slower.
+@threadpool_limits.wrap(limits=1)
 def project(directions: Float[np.ndarray, "k d"], what: str = "exemplars") -> Projection:
     """Lay unit directions out in the plane; the same directions always give the same picture.
 
     t-SNE under the cosine distance for 50 to 3,000 directions, else the first two principal components.
     """
-    # One thread: sums then have one order on every machine, and on a busy one threads waiting for each other are
-    # several times slower.
-    with threadpool_limits(1):
-        return _project(directions, what)
-
-
-def _project(directions: Float[np.ndarray, "k d"], what: str) -> Projection:
     if len(directions) in TSNE_SIZES:
         perplexity = min(30.0, (len(directions) - 1) / 3)
         points = TSNE(metric="cosine", init="pca", perplexity=perplexity, random_state=0).fit_transform(directions)

@@ -111,7 +111,8 @@ class BuildPass:
     ) -> None:
         self._config, self._stream, self._on_metrics = config, stream, on_metrics
         self._snmf_folder = None if folder is None else folder / SNMF_FOLDER
-        self._names: list[str] = []
+        self.names: list[str] = []
+        """The names of all dictionaries, in the order of the config."""
         self._builds: list[tuple[list[str], ExemplarBuild]] = []
         self._factorisations: list[_Factorisation] = []
         self._finished: dict[str, SNMFFitResult] = {}
@@ -123,7 +124,7 @@ class BuildPass:
         self._kept_bytes = 0
         gathered: dict[tuple[str, float], _Gathered] = {}
         for build, hook_name, names in config.dictionary_names():
-            self._names += names
+            self.names += names
             if isinstance(build, ExemplarBuildConfig):
                 name_of = dict(zip(build.resolutions or (None,), names))
                 report = lambda key, *rest, name_of=name_of: on_metrics(name_of[key[1]], *rest)  # noqa: E731
@@ -236,11 +237,6 @@ class BuildPass:
                 if all(one.gathered is not other for other in self._gathering):
                     one.gathered.let_go()
             yield one.name, fit
-
-    @property
-    def names(self) -> list[str]:
-        """The names of all dictionaries, in the order of the config."""
-        return list(self._names)
 
     @property
     def _gathering(self) -> list[_Gathered]:

@@ -36,14 +36,13 @@ def one_or_several(convert: Callable[[Any], Any]) -> Callable[[str], Any]:
     return value_or_list
 
 
-def texts(text: str) -> tuple[str, ...]:
-    """The items of a list as texts."""
-    return tuple(str(item) for item in items(text))
-
-
 def tuple_of(convert: Callable[[Any], Any]) -> Callable[[str], tuple[Any, ...]]:
     """A parser of a list of values."""
     return lambda text: tuple(convert(item) for item in items(text))
+
+
+texts = tuple_of(str)
+"""A parser of a list of texts."""
 
 
 def number(item: Any) -> float | int:

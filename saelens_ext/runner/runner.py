@@ -5,7 +5,7 @@ import shutil
 import signal
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -88,7 +88,8 @@ class DictionaryRunner:
         output = None if given.output_path is None else Path(given.output_path)
         self.result = RunResult(run_id=run_id, config=config, output_path=output, checkpoint_path=folder)
         try:
-            with _terminable():
+            # As Ctrl-C: what is open is closed, and the run says what is left.
+            with _handled(signal.default_int_handler, signal.SIGTERM):
                 self._start_tracking(config, run_id, resume=found is not None)
                 build = BuildPass(config, stream, folder, self._on_metrics)
                 if found is not None:
@@ -137,7 +138,8 @@ class DictionaryRunner:
         """Read the activations; checkpoint on the way, at the end, and when interrupted."""
         config = self._begun.config
         every = config.training_tokens / config.n_checkpoints if config.n_checkpoints else None
-        with _Interruption() as interruption, _bar(config, build) as bar:
+        interruption = _Interruption()
+        with _handled(interruption.hold, signal.SIGINT, signal.SIGTERM), _bar(config, build) as bar:
             for batch in build.batches():
                 bar.update(len(batch))
                 before = build.n_activations - len(batch)
@@ -277,21 +279,10 @@ class DictionaryRunner:
 class _Interruption:
     """Holds Ctrl-C and SIGTERM back until the batch at hand is done; the second one is not held back."""
 
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        self._previous: dict[int, Any] = {}
+    signal: int | None = None
 
-    def __enter__(self) -> "_Interruption":
-        # Only the main thread may set handlers; elsewhere interruptions arrive as they always do.
-        if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._hold) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _hold(self, number: int, frame: Any) -> None:
+    def hold(self, number: int, frame: Any) -> None:
+        """Note the first signal, and let the second one through."""
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = number
@@ -299,20 +290,15 @@ class _Interruption:
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
-    """Make SIGTERM a KeyboardInterrupt, as Ctrl-C is: what is open is closed, and the run says what is left."""
-
-    def stop(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, stop)
+def _handled(handler: Callable[[int, Any], Any], *signals: int) -> Iterator[None]:
+    """Have a function called for some signals, in the main thread; elsewhere they arrive as they always do."""
+    in_main = threading.current_thread() is threading.main_thread()
+    previous = {number: signal.signal(number, handler) for number in signals if in_main}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, before in previous.items():
+            signal.signal(number, before)
 
 
 def _bar(config: DictionaryRunnerConfig, build: BuildPass) -> Any:
