@@ -1,7 +1,7 @@
 """What :func:`compare_checkpoints` gives: states of latents, how far two sides drifted, and whether labels matter."""
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import combinations
 from typing import ClassVar, NamedTuple
 
@@ -13,7 +13,7 @@ from saelens_ext import _checks
 from saelens_ext.evals.evidence import Evidence, evidence_table
 from saelens_ext.evals.verdicts import LEVEL
 from saelens_ext.ops.resampling import monte_carlo_p
-from saelens_ext.report.evidence_section import EvidenceSection
+from saelens_ext.report.evidence_section import EvidenceTable
 
 SIDES = ("first", "second")
 CHANGED = {"first": "dropped", "second": "introduced"}
@@ -158,19 +158,12 @@ class CheckpointEvidence(Evidence):
             return f"{start}, more than relabelling the replicas gives (p = {found.p:.2g}): the sides differ."
         return f"{start}, which cannot be told from relabelling the replicas (p = {found.p:.2g})."
 
-    def section(self) -> EvidenceSection:
-        """What a page shows of this evidence."""
-        section = super().section()
-        more = (
-            evidence_table("States", self.by_quintile(), "Latents of all replicas; quintiles of log10(N c^2)."),
-            evidence_table(
-                "Matched pairs",
-                self.matched_pairs().head(_PAIRS_SHOWN),
-                f"The {_PAIRS_SHOWN} nearest pairs of persisted latents: mean cosine in replicas of its side, and "
-                "median across.",
-            ),
-        )
-        return replace(section, tables=(*section.tables, *more))
+    def _tables(self, *standard: EvidenceTable) -> tuple[EvidenceTable, ...]:
+        """With the latents by state, and the nearest pairs."""
+        states = evidence_table("States", self.by_quintile(), "Latents of all replicas; quintiles of log10(N c^2).")
+        nearest = f"The {_PAIRS_SHOWN} nearest pairs of persisted latents"
+        note = f"{nearest}: mean cosine in replicas of its side, and median across."
+        return *standard, states, evidence_table("Matched pairs", self.matched_pairs().head(_PAIRS_SHOWN), note)
 
 
 def _difference(values: np.ndarray, is_first: np.ndarray) -> float:

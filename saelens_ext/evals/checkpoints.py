@@ -19,12 +19,13 @@ from sklearn.metrics import adjusted_mutual_info_score
 from torch import Tensor
 
 from saelens_ext._modes import standard_modes
-from saelens_ext.analysis.match import Center, SideMatch, match_dictionaries
+from saelens_ext.analysis.match import Center, SideMatch
 from saelens_ext.analysis.match_null import Null
 from saelens_ext.concepts.token_activations import read_texts
 from saelens_ext.dictionaries.exemplar_partition import ExemplarPartition
 from saelens_ext.dictionaries.fit_result import ExemplarFitResult
 from saelens_ext.evals.checkpoint_evidence import ACROSS, CHANGED, SIDES, WITHIN, CheckpointEvidence
+from saelens_ext.evals.replicas import all_matches
 from saelens_ext.host.flat_sae import encode_flat, hooks_of
 from saelens_ext.host.models import HostModel
 from saelens_ext.ops.precision import wide
@@ -99,7 +100,7 @@ def compare_checkpoints(
     sides = _sides(first, second)
     saes = {key: one.dictionary if isinstance(one, ExemplarFitResult) else one for key, one in sides.items()}
     agreement = _agreement(saes, models, texts)
-    matches = _matches(saes, center=center, null=null, level=level, one_to_one=False, seed=seed)
+    matches = all_matches(saes, center=center, null=null, level=level, one_to_one=False, seed=seed)
     rows, cells = [], []
     for side in SIDES:
         table, figures = _judged(side, [key for key in sides if key[0] == side], sides, matches)
@@ -137,15 +138,6 @@ def _sides(first: Mapping[str, Replica], second: Mapping[str, Replica]) -> dict[
                 "changes. Build another from the same stream in another order (shuffle_seed)."
             )
     return {(side, str(name)): one for side, given in zip(SIDES, (first, second)) for name, one in given.items()}
-
-
-def _matches(saes: Mapping[Any, Any], *, center: Center, **options: Any) -> dict[tuple[Any, Any], SideMatch]:
-    """What every replica finds in every other."""
-    found: dict[tuple[Any, Any], SideMatch] = {}
-    for own, other in combinations(saes, 2):
-        match = match_dictionaries(saes[own], saes[other], center=center, **options)
-        found[own, other], found[other, own] = match.first, match.second
-    return found
 
 
 # --- states ---

@@ -40,7 +40,7 @@ from saelens_ext.evals.sweep_store import SweepStore
 from saelens_ext.host.chat_template import Prompt
 from saelens_ext.host.sentence_model import load_sentence_model
 from saelens_ext.ops.resampling import smallest_p
-from saelens_ext.report.evidence_section import EvidenceSection
+from saelens_ext.report.evidence_section import EvidenceTable
 
 _GROUPS = ("direction", "sign")
 _KINDS = {JOINT: "unsupervised"}
@@ -153,17 +153,16 @@ class ClusterEvidence(Evidence):
         options = {"subjects": [JOINT], "groups": self.groups, "unit": self.unit, "metric": self.metrics[name]}
         return verdicts.verdict(corrected(table), self.summary(metric=name), settings=self.settings, **options)
 
-    def section(self) -> EvidenceSection:
-        """As for all evidence, with the share of wins, the comparisons at matched lengths, and every cell."""
-        made = super().section()
+    def _tables(self, *standard: EvidenceTable) -> tuple[EvidenceTable, ...]:
+        """With the share of wins, the comparisons at matched lengths, and every cell."""
         wins = "Share of prefixes whose continuations the joint clusters' own directions move more; ties are no wins."
         matched = "Each continuation has a partner in another cluster with as many tokens."
-        more = (
+        return (
+            *standard,
             evidence_table("Wins", self.wins(), wins),
             evidence_table("Comparisons at matched lengths", self.comparisons(metric="matched_slope"), matched),
             evidence_table("Every cell", self.by_cell(), "Means over prefixes. No cell was chosen."),
         )
-        return replace(made, tables=(*made.tables, *more))
 
 
 @standard_modes()

@@ -8,7 +8,7 @@ Symbols
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -26,7 +26,7 @@ from saelens_ext.evals.evidence import Evidence, evidence_table
 from saelens_ext.evals.verdicts import LEVEL
 from saelens_ext.ops.nnls import nnls
 from saelens_ext.ops.resampling import monte_carlo_p
-from saelens_ext.report.evidence_section import EvidenceSection
+from saelens_ext.report.evidence_section import EvidenceTable
 
 BASIS, TURNED = "basis", "turned basis"
 _ROUNDING = 1e-9
@@ -115,12 +115,12 @@ class Decomposition(Evidence):
             )
         return f"{start}; {told}. {above}."
 
-    def section(self) -> EvidenceSection:
-        """What a page shows of this evidence."""
-        section, table = super().section(), self.to_dataframe()
+    def _tables(self, *standard: EvidenceTable) -> tuple[EvidenceTable, ...]:
+        """Behind the terms of the latents that are explained best."""
+        table = self.to_dataframe()
         shown = table.sort_values("explained", ascending=False, kind="stable").head(_ROWS_SHOWN)
         note = f"Of the latents that are explained best, {_ROWS_SHOWN} terms of {len(table)}."
-        return replace(section, tables=(evidence_table("Terms", shown, note), *section.tables))
+        return evidence_table("Terms", shown, note), *standard
 
 
 @standard_modes(gradients=False)

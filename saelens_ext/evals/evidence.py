@@ -212,25 +212,24 @@ class Evidence:
             )
             for row in summary[summary["metric"] == self.headline].to_dict("records")
         ]
-        words = dict(self.metrics)
-        tables = (
-            self._estimates(summary),
-            evidence_table(
-                "Comparisons", self.comparisons(), "Paired differences; p_holm is corrected over this table."
-            ),
-        )
+        words, note = dict(self.metrics), "Paired differences; p_holm is corrected over this table."
+        standard = self._estimates(summary), evidence_table("Comparisons", self.comparisons(), note)
         return EvidenceSection(
             kind=self.kind,
             title=self.title,
             question=self.question,
             verdict=self.verdict(),
             forest=ForestPlot(axis=words[self.headline], rows=tuple(rows), chance=self.chance),
-            tables=tables,
+            tables=self._tables(*standard),
             units=self.unit_text,
             controls=self.descriptions,
             failures=tuple(map(str, self.failures)),
             settings=_files.json_safe(self.settings),
         )
+
+    def _tables(self, *standard: EvidenceTable) -> tuple[EvidenceTable, ...]:
+        """What a page shows as tables: those of all evidence, and what a kind has beside them."""
+        return standard
 
     def _estimates(self, summary: pd.DataFrame) -> EvidenceTable:
         """Methods by metrics."""

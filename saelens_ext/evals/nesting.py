@@ -7,7 +7,7 @@ Symbols
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import combinations, pairwise
 from typing import Any, ClassVar, NamedTuple, cast
 
@@ -26,7 +26,7 @@ from saelens_ext.evals.checkpoints import strongest_latents
 from saelens_ext.evals.evidence import Evidence, evidence_table
 from saelens_ext.evals.replicas import read_all
 from saelens_ext.ops.spherical import assign_nearest
-from saelens_ext.report.evidence_section import EvidenceSection
+from saelens_ext.report.evidence_section import EvidenceTable
 
 COARSER, RANDOM, PERMUTED = "coarser partition", "random activations", "permuted labels"
 _SHOWN = 30
@@ -98,9 +98,8 @@ class NestingEvidence(Evidence):
             lines.append(f"{chain['stepwise'].mean():.0%} of the finest regions go the same way step by step.")
         return "\n".join([*lines, super().verdict(reference)])
 
-    def section(self) -> EvidenceSection:
-        """What a page shows of this evidence."""
-        section = super().section()
+    def _tables(self, *standard: EvidenceTable) -> tuple[EvidenceTable, ...]:
+        """Behind where the largest regions go."""
         largest = self.regions.sort_values("members", ascending=False, kind="stable")
         notes = (
             f"The {_SHOWN} largest of {len(largest)} rows. Share: of the fine region's members in the coarse region "
@@ -109,8 +108,7 @@ class NestingEvidence(Evidence):
             "next leads to the same regions.",
         )
         parts = zip(("Where fine regions go", "From partition to partition"), (largest, self.chain()), notes)
-        tables = tuple(evidence_table(title, table.head(_SHOWN), note) for title, table, note in parts)
-        return replace(section, tables=(*tables, *section.tables))
+        return *(evidence_table(title, table.head(_SHOWN), note) for title, table, note in parts), *standard
 
 
 class _Majorities(NamedTuple):

@@ -5,7 +5,7 @@ Symbols
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -17,7 +17,7 @@ from saelens_ext.dictionaries.fit_result import ExemplarFitResult
 from saelens_ext.evals.checkpoint_evidence import CHANGED, SIDES, CheckpointEvidence
 from saelens_ext.evals.evidence import Evidence, corrected, evidence_table
 from saelens_ext.ops.resampling import paired_units
-from saelens_ext.report.evidence_section import EvidenceSection
+from saelens_ext.report.evidence_section import EvidenceTable
 
 TEXTS = "texts"
 """The group of the texts that the partitions were built from."""
@@ -59,12 +59,11 @@ class PromptShift(Evidence):
     prompts) and "p_holm" (over all rows).
     """
 
-    def section(self) -> EvidenceSection:
-        """What a page shows of this evidence."""
-        section = super().section()
+    def _tables(self, *standard: EvidenceTable) -> tuple[EvidenceTable, ...]:
+        """With the shares of regions."""
         order = self.regions.sort_values("p_holm", kind="stable").head(_ROWS_SHOWN)
         note = f"The {_ROWS_SHOWN} regions with the smallest p-values of {len(self.regions)}, corrected over all."
-        return replace(section, tables=(*section.tables, evidence_table("Shares of regions", order, note)))
+        return *standard, evidence_table("Shares of regions", order, note)
 
 
 def prompt_shift(

@@ -1,6 +1,7 @@
 """Partitions of the same activations, with the documents in other random orders."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from saelens_ext.activations.stream import ActivationStream
+from saelens_ext.analysis.match import SideMatch, match_dictionaries
 from saelens_ext.dictionaries.activation_matrix import ActivationSource
 from saelens_ext.dictionaries.fit_exemplars import fit_exemplar_partition
 from saelens_ext.dictionaries.fit_result import ExemplarFitResult
@@ -39,6 +41,15 @@ def replicas(
         )
         like, fits[str(number)] = like or fit, fit
     return fits
+
+
+def all_matches(replicas: Mapping[Any, Any], **options: Any) -> dict[tuple[Any, Any], SideMatch]:
+    """What every replica finds in every other, by both; ``options`` are those of ``match_dictionaries``."""
+    found: dict[tuple[Any, Any], SideMatch] = {}
+    for own, other in combinations(replicas, 2):
+        match = match_dictionaries(replicas[own], replicas[other], **options)
+        found[own, other], found[other, own] = match.first, match.second
+    return found
 
 
 def read_all(source: ActivationStream | Tensor, document_ids: Tensor | None) -> tuple[Tensor, Tensor, str]:

@@ -9,7 +9,7 @@ Symbols
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import combinations, permutations
+from itertools import permutations
 from typing import Any, ClassVar
 
 import numpy as np
@@ -25,6 +25,7 @@ from saelens_ext.analysis.match import Center, SideMatch, direction_rows, match_
 from saelens_ext.analysis.match_null import Null
 from saelens_ext.dictionaries.fit_result import ExemplarFitResult
 from saelens_ext.evals.evidence import Evidence
+from saelens_ext.evals.replicas import all_matches
 from saelens_ext.ops.precision import wide
 from saelens_ext.ops.statistics import rank_correlation
 
@@ -114,10 +115,7 @@ def dictionary_stability(
     }
     options: dict[str, Any] = {"null": null, "level": level, "one_to_one": False, "seed": seed}
     generator = np.random.default_rng(seed)
-    sides: dict[tuple[str, str], SideMatch] = {}
-    for name, other in combinations(names, 2):
-        match = match_dictionaries(parts[name], parts[other], center=center, **options)
-        sides[name, other], sides[other, name] = match.first, match.second
+    sides = all_matches(parts, center=center, **options)
     rows = []
     for name, other in permutations(names, 2):
         own, theirs = (direction_rows(parts[each], each).float().cpu() for each in (name, other))

@@ -40,7 +40,7 @@ from saelens_ext.evals.evidence import Evidence, evidence_table
 from saelens_ext.evals.over_prompts import OverPrompts, Unmeasured
 from saelens_ext.evals.sweep_store import SweepStore
 from saelens_ext.host.chat_template import Prompt, checked_messages, in_words
-from saelens_ext.report.evidence_section import EvidenceSection
+from saelens_ext.report.evidence_section import EvidenceTable
 
 SUPERNODES, SHUFFLED, SINGLE, HALFWAY = "supernodes", "shuffled", "single latents", "half way"
 _DESCRIPTIONS = {
@@ -106,12 +106,12 @@ class SupernodeEvidence(Evidence):
     members: pd.DataFrame = field(default_factory=pd.DataFrame)
     """One row per feature: ``hook``, ``latent``, ``supernode``, ``effect`` (mean absolute effect over prompts)."""
 
-    def section(self) -> EvidenceSection:
-        """As for all evidence, with the latents of each supernode."""
-        made, note = super().section(), "effect: mean over prompts of the absolute effect, in logits."
+    def _tables(self, *standard: EvidenceTable) -> tuple[EvidenceTable, ...]:
+        """With the latents of each supernode."""
+        note = "effect: mean over prompts of the absolute effect, in logits."
         strongest = self.members.sort_values(["supernode", "effect"], ascending=[True, False])
         shown = strongest.groupby("supernode").head(8)
-        return replace(made, tables=(*made.tables, evidence_table("Strongest latents of each", shown, note)))
+        return *standard, evidence_table("Strongest latents of each", shown, note)
 
 
 def read_swaps(path: str | Path) -> list[EntitySwap]:
