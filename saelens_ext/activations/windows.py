@@ -4,6 +4,7 @@ A document is one row of the dataset. A window is BOS (where the stream prepends
 document; windows never mix documents.
 """
 
+import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,6 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from saelens_ext.activations.documents import as_messages, is_missing, open_dataset, shuffled
-from saelens_ext.activations.fingerprint import hash_texts
 from saelens_ext.host.bos import TextStart
 from saelens_ext.host.chat_template import starts_with
 
@@ -120,7 +120,7 @@ class WindowSource:
             "dataset_path": self.name or getattr(info, "dataset_name", None),
             "dataset_fingerprint": self.fingerprint
             or getattr(self.rows, "_fingerprint", None)
-            or hash_texts(self.rows),
+            or _hash_texts(self.rows),
             "add_generation_prompt": self.add_generation_prompt,
             "shuffle_seed": self.shuffle_seed,
         }
@@ -242,3 +242,13 @@ def _as_list(values: Any) -> list[Any] | None:
     if isinstance(values, (list, tuple)):
         return list(values)
     return values.tolist() if hasattr(values, "tolist") else None
+
+
+def _hash_texts(rows: Any) -> str | None:
+    """A fingerprint of a plain list; None for what would have to be downloaded to know."""
+    if not isinstance(rows, (list, tuple)):
+        return None
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(repr(row).encode() + b"\0")
+    return digest.hexdigest()[:16]

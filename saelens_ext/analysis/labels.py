@@ -21,15 +21,16 @@ from saelens_ext import _checks, _files
 from saelens_ext._modes import standard_modes
 from saelens_ext.analysis.labeller import Labeller, LabellerLabels, to_rate
 from saelens_ext.analysis.labels_examples import ExampleRows, Made, Split
-from saelens_ext.analysis.labels_promoted import PromotedLabels
 from saelens_ext.analysis.labels_terms import ContextLabels
 from saelens_ext.analysis.logit_lens import LensResult
 from saelens_ext.analysis.profile import DictionaryProfile
+from saelens_ext.host.tokens import bare, token_strings
 from saelens_ext.ops.detection import auroc_interval
 from saelens_ext.ops.label_score import FIGURES, LEVEL, Label, Scorer
 
 FORMAT = _files.Format("labels", "saelens_ext.Labels", version=1, stated=("d_sae",))
 METHODS = ("contexts", "promoted")
+_N_PROMOTED = 5
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -204,7 +205,7 @@ def label_latents(
     elif isinstance(method, str):
         if lens is None:
             raise ValueError("Labels of promoted tokens need lens=, the logit_lens of the dictionary's directions.")
-        made = PromotedLabels(rows, lens, tokenizer)
+        made = _PromotedLabels(rows, lens, tokenizer)
     else:
         splits = to_rate(splits, seed)
         made = LabellerLabels(method, rows, splits, lens, tokenizer, chosen, seed)
@@ -219,6 +220,24 @@ def label_latents(
         settings={"n_null": n_null, "seed": seed, "random_members": profile.random is not None},
         **_scores(made, texts, splits, Scorer(n_null, seed), progress),
     )
+
+
+class _PromotedLabels(Made):
+    """The most promoted tokens of each latent; a label fits an activation by how soon one of them follows it."""
+
+    name = "promoted"
+
+    def __init__(self, rows: ExampleRows, lens: LensResult, tokenizer: PreTrainedTokenizerBase):
+        self._following = rows.contexts[:, rows.contexts.shape[1] // 2 + 1 :]
+        self._ids = lens.promoted_ids[:, :_N_PROMOTED].numpy()
+        unique = np.unique(self._ids)
+        strings = dict(zip(unique.tolist(), token_strings(tokenizer, unique.tolist())))
+        self.texts = [" / ".join(dict.fromkeys(bare(strings[token]) for token in row)) for row in self._ids.tolist()]
+
+    def scores(self, latent: int, rows: np.ndarray) -> np.ndarray:
+        """One over the distance, in tokens, of the first that follows; 0 where none does within the context."""
+        hits = np.isin(self._following[rows], self._ids[latent])
+        return np.where(hits.any(axis=1), 1 / (1 + hits.argmax(axis=1)), 0.0) if hits.size else np.zeros(len(rows))
 
 
 def _scores(

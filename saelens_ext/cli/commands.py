@@ -221,7 +221,6 @@ _ALL = (
         "compare two models by the regions of their activations on the same texts: which training added or took away",
         "base_model tuned_model --hook_name=blocks.6.hook_out --dataset_path=texts.jsonl",
         ("ModelInputs", "ModelSettings"),
-        module="evidence_models",
     ),
     _evidence(
         "synthetic",

@@ -20,6 +20,7 @@ from saelens_ext.cli.evidence_options import (
     ConceptInputs,
     DocumentInputs,
     EvidenceInputs,
+    ModelInputs,
     OtherModelInputs,
     ReplicaInputs,
     ResultOptions,
@@ -40,21 +41,24 @@ from saelens_ext.evals.evidence import Evidence
 from saelens_ext.evals.localisation import localise_behaviour
 from saelens_ext.evals.localisation_sweep import localisation_sweep
 from saelens_ext.evals.methods import Method
+from saelens_ext.evals.model_comparison import compare_models
 from saelens_ext.evals.nesting import partition_nesting
 from saelens_ext.evals.novelty import evaluate_novelty
 from saelens_ext.evals.overlap import overlap_by_tokens
 from saelens_ext.evals.probing import evaluate_probes
-from saelens_ext.evals.results import save_evidence, write_beside
+from saelens_ext.evals.results import PAGE_FILENAME, save_evidence, write_beside
 from saelens_ext.evals.stability import dictionary_stability
 from saelens_ext.evals.steering import compare_steering
 from saelens_ext.evals.synthetic import evaluate_on_synthetic
 from saelens_ext.host.flat_sae import hooks_of
+from saelens_ext.runner.config import DictionaryRunnerConfig
 from saelens_ext.runner.tracking import WandbTracker, check_login
 from saelens_ext.steering.judges import EmbeddingJudge, Judge
 from saelens_ext.steering.openai_judge import OpenAIJudge
 from saelens_ext.steering.sampling import SamplingOptions
 
 _LOCALISING = ("chat_template", "chat_template_options", "max_new_tokens", "min_members", "min_rate")
+_OF_MODELS = ("hook_name", "dataset_path", "text_column", "model_class_name", "device")
 
 
 def detection(
@@ -215,6 +219,31 @@ def decompose(inputs: TargetInputs, settings: Any, results: ResultOptions, conte
         raise UsageError("No basis was named: --basis=FOLDER, the dictionary whose directions are the terms.")
     target, basis = (opening.open_dictionary(folder) for folder in (inputs.dictionary, inputs.basis))
     return finish(decompose_dictionary(target, basis, **vars(settings)), inputs, results, settings)
+
+
+def models(inputs: ModelInputs, settings: Any, results: ResultOptions, context: Context) -> Result:
+    """Compare two models by the regions of their activations on the same texts."""
+    prepare(results)
+    if inputs.hook_name is None:
+        raise UsageError("No hook was named: --hook_name=HOOK, where both models are read.")
+    prompts = named_files(inputs.prompts, "--prompts", conversations=True)
+    options = {name: getattr(inputs, name) for name in _OF_MODELS}
+    options = {name: value for name, value in options.items() if value is not None}
+    configs = [DictionaryRunnerConfig(model_name=name, **options) for name in (inputs.base, inputs.tuned)]
+    texts = opening.open_dataset(configs[0])
+    base, tuned = map(opening.open_model, configs)
+    found = compare_models(
+        base, tuned, texts, hook_name=inputs.hook_name, prompts=prompts, max_tokens=inputs.training_tokens,
+        chat_template_options=inputs.chat_template_options, progress=context.progress, **vars(settings),
+    )  # fmt: skip
+    told = finish(found.checkpoints, None, results, settings, found.shift)
+    found.save_html(Path(results.output_path) / PAGE_FILENAME)
+    files, lines = dict(told.data["files"]), [told.text]
+    for name, regions in (("gained", found.gained()), ("lost", found.lost())):
+        files[name] = Path(results.output_path) / f"{name}.csv"
+        regions.to_csv(files[name], index=False)
+        lines.append(f"{name}: {files[name]}, {len(regions)} regions of replica 0")
+    return Result(data={**told.data, "verdict": found.verdict(), "files": files}, text="\n".join(lines))
 
 
 def synthetic(settings: Any, results: ResultOptions, context: Context) -> Result:

@@ -13,19 +13,19 @@ from torch import Tensor
 from saelens_ext import _checks, _files
 from saelens_ext._modes import standard_modes
 from saelens_ext.concepts.token_activations import read_texts
-from saelens_ext.evals import ablation_report
 from saelens_ext.evals.ablation_conditions import BASES, NOTHING, control_conditions, random_name, region_conditions
 from saelens_ext.evals.behaviour import Behaviour, OpeningOdds, PromptSplit
 from saelens_ext.evals.behaviour_passes import Asking, Condition, ablating
-from saelens_ext.evals.evidence import Evidence, corrected
+from saelens_ext.evals.evidence import Evidence, corrected, evidence_table
 from saelens_ext.evals.localisation import Localisation
+from saelens_ext.evals.verdicts import LEVEL
 from saelens_ext.host.chat_template import Prompt, in_words
 from saelens_ext.host.models import HostModel, resolve_hook
 from saelens_ext.host.prompt_passes import evaluating, logits_of, prompt_ids
 from saelens_ext.ops.precision import wide
 from saelens_ext.ops.resampling import monte_carlo_p
 from saelens_ext.ops.statistics import one_size_sign_flip_p_value
-from saelens_ext.report.evidence_section import EvidenceSection
+from saelens_ext.report.evidence_section import AnswerSet, EvidenceSection, EvidenceTable
 from saelens_ext.steering.divergence_search import divergence, log_probabilities
 
 LAYERS = ("own", "all")
@@ -117,8 +117,8 @@ class AblationEvidence(Evidence):
         """
         if not self.sizes and reference is None:
             return f"{self.localisation} No region was tested."
-        parts = [self.localisation, super().verdict(reference), ablation_report.random_sentences(self.against_random())]
-        return " ".join(filter(None, [*parts, ablation_report.side_effects(self.summary(), list(self.sizes))]))
+        parts = [self.localisation, super().verdict(reference), _random_sentences(self.against_random())]
+        return " ".join(filter(None, [*parts, _side_effects(self.summary(), list(self.sizes))]))
 
     def answers(self, n: int = 5) -> pd.DataFrame:
         """Answers side by side: the first n test prompts, one column per condition but random regions."""
@@ -129,9 +129,16 @@ class AblationEvidence(Evidence):
 
     def section(self) -> EvidenceSection:
         """What a page shows of this evidence."""
-        made = super().section()
-        more = ablation_report.random_table(self.against_random())
-        return replace(made, tables=(*made.tables, *more), answers=ablation_report.answer_sets(self.answers()))
+        answers = tuple(
+            AnswerSet(prompt=str(prompt), answers={str(k): text for k, text in row.items() if isinstance(text, str)})
+            for prompt, row in self.answers().iterrows()
+        )
+        return replace(super().section(), answers=answers)
+
+    def _tables(self, *standard: EvidenceTable) -> tuple[EvidenceTable, ...]:
+        table = self.against_random()
+        note = "p = (1 + draws with as large a fall) / (1 + draws); p_holm is corrected over the directions tested."
+        return (*standard, evidence_table("Against random regions", table, note)) if len(table) else standard
 
 
 @standard_modes(gradients=False)
@@ -319,3 +326,41 @@ def _side_effects(asking: Asking, texts: Sequence[str], conditions: Sequence[Con
                 where = {"prompt": unit_name("neutral", number), "method": condition.name, "draw": 0, "text": None}
                 rows += [where | {"metric": metric, "value": value} for metric, value in values.items()]
     return rows
+
+
+# --- in words ---
+
+
+def _random_sentences(table: pd.DataFrame) -> str:
+    """What comparisons with random regions say."""
+    sentences = []
+    for row in table.to_dict("records"):
+        start = (
+            f"Of {row['n_draws']} draws of random regions {row['as_large'] or 'none'} did as much as {row['method']}"
+        )
+        least = min(1.0, len(table) / (1 + row["n_draws"]))
+        if least >= LEVEL:
+            end = f"p = {row['p']:.2g} before correction; with so few draws none below {LEVEL:g} is possible after it"
+        else:
+            end = f"corrected p = {row['p_holm']:.2g}" + ("" if row["p_holm"] < LEVEL else ", which is not a claim")
+        sentences.append(f"{start} ({end}).")
+    return " ".join(sentences)
+
+
+def _side_effects(summary: pd.DataFrame, methods: list[str]) -> str:
+    """What the tested ablations do besides."""
+    sentences = []
+    for method in methods:
+        own = summary[summary["method"] == method].set_index("metric")["estimate"]
+        parts = [
+            text.format(own[metric])
+            for metric, text in (
+                ("kl", "a divergence of {:.3g} nats per token"),
+                ("perplexity_ratio", "a perplexity of {:.3g} times the former on neutral texts"),
+                ("contrast", "a rate of {:.2g} on contrast prompts"),
+            )
+            if metric in own
+        ]
+        if parts:
+            sentences.append(f"Side effects of {method}: {', '.join(parts)}.")
+    return " ".join(sentences)

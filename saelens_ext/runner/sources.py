@@ -1,5 +1,6 @@
 """From a config to what it reads: the model, the dataset, and the stream of their activations."""
 
+import hashlib
 import logging
 import warnings
 from dataclasses import replace
@@ -13,7 +14,6 @@ from sae_lens.load_model import load_model as load_with_saelens
 
 from saelens_ext import _checks
 from saelens_ext.activations.cached_stream import CachedStream
-from saelens_ext.activations.fingerprint import fingerprint_files
 from saelens_ext.activations.stream import ActivationStream
 from saelens_ext.host.devices import chosen_device
 from saelens_ext.host.models import bridge_of, describe_model, load_model
@@ -23,6 +23,7 @@ from saelens_ext.runner.dictionary_configs import ExemplarBuildConfig, SNMFBuild
 logger = logging.getLogger(__name__)
 
 _FILE_KINDS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".txt": "text", ".parquet": "parquet"}
+_MIB = 2**20
 
 
 def open_model(config: DictionaryRunnerConfig) -> Any:
@@ -126,8 +127,31 @@ def open_stream(
         stream._windows.name = config.dataset_path
         # What Dataset.save_to_disk wrote has a fingerprint of its own, and later steps leave files beside it.
         if Path(config.dataset_path).exists() and not _saved_to_disk(config.dataset_path):
-            stream._windows.fingerprint = fingerprint_files(config.dataset_path)
+            stream._windows.fingerprint = _fingerprint_files(config.dataset_path)
     return stream
+
+
+def _fingerprint_files(path: str | Path) -> str:
+    """A fingerprint of a file, or of all files in a folder but hidden ones: of their names, sizes, first and last MiB.
+
+    It tells the same data however it is read, streamed or not; a change in the middle of a large file that keeps its
+    size goes unnoticed.
+    """
+    path = Path(path)
+    root, files = (path, path.rglob("*")) if path.is_dir() else (path.parent, [path])
+    inside = [(file.relative_to(root), file) for file in files]
+    digest = hashlib.sha256()
+    for name, file in sorted(inside):
+        if not file.is_file() or any(part.startswith(".") for part in name.parts):
+            continue
+        size = file.stat().st_size
+        digest.update(f"{name.as_posix()}\0{size}\0".encode())
+        with open(file, "rb") as content:
+            digest.update(content.read(_MIB))
+            if size > _MIB:
+                content.seek(max(_MIB, size - _MIB))
+                digest.update(content.read(_MIB))
+    return digest.hexdigest()[:16]
 
 
 def resolved(config: DictionaryRunnerConfig, stream: ActivationStream) -> DictionaryRunnerConfig:
