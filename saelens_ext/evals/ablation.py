@@ -118,7 +118,7 @@ class AblationEvidence(Evidence):
         if not self.sizes and reference is None:
             return f"{self.localisation} No region was tested."
         parts = [self.localisation, super().verdict(reference), _random_sentences(self.against_random())]
-        return " ".join(filter(None, [*parts, _side_effects(self.summary(), list(self.sizes))]))
+        return " ".join(filter(None, [*parts, _beside(self.summary(), list(self.sizes))]))
 
     def answers(self, n: int = 5) -> pd.DataFrame:
         """Answers side by side: the first n test prompts, one column per condition but random regions."""
@@ -347,7 +347,7 @@ def _random_sentences(table: pd.DataFrame) -> str:
     return " ".join(sentences)
 
 
-def _side_effects(summary: pd.DataFrame, methods: list[str]) -> str:
+def _beside(summary: pd.DataFrame, methods: list[str]) -> str:
     """What the tested ablations do besides."""
     sentences = []
     for method in methods:

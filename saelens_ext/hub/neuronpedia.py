@@ -238,7 +238,10 @@ def _activations(
     for part in reversed(range(N_BINS)):
         within = [(tokens, values) for number, tokens, values in drawn if number == part]
         for tokens, values in within:
-            limits = {"quantileMin": largest * part / N_BINS, "quantileMax": largest * (part + 1) / N_BINS}
+            limits: dict[str, Any] = {
+                "quantileMin": largest * part / N_BINS,
+                "quantileMax": largest * (part + 1) / N_BINS,
+            }
             limits["quantileFraction"] = len(within) / len(drawn)
             yield Activation(**place, tokens=tokens, values=values, **limits)
 

@@ -7,11 +7,11 @@ the profile saved. ``SAE.from_pretrained(repo_id, sae_id)`` loads it once ``sael
 
 import json
 import logging
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from shutil import copyfile
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -203,7 +203,7 @@ def pull_from_hub(
             f"{destination} holds {', '.join(strangers)}, which would not belong to {sae_id!r}. Give an empty or a new "
             "directory."
         )
-    _files.write_together({destination / name: partial(copyfile, source) for name, source in files.items()})
+    _files.write_together({destination / name: partial(shutil.copyfile, source) for name, source in files.items()})
     return destination
 
 
