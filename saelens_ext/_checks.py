@@ -110,8 +110,9 @@ def known_keys(given: Iterable[str], allowed: Sequence[str], what: str) -> None:
     """Raise ValueError naming every key of ``given`` that is not in ``allowed``, with its nearest spelling."""
     unknown = [key for key in given if key not in allowed]
     if unknown:
-        hints = "; ".join(f"{key!r}{near_matches(key, allowed)}" for key in unknown)
-        raise ValueError(f"{what} does not know {hints}. It knows: {', '.join(allowed)}.")
+        hints = "".join(near_matches(key, allowed) for key in unknown)
+        named = ", ".join(map(repr, unknown))
+        raise ValueError(f"{what} does not know {named}.{hints} It knows: {', '.join(allowed)}.")
 
 
 def from_options(kind: type[T], options: Mapping[str, Any], what: str) -> T:

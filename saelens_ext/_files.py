@@ -130,22 +130,21 @@ def read_json(path: str | Path, format_version: int | None = None, keys: Sequenc
 
 
 def read_json_lines(path: str | Path, parse: Callable[[Any], T]) -> list[T]:
-    """What ``parse`` makes of the JSON in each line of a file that is not empty.
-
-    Only ends of lines part lines: a text in JSON may hold what Unicode also calls a line separator.
+    """What ``parse`` makes of the JSON in each line of a file that is not empty; Unicode's other separators part none.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a line that is no JSON or that ``parse`` refuses, naming it.
+        ValueError: a line that is no UTF-8, no JSON or that ``parse`` refuses, naming it.
     """
     found: list[T] = []
-    with open(path, encoding="utf-8") as lines:
+    with open(path, "rb") as lines:
         for number, line in enumerate(lines, start=1):
-            if line.strip():
-                try:
-                    found.append(parse(json.loads(line)))
-                except ValueError as error:
-                    raise ValueError(f"Line {number} of {path}: {error}") from error
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")  # some editors write a mark in front
+                if text.strip():
+                    found.append(parse(json.loads(text)))
+            except ValueError as error:
+                raise ValueError(f"Line {number} of {path}: {error}") from error
     return found
 
 

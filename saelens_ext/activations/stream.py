@@ -14,8 +14,6 @@ from jaxtyping import Bool, Int64
 from sae_lens.load_model import HookedProxyLM
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformer_lens import HookedTransformer
-from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedTokenizerBase
 
 from saelens_ext._checks import positive
@@ -25,7 +23,7 @@ from saelens_ext.activations.settings import checked_context_size, checked_names
 from saelens_ext.activations.windows import Window, WindowSource
 from saelens_ext.host.bos import TextStart, text_start
 from saelens_ext.host.hook_pass import limits_of, run_to_last_hook
-from saelens_ext.host.models import HostModel, describe_model, resolve_hook, tokenizer_of
+from saelens_ext.host.models import HostModel, check_model, describe_model, resolve_hook, tokenizer_of
 from saelens_ext.ops.groups import groups
 from saelens_ext.ops.memory import memory_for
 
@@ -104,11 +102,7 @@ class ActivationStream:
         shuffle_seed: int | None = None,
         progress: bool = False,
     ):
-        if not isinstance(model, (HookedTransformer, TransformerBridge, HookedProxyLM)):
-            raise ValueError(
-                f"model must be a HookedSAETransformer or an SAETransformerBridge, got a {type(model).__name__}: "
-                "host it with saelens_ext.host.models.load_model(name, hf_model=model, tokenizer=tokenizer)."
-            )
+        check_model(model)
         n_ctx, d_vocab = limits_of(model)
         self.model, self.tokenizer, self.progress = model, getattr(model, "tokenizer", None), progress
         names, start = checked_names(hook_name), text_start(model, prepend_bos)

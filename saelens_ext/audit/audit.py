@@ -274,9 +274,9 @@ def _only(continuations: ContinuationSet, usable: torch.Tensor, why_not: str) ->
         said = "%d of %d continuations are left out, such as %r: %s."
         logger.warning(said, len(left_out), len(continuations), left_out[0], why_not)
     if (n := int(usable.sum())) < 2:
+        remedy = "Give more that differ" if "given" in continuations.metadata else "Raise n, temperature, top_p or"
         raise ValueError(
-            f"{continuations.prompt!r} gave {n} continuation(s) to cluster; an audit needs at least two. Raise "
-            "temperature, top_p or max_new_tokens."
+            f"{continuations.prompt!r} gave {n} continuation(s) to cluster; an audit needs at least two. {remedy}"
         )
     return continuations.select(usable) if left_out else continuations
 

@@ -20,7 +20,7 @@ class AuditConfig:
     """Settings of an audit; those of each stage are those of the function that it calls."""
 
     n: int = 96
-    """Distinct continuations of each prefix."""
+    """Distinct continuations of each prefix, at least 2."""
     temperature: float | int = 1.0
     """Of sampling."""
     top_p: float | int = 0.9
@@ -79,6 +79,8 @@ class AuditConfig:
         _checks.normalise_fields(self)
         for name in ("n", "max_new_tokens", "max_sources"):
             _checks.positive(getattr(self, name), name)
+        if self.n < 2:
+            raise ValueError("n must be at least 2, since one continuation differs from no other.")
         _checks.choice(self.embedding, MODES, "embedding")
         _checks.choice(self.backend, BACKENDS, "backend")
         checked_controls(self.partitions, "partitions")

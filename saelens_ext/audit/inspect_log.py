@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile, ZipFile
 
-from saelens_ext import _files
+from saelens_ext import _checks, _files
 from saelens_ext.host.chat_template import Prompt, checked_messages, in_words
 
 logger = logging.getLogger(__name__)
@@ -32,8 +32,12 @@ def read_inspect_log(path: Path, samples: Sequence[str | int] | None) -> tuple[l
     """
     prompts: dict[str, Prompt] = {}
     found: dict[str, list[str]] = {}
-    wanted, seen, left_out = None if samples is None else set(map(str, samples)), set(), 0
-    for sample in sorted(_samples(path), key=lambda one: (str(one.get("id")), one.get("epoch") or 0)):
+    wanted = None if samples is None else set(map(str, _checks.listed(samples, "samples", "id")))
+    seen, left_out = set(), 0
+    present = list(_samples(path))
+    if not all(isinstance(one, dict) for one in present):
+        raise ValueError(f"{path} has samples that are no objects; it is no log of Inspect.")
+    for sample in sorted(present, key=lambda one: (str(one.get("id")), one.get("epoch") or 0)):
         name = str(sample.get("id"))
         seen.add(name)
         if wanted is not None and name not in wanted:
@@ -55,7 +59,7 @@ def read_inspect_log(path: Path, samples: Sequence[str | int] | None) -> tuple[l
     return list(prompts.values()), found
 
 
-def _samples(path: Path) -> Iterator[dict[str, Any]]:
+def _samples(path: Path) -> Iterator[Any]:
     if path.suffix != ".eval":
         yield from _files.read_json(path, keys=["eval"]).get("samples") or ()
         return
@@ -114,6 +118,8 @@ def _text(message: Mapping[str, Any], attached: Mapping[str, str], name: str) ->
             said.append(f"<think>\n{_resolved(part.get('reasoning'), attached)}\n</think>\n\n")
         elif kind == "text":
             said.append(_resolved(part.get("text"), attached))
+        elif kind == "reasoning":
+            raise ValueError(f"{name} has reasoning that its provider redacted, without which its answer is no whole.")
         else:
             raise ValueError(f"{name} has a message with a part of the kind {kind!r}; only text can be continued.")
     return "".join(said)

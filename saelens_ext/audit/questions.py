@@ -21,6 +21,7 @@ Given = Sequence[str | Sequence[int]]
 Continuations = Given | Mapping[str, Given] | Path
 """Of one prefix, of several by their texts, or a file of them."""
 _KEYS = ({"prompt", "continuation"}, {"prompt", "token_ids"})
+_LINE = '{"prompt": …, "continuation": …}, or has "token_ids" in place of "continuation"'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,11 @@ def questions(prefixes: Prompt | Sequence[Prompt], continuations: Continuations 
         return [Question(prompt=prompt) for prompt in prompts]
     words = [in_words(prompt) for prompt in prompts]
     if isinstance(continuations, str | Path):
+        if not Path(continuations).is_file():
+            raise FileNotFoundError(
+                f"continuations is a text, which names a file, and there is no file {str(continuations)!r:.200}; "
+                "continuations themselves are given as a list."
+            )
         found: Mapping[str, Any] = read_continuations(continuations)[1]
     elif isinstance(continuations, Mapping):
         found = continuations
@@ -112,8 +118,8 @@ def read_continuations(
     Raises:
         FileNotFoundError: no such file.
         ImportError: a log compressed with Zstandard, and zipfile-zstd is not installed.
-        ValueError: another kind of file; a line that lacks its prompt or its continuation; a log without samples or
-            prompts, with tools, or without a sample asked for.
+        ValueError: another kind of file, or an empty one; a line that lacks its prompt or its continuation; a log
+            without samples or prompts, with tools, or without a sample asked for.
 
     Examples:
         >>> prefixes, continuations = sx.read_continuations("log.eval", samples=["sky"])  # doctest: +SKIP
@@ -131,6 +137,8 @@ def read_continuations(
     for prompt, one in _files.read_json_lines(path, _entry):
         prompts[in_words(prompt)] = prompt
         found.setdefault(in_words(prompt), []).append(one)
+    if not found:
+        raise ValueError(f"{path} is empty; a line is {_LINE}.")
     return list(prompts.values()), found
 
 
@@ -138,9 +146,7 @@ def _entry(entry: Any) -> tuple[Prompt, Any]:
     """A prefix and a continuation of it, from the object in one line."""
     if not isinstance(entry, dict) or set(entry) not in _KEYS:
         given = sorted(entry) if isinstance(entry, dict) else entry
-        raise ValueError(
-            f'a line is {{"prompt": …, "continuation": …}}, or has "token_ids" in its place; got {given!r:.200}.'
-        )
+        raise ValueError(f"a line is {_LINE}; got {given!r:.200}.")
     one = _checks.text(entry["continuation"], "continuation") if "continuation" in entry else entry["token_ids"]
     if "token_ids" in entry and not isinstance(one, list):
         raise ValueError(f"token_ids must be a list of whole numbers, got {one!r:.100}.")

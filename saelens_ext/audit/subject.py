@@ -4,7 +4,7 @@ import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from sae_lens import SAE
@@ -12,7 +12,7 @@ from sae_lens import SAE
 from saelens_ext import _files
 from saelens_ext.audit.stages import describe
 from saelens_ext.continuations.samplers.sampler import Sampler
-from saelens_ext.host.models import HostModel
+from saelens_ext.host.models import HostModel, check_model
 from saelens_ext.host.sentence_model import load_sentence_model
 
 Model = HostModel | Callable[[], HostModel]
@@ -67,14 +67,29 @@ class Inputs:
 
     def load(self) -> Subject:
         """Load what is to be loaded."""
-        # Modules can be called too.
-        model: Any = self.model if isinstance(self.model, torch.nn.Module) else self.model()
-        given = self.dictionaries
-        found: Any = given if isinstance(given, torch.nn.Module | Sequence) else given(model)
-        saes = [found] if isinstance(found, SAE) else list(found)
-        sampler = self.sampler if self.sampler is None or isinstance(self.sampler, Sampler) else self.sampler()
+        model: Any = self.model() if _is_function(self.model) else self.model
+        check_model(model, proxy=False)
+        found: Any = self.dictionaries(model) if _is_function(self.dictionaries) else self.dictionaries
+        saes: Any = [found] if isinstance(found, SAE) else found or []
+        for one in [saes] if isinstance(saes, str) else saes:
+            if not isinstance(one, SAE):
+                raise ValueError(
+                    f"dictionaries must be SAEs or transcoders of SAELens, got {one!r:.100}; "
+                    "SAE.load_from_disk(folder) loads a saved one."
+                )
+        sampler = self.sampler() if _is_function(self.sampler) else self.sampler
+        if sampler is not None and not isinstance(sampler, Sampler):
+            raise ValueError(
+                f"sampler must be an EndpointSampler, a HuggingFaceSampler or another Sampler, with draw and describe; "
+                f"got {sampler!r:.100}."
+            )
         embedder = load_sentence_model(self.embedder) if self.embeds else None
-        return Subject(model=model, saes=saes, embedder=embedder, sampler=sampler)
+        return Subject(model=model, saes=list(saes), embedder=embedder, sampler=sampler)
+
+
+def _is_function(given: Any) -> TypeGuard[Callable[..., Any]]:
+    """Whether something is to be called for what is meant; modules, and samplers, can be called too."""
+    return callable(given) and not isinstance(given, torch.nn.Module | Sampler)
 
 
 def let_go() -> None:

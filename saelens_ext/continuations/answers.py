@@ -67,9 +67,8 @@ def mark_answers(
         first = continuations.texts[has.index(False)]
         lacking = f"{n - sum(has)} of {n} continuations have no text {of}, such as {first!r:.200}"
         if missing == "raise" or not any(has):
-            raise ValueError(
-                f"{lacking}. Raise max_new_tokens if they were cut off before; missing='exclude' leaves them out."
-            )
+            other = "missing='exclude' leaves them out" if any(has) else f"is {after or span!r} what the model writes?"
+            raise ValueError(f"{lacking}. Raise max_new_tokens if they were cut off before; {other}.")
         logger.warning("%s; they are left out.", lacking)
         continuations = continuations.select(has)
     found = torch.tensor([place for place in places if place is not None])

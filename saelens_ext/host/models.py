@@ -3,31 +3,41 @@
 Which place of a model a hook name means is settled in `hook_names`; its functions are offered here too.
 """
 
-import re
 import tempfile
 import warnings
 from collections.abc import Mapping
 from copy import deepcopy
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
 import torch
 from sae_lens import SAE, HookedSAETransformer, SAETransformerBridge
 from sae_lens.load_model import HookedProxyLM
-from sae_lens.saes.sae import SAEMetadata
 from transformer_lens import HookedTransformer
-from transformer_lens.loading_from_pretrained import get_pretrained_model_config, get_pretrained_state_dict
+from transformer_lens.loading_from_pretrained import (
+    get_pretrained_model_config,
+    get_pretrained_state_dict,
+    make_model_alias_map,
+)
 from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.sources.transformers import boot
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from saelens_ext._checks import choice
+from saelens_ext import _checks
 from saelens_ext._modes import out_of_inference, standard_modes
 from saelens_ext.host.bos import text_start, warn_of_other_bos
 from saelens_ext.host.by_name import hooked_by_name
-from saelens_ext.host.devices import chosen_device
+from saelens_ext.host.devices import check_spread, chosen_device
 from saelens_ext.host.hook_names import AnyHost, hook_layer, locate, output_behind, resolve_hook, stop_layer
 from saelens_ext.host.hook_pass import describe_proxy
 from saelens_ext.host.scaled_contributions import run_replaced_points
+from saelens_ext.host.weight_processing import (
+    WITHIN_A_LAYER,
+    activation_differences,
+    normalization_type,
+    writing_weights_centered,
+)
 
 HostModel = Union[HookedTransformer, TransformerBridge]
 """The models that activations are read from: `HookedSAETransformer` and `SAETransformerBridge` are subclasses."""
@@ -47,6 +57,18 @@ __all__ = [
 ]
 
 
+def check_model(model: Any, *, proxy: bool = True) -> None:
+    """Raise ValueError for anything but a hosted model, or SAELens' proxy of one where that will do."""
+    if not isinstance(model, (HookedTransformer, TransformerBridge, *((HookedProxyLM,) if proxy else ()))):
+        named = isinstance(model, str | Path)
+        load = f"load_model({str(model)!r})" if named else "load_model(name, hf_model=model, tokenizer=tokenizer)"
+        given = repr(str(model)) if named else f"a {type(model).__name__}"
+        raise ValueError(
+            f"model must be a HookedSAETransformer or an SAETransformerBridge, got {given}: saelens_ext.{load} makes "
+            "one."
+        )
+
+
 def describe_model(model: HostModel | HookedProxyLM) -> dict[str, Any]:
     """What decides which activations a model gives, as a JSON-safe dictionary.
 
@@ -56,6 +78,7 @@ def describe_model(model: HostModel | HookedProxyLM) -> dict[str, Any]:
         weights are folded away), ``writing_weights_centered`` (measured on the embedding: whether what is written to
         the residual stream has its mean over the width removed), ``dtype``, ``n_layers`` and ``d_model``.
     """
+    check_model(model)
     if isinstance(model, HookedProxyLM):
         return describe_proxy(model)
     cfg = model.cfg
@@ -64,8 +87,8 @@ def describe_model(model: HostModel | HookedProxyLM) -> dict[str, Any]:
         "model_name": cfg.model_name,
         "model_class_name": type(model).__name__,
         "compatibility_mode": None if mode is None else bool(mode),
-        "normalization_type": _normalization_type(model),
-        "writing_weights_centered": _writing_weights_centered(model),
+        "normalization_type": normalization_type(model),
+        "writing_weights_centered": writing_weights_centered(model),
         "dtype": str(next(iter(model.parameters())).dtype).removeprefix("torch."),
         "n_layers": int(cfg.n_layers),
         "d_model": int(cfg.d_model),
@@ -73,7 +96,8 @@ def describe_model(model: HostModel | HookedProxyLM) -> dict[str, Any]:
 
 
 def tokenizer_of(model: HostModel | HookedProxyLM) -> PreTrainedTokenizerBase:
-    """The model's tokenizer; ValueError when it has none."""
+    """The model's tokenizer; ValueError when it has none, or is no model that is hosted."""
+    check_model(model)
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
         raise ValueError(
@@ -86,7 +110,7 @@ def tokenizer_of(model: HostModel | HookedProxyLM) -> PreTrainedTokenizerBase:
 
 def in_residual_space(hook_name: str) -> bool:
     """Whether what is read at a hook is the residual stream or is added to it, by the hook's name."""
-    return not _WITHIN_A_LAYER.search(hook_name)
+    return not WITHIN_A_LAYER.search(hook_name)
 
 
 @standard_modes()
@@ -113,22 +137,25 @@ def load_model(
             leaves ``hf_model`` where it is, or lets the host choose.
         dtype: torch dtype or its name; None keeps that of ``hf_model``, or float32.
         hf_model: an already loaded Hugging Face model; the host takes it over (a bridge rewires it in place).
-        tokenizer: an already loaded tokenizer; one that lives only in memory is fine.
+        tokenizer: an already loaded tokenizer, by default that of ``name_or_path``; one that lives only in memory is
+            fine.
         revision: branch, tag or commit of a model on the Hub.
         trust_remote_code: run the code that a model on the Hub brings along.
         device_map: how a bridge is spread over devices, as Hugging Face's accelerate takes it, instead of ``device``.
         n_devices: over how many CUDA devices a bridge is spread, instead of ``device``.
-        max_memory: by device, how much of it a spread bridge may take, such as ``{0: "20GiB"}``.
+        max_memory: by device, how much of it a spread bridge may take, such as ``{0: "20GiB"}``; with ``device_map``
+            or several ``n_devices``.
 
     Returns:
         The model, in evaluation mode.
 
     Raises:
+        FileNotFoundError: for a path without a folder.
         ValueError: for an unknown class or dtype; a device that is not there, or one beside a way to spread the model;
             an option that does not apply to ``hf_model``, a folder or a `HookedSAETransformer`; a model that
             TransformerLens knows by its published name only, whose name or sizes are not among those.
     """
-    choice(model_class, ("SAETransformerBridge", "HookedSAETransformer"), "model_class")
+    _checks.choice(model_class, ("SAETransformerBridge", "HookedSAETransformer"), "model_class")
     spread = {"device_map": device_map, "n_devices": n_devices, "max_memory": max_memory}
     fetched = {"revision": revision, "trust_remote_code": trust_remote_code or None}
     options = {name: value for name, value in {**spread, **fetched}.items() if value is not None}
@@ -144,21 +171,50 @@ def load_model(
     if model_class == "SAETransformerBridge":
         model = bridge_of(name_or_path, device=device, dtype=dtype, hf_model=hf_model, tokenizer=tokenizer, **options)
     elif hf_model is not None or Path(name_or_path).is_dir():
-        model = _hooked_from_hf(name_or_path, hf_model, tokenizer, device, dtype)
+        model = _hooked_from_hf(name_or_path, hf_model, tokenizer, device, dtype, trust_remote_code)
     else:
-        model = HookedSAETransformer.from_pretrained_no_processing(
-            str(name_or_path), device=device, dtype=dtype, tokenizer=tokenizer, **options
-        )
+        model = hooked_of(name_or_path, device=device, dtype=dtype, tokenizer=tokenizer, **options)
     out_of_inference(model.eval())
     return model
 
 
 def bridge_of(name_or_path: str | Path, **options: Any) -> SAETransformerBridge:
-    """A bridge in evaluation mode, booted with the host's own options."""
+    """A bridge in evaluation mode, booted with the host's own options.
+
+    Raises:
+        FileNotFoundError: a path without a folder.
+        ValueError: an option that the host does not know, or a way to spread the model that cannot be.
+    """
+    _checks.known_keys(options, list(signature(boot).parameters)[1:], "An SAETransformerBridge")
+    check_spread(*(options.get(name) for name in ("device_map", "n_devices", "max_memory")))
+    if options.get("hf_model") is None:
+        _check_path(name_or_path)
     model = SAETransformerBridge.boot_transformers(str(name_or_path), **options)
     run_replaced_points(model)
     out_of_inference(model.eval())
     return model
+
+
+def hooked_of(name: str | Path, **options: Any) -> HookedSAETransformer:
+    """A model that the host knows by its name; FileNotFoundError for a path, ValueError for another name."""
+    _check_path(name)
+    names = list(make_model_alias_map())
+    if str(name).lower() not in names:
+        raise ValueError(
+            f"A HookedSAETransformer is loaded by a name that TransformerLens lists, and {str(name)!r} is none."
+            f"{_checks.near_matches(str(name), names)} Load it as an SAETransformerBridge, or from the folder of a "
+            "saved model."
+        )
+    return HookedSAETransformer.from_pretrained_no_processing(str(name), **options).eval()
+
+
+def _check_path(name: str | Path) -> None:
+    """FileNotFoundError for a path where there is no folder; names on the Hub have one slash at most."""
+    text = str(name)
+    if (isinstance(name, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1) and not Path(name).is_dir():
+        raise FileNotFoundError(
+            f"{text} is no folder of a saved model; give one, or the name of a model on the Hub, such as 'gpt2'."
+        )
 
 
 def _check_options(
@@ -220,7 +276,7 @@ def retarget(sae: AnySAE, model: AnyHost) -> AnySAE:
         )
     if isinstance(model, (HookedTransformer, TransformerBridge)):
         warn_of_other_bos(metadata.get("prepend_bos"), text_start(model).prepends_bos, "this model's texts")
-        differences = _activation_differences(metadata, describe_model(model))
+        differences = activation_differences(metadata, describe_model(model))
         if differences:
             warnings.warn(
                 f"This SAE was built on activations that this model may not give: {'; '.join(differences)}. What it "
@@ -244,101 +300,16 @@ def _set_head_reshaping(sae: SAE, model: AnyHost) -> None:
         sae.turn_off_forward_pass_hook_z_reshaping()
 
 
-# --- what decides the activations ------------------------------------------------------------------------------------
-
-
-def _normalization_type(model: HostModel) -> str | None:
-    """The host's name for the norm; a bridge with the norms' weights folded away does not say so: they are all 1."""
-    kind = model.cfg.normalization_type
-    if kind not in ("LN", "RMS") or not getattr(model, "compatibility_mode", False):
-        return kind
-    gains = [getattr(getattr(block, norm, None), "weight", None) for block in model.blocks for norm in ("ln1", "ln2")]
-    folded = all(bool((gain == gain[0]).all()) for gain in gains if gain is not None)
-    return f"{kind}Pre" if folded else kind
-
-
-def _writing_weights_centered(model: HostModel) -> bool | None:
-    """Whether the rows of the embedding sum to zero, as they do once the host has centred what is written."""
-    try:
-        rows = model.W_E[:64].detach().float()
-    except AttributeError:
-        return None
-    return bool((rows.mean(dim=-1).abs() < 1e-3 * rows.std(dim=-1)).all())
-
-
-# Hooks, in either spelling, at which a change of the weights' processing cannot be seen, or can. Centring what is
-# written to the residual stream shows wherever that stream or a part of it is read. Folding a norm's weights shows
-# between the norm and the next matrix; it comes with folding value biases, which shows in values and what heads make of
-# them.
-_WITHIN_A_LAYER = re.compile(
-    r"hook_(q|k|v|z|pre|pre_linear|post|normalized|scale|rot_q|rot_k)$|\.(q|k|v|qkv|gate|in)\.hook_(in|out)$"
-    r"|\.(out|o)\.hook_in$|mlp\.hook_in$|attn\.hook_in$|ln\w*\.hook_out$|unembed"
-)
-_AFTER_A_NORM = re.compile(r"ln\w*\.hook_out$|(?:mlp|attn|unembed|\.q|\.k|\.v|\.qkv|\.gate|\.in)\.hook_in$")
-_VALUES = re.compile(r"hook_(v|z)$|\.v\.hook_out$|\.o\.hook_in$")
-
-
-def _activation_differences(metadata: SAEMetadata, model: Mapping[str, Any]) -> list[str]:
-    """Sentences on what changes the activations at the SAE's hooks; what was not recorded is not judged.
-
-    Another model class alone changes nothing: both hosts give the same activations from the same unprocessed weights.
-    """
-    built = _recorded(metadata)
-    hooks = [name for name in (metadata.hook_name, metadata.hook_name_out) if name]
-    if built["writing_weights_centered"] is None and _class_differs(built, model):
-        then, now = (f"{d['model_class_name']} (compatibility_mode={d['compatibility_mode']})" for d in (built, model))
-        return [f"it was built on a {then} and this is a {now}, and nothing records how the weights were processed"]
-    found = []
-    if any(_shows(name, built, model) for name in hooks):
-        centring = "centring of the weights that write to the residual stream"
-        for key, what in {"writing_weights_centered": centring, "normalization_type": "the norm"}.items():
-            if _differs(key, built, model):
-                found.append(f"{what} was {built[key]!r} and is {model[key]!r} here")
-    return found
-
-
-def _recorded(metadata: SAEMetadata) -> dict[str, Any]:
-    """What an SAE records of its model; SAELens' own SAEs record the arguments that the model was loaded with."""
-    keys = ("model_class_name", "compatibility_mode", "normalization_type", "writing_weights_centered")
-    built = {key: metadata.get(key) for key in keys}
-    arguments = metadata.model_from_pretrained_kwargs
-    if built["writing_weights_centered"] is None and arguments:
-        built["writing_weights_centered"] = arguments.get("center_writing_weights")
-    return built
-
-
-def _shows(hook_name: str, built: Mapping[str, Any], model: Mapping[str, Any]) -> bool:
-    """Whether a recorded difference in how the weights were processed changes the activations at this hook."""
-    if _differs("writing_weights_centered", built, model) and not _WITHIN_A_LAYER.search(hook_name):
-        return True
-    if not _differs("normalization_type", built, model):
-        return False
-    biased = str(model["normalization_type"]).startswith("LN")
-    return bool(_AFTER_A_NORM.search(hook_name) or (biased and _VALUES.search(hook_name)))
-
-
-def _differs(key: str, built: Mapping[str, Any], model: Mapping[str, Any]) -> bool:
-    return built[key] is not None and model[key] is not None and built[key] != model[key]
-
-
-def _class_differs(built: Mapping[str, Any], model: Mapping[str, Any]) -> bool:
-    """Whether the recorded family of model class, or its compatibility mode, is another one."""
-    if built["model_class_name"] is None:
-        return False
-    bridged = ["Bridge" in str(description["model_class_name"]) for description in (built, model)]
-    modes = [bool(description["compatibility_mode"]) for description in (built, model)]
-    return bridged[0] != bridged[1] or modes[0] != modes[1]
-
-
 # --- loading ---------------------------------------------------------------------------------------------------------
 
 
 def _as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype
-    found = getattr(torch, dtype.removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype):
-        raise ValueError(f"dtype must be a torch dtype or its name ('float32', 'bfloat16', 'float16'), got {dtype!r}.")
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise ValueError(
+            "dtype must be a torch dtype of floating point or its name ('float32', 'bfloat16', 'float16'), got "
+            f"{dtype!r}."
+        )
     return found
 
 
@@ -348,15 +319,17 @@ def _hooked_from_hf(
     tokenizer: PreTrainedTokenizerBase | None,
     device: str | torch.device | None,
     dtype: torch.dtype,
+    trust_remote_code: bool,
 ) -> HookedSAETransformer:
     """A `HookedSAETransformer` with the weights of a Hugging Face model, whose name the host need not know.
 
     The host's own loader takes only names on its list, though its converters know every model of the same architecture.
     """
+    trusted = {"trust_remote_code": trust_remote_code}
     if hf_model is None:
-        hf_model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
+        hf_model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, **trusted)
     if tokenizer is None and Path(name_or_path).is_dir():
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **trusted)
     device = device or next(hf_model.parameters()).device
     hf_config = deepcopy(hf_model.config)
     if not hasattr(hf_config, "n_ctx"):

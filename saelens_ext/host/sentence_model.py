@@ -25,4 +25,9 @@ def load_sentence_model(given: Any = None) -> Any:
         return given
     from sentence_transformers import SentenceTransformer  # imports for seconds, so only where it is needed
 
-    return SentenceTransformer(str(packaged_sentence_model() if given is None else given))
+    if given is None:
+        return SentenceTransformer(str(packaged_sentence_model()))
+    try:
+        return SentenceTransformer(str(given))
+    except OSError as error:
+        raise OSError(f"The sentence model {str(given)!r} could not be loaded: {error}") from error

@@ -104,7 +104,7 @@ class Search:
         for factor, k in ((1, 16), (2, 32)):
             z = self._sketch.joint(factor * b_e, factor * b_a)
             found.append(sketch_partition(z, self.views.weights, min(k, n), self._random_state))
-        if n <= _FEW_ITEMS:
+        if 1 < n <= _FEW_ITEMS:
             found.append(np.arange(n))
             found += [self._random_labels(2 + turn % (n - 1)) for turn in range(_RANDOM_STARTS)]
             if self.min_members > 1:

@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from sae_lens import HookedSAETransformer
 from sae_lens.constants import DTYPE_MAP
 from sae_lens.load_model import load_model as load_with_saelens
 
 from saelens_ext import _checks
 from saelens_ext.activations.cached_stream import CachedStream
 from saelens_ext.activations.stream import ActivationStream
-from saelens_ext.host.devices import chosen_device
-from saelens_ext.host.models import bridge_of, describe_model, load_model
+from saelens_ext.host.devices import check_spread, chosen_device
+from saelens_ext.host.models import bridge_of, describe_model, hooked_of, load_model
 from saelens_ext.runner.config import MODEL_CLASSES, DictionaryRunnerConfig
 from saelens_ext.runner.dictionary_configs import ExemplarBuildConfig, SNMFBuildConfig
 
@@ -39,22 +38,26 @@ def open_model(config: DictionaryRunnerConfig) -> Any:
             _checks.choice(arguments[key], tuple(DTYPE_MAP), f"model_from_pretrained_kwargs[{key!r}]")
             arguments[key] = DTYPE_MAP[arguments[key]]
     if "max_memory" in arguments:  # whose numbers of devices are texts in JSON
-        arguments["max_memory"] = {int(k) if k.isdigit() else k: v for k, v in arguments["max_memory"].items()}
+        given = arguments["max_memory"] or {}
+        arguments["max_memory"] = {int(k) if str(k).isdigit() else k: v for k, v in given.items()} or None
     device = _device(config, arguments)
     logger.info("Loading %s as %s", config.model_name, config.model_class_name)
     if config.model_class_name == "AutoModelForCausalLM":
+        check_spread(arguments.get("device_map"), None, arguments.get("max_memory"))
+        if arguments.pop("n_devices", None) is not None:
+            raise ValueError("n_devices spreads an SAETransformerBridge; device_map='auto' an AutoModelForCausalLM.")
         return load_with_saelens("AutoModelForCausalLM", config.model_name, device, arguments).eval()
     if config.model_class_name == "SAETransformerBridge":
         return bridge_of(config.model_name, device=device, **arguments)
     if not Path(config.model_name).is_dir():
-        return HookedSAETransformer.from_pretrained_no_processing(config.model_name, device=device, **arguments).eval()
-    _checks.known_keys(arguments, ["dtype"], "A saved model loaded as HookedTransformer")
+        return hooked_of(config.model_name, device=device, **arguments)
+    _checks.known_keys(arguments, ["dtype", "trust_remote_code"], "A saved model loaded as HookedTransformer")
     return load_model(config.model_name, model_class="HookedSAETransformer", device=device, **arguments)
 
 
 def _device(config: DictionaryRunnerConfig, arguments: dict[str, Any]) -> str | None:
     """Where the loader is to put the model; None where its arguments say how it is spread over devices."""
-    spread = arguments.get("device_map") is not None or arguments.get("n_devices", 1) > 1
+    spread = arguments.get("device_map") is not None or (arguments.get("n_devices") or 1) > 1
     if config.model_class_name == "HookedTransformer" or not spread:
         return chosen_device(arguments.pop("device", config.device))
     if "device" in arguments:

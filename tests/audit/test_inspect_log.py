@@ -100,7 +100,13 @@ def test_reasoning_attachments_and_earlier_answers(tmp_path):
         (SAMPLES, ["sky", "see"], "has no sample see; it has 7, sky"),
         ([sample("a", 1, [SKY, {"role": "tool", "content": "5"}], "x")], None, "calls tools"),
         ([sample("a", 1, [SKY], [{"type": "image", "image": "data:"}])], None, "a part of the kind 'image'"),
-        ([sample("a", 1, [SKY], [{"type": "reasoning", "redacted": True}])], None, "kind 'reasoning'"),
+        (
+            [sample("a", 1, [SKY], [{"type": "reasoning", "redacted": True}])],
+            None,
+            "reasoning that its provider redacted",
+        ),
+        (["a"], None, "has samples that are no objects"),
+        (SAMPLES, "sky", "samples must be a list of at least one id, got 'sky'"),
         ([{"id": "a", "messages": "x"}], None, "no list of objects"),
     ],
 )

@@ -58,6 +58,32 @@ def test_equal_ones_are_one_with_their_count(setting):
     assert rows.weights.tolist() == pytest.approx([0.6, 0.2, 0.2])
 
 
+def test_two_continuations_are_enough_and_one_is_not(setting):
+    (found,) = audit_continuations(setting[0], PREFIX, setting[1], continuations=[" is", " was"], **FEW).prefixes
+    assert len(found.continuations) == 2
+    with pytest.raises(ValueError, match="gave 1 continuation.* to cluster; .*at least two. Give more that differ"):
+        audit_continuations(setting[0], PREFIX, setting[1], continuations=[" is", " is"], **FEW)
+    with pytest.raises(ValueError, match="n must be at least 2"):
+        audit_continuations(setting[0], PREFIX, setting[1], n=1)
+
+
+@pytest.mark.parametrize(
+    ("replaced", "message"),
+    [
+        ({"model": lambda: "gpt2"}, "model must be a HookedSAETransformer .* got 'gpt2': saelens_ext.load_model"),
+        ({"model": lambda: None}, "model must be .* got a NoneType"),
+        ({"dictionaries": lambda model: "folder"}, "dictionaries must be SAEs or trans.* got 'folder'; SAE.load_from"),
+        ({"dictionaries": lambda model: ["folder"]}, "dictionaries must be SAEs .* got 'folder'"),
+        ({"sampler": lambda: "http://localhost"}, "sampler must be an EndpointSampler.* got 'http://localhost"),
+        ({"sampler": lambda: 5}, "sampler must be an EndpointSampler.* got 5"),
+    ],
+)
+def test_what_is_no_subject_is_told_what_to_be(setting, replaced, message):
+    given = {"model": setting[0], "dictionaries": setting[1]} | replaced
+    with pytest.raises(ValueError, match=message):
+        audit_continuations(prefixes=PREFIX, **given, **FEW)
+
+
 @pytest.mark.slow
 def test_the_answers_alone_are_audited(setting, caplog):
     words = ("is", "was", "has", "had", "can", "will")
@@ -78,6 +104,7 @@ def test_whose_they_are(tmp_path):
     talk = [{"role": "user", "content": "Why?"}]
     path = tmp_path / "log.jsonl"
     path.write_text(json.dumps({"prompt": talk, "continuation": " So."}))
+    path.write_text("\ufeff" + path.read_text())  # the mark that some editors put in front
     assert questions([talk], path)[0].given == questions([talk], str(path))[0].given == (" So.",)
 
 
@@ -88,11 +115,22 @@ def test_whose_they_are(tmp_path):
         (["a", "b"], {"a": [" x"]}, "has none of the prefix 'b'"),
         ("a", {"a": [" x"], "c": [" x"]}, "of 'c', which is no prefix"),
         ("a", [], "continuations of 'a' is empty"),
+        ("a", " so it is", "there is no file ' so it is'; continuations themselves are given as a list"),
     ],
 )
 def test_what_does_not_fit(prefixes, given, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         questions(prefixes, given)
+
+
+def test_files_without_a_line_or_in_another_encoding_are_named(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text("\n")
+    with pytest.raises(ValueError, match="log.jsonl is empty; a line is .*prompt"):
+        questions("a", path)
+    path.write_bytes('\n{"prompt": "a", "continuation": " é"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match="Line 2 of .*log.jsonl: 'utf-8' codec can't decode"):
+        questions("a", path)
 
 
 @pytest.mark.parametrize(

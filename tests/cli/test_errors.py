@@ -98,7 +98,7 @@ FAILURES = [
     (["audit", "--prefixes={tmp}/none"], "No such file or directory: '.*none'"),
     (
         ["audit", "--prefix=x", "--dictionaries={fine}", "--output_path=none", "--model_name={place}/text.jsonl"],
-        "could not be read: .*not a valid JSON",
+        "could not be read: .*text.jsonl is no folder of a saved model; give one, or the name of a model on the Hub",
     ),
     (
         [

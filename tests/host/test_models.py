@@ -3,6 +3,7 @@
 import json
 import warnings
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,11 +11,13 @@ from sae_lens import HookedSAETransformer, StandardSAE, StandardSAEConfig
 from sae_lens.load_model import HookedProxyLM
 from sae_lens.saes.sae import SAEMetadata
 from transformer_lens import HookedTransformer, HookedTransformerConfig
+from transformer_lens.loading_from_pretrained import get_pretrained_state_dict
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.pretrained.weight_conversions import convert_gemma_weights
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from saelens_ext.host.models import (
+    check_model,
     describe_model,
     hook_layer,
     load_model,
@@ -463,6 +466,16 @@ def test_load_on_the_best_device_or_spread_over_devices(tmp_path):
     ("options", "message"),
     [
         ({"dtype": "float33"}, "dtype must be a torch dtype"),
+        ({"dtype": "int8"}, "dtype must be a torch dtype of floating point .*got 'int8'"),
+        ({"device_map": {"": 99}}, r"device_map\[''\] is no device that is there: There is no device 'cuda:99' here"),
+        ({"device_map": "cuda:99"}, "device_map, .* is no device that is there"),
+        ({"device_map": "spread"}, "device_map, if not 'auto', .* is no device that is there"),
+        ({"device_map": "auto", "max_memory": {99: "1GB"}}, "A key of max_memory is no device that is there"),
+        ({"max_memory": {"cpu": "1GB"}}, 'max_memory bounds .* give device_map="auto" with it'),
+        ({"n_devices": 99}, "n_devices=99 are more CUDA devices than"),
+        ({"n_devices": 0}, "n_devices must be a whole number of at least 1, got 0"),
+        ({"n_devices": 1, "device_map": "auto"}, "device_map and n_devices=1 each say how"),
+        ({"model_class": "HookedSAETransformer"}, "TransformerLens lists, and 'x' is none"),
         ({"device": "cuda:99"}, "There is no device 'cuda:99' here, only"),
         ({"device": "gpu"}, 'device must be "auto", "cpu" or another device of torch, got .gpu.'),
         ({"device": "cpu", "n_devices": 2}, "device='cpu' puts the model in one place and n_devices spreads it"),
@@ -475,6 +488,56 @@ def test_load_refuses_what_does_not_go_together(options, message):
         options = options | {"hf_model": make_hf_model("llama"), "tokenizer": make_tokenizer()}
     with pytest.raises(ValueError, match=message):
         load_model("x", **options)
+
+
+@pytest.mark.parametrize("model_class", MODEL_CLASSES)
+@pytest.mark.parametrize("name", ["/no/such/model", "./model", "a/b/c", Path("model")])
+def test_a_path_without_a_folder_is_no_name(name, model_class):
+    with pytest.raises(FileNotFoundError, match="(model|c) is no folder of a saved model; give one"):
+        load_model(name, model_class=model_class)
+
+
+def test_a_misspelt_name_has_near_ones():
+    with pytest.raises(ValueError, match="'gpt3-small' is none. Did you mean .*'gpt2-small'.*SAETransformerBridge"):
+        load_model("gpt3-small", model_class="HookedSAETransformer")
+
+
+def test_what_is_no_hosted_model_is_told_how_to_become_one():
+    with pytest.raises(ValueError, match=r"got a LlamaForCausalLM: saelens_ext.load_model\(name, hf_model=model"):
+        check_model(make_hf_model("llama"))
+    with pytest.raises(ValueError, match=r"got 'gpt2': saelens_ext.load_model\('gpt2'\) makes one"):
+        check_model("gpt2")
+    proxy = HookedProxyLM(make_hf_model("llama"), make_tokenizer())
+    check_model(proxy)
+    with pytest.raises(ValueError, match="got a HookedProxyLM"):
+        check_model(proxy, proxy=False)
+
+
+def test_code_that_comes_with_a_folder_is_run_where_it_is_trusted(tmp_path, monkeypatch):
+    """The model's own class and tokenizer are asked for with what was said of them."""
+    make_hf_model("llama").save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    code = "from transformers import LlamaForCausalLM\n\n\nclass Own(LlamaForCausalLM):\n    pass\n"
+    (tmp_path / "own.py").write_text(code)
+    config["auto_map"] = {"AutoModelForCausalLM": "own.Own"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    made = []
+    monkeypatch.setattr("saelens_ext.host.models.get_pretrained_state_dict", _seen(made))
+    for trust in (True, False):
+        load_model(tmp_path, model_class="HookedSAETransformer", trust_remote_code=trust)
+    assert made == ["Own", "LlamaForCausalLM"]
+
+
+def _seen(made):
+    """The host's reading of weights, which notes the class that they are read from."""
+
+    def read(name, config, hf_model, **options):
+        made.append(type(hf_model).__name__)
+        return get_pretrained_state_dict(name, config, hf_model, **options)
+
+    return read
 
 
 def test_a_folder_has_no_revision(tmp_path):

@@ -129,6 +129,10 @@ def test_how_a_model_is_loaded_is_passed_on(saved_model, tmp_path):
     given.model_from_pretrained_kwargs = {"fold_ln": True}
     with pytest.raises(ValueError, match="does not know 'fold_ln'"):
         open_model(given)
+    given.model_class_name = "SAETransformerBridge"
+    given.model_from_pretrained_kwargs = {"devicemap": "auto"}
+    with pytest.raises(ValueError, match="SAETransformerBridge does not know 'devicemap'. Did you mean 'device_map'"):
+        open_model(given)
     given.model_from_pretrained_kwargs = {"dtype": "float17"}
     with pytest.raises(ValueError, match=r"model_from_pretrained_kwargs\['dtype'\] must be one of"):
         open_model(given)
@@ -296,6 +300,20 @@ def test_the_loader_may_be_told_where_the_model_goes(kind, arguments, tmp_path):
     model = open_model(named(tmp_path, kind, arguments))
     assert next(model.parameters()).device.type == "cpu"
     assert model.tokenizer is not None
+
+
+@pytest.mark.parametrize("kind", ["SAETransformerBridge", "AutoModelForCausalLM"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"device_map": {"": 99}}, "is no device that is there: There is no device"),
+        ({"device_map": "auto", "max_memory": {"99": "1GB"}}, "A key of max_memory is no device that is there"),
+        ({"n_devices": 99}, "n_devices.* (are more CUDA devices|spreads an SAETransformerBridge)"),
+    ],
+)
+def test_devices_that_are_not_there_are_named(kind, arguments, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        open_model(named(tmp_path, kind, arguments))
 
 
 def named(folder, kind, arguments):

@@ -156,3 +156,13 @@ def test_baselines_match_clusters_or_rate(data):
     ]:
         with pytest.raises(ValueError, match=message):
             single_view_kmeans(X, **arguments)
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_two_or_three_items_are_clustered_and_judged(n):
+    """A bootstrap of so few often draws one of them alone, which has one cluster."""
+    rng = np.random.default_rng(0)
+    path = rate_distortion_path(rng.normal(size=(n, 3)), rng.normal(size=(n, 4)), (1.0, 4.0), (0.5,), random_state=0)
+    assert [point.n_clusters for point in path.points] == [1, n]
+    choice = choose_point(path, clusters=(1, n), n_resamples=20, random_state=0)
+    assert choice.point.n_clusters in (1, n)
