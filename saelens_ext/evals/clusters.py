@@ -35,7 +35,7 @@ from saelens_ext.evals.clusterings import (
     win_shares,
 )
 from saelens_ext.evals.evidence import Evidence, Failure, Pair, corrected, evidence_table
-from saelens_ext.evals.over_prompts import OverPrompts, Unmeasured
+from saelens_ext.evals.over_units import OverUnits, Unmeasured
 from saelens_ext.evals.sweep_store import SweepStore
 from saelens_ext.host.chat_template import Prompt
 from saelens_ext.host.sentence_model import load_sentence_model
@@ -250,7 +250,7 @@ def evaluate_clusters(
     if not plan.directions or not plan.signs:
         raise ValueError(f"directions and signs must not be empty, got {directions!r} and {signs!r}.")
     check_halves(audit.n, audit.held_out, f"n={audit.n}")
-    each = OverPrompts(
+    each = OverUnits(
         inputs=Inputs(model=model, dictionaries=dictionaries, embedder=embedder, sampler=sampler),
         keys=[question.prompt for question in given],
         kind="prefix",
@@ -258,8 +258,7 @@ def evaluate_clusters(
         workers=workers,
         actor_options=actor_options,
     )
-    each.check()
-    about, subject = each.load()
+    about = each.opened(lambda subject: subject.about)
     settings = asdict(replace(plan, second_embedder=None)) | {
         "second_embedder": describe_embedder(plan.second_embedder)
     }
@@ -267,7 +266,7 @@ def evaluate_clusters(
     store = SweepStore.at(folder, settings)
     parts, failures = [], []
     kept = None if folder is None else Path(folder)
-    every = each.measured(partial(_prefix, given, plan, kept), subject, about, store, progress)
+    every = each.measured(partial(partial, _prefix, given, plan, kept), store, progress)
     for question, found in zip(given, every, strict=True):
         assert not isinstance(found, Unmeasured)
         parts.append(pd.DataFrame(found["cells"]))

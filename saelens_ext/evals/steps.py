@@ -23,7 +23,7 @@ from saelens_ext.continuations.step_tree import StepTree as StepTree
 from saelens_ext.continuations.steps import sample_steps as sample_steps
 from saelens_ext.evals import step_pairs as pairs
 from saelens_ext.evals.evidence import Evidence, Failure, Pair, corrected, evidence_table
-from saelens_ext.evals.over_prompts import OverPrompts, Unmeasured
+from saelens_ext.evals.over_units import OverUnits, Unmeasured
 from saelens_ext.evals.sweep_store import SweepStore
 from saelens_ext.evals.verdicts import LEVEL
 from saelens_ext.host.models import HostModel
@@ -259,7 +259,7 @@ def audit_steps(
     _check_trees(given)
     _checks.choice(sources, SOURCES, "sources")
     places = [(number, j) for number, tree in enumerate(given) for j in range(2, len(tree) + 1)]
-    each = OverPrompts(
+    each = OverUnits(
         inputs=Inputs(model=model, dictionaries=dictionaries, embedder=embedder),
         keys=[[f"step {j}", _asked(given[number], j)] for number, j in places],
         kind="step",
@@ -267,13 +267,12 @@ def audit_steps(
         workers=workers,
         actor_options=actor_options,
     )
-    each.check()
-    about, subject = each.load()
+    about = each.opened(lambda subject: subject.about)
     settings: dict[str, Any] = {"sources": sources, "audit": asdict(audit), **about}
     store = SweepStore.at(folder, settings)
     cells: list[dict[str, Any]] = []
     failures: list[Failure] = []
-    every = each.measured(partial(_step, given, places, sources, audit), subject, about, store, progress)
+    every = each.measured(partial(partial, _step, given, places, sources, audit), store, progress)
     for (number, j), found in zip(places, every, strict=True):
         assert not isinstance(found, Unmeasured)
         cells += [{"problem": f"problem {number:03d}", "target": j, **cell} for cell in found["cells"]]

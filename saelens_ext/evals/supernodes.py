@@ -37,7 +37,7 @@ from saelens_ext.continuations.continuation_set import ContinuationSet
 from saelens_ext.evals.attempts import Attempts
 from saelens_ext.evals.clusterings import check_prefixes
 from saelens_ext.evals.evidence import Evidence, evidence_table
-from saelens_ext.evals.over_prompts import OverPrompts, Unmeasured
+from saelens_ext.evals.over_units import OverUnits, Unmeasured
 from saelens_ext.evals.sweep_store import SweepStore
 from saelens_ext.host.chat_template import Prompt, checked_messages, in_words
 from saelens_ext.report.evidence_section import EvidenceTable
@@ -197,7 +197,7 @@ def evaluate_supernodes(
         swap.check()
     for value, name in ((n_supernodes, "n_supernodes"), (n_shuffles, "n_shuffles")):
         _checks.positive(value, name)
-    each = OverPrompts(
+    each = OverUnits(
         inputs=Inputs(model=model, dictionaries=dictionaries, embedder=None, sampler=sampler, embeds=False),
         keys=[list(swap) for swap in given],
         kind="prompt",
@@ -206,12 +206,11 @@ def evaluate_supernodes(
         actor_options=actor_options,
         catch=Exception,  # whatever a sampler or a host library raises
     )
-    each.check()
-    described, subject = each.load()
+    described = each.opened(lambda subject: subject.about)
     asked = {name: value for name, value in asdict(audit).items() if name in READ}
     store = SweepStore.at(folder, {"audit": asked, **described})
     attempts, found = Attempts(), dict[str, tuple[Effects, Effects]]()
-    every = each.measured(partial(_prompt, given, audit), subject, described, store, progress)
+    every = each.measured(partial(partial, _prompt, given, audit), store, progress)
     for swap, one in zip(given, every, strict=True):
         words = in_words(swap.prompt)
         if isinstance(one, Unmeasured):

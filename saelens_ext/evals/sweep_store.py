@@ -48,13 +48,13 @@ class SweepStore:
         number = lambda value: np.nan if value is None else float(value)  # noqa: E731
         return [Verdict(number(shown), number(odds), text) for shown, odds, text in found["verdicts"]]
 
-    def of(self, kind: str, key: Any, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The result of a JSON-safe key, whatever other keys there are; as `named`."""
-        return self.named(f"{kind} {_files.short_name(key)}", make)
-
     def kept(self, kind: str, key: Any) -> dict[str, Any] | None:
-        """The result of a key if it is there."""
+        """The result of a JSON-safe key if it is there, whatever other keys there are."""
         return self._get(f"{kind} {_files.short_name(key)}")
+
+    def keep(self, kind: str, key: Any, content: dict[str, Any]) -> None:
+        """Keep the result of a key, JSON-safe."""
+        self._put(f"{kind} {_files.short_name(key)}", content)
 
     def named(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """A result that is there, or made and kept now, as JSON holds it."""

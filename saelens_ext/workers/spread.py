@@ -1,8 +1,10 @@
-"""Work spread over worker processes: prompts of an audit, each worker with a model of its own; cells of a sweep.
+"""Work spread over worker processes: prompts of an audit, concepts of an evaluation, each worker with a model of its
+own; cells of a sweep.
 
 What is done comes as a function without arguments that loads what is needed, such as the model, and gives back a
-function of a number, of the prompt or cell. It travels by cloudpickle, and a worker calls it once. Numbers are handed
-out one by one, so that a slow one holds up no other. An audit leaves results in files, so that only errors come back.
+function of a number, of the prompt, concept or cell. It travels by cloudpickle, and a worker calls it once. Numbers are
+handed out one by one, so that a slow one holds up no other. An audit leaves results in files, so that only errors come
+back.
 """
 
 import threading
@@ -35,10 +37,11 @@ def spread(
     actor_options: dict[str, Any] | None,
     progress: bool,
     after_a_death: str = IN_FOLDER,
+    unit: str = "prompt",
 ) -> dict[int, Any]:
     """Do the work for all numbers, and give what it gave by number, where that is not None.
 
-    ``after_a_death``: what to do when a worker died, as a sentence.
+    ``after_a_death``: what to do when a worker died, as a sentence; ``unit``: what a number stands for, for the bar.
 
     Raises:
         ValueError: more actors than Ray has resources for.
@@ -47,7 +50,7 @@ def spread(
     n_workers = min(n_workers, len(numbers))
     try:
         if workers == "ray":
-            return _RaySpread(load, n_workers, actor_options).found(numbers, progress)
+            return _RaySpread(load, n_workers, actor_options).found(numbers, progress, unit)
         return _over_joblib(load, numbers, n_workers)
     except _Died as death:
         raise RuntimeError(
@@ -90,12 +93,12 @@ class _RaySpread(RayActors):
     def _actor(self) -> tuple[type, tuple[Any, ...]]:
         return _Actor, (self._load, threads_here())
 
-    def found(self, numbers: Sequence[int], progress: bool) -> dict[int, Any]:
+    def found(self, numbers: Sequence[int], progress: bool, unit: str) -> dict[int, Any]:
         """What came back by number; the actors are stopped afterwards."""
         waiting, running, found = list(reversed(numbers)), {}, {}
         try:
             free = list(self._started())
-            with tqdm(total=len(numbers), disable=not progress, desc="prompts") as bar:
+            with tqdm(total=len(numbers), disable=not progress, desc=unit, unit=unit) as bar:
                 while waiting or running:
                     while free and waiting:
                         actor, number = free.pop(), waiting.pop()

@@ -1,13 +1,14 @@
-"""Measurements of prompts by several workers: the same results, kept one by one, and one model here at a time."""
+"""Measurements of units by several workers: the same results, kept one by one, and one model here at a time."""
 
 import gc
 import weakref
+from functools import partial
 
 import joblib
 import pytest
 
 from saelens_ext.audit.subject import Inputs
-from saelens_ext.evals.over_prompts import OverPrompts, Unmeasured
+from saelens_ext.evals.over_units import OverUnits, Unmeasured
 from saelens_ext.evals.sweep_store import SweepStore
 from tests.models_zoo import make_model
 
@@ -16,11 +17,10 @@ PROMPTS = ["a", "b", "c"]
 
 def run(measure, model, folder=None, **options):
     inputs = Inputs(model=model, dictionaries=[], embedder=None, embeds=False)
-    each = OverPrompts(inputs=inputs, keys=PROMPTS, kind="prompt", **options)
-    each.check()
-    about, subject = each.load()
+    each = OverUnits(inputs=inputs, keys=PROMPTS, kind="prompt", **options)
+    assert each.opened(lambda subject: subject.about) == each.about
     with joblib.parallel_config(backend="sequential"):
-        return each.measured(measure, subject, about, SweepStore.at(folder, {}), progress=False)
+        return each.measured(partial(partial, measure), SweepStore.at(folder, {}), progress=False)
 
 
 @pytest.mark.slow
@@ -51,6 +51,19 @@ def test_workers_give_what_one_process_gives_and_keep_it(tiny_bridge, tmp_path):
         before = len(loaded)
         assert run(measure, model, folder, **options) == expected and len(loaded) == before + 1, "nothing to do"
         assert run(measure, model, None, **options) == expected
+
+
+def test_what_does_not_last_is_measured_again(tiny_bridge, tmp_path):
+    measured = []
+
+    def measure(subject, number):
+        measured.append(number)
+        return {"value": number}
+
+    for _ in range(2):
+        found = run(measure, tiny_bridge, tmp_path, lasting=lambda found: found["value"] != 1)
+        assert [one["value"] for one in found] == [0, 1, 2]
+    assert measured == [0, 1, 2, 1]
 
 
 @pytest.mark.slow
