@@ -8,6 +8,7 @@ Symbols
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypedDict
 
 import torch
@@ -132,6 +133,7 @@ class Detector:
         )
 
 
+# Scores are made of functions of this module, so that detectors can be sent to other processes.
 class _Scoring(TypedDict):
     score: Callable[[Tensor], Tensor]
     directions: Tensor | None
@@ -146,16 +148,16 @@ def _comparison(rows: Tensor, center: Tensor | None, similarity: str) -> _Scorin
     rows = rows / rows.abs().amax(dim=1, keepdim=True).clamp_min(_TINY)
     units = rows / rows.norm(dim=1, keepdim=True).clamp_min(_TINY)
     origin = None if center is None else center.detach().to(units)
+    return {"score": partial(_compared, units, origin, similarity), "directions": units, "origin": origin}
 
-    @standard_modes()
-    def score(x: Tensor) -> Tensor:
-        x = _checks.width(x, units.shape[1], "The activation").to(units)
-        x = x if origin is None else x - origin
-        if similarity == "cosine":
-            x = x / x.norm(dim=1, keepdim=True).clamp_min(_TINY)
-        return x @ units.T
 
-    return {"score": score, "directions": units, "origin": origin}
+@standard_modes()
+def _compared(units: Tensor, origin: Tensor | None, similarity: str, x: Tensor) -> Tensor:
+    x = _checks.width(x, units.shape[1], "The activation").to(units)
+    x = x if origin is None else x - origin
+    if similarity == "cosine":
+        x = x / x.norm(dim=1, keepdim=True).clamp_min(_TINY)
+    return x @ units.T
 
 
 def _row_comparison(sae: SAE[Any], rows: Tensor, similarity: str, center: bool) -> _Scoring:
@@ -168,19 +170,18 @@ def _row_comparison(sae: SAE[Any], rows: Tensor, similarity: str, center: bool) 
     compared = _comparison(rows, sae.b_dec if center else None, similarity)
     if not normalises:
         return compared
-    score = compared["score"]
-    return {
-        "score": lambda x: score(sae.run_time_activation_norm_fn_in(x.to(sae.W_dec.device))),
-        "directions": compared["directions"],
-        "origin": None,
-    }
+    return {"score": partial(_normalised, sae, compared["score"]), "directions": compared["directions"], "origin": None}
+
+
+def _normalised(sae: SAE[Any], score: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return score(sae.run_time_activation_norm_fn_in(x.to(sae.W_dec.device)))
 
 
 def _codes(sae: SAE[Any], latents: list[int] | None) -> _Scoring:
     refuse_sequence_codes(sae)
+    return {"score": partial(_coded, sae, latents), "directions": None, "origin": None}
 
-    def score(x: Tensor) -> Tensor:
-        codes = encode_flat(sae, x.to(sae.W_dec.device))
-        return codes if latents is None else codes[:, latents]
 
-    return {"score": score, "directions": None, "origin": None}
+def _coded(sae: SAE[Any], latents: list[int] | None, x: Tensor) -> Tensor:
+    codes = encode_flat(sae, x.to(sae.W_dec.device))
+    return codes if latents is None else codes[:, latents]

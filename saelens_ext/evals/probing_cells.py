@@ -4,7 +4,8 @@ A sentence is the mean over its tokens: of the activations, of a dictionary's co
 which latent is largest, which makes it a histogram of latents.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,13 +30,14 @@ MIN_RAW = 0.6
 
 def one_hot(detector: Detector) -> Detector:
     """Whether each score of a detector is its largest; all 0 where every score is 0."""
-
-    def score(x: Tensor) -> Tensor:
-        scores = detector.score(x)
-        largest = torch.zeros_like(scores).scatter_(1, scores.argmax(dim=1, keepdim=True), 1.0)
-        return largest * (scores != 0).any(dim=1, keepdim=True)
-
+    score = partial(_largest, detector.score)
     return Detector(hook_name=detector.hook_name, names=detector.names, score=score, row_cost=2 * detector.row_cost)
+
+
+def _largest(score: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    scores = score(x)
+    largest = torch.zeros_like(scores).scatter_(1, scores.argmax(dim=1, keepdim=True), 1.0)
+    return largest * (scores != 0).any(dim=1, keepdim=True)
 
 
 def assigned(sae: SAE[Any]) -> Detector:
