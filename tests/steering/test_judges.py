@@ -77,6 +77,15 @@ def test_the_offline_judge_repeats_itself_and_does_not_mind_the_order(offline, t
         assert one.concept == pytest.approx(other.concept) and one.fluency == pytest.approx(other.fluency, abs=1e-4)
 
 
+def test_the_offline_judge_loads_a_model_when_it_is_called(offline, tiny_bridge):
+    loaded = []
+    how = {"options": offline.options, "n_references": 6}
+    judge = EmbeddingJudge(WordVectors(), lambda: loaded.append(1) or tiny_bridge, **how)
+    assert not loaded
+    for _ in range(2):
+        assert judge("sea", "I", [" the sea"]) == offline("sea", "I", [" the sea"]) and loaded == [1]
+
+
 def test_bad_arguments_of_the_offline_judge(tiny_bridge, offline, monkeypatch):
     with pytest.raises(ValueError, match="n_references"):
         EmbeddingJudge(WordVectors(), tiny_bridge, n_references=1)
