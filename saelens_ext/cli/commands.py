@@ -142,13 +142,13 @@ _ALL = (
         "detection",
         "judge what a dictionary detects over many concepts, beside matched controls",
         "output/blocks.6.hook_out_exemplars_p2 --concepts=concepts.jsonl",
-        ("EvidenceInputs", "ConceptInputs", "DetectionSettings"),
+        ("EvidenceInputs", "ConceptInputs", "WorkInputs", "DetectionSettings"),
     ),
     _evidence(
         "probes",
         "probe for many concepts through a dictionary's codes, beside matched controls",
         "output/blocks.6.hook_out_exemplars_p2 --concepts=concepts.jsonl",
-        ("EvidenceInputs", "ConceptInputs", "ProbeSettings"),
+        ("EvidenceInputs", "ConceptInputs", "WorkInputs", "ProbeSettings"),
     ),
     _evidence(
         "novelty",
@@ -160,7 +160,7 @@ _ALL = (
         "steering",
         "judge what a dictionary brings about when it steers, at matched divergence and beside controls",
         "output/blocks.6.hook_out_exemplars_p2 --concepts=concepts.jsonl --prompts=prompts.txt",
-        ("EvidenceInputs", "ConceptChoice", "SteeringInputs", "SteeringSettings"),
+        ("EvidenceInputs", "ConceptChoice", "WorkInputs", "SteeringInputs", "SteeringSettings"),
     ),
     _evidence(
         "behaviour",

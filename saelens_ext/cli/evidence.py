@@ -1,7 +1,8 @@
 """The commands ``evidence …``: evaluations that end in a claim."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from saelens_ext._files import json_safe
 from saelens_ext.activations.kept_stream import KeptStream
 from saelens_ext.activations.stream import ActivationStream
+from saelens_ext.audit.subject import let_go
 from saelens_ext.cli import opening
 from saelens_ext.cli.errors import UsageError
 from saelens_ext.cli.evidence_options import (
@@ -26,6 +28,7 @@ from saelens_ext.cli.evidence_options import (
     ResultOptions,
     SteeringInputs,
     TargetInputs,
+    WorkInputs,
 )
 from saelens_ext.cli.output import Context, Result, table
 from saelens_ext.dictionaries.exemplar_partition import ExemplarPartition
@@ -51,6 +54,7 @@ from saelens_ext.evals.stability import dictionary_stability
 from saelens_ext.evals.steering import compare_steering
 from saelens_ext.evals.synthetic import evaluate_on_synthetic
 from saelens_ext.host.flat_sae import hooks_of
+from saelens_ext.host.models import HostModel
 from saelens_ext.runner.config import DictionaryRunnerConfig
 from saelens_ext.runner.tracking import WandbTracker, check_login
 from saelens_ext.steering.judges import EmbeddingJudge, Judge
@@ -62,33 +66,45 @@ _OF_MODELS = ("hook_name", "dataset_path", "text_column", "model_class_name", "d
 
 
 def detection(
-    inputs: EvidenceInputs, concepts: ConceptInputs, settings: Any, results: ResultOptions, context: Context
+    inputs: EvidenceInputs,
+    concepts: ConceptInputs,
+    work: WorkInputs,
+    settings: Any,
+    results: ResultOptions,
+    context: Context,
 ) -> Result:
     """Judge what dictionaries detect over many concepts."""
     prepare(results)
     given = _concepts(concepts)
-    stream, saes = _opened(inputs)
+    stream, saes, load = _opened(inputs)
     methods = _methods(saes)
     x = _activations(stream)
     for name, sae in saes.items():
         controls = matched_controls(sae, x, n_draws=concepts.n_coresets, seed=settings.seed)
         of = f" of {name}" if len(saes) > 1 else ""
         methods += [replace(control, name=control.name + of) for control in controls]
-    found = evaluate_detection(stream.model, methods, given, progress=context.progress, **vars(settings))
+    model = stream.model if work.n_workers == 1 else load
+    del stream
+    found = evaluate_detection(model, methods, given, **_work(work, context), **vars(settings))
     return finish(found, inputs, results, settings)
 
 
 def probes(
-    inputs: EvidenceInputs, concepts: ConceptInputs, settings: Any, results: ResultOptions, context: Context
+    inputs: EvidenceInputs,
+    concepts: ConceptInputs,
+    work: WorkInputs,
+    settings: Any,
+    results: ResultOptions,
+    context: Context,
 ) -> Result:
     """Probe for many concepts through dictionaries."""
     prepare(results)
     given = _concepts(concepts)
-    stream, saes = _opened(inputs)
+    stream, saes, load = _opened(inputs)
     activations = dict.fromkeys((hooks_of(sae)[0] for sae in saes.values()), _activations(stream))
-    found = evaluate_probes(
-        stream.model, saes, given, activations=activations, progress=context.progress, **vars(settings)
-    )
+    model = stream.model if work.n_workers == 1 else load
+    del stream
+    found = evaluate_probes(model, saes, given, activations=activations, **_work(work, context), **vars(settings))
     return finish(found, inputs, results, settings)
 
 
@@ -103,7 +119,7 @@ def novelty(
             "text in each line, of the kind that it was fitted to."
         )
     inside, outside = opening.texts_in(Path(documents.inside)), named_files(documents.outside)
-    stream, saes = _opened(inputs)
+    stream, saes, _ = _opened(inputs)
     found = evaluate_novelty(stream.model, saes, stream, inside, outside, progress=context.progress, **vars(settings))
     return finish(found, inputs, results, settings)
 
@@ -111,6 +127,7 @@ def novelty(
 def steering(
     inputs: EvidenceInputs,
     concepts: ConceptChoice,
+    work: WorkInputs,
     steered: SteeringInputs,
     settings: Any,
     results: ResultOptions,
@@ -123,18 +140,20 @@ def steering(
     if (steered.judge_url is None) != (steered.judge_model is None):
         raise UsageError("A judge at an endpoint needs both --judge_url=URL and --judge_model=NAME.")
     prompts, given = opening.texts_in(Path(steered.prompts), conversations=True), _concepts(concepts)
-    stream, saes = _opened(inputs)
+    stream, saes, load = _opened(inputs)
+    model = stream.model if work.n_workers == 1 else load
+    del stream
     template: dict[str, Any] = {"chat_template_options": steered.chat_template_options}
     options = SamplingOptions(
         max_new_tokens=steered.max_new_tokens, temperature=steered.temperature, seed=settings.seed
     )
     if steered.judge_url is None or steered.judge_model is None:
-        judges: dict[str, Judge] = {"embeddings": EmbeddingJudge(None, stream.model, options=options, **template)}
+        judges: dict[str, Judge] = {"embeddings": EmbeddingJudge(None, model, options=options, **template)}
     else:
         judges = {steered.judge_model: OpenAIJudge(steered.judge_url, steered.judge_model)}
     found = compare_steering(
-        stream.model, _methods(saes), given, judges, prompts=prompts, options=options, progress=context.progress,
-        **template, **vars(settings),
+        model, _methods(saes), given, judges, prompts=prompts, options=options, **_work(work, context), **template,
+        **vars(settings),
     )  # fmt: skip
     return finish(found, inputs, results, settings)
 
@@ -152,7 +171,7 @@ def behaviour(
     phrases = REFUSALS if prompts.phrases is None else opening.texts_in(Path(prompts.phrases))
     neutral = [] if prompts.neutral is None else opening.texts_in(Path(prompts.neutral))
     judge, split = begins_with(phrases, within=prompts.within), PromptSplit.divide(shows, lacks, seed=settings.seed)
-    stream, saes = _opened(inputs)
+    stream, saes, _ = _opened(inputs)
     if len(saes) > 1:
         raise UsageError("A behaviour is localised in one dictionary; run the command once for each.")
     (sae,) = saes.values()
@@ -208,7 +227,7 @@ def _compared(function: Any, inputs: EvidenceInputs, settings: Any, results: Res
     prepare(results)
     if not inputs.compare:
         raise UsageError("No other dictionary was named: --compare=FOLDER, of the same hook.")
-    stream, saes = _opened(inputs)
+    stream, saes, _ = _opened(inputs)
     return finish(function(saes, stream, **vars(settings)), inputs, results, settings)
 
 
@@ -286,8 +305,18 @@ def _names(folders: Sequence[str]) -> list[str]:
     return names if len(set(names)) == len(names) else list(folders)
 
 
-def _opened(inputs: EvidenceInputs) -> tuple[ActivationStream, dict[str, SAE[Any]]]:
-    """The stream that the first dictionary was fitted to, and all dictionaries by the names of their folders."""
+def _work(work: WorkInputs, context: Context) -> dict[str, Any]:
+    """How an evaluation of concepts is done, as its keywords."""
+    opening.check_writable(work.folder, "folder")
+    if work.folder is not None:
+        context.kept.append(f"Concepts that were finished are in {work.folder}; the same command goes on from there.")
+    return vars(work) | {"progress": context.progress}
+
+
+def _opened(inputs: EvidenceInputs) -> tuple[ActivationStream, dict[str, SAE[Any]], Callable[[], HostModel]]:
+    """The stream that the first dictionary was fitted to, all dictionaries by the names of their folders, and what
+    opens the model again.
+    """
     folders = [inputs.dictionary, *inputs.compare]
     names = _names(folders)
     contents = opening.read_folder(inputs.dictionary)
@@ -295,7 +324,14 @@ def _opened(inputs: EvidenceInputs) -> tuple[ActivationStream, dict[str, SAE[Any
     saes = [first, *(opening.open_dictionary(folder, inputs.device) for folder in inputs.compare)]
     config = opening.reading_config(contents, first, inputs, training_tokens=inputs.training_tokens)
     stream = opening.open_stream(config)
-    return stream, {name: opening.attach(sae, stream.model) for name, sae in zip(names, saes, strict=True)}
+    attached = {name: opening.attach(sae, stream.model) for name, sae in zip(names, saes, strict=True)}
+    return stream, attached, partial(_reopened, config)
+
+
+def _reopened(config: DictionaryRunnerConfig) -> HostModel:
+    """The model again, once what was opened before is let go."""
+    let_go()
+    return opening.open_model(config)
 
 
 def _activations(stream: ActivationStream) -> Tensor:

@@ -85,6 +85,21 @@ class ConceptInputs(ConceptChoice):
 
 
 @dataclass(kw_only=True)
+class WorkInputs:
+    """Who does the work, and where what is done is kept."""
+
+    folder: str | None = simple_parsing.field(default=None, type=text_or_none, metavar="FOLDER")
+    """Folder where every concept is kept when it is done: the same command goes on from there. Workers on several
+    machines need one that all share. By default nothing is kept."""
+    n_workers: int = 1
+    """Concepts at a time, each by a worker that loads the model."""
+    workers: str = "joblib"
+    """joblib: processes on this machine; ray: actors on a Ray cluster, or on this machine."""
+    actor_options: dict[str, Any] | None = parsed(None, mapping_or_none, "JSON")
+    """Ray's resources of an actor: '{"num_gpus": 1}'; one CPU by default."""
+
+
+@dataclass(kw_only=True)
 class DocumentInputs:
     """Documents that the dictionary was not fitted to."""
 
@@ -280,10 +295,11 @@ DecompositionSettings = _settings("DecompositionSettings", decompose_dictionary,
 NestingSettings = _settings("NestingSettings", partition_nesting, "How nesting is judged.")
 ModelSettings = _settings("ModelSettings", compare_models, "How the models are compared.")
 BehaviourSettings = _settings("BehaviourSettings", ablate_behaviour, "How ablations are judged.")
-DetectionSettings = _settings("DetectionSettings", evaluate_detection, "How methods are judged.", ("untrained_twin",))
-ProbeSettings = _settings("ProbeSettings", evaluate_probes, "How probes are judged.", ("activations",))
+_WORK = ("n_workers", "workers")  # of `WorkInputs`
+DetectionSettings = _settings("DetectionSettings", evaluate_detection, "How methods are judged.", _WORK)
+ProbeSettings = _settings("ProbeSettings", evaluate_probes, "How probes are judged.", _WORK)
 NoveltySettings = _settings("NoveltySettings", evaluate_novelty, "How novelty is judged.", ("outside",))
 ClusterSettings = _settings("ClusterSettings", evaluate_clusters, "What is compared.", ("cells", "audit", "generate"))
 SupernodeSettings = _settings("SupernodeSettings", evaluate_supernodes, "How latents are grouped.", ("audit",))
-SteeringSettings = _settings("SteeringSettings", compare_steering, "How methods are compared.", ("options",))
+SteeringSettings = _settings("SteeringSettings", compare_steering, "How methods are compared.", ("options", *_WORK))
 SyntheticSettings = _settings("SyntheticSettings", evaluate_on_synthetic, "What is fitted and how it is judged.")

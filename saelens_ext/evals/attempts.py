@@ -1,11 +1,12 @@
 """Computing cell by cell, so that what fails is recorded and nothing else is lost."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from saelens_ext.evals.evidence import Failure
@@ -34,6 +35,15 @@ class Attempts:
         """Record an error of a method on a unit."""
         self.failures.append(Failure(method, unit, error))
         logger.warning("%s", self.failures[-1])
+
+    def packed(self) -> dict[str, Any]:
+        """The rows and the failures in lists, as :meth:`add` takes them."""
+        return {"rows": self.rows, "failures": [list(failure) for failure in self.failures]}
+
+    def add(self, packed: Mapping[str, Any]) -> None:
+        """Take over what another has packed; a value that JSON had no number for is NaN."""
+        self.rows += [row | {"value": np.nan} if row["value"] is None else row for row in packed["rows"]]
+        self.failures += [Failure(*failure) for failure in packed["failures"]]
 
     def usable(self, model: HostModel, methods: Sequence[Method]) -> list[Method]:
         """The methods whose hook the model has."""

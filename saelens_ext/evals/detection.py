@@ -1,20 +1,23 @@
 """Which methods detect concepts: each chooses a column on half of a concept's sentences and is judged on the others."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, get_args
+from pathlib import Path
+from typing import Any, ClassVar, cast, get_args
 
 import torch
-from tqdm.auto import tqdm
 
 from saelens_ext import _checks
 from saelens_ext._modes import standard_modes
+from saelens_ext.audit.subject import Model, Subject
 from saelens_ext.concepts.comparison import DIFF_MEANS
 from saelens_ext.concepts.sentence_scores import Pooling, warn_of_bos
 from saelens_ext.evals.attempts import Attempts
 from saelens_ext.evals.concepts_data import Concept, check_concepts
 from saelens_ext.evals.detection_cells import (
     Reading,
+    Split,
     concept_splits,
     difference_cells,
     length_cells,
@@ -22,7 +25,11 @@ from saelens_ext.evals.detection_cells import (
     probe_cells,
 )
 from saelens_ext.evals.evidence import Evidence, OverConcepts
+from saelens_ext.evals.fingerprint import fingerprint
 from saelens_ext.evals.methods import Method, check_methods
+from saelens_ext.evals.over_concepts import over_concepts
+from saelens_ext.evals.over_units import Measured, Unmeasured
+from saelens_ext.evals.sweep_store import SweepStore
 from saelens_ext.host.hook_names import one_spelling
 from saelens_ext.host.models import HostModel, describe_model
 
@@ -32,6 +39,7 @@ TWIN = "untrained twin"
 LENGTH = "number of tokens"
 
 _Cells = Callable[[Reading], Iterable[dict[str, Any]]]
+_Twin = HostModel | Callable[[HostModel], HostModel] | None
 _COLUMNS = ["concept", "rule", "method", "metric", "value", "split", "draw", "column", "chosen"]
 
 
@@ -71,7 +79,7 @@ class DetectionEvidence(OverConcepts, Evidence):
 @standard_modes()
 @torch.no_grad()
 def evaluate_detection(
-    model: HostModel,
+    model: Model,
     methods: Iterable[Method],
     concepts: Iterable[Concept],
     *,
@@ -81,11 +89,15 @@ def evaluate_detection(
     diff_means: bool = True,
     probe: bool = True,
     length: bool = True,
-    untrained_twin: HostModel | None = None,
+    untrained_twin: _Twin = None,
     n_permutations: int = 10_000,
     confidence: float = 0.95,
     batch_size: int = 16,
     seed: int = 0,
+    folder: str | Path | None = None,
+    n_workers: int = 1,
+    workers: str = "joblib",
+    actor_options: dict[str, Any] | None = None,
     progress: bool = False,
 ) -> DetectionEvidence:
     """Let methods choose a direction for each concept on half of its sentences, and judge it on the other half.
@@ -94,7 +106,7 @@ def evaluate_detection(
     and scores of one concept. What fails is recorded in ``failures``, and the rest goes on.
 
     Args:
-        model: any TransformerLens model.
+        model: any TransformerLens model, or a function without arguments that loads it.
         methods: with different names; see :class:`~saelens_ext.evals.methods.Method` and
             :mod:`~saelens_ext.evals.baselines`. Draws of one control are averaged.
         concepts: at least 1, and 6 or more for a claim, with 4 different sentences a side.
@@ -108,13 +120,22 @@ def evaluate_detection(
         probe: add an L2 logistic probe of mean-pooled activations, fitted on the choosing half.
         length: add the number of tokens of a sentence as a score, more or fewer as the choosing half has it: what is
             detected without the model.
-        untrained_twin: a model of the same kind with untrained weights, such as
-            :func:`~saelens_ext.evals.baselines.untrained_twin` gives; ``diff_means`` and ``probe`` are then made on it
+        untrained_twin: a model of the same kind with untrained weights, or a function of the model that makes it, such
+            as :func:`~saelens_ext.evals.baselines.untrained_twin`; ``diff_means`` and ``probe`` are then made on it
             too, which shows what is to be detected without learning.
         n_permutations: assignments of signs in tests of differences.
         confidence: of the intervals, in (0, 1).
         batch_size: windows in a forward pass.
         seed: of splits, folds and resampling.
+        folder: where every concept is kept when it is done; what is there is not computed again, also where concepts
+            were added, but for concepts on which something failed.
+        n_workers: concepts at a time, each by a worker with a model of its own: ``model`` must then be a function, and
+            ``folder``, if any, be on storage that all share. It is called here too, to tell what is measured, and that
+            model is let go. Methods travel to the workers. With the same number of threads the results are the same to
+            the bit.
+        workers: "joblib", processes or what ``joblib.parallel_config`` names; or "ray", actors on the cluster that
+            ``ray.init`` was called for, or on this machine.
+        actor_options: Ray's resources of an actor, such as ``{"num_gpus": 1}``; one CPU by default.
         progress: show a progress bar.
 
     Returns:
@@ -126,7 +147,9 @@ def evaluate_detection(
 
     Raises:
         ValueError: no method or concept, a name used twice, fewer than 4 different sentences a side, an unknown rule,
-            or nothing that could be computed.
+            nothing that could be computed, a folder of other settings, or several workers and a model or a twin that is
+            no function.
+        RuntimeError: a worker died; with a folder the same call goes on from what was finished.
 
     Examples:
         >>> concepts = [
@@ -148,44 +171,121 @@ def evaluate_detection(
     for number, rule in enumerate(_checks.listed(rules, "rules", "rule")):
         _checks.choice(rule, RULES, f"rules[{number}]")
     _checks.choice(pooling, get_args(Pooling), "pooling")
-    plan = {c.name: (c, concept_splits(c, n_splits, seed)) for c in check_concepts(list(concepts))}
+    given = check_concepts(list(concepts))
+    splits = [concept_splits(concept, n_splits, seed) for concept in given]
     chosen, attempts = check_methods(methods), Attempts()
-    hooks = list(dict.fromkeys(method.detector.hook_name for method in attempts.usable(model, chosen)))
-    # A hook has several spellings, and what is fitted there is the same.
-    places = list(dict.fromkeys(one_spelling(model, hooks).values()))
-    references = _references(places, diff_means, probe, pooling, seed)
-    twins = {f"{TWIN}: {name}": cells for name, cells in references.items() if untrained_twin is not None}
-    fixed: dict[str, _Cells] = {LENGTH: length_cells} if length else {}
-    named = check_methods(chosen, *references, *twins, *fixed)
-    usable = [method for method in named if method.detector.hook_name in hooks]
-    warn_of_bos(model, [method.detector for method in usable])
-    for name, (concept, splits) in tqdm(plan.items(), desc="concepts", disable=not progress):
-        for host, methods, fitted in ((model, usable, references | fixed), (untrained_twin, [], twins)):
-            if host is None or not (methods or fitted):
-                continue
-            with attempts.of("", name):
-                reading = Reading.of(host, hooks, concept, splits, batch_size)
-                tried = {
-                    (m.name, m.draw): partial(method_cells, method=m, rules=rules, pooling=pooling) for m in methods
-                }
-                tried |= {(reference, 0): partial(_by_rule, cells, rules) for reference, cells in fitted.items()}
-                for (method, draw), cells in tried.items():
-                    with attempts.of(method, name):
-                        made = [{"concept": name, "method": method, "draw": draw} | row for row in cells(reading)]
-                        attempts.rows += made
-    kinds = {method.name: str(method.kind) for method in chosen} | dict.fromkeys(references, "supervised")
-    settings = {"rules": list(rules), "n_splits": n_splits, "pooling": pooling}
+    if n_workers > 1 and isinstance(untrained_twin, torch.nn.Module):
+        raise ValueError(
+            f"n_workers={n_workers} needs a twin for each worker: give a function of the model that makes it, such as "
+            f"untrained_twin=evals.untrained_twin, instead of a {type(untrained_twin).__name__}."
+        )
+    each = over_concepts(model, given, n_workers, workers, actor_options)
+
+    def look(subject: Subject) -> tuple[_Tries, dict[str, Any]]:
+        tries = _Tries.of(subject.model, chosen, attempts, diff_means, probe, length, untrained_twin, pooling, seed)
+        return tries, describe_model(subject.model)
+
+    tries, described = each.opened(look)
+    settings: dict[str, Any] = {"rules": list(rules), "n_splits": n_splits, "pooling": pooling}
+    store = SweepStore.at(
+        folder,
+        {**each.about, **settings, "hooks": tries.hooks, "batch_size": batch_size, "seed": seed}
+        | {"methods": list(map(fingerprint, chosen)), "untrained_twin": fingerprint(untrained_twin)}
+        | {"references": [*tries.references, *tries.fixed]},
+    )
+    measure = partial(_measure, tries, given, splits, untrained_twin, rules, pooling, batch_size)
+    for found in each.measured(measure, store, progress):
+        assert not isinstance(found, Unmeasured)
+        attempts.add(found)
+    kinds = {method.name: str(method.kind) for method in chosen} | dict.fromkeys(tries.references, "supervised")
     settings |= {"confidence": confidence, "n_permutations": n_permutations}
-    sizes = {name: [len(concept.positives), len(concept.negatives)] for name, (concept, _) in plan.items()}
+    sizes = {concept.name: [len(concept.positives), len(concept.negatives)] for concept in given}
     return DetectionEvidence(
         cells=attempts.cells(_COLUMNS, column=-1, chosen=None),
-        kinds=kinds | dict.fromkeys([*fixed, *twins], "control"),
-        descriptions={method.name: method.description for method in chosen} | _explained(references, fixed, twins),
+        kinds=kinds | dict.fromkeys([*tries.fixed, *tries.twins], "control"),
+        descriptions={method.name: method.description for method in chosen}
+        | _explained(tries.references, tries.fixed, tries.twins),
         settings=settings
-        | {"seed": seed, "hooks": hooks, "model": describe_model(model)}
+        | {"seed": seed, "hooks": tries.hooks, "model": described}
         | {"n_sentences": sizes, "n_columns": {method.name: len(method.detector.names) for method in chosen}},
-        failures=attempts.summary(len(plan)),
+        failures=attempts.summary(len(given)),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Tries:
+    """What is tried on every concept."""
+
+    hooks: list[str]
+    methods: list[Method]
+    """Those that the model has the hook of."""
+    references: dict[str, _Cells]
+    """What is fitted to the choosing half at each hook, by name; on the twin too, if there is one."""
+    twins: dict[str, _Cells]
+    fixed: dict[str, _Cells]
+
+    @classmethod
+    def of(
+        cls,
+        model: HostModel,
+        chosen: list[Method],
+        attempts: Attempts,
+        diff_means: bool,
+        probe: bool,
+        length: bool,
+        untrained_twin: _Twin,
+        pooling: Pooling,
+        seed: int,
+    ) -> "_Tries":
+        """What is tried on a model; ValueError for a method with a name that is given here."""
+        methods = attempts.usable(model, chosen)
+        hooks = list(dict.fromkeys(method.detector.hook_name for method in methods))
+        # A hook has several spellings, and what is fitted there is the same.
+        places = list(dict.fromkeys(one_spelling(model, hooks).values()))
+        references = _references(places, diff_means, probe, pooling, seed)
+        twins = {f"{TWIN}: {name}": cells for name, cells in references.items() if untrained_twin is not None}
+        fixed: dict[str, _Cells] = {LENGTH: length_cells} if length else {}
+        check_methods(chosen, *references, *twins, *fixed)
+        warn_of_bos(model, [method.detector for method in methods])
+        return cls(hooks=hooks, methods=methods, references=references, twins=twins, fixed=fixed)
+
+
+def _measure(
+    tries: _Tries,
+    given: Sequence[Concept],
+    splits: Sequence[Sequence[Split]],
+    untrained_twin: _Twin,
+    rules: Sequence[str],
+    pooling: Pooling,
+    batch_size: int,
+    subject: Subject,
+) -> Callable[[int], Measured]:
+    """What measures a concept by its number, with a loaded model."""
+    given_here = untrained_twin is None or isinstance(untrained_twin, torch.nn.Module)  # modules can be called too
+    twin: Any = untrained_twin if given_here else cast(Any, untrained_twin)(subject.model)
+    tried: dict[tuple[str, int], _Cells] = {
+        (m.name, m.draw): partial(method_cells, method=m, rules=rules, pooling=pooling) for m in tries.methods
+    }
+    fitted = tries.references | tries.fixed
+    tried |= {(name, 0): partial(_by_rule, cells, rules) for name, cells in fitted.items()}
+    on_twin = {(name, 0): partial(_by_rule, cells, rules) for name, cells in tries.twins.items()}
+
+    @standard_modes()
+    @torch.no_grad()
+    def measured(number: int) -> Measured:
+        concept, attempts = given[number], Attempts()
+        for host, cells_of in ((subject.model, tried), (twin, on_twin)):
+            if host is None or not cells_of:
+                continue
+            with attempts.of("", concept.name):
+                reading = Reading.of(host, tries.hooks, concept, splits[number], batch_size)
+                for (method, draw), cells in cells_of.items():
+                    where = {"concept": concept.name, "method": method, "draw": draw}
+                    with attempts.of(method, concept.name):
+                        attempts.rows += [where | row for row in cells(reading)]
+        return attempts.packed()
+
+    return measured
 
 
 def _references(hooks: Sequence[str], diff_means: bool, probe: bool, pooling: Pooling, seed: int) -> dict[str, _Cells]:

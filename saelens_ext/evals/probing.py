@@ -1,24 +1,30 @@
 """How much of what a probe reads from activations can be read from a dictionary's codes."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from sae_lens import SAE
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from saelens_ext import _checks
 from saelens_ext._modes import standard_modes
+from saelens_ext.audit.subject import Model, Subject
 from saelens_ext.concepts.detector import Detector
 from saelens_ext.concepts.sentence_scores import warn_of_bos
 from saelens_ext.evals import probing_cells as cells
 from saelens_ext.evals.attempts import Attempts
 from saelens_ext.evals.baselines import random_activations
 from saelens_ext.evals.concepts_data import Concept, check_concepts
-from saelens_ext.evals.detection_cells import Reading, concept_splits
+from saelens_ext.evals.detection_cells import Reading, Split, concept_splits
 from saelens_ext.evals.evidence import Evidence, OverConcepts
+from saelens_ext.evals.fingerprint import fingerprint
+from saelens_ext.evals.over_concepts import over_concepts
+from saelens_ext.evals.over_units import Measured, Unmeasured
+from saelens_ext.evals.sweep_store import SweepStore
 from saelens_ext.host.flat_sae import hooks_of
 from saelens_ext.host.hook_names import one_spelling
 from saelens_ext.host.models import HostModel, describe_model, resolve_hook
@@ -54,7 +60,7 @@ class ProbeEvidence(OverConcepts, Evidence):
 @standard_modes()
 @torch.no_grad()
 def evaluate_probes(
-    model: HostModel,
+    model: Model,
     dictionaries: Mapping[str, SAE[Any]],
     concepts: Iterable[Concept],
     *,
@@ -67,6 +73,10 @@ def evaluate_probes(
     confidence: float = 0.95,
     batch_size: int = 16,
     seed: int = 0,
+    folder: str | Path | None = None,
+    n_workers: int = 1,
+    workers: str = "joblib",
+    actor_options: dict[str, Any] | None = None,
     progress: bool = False,
 ) -> ProbeEvidence:
     """Fit probes to mean-pooled codes of dictionaries and compare them with probes of the activations.
@@ -77,7 +87,7 @@ def evaluate_probes(
     recorded in ``failures``, and the rest goes on.
 
     Args:
-        model: any TransformerLens model.
+        model: any TransformerLens model, or a function without arguments that loads it.
         dictionaries: any SAELens SAEs or transcoders by name, read at their input hooks.
         concepts: at least 1, and 6 or more for a claim, with 4 different sentences a side.
         ks: sizes of the sparse probes, each at most the smallest dictionary's number of latents.
@@ -90,6 +100,16 @@ def evaluate_probes(
         confidence: of the intervals, in (0, 1).
         batch_size: windows in a forward pass.
         seed: of splits, folds, coresets and resampling.
+        folder: where every concept is kept when it is done; what is there is not computed again, but for concepts on
+            which something failed. Concepts may be added where ``activations`` are given at every hook; otherwise they
+            take part in the coresets.
+        n_workers: concepts at a time, each by a worker with a model of its own: ``model`` must then be a function, and
+            ``folder``, if any, be on storage that all share. It is called here too, to tell what is measured and to
+            draw coresets, and that model is let go. Dictionaries travel to the workers. With the same number of threads
+            the results are the same to the bit.
+        workers: "joblib", processes or what ``joblib.parallel_config`` names; or "ray", actors on the cluster that
+            ``ray.init`` was called for, or on this machine.
+        actor_options: Ray's resources of an actor, such as ``{"num_gpus": 1}``; one CPU by default.
         progress: show a progress bar.
 
     Returns:
@@ -99,7 +119,9 @@ def evaluate_probes(
 
     Raises:
         ValueError: no dictionary or concept, a name that is taken, fewer than 4 different sentences a side, a number or
-            a control out of range, or nothing that could be computed.
+            a control out of range, nothing that could be computed, a folder of other settings, or several workers and a
+            model that is no function.
+        RuntimeError: a worker died; with a folder the same call goes on from what was finished.
 
     Examples:
         >>> concepts = [
@@ -124,30 +146,66 @@ def evaluate_probes(
     _checks.between(confidence, 0, 1, "confidence")
     listed = check_concepts(list(concepts))
     splits = [concept_splits(each, n_splits, seed, test_fraction=float(test_fraction)) for each in listed]
-    attempts = Attempts()
-    tried = _tried(model, _named(dictionaries, ks), attempts)
-    if CORESET in controls:
-        spare, given = cells.training_sentences(listed, splits), _by_hook(model, activations or {}, tried)
-        tried += _coresets(model, tried, given, spare, seed, attempts)
-    warn_of_bos(model, [detector for each in tried for detector in each.representations.values()])
-    hooks = list(dict.fromkeys(each.hook_name for each in tried))
-    for concept, own in tqdm(list(zip(listed, splits)), desc="concepts", disable=not (progress and hooks)):
-        with attempts.of("", concept.name):
-            reading = Reading.of(model, hooks, concept, own, batch_size)
-            for hook in hooks:
-                at_hook = [each for each in tried if each.hook_name == hook]
-                _probe(attempts, reading, hook, _raw_name(hook, hooks), at_hook, ks, seed)
+    named, attempts = _named(dictionaries, ks), Attempts()
+    each = over_concepts(model, listed, n_workers, workers, actor_options)
+
+    def look(subject: Subject) -> tuple[list[_Tried], str, dict[str, Any]]:
+        tried, drawn_from = _tried(subject.model, named, attempts), ""
+        if CORESET in controls:
+            spare = cells.training_sentences(listed, splits)
+            given = _by_hook(subject.model, activations or {}, tried)
+            drawn_from = fingerprint([given, [] if {one.hook_name for one in tried} <= set(given) else spare])
+            tried += _coresets(subject.model, tried, given, spare, seed, attempts)
+        warn_of_bos(subject.model, [detector for one in tried for detector in one.representations.values()])
+        return tried, drawn_from, describe_model(subject.model)
+
+    tried, drawn_from, described = each.opened(look)
+    hooks = list(dict.fromkeys(one.hook_name for one in tried))
+    settings: dict[str, Any] = {"ks": list(ks), "test_fraction": test_fraction, "n_splits": n_splits}
+    settings |= {"controls": list(controls)}
+    known = {"dictionaries": {name: fingerprint(sae) for name, sae in named.items()}, "activations": drawn_from}
+    asked = {**each.about, **settings, **known, "batch_size": batch_size, "seed": seed}
+    store = SweepStore.at(folder, asked)
+    measure = partial(_measure, tried, hooks, listed, splits, ks, seed, batch_size)
+    for found in each.measured(measure, store, progress) if hooks else ():
+        assert not isinstance(found, Unmeasured)
+        attempts.add(found)
     raw_names = [_raw_name(hook, hooks) for hook in hooks]
-    settings = {"ks": list(ks), "test_fraction": test_fraction, "n_splits": n_splits, "controls": list(controls)}
     settings |= {"n_permutations": n_permutations, "confidence": confidence, "seed": seed}
-    described = {each.name: each.description for each in tried}
     return ProbeEvidence(
         cells=attempts.cells(_COLUMNS),
-        kinds={each.name: each.kind for each in tried} | dict.fromkeys(raw_names, "supervised"),
-        descriptions=described | dict.fromkeys(raw_names, "The activations: all coordinates of them, or single ones."),
-        settings=settings | {"hooks": hooks, "model": describe_model(model)},
+        kinds={one.name: one.kind for one in tried} | dict.fromkeys(raw_names, "supervised"),
+        descriptions={one.name: one.description for one in tried}
+        | dict.fromkeys(raw_names, "The activations: all coordinates of them, or single ones."),
+        settings=settings | {"hooks": hooks, "model": described},
         failures=attempts.summary(len(listed)),
     )
+
+
+def _measure(
+    tried: "Sequence[_Tried]",
+    hooks: Sequence[str],
+    listed: Sequence[Concept],
+    splits: Sequence[Sequence[Split]],
+    ks: Sequence[int],
+    seed: int,
+    batch_size: int,
+    subject: Subject,
+) -> Callable[[int], Measured]:
+    """What measures a concept by its number, with a loaded model."""
+
+    @standard_modes()
+    @torch.no_grad()
+    def measured(number: int) -> Measured:
+        concept, attempts = listed[number], Attempts()
+        with attempts.of("", concept.name):
+            reading = Reading.of(subject.model, hooks, concept, splits[number], batch_size)
+            for hook in hooks:
+                at_hook = [one for one in tried if one.hook_name == hook]
+                _probe(attempts, reading, hook, _raw_name(hook, hooks), at_hook, ks, seed)
+        return attempts.packed()
+
+    return measured
 
 
 @dataclass(frozen=True, kw_only=True)

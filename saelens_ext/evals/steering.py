@@ -7,6 +7,8 @@ Symbols
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,10 +17,13 @@ import torch
 
 from saelens_ext import _checks
 from saelens_ext._modes import standard_modes
+from saelens_ext.audit.subject import Model
 from saelens_ext.evals.attempts import Attempts
 from saelens_ext.evals.concepts_data import Concept, check_concepts
 from saelens_ext.evals.evidence import Evidence, evidence_table
 from saelens_ext.evals.methods import Method, check_methods
+from saelens_ext.evals.over_concepts import over_concepts
+from saelens_ext.evals.over_units import Unmeasured
 from saelens_ext.evals.ratings import rated_texts
 from saelens_ext.evals.steering_arms import (
     BASELINES,
@@ -26,14 +31,11 @@ from saelens_ext.evals.steering_arms import (
     KINDS,
     NO_COLUMN,
     PROMPTING,
-    arms_of,
-    cells_of,
     check_columns,
-    resolved,
 )
-from saelens_ext.evals.steering_texts import TEXT_KEY, UNSTEERED, judged, said_texts, scores_of
+from saelens_ext.evals.steering_texts import TEXT_KEY, UNSTEERED, Asked, as_table, judged, scores_of
+from saelens_ext.evals.steering_units import SteeringHow, measure, own_columns, prepared
 from saelens_ext.host.chat_template import Prompt, in_words, listed_prompts
-from saelens_ext.host.models import HostModel, describe_model
 from saelens_ext.ops.resampling import unit_bootstrap
 from saelens_ext.ops.statistics import rank_correlation
 from saelens_ext.report.evidence_section import EvidenceSection, Line, LineFigure
@@ -185,7 +187,7 @@ def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
 @standard_modes()
 @torch.no_grad()
 def compare_steering(
-    model: HostModel,
+    model: Model,
     methods: Iterable[Method],
     concepts: Iterable[Concept],
     judges: Judge | Mapping[str, Judge],
@@ -204,6 +206,10 @@ def compare_steering(
     confidence: float | int = 0.95,
     batch_size: int = 32,
     seed: int = 0,
+    folder: str | Path | None = None,
+    n_workers: int = 1,
+    workers: str = "joblib",
+    actor_options: dict[str, Any] | None = None,
     progress: bool = False,
 ) -> SteeringEvidence:
     """Steer towards concepts with methods and baselines at matched divergence, and have the texts judged.
@@ -214,10 +220,11 @@ def compare_steering(
     that of the other half. Texts that a judge fails on, or gives no usable rating, are left out of its means, and
     ``failures`` say so; no other is left out.
 
-    Memory: the activations at the concepts' sentences, and the texts.
+    Memory: the activations at a concept's sentences (for "pca" and "kmeans" at those of all, at the hooks where methods
+    act), and the texts.
 
     Args:
-        model: any TransformerLens model.
+        model: any TransformerLens model, or a function without arguments that loads it.
         methods: with directions; see :class:`~saelens_ext.evals.methods.Method`.
         concepts: at least 1, and 6 or more for a claim. Their sentences choose each method's direction, and judges
             are asked for their ``description``, or else their name.
@@ -238,6 +245,16 @@ def compare_steering(
         confidence: of the intervals, in (0, 1).
         batch_size: continuations, or coefficients, per forward pass.
         seed: of the order in which judges read, of baselines and of resampling.
+        folder: where every concept's texts are kept when they are sampled, but for concepts on which something failed;
+            what is there is not sampled again, and judged anew. Concepts may be added at the end where the baselines
+            are without "pca" and "kmeans", in which the sentences of all take part.
+        n_workers: concepts at a time, each by a worker with a model of its own: ``model`` must then be a function, and
+            ``folder``, if any, be on storage that all share. It is called here too, to tell what is measured and make
+            what concepts share, and that model is let go. Methods travel to the workers; judges stay here. With the
+            same number of threads the results are the same to the bit.
+        workers: "joblib", processes or what ``joblib.parallel_config`` names; or "ray", actors on the cluster that
+            ``ray.init`` was called for, or on this machine.
+        actor_options: Ray's resources of an actor, such as ``{"num_gpus": 1}``; one CPU by default.
         progress: show a progress bar.
 
     Returns:
@@ -245,7 +262,9 @@ def compare_steering(
 
     Raises:
         ValueError: no method, concept or judge, fewer than 2 different prompts, a name used twice, a column or a
-            baseline that is none, a number out of range, or nothing that could be steered with.
+            baseline that is none, a number out of range, nothing that could be steered with, a folder of other
+            settings, or several workers and a model that is no function.
+        RuntimeError: a worker died; with a folder the same call goes on from what was finished.
 
     Source: arXiv 2506.10920 (steering with features at matched divergence) and AxBench (arXiv 2501.17148; a factor
     chosen on one half), with baselines, controls and intervals.
@@ -265,21 +284,24 @@ def compare_steering(
     if not named_judges:
         raise ValueError("judges is empty; give at least one.")
     given = check_methods(methods, *BASELINES.values(), UNSTEERED)
-    chosen_columns, attempts = check_columns(columns, given, planned), Attempts()
-    usable = resolved(model, given, attempts)
-    arms = arms_of(model, usable, planned, chosen_columns, baselines, attempts, batch_size=batch_size, seed=seed)
-    name, template = "calibration_prompts", {"chat_template_options": chat_template_options}
-    calibration = asked[::2] if calibration_prompts is None else listed_prompts(calibration_prompts, name)
-    cells = cells_of(
-        model, arms, attempts, targets=targets, signs=signs, prompts=calibration, batch_size=batch_size,
-        progress=progress, **template,
+    chosen, attempts = check_columns(columns, given, planned), Attempts()
+    calibration = calibration_prompts if calibration_prompts is not None else asked[::2]
+    how = SteeringHow(
+        prompts=asked, calibration_prompts=listed_prompts(calibration, "calibration_prompts"), targets=targets,
+        signs=signs, n=n, baselines=baselines, prompting=prompting, options=options, batch_size=batch_size, seed=seed,
+        chat_template_options=chat_template_options,
     )  # fmt: skip
-    said = said_texts(
-        model, cells, planned, asked, attempts, n=n, options=options, batch_size=batch_size, progress=progress,
-        prompting=prompting if "prompting" in baselines else None, **template,
-    )  # fmt: skip
+    keys = [[number, own_columns(chosen, concept)] for number, concept in enumerate(planned)]
+    each = over_concepts(model, planned, n_workers, workers, actor_options, keys)
+    shared, store = each.opened(partial(prepared, how, given, planned, folder, attempts))
+    said, cells = list[dict[str, Any]](), list[Asked]()
+    for one in each.measured(partial(measure, how, shared, planned, chosen), store, progress):
+        assert not isinstance(one, Unmeasured)
+        attempts.add(one)
+        said += one["texts"]
+        cells += [Asked(*cell) for cell in one["asked"]]
     about = {concept.name: concept.description or concept.name for concept in planned}
-    texts = judged(said, named_judges, about, asked, attempts, seed=seed)
+    texts = judged(as_table(said), named_judges, about, asked, attempts, seed=seed)
     attempts.rows.extend(_records(scores_of(texts, cells)))
     added = {
         name: base
@@ -296,8 +318,8 @@ def compare_steering(
         settings={
             "targets": list(map(float, targets)), "signs": list(signs), "n": n, "n_prompts": len(asked),
             "confidence": confidence, "n_permutations": n_permutations, "seed": seed, "judges": list(named_judges),
-            "prompting": prompting if PROMPTING in kinds else None, "sampling": asdict(options), **template,
-            "model": describe_model(model),
+            "prompting": prompting if PROMPTING in kinds else None, "sampling": asdict(options),
+            "chat_template_options": chat_template_options, "model": shared.model,
         },
         failures=attempts.summary(len(planned)),
         texts=texts,

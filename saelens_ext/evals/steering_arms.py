@@ -75,33 +75,41 @@ class Cell:
 def arms_of(
     model: HostModel,
     methods: Sequence[Method],
-    concepts: Sequence[Concept],
-    columns: Mapping[str, Mapping[str, int]],
+    shared: Sequence[Method],
+    concept: Concept,
+    number: int,
+    columns: Mapping[str, int],
     named: Sequence[str],
     attempts: Attempts,
     *,
     batch_size: int,
     seed: int,
 ) -> list[Arm]:
-    """The directions of methods and baselines for every concept.
+    """The directions of methods and baselines for a concept.
 
     A method's column is the one given, or of those with a direction the one whose sentence maximum has the highest
     AUROC on the concept's sentences. The sentences choose what to steer with and judge nothing, so none is kept apart.
+
+    Args:
+        model: any TransformerLens model.
+        methods: as :func:`resolved` gives them.
+        shared: baselines of :func:`shared_baselines`.
+        concept: what is steered towards.
+        number: of the concept, on which its random direction depends.
+        columns: which column to steer with, by method.
+        named: the baselines that are wanted.
+        attempts: where failures are recorded.
+        batch_size: sentences in a forward pass.
+        seed: of random directions.
     """
-    hooks = list(dict.fromkeys(str(method.acts_at) for method in methods))
-    read_at = list(dict.fromkeys([*(method.detector.hook_name for method in methods), *hooks]))
-    read: dict[str, list[ActivationBatch]] = {}
-    for concept in concepts:
-        with attempts.of("", concept.name):
-            sentences = [*concept.positives, *concept.negatives]
-            read[concept.name] = list(token_activations(model, read_at, sentences, batch_size=batch_size))
-    chosen = [*methods, *_chosen_baselines(methods, hooks, read, named, seed)]
     arms: list[Arm] = []
-    for number, concept in enumerate(concept for concept in concepts if concept.name in read):
-        batches = read[concept.name]
-        for method in chosen:
+    hooks = _hooks(methods)
+    read_at = list(dict.fromkeys([*(method.detector.hook_name for method in methods), *hooks]))
+    with attempts.of("", concept.name):
+        batches = _read(model, read_at, concept, batch_size)
+        for method in (*methods, *shared):
             with attempts.of(method.name, concept.name):
-                column = columns.get(method.name, {}).get(concept.name)
+                column = columns.get(method.name)
                 arms.append(_arm(method, concept, _best(method, batches, concept) if column is None else column))
         for hook in hooks:
             where = _where(hook, hooks)
@@ -125,16 +133,15 @@ def cells_of(
     prompts: Sequence[Prompt],
     chat_template_options: Mapping[str, Any] | None,
     batch_size: int,
-    progress: bool,
 ) -> list[Cell]:
-    """Every arm at every target and sign; all directions at one hook are searched together."""
+    """Every arm of a concept at every target and sign; all directions at one hook are searched together."""
     cells = []
     for hook in dict.fromkeys(arm.hook_name for arm in arms):
         here = [arm for arm in arms if arm.hook_name == hook]
-        with attempts.of("", ""):
+        with attempts.of("", here[0].concept):
             rows = torch.stack([arm.direction.detach().cpu().float() for arm in here])
             searches = match_strengths(
-                model, hook, rows, targets, prompts=prompts, signs=signs, batch_size=batch_size, progress=progress,
+                model, hook, rows, targets, prompts=prompts, signs=signs, batch_size=batch_size,
                 chat_template_options=chat_template_options,
             )  # fmt: skip
             strengths = [(number, one) for number, search in enumerate(searches) for one in search.strengths]
@@ -192,17 +199,26 @@ def _difference(batches: Sequence[ActivationBatch], concept: Concept, hook: str)
     return difference_of(up, down, hook, weighting="sentence", equal_norms=True).direction
 
 
-def _chosen_baselines(
+def shared_baselines(
+    model: HostModel,
     methods: Sequence[Method],
-    hooks: Sequence[str],
-    read: Mapping[str, Sequence[ActivationBatch]],
+    concepts: Sequence[Concept],
     named: Sequence[str],
+    attempts: Attempts,
+    *,
+    batch_size: int,
     seed: int,
 ) -> list[Method]:
-    """Principal components and k-means of the sentences' activations, as many as the methods have columns."""
-    made = []
-    for hook in hooks if read and {"pca", "kmeans"} & set(named) else []:
-        x = torch.cat([batch.activations[hook] for batches in read.values() for batch in batches])
+    """Principal components and k-means of the activations at all concepts' sentences, as many as the methods have
+    columns; they are the same for every concept.
+    """
+    made: list[Method] = []
+    hooks, read = _hooks(methods), list[ActivationBatch]()
+    for concept in concepts if {"pca", "kmeans"} & set(named) and hooks else []:
+        with attempts.of("", concept.name):
+            read += _read(model, hooks, concept, batch_size)
+    for hook in hooks if read else []:
+        x = torch.cat([batch.activations[hook] for batch in read])
         x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:_MAX_ROWS].to(x.device)]
         most = max(len(method.detector.names) for method in methods if method.acts_at == hook)
         k = min(most, MAX_COLUMNS, max(1, len(x) // 2), x.shape[1])
@@ -211,6 +227,15 @@ def _chosen_baselines(
         if "kmeans" in named:
             made.append(baselines.kmeans_directions(x, k, hook, seed=seed, name=KMEANS + _where(hook, hooks)))
     return made
+
+
+def _hooks(methods: Sequence[Method]) -> list[str]:
+    return list(dict.fromkeys(str(method.acts_at) for method in methods))
+
+
+def _read(model: HostModel, hooks: Sequence[str], concept: Concept, batch_size: int) -> list[ActivationBatch]:
+    sentences = [*concept.positives, *concept.negatives]
+    return list(token_activations(model, hooks, sentences, batch_size=batch_size))
 
 
 def _where(hook: str, hooks: Sequence[str]) -> str:

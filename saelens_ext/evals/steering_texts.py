@@ -2,12 +2,11 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
 
 from saelens_ext.evals.attempts import Attempts
 from saelens_ext.evals.concepts_data import Concept
@@ -26,14 +25,25 @@ TEXT_COLUMNS = [
 TEXT_KEY = ["concept", "method", "draw", "sign", "target", "prompt", "number"]
 """What tells texts apart, whoever judged them."""
 CHOOSE, REPORT = "choose", "report"
+_STRENGTHS = ("kl", "coefficient", "kl_everywhere")
 _RATINGS = ("concept_rating", "fluency_rating", "score")
+
+
+class Asked(NamedTuple):
+    """A cell that was asked for, and whether its target was reached."""
+
+    concept: str
+    method: str
+    draw: int
+    reached: bool
 
 
 def said_texts(
     model: HostModel,
     cells: Sequence[Cell],
-    concepts: Sequence[Concept],
+    concept: Concept,
     prompts: Sequence[Prompt],
+    plain: Sequence[Sequence[str]],
     attempts: Attempts,
     *,
     n: int,
@@ -41,34 +51,36 @@ def said_texts(
     chat_template_options: Mapping[str, Any] | None,
     batch_size: int,
     prompting: str | None,
-    progress: bool,
-) -> pd.DataFrame:
-    """What the model says in every cell that is reached, unsteered, and where it is told what to write about."""
+) -> list[dict[str, Any]]:
+    """What the model says in every cell of a concept that is reached, unsteered (``plain``, given for each prompt), and
+    where it is told what to write about.
+    """
     rows: list[dict[str, Any]] = []
     how: dict[str, Any] = {"n": n, "options": options, "batch_size": batch_size}
     how["chat_template_options"] = chat_template_options
     reached = [cell for cell in cells if cell.strength.reached]
-    with tqdm(total=len(reached), desc="steered texts", unit="cell", disable=not progress) as bar:
-        for hook, here in groupby(reached, key=lambda cell: cell.arm.hook_name):
-            group = list(here)
-            with attempts.of("", ""):
-                offsets = torch.cat([unit_rows(cell.arm.direction[None]) * cell.strength.coefficient for cell in group])
-                sampled = sample_steered(model, hook, offsets, prompts, **how)
-                for cell, said in zip(group, sampled, strict=True):
-                    rows += _rows(_of_cell(cell), prompts, said)
-            bar.update(len(group))
+    for hook, here in groupby(reached, key=lambda cell: cell.arm.hook_name):
+        group = list(here)
+        with attempts.of("", concept.name):
+            offsets = torch.cat([unit_rows(cell.arm.direction[None]) * cell.strength.coefficient for cell in group])
+            sampled = sample_steered(model, hook, offsets, prompts, **how)
+            for cell, said in zip(group, sampled, strict=True):
+                rows += _rows(_of_cell(cell), prompts, said)
     nothing = {"draw": 0, "column": NO_COLUMN, "sign": 1, "target": np.nan}
-    nothing |= dict.fromkeys(("kl", "coefficient", "kl_everywhere"), 0.0)
-    plain = sample_texts(model, prompts, **how)
-    for concept in concepts:
-        rows += _rows({"concept": concept.name, "method": UNSTEERED, **nothing}, prompts, plain)
-        if prompting is not None:
-            with attempts.of(PROMPTING, concept.name):
-                about = concept.description or concept.name
-                said = sample_texts(model, [_told(prompting, about, prompt) for prompt in prompts], **how)
-                unknown = dict.fromkeys(("kl", "coefficient", "kl_everywhere"), np.nan)
-                rows += _rows({"concept": concept.name, "method": PROMPTING, **nothing, **unknown}, prompts, said)
-    return pd.DataFrame(rows)
+    nothing |= dict.fromkeys(_STRENGTHS, 0.0)
+    rows += _rows({"concept": concept.name, "method": UNSTEERED, **nothing}, prompts, plain)
+    if prompting is not None:
+        with attempts.of(PROMPTING, concept.name):
+            about = concept.description or concept.name
+            said = sample_texts(model, [_told(prompting, about, prompt) for prompt in prompts], **how)
+            unknown = dict.fromkeys(_STRENGTHS, np.nan)
+            rows += _rows({"concept": concept.name, "method": PROMPTING, **nothing, **unknown}, prompts, said)
+    return rows
+
+
+def as_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """The rows of :func:`said_texts`, also as JSON has them, which knows no NaN."""
+    return pd.DataFrame(rows).astype(dict.fromkeys(("target", *_STRENGTHS), "float64"))
 
 
 def _told(prompting: str, about: str, prompt: Prompt) -> Prompt:
@@ -117,7 +129,7 @@ def judged(
     return texts
 
 
-def scores_of(texts: pd.DataFrame, cells: Sequence[Cell] | pd.DataFrame) -> pd.DataFrame:
+def scores_of(texts: pd.DataFrame, cells: Sequence[Asked] | pd.DataFrame) -> pd.DataFrame:
     """The metrics of every judge, concept, method and draw.
 
     Args:
@@ -169,15 +181,14 @@ def _held_out(part: pd.DataFrame, plain: pd.Series) -> dict[str, float]:
     return {name: value for name, value in found.items() if np.isfinite(value)}
 
 
-def _asked(cells: Sequence[Cell] | pd.DataFrame) -> dict[tuple[str, str, int], float]:
+def _asked(cells: Sequence[Asked] | pd.DataFrame) -> dict[tuple[str, str, int], float]:
     """By concept, method and draw, the share of targets and signs that were not reached."""
     if isinstance(cells, pd.DataFrame):
         own = cells[cells["metric"] == "unreached"].drop_duplicates(["concept", "method", "draw"])
         return {(row["concept"], row["method"], row["draw"]): row["value"] for row in own.to_dict("records")}
     found: dict[tuple[str, str, int], list[bool]] = {}
     for cell in cells:
-        key = (cell.arm.concept, cell.arm.method, cell.arm.draw)
-        found.setdefault(key, []).append(not cell.strength.reached)
+        found.setdefault(cell[:3], []).append(not cell.reached)
     return {key: float(np.mean(missed)) for key, missed in found.items()}
 
 

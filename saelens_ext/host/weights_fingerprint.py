@@ -1,6 +1,8 @@
 """Which weights a module has, enough to know them again."""
 
 import hashlib
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -10,8 +12,13 @@ _SAMPLED = 4096
 
 def weights_fingerprint(module: torch.nn.Module) -> str:
     """A hash of a sample of all its tensors: other weights give another, and it costs next to nothing."""
+    return tensors_fingerprint(module.state_dict())
+
+
+def tensors_fingerprint(tensors: Mapping[str, Any]) -> str:
+    """The same of tensors by name."""
     digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
+    for name, value in sorted(tensors.items()):
         if isinstance(value, torch.Tensor):
             flat = value.detach().flatten()
             sample = flat[:: max(1, len(flat) // _SAMPLED)].cpu().double()

@@ -2,6 +2,7 @@
 
 import json
 
+import joblib
 import numpy as np
 import pytest
 
@@ -76,8 +77,9 @@ def test_novelty(command, copied, documents, tmp_path):
 def test_detection_beside_another_dictionary(command, copied, built, concepts, tmp_path):
     found = command(
         "evidence", "detection", copied, f"--compare={built['fine']}", f"--concepts={concepts}", "--n_splits=1",
-        "--n_coresets=2", f"--output_path={tmp_path / 'out'}", *FAST,
+        "--n_coresets=2", f"--output_path={tmp_path / 'out'}", f"--folder={tmp_path / 'kept'}", *FAST,
     )  # fmt: skip
+    assert len(list((tmp_path / "kept").glob("concept *.json"))) == 6
     content = check(found, "detection", tmp_path / "out", copied)
     methods = {row["method"] for row in content["detection"]["summary"]}
     assert {"coarse exemplar", "coarse mean"} < methods and any("random activations" in name for name in methods)
@@ -85,10 +87,18 @@ def test_detection_beside_another_dictionary(command, copied, built, concepts, t
 
 @pytest.mark.slow
 def test_probes(command, copied, concepts, tmp_path):
-    found = command(
-        "evidence", "probes", copied, f"--concepts={concepts}", "--ks=1,2", f"--output_path={tmp_path / 'out'}", *FAST
-    )
+    given = [copied, f"--concepts={concepts}", f"--output_path={tmp_path / 'out'}", *FAST]
+    asked = ("evidence", "probes", *given, "--ks=1,2", "--n_splits=1")
+    found = command(*asked)
     check(found, "probes", tmp_path / "out", copied)
+    spread = [*asked, f"--folder={tmp_path / 'kept'}", "--n_workers=2", '--actor_options={"num_cpus": 1}']
+    with joblib.parallel_config(backend="sequential"):
+        assert command(*spread).data == found.data
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "kept").glob("concept *.json")}
+    assert len(kept) == 6
+    assert command(*spread, "--workers=ray").data == found.data  # nothing is left for workers to do
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert "holds a sweep of another" in command(*spread, "--seed=1").error
 
 
 @pytest.mark.slow
@@ -97,8 +107,9 @@ def test_steering(command, copied, concepts, tmp_path):
     found = command(
         "evidence", "steering", copied, f"--concepts={concepts}", f"--prompts={tmp_path / 'prompts.txt'}",
         "--targets=0.05", "--signs=-1", "--n=2", "--max_new_tokens=4", "--baselines=random",
-        f"--output_path={tmp_path / 'out'}", *FAST,
+        f"--output_path={tmp_path / 'out'}", f"--folder={tmp_path / 'kept'}", *FAST,
     )  # fmt: skip
+    assert len(list((tmp_path / "kept").glob("concept *.json"))) == 6
     content = check(found, "steering", tmp_path / "out", copied)
     assert {row["method"] for row in found.data["summary"]} == {"coarse exemplar", "coarse mean", "random direction"}
     assert content["steering"]["settings"]["signs"] == [-1] and content["steering"]["settings"]["n_prompts"] == 2

@@ -11,7 +11,7 @@ import torch
 import saelens_ext as sx
 from saelens_ext.evals.attempts import Attempts
 from saelens_ext.evals.steering import SteeringEvidence
-from saelens_ext.evals.steering_arms import arms_of
+from saelens_ext.evals.steering_arms import arms_of, shared_baselines
 from saelens_ext.evals.steering_texts import judged, scores_of
 from saelens_ext.steering.judges import JudgeScore
 from tests.models_zoo import make_model
@@ -141,11 +141,14 @@ CONCEPTS = [
 ]
 
 
-def arms(model, methods, named=(), seed=0):
-    attempts = Attempts()
-    found = arms_of(model, methods, CONCEPTS, {}, named, attempts, batch_size=4, seed=seed)
-    assert not attempts.failures
-    return found
+def arms(model, methods, named=(), seed=0, fails=False):
+    attempts, how = Attempts(), {"batch_size": 4, "seed": seed}
+    shared = shared_baselines(model, methods, CONCEPTS, named, attempts, **how)
+    each = [
+        arms_of(model, methods, shared, one, place, {}, named, attempts, **how) for place, one in enumerate(CONCEPTS)
+    ]
+    assert bool(attempts.failures) == fails
+    return attempts.failures if fails else [arm for own in each for arm in own]
 
 
 def test_the_best_detector_among_columns_with_a_direction_is_steered_with(model):
@@ -160,12 +163,9 @@ def test_the_best_detector_among_columns_with_a_direction_is_steered_with(model)
     alive[0] = 0
     others = {one.concept: one.column for one in arms(model, [replace(method, directions=alive)])}
     assert others["q"] != 0 and others["z"] == 2
-    attempts = Attempts()
     dead = replace(method, directions=torch.zeros_like(alive))
-    assert not arms_of(model, [dead], CONCEPTS, {}, (), attempts, batch_size=4, seed=0)
-    assert (
-        all("dead latent, without a direction" in str(one) for one in attempts.failures) and len(attempts.failures) == 2
-    )
+    failures = arms(model, [dead], fails=True)
+    assert all("dead latent, without a direction" in str(one) for one in failures) and len(failures) == 2
 
 
 def noise(model):
