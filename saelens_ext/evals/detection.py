@@ -76,8 +76,7 @@ class DetectionEvidence(OverConcepts, Evidence):
     }
 
 
-@standard_modes()
-@torch.no_grad()
+@standard_modes(gradients=False)
 def evaluate_detection(
     model: Model,
     methods: Iterable[Method],
@@ -270,8 +269,7 @@ def _measure(
     tried |= {(name, 0): partial(_by_rule, cells, rules) for name, cells in fitted.items()}
     on_twin = {(name, 0): partial(_by_rule, cells, rules) for name, cells in tries.twins.items()}
 
-    @standard_modes()
-    @torch.no_grad()
+    @standard_modes(gradients=False)
     def measured(number: int) -> Measured:
         concept, attempts = given[number], Attempts()
         for host, cells_of in ((subject.model, tried), (twin, on_twin)):

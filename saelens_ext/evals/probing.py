@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from sae_lens import SAE
 from torch import Tensor
 
@@ -57,8 +56,7 @@ class ProbeEvidence(OverConcepts, Evidence):
     other_bounds: ClassVar[dict[str, tuple[float, float]]] = {"auroc": (0.0, 1.0), "retention": (0.0, float("inf"))}
 
 
-@standard_modes()
-@torch.no_grad()
+@standard_modes(gradients=False)
 def evaluate_probes(
     model: Model,
     dictionaries: Mapping[str, SAE[Any]],
@@ -194,8 +192,7 @@ def _measure(
 ) -> Callable[[int], Measured]:
     """What measures a concept by its number, with a loaded model."""
 
-    @standard_modes()
-    @torch.no_grad()
+    @standard_modes(gradients=False)
     def measured(number: int) -> Measured:
         concept, attempts = listed[number], Attempts()
         with attempts.of("", concept.name):

@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
-import torch
 
 from saelens_ext import _checks
 from saelens_ext._modes import standard_modes
@@ -184,8 +183,7 @@ def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
     return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
 
 
-@standard_modes()
-@torch.no_grad()
+@standard_modes(gradients=False)
 def compare_steering(
     model: Model,
     methods: Iterable[Method],

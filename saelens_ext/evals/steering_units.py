@@ -5,8 +5,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from saelens_ext._modes import standard_modes
 from saelens_ext.audit.subject import Subject
 from saelens_ext.evals.attempts import Attempts
@@ -94,8 +92,7 @@ def measure(
     """
     model, template = subject.model, {"chat_template_options": how.chat_template_options}
 
-    @standard_modes()
-    @torch.no_grad()
+    @standard_modes(gradients=False)
     def measured(number: int) -> Measured:
         concept, attempts = concepts[number], Attempts()
         arms = arms_of(
