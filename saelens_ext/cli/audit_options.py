@@ -71,6 +71,8 @@ class SubjectInputs:
     """Dictionaries to attribute to: folders of saved ones (their profiles go into the report), repo_id:sae_id on the
     Hub, or release:sae_id of SAELens.
     """
+    actor_options: dict[str, Any] | None = parsed(None, mapping_or_none, "JSON")
+    """Ray's resources of an actor: '{"num_gpus": 1}'; one CPU by default."""
     sampler: SamplerOptions = dataclasses.field(default_factory=SamplerOptions)
     """Where continuations are sampled, if not from the model."""
 
@@ -101,16 +103,16 @@ class AuditInputs(EmbeddedInputs):
     """Prefixes audited at a time, each by a worker that loads the model."""
     workers: str = "joblib"
     """joblib: processes on this machine; ray: actors on a Ray cluster, or on this machine."""
-    actor_options: dict[str, Any] | None = parsed(None, mapping_or_none, "JSON")
-    """Ray's resources of an actor: '{"num_gpus": 1}'; one CPU by default."""
     output_path: str | None = simple_parsing.field(default="audit", type=text_or_none, metavar="FOLDER")
     """Folder of the results, stage by stage: the same command goes on where it was; none writes nothing."""
     logger: LoggingConfig = dataclasses.field(default_factory=quiet_logger)
     """SAELens' logging config; log_to_wandb is off by default. The audit has one wandb run."""
 
 
+_NAMES = (tuple_of(str), "NAME[,NAME…]")
 _LISTS: dict[str, tuple[Callable[[str], Any], str]] = {
-    **dict.fromkeys(("betas", "gammas", "strengths"), (tuple_of(number), "X[,X…]")),
+    **dict.fromkeys(("betas", "gammas", "strengths", "rates", "targets"), (tuple_of(number), "X[,X…]")),
+    **dict.fromkeys(("ks", "n_directions", "signs"), (tuple_of(whole_number), "N[,N…]")),
     "n_clusters": (tuple_of(whole_number), "N,N"),
     "partitions": (texts, "NAME[,NAME…]"),
     "chat_template_options": (mapping_or_none, "JSON"),
@@ -119,19 +121,26 @@ _LISTS: dict[str, tuple[Callable[[str], Any], str]] = {
 }
 
 
-def _as_option(field: dataclasses.Field[Any]) -> tuple[str, Any, Any]:
-    """A field of the config, read from one text where it holds several values."""
-    explained = get_attribute_docstring(AuditConfig, field.name).docstring_below
-    if field.name not in _LISTS:
-        return field.name, field.type, simple_parsing.field(default=field.default, help=explained)
-    convert, metavar = _LISTS[field.name]
+def as_option(name: str, kind: Any, default: Any, explained: str) -> tuple[str, Any, Any]:
+    """A field of a dataclass, read from one text where it holds several values."""
+    named = isinstance(default, tuple) and isinstance((*default, None)[0], str)
+    if not named and name not in _LISTS:
+        return name, kind, simple_parsing.field(default=default, help=explained)
+    convert, metavar = _NAMES if named else _LISTS[name]
     # Without the type of the field, from which the parser would take how many words belong to it.
-    return field.name, Any, simple_parsing.field(default=field.default, type=convert, metavar=metavar, help=explained)
+    return name, Any, simple_parsing.field(default=default, type=convert, metavar=metavar, help=explained)
+
+
+def _of_config(names: Collection[str]) -> list[tuple[str, Any, Any]]:
+    """Some fields of AuditConfig."""
+    fields = [field for field in dataclasses.fields(AuditConfig) if field.name in names]
+    helps = [get_attribute_docstring(AuditConfig, field.name).docstring_below for field in fields]
+    return [as_option(field.name, field.type, field.default, text) for field, text in zip(fields, helps)]
 
 
 AuditSettings = dataclasses.make_dataclass(
     "AuditSettings",
-    [_as_option(field) for field in dataclasses.fields(AuditConfig) if field.name in _LISTS],
+    _of_config(_LISTS),
     bases=(AuditConfig,),
     kw_only=True,
     frozen=True,
@@ -144,8 +153,8 @@ _OF_THE_CHOICE = ("betas", "gammas", "n_clusters", "n_resamples", "validate", "d
 
 def _some(name: str, about: str, names: Collection[str]) -> type:
     """A dataclass of some fields of AuditConfig."""
-    made = [_as_option(field) for field in dataclasses.fields(AuditConfig) if field.name in names]
-    return dataclasses.make_dataclass(name, made, kw_only=True, namespace={"__doc__": about, "__module__": __name__})
+    namespace = {"__doc__": about, "__module__": __name__}
+    return dataclasses.make_dataclass(name, _of_config(names), kw_only=True, namespace=namespace)
 
 
 GivenCells = _some(

@@ -12,7 +12,7 @@ import docstring_parser
 import simple_parsing
 from sae_lens import LoggingConfig
 
-from saelens_ext.cli.audit_options import EmbeddedInputs, SubjectInputs
+from saelens_ext.cli.audit_options import EmbeddedInputs, SubjectInputs, as_option
 from saelens_ext.cli.options import ReadingOptions, place
 from saelens_ext.evals.ablation import ablate_behaviour
 from saelens_ext.evals.checkpoints import compare_checkpoints
@@ -29,16 +29,7 @@ from saelens_ext.evals.steering import compare_steering
 from saelens_ext.evals.supernodes import evaluate_supernodes
 from saelens_ext.evals.synthetic import evaluate_on_synthetic
 from saelens_ext.runner.config import quiet_logger
-from saelens_ext.runner.parsing import (
-    items,
-    mapping_or_none,
-    number,
-    parsed,
-    text_or_none,
-    texts,
-    tuple_of,
-    whole_number,
-)
+from saelens_ext.runner.parsing import items, mapping_or_none, number, parsed, text_or_none, texts
 
 
 @dataclass(kw_only=True)
@@ -235,8 +226,6 @@ class ClusterInputs(EmbeddedInputs):
     """Pairs of beta and gamma, such as 1.5:0.5,2:0.3; by default 2:0.5. The verdict is on their mean."""
     clusterings: bool = True
     """Also judge the clusterings themselves on held-out continuations, at the same betas and gammas."""
-    actor_options: dict[str, Any] | None = parsed(None, mapping_or_none, "JSON")
-    """Ray's resources of an actor: '{"num_gpus": 1}'; one CPU by default."""
 
 
 @dataclass(kw_only=True)
@@ -246,17 +235,6 @@ class SupernodeInputs(SubjectInputs):
     swaps: str | None = simple_parsing.field(default=None, type=text_or_none, metavar="FILE")
     """JSONL file of prompts, at least 6: prompt, first and second in each line, two names of one token each that are in
     the prompt once, in that order."""
-    actor_options: dict[str, Any] | None = parsed(None, mapping_or_none, "JSON")
-    """Ray's resources of an actor: '{"num_gpus": 1}'; one CPU by default."""
-
-
-_TUPLES: dict[str, tuple[Callable[[str], Any], str]] = {
-    "rates": (number, "X[,X…]"),
-    "ks": (whole_number, "N[,N…]"),
-    "n_directions": (whole_number, "N[,N…]"),
-    "targets": (number, "X[,X…]"),
-    "signs": (whole_number, "N[,N…]"),
-}
 
 
 def _settings(name: str, function: Callable[..., Any], about: str, leave_out: Sequence[str] = ()) -> type:
@@ -267,14 +245,8 @@ def _settings(name: str, function: Callable[..., Any], about: str, leave_out: Se
         default = option.default
         if option.name in ("progress", *leave_out) or default is option.empty or default is None:
             continue
-        explained = helps.get(option.name, "")
-        if isinstance(default, tuple):
-            named = option.name not in _TUPLES or isinstance(default[0], str)
-            convert, metavar = (str, "NAME[,NAME…]") if named else _TUPLES[option.name]
-            kind, given = Any, {"type": tuple_of(convert), "metavar": metavar}
-        else:
-            kind, given = (float if "float" in str(option.annotation) else type(default)), {}
-        made.append((option.name, kind, simple_parsing.field(default=default, help=explained, **given)))
+        kind = float if "float" in str(option.annotation) else type(default)
+        made.append(as_option(option.name, kind, default, helps.get(option.name, "")))
     return dataclasses.make_dataclass(name, made, kw_only=True, namespace={"__doc__": about, "__module__": __name__})
 
 
