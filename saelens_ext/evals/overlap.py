@@ -222,24 +222,19 @@ def _strongest(
     for name, sae in saes.items():
         hook = resolve_hook(stream.model, hooks_of(sae)[0])
         hooks[name] = fired[_checks.choice(hook, tuple(fired), f"the hook of {name}")]
-    values: dict[str, Tensor] = {}
-    places: dict[str, Tensor] = {}
-    active: dict[str, Tensor] = {}
+    values = {name: torch.empty(sae.cfg.d_sae, 0) for name, sae in saes.items()}
+    places = {name: torch.empty(sae.cfg.d_sae, 0, dtype=torch.int64) for name, sae in saes.items()}
+    active = {name: torch.zeros(sae.cfg.d_sae, dtype=torch.int64) for name, sae in saes.items()}
     documents, n = [], 0
     for batch in stream:
         for name, sae in saes.items():
             codes = encode_flat(sae, batch.activations[hooks[name]].to(sae.W_dec)).T.float().cpu()
-            rows = torch.arange(n, n + codes.shape[1]).expand(len(codes), -1)
-            if name in values:
-                codes_and_old = torch.cat([values[name], codes], dim=1)
-                rows = torch.cat([places[name], rows], dim=1)
-            else:
-                codes_and_old = codes
-                active[name] = torch.zeros(len(codes), dtype=torch.int64)
             active[name] += (codes > 0).sum(dim=1)
+            rows = torch.arange(n, n + codes.shape[1]).expand(len(codes), -1)
+            codes, rows = torch.cat([values[name], codes], dim=1), torch.cat([places[name], rows], dim=1)
             # Of equal codes the first in the stream are kept, however it is batched.
-            order = codes_and_old.sort(dim=1, descending=True, stable=True).indices[:, :top_n]
-            values[name], places[name] = codes_and_old.gather(1, order), rows.gather(1, order)
+            order = codes.sort(dim=1, descending=True, stable=True).indices[:, :top_n]
+            values[name], places[name] = codes.gather(1, order), rows.gather(1, order)
         documents.append(batch.document_ids)
         n += len(batch)
     tops = {}

@@ -8,7 +8,7 @@ Figures that do not exist are null.
 """
 
 from dataclasses import fields, replace
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, TypeVar
 
 import torch
 from sae_lens import SAE
@@ -17,16 +17,21 @@ from transformers import PreTrainedTokenizerBase
 
 from saelens_ext._files import json_safe
 from saelens_ext.analysis.examples import Examples
-from saelens_ext.analysis.labels import Labels
 from saelens_ext.analysis.logit_lens import LensResult
-from saelens_ext.analysis.neuron_overlap import NeuronOverlap, neuron_overlap
-from saelens_ext.analysis.profile import DictionaryProfile
+from saelens_ext.analysis.neuron_overlap import neuron_overlap
 from saelens_ext.dictionaries.hierarchy import HierarchicalSNMF
 from saelens_ext.dictionaries.snmf import SNMFDictionary
 from saelens_ext.host.tokens import token_strings
 from saelens_ext.ops.precision import wide
-from saelens_ext.report.dictionary.regions import Vocabulary, example_columns, label_column, lens_columns, map_columns
-from saelens_ext.report.dictionary.snmf_section import SNMFLevel, SNMFSection
+from saelens_ext.report.dictionary.regions import (
+    Vocabulary,
+    example_columns,
+    label_column,
+    lens_columns,
+    map_columns,
+    token_ids,
+)
+from saelens_ext.report.dictionary.snmf_section import ProfiledDictionary, SNMFLevel, SNMFSection
 from saelens_ext.report.format import visible
 from saelens_ext.report.projection import project
 from saelens_ext.steering.steer_features import SteeredFeatures
@@ -42,7 +47,7 @@ N_OVERLAPS = 6
 def feature_data(section: SNMFSection, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Everything the page shows of the features of a section's dictionaries, JSON-safe."""
     levels = section.levels
-    vocabulary = Vocabulary(ids.cpu() for level in levels for ids in _token_ids(level))
+    vocabulary = Vocabulary(ids for level in levels for ids in token_ids(level.profile.top, level.lens))
     sizes = [level.dictionary.cfg.d_sae for level in levels]
     starts = [sum(sizes[:number]) for number in range(len(levels))]
     data: dict[str, Any] = {
@@ -62,11 +67,6 @@ def feature_data(section: SNMFSection, tokenizer: PreTrainedTokenizerBase) -> di
     return data
 
 
-def _token_ids(level: SNMFLevel) -> list[Tensor]:
-    lens = [] if level.lens is None else [level.lens.promoted_ids, level.lens.suppressed_ids]
-    return [level.profile.top.contexts, *lens]
-
-
 def _level_columns(level: SNMFLevel, start: int, vocabulary: Vocabulary) -> dict[str, list[Any]]:
     return latent_columns(level, vocabulary) | {
         "n_neurons": level.dictionary.support.sum(dim=1).tolist(),
@@ -75,21 +75,9 @@ def _level_columns(level: SNMFLevel, start: int, vocabulary: Vocabulary) -> dict
     }
 
 
-@runtime_checkable
-class Profiled(Protocol):
-    """A dictionary with what is known of its latents."""
-
-    @property
-    def dictionary(self) -> SAE[Any]: ...
-    @property
-    def profile(self) -> DictionaryProfile: ...
-    @property
-    def lens(self) -> LensResult | None: ...
-    @property
-    def labels(self) -> Labels | None: ...
-
-
-def latent_columns(level: Profiled, vocabulary: Vocabulary, rows: Tensor | None = None) -> dict[str, list[Any]]:
+def latent_columns(
+    level: ProfiledDictionary, vocabulary: Vocabulary, rows: Tensor | None = None
+) -> dict[str, list[Any]]:
     """The columns that the latents of any dictionary have; ``rows`` are those shown, all by default."""
     profile = level.profile
     rows = torch.arange(profile.d_sae) if rows is None else rows
@@ -119,7 +107,7 @@ def latent_map(dictionary: SAE[Any], rows: Tensor | None = None) -> dict[str, An
     return map_columns(project((directions if rows is None else directions[rows]).double().numpy(), "directions"))
 
 
-def activity_fractions(level: Profiled) -> Tensor:
+def activity_fractions(level: ProfiledDictionary) -> Tensor:
     """Each feature's fraction of all that the features write: sum of its codes times its length; ``(k,)``."""
     profile = level.profile
     lengths = torch.linalg.vector_norm(wide(level.dictionary.W_dec.detach()).cpu(), dim=1)
@@ -150,23 +138,16 @@ def _overlaps(dictionary: SNMFDictionary, start: int) -> list[list[dict[str, Any
     if dictionary.cfg.d_sae < 2:
         return [[]]
     table = neuron_overlap(dictionary.W_dec.detach())
+    columns = {"shared": table.overlap, "same_sign": table.same_sign, "expected": table.expected}
+    columns |= {"p": table.p_value, "q": table.p_adjusted}
     found: list[list[dict[str, Any]]] = []
     rows = zip(table.overlap.tolist(), table.p_value.tolist(), strict=True)
     for i, (shared, p_values) in enumerate(rows):
         others = (j for j, n in enumerate(shared) if j != i and n > 0)
         best = sorted(others, key=lambda j, p=p_values, n=shared: (p[j], -n[j], j))[:N_OVERLAPS]
-        found.append([_overlap(table, i, j) | {"feature": start + j} for j in best])
+        pairs = [{name: column[i, j] for name, column in columns.items()} | {"feature": start + j} for j in best]
+        found.append(json_safe(pairs, 4))
     return found
-
-
-def _overlap(table: NeuronOverlap, i: int, j: int) -> dict[str, Any]:
-    return {
-        "shared": int(table.overlap[i, j]),
-        "same_sign": int(table.same_sign[i, j]),
-        "expected": json_safe(table.expected[i, j], 4),
-        "p": json_safe(table.p_value[i, j], 4),
-        "q": json_safe(table.p_adjusted[i, j], 4),
-    }
 
 
 def _tree_columns(hierarchy: HierarchicalSNMF | None, starts: list[int], n: int) -> dict[str, list[Any]]:

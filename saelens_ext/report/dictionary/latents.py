@@ -4,17 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sae_lens import SAE
 from transformers import PreTrainedTokenizerBase
 
-from saelens_ext.analysis.labels import Labels
-from saelens_ext.analysis.logit_lens import LensResult
-from saelens_ext.analysis.profile import DictionaryProfile
 from saelens_ext.dictionaries.architecture_names import plain_name
 from saelens_ext.host.tokens import token_strings
 from saelens_ext.report.dictionary.evaluation import evaluation_rows
 from saelens_ext.report.dictionary.features import latent_columns, latent_map, of_rows
-from saelens_ext.report.dictionary.regions import Vocabulary
+from saelens_ext.report.dictionary.regions import Vocabulary, token_ids
+from saelens_ext.report.dictionary.snmf_section import ProfiledDictionary
 from saelens_ext.report.dictionary.summary import active_fact, excluded, hook_fact, model_fact, read_from
 from saelens_ext.report.format import Fact, count
 from saelens_ext.report.page import embed_json
@@ -24,26 +21,14 @@ MAX_LATENTS = 3000
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class LatentSection:
-    """A dictionary of which no fit is known; ValueError if the profile or the lens is of another one."""
+class LatentSection(ProfiledDictionary):
+    """A dictionary of which no fit is known; ValueError if the profile, the lens or the labels are of another one."""
 
-    dictionary: SAE[Any]
-    """Any SAELens SAE or transcoder, k latents."""
-    profile: DictionaryProfile
-    """Of the dictionary."""
-    lens: LensResult | None = None
-    """The logit lens of its decoder's rows; None where they are not in the residual stream."""
     evals: Mapping[str, Any] | None = None
     """What ``sae_lens.evals.run_evals`` gave for it."""
-    labels: Labels | None = None
-    """Of the profile."""
 
     def __post_init__(self) -> None:
-        k = self.dictionary.cfg.d_sae
-        if self.profile.d_sae != k:
-            raise ValueError(f"The profile is of {self.profile.d_sae} latents, the dictionary of {k}.")
-        if self.lens is not None and len(self.lens.promoted_ids) != k:
-            raise ValueError(f"The lens is of {len(self.lens.promoted_ids)} directions, the dictionary of {k} latents.")
+        self.check_sizes()
         if self.labels is not None:
             self.labels.check_belongs(self.profile)
 
@@ -92,9 +77,8 @@ def _facts(section: LatentSection) -> list[Fact]:
 def _data(section: LatentSection, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     profile, lens, k = section.profile, section.lens, section.dictionary.cfg.d_sae
     rows = profile.counts.argsort(descending=True, stable=True)[:MAX_LATENTS].sort().values
-    top, lens = of_rows(profile.top, rows), None if lens is None else of_rows(lens, rows)
-    ids = [top.contexts, *([] if lens is None else [lens.promoted_ids, lens.suppressed_ids])]
-    vocabulary = Vocabulary(tensor.cpu() for tensor in ids)
+    lens = None if lens is None else of_rows(lens, rows)
+    vocabulary = Vocabulary(token_ids(of_rows(profile.top, rows), lens))
     return {
         "n_profiled": profile.n_activations,
         "context": [profile.context],

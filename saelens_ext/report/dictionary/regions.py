@@ -54,6 +54,11 @@ def _without_padding(nested: list[Any]) -> list[Any]:
     return [index for index in nested if index >= 0]
 
 
+def token_ids(examples: Examples, lens: LensResult | None) -> list[Tensor]:
+    """The tokens that are shown of latents, on the CPU."""
+    return [examples.contexts, *([] if lens is None else [lens.promoted_ids.cpu(), lens.suppressed_ids.cpu()])]
+
+
 def region_data(
     fit: ExemplarFitResult,
     profile: DictionaryProfile,
@@ -65,10 +70,9 @@ def region_data(
 
     ``fit`` says where its exemplars came from, ``lens`` is the logit lens of its exemplars, K rows.
     """
-    ids = [fit.provenance.windows, fit.provenance.token_ids, profile.top.contexts]
+    ids = [fit.provenance.windows, fit.provenance.token_ids, *token_ids(profile.top, lens)]
     ids += [profile.boundary.contexts] if profile.boundary is not None else []
-    ids += [lens.promoted_ids, lens.suppressed_ids] if lens is not None else []
-    vocabulary = Vocabulary(tensor.cpu() for tensor in ids)
+    vocabulary = Vocabulary(ids)
     neighbours, distances = nearest_others(_exemplars(fit), N_NEIGHBOURS)
     return {
         "n_profiled": profile.n_activations,

@@ -1,7 +1,10 @@
-"""What a report is told of SNMF dictionaries."""
+"""What a report is told of the latents of any dictionary, and of SNMF dictionaries."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from sae_lens import SAE
 
 from saelens_ext.analysis.labels import Labels
 from saelens_ext.analysis.logit_lens import LensResult
@@ -14,18 +17,40 @@ from saelens_ext.steering.steer_features import SteeredFeatures
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class SNMFLevel:
+class ProfiledDictionary:
+    """A dictionary with what is known of its latents."""
+
+    dictionary: SAE[Any]
+    """Any SAELens SAE or transcoder, k latents."""
+    profile: DictionaryProfile
+    """Of the dictionary."""
+    lens: LensResult | None = None
+    """The logit lens of its directions, k rows; None where they are not in the residual stream."""
+    labels: Labels | None = None
+    """Of the profile."""
+
+    def check_sizes(self, which: str = "") -> None:
+        """ValueError if the profile or the lens is of another dictionary; ``which`` says of which one."""
+        k = self.dictionary.cfg.d_sae
+        if self.profile.d_sae != k:
+            raise ValueError(
+                f"The profile{which} is of {self.profile.d_sae} latents, its dictionary of {k}; make it with "
+                "profile_dictionary or profile_dictionaries."
+            )
+        if self.lens is not None and len(self.lens.promoted_ids) != k:
+            raise ValueError(
+                f"The lens{which} is of {len(self.lens.promoted_ids)} directions, its dictionary of {k}; make it with "
+                "logit_lens of its directions, such as an SNMFDictionary's residual_directions."
+            )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SNMFLevel(ProfiledDictionary):
     """One dictionary of the section: the only one, or a level of a hierarchy."""
 
     dictionary: SNMFDictionary
-    profile: DictionaryProfile
-    """Of the dictionary, its k features."""
-    lens: LensResult | None = None
-    """The logit lens of its :meth:`~SNMFDictionary.residual_directions`, k rows."""
     held_out_loss: float | None = None
     """Squared error over the sum of squares of activations that it was not fitted to."""
-    labels: Labels | None = None
-    """Of the profile."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -67,22 +92,8 @@ class SNMFSection:
                 f"levels must be of the dictionaries of {source}, {len(expected)} in this order; got {len(own)} others."
             )
         for number, level in enumerate(self.levels):
-            self._check_level(number, level)
+            level.check_sizes(f" of level {number}")
         self._check_steered(self.levels[0].dictionary.cfg.d_sae)
-
-    @staticmethod
-    def _check_level(number: int, level: SNMFLevel) -> None:
-        k = level.dictionary.cfg.d_sae
-        if level.profile.d_sae != k:
-            raise ValueError(
-                f"The profile of level {number} is of {level.profile.d_sae} latents, its dictionary of {k}; make it "
-                "with profile_dictionaries(hierarchy.dictionaries, stream)."
-            )
-        if level.lens is not None and len(level.lens.promoted_ids) != k:
-            raise ValueError(
-                f"The lens of level {number} is of {len(level.lens.promoted_ids)} directions, its dictionary of {k}; "
-                "make it with logit_lens(model, dictionary.residual_directions(model))."
-            )
 
     def _check_steered(self, k: int) -> None:
         wrong = (
