@@ -12,7 +12,13 @@ from saelens_ext import _checks
 from saelens_ext._modes import standard_modes
 from saelens_ext.activations.stream import ActivationStream
 from saelens_ext.dictionaries.activation_matrix import ActivationSource
-from saelens_ext.dictionaries.fit_snmf import SNMFFitConfig, SNMFFitOptions, check_spread, reconstruction_loss
+from saelens_ext.dictionaries.fit_snmf import (
+    SNMFFitConfig,
+    SNMFFitOptions,
+    check_spread,
+    dictionary_of,
+    reconstruction_loss,
+)
 from saelens_ext.dictionaries.hierarchy import HierarchicalSNMF
 from saelens_ext.dictionaries.snmf import SNMFDictionary
 from saelens_ext.ops.deep_semi_nmf import DeepFactors, level_errors, refine
@@ -143,23 +149,10 @@ def _refined(
 def _dictionaries(
     given: ActivationSource, factors: DeepFactors, rows: Rows, config: SNMFFitConfig, x: Tensor
 ) -> list[SNMFDictionary]:
-    metadata = given.metadata() | {
-        "n_seen": len(x),
-        "l1": config.penalty,
-        "init": config.init,
-        "method": config.method,
-        "ranks": [len(features) for features in factors.features],
-        "typical_norm": float(torch.linalg.vector_norm(x, dim=1).median()),
-    }
+    norm, ranks = float(torch.linalg.vector_norm(x, dim=1).median()), [len(part) for part in factors.features]
+    recorded = {"n_seen": len(x), "ranks": ranks, "typical_norm": norm}
     return [
-        SNMFDictionary.from_features(
-            features,
-            sparsity=config.sparsity,
-            l1=config.penalty,
-            center=rows.center,
-            metadata=metadata | {"level": level},
-            reshape_activations=given.reshaping,
-        )
+        dictionary_of(given, config, features, rows.center, recorded | {"level": level})
         for level, features in enumerate(factors.features)
     ]
 
@@ -187,18 +180,7 @@ def _recursive(
         below = normalised(start.features.detach().to(x))[0]
         features, codes = [below], solve_codes(x, FeatureGram.of(below), l1=l1)
     for rank in ranks[len(features) :]:
-        fit = semi_nmf(
-            below,
-            rank,
-            sparsity=config.sparsity,
-            init=config.init,
-            method=config.method,
-            l1=l1,
-            max_iter=config.max_iter,
-            tol=config.tol,
-            generator=torch.Generator().manual_seed(config.seed),
-            progress=progress,
-        )
+        fit = semi_nmf(below, rank, method=config.method, progress=progress, **config.rule())
         below, length = normalised(fit.features)
         features.append(below)
         if len(features) == 1:

@@ -26,7 +26,7 @@ from saelens_ext.ops.groups import mapped
 from saelens_ext.ops.memory import memory_for
 from saelens_ext.ops.nnls import check_l1
 from saelens_ext.ops.precision import from_float64, where_float64_is, wide
-from saelens_ext.ops.semi_nmf import INITS, METHODS, FittedFeatures, semi_nmf
+from saelens_ext.ops.semi_nmf import INITS, METHODS, semi_nmf
 from saelens_ext.ops.semi_nmf_streaming import semi_nmf_streaming
 from saelens_ext.ops.semi_nmf_updates import sum_of_squares
 
@@ -97,6 +97,12 @@ class SNMFFitConfig:
         if self.l1 is None:
             return 0.0 if self.method == "paper" else DEFAULT_L1
         return float(self.l1)
+
+    def rule(self) -> dict[str, Any]:
+        """The arguments that every factorisation has."""
+        names = ("sparsity", "init", "max_iter", "tol")
+        own = {name: getattr(self, name) for name in names}
+        return own | {"l1": self.penalty, "generator": torch.Generator().manual_seed(self.seed)}
 
 
 class SNMFFitOptions(TypedDict, total=False):
@@ -186,16 +192,7 @@ def fit_snmf_rows(
     Raises:
         ValueError: as :func:`fit_snmf`.
     """
-    shared = {
-        "sparsity": config.sparsity,
-        "init": config.init,
-        "l1": config.penalty,
-        "center": config.penalty > 0,
-        "max_iter": config.max_iter,
-        "tol": config.tol,
-        "generator": torch.Generator().manual_seed(config.seed),
-        "on_metrics": on_metrics,
-    }
+    shared = config.rule() | {"center": config.penalty > 0, "on_metrics": on_metrics}
     if x is not None:
         x = where_float64_is(x)
         what = f"{len(x):,} activations of width {x.shape[1]}, and their codes over {n_components} features,"
@@ -220,7 +217,10 @@ def fit_snmf_rows(
         n_seen, limit = fit.n_samples, "max_passes"
     check_spread(fit.features, n_seen)
     shares = energy * fit.features.double().square().sum(dim=1) / total
-    dictionary, shares = _dictionary(given, fit, shares, config, n_seen, typical_norm)
+    order = shares.argsort(descending=True, stable=True)
+    recorded = {"n_seen": n_seen, "loss": fit.loss, "typical_norm": typical_norm}
+    dictionary = dictionary_of(given, config, fit.features[order], fit.center, recorded)
+    dictionary.fold_W_dec_norm()
     from_float64(dictionary, given.stream.device)
     held_out_loss, n_held_out = reconstruction_loss(
         dictionary, Restartable(given, held_out=True) if held_out is None else held_out
@@ -242,38 +242,23 @@ def fit_snmf_rows(
         n_duplicate=fit.n_duplicate,
         n_revived=fit.n_revived,
         typical_norm=typical_norm,
-        shares=shares,
+        shares=shares[order].float().cpu(),
     )
 
 
-def _dictionary(
-    given: ActivationSource,
-    fit: FittedFeatures,
-    shares: Tensor,
-    config: SNMFFitConfig,
-    n_seen: int,
-    typical_norm: float,
-) -> tuple[SNMFDictionary, Tensor]:
-    """The dictionary of unit features, the largest share first, and the shares in that order."""
-    order = shares.argsort(descending=True, stable=True)
-    metadata = given.metadata() | {
-        "n_seen": n_seen,
-        "loss": fit.loss,
-        "l1": config.penalty,
-        "init": config.init,
-        "method": config.method,
-        "typical_norm": typical_norm,
-    }
-    dictionary = SNMFDictionary.from_features(
-        fit.features[order],
+def dictionary_of(
+    given: ActivationSource, config: SNMFFitConfig, features: Tensor, center: Tensor | None, recorded: dict[str, Any]
+) -> SNMFDictionary:
+    """A dictionary of fitted features, with what is recorded of their fit."""
+    fitted = {"l1": config.penalty, "init": config.init, "method": config.method}
+    return SNMFDictionary.from_features(
+        features,
         sparsity=config.sparsity,
         l1=config.penalty,
-        center=fit.center,
-        metadata=metadata,
+        center=center,
+        metadata=given.metadata() | fitted | recorded,
         reshape_activations=given.reshaping,
     )
-    dictionary.fold_W_dec_norm()
-    return dictionary, shares[order].float().cpu()
 
 
 def check_spread(fitted: Tensor, n_seen: int) -> None:
