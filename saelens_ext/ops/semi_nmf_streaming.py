@@ -139,20 +139,20 @@ def semi_nmf_streaming(
         del sample
         fit = _StreamFit(batches, first, count, n_samples, n_batches, float(l1))
         history, converged = _passes(fit, max_passes, pass_tol, on_metrics)
-    statistics = fit.unweighted
+    statistics = fit.found.unweighted or fit.found.statistics
     return StreamingSemiNMFResult(
         features=fit.features,
         center=first.center,
-        loss=statistics.error(fit.features) / fit.total if fit.total > 0 else 0.0,
+        loss=statistics.error(fit.features) / fit.found.total if fit.found.total > 0 else 0.0,
         history=history,
         converged=converged,
         n_passes=len(history),
         n_samples=n_samples,
         code_gram=statistics.gram,
         code_product=statistics.product,
-        total=fit.total,
+        total=fit.found.total,
         typical_norm=typical_norm,
-        n_dead=int(dead(fit.features, fit.statistics).sum()),
+        n_dead=int(dead(fit.features, fit.found.statistics).sum()),
         n_duplicate=int((first_duplicates(fit.features) < n_components).sum()),
         n_revived=fit.n_revived,
     )
@@ -221,7 +221,7 @@ def _summed(features: Tensor, problem: FeatureGram, center: Tensor, l1: float, b
 
 
 class _StreamFit:
-    """The best features so far, with the statistics of their exact codes."""
+    """The best features so far, and what a pass found of their exact codes."""
 
     def __init__(
         self, batches: Iterable[Tensor], first: SemiNMFResult, count: int, n_samples: int, n_batches: int, l1: float
@@ -229,36 +229,21 @@ class _StreamFit:
         self._batches, self._count, self._n_samples, self._l1 = batches, count, n_samples, l1
         self._together = math.ceil(_ROWS_PER_FEATURE * len(first.features) * n_batches / n_samples)
         self.features, self._center, self.n_revived = first.features, first.center, first.n_revived
-        self._pass = self.evaluate(self.features)
-        self.error = self._pass.statistics.error(self.features)
-
-    @property
-    def statistics(self) -> CodeStatistics:
-        """Of the best features' codes, as the objective weighs them."""
-        return self._pass.statistics
-
-    @property
-    def unweighted(self) -> CodeStatistics:
-        """Of the same, for the activations as they are."""
-        return self._pass.unweighted or self._pass.statistics
-
-    @property
-    def total(self) -> float:
-        """Sum of squares of the activations."""
-        return self._pass.total
+        self.found = self.evaluate(self.features)
+        self.error = self.found.statistics.error(self.features)
 
     def step(self) -> None:
         """Improve the features and evaluate them by a pass; they are kept if their error is lower."""
-        features = update_features(self.statistics, self.features, self._count, _FEATURE_SWEEPS)
-        unused = dead(features, self.statistics).nonzero()[:, 0].tolist()[: len(self._pass.worst)]
+        features = update_features(self.found.statistics, self.features, self._count, _FEATURE_SWEEPS)
+        unused = dead(features, self.found.statistics).nonzero()[:, 0].tolist()[: len(self.found.worst)]
         if unused:
             features = features.clone()
-            features[unused] = keep_largest(self._pass.worst[: len(unused)], self._count)
+            features[unused] = keep_largest(self.found.worst[: len(unused)], self._count)
         features, _ = normalised(features)
         evaluated = self.evaluate(features)
         error = evaluated.statistics.error(features)
         if error < self.error:
-            self.features, self._pass, self.error = features, evaluated, error
+            self.features, self.found, self.error = features, evaluated, error
             self.n_revived += len(unused)
 
     def evaluate(self, features: Tensor) -> _Pass:
@@ -286,14 +271,14 @@ def _passes(
     stalled.
     """
     history: list[float] = []
-    total = fit.statistics.total
+    total = fit.found.statistics.total
     for number in range(1, max_passes + 1):
         if number > 1:
             fit.step()
         history.append(fit.error / total if total > 0 else 0.0)
         if on_metrics is not None:
             metrics: dict[str, float] = {"pass": number, "objective": history[-1], "n_revived": fit.n_revived}
-            on_metrics(metrics | {"n_dead": int(dead(fit.features, fit.statistics).sum())})
+            on_metrics(metrics | {"n_dead": int(dead(fit.features, fit.found.statistics).sum())})
         logger.info("Pass %d: objective %.4f", number, history[-1])
         if number > 1 and history[-2] - history[-1] <= tol * history[-2]:
             return history, True
