@@ -268,11 +268,15 @@ def _batch_log_probs(model: HostModel, start: Tensor, continuations: list[Sequen
     return [torch.cat(scores)[: len(given)] for scores, given in zip(found, continuations, strict=True)]
 
 
+def seed_of(seed: int, number: int, ids: Sequence[int]) -> int:
+    """The seed of one continuation of one prompt."""
+    name = f"{seed}|{number}|{','.join(map(str, ids))}"
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % 2**63
+
+
 def _draws(options: SamplingOptions, ids: Tensor, number: int) -> Tensor:
     """Uniform numbers ``(max_new_tokens,)`` that belong to one continuation of one prompt."""
-    name = f"{options.seed}|{number}|{','.join(map(str, ids.tolist()))}"
-    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % 2**63
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed_of(options.seed, number, ids.tolist()))
     return torch.rand(options.max_new_tokens, generator=generator, dtype=torch.float64)
 
 

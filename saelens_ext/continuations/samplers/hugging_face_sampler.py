@@ -1,6 +1,5 @@
 """Continuations from the ``generate`` of a Hugging Face model."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -14,7 +13,7 @@ from saelens_ext.continuations.samplers.sampler import Draw
 from saelens_ext.host.continued_text import text_behind, text_read_as
 from saelens_ext.host.prompt_passes import evaluating
 from saelens_ext.host.weights_fingerprint import weights_fingerprint
-from saelens_ext.steering.sampling import SamplingOptions
+from saelens_ext.steering.sampling import SamplingOptions, seed_of
 
 
 class HuggingFaceSampler:
@@ -88,7 +87,7 @@ class HuggingFaceSampler:
         scores = _Scores()
         devices = [given.device] if given.device.type == "cuda" else []
         with evaluating(self.model), callers_autocast(), torch.random.fork_rng(devices):
-            torch.manual_seed(_seed(options.seed, ids, numbers[0]))
+            torch.manual_seed(seed_of(options.seed, numbers[0], ids))
             made: Any = self.model.generate(
                 given,
                 attention_mask=torch.ones_like(given),
@@ -157,8 +156,3 @@ class _Scores(LogitsProcessor):
         if len(self._found) != n_new:
             return [[] for _ in ids]
         return torch.cat(self._found, dim=1).tolist()
-
-
-def _seed(seed: int, ids: Sequence[int], number: int) -> int:
-    name = f"{seed}|{number}|{','.join(map(str, ids))}"
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % 2**63
