@@ -106,6 +106,8 @@ def audit_continuations(
     if sampler is not None and continuations is not None:
         raise ValueError("continuations and sampler are both given; continuations that are there are not sampled.")
     config = _checks.from_options(AuditConfig, options, "The audit")
+    if config.chat_template_options and not config.chat_template and all(isinstance(q.prompt, str) for q in given):
+        raise ValueError("chat_template_options do nothing for texts; set chat_template=True, or give conversations.")
     _checks.choice(on_failure, ("raise", "record"), "on_failure")
     inputs = Inputs(model=model, dictionaries=dictionaries, embedder=embedder, sampler=sampler)
     _checks.choice(workers, WORKERS, "workers")

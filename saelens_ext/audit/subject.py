@@ -70,8 +70,8 @@ class Inputs:
         model: Any = self.model() if _is_function(self.model) else self.model
         check_model(model, proxy=False)
         found: Any = self.dictionaries(model) if _is_function(self.dictionaries) else self.dictionaries
-        saes: Any = [found] if isinstance(found, SAE) else found or []
-        for one in [saes] if isinstance(saes, str) else saes:
+        saes: list[Any] = [found] if isinstance(found, SAE | str) else list(found or ())
+        for one in saes:
             if not isinstance(one, SAE):
                 raise ValueError(
                     f"dictionaries must be SAEs or transcoders of SAELens, got {one!r:.100}; "
@@ -84,7 +84,7 @@ class Inputs:
                 f"got {sampler!r:.100}."
             )
         embedder = load_sentence_model(self.embedder) if self.embeds else None
-        return Subject(model=model, saes=list(saes), embedder=embedder, sampler=sampler)
+        return Subject(model=model, saes=saes, embedder=embedder, sampler=sampler)
 
 
 def _is_function(given: Any) -> TypeGuard[Callable[..., Any]]:

@@ -1,6 +1,7 @@
 """What a chat template writes at the start of a conversation and behind an answer."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -14,6 +15,9 @@ Prompt = str | Messages
 """A text, or a conversation."""
 ROLES = ("system", "user", "assistant")
 
+_WORD = re.compile(r"[^\W\d]\w*")
+_OPENING_MARK = re.compile(r"\s*(<[^<>/\s]+>)")
+_DECIDED = ("tokenize", "add_generation_prompt", "continue_final_message")
 _ANSWER = "zqANSWERqz"
 _ASKED, _ANSWERED = {"role": "user", "content": "a"}, {"role": "assistant", "content": _ANSWER}
 
@@ -94,7 +98,7 @@ def checked_messages(messages: Any, name: str) -> list[dict[str, str]]:
         raise ValueError(f"{name} must be a text or a conversation, got {messages!r:.200}: {remedy}.")
     if found[-1]["role"] == "system":
         raise ValueError(f"{name} ends with a system message, which nobody answers; add a user's message.")
-    if not found[-1]["content"]:
+    if not found[-1]["content"].strip():
         raise ValueError(f"{name} ends with an empty message; give its text, or leave it out.")
     return found
 
@@ -105,21 +109,72 @@ def as_conversation(
     """A conversation up to where the answer begins, or to the end of the answer that it begins itself.
 
     Raises:
-        ValueError: the tokenizer has no chat template, or its template refuses the conversation.
+        ValueError: the tokenizer has no chat template, or its template refuses the conversation or has no such option.
     """
     if not tokenizer.chat_template:
         raise ValueError(
             "This model's tokenizer has no chat template, which messages need; give texts and chat_template=False, or "
             "set tokenizer.chat_template."
         )
+    _check_options(tokenizer, options or {})
+
+    def written(these: Messages, **how: bool) -> str:
+        plain = [dict(one) for one in these]
+        return str(tokenizer.apply_chat_template(plain, tokenize=False, **how, **(options or {})))
+
     begun = messages[-1]["role"] == "assistant"
-    how = {"continue_final_message": True} if begun else {"add_generation_prompt": True}
     try:
-        made = tokenizer.apply_chat_template([dict(one) for one in messages], tokenize=False, **how, **(options or {}))
+        return _with_beginning(written, messages) if begun else written(messages, add_generation_prompt=True)
     except Exception as error:  # a template is a program of its author's, and may raise what it likes
         roles = ", ".join(one["role"] for one in messages)
         raise ValueError(f"The chat template refuses messages of the roles {roles}: {error}") from error
-    return str(made)
+
+
+def _with_beginning(written: Callable[..., str], messages: Messages) -> str:
+    """A conversation whose last message begins the answer, as it was given.
+
+    Some templates trim it, or leave out the reasoning in it. Then it is put behind what opens an answer; where that
+    opens the reasoning, too (``<think>``), this is not written twice.
+    """
+    beginning, made, failed = messages[-1]["content"], "", None
+    try:
+        made = written(messages, continue_final_message=True)
+    except Exception as error:  # as above
+        failed = error
+    if made.endswith(beginning):
+        return made
+    try:
+        opened, before = (written(messages[:-1], add_generation_prompt=opens) for opens in (True, False))
+    except Exception as error:
+        if failed is None:
+            return made
+        raise failed from error
+    if opened == before:
+        if failed is None:
+            return made
+        raise failed
+    mark = _OPENING_MARK.match(beginning)
+    if mark and opened.rstrip().endswith(mark[1]):
+        opened = opened.rstrip().removesuffix(mark[1])
+    return opened + beginning
+
+
+def _check_options(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> None:
+    """ValueError for options that the conversation decides, or that no chat template of the tokenizer mentions."""
+    if not isinstance(options, Mapping):
+        raise ValueError(f'chat_template_options must be like {{"enable_thinking": False}}, got {options!r}.')
+    if decided := [name for name in _DECIDED if name in options]:
+        raise ValueError(
+            f"chat_template_options has {', '.join(decided)}, which the last message decides: behind a user's an "
+            "answer begins, and an assistant's is gone on from."
+        )
+    template = tokenizer.chat_template
+    words = set(_WORD.findall(" ".join(template.values()) if isinstance(template, dict) else str(template)))
+    if unknown := [name for name in options if name not in words]:
+        raise ValueError(
+            f"The chat template has no option {unknown[0]!r}, so it would change nothing."
+            f"{_checks.near_matches(unknown[0], words)} Leave it out of chat_template_options."
+        )
 
 
 def starts_with(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> bool:

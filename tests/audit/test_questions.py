@@ -84,6 +84,11 @@ def test_what_is_no_subject_is_told_what_to_be(setting, replaced, message):
         audit_continuations(prefixes=PREFIX, **given, **FEW)
 
 
+def test_options_of_a_template_that_writes_nothing_are_refused(setting):
+    with pytest.raises(ValueError, match="chat_template_options do nothing for texts; set chat_template=True"):
+        audit_continuations(setting[0], PREFIX, setting[1], chat_template_options={"thinking": False}, **FEW)
+
+
 @pytest.mark.slow
 def test_the_answers_alone_are_audited(setting, caplog):
     words = ("is", "was", "has", "had", "can", "will")

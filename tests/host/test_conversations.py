@@ -56,6 +56,48 @@ def test_options_reach_the_template():
     assert asked(tokenizer, [USER], options={"thinking": True}).text == "Why?<think>"
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"thinkin": True}, "has no option 'thinkin', so it would change nothing. Did you mean 'thinking'"),
+        ({"add_generation_prompt": False}, "has add_generation_prompt, which the last message decides"),
+        ({"tokenize": True}, "has tokenize, which the last message decides"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(options, message):
+    tokenizer = make_tokenizer()
+    plain = "{% for m in messages %}{{ m.content }}{% endfor %}{% if thinking %}<think>{% endif %}"
+    for template in (plain, {"default": plain, "tool_use": "{{ tools }}"}):
+        tokenizer.chat_template = template
+        with pytest.raises(ValueError, match=message):
+            asked(tokenizer, [USER], options=options)
+
+
+# What writes a message: as Gemma's template, trimmed; as those of reasoning models, without its reasoning.
+TRIMMED = "m.content | trim"
+UNREASONED = "m.content.split('</think>')[-1].lstrip('\\n') if m.role == 'assistant' else m.content"
+
+
+@pytest.mark.parametrize(
+    ("written", "opens", "beginning", "expected"),
+    [
+        (TRIMMED, "", "Because ", "<user>Why?\n<assistant>Because "),
+        (TRIMMED, "", "Because", "<user>Why?\n<assistant>Because"),
+        (UNREASONED, "", "<think>\nHm.</think>\n\nSo", "<user>Why?\n<assistant><think>\nHm.</think>\n\nSo"),
+        (UNREASONED, "<think>\n", "<think>\nHm.</think>\nSo", "<user>Why?\n<assistant><think>\nHm.</think>\nSo"),
+        (UNREASONED, "<think>\n", "Hm.</think>\nSo", "<user>Why?\n<assistant><think>\nHm.</think>\nSo"),
+        (UNREASONED, "<think>\n", "So", "<user>Why?\n<assistant>So"),
+    ],
+)
+def test_the_beginning_of_an_answer_is_gone_on_from_as_it_was_given(written, opens, beginning, expected):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ " + written + " }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>" + opens + "{% endif %}"
+    )
+    assert asked(tokenizer, [USER, {"role": "assistant", "content": beginning}]).text == expected
+
+
 def test_prompts_are_told_apart():
     assert different_prompts([USER], "prefixes") == [[USER]]
     assert different_prompts("a", "prefixes") == ["a"]
@@ -77,6 +119,7 @@ def test_prompts_are_told_apart():
         ([{"role": "user", "content": 4}], "content of a message of prefix must be a text, got 4"),
         ([SYSTEM], "ends with a system message, which nobody answers"),
         ([USER, {"role": "assistant", "content": ""}], "ends with an empty message"),
+        ([USER, {"role": "assistant", "content": " \n"}], "ends with an empty message"),
     ],
 )
 def test_what_is_no_conversation(given, message):

@@ -180,7 +180,7 @@ def test_stopping_leaves_the_model_as_it_was(live, model):
     ("talk", "message"),
     [
         ([], r"The conversation must be a text or a conversation, got \[\]"),
-        ([{"role": "user", "content": " "}], "A message is empty; type or paste at least one word"),
+        ([{"role": "user", "content": " "}, *TALK[1:]], "A message is empty; type or paste at least one word"),
         ([*TALK[:1], {"role": "user", "content": ""}], "The conversation ends with an empty message"),
         (TALK[:1], "The conversation ends with a system message"),
         ([{"role": "user", "content": "word " * 5000}], "25,000 characters, and at most 20,000 are taken; shorten it"),
