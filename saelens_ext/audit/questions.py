@@ -1,6 +1,5 @@
 """What is asked of a model: prefixes, and for each the continuations that were brought along, if any were."""
 
-import operator
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from saelens_ext import _checks, _files
 from saelens_ext.audit.config import AuditConfig
 from saelens_ext.audit.inspect_log import LOG_SUFFIXES, read_inspect_log
 from saelens_ext.continuations.continuation_set import ContinuationSet
-from saelens_ext.continuations.sample import score_continuations
+from saelens_ext.continuations.sample import score_continuations, texts_or_ids
 from saelens_ext.host.chat_template import Prompt, checked_messages, different_prompts, in_words
 from saelens_ext.host.models import HostModel
 
@@ -88,16 +87,7 @@ def questions(prefixes: Prompt | Sequence[Prompt], continuations: Continuations 
 
 def _checked(given: Any, prefix: str) -> tuple[str | tuple[int, ...], ...]:
     name = f"continuations of {prefix!r:.80}"
-    found: list[str | tuple[int, ...]] = []
-    for one in _checks.listed(given, name, "continuation"):
-        if isinstance(one, str):
-            found.append(_checks.text(one, name))
-            continue
-        try:
-            found.append(tuple(operator.index(token) for token in one))
-        except TypeError as error:
-            raise ValueError(f"{name} must be texts or lists of token ids, got {one!r:.100}.") from error
-    return tuple(found)
+    return tuple(one if isinstance(one, str) else tuple(one) for one in texts_or_ids(given, name))
 
 
 def read_continuations(

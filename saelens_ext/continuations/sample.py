@@ -148,7 +148,7 @@ def score_continuations(
     _checks.positive(batch_size, "batch_size")
     given = asked(tokenizer_of(model), prefix, chat_template=bool(chat_template), options=chat_template_options)
     text, templated = given.text, given.templated
-    ones = [_text_or_ids(one, number) for number, one in enumerate(_checks.listed(continuations, "continuations"))]
+    ones = texts_or_ids(continuations, "continuations")
     rows = [ids_after(model, text, [one], templated=templated)[0] if isinstance(one, str) else one for one in ones]
     _check_ids(model, rows)
     ids = fitting_prefix(model, text, max(map(len, rows)), templated)
@@ -218,14 +218,18 @@ def fitting_prefix(model: HostModel, text: str, room: int, templated: bool) -> T
     return ids
 
 
-def _text_or_ids(given: Any, number: int) -> str | list[int]:
-    name = f"continuations[{number}]"
-    if isinstance(given, str) or not hasattr(given, "__iter__"):
-        return _checks.text(given, name)
-    try:
-        return [operator.index(i) for i in given]
-    except TypeError as error:
-        raise ValueError(f"{name} must be a text or a list of token ids, got {given!r:.100}.") from error
+def texts_or_ids(values: Any, name: str) -> list[str | list[int]]:
+    """Continuations, each a text or token ids; ValueError for what is neither, or no continuation."""
+    found: list[str | list[int]] = []
+    for number, one in enumerate(_checks.listed(values, name, "continuation")):
+        if isinstance(one, str):
+            found.append(_checks.text(one, f"Number {number} of the {name}"))
+            continue
+        try:
+            found.append([operator.index(i) for i in one])
+        except TypeError as error:
+            raise ValueError(f"{name} must be texts or lists of token ids, got {one!r:.100}.") from error
+    return found
 
 
 def _check_ids(model: HostModel, rows: Sequence[Sequence[int]]) -> None:
