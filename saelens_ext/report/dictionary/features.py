@@ -31,7 +31,7 @@ from saelens_ext.report.dictionary.regions import (
     map_columns,
     token_ids,
 )
-from saelens_ext.report.dictionary.snmf_section import ProfiledDictionary, SNMFLevel, SNMFSection
+from saelens_ext.report.dictionary.snmf_section import ProfiledDictionary, SNMFSection
 from saelens_ext.report.format import visible
 from saelens_ext.report.projection import project
 from saelens_ext.steering.steer_features import SteeredFeatures
@@ -59,20 +59,17 @@ def feature_data(section: SNMFSection, tokenizer: PreTrainedTokenizerBase) -> di
         "index": [index for size in sizes for index in range(size)],
         "vocabulary": token_strings(tokenizer, vocabulary.token_ids),
     }
-    columns = [_level_columns(level, start, vocabulary) for level, start in zip(levels, starts, strict=True)]
+    columns = [
+        latent_columns(level, vocabulary)
+        | {"n_neurons": level.dictionary.support.sum(dim=1).tolist(), "overlaps": _overlaps(level.dictionary, start)}
+        | _neurons(level.dictionary)
+        for level, start in zip(levels, starts, strict=True)
+    ]
     data |= {name: [row for level in columns for row in level[name]] for name in columns[0]}
     data |= latent_map(levels[0].dictionary)
     data |= _tree_columns(section.hierarchy, starts, sum(sizes))
     data["steered"] = _steered(section.steered, sum(sizes))
     return data
-
-
-def _level_columns(level: SNMFLevel, start: int, vocabulary: Vocabulary) -> dict[str, list[Any]]:
-    return latent_columns(level, vocabulary) | {
-        "n_neurons": level.dictionary.support.sum(dim=1).tolist(),
-        **_neurons(level.dictionary),
-        "overlaps": _overlaps(level.dictionary, start),
-    }
 
 
 def latent_columns(

@@ -93,15 +93,9 @@ class SNMFSection:
             )
         for number, level in enumerate(self.levels):
             level.check_sizes(f" of level {number}")
-        self._check_steered(self.levels[0].dictionary.cfg.d_sae)
-
-    def _check_steered(self, k: int) -> None:
-        wrong = (
-            [text.feature for text in self.steered.texts if not 0 <= text.feature < k]
-            if self.steered is not None
-            else []
-        )
-        if wrong:
+        k = self.levels[0].dictionary.cfg.d_sae
+        steered = [] if self.steered is None else [text.feature for text in self.steered.texts]
+        if wrong := [feature for feature in steered if not 0 <= feature < k]:
             raise ValueError(
                 f"The continuations are of features such as {wrong[0]}, the first level has features 0 to {k - 1}."
             )
