@@ -222,13 +222,14 @@ def texts_or_ids(values: Any, name: str) -> list[str | list[int]]:
     """Continuations, each a text or token ids; ValueError for what is neither, or no continuation."""
     found: list[str | list[int]] = []
     for number, one in enumerate(_checks.listed(values, name, "continuation")):
+        which = f"Number {number} of the {name}"
         if isinstance(one, str):
-            found.append(_checks.text(one, f"Number {number} of the {name}"))
+            found.append(_checks.text(one, which))
             continue
         try:
             found.append([operator.index(i) for i in one])
         except TypeError as error:
-            raise ValueError(f"{name} must be texts or lists of token ids, got {one!r:.100}.") from error
+            raise ValueError(f"{which} must be a text or a list of token ids, got {one!r:.100}.") from error
     return found
 
 
