@@ -57,6 +57,8 @@ class Endpoint:
     """Calls at a time."""
     role: str = "judge"
     """What errors call it."""
+    advice: str = ""
+    """What else errors say may help."""
     error: type[EndpointUnavailableError] = EndpointUnavailableError
     """Raised where there is no answer."""
 
@@ -122,8 +124,8 @@ class Endpoint:
             where = f"those are in {self.cache_directory}, and the same call goes on from there"
         return (
             f"The {self.role} {self.model} at {self.base_url} gave no answer ({why}). Check the address, the key "
-            f"({KEY_VARIABLE}) and the name of the model, or raise timeout and max_retries. Of the answers so far, "
-            f"{where}."
+            f"({KEY_VARIABLE}) and the name of the model, or raise timeout and max_retries.{self.advice} Of the "
+            f"answers so far, {where}."
         )
 
     def _cache_path(self, request: Mapping[str, Any]) -> Path | None:

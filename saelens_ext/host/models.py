@@ -163,6 +163,8 @@ def load_model(
     device = None if device is None else chosen_device(device)
     dtype = _as_dtype(dtype) or (torch.float32 if hf_model is None else hf_model.dtype)
     if hf_model is not None:
+        if not hf_model.config.architectures:  # a configuration that was made, not loaded, has them only once saved
+            hf_model.config.architectures = [type(hf_model).__name__]
         # The hosts take a given model as it lies, whatever device and dtype they are told.
         to: Any = hf_model.to  # transformers' wrapper of it hides `self` from type checkers
         placed = {"dtype": dtype} | ({} if device is None else {"device": device})
@@ -341,7 +343,12 @@ def _hooked_from_hf(
             config = get_pretrained_model_config(directory, hf_cfg=hf_config.to_dict(), device=str(device), dtype=dtype)
         except NotImplementedError:  # some architectures (Gemma, OLMo) the host knows by the names of models only
             return hooked_by_name(name_or_path, hf_model, tokenizer, device, dtype)
-        weights = get_pretrained_state_dict(directory, config, hf_model, dtype=dtype)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise _not_converted(hf_model, error) from error
+        try:
+            weights = get_pretrained_state_dict(directory, config, hf_model, dtype=dtype)
+        except (AttributeError, KeyError, TypeError) as error:  # of a part that the converter thought was there
+            raise _not_converted(hf_model, error) from error
     config.model_name = Path(name_or_path).name
     model = HookedSAETransformer(config, tokenizer, move_to_device=False)
     model.load_and_process_state_dict(
@@ -351,6 +358,13 @@ def _hooked_from_hf(
     # The host keeps no trace of it, and it names the tokens that end a turn.
     model.generation_config = getattr(hf_model, "generation_config", None)  # pyright: ignore[reportArgumentType]
     return model
+
+
+def _not_converted(hf_model: PreTrainedModel, error: Exception) -> ValueError:
+    return ValueError(
+        f"TransformerLens' converter does not take this {type(hf_model).__name__} ({type(error).__name__}: {error}). "
+        "Load it as an SAETransformerBridge."
+    )
 
 
 def _with_bos(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

@@ -148,7 +148,7 @@ def test_files_without_a_line_or_in_another_encoding_are_named(tmp_path):
         ({"prompt": "a", "token_ids": "x"}, "Line 2 of .*token_ids must be a list of whole numbers, got 'x'"),
         (
             {"prompt": "a", "token_ids": [1, "x"]},
-            "Number 0 of the continuations of 'a' must be a text or a list of token ids, got",
+            "Number 1 of the continuations of 'a' must be a text or a list of token ids, got",
         ),
         ({"prompt": [{"role": "user"}], "continuation": " x"}, "Line 2 of .*role and content alone"),
     ],

@@ -14,7 +14,7 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.loading_from_pretrained import get_pretrained_state_dict
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.pretrained.weight_conversions import convert_gemma_weights
-from transformers import Gemma2Config, Gemma2ForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, OPTConfig, OPTForCausalLM
 
 from saelens_ext.host.models import (
     check_model,
@@ -495,6 +495,21 @@ def test_load_refuses_what_does_not_go_together(options, message):
 def test_a_path_without_a_folder_is_no_name(name, model_class):
     with pytest.raises(FileNotFoundError, match="(model|c) is no folder of a saved model; give one"):
         load_model(name, model_class=model_class)
+
+
+@pytest.mark.parametrize("model_class", MODEL_CLASSES)
+def test_a_model_that_was_made_and_never_saved_is_hosted(model_class):
+    made = make_hf_model("llama")
+    made.config.architectures = None  # as configurations have it before they are saved
+    model = load_model("x", model_class=model_class, hf_model=made, tokenizer=make_tokenizer())
+    assert_same(model(TOKENS), make_hf_model("llama")(TOKENS).logits)
+
+
+def test_what_the_converter_stumbles_over_is_said():
+    sizes = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    opt = OPTForCausalLM(OPTConfig(vocab_size=320, word_embed_proj_dim=16, do_layer_norm_before=False, **sizes))
+    with pytest.raises(ValueError, match="converter does not take this OPTForCausalLM .*Load it as an SAETransformer"):
+        load_model("x", model_class="HookedSAETransformer", hf_model=opt, tokenizer=make_tokenizer())
 
 
 def test_a_misspelt_name_has_near_ones():

@@ -18,6 +18,10 @@ PROMPTS = ("tokens", "text")
 _SEED_STEP = 1_000_003
 _SEEDS = 2**31
 _TOKEN_ID = "token_id:"
+_ADVICE = (
+    " It must serve /completions: where there are chats alone, no prefix is gone on from (texts that you have are "
+    "audited with continuations=). prompt_as='text' is for one that takes no token ids."
+)
 _RESERVED = ("model", "prompt", "n", "max_tokens", "temperature", "top_p", "seed", "stop", "stream", "echo")
 
 
@@ -31,8 +35,8 @@ class EndpointSampler:
     variable ``OPENAI_API_KEY`` where it is set, and not written anywhere.
 
     Raises:
-        ValueError: an address that is none or that holds a user name, a password or a query; a number out of range; a
-            request option that an argument of sampling decides.
+        ValueError: an address that is none, that ends in ``/completions`` or that holds a user name, a password or a
+            query; a number out of range; a request option that an argument of sampling decides.
 
     Examples:
         >>> sampler = sx.EndpointSampler("http://localhost:8000/v1", "gpt2", choices_per_request=8)
@@ -74,6 +78,8 @@ class EndpointSampler:
                 f"base_url must have no user name, password or query, since it is written into settings: {shown}. Keys "
                 f"go into the environment variable {KEY_VARIABLE}."
             )
+        if parts.path.rstrip("/").endswith("/completions"):
+            raise ValueError(f"base_url ends before /completions (and /chat), which calls add; got {self.base_url!r}.")
         if not self.model:
             raise ValueError("model is empty; give the name of the model at the endpoint.")
         _checks.choice(self.prompt_as, PROMPTS, "prompt_as")
@@ -123,6 +129,7 @@ class EndpointSampler:
             max_retries=self.max_retries,
             max_concurrency=self.max_concurrency,
             role="endpoint",
+            advice=_ADVICE,
         )
         parts = [numbers[i : i + self.choices_per_request] for i in range(0, len(numbers), self.choices_per_request)]
         with closing(endpoint):

@@ -154,6 +154,9 @@ class ScoredDraws:
                 "The tokens of the %s are not the model's: %s. Another tokenizer, BOS or template? Texts were scored."
             )
             logger.warning(said, name, "; ".join(why))
+        if not about["n_tokens"]:
+            said = "The %s gave no log-probability to compare: whether the model that drew is this one is not checked."
+            logger.warning(said, name)
         if about.get("mean_absolute", 0.0) > LARGE:
             said = (
                 "The log-probabilities of the %s differ from the model's by %.2f nats per token on average, over %d "

@@ -135,7 +135,14 @@ def test_a_busy_server_is_asked_again(bridge, endpoint, status):
         (lambda n, body: None, "APITimeoutError"),
         (lambda n, body: (429, "busy"), "RateLimitError"),
         (lambda n, body: (401, "who are you"), "AuthenticationError.*OPENAI_API_KEY"),
-        (lambda n, body: (404, "no such model"), "NotFoundError"),
+        (
+            lambda n, body: (404, "no such model"),
+            "NotFoundError.* must serve /completions: where",
+        ),
+        (
+            lambda n, body: (400, "prompt must be a string"),
+            "BadRequestError.* prompt_as='text' is for",
+        ),
         (lambda n, body: (200, b"<html>Bad gateway</html>"), "gave no answer"),
         (lambda n, body: (200, b""), "gave no answer"),
         (lambda n, body: (200, {"choices": []}), "without choices"),
@@ -156,6 +163,17 @@ def test_fewer_choices_than_asked_for_are_asked_for_again(bridge, endpoint):
     assert found.texts == sample_continuations(bridge, PREFIX, 6, sampler=one_by_one, **DRAWS).texts
     asked = [(body["seed"], body.get("n", 1)) for body in server.bodies]
     assert sorted(asked)[:6] == [(i, 3 - i % 3) for i in range(6)] and len(set(asked)) == len(asked)
+
+
+def test_a_model_that_cannot_be_compared_is_warned_of(bridge, endpoint, caplog):
+    _, sampler = endpoint(lambda n, body: (200, said([f" is {n}"])))
+    found = sample_continuations(bridge, PREFIX, 2, sampler=sampler, **DRAWS)
+    assert found.metadata["sampling"]["log_prob_difference"]["n_tokens"] == 0
+    assert "The EndpointSampler gave no log-probability to compare" in caplog.text
+    caplog.clear()
+    _, sampler = endpoint(served(bridge))
+    sample_continuations(bridge, PREFIX, 2, sampler=sampler, **DRAWS)
+    assert "to compare" not in caplog.text
 
 
 def test_more_choices_than_asked_for_are_left(bridge, endpoint):
@@ -222,6 +240,8 @@ def test_the_key_is_sent_and_written_nowhere(bridge, endpoint, tmp_path, monkeyp
         (("localhost:8000/v1", "m"), {}, "must begin with http"),
         (("http://me:sk-secret@host/v1", "m"), {}, "no user name"),
         (("http://host/v1?key=sk-secret", "m"), {}, "no user name, password or query"),
+        (("http://host/v1/completions", "m"), {}, "base_url ends before /completions"),
+        (("http://host/v1/chat/completions/", "m"), {}, "base_url ends before /completions"),
         (("http://host/v1", ""), {}, "model is empty"),
         (("http://host/v1", "m"), {"prompt_as": "ids"}, "prompt_as must be one of 'tokens', 'text'"),
         (("http://host/v1", "m"), {"choices_per_request": 0}, "choices_per_request"),
