@@ -14,8 +14,11 @@ from transformer_lens import HookedTransformer
 from saelens_ext.activations.matrix_stream import MatrixStream
 from saelens_ext.activations.stream import ActivationBatch, ActivationStream
 from saelens_ext.ops.memory import memory_for
+from saelens_ext.ops.uniform_sample import Numbered
 
 T = TypeVar("T")
+# More places than a window has.
+_LONGEST = 2**24
 
 
 @dataclass(kw_only=True)
@@ -82,15 +85,17 @@ class ActivationSource:
         self._check_met(met)
 
     def mapped(
-        self, work: Callable[[Iterator[Tensor]], T], n_batches: int = 1, *, held_out: bool = False
+        self, work: Callable[[Iterator[Any]], T], n_batches: int = 1, *, held_out: bool = False, numbered: bool = False
     ) -> Iterator[T]:
         """What some work gives for the blocks of so many batches at a time, in order, done where the stream computes
         them; see :meth:`ActivationStream.mapped`. Raises as :meth:`blocks`.
+
+        With ``numbered``, a block comes with the number of each of its rows in the stream, int64 ``(m,)``.
         """
         if held_out and not self.held_out:
             return
         met = _Met()
-        for found, here in self.stream.mapped(partial(_with_met, work, self._picked(held_out)), n_batches):
+        for found, here in self.stream.mapped(partial(_with_met, work, self._picked(held_out), numbered), n_batches):
             met.add(here.n_documents, here.n_out)
             yield found
         self._check_met(met)
@@ -147,6 +152,10 @@ class Restartable:
         """What some work gives for the blocks of so many batches at a time, done where they are computed."""
         return self._source.mapped(work, size, held_out=self._held_out)
 
+    def mapped_with_numbers(self, work: Callable[[Iterator[Numbered]], T], size: int = 1) -> Iterator[T]:
+        """The same of blocks with the number of each row in the stream."""
+        return self._source.mapped(work, size, held_out=self._held_out, numbered=True)
+
 
 @dataclass
 class _Met:
@@ -171,26 +180,36 @@ class _Picked:
 
     def blocks(self, batches: Iterable[ActivationBatch], met: _Met) -> Iterator[Float[Tensor, "m d"]]:
         """Activations, batch by batch; what was met is added up."""
+        return (rows for rows, _ in self.numbered(batches, met))
+
+    def numbered(self, batches: Iterable[ActivationBatch], met: _Met) -> Iterator[Numbered]:
+        """The same with the number of each row in the stream, from its window and its place there."""
         for batch in batches:
-            rows = self.rows_of(batch)
+            rows, numbers = self._of(batch)
             met.add(int(batch.document_ids.max()) + 1, len(rows) if self.held_out else len(batch) - len(rows))
             if len(rows):
-                yield rows
+                yield rows, numbers
 
     def rows_of(self, batch: ActivationBatch) -> Float[Tensor, "m d"]:
         """A batch's; float32 unless they are float64."""
-        rows = batch.activations[self.hook_name]
+        return self._of(batch)[0]
+
+    def _of(self, batch: ActivationBatch) -> Numbered:
+        rows, numbers = batch.activations[self.hook_name], batch.sequence_ids * _LONGEST + batch.positions
         if self.share:
             out = _is_held_out(batch.document_ids, self.share)
-            rows = rows[(out if self.held_out else ~out).to(rows.device)]
+            kept = out if self.held_out else ~out
+            rows, numbers = rows[kept.to(rows.device)], numbers[kept]
         elif self.held_out:
-            rows = rows[:0]
-        return _wide(rows)
+            rows, numbers = rows[:0], numbers[:0]
+        return _wide(rows), numbers
 
 
-def _with_met(work: Callable[[Iterator[Tensor]], T], picked: _Picked, batches: Iterator[ActivationBatch]) -> Any:
+def _with_met(
+    work: Callable[[Iterator[Any]], T], picked: _Picked, numbered: bool, batches: Iterator[ActivationBatch]
+) -> Any:
     met = _Met()
-    return work(picked.blocks(batches, met)), met
+    return work(picked.numbered(batches, met) if numbered else picked.blocks(batches, met)), met
 
 
 def _is_held_out(document_ids: Tensor, share: float) -> Tensor:

@@ -9,9 +9,10 @@ then uses A, B and the sums of the codes alone. The objective at the next pass c
 for features that were better already with the old codes. The first features come from a fit in memory to a uniform
 sample, and so does the centre.
 
-Where batches can be worked on elsewhere (:class:`~saelens_ext.ops.groups.Mapped`), codes are found there, and sums come
-back: 16 k^2 + 20 k d bytes with an L1 penalty (8 k^2 + 12 k d without) for at least 20 k activations, which are 80 k d
-bytes in float32. Sums are made of the same batches and added in the same order everywhere.
+Where batches can be worked on elsewhere (:class:`~saelens_ext.ops.groups.Mapped`), the sample is drawn there
+(`uniform_sample`), codes are found there, and sums come back: 16 k^2 + 20 k d bytes with an L1 penalty (8 k^2 + 12 k d
+without) for at least 20 k activations, which are 80 k d bytes in float32. Sums are made of the same batches and added
+in the same order everywhere.
 
 Cost: memory is one block and its codes, up to 16 (3 k^2 + 5 k d) bytes of sums and features, and the sample. A pass is
 4 n k d floating-point operations in products plus the non-negative least squares, which is several times n k^2 more.
@@ -34,7 +35,6 @@ from saelens_ext._checks import finite, positive, width
 from saelens_ext.ops.groups import mapped
 from saelens_ext.ops.nnls import check_l1, solve_codes
 from saelens_ext.ops.nnls_kernels import FeatureGram
-from saelens_ext.ops.precision import where_float64_is
 from saelens_ext.ops.semi_nmf import FittedFeatures, SemiNMFResult, check_options, semi_nmf
 from saelens_ext.ops.semi_nmf_rows import Rows
 from saelens_ext.ops.semi_nmf_updates import (
@@ -46,6 +46,7 @@ from saelens_ext.ops.semi_nmf_updates import (
     normalised,
     update_features,
 )
+from saelens_ext.ops.uniform_sample import uniform_sample
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +123,9 @@ def semi_nmf_streaming(
     check_l1(l1)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     with torch.no_grad():
-        sample, n_samples, n_batches = _sample(batches, positive(sample_size, "sample_size"), generator)
+        drawn = uniform_sample(batches, positive(sample_size, "sample_size"), generator)
+        assert drawn.rows is not None
+        sample, n_samples, n_batches = drawn.rows, drawn.n, drawn.n_batches
         count = check_options(sample, n_components, sparsity, init, pass_tol)
         first = semi_nmf(
             sample,
@@ -136,7 +139,7 @@ def semi_nmf_streaming(
             generator=generator,
         )
         typical_norm = float(torch.linalg.vector_norm(sample, dim=1).median())
-        del sample
+        del sample, drawn
         fit = _StreamFit(batches, first, count, n_samples, n_batches, float(l1))
         history, converged = _passes(fit, max_passes, pass_tol, on_metrics)
     statistics = fit.found.unweighted or fit.found.statistics
@@ -291,30 +294,3 @@ def _blocks(batches: Iterable[Tensor], like: Tensor) -> Iterator[Tensor]:
         width(finite(batch, "a batch"), like.shape[1], "a batch")
         for block in batch.detach().split(CHUNK_ROWS):
             yield block.to(like.device).to(like.dtype)
-
-
-def _sample(batches: Iterable[Tensor], size: int, generator: torch.Generator) -> tuple[Tensor, int, int]:
-    """A uniform sample of the rows of a stream, in stream order, and the numbers of all rows and of batches.
-
-    Every row gets a random key and the smallest keys stay, so the result does not depend on how the stream is cut.
-    """
-    kept: Tensor | None = None
-    keys = torch.empty(0, dtype=torch.float64)
-    seen = n_batches = 0
-    for batch in batches:
-        batch = where_float64_is(batch.detach())
-        batch = finite(batch, "a batch").to(torch.float64 if batch.dtype == torch.float64 else torch.float32)
-        if kept is None:
-            kept = batch[:0]
-        width(batch, kept.shape[1], "a batch")
-        seen, n_batches = seen + len(batch), n_batches + 1
-        # Only rows that may stay are copied: after the first blocks, few do.
-        new = torch.rand(len(batch), generator=generator, dtype=torch.float64)
-        limit = keys.max() if len(keys) == size else torch.inf
-        chosen = (new < limit).nonzero()[:, 0]
-        keys, kept = torch.cat((keys, new[chosen])), torch.cat((kept, batch[chosen.to(batch.device)].to(kept)))
-        stay = keys.argsort()[:size].sort().values
-        keys, kept = keys[stay], kept[stay.to(kept.device)]
-    if kept is None or not seen:
-        raise ValueError("batches gave no activations; the stream must hold at least one.")
-    return kept, seen, n_batches

@@ -11,9 +11,10 @@ from saelens_ext.activations.ray_stream import RayActivationStream
 from saelens_ext.activations.stream import ActivationStream
 from saelens_ext.analysis.profile import profile_dictionary
 from saelens_ext.continuations.clustering.joint_clusterer import rate_distortion_path
+from saelens_ext.dictionaries.activation_matrix import ActivationSource, Restartable
 from saelens_ext.dictionaries.fit_exemplars import fit_exemplar_partitions
 from saelens_ext.dictionaries.fit_snmf import fit_snmf
-from saelens_ext.ops import semi_nmf_streaming
+from saelens_ext.ops import semi_nmf_streaming, uniform_sample
 from tests import models_zoo
 from tests.test_modes import leaves
 
@@ -135,7 +136,9 @@ def _summed_up(stream, l1, held_out):
 def test_factorisations_and_profiles_are_those_of_one_process(
     cluster, tiny_texts, killed, l1, held_out, caplog, monkeypatch
 ):
-    expected = _summed_up(ActivationStream(load(), tiny_texts, HOOKS[1], **OPTIONS), l1, held_out)
+    monkeypatch.setattr(uniform_sample, "BATCHES", 2)
+    single = ActivationStream(load(), tiny_texts, HOOKS[1], **OPTIONS)
+    expected = _summed_up(single, l1, held_out)
     assert (expected[0].n_held_out > 0) == (held_out > 0)
     passes = []
     with RayActivationStream(load, tiny_texts, HOOKS[1], n_workers=2, restarts=1, **OPTIONS) as stream:
@@ -160,7 +163,31 @@ def test_factorisations_and_profiles_are_those_of_one_process(
             path
         )
     assert [record.message[:18] for record in caplog.records].count("A Ray actor died, ") == 2 * killed
-    assert 4 < passes[2] < passes[1], "sums are of several batches"
+    assert all(4 < n < len(list(single)) for n in passes[1:3]), "samples and sums are of several batches"
+
+
+def test_of_a_sample_only_rows_that_may_stay_come_back(cluster, tiny_texts, monkeypatch):
+    monkeypatch.setattr(uniform_sample, "BATCHES", 3)
+    single = ActivationStream(load(), tiny_texts, HOOKS[1], **OPTIONS)
+    sizes = []
+    with RayActivationStream(load, tiny_texts, HOOKS[1], n_workers=2, **OPTIONS) as stream:
+        in_turn = stream._in_turn
+
+        def watched(tasks, work):
+            for (part, met), n_read in in_turn(tasks, work):
+                sizes.append((0 if part.rows is None else len(part.rows), n_read))
+                yield (part, met), n_read
+
+        stream._in_turn = watched
+        expected, found = (
+            uniform_sample.uniform_sample(
+                Restartable(ActivationSource.of(one, None, 0.25)), 10, torch.Generator().manual_seed(4)
+            )
+            for one in (single, stream)
+        )
+    assert len(found.rows) == 10 and torch.equal(found.rows, expected.rows) and torch.equal(found.keys, expected.keys)
+    assert (found.n, found.n_batches) == (expected.n, expected.n_batches) and found.n > 100
+    assert len(sizes) > 2 and all(n_back <= 10 < n_read for n_back, n_read in sizes[:-1])
 
 
 def test_restarts_are_counted_from_zero(tiny_texts):
