@@ -257,7 +257,7 @@ class TestBehaviours:
         assert sweep(asked=labels, folder=tmp_path / "b").table().equals(first.table()) and not asked
         other = labels.assign(shown=[0, 1] * 6)
         assert not sweep(asked=other).table()["change"].equals(first.table()["change"])
-        with pytest.raises(ValueError, match="sweep of another asked"):
+        with pytest.raises(ValueError, match="sweep that differs in asked"):
             sweep(asked=other, folder=tmp_path / "b")
         with pytest.raises(ValueError, match=r"asked has 3 prompts, which are not the 12 of split\.choose"):
             sweep(asked=labels.head(3))

@@ -35,7 +35,7 @@ class SweepStore:
             apart = [name for name in own if there.get(name) != own[name]]
             if apart:
                 raise ValueError(
-                    f"{path} holds a sweep of another {apart[0]} ({str(there.get(apart[0]))[:80]}, now "
+                    f"{path} holds a sweep that differs in {apart[0]} ({str(there.get(apart[0]))[:80]}, now "
                     f"{str(own[apart[0]])[:80]}); give the same, or another folder."
                 )
         else:

@@ -98,7 +98,7 @@ def test_probes(command, copied, concepts, tmp_path):
     assert len(kept) == 6
     assert command(*spread, "--workers=ray").data == found.data  # nothing is left for workers to do
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    assert "holds a sweep of another" in command(*spread, "--seed=1").error
+    assert "holds a sweep that differs in seed" in command(*spread, "--seed=1").error
 
 
 @pytest.mark.slow

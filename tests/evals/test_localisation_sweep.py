@@ -98,10 +98,10 @@ def test_it_goes_on_from_the_cells_that_are_there(model, split, swept, tmp_path,
     again = sx.localisation_sweep(model, HOOK, split, SAYS_IT, **GRID, **OPTIONS, folder=tmp_path)
     assert len(asked) == 1 and asked[0] in (1, 2)
     assert again.table().equals(swept.table())
-    with pytest.raises(ValueError, match=r"sweep of another min_members \(5, now 4\)"):
+    with pytest.raises(ValueError, match=r"sweep that differs in min_members \(5, now 4\)"):
         sx.localisation_sweep(model, HOOK, split, SAYS_IT, **GRID, **OPTIONS, folder=tmp_path, min_members=4)
     other = sx.PromptSplit(build=split.build, choose=split.choose, test=split.test[:3])
-    with pytest.raises(ValueError, match="sweep of another"):
+    with pytest.raises(ValueError, match="sweep that differs in"):
         sx.localisation_sweep(model, HOOK, other, SAYS_IT, **GRID, **OPTIONS, folder=tmp_path)
     assert json.loads((tmp_path / "sweep.json").read_text())["hook_name"] == HOOK
     asked.clear()
@@ -110,7 +110,7 @@ def test_it_goes_on_from_the_cells_that_are_there(model, split, swept, tmp_path,
     assert len(asked) == 1 and len(more.table()) == 6  # the two cells of the new percentile
     with monkeypatch.context() as changed:
         changed.setattr(sweeping, "weights_fingerprint", lambda model: "others")
-        with pytest.raises(ValueError, match="sweep of another model"):
+        with pytest.raises(ValueError, match="sweep that differs in model"):
             sx.localisation_sweep(model, HOOK, split, SAYS_IT, **GRID, **OPTIONS, folder=tmp_path)
 
 

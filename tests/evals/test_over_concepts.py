@@ -1,7 +1,9 @@
 """Evaluations of many concepts by several workers: the evidence of one process to the bit, kept concept by concept."""
 
+import gc
 import os
 import threading
+import weakref
 from dataclasses import replace
 
 import joblib
@@ -115,9 +117,9 @@ def test_over_workers_it_is_the_same_to_the_bit_and_goes_on_from_the_folder(name
     assert same(evaluate(load(), folder=tmp_path), alone)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("concept *.json")} == kept
     for other in (OTHERS[name], {"seed": 1}, {"batch_size": 5}):
-        with pytest.raises(ValueError, match="holds a sweep of another"):
+        with pytest.raises(ValueError, match="holds a sweep that differs in"):
             evaluate(load(), folder=tmp_path, **other)
-    with pytest.raises(ValueError, match="holds a sweep of another model"):
+    with pytest.raises(ValueError, match="holds a sweep that differs in model"):
         evaluate(make_model("gpt2", "SAETransformerBridge"), folder=tmp_path)
 
 
@@ -135,7 +137,7 @@ def test_concepts_can_be_added_to_a_folder(tmp_path):
         if given:
             assert same(probes(load(), folder=folder, **given), probes(load(), **given))
         else:  # sentences of all concepts take part in the coresets
-            with pytest.raises(ValueError, match="holds a sweep of another activations"):
+            with pytest.raises(ValueError, match="holds a sweep that differs in activations"):
                 probes(load(), folder=folder)
 
 
@@ -147,7 +149,7 @@ def test_other_methods_are_told_from_those_of_a_folder(tmp_path, monkeypatch):
     narrower = replace(picky, detector=replace(picky.detector, score=lambda x: x[:, 1:3]))
     for changed in ([turned, codes, picky], [first, others, picky], [first, codes, narrower]):
         monkeypatch.setitem(globals(), "methods", lambda changed=changed: changed)
-        with pytest.raises(ValueError, match="holds a sweep of another methods"):
+        with pytest.raises(ValueError, match="holds a sweep that differs in methods"):
             detection(load(), CONCEPTS[:1], folder=tmp_path)
 
 
@@ -181,6 +183,23 @@ def test_what_is_found_of_a_concept_does_not_depend_on_the_others(name):
     if name == "steering":
         said = found.texts[found.texts["concept"] == "q"].reset_index(drop=True)
         assert said.equals(alone.texts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_the_model_here_is_let_go_before_workers_load_theirs(name):
+    held = []
+
+    def counted():
+        gc.collect()
+        held.append([one() is not None for one, _ in held])
+        made = load()
+        held[-1] = weakref.ref(made), held[-1]
+        return made
+
+    with joblib.parallel_config(backend="sequential"):
+        EVALUATIONS[name](counted, CONCEPTS[:1], n_workers=2)
+    assert [others for _, others in held] == [[], [False]]
 
 
 # --- real workers ---
