@@ -143,12 +143,14 @@ _ALL = (
         "judge what a dictionary detects over many concepts, beside matched controls",
         "output/blocks.6.hook_out_exemplars_p2 --concepts=concepts.jsonl",
         ("EvidenceInputs", "ConceptInputs", "WorkInputs", "DetectionSettings"),
+        module="evidence_concepts",
     ),
     _evidence(
         "probes",
         "probe for many concepts through a dictionary's codes, beside matched controls",
         "output/blocks.6.hook_out_exemplars_p2 --concepts=concepts.jsonl",
         ("EvidenceInputs", "ConceptInputs", "WorkInputs", "ProbeSettings"),
+        module="evidence_concepts",
     ),
     _evidence(
         "novelty",
@@ -161,6 +163,7 @@ _ALL = (
         "judge what a dictionary brings about when it steers, at matched divergence and beside controls",
         "output/blocks.6.hook_out_exemplars_p2 --concepts=concepts.jsonl --prompts=prompts.txt",
         ("EvidenceInputs", "ConceptChoice", "WorkInputs", "SteeringInputs", "SteeringSettings"),
+        module="evidence_concepts",
     ),
     _evidence(
         "behaviour",

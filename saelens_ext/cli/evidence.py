@@ -1,111 +1,50 @@
 """The commands ``evidence …``: evaluations that end in a claim."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from sae_lens import SAE
-from torch import Tensor
 
 from saelens_ext._files import json_safe
-from saelens_ext.activations.kept_stream import KeptStream
 from saelens_ext.activations.stream import ActivationStream
 from saelens_ext.audit.subject import let_go
 from saelens_ext.cli import opening
 from saelens_ext.cli.errors import UsageError
 from saelens_ext.cli.evidence_options import (
     BehaviourInputs,
-    ConceptChoice,
-    ConceptInputs,
     DocumentInputs,
     EvidenceInputs,
     ModelInputs,
     OtherModelInputs,
     ReplicaInputs,
     ResultOptions,
-    SteeringInputs,
     TargetInputs,
-    WorkInputs,
 )
 from saelens_ext.cli.output import Context, Result, table
-from saelens_ext.dictionaries.exemplar_partition import ExemplarPartition
 from saelens_ext.dictionaries.fit_result import ExemplarFitResult
 from saelens_ext.evals.ablation import ablate_behaviour
-from saelens_ext.evals.baselines import matched_controls
 from saelens_ext.evals.behaviour import REFUSALS, PromptSplit, begins_with
 from saelens_ext.evals.checkpoints import compare_checkpoints
-from saelens_ext.evals.concepts_data import Concept, packaged_concepts, read_concepts
 from saelens_ext.evals.decomposition import decompose_dictionary
-from saelens_ext.evals.detection import evaluate_detection
 from saelens_ext.evals.evidence import Evidence
 from saelens_ext.evals.localisation import localise_behaviour
 from saelens_ext.evals.localisation_sweep import localisation_sweep
-from saelens_ext.evals.methods import Method
 from saelens_ext.evals.model_comparison import compare_models
 from saelens_ext.evals.nesting import partition_nesting
 from saelens_ext.evals.novelty import evaluate_novelty
 from saelens_ext.evals.overlap import overlap_by_tokens
-from saelens_ext.evals.probing import evaluate_probes
 from saelens_ext.evals.results import PAGE_FILENAME, save_evidence, write_beside
 from saelens_ext.evals.stability import dictionary_stability
-from saelens_ext.evals.steering import compare_steering
 from saelens_ext.evals.synthetic import evaluate_on_synthetic
-from saelens_ext.host.flat_sae import hooks_of
 from saelens_ext.host.models import HostModel
 from saelens_ext.runner.config import DictionaryRunnerConfig
 from saelens_ext.runner.tracking import WandbTracker, check_login
-from saelens_ext.steering.judges import EmbeddingJudge, Judge
-from saelens_ext.steering.openai_judge import OpenAIJudge
-from saelens_ext.steering.sampling import SamplingOptions
 
 _LOCALISING = ("chat_template", "chat_template_options", "max_new_tokens", "min_members", "min_rate")
 _OF_MODELS = ("hook_name", "dataset_path", "text_column", "model_class_name", "device")
-
-
-def detection(
-    inputs: EvidenceInputs,
-    concepts: ConceptInputs,
-    work: WorkInputs,
-    settings: Any,
-    results: ResultOptions,
-    context: Context,
-) -> Result:
-    """Judge what dictionaries detect over many concepts."""
-    prepare(results)
-    given = _concepts(concepts)
-    stream, saes, load = _opened(inputs)
-    methods = _methods(saes)
-    x = _activations(stream)
-    for name, sae in saes.items():
-        controls = matched_controls(sae, x, n_draws=concepts.n_coresets, seed=settings.seed)
-        of = f" of {name}" if len(saes) > 1 else ""
-        methods += [replace(control, name=control.name + of) for control in controls]
-    model = stream.model if work.n_workers == 1 else load
-    del stream
-    found = evaluate_detection(model, methods, given, **_work(work, context), **vars(settings))
-    return finish(found, inputs, results, settings)
-
-
-def probes(
-    inputs: EvidenceInputs,
-    concepts: ConceptInputs,
-    work: WorkInputs,
-    settings: Any,
-    results: ResultOptions,
-    context: Context,
-) -> Result:
-    """Probe for many concepts through dictionaries."""
-    prepare(results)
-    given = _concepts(concepts)
-    stream, saes, load = _opened(inputs)
-    activations = dict.fromkeys((hooks_of(sae)[0] for sae in saes.values()), _activations(stream))
-    model = stream.model if work.n_workers == 1 else load
-    del stream
-    found = evaluate_probes(model, saes, given, activations=activations, **_work(work, context), **vars(settings))
-    return finish(found, inputs, results, settings)
 
 
 def novelty(
@@ -119,42 +58,8 @@ def novelty(
             "text in each line, of the kind that it was fitted to."
         )
     inside, outside = opening.texts_in(Path(documents.inside)), named_files(documents.outside)
-    stream, saes, _ = _opened(inputs)
+    stream, saes, _ = opened(inputs)
     found = evaluate_novelty(stream.model, saes, stream, inside, outside, progress=context.progress, **vars(settings))
-    return finish(found, inputs, results, settings)
-
-
-def steering(
-    inputs: EvidenceInputs,
-    concepts: ConceptChoice,
-    work: WorkInputs,
-    steered: SteeringInputs,
-    settings: Any,
-    results: ResultOptions,
-    context: Context,
-) -> Result:
-    """Judge what dictionaries bring about over many concepts."""
-    prepare(results)
-    if steered.prompts is None:
-        raise UsageError("No prompts were named: --prompts=FILE, a JSON list or lines of texts and conversations.")
-    if (steered.judge_url is None) != (steered.judge_model is None):
-        raise UsageError("A judge at an endpoint needs both --judge_url=URL and --judge_model=NAME.")
-    prompts, given = opening.texts_in(Path(steered.prompts), conversations=True), _concepts(concepts)
-    stream, saes, load = _opened(inputs)
-    model = stream.model if work.n_workers == 1 else load
-    del stream
-    template: dict[str, Any] = {"chat_template_options": steered.chat_template_options}
-    options = SamplingOptions(
-        max_new_tokens=steered.max_new_tokens, temperature=steered.temperature, seed=settings.seed
-    )
-    if steered.judge_url is None or steered.judge_model is None:
-        judges: dict[str, Judge] = {"embeddings": EmbeddingJudge(None, model, options=options, **template)}
-    else:
-        judges = {steered.judge_model: OpenAIJudge(steered.judge_url, steered.judge_model)}
-    found = compare_steering(
-        model, _methods(saes), given, judges, prompts=prompts, options=options, **_work(work, context), **template,
-        **vars(settings),
-    )  # fmt: skip
     return finish(found, inputs, results, settings)
 
 
@@ -171,7 +76,7 @@ def behaviour(
     phrases = REFUSALS if prompts.phrases is None else opening.texts_in(Path(prompts.phrases))
     neutral = [] if prompts.neutral is None else opening.texts_in(Path(prompts.neutral))
     judge, split = begins_with(phrases, within=prompts.within), PromptSplit.divide(shows, lacks, seed=settings.seed)
-    stream, saes, _ = _opened(inputs)
+    stream, saes, _ = opened(inputs)
     if len(saes) > 1:
         raise UsageError("A behaviour is localised in one dictionary; run the command once for each.")
     (sae,) = saes.values()
@@ -227,7 +132,7 @@ def _compared(function: Any, inputs: EvidenceInputs, settings: Any, results: Res
     prepare(results)
     if not inputs.compare:
         raise UsageError("No other dictionary was named: --compare=FOLDER, of the same hook.")
-    stream, saes, _ = _opened(inputs)
+    stream, saes, _ = opened(inputs)
     return finish(function(saes, stream, **vars(settings)), inputs, results, settings)
 
 
@@ -282,12 +187,6 @@ def prepare(results: ResultOptions) -> None:
         check_login()
 
 
-def _concepts(inputs: ConceptChoice) -> list[Concept]:
-    if inputs.concepts is not None:
-        return read_concepts(inputs.concepts)
-    return packaged_concepts(inputs.names or None, n_per_side=inputs.n_per_side)
-
-
 def _replicas(folders: Sequence[str]) -> dict[str, SAE[Any] | ExemplarFitResult]:
     """Dictionaries by name, with the statistics of their fits where these lie beside them."""
     opened = [
@@ -305,15 +204,7 @@ def _names(folders: Sequence[str]) -> list[str]:
     return names if len(set(names)) == len(names) else list(folders)
 
 
-def _work(work: WorkInputs, context: Context) -> dict[str, Any]:
-    """How an evaluation of concepts is done, as its keywords."""
-    opening.check_writable(work.folder, "folder")
-    if work.folder is not None:
-        context.kept.append(f"Concepts that were finished are in {work.folder}; the same command goes on from there.")
-    return vars(work) | {"progress": context.progress}
-
-
-def _opened(inputs: EvidenceInputs) -> tuple[ActivationStream, dict[str, SAE[Any]], Callable[[], HostModel]]:
+def opened(inputs: EvidenceInputs) -> tuple[ActivationStream, dict[str, SAE[Any]], Callable[[], HostModel]]:
     """The stream that the first dictionary was fitted to, all dictionaries by the names of their folders, and what
     opens the model again.
     """
@@ -332,21 +223,6 @@ def _reopened(config: DictionaryRunnerConfig) -> HostModel:
     """The model again, once what was opened before is let go."""
     let_go()
     return opening.open_model(config)
-
-
-def _activations(stream: ActivationStream) -> Tensor:
-    """What controls are made of."""
-    kept = KeptStream(stream)
-    return torch.cat([rows for batch in kept for rows in batch.activations.values()])
-
-
-def _methods(saes: Mapping[str, SAE[Any]]) -> list[Method]:
-    """The dictionaries as methods, a partition by either of its bases."""
-    return [
-        Method.from_dictionary(f"{name} {basis}" if basis else name, sae, basis=basis)
-        for name, sae in saes.items()
-        for basis in (("exemplar", "mean") if isinstance(sae, ExemplarPartition) else (None,))
-    ]
 
 
 def named_files(given: Sequence[str], option: str = "--outside", **how: bool) -> dict[str, list[Any]]:

@@ -99,6 +99,7 @@ def test_probes(command, copied, concepts, tmp_path):
     assert command(*spread, "--workers=ray").data == found.data  # nothing is left for workers to do
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert "holds a sweep that differs in seed" in command(*spread, "--seed=1").error
+    assert "--folder=" in command(*asked, f"--folder={tmp_path / 'out' / 'results.json' / 'x'}").error
 
 
 @pytest.mark.slow
