@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
+import torch
 from typing_extensions import Unpack
 
 from saelens_ext import _checks
@@ -25,7 +26,8 @@ from saelens_ext.activations.stream import (
     warn_of_dropout,
 )
 from saelens_ext.activations.windows import Window
-from saelens_ext.host.models import HostModel
+from saelens_ext.host.models import HostModel, describe_model
+from saelens_ext.host.weights_fingerprint import weights_fingerprint
 from saelens_ext.ops.groups import groups
 from saelens_ext.workers.ray_actors import RayActors
 from saelens_ext.workers.threads import limited, threads_here
@@ -63,7 +65,8 @@ class RayActivationStream(RayActors, ActivationStream):
 
     Raises:
         ImportError: Ray is not installed.
-        ValueError: as :class:`ActivationStream`; at the first batch, more actors than Ray has resources for.
+        ValueError: as :class:`ActivationStream`; a model in place of a function that loads it; at the first batch, more
+            actors than Ray has resources for, or another model in an actor than here.
         RuntimeError: while reading, an actor died, and ``restarts`` had been used up.
     """
 
@@ -80,6 +83,11 @@ class RayActivationStream(RayActors, ActivationStream):
         **options: Unpack[StreamOptions],
     ):
         RayActors.__init__(self, n_workers, actor_options)
+        if not callable(load_model) or isinstance(load_model, torch.nn.Module):
+            raise ValueError(
+                "load_model must be a function without arguments that loads the model in every actor, such as lambda: "
+                f"saelens_ext.load_model(name), got a {type(load_model).__name__}."
+            )
         ActivationStream.__init__(self, load_model(), dataset, hook_name, **options)
         if restarts < 0:
             raise ValueError(f"restarts must be at least 0, got {restarts!r}.")
@@ -140,7 +148,13 @@ class RayActivationStream(RayActors, ActivationStream):
             yield owed.first()
 
     def _actor(self) -> tuple[type, tuple[Any, ...]]:
-        return _Worker, (self._load_model, self.requested_hook_names, self._options, threads_here())
+        about = _about(self.model)
+        return _Worker, (self._load_model, self.requested_hook_names, self._options, threads_here(), about)
+
+
+def _about(model: HostModel) -> dict[str, Any]:
+    """What decides the activations that a model gives."""
+    return describe_model(model) | {"weights": weights_fingerprint(model)}
 
 
 class _Owed:
@@ -205,11 +219,14 @@ class _Worker:
         hook_names: tuple[str, ...],
         options: StreamOptions,
         threads: dict[str, int],
+        about: dict[str, Any],
     ):
         self._threads = threads
         # The windows come with each task; a stream wants a dataset all the same.
         options["progress"] = False
         self._stream = ActivationStream(load_model(), [{"input_ids": [0]}], list(hook_names), **options)
+        own = _about(self._stream.model)
+        self._other = [f"{name} {own[name]!r} for {one!r}" for name, one in about.items() if own[name] != one]
         self._shipped: Any = None
         self._work: Callable[[Iterator[ActivationBatch]], Any] = list
 
@@ -217,6 +234,11 @@ class _Worker:
         """What the work that lies at ``shipped`` gives for some batches, and the widths of their activations."""
         import ray
 
+        if self._other:
+            raise ValueError(
+                f"load_model gives another model in a Ray actor ({', '.join(self._other)}); it must give the same one "
+                "wherever it is called."
+            )
         if self._shipped != shipped[0]:
             self._shipped, self._work = shipped[0], ray.get(shipped[0])
         with limited(self._threads):

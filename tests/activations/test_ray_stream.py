@@ -1,5 +1,8 @@
 """Builds and sweeps spread over a local Ray cluster of two workers, against the same in one process."""
 
+import os
+from typing import Any
+
 import distributed
 import joblib
 import numpy as np
@@ -78,6 +81,25 @@ def test_an_actor_fails_as_the_stream_would(cluster, tiny_texts):
     with RayActivationStream(overflowing, tiny_texts, HOOKS, n_workers=1, **OPTIONS) as stream:
         with pytest.raises(ValueError, match="holds NaN or infinity"):
             next(iter(stream))
+
+
+def test_another_model_in_an_actor_is_refused(cluster, tiny_texts):
+    here = os.getpid()
+
+    def other_there():
+        return models_zoo.make_model("llama", "SAETransformerBridge", seed=int(os.getpid() != here))
+
+    with RayActivationStream(other_there, tiny_texts, HOOKS, n_workers=1, **OPTIONS) as stream:
+        with pytest.raises(
+            ValueError, match=r"gives another model in a Ray actor \(weights '\w+' for '\w+'\)"
+        ):
+            next(iter(stream))
+
+
+def test_a_model_is_no_function_that_loads_it(tiny_texts):
+    model: Any = load()
+    with pytest.raises(ValueError, match="load_model must be a function .* got a SAETransformerBridge"):
+        RayActivationStream(model, tiny_texts, HOOKS)
 
 
 def test_more_actors_than_there_is_room_for(cluster, tiny_texts):
