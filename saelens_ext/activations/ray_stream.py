@@ -10,6 +10,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -194,7 +195,7 @@ class _Owed:
                 stream.close()
                 if not self._restarts_left:
                     raise RuntimeError(
-                        "A Ray actor died (out of memory, or load_model failed there), and the pass with it. The next "
+                        "A Ray actor died (out of memory, or stopped from outside), and the pass with it. The next "
                         f"pass starts new ones; with restarts=… a pass goes on with new ones. Ray says: {error}"
                     ) from error
                 logger.warning("A Ray actor died, and new ones go on where it was. Ray says: %s", error)
@@ -221,12 +222,8 @@ class _Worker:
         threads: dict[str, int],
         about: dict[str, Any],
     ):
-        self._threads = threads
-        # The windows come with each task; a stream wants a dataset all the same.
-        options["progress"] = False
-        self._stream = ActivationStream(load_model(), [{"input_ids": [0]}], list(hook_names), **options)
-        own = _about(self._stream.model)
-        self._other = [f"{name} {own[name]!r} for {one!r}" for name, one in about.items() if own[name] != one]
+        self._load_model, self._hook_names, self._options = load_model, hook_names, options
+        self._threads, self._about = threads, about
         self._shipped: Any = None
         self._work: Callable[[Iterator[ActivationBatch]], Any] = list
 
@@ -234,12 +231,23 @@ class _Worker:
         """What the work that lies at ``shipped`` gives for some batches, and the widths of their activations."""
         import ray
 
-        if self._other:
-            raise ValueError(
-                f"load_model gives another model in a Ray actor ({', '.join(self._other)}); it must give the same one "
-                "wherever it is called."
-            )
         if self._shipped != shipped[0]:
             self._shipped, self._work = shipped[0], ray.get(shipped[0])
+        stream = self._stream  # what fails here is raised as it is, not as the actor's death
         with limited(self._threads):
-            return self._work(up_to(n_read, self._stream._batches(iter(chunks)))), self._stream._d_in
+            return self._work(up_to(n_read, stream._batches(iter(chunks)))), stream._d_in
+
+    @cached_property
+    def _stream(self) -> ActivationStream:
+        """The stream; ValueError where its model is not that of the caller."""
+        # The windows come with each task; a stream wants a dataset all the same.
+        options: StreamOptions = {**self._options, "progress": False}
+        stream = ActivationStream(self._load_model(), [{"input_ids": [0]}], list(self._hook_names), **options)
+        own = _about(stream.model)
+        other = [f"{name} {own[name]!r} for {one!r}" for name, one in self._about.items() if own[name] != one]
+        if other:
+            raise ValueError(
+                f"load_model gives another model in a Ray actor ({', '.join(other)}); it must give the same one "
+                "wherever it is called."
+            )
+        return stream

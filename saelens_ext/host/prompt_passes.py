@@ -96,12 +96,13 @@ def length_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     return found
 
 
-def position_chunks(length: int) -> list[slice]:
-    """The columns of one long row in chunks of like size, of which each has at most 2^20 pairs with what precedes it.
+def position_chunks(length: int, rows: int = 1) -> list[slice]:
+    """The columns of long rows in chunks of like size, of which each has at most 2^20 pairs with what precedes it.
 
     A chunk is 32 columns at least. What need not be cut is one.
     """
-    size = length if length**2 <= _MAX_PATTERN else max(_FEWEST_COLUMNS, _MAX_PATTERN // length)
+    most = _MAX_PATTERN // rows
+    size = length if length**2 <= most else max(_FEWEST_COLUMNS, most // length)
     size = math.ceil(length / math.ceil(length / size))
     return [slice(first, min(first + size, length)) for first in range(0, length, size)]
 
@@ -200,8 +201,16 @@ class CachedPasses:
 
     def logits(self) -> Tensor:
         """Logits ``(b, d_vocab)`` of the token after the last; call it once between two calls of :meth:`append`."""
-        logits = logits_of(self._model, self._ids) if self._cache is None else self._cache.run(self._fresh)
-        return logits[:, -1]
+        if self._cache is None:
+            return logits_of(self._model, self._ids)[:, -1]
+        rows, length = self._fresh.shape
+        # A long prompt goes through in chunks: the logits of all its tokens would take more than its keys and values.
+        *before, last = position_chunks(length, rows) if is_resumable(self._model) else [slice(0, length)]
+        if before:
+            self._cache = self._cache.started()
+        for columns in before:
+            self._cache.run(self._fresh[:, columns])
+        return self._cache.run(self._fresh[:, last])[:, -1]
 
     def append(self, tokens: Tensor) -> None:
         """Let each sequence go on with one token, ``(b,)``."""

@@ -121,9 +121,11 @@ class _RaySpread(RayActors):
 
 class _Actor:
     def __init__(self, load: Callable[[], Job], threads: dict[str, int]) -> None:
-        self._job, self._threads = load(), threads
+        self._load, self._threads, self._job = load, threads, None
 
     def work(self, number: int) -> Any:
         """Do the work for a number."""
+        if self._job is None:  # what fails here is raised as it is, not as the actor's death
+            self._job = self._load()
         with limited(self._threads):
             return self._job(number)

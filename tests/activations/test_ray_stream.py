@@ -90,9 +90,20 @@ def test_another_model_in_an_actor_is_refused(cluster, tiny_texts):
         return models_zoo.make_model("llama", "SAETransformerBridge", seed=int(os.getpid() != here))
 
     with RayActivationStream(other_there, tiny_texts, HOOKS, n_workers=1, **OPTIONS) as stream:
-        with pytest.raises(
-            ValueError, match=r"gives another model in a Ray actor \(weights '\w+' for '\w+'\)"
-        ):
+        with pytest.raises(ValueError, match=r"gives another model in a Ray actor \(weights '\w+' for '\w+'\)"):
+            next(iter(stream))
+
+
+def test_what_fails_in_loading_there_is_raised_as_it_is(cluster, tiny_texts):
+    here = os.getpid()
+
+    def fails_there():
+        if os.getpid() != here:
+            raise OSError("no such weights here")
+        return load()
+
+    with RayActivationStream(fails_there, tiny_texts, HOOKS, n_workers=1, restarts=1, **OPTIONS) as stream:
+        with pytest.raises(OSError, match="no such weights here"):
             next(iter(stream))
 
 

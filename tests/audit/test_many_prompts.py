@@ -210,3 +210,16 @@ def test_nothing_of_a_prompt_is_left_in_the_overview(alone):
         for value in vars(outline).values():
             assert not isinstance(value, PrefixAudit | torch.Tensor)
             assert type(value).__name__ != "ContinuationSet"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["joblib", "ray"])
+def test_another_model_in_a_worker_is_said_as_it_is(workers, cluster, tmp_path):
+    here = os.getpid()
+
+    def other_there():
+        return make_model("llama", "SAETransformerBridge", seed=int(os.getpid() != here))
+
+    options = OPTIONS | {"folder": tmp_path, "n_workers": 2, "workers": workers}
+    with pytest.raises(ValueError, match="A worker audits another model, dictionary or embedder"):
+        audit_continuations(other_there, PROMPTS, dictionaries, **options)

@@ -9,10 +9,11 @@ from saelens_ext.continuations.answers import mark_answers
 from saelens_ext.continuations.attribution import shown
 from saelens_ext.continuations.attribution.attribute import attribute_continuations, attribution_completeness
 from saelens_ext.continuations.embed import embed_continuations
-from saelens_ext.continuations.sample import score_continuations
+from saelens_ext.continuations.sample import sample_continuations, score_continuations
 from saelens_ext.continuations.steering.steer import steer_continuations
 from saelens_ext.host import prompt_passes
 from saelens_ext.host.models import resolve_hook
+from saelens_ext.host.prompt_passes import CachedPasses
 from saelens_ext.host.sentence_model import load_sentence_model
 from tests.continuations._dictionaries import make
 from tests.live_bytes import LiveBytes
@@ -87,6 +88,40 @@ def test_chunks_of_a_continuation_give_what_it_gives_whole(architecture, model_c
 
 
 @pytest.mark.slow
+@hosts
+def test_a_long_prompt_is_sampled_from_in_chunks(architecture, model_class, chunked):
+    model = make_model(architecture, model_class)
+    prompt = "The assert statement is a way to put a test into a program"
+    options = {"max_new_tokens": 5, "temperature": 0.5, "top_p": 1.0, "deduplicate": False, "seed": 1}
+    expected, whole = passes(model, lambda: sample_continuations(model, prompt, 3, **options))
+    chunked()
+    found, seen = passes(model, lambda: sample_continuations(model, prompt, 3, **options))
+    assert torch.equal(found.token_ids, expected.token_ids)
+    torch.testing.assert_close(found.log_probs, expected.log_probs, atol=1e-4, rtol=1e-4)
+    n = len(found.prefix_ids)
+    if prompt_passes.has_kv_cache(model):
+        assert whole[0] == n and sum(seen[:-4]) == n and max(seen) <= 2, "the least that a chunk has"
+    with model.hooks(fwd_hooks=[(resolve_hook(model, "blocks.1.hook_resid_post"), lambda x, hook: x)]):
+        _, seen = passes(model, lambda: sample_continuations(model, prompt, 3, **options))
+    assert seen[0] == n, "hooks may count positions"
+
+
+def test_memory_to_sample_from_a_long_prompt_grows_with_its_keys_and_values_alone(chunked):
+    model = make_model("llama", "SAETransformerBridge")
+
+    def most(n):
+        ids = torch.randint(3, 320, (8, n), generator=GENERATOR)
+        with LiveBytes() as live, torch.no_grad():
+            CachedPasses(model, ids).logits()
+        return live.most
+
+    chunked()
+    short, long = most(20), most(50)
+    # Three blocks' keys and values of 2 heads of 8 numbers, once, and once more while they grow.
+    of_the_rest = 30 * 8 * 3 * 2 * 16 * 4
+    assert long - short <= 2 * of_the_rest < 30 * 8 * 320 * 4, "the logits of all tokens would be more"
+
+
 def test_the_parts_of_a_long_continuation_make_up_its_target(chunked):
     model = make_model("llama", "SAETransformerBridge")
     found = score_continuations(model, PREFIX, ROWS)
