@@ -89,6 +89,17 @@ def test_there_are_no_import_cycles():
         visit(module, ())
 
 
+def rooms(module: str) -> int:
+    """How many folders a module of the package lies in."""
+    return len(MODULES[module].relative_to(PACKAGE).parts) - 1
+
+
+@pytest.mark.parametrize("module", sorted(m for m in MODULES if folder(m) in ("evals", "ops") and rooms(m) == 1))
+def test_what_rooms_share_imports_none_of_them(module):
+    own = {name.removeprefix("saelens_ext.") for name in imports(MODULES[module])}
+    assert not [name for name in own if folder(name) == folder(module) and rooms(name) > 1]
+
+
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_rooms_stay_small(module):
     text = MODULES[module].read_text()

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 import saelens_ext as sx
+from saelens_ext.evals.continuations.supernodes import EntitySwap
 from saelens_ext.evals.evidence import Evidence
-from saelens_ext.evals.supernodes import EntitySwap
 from saelens_ext.host.chat_template import as_conversation, in_words
 from tests import organisms
 from tests.models_zoo import make_model
@@ -244,13 +244,13 @@ class TestBehaviours:
         sweep = lambda **more: sx.localisation_sweep(model, organisms.HOOK, split, says, **options, **more)  # noqa: E731
         first = sweep(folder=tmp_path / "a")
         labels = pd.DataFrame({"prompt": list(map(in_words, split.choose)), "shown": [1, 0] * 6})
-        asked, ask = [], sx.evals.behaviour_passes.Asking.ask
+        asked, ask = [], sx.evals.behaviour.passes.Asking.ask
 
         def counted(self, prompts, *conditions, progress=False):
             asked.append(prompts)
             return ask(self, prompts, *conditions, progress=progress)
 
-        monkeypatch.setattr("saelens_ext.evals.behaviour_passes.Asking.ask", counted)
+        monkeypatch.setattr("saelens_ext.evals.behaviour.passes.Asking.ask", counted)
         given = sweep(asked=labels, folder=tmp_path / "b")
         assert given.table().equals(first.table()) and split.choose not in asked and split.test in asked
         asked.clear()

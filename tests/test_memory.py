@@ -6,7 +6,7 @@ import torch
 
 import saelens_ext as ext
 from saelens_ext.analysis import profiler
-from saelens_ext.ops.semi_nmf_updates import sum_of_squares
+from saelens_ext.ops.semi_nmf.updates import sum_of_squares
 from tests import models_zoo
 from tests.live_bytes import LiveBytes
 

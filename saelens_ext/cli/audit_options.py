@@ -14,7 +14,7 @@ from simple_parsing.docstring import get_attribute_docstring
 from saelens_ext.audit.audit import AuditConfig
 from saelens_ext.cli.errors import UsageError
 from saelens_ext.continuations.samplers.endpoint_sampler import EndpointSampler
-from saelens_ext.evals.supernodes import READ
+from saelens_ext.evals.continuations.supernodes import READ
 from saelens_ext.runner.config import quiet_logger
 from saelens_ext.runner.parsing import mapping_or_none, number, parsed, text_or_none, texts, tuple_of, whole_number
 

@@ -25,20 +25,20 @@ from saelens_ext.cli.evidence_options import (
 )
 from saelens_ext.cli.output import Context, Result, table
 from saelens_ext.dictionaries.fit_result import ExemplarFitResult
-from saelens_ext.evals.ablation import ablate_behaviour
-from saelens_ext.evals.behaviour import REFUSALS, PromptSplit, begins_with
-from saelens_ext.evals.checkpoints import compare_checkpoints
-from saelens_ext.evals.decomposition import decompose_dictionary
+from saelens_ext.evals.behaviour.ablation import ablate_behaviour
+from saelens_ext.evals.behaviour.behaviour import REFUSALS, PromptSplit, begins_with
+from saelens_ext.evals.behaviour.localisation import localise_behaviour
+from saelens_ext.evals.behaviour.sweep import localisation_sweep
+from saelens_ext.evals.checkpoints.checkpoints import compare_checkpoints
+from saelens_ext.evals.checkpoints.model_comparison import compare_models
+from saelens_ext.evals.checkpoints.overlap import overlap_by_tokens
+from saelens_ext.evals.dictionaries.decomposition import decompose_dictionary
+from saelens_ext.evals.dictionaries.nesting import partition_nesting
+from saelens_ext.evals.dictionaries.stability import dictionary_stability
+from saelens_ext.evals.dictionaries.synthetic import evaluate_on_synthetic
 from saelens_ext.evals.evidence import Evidence
-from saelens_ext.evals.localisation import localise_behaviour
-from saelens_ext.evals.localisation_sweep import localisation_sweep
-from saelens_ext.evals.model_comparison import compare_models
-from saelens_ext.evals.nesting import partition_nesting
-from saelens_ext.evals.novelty import evaluate_novelty
-from saelens_ext.evals.overlap import overlap_by_tokens
+from saelens_ext.evals.novelty.novelty import evaluate_novelty
 from saelens_ext.evals.results import PAGE_FILENAME, save_evidence, write_beside
-from saelens_ext.evals.stability import dictionary_stability
-from saelens_ext.evals.synthetic import evaluate_on_synthetic
 from saelens_ext.host.models import HostModel
 from saelens_ext.runner.config import DictionaryRunnerConfig
 from saelens_ext.runner.tracking import WandbTracker, check_login

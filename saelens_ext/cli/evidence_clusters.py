@@ -14,10 +14,10 @@ from saelens_ext.cli.errors import UsageError
 from saelens_ext.cli.evidence import finish, prepare
 from saelens_ext.cli.evidence_options import ClusterInputs, ResultOptions, SupernodeInputs
 from saelens_ext.cli.output import Context, Result
-from saelens_ext.evals.clusterings import compare_clusterings
-from saelens_ext.evals.clusters import evaluate_clusters
+from saelens_ext.evals.continuations.clusterings import compare_clusterings
+from saelens_ext.evals.continuations.clusters import evaluate_clusters
+from saelens_ext.evals.continuations.supernodes import evaluate_supernodes, read_swaps
 from saelens_ext.evals.evidence import Evidence
-from saelens_ext.evals.supernodes import evaluate_supernodes, read_swaps
 from saelens_ext.host.chat_template import Prompt
 
 logger = logging.getLogger(__name__)

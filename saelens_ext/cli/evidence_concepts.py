@@ -26,10 +26,10 @@ from saelens_ext.cli.output import Context, Result
 from saelens_ext.dictionaries.exemplar_partition import ExemplarPartition
 from saelens_ext.evals.baselines import matched_controls
 from saelens_ext.evals.concepts_data import Concept, packaged_concepts, read_concepts
-from saelens_ext.evals.detection import evaluate_detection
+from saelens_ext.evals.detection.detection import evaluate_detection
+from saelens_ext.evals.detection.probing import evaluate_probes
 from saelens_ext.evals.methods import Method
-from saelens_ext.evals.probing import evaluate_probes
-from saelens_ext.evals.steering import compare_steering
+from saelens_ext.evals.steering.steering import compare_steering
 from saelens_ext.host.flat_sae import hooks_of
 from saelens_ext.steering.judges import EmbeddingJudge, Judge
 from saelens_ext.steering.openai_judge import OpenAIJudge

@@ -14,20 +14,20 @@ from sae_lens import LoggingConfig
 
 from saelens_ext.cli.audit_options import EmbeddedInputs, SubjectInputs, as_option
 from saelens_ext.cli.options import ReadingOptions, place
-from saelens_ext.evals.ablation import ablate_behaviour
-from saelens_ext.evals.checkpoints import compare_checkpoints
-from saelens_ext.evals.clusters import evaluate_clusters
-from saelens_ext.evals.decomposition import decompose_dictionary
-from saelens_ext.evals.detection import evaluate_detection
-from saelens_ext.evals.model_comparison import compare_models
-from saelens_ext.evals.nesting import partition_nesting
-from saelens_ext.evals.novelty import evaluate_novelty
-from saelens_ext.evals.overlap import overlap_by_tokens
-from saelens_ext.evals.probing import evaluate_probes
-from saelens_ext.evals.stability import dictionary_stability
-from saelens_ext.evals.steering import compare_steering
-from saelens_ext.evals.supernodes import evaluate_supernodes
-from saelens_ext.evals.synthetic import evaluate_on_synthetic
+from saelens_ext.evals.behaviour.ablation import ablate_behaviour
+from saelens_ext.evals.checkpoints.checkpoints import compare_checkpoints
+from saelens_ext.evals.checkpoints.model_comparison import compare_models
+from saelens_ext.evals.checkpoints.overlap import overlap_by_tokens
+from saelens_ext.evals.continuations.clusters import evaluate_clusters
+from saelens_ext.evals.continuations.supernodes import evaluate_supernodes
+from saelens_ext.evals.detection.detection import evaluate_detection
+from saelens_ext.evals.detection.probing import evaluate_probes
+from saelens_ext.evals.dictionaries.decomposition import decompose_dictionary
+from saelens_ext.evals.dictionaries.nesting import partition_nesting
+from saelens_ext.evals.dictionaries.stability import dictionary_stability
+from saelens_ext.evals.dictionaries.synthetic import evaluate_on_synthetic
+from saelens_ext.evals.novelty.novelty import evaluate_novelty
+from saelens_ext.evals.steering.steering import compare_steering
 from saelens_ext.runner.config import quiet_logger
 from saelens_ext.runner.parsing import items, mapping_or_none, number, parsed, text_or_none, texts
 

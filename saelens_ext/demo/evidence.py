@@ -26,14 +26,14 @@ from saelens_ext.dictionaries.fit_sae import fit_sae
 from saelens_ext.dictionaries.fit_snmf import fit_snmf
 from saelens_ext.evals.baselines import kmeans_directions, matched_controls, principal_directions, single_neurons
 from saelens_ext.evals.concepts_data import Concept, normal_form, packaged_concepts, packaged_texts
-from saelens_ext.evals.detection import evaluate_detection
+from saelens_ext.evals.detection.detection import evaluate_detection
+from saelens_ext.evals.detection.probing import evaluate_probes
+from saelens_ext.evals.dictionaries.synthetic import evaluate_on_synthetic
 from saelens_ext.evals.evidence import Evidence
 from saelens_ext.evals.methods import Method
-from saelens_ext.evals.novelty import evaluate_novelty
-from saelens_ext.evals.probing import evaluate_probes
+from saelens_ext.evals.novelty.novelty import evaluate_novelty
 from saelens_ext.evals.results import save_evidence
-from saelens_ext.evals.steering import compare_steering
-from saelens_ext.evals.synthetic import evaluate_on_synthetic
+from saelens_ext.evals.steering.steering import compare_steering
 from saelens_ext.host.models import HostModel
 from saelens_ext.steering.judges import EmbeddingJudge
 from saelens_ext.steering.sampling import SamplingOptions

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from saelens_ext import _files
 from saelens_ext.demo.packaged import cache_directory, load_demo_model
-from saelens_ext.evals.behaviour import REFUSALS, begins_with
+from saelens_ext.evals.behaviour.behaviour import REFUSALS, begins_with
 from saelens_ext.host.chat_template import asked
 
 logger = logging.getLogger(__name__)

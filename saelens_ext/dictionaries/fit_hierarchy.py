@@ -21,13 +21,13 @@ from saelens_ext.dictionaries.fit_snmf import (
 )
 from saelens_ext.dictionaries.hierarchy import HierarchicalSNMF
 from saelens_ext.dictionaries.snmf import SNMFDictionary
-from saelens_ext.ops.deep_semi_nmf import DeepFactors, level_errors, refine
-from saelens_ext.ops.nnls import solve_codes
-from saelens_ext.ops.nnls_kernels import FeatureGram
+from saelens_ext.ops.nnls.kernels import FeatureGram
+from saelens_ext.ops.nnls.solve import solve_codes
 from saelens_ext.ops.precision import from_float64, where_float64_is
-from saelens_ext.ops.semi_nmf import semi_nmf
-from saelens_ext.ops.semi_nmf_rows import Rows
-from saelens_ext.ops.semi_nmf_updates import normalised, sum_of_squares, support_size
+from saelens_ext.ops.semi_nmf.deep import DeepFactors, level_errors, refine
+from saelens_ext.ops.semi_nmf.fit import semi_nmf
+from saelens_ext.ops.semi_nmf.rows import Rows
+from saelens_ext.ops.semi_nmf.updates import normalised, sum_of_squares, support_size
 
 _REFINE_TOL = 1e-4
 _LINK_L1 = 0.1
@@ -72,7 +72,7 @@ def fit_hierarchical_snmf(
         [8, 4]
 
     Source: arXiv 2506.10920, recursive SNMF; the refinement is this package's, see
-    :mod:`saelens_ext.ops.deep_semi_nmf`.
+    :mod:`saelens_ext.ops.semi_nmf.deep`.
     """
     ranks = _checked_ranks(ranks)
     config = _checks.from_options(SNMFFitConfig, options, "The fit")

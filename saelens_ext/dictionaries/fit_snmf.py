@@ -2,7 +2,7 @@
 
 Activations that fit into ``memory_limit`` are read once and factorised together. Others are read in several passes over
 the model (one to draw a sample, then up to ``max_passes``, then one for the final codes): see
-:mod:`saelens_ext.ops.semi_nmf_streaming` for what that costs.
+:mod:`saelens_ext.ops.semi_nmf.streaming` for what that costs.
 """
 
 import logging
@@ -24,11 +24,11 @@ from saelens_ext.dictionaries.snmf import SNMFDictionary
 from saelens_ext.dictionaries.snmf_fit_result import SNMFFitResult
 from saelens_ext.ops.groups import mapped
 from saelens_ext.ops.memory import memory_for
-from saelens_ext.ops.nnls import check_l1
+from saelens_ext.ops.nnls.solve import check_l1
 from saelens_ext.ops.precision import from_float64, where_float64_is, wide
-from saelens_ext.ops.semi_nmf import INITS, METHODS, semi_nmf
-from saelens_ext.ops.semi_nmf_streaming import semi_nmf_streaming
-from saelens_ext.ops.semi_nmf_updates import sum_of_squares
+from saelens_ext.ops.semi_nmf.fit import INITS, METHODS, semi_nmf
+from saelens_ext.ops.semi_nmf.streaming import semi_nmf_streaming
+from saelens_ext.ops.semi_nmf.updates import sum_of_squares
 
 logger = logging.getLogger(__name__)
 

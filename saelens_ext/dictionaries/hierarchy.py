@@ -1,6 +1,6 @@
 """Dictionaries of falling size in which each feature gathers features of the one below, and the trees this gives.
 
-Symbols: those of :mod:`saelens_ext.ops.deep_semi_nmf`.
+Symbols: those of :mod:`saelens_ext.ops.semi_nmf.deep`.
 """
 
 from dataclasses import dataclass

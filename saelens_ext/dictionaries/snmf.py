@@ -27,10 +27,10 @@ from saelens_ext.dictionaries.decoder_only import UNSET, DecoderOnlyConfig, Deco
 from saelens_ext.host import mlp_output
 from saelens_ext.host.models import HostModel
 from saelens_ext.ops.memory import FEWER_ROWS, memory_for
-from saelens_ext.ops.nnls import check_l1, nnls, solve_codes
-from saelens_ext.ops.nnls_kernels import FeatureGram
+from saelens_ext.ops.nnls.kernels import FeatureGram
+from saelens_ext.ops.nnls.solve import check_l1, nnls, solve_codes
 from saelens_ext.ops.precision import where_float64_is, wide
-from saelens_ext.ops.semi_nmf_updates import support_size
+from saelens_ext.ops.semi_nmf.updates import support_size
 
 _TOL = {torch.float32: 2e-5, torch.float64: 1e-10}
 

@@ -1,14 +1,11 @@
 """The cells of a sweep and other parts of an evaluation that are done, in a folder or in memory."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from saelens_ext import _files
-from saelens_ext.evals.behaviour_passes import Verdict
 
 _SETTINGS = "sweep.json"
 
@@ -41,12 +38,6 @@ class SweepStore:
         else:
             _files.write_json(path / _SETTINGS, own)
         return cls(path)
-
-    def verdicts(self, name: str, make: Callable[[], Sequence[Verdict]]) -> list[Verdict]:
-        """Verdicts that are there, or made now."""
-        found = self.named(name, lambda: {"verdicts": [list(one) for one in make()]})
-        number = lambda value: np.nan if value is None else float(value)  # noqa: E731
-        return [Verdict(number(shown), number(odds), text) for shown, odds, text in found["verdicts"]]
 
     def kept(self, kind: str, key: Any) -> dict[str, Any] | None:
         """The result of a JSON-safe key if it is there, whatever other keys there are."""

@@ -19,7 +19,7 @@ from saelens_ext.dictionaries.fit_result import ExemplarFitResult
 from saelens_ext.dictionaries.fit_snmf import SNMFFitConfig, fit_snmf_rows
 from saelens_ext.dictionaries.grow_exemplars import ExemplarBuild
 from saelens_ext.dictionaries.snmf_fit_result import SNMFFitResult
-from saelens_ext.ops.semi_nmf_updates import sum_of_squares
+from saelens_ext.ops.semi_nmf.updates import sum_of_squares
 from saelens_ext.runner.checkpoints import SNMF_FOLDER, Checkpoint, numbered
 from saelens_ext.runner.config import DictionaryRunnerConfig
 from saelens_ext.runner.dictionary_configs import ExemplarBuildConfig

@@ -17,7 +17,8 @@ from saelens_ext.continuations.clustering.joint_clusterer import rate_distortion
 from saelens_ext.dictionaries.activation_matrix import ActivationSource, Restartable
 from saelens_ext.dictionaries.fit_exemplars import fit_exemplar_partitions
 from saelens_ext.dictionaries.fit_snmf import fit_snmf
-from saelens_ext.ops import semi_nmf_streaming, uniform_sample
+from saelens_ext.ops import uniform_sample
+from saelens_ext.ops.semi_nmf import streaming as semi_nmf_streaming
 from tests import models_zoo
 from tests.test_modes import leaves
 

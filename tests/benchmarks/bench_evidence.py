@@ -21,7 +21,7 @@ from saelens_ext.demo.packaged import load_demo_corpus, load_demo_model
 from saelens_ext.dictionaries.fit_exemplars import fit_exemplar_partition
 from saelens_ext.evals.baselines import gaussian_directions, principal_directions, random_activations, trained_sae
 from saelens_ext.evals.concepts_data import packaged_concepts
-from saelens_ext.evals.detection import evaluate_detection
+from saelens_ext.evals.detection.detection import evaluate_detection
 from saelens_ext.evals.methods import Method
 from saelens_ext.ops.resampling import paired_units
 

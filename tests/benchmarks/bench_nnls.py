@@ -13,9 +13,9 @@ import torch
 from _mlp_activations import mlp_activations
 from _timing import add_device, place, timed
 
-from saelens_ext.ops.nnls import nnls
+from saelens_ext.ops.nnls.solve import nnls
 from saelens_ext.ops.precision import wide
-from saelens_ext.ops.semi_nmf import semi_nmf
+from saelens_ext.ops.semi_nmf.fit import semi_nmf
 
 
 def repeated(x: torch.Tensor, rows: int) -> torch.Tensor:

@@ -19,7 +19,7 @@ from saelens_ext.demo.evidence import CONTEXT_SIZE, HOOK, OUTSIDE, excerpts
 from saelens_ext.demo.packaged import load_demo_corpus, load_demo_model, split_corpus
 from saelens_ext.dictionaries.fit_exemplars import fit_exemplar_partitions
 from saelens_ext.evals.concepts_data import packaged_texts
-from saelens_ext.evals.novelty import evaluate_novelty
+from saelens_ext.evals.novelty.novelty import evaluate_novelty
 
 SCORES = ("EP p1", "coreset of EP p1", "knn", "mahalanobis", "EP p4")
 EARLIER = {

@@ -30,12 +30,12 @@ from statistics import median
 import torch
 from _mlp_activations import mlp_activations
 
-from saelens_ext.ops.nnls import nnls
-from saelens_ext.ops.semi_nmf import SemiNMFResult, semi_nmf
-from saelens_ext.ops.semi_nmf_coordinate import CoordinateFit
-from saelens_ext.ops.semi_nmf_init import initialise
-from saelens_ext.ops.semi_nmf_rows import Rows
-from saelens_ext.ops.semi_nmf_updates import support_size
+from saelens_ext.ops.nnls.solve import nnls
+from saelens_ext.ops.semi_nmf.coordinate import CoordinateFit
+from saelens_ext.ops.semi_nmf.fit import SemiNMFResult, semi_nmf
+from saelens_ext.ops.semi_nmf.init import initialise
+from saelens_ext.ops.semi_nmf.rows import Rows
+from saelens_ext.ops.semi_nmf.updates import support_size
 
 
 class OutOfTime(Exception):

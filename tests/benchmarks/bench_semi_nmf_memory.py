@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 from _mlp_activations import mlp_activations
 
-from saelens_ext.ops.semi_nmf import semi_nmf
-from saelens_ext.ops.semi_nmf_streaming import semi_nmf_streaming
+from saelens_ext.ops.semi_nmf.fit import semi_nmf
+from saelens_ext.ops.semi_nmf.streaming import semi_nmf_streaming
 
 MIB = 2**20
 MODELS = {"default": {"l1": 0.1, "center": True}, "l1=0": {}, "paper": {"method": "paper"}}

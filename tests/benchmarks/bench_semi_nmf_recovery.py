@@ -14,7 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from saelens_ext.ops.semi_nmf import INITS, semi_nmf
+from saelens_ext.ops.semi_nmf.fit import INITS, semi_nmf
 from tests.ops.planted_groups import SHAPES, recovered
 
 

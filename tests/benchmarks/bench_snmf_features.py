@@ -32,10 +32,10 @@ from scipy.optimize import linear_sum_assignment
 from scipy.stats import rankdata
 from torch.nn.functional import normalize
 
-from saelens_ext.ops.nnls import nnls
+from saelens_ext.ops.nnls.solve import nnls
 from saelens_ext.ops.resampling import paired_units
-from saelens_ext.ops.semi_nmf import semi_nmf
-from saelens_ext.ops.semi_nmf_rows import center_of
+from saelens_ext.ops.semi_nmf.fit import semi_nmf
+from saelens_ext.ops.semi_nmf.rows import center_of
 from saelens_ext.ops.statistics import holm
 
 SPLITS = 5

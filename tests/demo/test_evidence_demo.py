@@ -5,7 +5,7 @@ import json
 import pytest
 
 from saelens_ext.demo import evidence
-from saelens_ext.evals.synthetic import SyntheticEvidence
+from saelens_ext.evals.dictionaries.synthetic import SyntheticEvidence
 from tests import models_zoo
 
 

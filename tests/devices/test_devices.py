@@ -10,7 +10,7 @@ import torch
 
 import saelens_ext as ext
 from saelens_ext.host.devices import chosen_device
-from saelens_ext.ops.semi_nmf_coordinate import CoordinateFit
+from saelens_ext.ops.semi_nmf.coordinate import CoordinateFit
 from tests.continuations._dictionaries import own
 from tests.devices.fake_accelerator import FakeTensor, counted_waits, fake_accelerator
 from tests.hub.conftest import hub, running_hub  # noqa: F401

@@ -11,9 +11,9 @@ from sae_lens import SAE
 from saelens_ext import ActivationStream, SNMFDictionary, SNMFFitResult, fit_hierarchical_snmf, fit_sae, fit_snmf
 from saelens_ext.dictionaries.activation_matrix import _is_held_out
 from saelens_ext.dictionaries.fit_snmf import reconstruction_loss
-from saelens_ext.ops.nnls import nnls
-from saelens_ext.ops.semi_nmf import semi_nmf
-from saelens_ext.ops.semi_nmf_rows import center_of
+from saelens_ext.ops.nnls.solve import nnls
+from saelens_ext.ops.semi_nmf.fit import semi_nmf
+from saelens_ext.ops.semi_nmf.rows import center_of
 
 HOOK = "blocks.1.mlp.hook_post"  # an alias on a bridge
 OPTIONS = {"sparsity": 0.2, "max_iter": 15}

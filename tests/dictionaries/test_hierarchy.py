@@ -7,8 +7,8 @@ import torch
 
 from saelens_ext import ActivationStream, HierarchicalSNMF, fit_hierarchical_snmf, fit_snmf
 from saelens_ext.dictionaries.hierarchy import ConceptNode
-from saelens_ext.ops.deep_semi_nmf import DeepFactors, nonnegative_quadratic, objective, refine
-from saelens_ext.ops.semi_nmf_updates import CodeStatistics
+from saelens_ext.ops.semi_nmf.deep import DeepFactors, nonnegative_quadratic, objective, refine
+from saelens_ext.ops.semi_nmf.updates import CodeStatistics
 from tests.dictionaries.planted_trees import SHAPES, agreement, ancestors
 from tests.ops.planted_groups import recovered
 

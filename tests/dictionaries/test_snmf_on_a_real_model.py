@@ -21,7 +21,7 @@ from saelens_ext.concepts.comparison import compare_detection
 from saelens_ext.demo.packaged import load_demo_corpus
 from saelens_ext.demo.sentences import NEUTRAL, WEEKDAYS
 from saelens_ext.dictionaries.fit_snmf import reconstruction_loss
-from saelens_ext.ops.semi_nmf import semi_nmf
+from saelens_ext.ops.semi_nmf.fit import semi_nmf
 from tests.steering.steered import sample_steered
 
 HOOK = "blocks.15.mlp.hook_post"

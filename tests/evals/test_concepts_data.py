@@ -32,7 +32,7 @@ def test_concepts_are_read_from_lines(tmp_path):
 BAD_LINES = {
     "no_object": (["[1]"], "Line 1.*expected an object.*got list"),
     "no_json": ([CAT, "{"], "Line 2 of .*c.jsonl"),
-    "misspelt": ([CAT | {"positive": []}], "Line 1.*'positive' Did you mean 'positives'"),
+    "misspelt": ([CAT | {"positive": []}], "Line 1.*'positive'. Did you mean 'positives'"),
     "lacking": ([{"name": "cat", "positives": ["A cat."]}], "lacks negatives"),
     "twice": ([CAT, CAT], "the name 'cat' 2 times"),
     "nothing": ([""], "no concept; give at least one"),

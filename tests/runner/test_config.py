@@ -158,9 +158,9 @@ def test_options_of_dictionaries_out_of_range(kind, options, message):
 
 def test_unknown_keys_are_named():
     good = DictionaryRunnerConfig(hook_name="a").to_dict()
-    with pytest.raises(ValueError, match="'context_sise' Did you mean 'context_size'"):
+    with pytest.raises(ValueError, match="'context_sise'. Did you mean 'context_size'"):
         DictionaryRunnerConfig.from_dict(good | {"context_sise": 3})
-    with pytest.raises(ValueError, match="'percentil' Did you mean 'percentile'"):
+    with pytest.raises(ValueError, match="'percentil'. Did you mean 'percentile'"):
         DictionaryRunnerConfig.from_dict(good | {"dictionary": {"architecture": "exemplar_partition", "percentil": 3}})
     with pytest.raises(ValueError, match="architecture must be one of 'exemplar_partition', 'snmf', got 'gated'"):
         DictionaryRunnerConfig.from_dict(good | {"dictionary": {"architecture": "gated"}})

@@ -35,8 +35,8 @@ from saelens_ext.continuations.clustering.problem import (
     checked_weights,
     make_problem,
 )
-from saelens_ext.ops.rate_distortion import CDIST_METRICS
-from saelens_ext.ops.rate_distortion_descent import Descent, Search
+from saelens_ext.ops.rate_distortion.descent import Descent, Search
+from saelens_ext.ops.rate_distortion.objective import CDIST_METRICS
 
 
 class JointClusterer(ClusterMixin, BaseEstimator):

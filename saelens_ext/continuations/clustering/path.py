@@ -23,9 +23,9 @@ from jaxtyping import Int
 from sklearn.utils import check_random_state
 
 from saelens_ext.continuations.clustering.problem import Problem, RateDistortion, by_mass, check_beta_and_gamma
-from saelens_ext.ops.rate_distortion import partition_cost
-from saelens_ext.ops.rate_distortion_descent import Search
-from saelens_ext.ops.rate_distortion_proposals import Sketch
+from saelens_ext.ops.rate_distortion.descent import Search
+from saelens_ext.ops.rate_distortion.objective import partition_cost
+from saelens_ext.ops.rate_distortion.proposals import Sketch
 
 BETAS = (0.5, 0.75, 1.0, 1.25)
 """Values of beta published in arXiv 2606.08236."""

@@ -21,7 +21,7 @@ from scipy.spatial.distance import cdist
 from sklearn.utils import check_array
 
 from saelens_ext import _checks
-from saelens_ext.ops.rate_distortion import CDIST_METRICS, CenterKind, Cluster, Metric, PairedViews
+from saelens_ext.ops.rate_distortion.objective import CDIST_METRICS, CenterKind, Cluster, Metric, PairedViews
 
 SCALINGS = ("balanced", "paper")
 METRICS: tuple[Metric, ...] = get_args(Metric)

@@ -19,8 +19,8 @@ from sklearn.utils import check_random_state
 from saelens_ext import _checks
 from saelens_ext.continuations.clustering.path import PathPoint, RateDistortionPath
 from saelens_ext.continuations.clustering.problem import Problem, checked_labels
-from saelens_ext.ops.rate_distortion import Cluster, PairedViews
-from saelens_ext.ops.rate_distortion_descent import Search
+from saelens_ext.ops.rate_distortion.descent import Search
+from saelens_ext.ops.rate_distortion.objective import Cluster, PairedViews
 
 
 class NoEligiblePoint(ValueError):
