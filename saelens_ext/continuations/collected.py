@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 from saelens_ext.host.continued_text import text_after
 from saelens_ext.host.models import HostModel
 from saelens_ext.host.prompt_passes import evaluating
+from saelens_ext.ops.memory import memory_for
 from saelens_ext.steering.sampling import Drawn, SamplingOptions, draw_continuations
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,9 @@ class Collected:
 
     def draw(self, options: SamplingOptions, stops: Sequence[str], limit: int, batch_size: int, progress: bool) -> None:
         """Draw from the model until there are enough rows, or ``limit`` draws were made."""
-        with evaluating(self._model):
+        what = f"Passes that sample {batch_size} continuations behind {len(self._prefix)} tokens of prefix"
+        remedy = f"Lower batch_size (now {batch_size}) or max_new_tokens."
+        with evaluating(self._model), memory_for(what, None, remedy):
             self.fill(
                 lambda numbers: draw_continuations(self._model, self._ids, numbers, options, stop=stops),
                 limit,

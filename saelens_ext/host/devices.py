@@ -1,4 +1,4 @@
-"""Where to compute: a device by name, checked before anything is computed."""
+"""Where to compute, and in which numbers: devices and dtypes by name, checked before anything is computed."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -39,6 +39,17 @@ def chosen_device(device: str | torch.device) -> str:
         there = ", ".join(kind if k == 1 else f"{k} x {kind}" for kind, k in counts.items() if k)
         raise ValueError(f'There is no device {str(device)!r} here, only {there}; device="auto" takes the best.')
     return str(device)
+
+
+def chosen_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """A dtype of floating point, by its name or itself; ValueError for another."""
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise ValueError(
+            "dtype must be a torch dtype of floating point or its name ('float32', 'bfloat16', 'float16'), got "
+            f"{dtype!r}."
+        )
+    return found
 
 
 def check_spread(

@@ -28,7 +28,7 @@ from saelens_ext import _checks
 from saelens_ext._modes import out_of_inference, standard_modes
 from saelens_ext.host.bos import text_start, warn_of_other_bos
 from saelens_ext.host.by_name import hooked_by_name
-from saelens_ext.host.devices import check_spread, chosen_device
+from saelens_ext.host.devices import check_spread, chosen_device, chosen_dtype
 from saelens_ext.host.hook_names import AnyHost, hook_layer, locate, output_behind, resolve_hook, stop_layer
 from saelens_ext.host.hook_pass import describe_proxy
 from saelens_ext.host.scaled_contributions import run_replaced_points
@@ -38,6 +38,7 @@ from saelens_ext.host.weight_processing import (
     normalization_type,
     writing_weights_centered,
 )
+from saelens_ext.ops.memory import memory_for
 
 HostModel = Union[HookedTransformer, TransformerBridge]
 """The models that activations are read from: `HookedSAETransformer` and `SAETransformerBridge` are subclasses."""
@@ -154,6 +155,7 @@ def load_model(
         ValueError: for an unknown class or dtype; a device that is not there, or one beside a way to spread the model;
             an option that does not apply to ``hf_model``, a folder or a `HookedSAETransformer`; a model that
             TransformerLens knows by its published name only, whose name or sizes are not among those.
+        MemoryError: the weights do not fit.
     """
     _checks.choice(model_class, ("SAETransformerBridge", "HookedSAETransformer"), "model_class")
     spread = {"device_map": device_map, "n_devices": n_devices, "max_memory": max_memory}
@@ -161,7 +163,25 @@ def load_model(
     options = {name: value for name, value in {**spread, **fetched}.items() if value is not None}
     _check_options(model_class, name_or_path, hf_model, device, options)
     device = None if device is None else chosen_device(device)
-    dtype = _as_dtype(dtype) or (torch.float32 if hf_model is None else hf_model.dtype)
+    dtype = chosen_dtype(dtype) or (torch.float32 if hf_model is None else hf_model.dtype)
+    remedy = "Give fewer bits (dtype='bfloat16'), or spread a bridge over devices (device_map='auto')."
+    size = None if hf_model is None else dtype.itemsize * sum(p.numel() for p in hf_model.parameters())
+    with memory_for(f"The weights of {str(name_or_path)!r} in {str(dtype).removeprefix('torch.')}", size, remedy):
+        model = _hosted(name_or_path, model_class, hf_model, tokenizer, device, dtype, options)
+    out_of_inference(model.eval())
+    return model
+
+
+def _hosted(
+    name_or_path: str | Path,
+    model_class: str,
+    hf_model: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    device: str | None,
+    dtype: torch.dtype,
+    options: dict[str, Any],
+) -> HostModel:
+    """The model in its class, on its device."""
     if hf_model is not None:
         if not hf_model.config.architectures:  # a configuration that was made, not loaded, has them only once saved
             hf_model.config.architectures = [type(hf_model).__name__]
@@ -171,13 +191,10 @@ def load_model(
         hf_model = to(**placed)
     tokenizer = None if tokenizer is None else _with_bos(tokenizer)
     if model_class == "SAETransformerBridge":
-        model = bridge_of(name_or_path, device=device, dtype=dtype, hf_model=hf_model, tokenizer=tokenizer, **options)
-    elif hf_model is not None or Path(name_or_path).is_dir():
-        model = _hooked_from_hf(name_or_path, hf_model, tokenizer, device, dtype, trust_remote_code)
-    else:
-        model = hooked_of(name_or_path, device=device, dtype=dtype, tokenizer=tokenizer, **options)
-    out_of_inference(model.eval())
-    return model
+        return bridge_of(name_or_path, device=device, dtype=dtype, hf_model=hf_model, tokenizer=tokenizer, **options)
+    if hf_model is not None or Path(name_or_path).is_dir():
+        return _hooked_from_hf(name_or_path, hf_model, tokenizer, device, dtype, bool(options.get("trust_remote_code")))
+    return hooked_of(name_or_path, device=device, dtype=dtype, tokenizer=tokenizer, **options)
 
 
 def bridge_of(name_or_path: str | Path, **options: Any) -> SAETransformerBridge:
@@ -303,16 +320,6 @@ def _set_head_reshaping(sae: SAE, model: AnyHost) -> None:
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------
-
-
-def _as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
-        raise ValueError(
-            "dtype must be a torch dtype of floating point or its name ('float32', 'bfloat16', 'float16'), got "
-            f"{dtype!r}."
-        )
-    return found
 
 
 def _hooked_from_hf(

@@ -8,12 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import saelens_ext as ext
 from saelens_ext.analysis.examples import ExampleTable
 from saelens_ext.cli.errors import one_line
+from saelens_ext.host.prompt_passes import KVCache
 from saelens_ext.ops.memory import NotEnoughMemory, lacks_memory, memory_for, written
 from tests.continuations._dictionaries import own
+from tests.models_zoo import MODEL_CLASSES, make_model, make_tokenizer
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits the address space of the process")
 MB = 10**6
@@ -110,3 +113,29 @@ def test_examples_of_too_many_latents_and_the_commands_line():
     with pytest.raises(NotEnoughMemory, match=said) as caught:
         ExampleTable(10**12, 9, 30, torch.device("meta"))
     assert one_line(caught.value) == " ".join(str(caught.value).split()) and "--debug" not in one_line(caught.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_class", MODEL_CLASSES)
+def test_a_model_that_does_not_fit(model_class):
+    sizes = {"hidden_size": 32, "intermediate_size": 400_000, "num_hidden_layers": 1, "num_attention_heads": 4}
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=320, **sizes))
+    model = model.to(torch.bfloat16).to_empty(device="cpu")
+    tokenizer = make_tokenizer()
+    model.model.layers[0].mlp.up_proj.weight.float()  # what torch keeps from its first use
+    said = r"^The weights of 'big' in float32 need at least 154 MB of memory, .* Give fewer bits \(dtype='bfloat16'\)"
+    with no_more_than(80 * MB), pytest.raises(NotEnoughMemory, match=said):
+        ext.load_model("big", model_class=model_class, hf_model=model, tokenizer=tokenizer, dtype="float32")
+
+
+def test_a_batch_of_draws_that_does_not_fit(monkeypatch):
+    model = make_model("llama", "SAETransformerBridge")
+
+    def out_of_memory(cache, ids):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(KVCache, "run", out_of_memory)
+    said = r"^Passes that sample 32 continuations behind \d+ tokens of prefix need more memory .* Lower batch_size"
+    with pytest.raises(NotEnoughMemory, match=said):
+        ext.sample_continuations(model, "The assert", 40)
