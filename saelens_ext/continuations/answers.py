@@ -67,8 +67,10 @@ def mark_answers(
         first = continuations.texts[has.index(False)]
         lacking = f"{n - sum(has)} of {n} continuations have no text {of}, such as {first!r:.200}"
         if missing == "raise" or not any(has):
-            other = "missing='exclude' leaves them out" if any(has) else f"is {after or span!r} what the model writes?"
-            raise ValueError(f"{lacking}. Raise max_new_tokens if they were cut off before; {other}.")
+            remedy = "missing='exclude' leaves them out."
+            if not any(has):
+                remedy = f"Is {after!r} what the model writes?" if after else "Give other tokens."
+            raise ValueError(f"{lacking}. Raise max_new_tokens if they were cut off before. {remedy}")
         logger.warning("%s; they are left out.", lacking)
         continuations = continuations.select(has)
     found = torch.tensor([place for place in places if place is not None])

@@ -81,8 +81,10 @@ def test_answers_that_are_missing(setting, caplog):
         mark_answers(model, given, after=" =")
     assert mark_answers(model, given, after=" =", missing="exclude").answers == ANSWERS
     assert "2 of 6 continuations" in caplog.text and "left out" in caplog.text
-    with pytest.raises(ValueError, match="4 of 4"):
+    with pytest.raises(ValueError, match="4 of 4 .* cut off before. Is 'nowhere' what the model writes\\?$"):
         mark_answers(model, found, after="nowhere", missing="exclude")
+    with pytest.raises(ValueError, match=r"no text at the tokens \(50, 60\).* Give other tokens.$"):
+        mark_answers(model, found, span=(50, 60), missing="exclude")
     for wrong in ({}, {"after": " =", "span": (0, 1)}):
         with pytest.raises(ValueError, match="either after, a text, or span"):
             mark_answers(model, found, **wrong)
