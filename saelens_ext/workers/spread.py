@@ -13,7 +13,10 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 from uuid import uuid4
 
+import cloudpickle
 import joblib
+import numpy as np
+from joblib.parallel import get_active_backend
 from tqdm.auto import tqdm
 
 from saelens_ext.workers.ray_actors import RayActors
@@ -68,16 +71,22 @@ def _over_joblib(load: Callable[[], Job], numbers: Sequence[int], n_workers: int
     run, threads = uuid4().hex, threads_here()
     options: dict[str, Any] = {"batch_size": 1, "pre_dispatch": "n_jobs"}  # one by one
     parallel = joblib.Parallel(n_jobs=n_workers, **options)
+    packed: Any = load
+    backend: Any = get_active_backend()[0]
+    if not getattr(backend, "supports_sharedmem", False):
+        # joblib puts a large array where all workers read it, and would pickle a function again with every number.
+        packed = np.frombuffer(cloudpickle.dumps(load), dtype=np.uint8)
     try:
-        found: Any = parallel(joblib.delayed(_in_worker)(run, load, threads, number) for number in numbers)
+        found: Any = parallel(joblib.delayed(_in_worker)(run, packed, threads, number) for number in numbers)
     except BrokenProcessPool as error:
         raise _Died(error) from error
     return {number: one for number, one in zip(numbers, found, strict=True) if one is not None}
 
 
-def _in_worker(run: str, load: Callable[[], Job], threads: dict[str, int], number: int) -> Any:
+def _in_worker(run: str, packed: Any, threads: dict[str, int], number: int) -> Any:
     if getattr(_LOADED, "run", None) != run:
         _LOADED.job = None  # before another model is loaded
+        load = cloudpickle.loads(packed.data) if isinstance(packed, np.ndarray) else packed
         _LOADED.job, _LOADED.run = load(), run
     with limited(threads):
         return _LOADED.job(number)
