@@ -204,8 +204,8 @@ def _audit(
     validation = stages.validation()
     if validation is None and not reason:
         bar.begin("testing by steering")
-        embed = partial(embed_visible, embedder=embedder, mode=config.embedding)
-        more: dict[str, Any] = {"generate": config.generate, "embed": embed, "progress": progress}
+        embed = partial(embed_visible, embedder=embedder, mode=config.embedding, **config.per_pass)
+        more: dict[str, Any] = {"generate": config.generate, "embed": embed, "progress": progress, **config.per_pass}
         try:
             validation = validate_clusters(model, saes, rows, found.clusterer, config.validation_options(), **more)
             stages.keep_validation(validation)
@@ -223,7 +223,7 @@ def sampled(
     """Continuations of a prefix as an audit draws them, with its answers marked."""
     names = ("temperature", "top_p", "max_new_tokens", "stop", "weights", "chat_template", "chat_template_options")
     options: dict[str, Any] = {name: getattr(config, name) for name in names}
-    options |= {"seed": seed, "sampler": subject.sampler, "progress": progress}
+    options |= {"seed": seed, "sampler": subject.sampler, "progress": progress, **config.per_pass}
     return _answers(subject, sample_continuations(subject.model, question.prompt, n, **options), config)
 
 
@@ -259,11 +259,12 @@ def attributed(
     if rows.embeddings is None:
         bar.begin("embedding")
         rows = _only(rows, visible_rows(rows, embedder), "the embedder sees no text in them")
-        rows = stages.keep(embed_continuations(rows, embedder, mode=config.embedding, progress=progress))
+        how: dict[str, Any] = {"mode": config.embedding, "progress": progress, **config.per_pass}
+        rows = stages.keep(embed_continuations(rows, embedder, **how))
     if rows.signatures is None:
         bar.begin("attributing")
         options = {"backend": config.backend, "max_sources": config.max_sources}
-        rows = attribute_continuations(model, saes, rows, progress=progress, **options)
+        rows = attribute_continuations(model, saes, rows, progress=progress, **options, **config.per_pass)
         has_effect = torch.as_tensor(rows.both_views()[1].any(axis=1))
         rows = stages.keep(_only(rows, has_effect, "no source of the prefix has an effect on them"))
     return rows

@@ -1,7 +1,7 @@
 """Settings of an audit of continuations, checked before anything is computed."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from typing_extensions import TypedDict
@@ -74,6 +74,9 @@ class AuditConfig:
     """Further controls: "coherent_semantic", "coherent_attribution", "length" and "top_activation"."""
     seed: int = 0
     """Of everything random."""
+    batch_size: int | None = None
+    """Continuations per forward pass of each stage, at most; by default 32, and 16 where they are scored or attributed.
+    Lower it where memory does not suffice: results change by rounding alone, so another call may go on with another."""
 
     def __post_init__(self) -> None:
         _checks.normalise_fields(self)
@@ -89,8 +92,9 @@ class AuditConfig:
             _checks.positive(self.generate, "generate")
         if _checks.positive(self.n_resamples, "n_resamples") < 2:
             raise ValueError(f"n_resamples must be at least 2, got {self.n_resamples!r}; 10 is usual.")
-        if self.min_cluster_size is not None:
-            _checks.positive(self.min_cluster_size, "min_cluster_size")
+        for name in ("min_cluster_size", "batch_size"):
+            if getattr(self, name) is not None:
+                _checks.positive(getattr(self, name), name)
         if len(self.n_clusters) != 2 or not 1 <= self.n_clusters[0] <= self.n_clusters[1]:
             raise ValueError(f"n_clusters must be 1 <= fewest <= most, got {self.n_clusters!r}.")
         if not self.betas or not self.gammas:
@@ -98,6 +102,16 @@ class AuditConfig:
         for beta in self.betas:
             for gamma in self.gammas:
                 check_beta_and_gamma(beta, gamma)
+
+    @property
+    def per_pass(self) -> dict[str, Any]:
+        """The batch size as a keyword of each stage's function, if there is one."""
+        return {} if self.batch_size is None else {"batch_size": self.batch_size}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The settings on which results hang by more than rounding."""
+        return {name: value for name, value in asdict(self).items() if name != "batch_size"}
 
     def smallest_mode(self, n: int) -> int:
         """Fewest of n continuations that a mode may have."""
@@ -141,3 +155,4 @@ class AuditOptions(TypedDict, total=False):
     generate: int
     partitions: Sequence[str]
     seed: int
+    batch_size: int | None

@@ -45,7 +45,7 @@ class Question:
         template = {name: getattr(config, name) for name in ("chat_template", "chat_template_options")}
         counts = Counter(self.given)
         rows: Any = [one if isinstance(one, str) else list(one) for one in counts]
-        scored = score_continuations(model, self.prompt, rows, **template)
+        scored = score_continuations(model, self.prompt, rows, **template, **config.per_pass)
         return scored.with_columns({"count": torch.tensor(list(counts.values()))}).with_weights(config.weights)
 
 

@@ -1,7 +1,7 @@
 """What an audit keeps in its folder, stage by stage, and how it knows the folder again."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -73,7 +73,7 @@ def folder_for(
     if own is None:
         return None
     asked = {"prefix": question.prompt, "continuations": question.digest}
-    settings = _files.json_safe({**asked, "config": asdict(config), "about": about})
+    settings = _files.json_safe({**asked, "config": config.identity, "about": about})
     path = own / JSON_FILENAME
     # Until the first stage is through, there is nothing that other settings would not fit.
     if path.exists() and (own / "continuations").exists():

@@ -95,11 +95,13 @@ def visible_rows(continuations: ContinuationSet, embedder: Any = None) -> Tensor
 
 
 def embed_visible(
-    continuations: ContinuationSet, embedder: Any = None, *, mode: str = "contextual"
+    continuations: ContinuationSet, embedder: Any = None, *, mode: str = "contextual", batch_size: int = 32
 ) -> ContinuationSet | None:
     """:func:`embed_continuations` of the rows that :func:`visible_rows` finds; None where there is none."""
     seen = visible_rows(continuations, embedder)
-    return embed_continuations(continuations.select(seen), embedder, mode=mode) if bool(seen.any()) else None
+    if not bool(seen.any()):
+        return None
+    return embed_continuations(continuations.select(seen), embedder, mode=mode, batch_size=batch_size)
 
 
 def _contextual(model: Any, start: str, texts: list[str], batch_size: int, progress: bool) -> Tensor:

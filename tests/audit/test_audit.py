@@ -11,6 +11,7 @@ import torch
 from saelens_ext.audit import audit as audit_module
 from saelens_ext.audit.audit import AuditConfig, audit_continuations
 from saelens_ext.continuations.prefix_audit import PrefixAudit
+from saelens_ext.host.sentence_model import load_sentence_model
 from tests.continuations._dictionaries import make
 from tests.models_zoo import make_model
 
@@ -319,3 +320,28 @@ def test_a_damaged_clustering_is_named(change, message, kept, setting):
     with pytest.raises(ValueError, match=message):
         audit_continuations(setting[0], PREFIX, setting[1], folder=folder, **OPTIONS)
     path.write_text(whole)
+
+
+@pytest.mark.slow
+def test_a_batch_size_holds_in_every_stage_and_may_change_between_calls(setting, tmp_path):
+    model, dictionaries = setting
+    embedder = load_sentence_model(None)
+    rows, options = [], OPTIONS | {"generate": 2, "partitions": ("length",)}
+    parts = [*model.modules(), *embedder.modules()]
+    embeddings = [part for part in parts if isinstance(part, torch.nn.Embedding)]
+    hooks = [part.register_forward_pre_hook(lambda _, given: rows.append(len(given[0]))) for part in embeddings]
+    try:
+        audit_continuations(
+            model, PREFIX, dictionaries, embedder, **options
+        )  # and, once, whether attribution works on the model
+        assert max(rows) > 5
+        rows.clear()
+        small = audit_continuations(model, PREFIX, dictionaries, embedder, folder=tmp_path, batch_size=3, **options)
+        assert 0 < max(rows) <= 3
+        rows.clear()
+        again = audit_continuations(model, PREFIX, dictionaries, embedder, folder=tmp_path, batch_size=5, **options)
+        assert not rows
+    finally:
+        for hook in hooks:
+            hook.remove()
+    same(small, again)

@@ -93,7 +93,8 @@ def _second(rows: ContinuationSet, plan: ClusterPlan) -> tuple[ContinuationSet, 
     """The rows in which the second embedder sees text, with its embeddings, and which they are, bool ``(n,)``."""
     seen = visible_rows(rows, plan.second_embedder)
     check_halves(int(seen.sum()), plan.audit.held_out, f"What the second embedder sees of {rows.prompt!r}")
-    embedded = embed_continuations(rows.select(seen), plan.second_embedder, mode=plan.audit.embedding)
+    how: dict[str, Any] = {"mode": plan.audit.embedding, **plan.audit.per_pass}
+    embedded = embed_continuations(rows.select(seen), plan.second_embedder, **how)
     return embedded, seen.numpy()
 
 
@@ -104,10 +105,11 @@ def _fresh(subject: Subject, question: Question, rows: ContinuationSet, plan: Cl
     drawn = sampled(subject, question, config, n=plan.fresh_draws, seed=config.seed + 2)
     known = {tuple(rows.ids_of(row)) for row in range(len(rows))}
     new = [row for row in range(len(drawn)) if tuple(drawn.ids_of(row)) not in known]
-    embedded = embed_visible(drawn.select(new), subject.embedder, mode=config.embedding) if new else None
+    how: dict[str, Any] = {"mode": config.embedding, **config.per_pass}
+    embedded = embed_visible(drawn.select(new), subject.embedder, **how) if new else None
     if embedded is not None:
         found = attribute_continuations(
-            subject.model, subject.saes, embedded, backend=config.backend, sources=rows.sources
+            subject.model, subject.saes, embedded, backend=config.backend, sources=rows.sources, **config.per_pass
         )
         usable = torch.as_tensor(found.both_views()[1].any(axis=1))
         if int(usable.sum()) >= 2 * FEWEST_ROWS:
@@ -154,7 +156,8 @@ def _cell(
                 config.validation_options(controls=plan.controls, **how),
                 partitions=partitions,
                 generate=plan.generate,
-                embed=partial(embed_visible, embedder=subject.embedder, mode=config.embedding),
+                embed=partial(embed_visible, embedder=subject.embedder, mode=config.embedding, **config.per_pass),
+                **config.per_pass,
             )
             values = [*_of_members(tested, rows, config.seed), *_of_prefix(tested, whole)]
             found += [{**how, **one} for one in values if np.isfinite(one["value"])]

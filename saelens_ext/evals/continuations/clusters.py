@@ -260,7 +260,8 @@ def evaluate_clusters(
     )
     about = each.opened(lambda subject: subject.about)
     settings = asdict(replace(plan, second_embedder=None)) | {
-        "second_embedder": describe_embedder(plan.second_embedder)
+        "second_embedder": describe_embedder(plan.second_embedder),
+        "audit": audit.identity,
     }
     settings = _files.json_safe({**settings, **about})
     store = SweepStore.at(folder, settings)

@@ -77,8 +77,8 @@ def read_target(
     seen = visible_rows(rows, embedder)
     if int(seen.sum()) < 2:
         raise ValueError(f"Step {number} has {int(seen.sum())} candidates with visible text; two are needed.")
-    rows = embed_continuations(rows.select(seen), embedder, mode=config.embedding)
-    options: dict[str, Any] = {"backend": config.backend, "max_sources": config.max_sources}
+    rows = embed_continuations(rows.select(seen), embedder, mode=config.embedding, **config.per_pass)
+    options: dict[str, Any] = {"backend": config.backend, "max_sources": config.max_sources, **config.per_pass}
     spans, shuffled, moved = tree.spans[:number], None, ()
     if number > 2:
         order = _derangement(number - 1, np.random.default_rng([config.seed, number]))
@@ -131,7 +131,8 @@ def measure_columns(
     found = choose_clustering(own, config)
     if found.not_validated:
         raise ValueError(found.not_validated)
-    members = validate_clusters(model, saes, own, found.clusterer, config.validation_options()).members
+    options = config.validation_options()
+    members = validate_clusters(model, saes, own, found.clusterer, options, **config.per_pass).members
     table = member_statistics(members[members["measure"] == MEASURE])
     slopes = table.groupby("method")[STATISTIC].mean()
     values = {name: float(slopes.get(method, np.nan)) for method, name in _OF_VALIDATION.items()}

@@ -6,7 +6,7 @@ candidates, of the change of their mean demeaned logit per unit of strength alon
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -268,7 +268,7 @@ def audit_steps(
         actor_options=actor_options,
     )
     about = each.opened(lambda subject: subject.about)
-    settings: dict[str, Any] = {"sources": sources, "audit": asdict(audit), **about}
+    settings: dict[str, Any] = {"sources": sources, "audit": audit.identity, **about}
     store = SweepStore.at(folder, settings)
     cells: list[dict[str, Any]] = []
     failures: list[Failure] = []

@@ -17,7 +17,7 @@ which is 1 where all follow the role, -1 where all follow the name, and 0 half w
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -51,7 +51,7 @@ _DESCRIPTIONS = {
 }
 READ = (
     "n", "temperature", "top_p", "max_new_tokens", "stop", "chat_template", "chat_template_options", "answer_after",
-    "weights", "backend", "max_sources", "seed",
+    "weights", "backend", "max_sources", "seed", "batch_size",
 )  # fmt: skip
 """What is used of an audit's settings."""
 Feature = tuple[str, int]
@@ -207,7 +207,7 @@ def evaluate_supernodes(
         catch=Exception,  # whatever a sampler or a host library raises
     )
     described = each.opened(lambda subject: subject.about)
-    asked = {name: value for name, value in asdict(audit).items() if name in READ}
+    asked = {name: value for name, value in audit.identity.items() if name in READ}
     store = SweepStore.at(folder, {"audit": asked, **described})
     attempts, found = Attempts(), dict[str, tuple[Effects, Effects]]()
     every = each.measured(partial(partial, _prompt, given, audit), store, progress)
@@ -270,7 +270,7 @@ def _both(subject: Subject, swap: EntitySwap, config: AuditConfig) -> dict[str, 
     scored = Question(prompt=swap.swapped, given=ids).scored(subject.model, config)
     other = replace(scored, weights=drawn.weights, columns=drawn.columns)
     spans = name_spans(drawn.prefix_ids, other.prefix_ids)
-    how: dict[str, Any] = {"backend": config.backend, "max_sources": config.max_sources}
+    how: dict[str, Any] = {"backend": config.backend, "max_sources": config.max_sources, **config.per_pass}
     own, twin = (
         _effects(attribute_continuations(subject.model, subject.saes, one, **how), spans) for one in (drawn, other)
     )

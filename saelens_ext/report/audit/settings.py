@@ -102,7 +102,7 @@ def _carried(audit: PrefixAudit) -> Fact:
 
 def settings_rows(about: Mapping[str, Any], config: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Everything about how the audit was made: names and values."""
-    by_default = {"min_cluster_size": "a sixteenth of the continuations, at least 2"}
+    by_default = {"min_cluster_size": "a sixteenth of the continuations, at least 2", "batch_size": "32, or 16"}
     shown = {key: by_default[key] if value is None and key in by_default else value for key, value in config.items()}
     return [
         *_about_rows(about),
