@@ -59,7 +59,7 @@ def steered(model, dictionaries, tmp_path_factory):  # noqa: F811
             path.unlink()
         evaluate_clusters(model, PREFIXES, dictionaries, folder=folder, **OPTIONS)
         assert asked[7:] == PREFIXES
-        with pytest.raises(ValueError, match="another cells"):
+        with pytest.raises(ValueError, match="differs in cells"):
             evaluate_clusters(model, PREFIXES, dictionaries, folder=folder, **OPTIONS | {"cells": ((1.0, 0.1),)})
     return found
 

@@ -162,7 +162,7 @@ def test_a_killed_audit_goes_on_to_the_same_bits(copier, latents, tree, other_pr
     whole = found.cells[found.cells["problem"] == "problem 000"]
     pd.testing.assert_frame_equal(again.cells, whole, check_exact=True)
     assert again.failures == tuple(one for one in found.failures if one.unit.startswith("problem 0"))
-    with pytest.raises(ValueError, match="another sources"):
+    with pytest.raises(ValueError, match="differs in sources"):
         audit_steps(copier, tree, latents, **options | {"sources": "prompt"})
     # Problems may be added; a step of other candidates is another one.
     calls.clear()

@@ -192,7 +192,7 @@ def test_on_a_model(tmp_path, monkeypatch):
     assert computed == [one_more.prompt, one_more.swapped] and wider.per_unit().shape[0] == 7
     again = evaluate_supernodes(model, SWAPS, dictionary, **options)
     assert again.cells.equals(found.cells) and again.members.equals(found.members) and len(computed) == 2
-    with pytest.raises(ValueError, match="another audit"):
+    with pytest.raises(ValueError, match="differs in audit"):
         evaluate_supernodes(model, SWAPS, dictionary, **options | {"audit": replace(config, n=5)})
 
 
