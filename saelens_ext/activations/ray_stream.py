@@ -11,7 +11,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from typing_extensions import Unpack
@@ -38,8 +38,20 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Chunk = tuple[int, list[Window]]
 """The windows of a batch, after the number of the first."""
-_Task = tuple[list[Chunk], float | int]
-"""What an actor is asked for: batches, and how many of their activations, at most."""
+
+
+class _Task(NamedTuple):
+    """What an actor is asked for."""
+
+    chunks: list[Chunk]
+    """Batches."""
+    limit: float | int
+    """How many of their activations, at most."""
+    n: int = 0
+    """How many activations of the pass it adds to those of earlier tasks."""
+    where: tuple[int, ...] = ()
+    """What the work is told beside the batches."""
+
 
 # Tasks per actor that are under way or wait for their turn: enough that none is idle, and bounded memory.
 _AHEAD = 2
@@ -110,36 +122,78 @@ class RayActivationStream(RayActors, ActivationStream):
         Raises:
             ValueError, RuntimeError: as reading batches does, and what the work raises.
         """
+        return self._mapped(self._groups(n_batches), work)
+
+    def mapped_stretches(self, work: Callable[..., T], rows: int, margin: int) -> Iterator[T]:
+        """What some work gives for so many consecutive activations of a pass at a time, in order, done in the actors.
+
+        Unlike those of :meth:`mapped`, the stretches are the same whatever the batches, and the work also sees what is
+        around them, for which batches at their ends are computed twice.
+
+        Args:
+            work: a function of an iterator of batches, all of which it must read, and three numbers: of the first
+                activation of these batches, of the first of the stretch, and of the first behind it. They count the
+                activations of the whole pass from 0. It travels once a pass, and an actor holds the last one.
+            rows: activations in a stretch, at least 1; fewer in the last.
+            margin: how many activations on either side the batches hold as well, as far as there are so many.
+
+        Raises:
+            ValueError, RuntimeError: no activation in a stretch; as reading batches does, and what the work raises.
+        """
+        return self._mapped(self._stretches(_checks.positive(rows, "rows"), margin), work)
+
+    def _mapped(self, tasks: Iterable[_Task], work: Callable[..., T]) -> Iterator[T]:
         warn_of_dropout(self.model)
         with self._bar() as bar:
-            for found, n_read in self._in_turn(self._groups(n_batches), work):
-                bar.update(int(n_read))
+            for found, n in self._in_turn(tasks, work):
+                bar.update(n)
                 yield found
         self._check_read()
 
     def _batches(self, chunks: Iterator[Chunk]) -> Iterator[ActivationBatch]:
-        for found, _ in self._in_turn((([chunk], math.inf) for chunk in chunks), list):
+        for found, _ in self._in_turn((_Task([chunk], math.inf) for chunk in chunks), list):
             yield from found
 
     def _groups(self, n_batches: int) -> Iterator[_Task]:
-        """The windows of so many batches at a time, none of which is empty, and how many activations to read."""
+        """So many batches at a time."""
+        for group in groups(self._sized(), n_batches):
+            chunks, sizes = zip(*group, strict=True)
+            yield _Task(list(chunks), sum(sizes), sum(sizes))
 
-        def chunks() -> Iterator[tuple[Chunk, float | int]]:
-            left = math.inf if self.max_tokens is None else self.max_tokens
-            for chunk in numbered_chunks(self._windows, self.batch_size, 0):
-                n = min(left, int(self._to_read(chunk[1])[2].sum()))
-                if n:
-                    yield chunk, n
-                left -= n
-                if left == 0:
-                    return
+    def _stretches(self, rows: int, margin: int) -> Iterator[_Task]:
+        """The batches that hold so many activations at a time, and what is around them."""
+        held: deque[tuple[int, Chunk, int]] = deque()  # the number of the first activation, the windows, and how many
+        start = n_seen = 0
 
-        for group in groups(chunks(), n_batches):
-            these, sizes = zip(*group, strict=True)
-            yield list(these), sum(sizes)
+        def stretch() -> _Task:
+            while held[0][0] + held[0][2] <= start - margin:
+                held.popleft()
+            chunks, where = [chunk for _, chunk, _ in held], (held[0][0], start, start + rows)
+            return _Task(chunks, sum(n for _, _, n in held), min(rows, n_seen - start), where)
 
-    def _in_turn(self, tasks: Iterable[_Task], work: Callable[..., T]) -> Iterator[tuple[T, float | int]]:
-        """What the work gives for each task, and how many activations were to be read for it."""
+        for chunk, n in self._sized():
+            held.append((n_seen, chunk, n))
+            n_seen += n
+            while n_seen >= start + rows + margin:
+                yield stretch()
+                start += rows
+        while start < n_seen:
+            yield stretch()
+            start += rows
+
+    def _sized(self) -> Iterator[tuple[Chunk, int]]:
+        """The windows of every batch that is not empty, and how many activations of it to read."""
+        left = math.inf if self.max_tokens is None else self.max_tokens
+        for chunk in numbered_chunks(self._windows, self.batch_size, 0):
+            n = int(min(left, int(self._to_read(chunk[1])[2].sum())))
+            if n:
+                yield chunk, n
+            left -= n
+            if left == 0:
+                return
+
+    def _in_turn(self, tasks: Iterable[_Task], work: Callable[..., T]) -> Iterator[tuple[T, int]]:
+        """What the work gives for each task, and how many activations of the pass it adds."""
         owed = _Owed(self, work)
         for task in tasks:
             if len(owed) == _AHEAD * self.n_workers:
@@ -177,14 +231,14 @@ class _Owed:
     def ask(self, task: _Task) -> None:
         """Ask the next actor."""
         actors = self._stream._started()
-        self._waiting.append((actors[self._turn % len(actors)].do.remote(*task, self._shipped), task))
+        self._waiting.append((actors[self._turn % len(actors)].do.remote(task, self._shipped), task))
         self._turn += 1
 
-    def first(self) -> tuple[Any, float | int]:
-        """The answer that is waited for longest, and how many activations it is of, at most."""
+    def first(self) -> tuple[Any, int]:
+        """The answer that is waited for longest, and how many activations of the pass it adds."""
         stream = self._stream
         while True:
-            reference, (_, n_read) = self._waiting[0]
+            reference, task = self._waiting[0]
             try:
                 with standard_modes():
                     found, widths = stream._ray.get(reference)
@@ -203,12 +257,12 @@ class _Owed:
                 # A Ray of one's own was shut down, with what it held.
                 self._shipped, owed = self._shipped_anew(), list(self._waiting)
                 self._waiting.clear()
-                for _, task in owed:
-                    self.ask(task)
+                for _, again in owed:
+                    self.ask(again)
             else:
                 self._waiting.popleft()
                 stream._d_in.update(widths)
-                return found, n_read
+                return found, task.n
 
 
 class _Worker:
@@ -225,17 +279,18 @@ class _Worker:
         self._load_model, self._hook_names, self._options = load_model, hook_names, options
         self._threads, self._about = threads, about
         self._shipped: Any = None
-        self._work: Callable[[Iterator[ActivationBatch]], Any] = list
+        self._work: Callable[..., Any] = list
 
-    def do(self, chunks: list[Chunk], n_read: float | int, shipped: list[Any]) -> tuple[Any, dict[str, int]]:
-        """What the work that lies at ``shipped`` gives for some batches, and the widths of their activations."""
+    def do(self, task: _Task, shipped: list[Any]) -> tuple[Any, dict[str, int]]:
+        """What the work that lies at ``shipped`` gives for a task, and the widths of the activations."""
         import ray
 
         if self._shipped != shipped[0]:
             self._shipped, self._work = shipped[0], ray.get(shipped[0])
         stream = self._stream  # what fails here is raised as it is, not as the actor's death
         with limited(self._threads):
-            return self._work(up_to(n_read, stream._batches(iter(chunks)))), stream._d_in
+            batches = up_to(task.limit, stream._batches(iter(task.chunks)))
+            return self._work(batches, *task.where), stream._d_in
 
     @cached_property
     def _stream(self) -> ActivationStream:

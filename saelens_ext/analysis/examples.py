@@ -8,7 +8,7 @@ Symbols
     W  = 2c + 1 columns of a context
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -80,24 +80,27 @@ class RowBlock:
     x: Tensor
     """Activations ``(r, d)``."""
     token_ids: Tensor
-    """``(r,)`` int64, as the three below."""
+    """``(r,)`` int64, as the four below."""
     document_ids: Tensor
     """``(r,)``."""
     positions: Tensor
     """``(r,)``."""
     sequence_ids: Tensor
     """``(r,)``."""
+    numbers: Tensor
+    """``(r,)``, the place of each in the whole stream."""
     contexts: Tensor
     """``(r, 2c + 1)`` int32."""
     values: TokenValues | None = None
     """The codes around each row, once they are known."""
 
     @classmethod
-    def of(cls, batch: ActivationBatch, hook_name: str, context: int) -> "RowBlock":
-        """One hook of a batch of the stream."""
+    def of(cls, batch: ActivationBatch, hook_name: str, context: int, first: int) -> "RowBlock":
+        """One hook of a batch of the stream, whose first row has this number."""
         contexts = centred_contexts(batch.context(torch.arange(len(batch))), batch.positions, context)
         places = {name: getattr(batch, name) for name in ("token_ids", "document_ids", "positions", "sequence_ids")}
-        return cls(x=batch.activations[hook_name], contexts=contexts, **places)
+        numbers = torch.arange(first, first + len(batch))
+        return cls(x=batch.activations[hook_name], contexts=contexts, numbers=numbers, **places)
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -133,16 +136,22 @@ class BlockCutter:
     """Cuts a stream into blocks of ``rows`` activations (the last may be shorter), however it is batched.
 
     Matrix products round differently for different numbers of rows; with the same rows in the same block, what is
-    computed from them is the same to the last bit.
+    computed from them is the same to the last bit. So a part of a stream, of which the first row has the number
+    ``first``, is cut where the whole would be: rows in front of the first whole block are left out.
     """
 
-    def __init__(self, hook_name: str, context: int, rows: int):
+    def __init__(self, hook_name: str, context: int, rows: int, first: int = 0):
         self._hook_name, self._context, self._rows = hook_name, context, rows
+        self._next, self._left_out = first, -first % rows
         self._carried: RowBlock | None = None
 
     def cut(self, batch: ActivationBatch) -> Iterator[RowBlock]:
         """The blocks that a batch completes; to be run through before the next batch."""
-        block = RowBlock.of(batch, self._hook_name, self._context)
+        block = RowBlock.of(batch, self._hook_name, self._context, self._next)
+        self._next += len(batch)
+        if self._left_out:
+            n = min(self._left_out, len(block))
+            block, self._left_out = block[n:], self._left_out - n
         carried = block if self._carried is None else self._carried.followed_by(block)
         whole = len(carried) - len(carried) % self._rows
         self._carried = carried[whole:]
@@ -161,7 +170,10 @@ def _copied(block: RowBlock) -> RowBlock:
 
 
 class ExampleTable:
-    """The n best examples of each of k latents so far; of equal ones, the first in the stream."""
+    """The n best examples of each of k latents so far; of equal ones, the first in the stream.
+
+    It travels without the latents that have none, and can then only be merged into another.
+    """
 
     def __init__(self, k: int, n: int, context: int, device: torch.device):
         self._n = n
@@ -170,12 +182,19 @@ class ExampleTable:
         names = ("token_ids", "document_ids", "positions", "sequence_ids")
         what = f"{n} examples of each of {k:,} latents, with {context} tokens on either side,"
         with memory_for(what, k * n * (40 + 6 * (2 * context + 1)), "Lower n_examples or context."):
+            self._latents = torch.arange(k)
             self._scores = torch.full((k, n), -torch.inf)
             self._values = torch.full((k, n), torch.nan)
             self._records = {name: torch.full((k, n), -1) for name in names} | {
                 "token_values": torch.full((k, n, 2 * context + 1), torch.nan, dtype=torch.float16),
                 "contexts": torch.full((k, n, 2 * context + 1), -1, dtype=torch.int32),
             }
+
+    def __getstate__(self) -> dict[str, Any]:
+        some = self._scores[:, 0] > -torch.inf
+        columns = {"_latents": self._latents, "_scores": self._scores, "_values": self._values}
+        records = {name: table[some] for name, table in self._records.items()}
+        return {name: column[some] for name, column in columns.items()} | {"_n": self._n, "_records": records}
 
     def offer(self, latents: Tensor, scores: Tensor, rows: Tensor, block: RowBlock, values: Tensor) -> None:
         """Offer row ``rows[i]`` of the block, in stream order: it scores ``scores[i]`` for latent ``latents[i]``, and
@@ -199,33 +218,47 @@ class ExampleTable:
             filled[group[best], rank[best]] = entries[best]
             return filled
 
-        new_scores, new_rows, new_values = table(scores, -torch.inf), table(rows, 0), table(values, torch.nan)
-        for start in range(0, len(touched), _MERGE_LATENTS):
-            part = slice(start, start + _MERGE_LATENTS)
-            self._merge(touched[part], new_scores[part], new_rows[part], new_values[part], block)
-        self.worst[touched.to(self.worst.device)] = self._scores[touched, -1].to(self.worst.device)
+        new_rows = table(rows, 0)
+
+        def records(name: str, part: slice, places: Tensor) -> Tensor:
+            source = new_rows[part].gather(1, places)
+            if name != "token_values":
+                return getattr(block, name)[source]
+            assert block.values is not None  # a block is offered once its surroundings are known
+            return block.values.of(source, touched[part])
+
+        self._merge(touched, table(scores, -torch.inf), table(values, torch.nan), records)
+
+    def merge(self, later: "ExampleTable") -> None:
+        """Take in the examples of a later part of the stream."""
+
+        def records(name: str, part: slice, places: Tensor) -> Tensor:
+            return later._records[name][part][torch.arange(len(places))[:, None], places]
+
+        self._merge(later._latents, later._scores, later._values, records)
 
     def _merge(
-        self, latents: Tensor, new_scores: Tensor, new_rows: Tensor, new_values: Tensor, block: RowBlock
+        self, latents: Tensor, scores: Tensor, values: Tensor, records: Callable[[str, slice, Tensor], Tensor]
     ) -> None:
-        both = torch.cat([self._scores[latents], new_scores], dim=1)
-        # The lists come first and the sort is stable, so an equal newcomer stays behind, and so does an empty place.
-        sorted_scores, origin = both.sort(dim=1, descending=True, stable=True)
-        self._scores[latents] = sorted_scores[:, : self._n]
-        self._values[latents] = torch.cat([self._values[latents], new_values], dim=1).gather(1, origin[:, : self._n])
-        origin = origin[:, : self._n]
-        is_new = origin >= self._n
-        old_places = torch.where(is_new, 0, origin)
-        source = new_rows.gather(1, torch.where(is_new, origin - self._n, 0))
-        for name, table in self._records.items():
-            if name == "token_values":
-                assert block.values is not None  # a block is offered once its surroundings are known
-                new = block.values.of(source, latents)
-            else:
-                new = getattr(block, name)[source]
-            old = table[latents[:, None], old_places]
-            mask = is_new[..., None] if old.ndim == 3 else is_new
-            table[latents] = torch.where(mask, new, old)
+        """Take in lists of examples of some latents, the best first: ``scores`` and ``values`` ``(m, n)``, and for a
+        name and a slice of the latents the records at some places ``(m, n)`` of their lists."""
+        for start in range(0, len(latents), _MERGE_LATENTS):
+            part = slice(start, start + _MERGE_LATENTS)
+            here = latents[part]
+            both = torch.cat([self._scores[here], scores[part]], dim=1)
+            # The lists come first and the sort is stable: an equal newcomer stays behind, and so does an empty place.
+            ordered, origin = both.sort(dim=1, descending=True, stable=True)
+            origin = origin[:, : self._n]
+            self._scores[here] = ordered[:, : self._n]
+            self._values[here] = torch.cat([self._values[here], values[part]], dim=1).gather(1, origin)
+            is_new = origin >= self._n
+            places = torch.where(is_new, origin - self._n, 0)
+            for name, table in self._records.items():
+                old = table[here[:, None], torch.where(is_new, 0, origin)]
+                table[here] = torch.where(
+                    is_new[..., None] if old.ndim == 3 else is_new, records(name, part, places), old
+                )
+        self.worst[latents.to(self.worst.device)] = self._scores[latents, -1].to(self.worst.device)
 
     def examples(self) -> Examples:
         """What has been gathered. Ends the gathering."""

@@ -19,12 +19,11 @@ from transformers import PreTrainedTokenizerBase
 from saelens_ext import _checks, _files
 from saelens_ext._modes import standard_modes
 from saelens_ext.activations.stream import ActivationStream
-from saelens_ext.analysis.background import Background, BackgroundTally
+from saelens_ext.analysis.background import Background
 from saelens_ext.analysis.examples import Examples
 from saelens_ext.analysis.logit_lens import LensResult
-from saelens_ext.analysis.profiler import Profiler
+from saelens_ext.analysis.profiler import Profiled, gather
 from saelens_ext.analysis.show import LatentLabels, LatentView, ShownContext, shown_contexts
-from saelens_ext.analysis.tallies import RandomExamples
 from saelens_ext.host.hook_names import BLOCKS, spellings_of
 from saelens_ext.host.tokens import token_strings
 
@@ -250,7 +249,9 @@ def profile_dictionary(
     Works on any SAELens SAE or transcoder through its ``encode`` (a transcoder is profiled at its input hook). Where
     the dictionary has regions, that is an ``assign`` method, counts and examples are those of the exact Voronoi cells.
     The result does not depend on how the activations are batched; of equal examples the first in the stream are kept.
-    (Another ``batch_size`` of the stream also changes the last bits of the activations themselves.)
+    (Another ``batch_size`` of the stream also changes the last bits of the activations themselves.) Of a
+    :class:`RayActivationStream` it is gathered in the actors, on the device of the activations, and is that of one
+    process on such a device; ``mean_activation``, ``mean_distance`` and ``coherence`` may differ in their last bit.
 
     Memory: the examples, a few numbers per latent, a few blocks of codes of tens of megabytes each, and for a
     dictionary with regions one float64 copy of its exemplars. Examples hold the latent's code at every token of their
@@ -265,7 +266,7 @@ def profile_dictionary(
         n_random: random examples kept per latent, as automatic explanations want them beside the top ones; 0 for none.
         n_background: activations drawn at random from all, for labels to be scored against; 0 for none.
         context: tokens kept on either side of an example.
-        seed: of the random examples.
+        seed: of the random examples and the background, any whole number.
         progress: show a progress bar.
 
     Raises:
@@ -328,14 +329,8 @@ def profile_dictionaries(
         raise ValueError(f"n_boundary, n_random, n_background and context must be at least 0, got {wrong}.")
     if not saes:
         raise ValueError("saes is empty; give at least one dictionary to profile.")
-    sizes = {"n_examples": n_examples, "n_boundary": n_boundary, "context": context}
-    draws = [RandomExamples(sae.cfg.d_sae, n_random, context, seed) if n_random else None for sae in saes]
-    profilers = [Profiler(sae, stream, hook_name, random, **sizes) for sae, random in zip(saes, draws, strict=True)]
-    for profiler in profilers:
-        profiler.background = BackgroundTally(n_background, seed) if n_background else None
+    sizes = counts | {"n_examples": n_examples, "seed": seed}
+    dictionaries = [Profiled.of(sae, stream, hook_name, **sizes) for sae in saes]
     with tqdm(total=stream.max_tokens, unit="token", desc="profile", disable=not progress) as bar:
-        for batch in stream:
-            for profiler in profilers:
-                profiler.take(profiler.blocks.cut(batch))
-            bar.update(len(batch))
-    return [DictionaryProfile(**profiler.finish()) for profiler in profilers]
+        found = gather(dictionaries, stream, bar.update)
+    return [DictionaryProfile(**one.fields(tallies)) for one, tallies in zip(dictionaries, found, strict=True)]

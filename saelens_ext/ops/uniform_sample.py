@@ -111,11 +111,11 @@ def _sampled(size: int, seed: int, blocks: Iterator[Numbered]) -> UniformSample:
 
 
 def row_keys(numbers: Tensor, seed: int) -> Tensor:
-    """Uniform in [0, 1), float64 ``(n,)``, one for each number, by the mixing function of SplitMix64.
+    """Uniform in [0, 1), float64 ``(n,)``, one for each number, by the mixing function of SplitMix64; any whole seed.
 
     Source: Steele, Lea & Flood (2014), Fast splittable pseudorandom number generators.
     """
-    mixed = (numbers.numpy().astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed)
+    mixed = (numbers.numpy().astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed % 2**64)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
     mixed ^= mixed >> np.uint64(31)
