@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "saelens_ext"
 
 # Folders, lowest first. A module imports from its own folder and from the floors below, and any may use COMMON.
-COMMON = ["_checks", "_files", "_modes"]
+COMMON = ["_checks", "_files"]
 LAYERS = [
     ["ops", "workers"],
     ["host"],

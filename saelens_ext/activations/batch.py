@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int64, Shaped
 from torch import Tensor
 
-from saelens_ext._modes import standard_modes
+from saelens_ext.ops.modes import standard_modes
 
 NO_TOKEN = -1
 """What fills a window beyond its last token."""

@@ -12,13 +12,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from saelens_ext._checks import near_matches
-from saelens_ext._modes import standard_modes
 from saelens_ext.activations.settings import checked_names
 from saelens_ext.activations.stream import NO_TOKEN, ActivationBatch, ActivationStream
 from saelens_ext.host.bos import begins_with_bos
 from saelens_ext.host.hook_names import spellings_of
 from saelens_ext.host.models import HostModel, describe_model, resolve_hook
 from saelens_ext.ops.memory import memory_for
+from saelens_ext.ops.modes import standard_modes
 
 TOKEN_IDS = "token_ids"
 """The column of token ids in SAELens' cache of activations."""

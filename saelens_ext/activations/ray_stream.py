@@ -17,7 +17,6 @@ import torch
 from typing_extensions import Unpack
 
 from saelens_ext import _checks
-from saelens_ext._modes import standard_modes
 from saelens_ext.activations.settings import StreamOptions
 from saelens_ext.activations.stream import (
     ActivationBatch,
@@ -30,6 +29,7 @@ from saelens_ext.activations.windows import Window
 from saelens_ext.host.models import HostModel, describe_model
 from saelens_ext.host.weights_fingerprint import weights_fingerprint
 from saelens_ext.ops.groups import groups
+from saelens_ext.ops.modes import standard_modes
 from saelens_ext.workers.ray_actors import RayActors
 from saelens_ext.workers.threads import limited, threads_here
 

@@ -17,7 +17,6 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from saelens_ext._checks import positive
-from saelens_ext._modes import standard_modes
 from saelens_ext.activations.batch import NO_TOKEN, ActivationBatch
 from saelens_ext.activations.settings import checked_context_size, checked_names, excluded_ids, positions_read
 from saelens_ext.activations.windows import Window, WindowSource
@@ -26,6 +25,7 @@ from saelens_ext.host.hook_pass import limits_of, run_to_last_hook
 from saelens_ext.host.models import HostModel, check_model, describe_model, resolve_hook, tokenizer_of
 from saelens_ext.ops.groups import groups
 from saelens_ext.ops.memory import memory_for
+from saelens_ext.ops.modes import standard_modes
 
 T = TypeVar("T")
 

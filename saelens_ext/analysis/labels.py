@@ -18,7 +18,6 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from saelens_ext import _checks, _files
-from saelens_ext._modes import standard_modes
 from saelens_ext.analysis.labeller import Labeller, LabellerLabels, to_rate
 from saelens_ext.analysis.labels_examples import ExampleRows, Made, Split
 from saelens_ext.analysis.labels_terms import ContextLabels
@@ -27,6 +26,7 @@ from saelens_ext.analysis.profile import DictionaryProfile
 from saelens_ext.host.tokens import bare, token_strings
 from saelens_ext.ops.detection import auroc_interval
 from saelens_ext.ops.label_score import FIGURES, LEVEL, Label, Scorer
+from saelens_ext.ops.modes import standard_modes
 
 FORMAT = _files.Format("labels", "saelens_ext.Labels", version=1, stated=("d_sae",))
 METHODS = ("contexts", "promoted")

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from saelens_ext import _checks
-from saelens_ext._modes import standard_modes
 from saelens_ext.host.edit_effects import without_hooks
 from saelens_ext.host.models import HostModel
+from saelens_ext.ops.modes import standard_modes
 
 # Logits held at once: 64 MB in float32.
 _LOGITS_PER_CHUNK = 2**24

@@ -28,8 +28,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from saelens_ext import _checks
-from saelens_ext._modes import standard_modes
 from saelens_ext.analysis.match_null import Null, Searcher
+from saelens_ext.ops.modes import standard_modes
 from saelens_ext.ops.precision import wide
 from saelens_ext.ops.spherical import unit_directions
 

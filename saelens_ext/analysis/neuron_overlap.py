@@ -21,7 +21,7 @@ from scipy.stats import false_discovery_control, hypergeom
 from torch import Tensor
 
 from saelens_ext import _checks
-from saelens_ext._modes import standard_modes
+from saelens_ext.ops.modes import standard_modes
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

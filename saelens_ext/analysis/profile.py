@@ -17,7 +17,6 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from saelens_ext import _checks, _files
-from saelens_ext._modes import standard_modes
 from saelens_ext.activations.stream import ActivationStream
 from saelens_ext.analysis.background import Background
 from saelens_ext.analysis.examples import Examples
@@ -26,6 +25,7 @@ from saelens_ext.analysis.profiler import Profiled, gather
 from saelens_ext.analysis.show import LatentLabels, LatentView, ShownContext, shown_contexts
 from saelens_ext.host.hook_names import BLOCKS, spellings_of
 from saelens_ext.host.tokens import token_strings
+from saelens_ext.ops.modes import standard_modes
 
 FORMAT = _files.Format("profile", "saelens_ext.DictionaryProfile", version=1, stated=("d_sae",))
 TABLES = ("top", "boundary", "random")

@@ -17,7 +17,6 @@ from sae_lens import SAE
 from torch import Tensor
 
 from saelens_ext import _checks
-from saelens_ext._modes import standard_modes
 from saelens_ext.activations.ray_stream import RayActivationStream
 from saelens_ext.activations.stream import ActivationBatch, ActivationStream
 from saelens_ext.analysis.examples import BlockCutter, RowBlock, TokenValues
@@ -25,6 +24,7 @@ from saelens_ext.analysis.tallies import Tallies
 from saelens_ext.host.bos import warn_of_other_bos
 from saelens_ext.host.flat_sae import encode_flat, refuse_sequence_codes
 from saelens_ext.host.hook_names import resolve_hook
+from saelens_ext.ops.modes import standard_modes
 
 # Codes held at once: 16 MB in float32, whatever the number of latents.
 _CODES_PER_BLOCK = 2**22

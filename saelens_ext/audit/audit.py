@@ -15,7 +15,6 @@ import torch
 from typing_extensions import Unpack
 
 from saelens_ext import _checks
-from saelens_ext._modes import standard_modes
 from saelens_ext.audit.config import AuditConfig, AuditOptions
 from saelens_ext.audit.progress import AuditBar
 from saelens_ext.audit.questions import Continuations, Question, questions
@@ -34,6 +33,7 @@ from saelens_ext.continuations.validation.controls import NothingToTest
 from saelens_ext.continuations.validation.validate import validate_clusters
 from saelens_ext.host.chat_template import Prompt
 from saelens_ext.host.models import tokenizer_of
+from saelens_ext.ops.modes import standard_modes
 from saelens_ext.workers.spread import WORKERS, Job, spread
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,6 @@ import pandas as pd
 from torch import Tensor
 
 from saelens_ext import _files
-from saelens_ext._modes import standard_modes
 from saelens_ext.activations.stream import ActivationBatch
 from saelens_ext.concepts.detection import compare_sentences
 from saelens_ext.concepts.detector import Detector
@@ -23,6 +22,7 @@ from saelens_ext.concepts.diff_means import difference_of, sentence_sums, split_
 from saelens_ext.concepts.sentence_scores import Pooling, pool_scores, warn_of_bos
 from saelens_ext.concepts.token_activations import token_activations
 from saelens_ext.host.models import HostModel
+from saelens_ext.ops.modes import standard_modes
 
 DIFF_MEANS = "difference of means"
 

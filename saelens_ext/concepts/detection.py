@@ -18,11 +18,11 @@ from functools import partial
 import pandas as pd
 from torch import Tensor
 
-from saelens_ext._modes import standard_modes
 from saelens_ext.concepts.detector import Detector
 from saelens_ext.concepts.sentence_scores import Pooling, sentence_scores
 from saelens_ext.host.models import HostModel
 from saelens_ext.ops.detection import LOG_RATIO_LIMIT, auroc, auroc_interval, log_ratio, standardised_difference
+from saelens_ext.ops.modes import standard_modes
 from saelens_ext.ops.precision import wide
 
 

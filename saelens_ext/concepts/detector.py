@@ -16,8 +16,8 @@ from sae_lens import SAE, Transcoder
 from torch import Tensor
 
 from saelens_ext import _checks
-from saelens_ext._modes import standard_modes
 from saelens_ext.host.flat_sae import encode_flat, latent_indices, latent_rows, refuse_sequence_codes
+from saelens_ext.ops.modes import standard_modes
 
 _TINY = torch.finfo(torch.float32).tiny
 

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from saelens_ext import _checks
-from saelens_ext._modes import standard_modes
 from saelens_ext.activations.stream import ActivationBatch
 from saelens_ext.concepts.detection import ConceptScores, concept_scores
 from saelens_ext.concepts.detector import Detector
 from saelens_ext.concepts.token_activations import token_activations
 from saelens_ext.host.models import HostModel
+from saelens_ext.ops.modes import standard_modes
 
 Weighting = Literal["sentence", "token"]
 

@@ -5,12 +5,12 @@ from itertools import pairwise
 from typing import Any, Literal, get_args
 
 from saelens_ext import _checks
-from saelens_ext._modes import standard_modes
 from saelens_ext.activations.stream import ActivationBatch, ActivationStream
 from saelens_ext.host.chat_template import Prompt, asked, in_words, listed_prompts
 from saelens_ext.host.hook_pass import limits_of
 from saelens_ext.host.models import HostModel, tokenizer_of
 from saelens_ext.host.prompt_passes import prompt_ids
+from saelens_ext.ops.modes import standard_modes
 
 _CONTEXT_SIZE = 128
 _NO_LIMIT = 2**16

@@ -8,10 +8,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from saelens_ext import _checks
-from saelens_ext._modes import standard_modes
 from saelens_ext.continuations.continuation_set import ContinuationSet
 from saelens_ext.host.continued_text import text_behind
 from saelens_ext.host.models import HostModel, tokenizer_of
+from saelens_ext.ops.modes import standard_modes
 
 logger = logging.getLogger(__name__)
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from saelens_ext import _checks, _files
-from saelens_ext._modes import standard_modes
 from saelens_ext.continuations.source_table import SourceTable
+from saelens_ext.ops.modes import standard_modes
 
 PADDING = -1
 """Token id beyond a continuation's end."""

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from saelens_ext import _checks
-from saelens_ext._modes import standard_modes
 from saelens_ext.continuations.collected import Collected
 from saelens_ext.continuations.continuation_set import PADDING, WEIGHTINGS, ContinuationSet, pad_rows
 from saelens_ext.continuations.samplers.sampler import Sampler
@@ -24,6 +23,7 @@ from saelens_ext.host.chat_template import Asked, Prompt, asked
 from saelens_ext.host.continued_text import ids_after, text_after
 from saelens_ext.host.models import HostModel, describe_model, tokenizer_of
 from saelens_ext.host.prompt_passes import evaluating, prompt_ids
+from saelens_ext.ops.modes import standard_modes
 from saelens_ext.steering.sampling import Drawn, SamplingOptions, continuation_log_probs
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from saelens_ext import _checks, _files
-from saelens_ext._modes import standard_modes
 from saelens_ext.continuations.collected import Collected
 from saelens_ext.continuations.continuation_set import ContinuationSet
 from saelens_ext.continuations.sample import as_set, fitting_prefix, how_asked
@@ -16,6 +15,7 @@ from saelens_ext.continuations.step_tree import JSON_FILENAME, VERSION, StepTree
 from saelens_ext.host.chat_template import Asked, Prompt, asked
 from saelens_ext.host.models import HostModel, describe_model, tokenizer_of
 from saelens_ext.host.prompt_passes import device_of
+from saelens_ext.ops.modes import standard_modes
 from saelens_ext.steering.sampling import SamplingOptions
 
 COMMITS = ("mean_log_prob", "path", "random")

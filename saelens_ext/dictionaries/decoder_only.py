@@ -19,8 +19,8 @@ from sae_lens.util import dtype_to_str
 from torch import nn
 
 from saelens_ext import _checks, _files
-from saelens_ext._modes import standard_modes, without_autocast
 from saelens_ext.dictionaries.architecture_names import plain_name, written_name
+from saelens_ext.ops.modes import standard_modes, without_autocast
 
 # SAELens' loader writes these into every config it reads, whatever the architecture.
 _KEYS_OF_THE_HOST = {"finetuning_scaling_factor"}

@@ -23,9 +23,9 @@ from sae_lens.util import dtype_to_str
 from torch import Tensor, nn
 
 from saelens_ext import _checks
-from saelens_ext._modes import standard_modes, without_autocast
 from saelens_ext.dictionaries.decoder_only import UNSET, DecoderOnlyConfig, DecoderOnlySAE, Metadata
 from saelens_ext.ops.memory import FEWER_ROWS, memory_for
+from saelens_ext.ops.modes import standard_modes, without_autocast
 from saelens_ext.ops.spherical import assign_nearest
 
 Basis = Literal["exemplar", "mean"]

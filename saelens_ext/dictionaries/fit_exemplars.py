@@ -10,7 +10,6 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from saelens_ext import _checks
-from saelens_ext._modes import standard_modes
 from saelens_ext.activations.stream import ActivationStream
 from saelens_ext.dictionaries.activation_matrix import ActivationSource
 from saelens_ext.dictionaries.fit_result import ExemplarFitResult
@@ -21,6 +20,7 @@ from saelens_ext.dictionaries.grow_exemplars import (
     ExemplarGrowthOptions,
     OnMetrics,
 )
+from saelens_ext.ops.modes import standard_modes
 
 __all__ = ["ExemplarFitConfig", "ExemplarFitResult", "OnMetrics", "fit_exemplar_partition", "fit_exemplar_partitions"]
 

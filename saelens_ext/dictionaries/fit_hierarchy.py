@@ -9,7 +9,6 @@ from tqdm.auto import tqdm
 from typing_extensions import Unpack
 
 from saelens_ext import _checks
-from saelens_ext._modes import standard_modes
 from saelens_ext.activations.stream import ActivationStream
 from saelens_ext.dictionaries.activation_matrix import ActivationSource
 from saelens_ext.dictionaries.fit_snmf import (
@@ -21,6 +20,7 @@ from saelens_ext.dictionaries.fit_snmf import (
 )
 from saelens_ext.dictionaries.hierarchy import HierarchicalSNMF
 from saelens_ext.dictionaries.snmf import SNMFDictionary
+from saelens_ext.ops.modes import standard_modes
 from saelens_ext.ops.nnls.kernels import FeatureGram
 from saelens_ext.ops.nnls.solve import solve_codes
 from saelens_ext.ops.precision import from_float64, where_float64_is

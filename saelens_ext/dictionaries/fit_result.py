@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from saelens_ext import _files
-from saelens_ext._modes import standard_modes
 from saelens_ext.activations.stream import ActivationBatch
 from saelens_ext.dictionaries.exemplar_partition import ExemplarPartition
 from saelens_ext.ops.calibration import ThresholdEstimate
+from saelens_ext.ops.modes import standard_modes
 
 FORMAT = _files.Format("fit", "saelens_ext.ExemplarFitResult", version=2, oldest=2, stated=("n_regions",))
 

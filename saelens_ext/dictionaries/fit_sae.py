@@ -17,9 +17,9 @@ from torch import Tensor
 from typing_extensions import TypedDict, Unpack
 
 from saelens_ext import _checks
-from saelens_ext._modes import standard_modes
 from saelens_ext.activations.stream import ActivationStream
 from saelens_ext.dictionaries.activation_matrix import ActivationSource
+from saelens_ext.ops.modes import standard_modes
 
 _DEFAULT_K = 32
 

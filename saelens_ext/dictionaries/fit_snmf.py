@@ -17,13 +17,13 @@ from torch import Tensor
 from typing_extensions import TypedDict, Unpack
 
 from saelens_ext import _checks
-from saelens_ext._modes import standard_modes
 from saelens_ext.activations.stream import ActivationStream
 from saelens_ext.dictionaries.activation_matrix import ActivationSource, Restartable
 from saelens_ext.dictionaries.snmf import SNMFDictionary
 from saelens_ext.dictionaries.snmf_fit_result import SNMFFitResult
 from saelens_ext.ops.groups import mapped
 from saelens_ext.ops.memory import memory_for
+from saelens_ext.ops.modes import standard_modes
 from saelens_ext.ops.nnls.solve import check_l1
 from saelens_ext.ops.precision import from_float64, where_float64_is, wide
 from saelens_ext.ops.semi_nmf.fit import INITS, METHODS, semi_nmf

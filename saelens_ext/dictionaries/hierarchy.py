@@ -9,8 +9,8 @@ from pathlib import Path
 from torch import Tensor
 
 from saelens_ext import _checks, _files
-from saelens_ext._modes import standard_modes
 from saelens_ext.dictionaries.snmf import SNMFDictionary
+from saelens_ext.ops.modes import standard_modes
 
 FORMAT = _files.Format("hierarchy", "saelens_ext.HierarchicalSNMF", version=2, oldest=2, stated=("ranks",))
 

@@ -22,11 +22,11 @@ from sae_lens.util import dtype_to_str
 from torch import Tensor, nn
 
 from saelens_ext import _checks
-from saelens_ext._modes import standard_modes, without_autocast
 from saelens_ext.dictionaries.decoder_only import UNSET, DecoderOnlyConfig, DecoderOnlySAE, Metadata
 from saelens_ext.host import mlp_output
 from saelens_ext.host.models import HostModel
 from saelens_ext.ops.memory import FEWER_ROWS, memory_for
+from saelens_ext.ops.modes import standard_modes, without_autocast
 from saelens_ext.ops.nnls.kernels import FeatureGram
 from saelens_ext.ops.nnls.solve import check_l1, nnls, solve_codes
 from saelens_ext.ops.precision import where_float64_is, wide

@@ -6,8 +6,8 @@ from pathlib import Path
 from torch import Tensor
 
 from saelens_ext import _files
-from saelens_ext._modes import standard_modes
 from saelens_ext.dictionaries.snmf import SNMFDictionary
+from saelens_ext.ops.modes import standard_modes
 
 FORMAT = _files.Format("fit", "saelens_ext.SNMFFitResult", version=2, oldest=2, stated=("n_components",))
 

@@ -19,11 +19,11 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from saelens_ext import _checks
-from saelens_ext._modes import standard_modes
 from saelens_ext.dictionaries.fit_sae import fit_sae
 from saelens_ext.evals.methods import Method
 from saelens_ext.host.flat_sae import hooks_of
 from saelens_ext.host.models import HostModel, load_model
+from saelens_ext.ops.modes import standard_modes
 from saelens_ext.ops.precision import wide
 from saelens_ext.ops.spherical import has_direction
 

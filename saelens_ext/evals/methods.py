@@ -15,10 +15,10 @@ from sae_lens import SAE
 from torch import Tensor
 
 from saelens_ext import _checks
-from saelens_ext._modes import standard_modes
 from saelens_ext.concepts.detector import Detector
 from saelens_ext.host.flat_sae import hooks_of, latent_rows
 from saelens_ext.host.models import HostModel
+from saelens_ext.ops.modes import standard_modes
 from saelens_ext.steering.interventions import add_direction
 
 Kind = Literal["unsupervised", "supervised", "control"]

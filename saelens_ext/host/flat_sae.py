@@ -9,7 +9,7 @@ from sae_lens import SAE, Transcoder
 from torch import Tensor
 
 from saelens_ext import _checks
-from saelens_ext._modes import without_autocast
+from saelens_ext.ops.modes import without_autocast
 
 _RESHAPING = ("reshape_fn_in", "reshape_fn_out", "d_head", "hook_z_reshaping_mode")
 

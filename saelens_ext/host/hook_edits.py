@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from saelens_ext._modes import standard_modes
 from saelens_ext.host.edit_effects import check_takes_effect
 from saelens_ext.host.hook_names import output_behind
 from saelens_ext.host.models import HostModel, resolve_hook
+from saelens_ext.ops.modes import standard_modes
 
 HookFunction = Callable[..., Tensor | None]
 Edit = Callable[[Tensor], Tensor]

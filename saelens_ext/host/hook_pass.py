@@ -14,8 +14,8 @@ from transformer_lens import HookedTransformer
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
-from saelens_ext._modes import callers_autocast
 from saelens_ext.host.hook_names import stop_layer
+from saelens_ext.ops.modes import callers_autocast
 
 Read = Callable[[Tensor, Any], None]
 AnyModel = HookedTransformer | TransformerBridge | HookedProxyLM

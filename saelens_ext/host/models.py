@@ -25,7 +25,6 @@ from transformer_lens.model_bridge.sources.transformers import boot
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from saelens_ext import _checks
-from saelens_ext._modes import out_of_inference, standard_modes
 from saelens_ext.host.bos import text_start, warn_of_other_bos
 from saelens_ext.host.by_name import hooked_by_name
 from saelens_ext.host.devices import check_spread, chosen_device, chosen_dtype
@@ -39,6 +38,7 @@ from saelens_ext.host.weight_processing import (
     writing_weights_centered,
 )
 from saelens_ext.ops.memory import memory_for
+from saelens_ext.ops.modes import out_of_inference, standard_modes
 
 HostModel = Union[HookedTransformer, TransformerBridge]
 """The models that activations are read from: `HookedSAETransformer` and `SAETransformerBridge` are subclasses."""

@@ -13,10 +13,10 @@ from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from saelens_ext import _checks
-from saelens_ext._modes import callers_autocast
 from saelens_ext.host.bos import TextStart, text_start
 from saelens_ext.host.chat_template import Prompt, asked
 from saelens_ext.host.models import HostModel, tokenizer_of
+from saelens_ext.ops.modes import callers_autocast
 
 _MAX_BATCH_TOKENS = 4096
 _MAX_PATTERN = 2**20

@@ -23,7 +23,6 @@ from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME
 from sae_lens.util import dtype_to_str
 
 from saelens_ext import _files
-from saelens_ext._modes import standard_modes
 from saelens_ext.analysis.labels import Labels
 from saelens_ext.analysis.profile import DictionaryProfile
 from saelens_ext.dictionaries.architecture_names import plain_name, written_name
@@ -37,6 +36,7 @@ from saelens_ext.hub.contents import Contents
 from saelens_ext.hub.errors import clear_errors, status
 from saelens_ext.hub.fetch import check_names, fetch, paths, within
 from saelens_ext.hub.model_card import FrontMatter, hub_model_name, write_card
+from saelens_ext.ops.modes import standard_modes
 
 logger = logging.getLogger(__name__)
 

@@ -29,7 +29,6 @@ from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
 from saelens_ext._checks import finite, known_keys
-from saelens_ext._modes import standard_modes
 from saelens_ext.ops.grid_products import (
     ROW_LIMIT,
     Candidates,
@@ -43,6 +42,7 @@ from saelens_ext.ops.grid_products import (
     scan,
 )
 from saelens_ext.ops.memory import memory_for
+from saelens_ext.ops.modes import standard_modes
 from saelens_ext.ops.precision import where_float64_is
 from saelens_ext.ops.spherical import checked_activations, directions, has_direction
 from saelens_ext.ops.statistics import unseen_mass

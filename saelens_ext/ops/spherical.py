@@ -18,7 +18,6 @@ from jaxtyping import Bool, Float, Float32, Float64, Int64
 from torch import Tensor
 
 from saelens_ext._checks import finite, positive, width
-from saelens_ext._modes import standard_modes
 from saelens_ext.ops.grid_products import (
     GRID,
     ROW_LIMIT,
@@ -30,6 +29,7 @@ from saelens_ext.ops.grid_products import (
     no_candidates,
     scan,
 )
+from saelens_ext.ops.modes import standard_modes
 from saelens_ext.ops.precision import where_float64_is, wide
 
 _SMALLEST_NORM = torch.finfo(torch.float32).tiny

@@ -27,8 +27,8 @@ from huggingface_hub.errors import EntryNotFoundError
 from tqdm.auto import tqdm
 
 from saelens_ext import _checks, _files
-from saelens_ext._modes import standard_modes
 from saelens_ext.dictionaries.exemplar_partition import ExemplarPartition
+from saelens_ext.ops.modes import standard_modes
 from saelens_ext.published.dictionary import PublishedDictionary, first_of_each
 from saelens_ext.published.regions import Regions, RegionStatistics, check_separation, read_regions
 from saelens_ext.published.restricted_pickle import Limits, load

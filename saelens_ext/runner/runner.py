@@ -14,10 +14,10 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from saelens_ext import _files
-from saelens_ext._modes import standard_modes
 from saelens_ext.activations.kept_stream import KeptStream
 from saelens_ext.activations.stream import ActivationBatch, ActivationStream
 from saelens_ext.analysis.profile import profile_dictionaries
+from saelens_ext.ops.modes import standard_modes
 from saelens_ext.runner.build_pass import BuildPass
 from saelens_ext.runner.checkpoints import SNMF_FOLDER, Checkpoint, RunIdentity, find_run, list_checkpoints
 from saelens_ext.runner.config import DictionaryRunnerConfig

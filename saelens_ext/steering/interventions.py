@@ -33,7 +33,6 @@ from sae_lens import SAE
 from torch import Tensor
 
 from saelens_ext import _checks
-from saelens_ext._modes import standard_modes
 from saelens_ext.host.bos import text_start, warn_of_other_bos
 from saelens_ext.host.flat_sae import (
     encode_flat,
@@ -46,6 +45,7 @@ from saelens_ext.host.flat_sae import (
 )
 from saelens_ext.host.hook_edits import HookFunction, edit_hook, edit_point, flat_rows, hooked
 from saelens_ext.host.models import HostModel, resolve_hook
+from saelens_ext.ops.modes import standard_modes
 from saelens_ext.ops.precision import wide
 
 Hooks = list[tuple[str, HookFunction]]

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from saelens_ext import _checks
-from saelens_ext._modes import standard_modes
 from saelens_ext.host.chat_template import Prompt, asked, in_words
 from saelens_ext.host.continued_text import ids_after
 from saelens_ext.host.models import HostModel, tokenizer_of
 from saelens_ext.host.sentence_model import load_sentence_model
+from saelens_ext.ops.modes import standard_modes
 from saelens_ext.ops.precision import wide
 from saelens_ext.steering.sampling import SamplingOptions, mean_log_likelihoods, sample_texts
 

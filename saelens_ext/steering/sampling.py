@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from saelens_ext import _checks
-from saelens_ext._modes import standard_modes
 from saelens_ext.host.chat_template import Prompt, asked, listed_prompts
 from saelens_ext.host.continued_text import ids_after, text_after
 from saelens_ext.host.hook_edits import edit_point, hooked
@@ -32,6 +31,7 @@ from saelens_ext.host.prompt_passes import (
     prompt_ids,
 )
 from saelens_ext.host.turn_ends import end_ids
+from saelens_ext.ops.modes import standard_modes
 from saelens_ext.ops.precision import wide
 from saelens_ext.steering.divergence_search import adding_rows
 

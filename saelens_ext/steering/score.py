@@ -15,9 +15,9 @@ import pandas as pd
 from torch import Tensor
 
 from saelens_ext import _checks
-from saelens_ext._modes import standard_modes
 from saelens_ext.host.chat_template import Prompt, different_prompts, in_words, listed_prompts
 from saelens_ext.host.models import HostModel
+from saelens_ext.ops.modes import standard_modes
 from saelens_ext.steering.divergence_search import MatchedStrength
 from saelens_ext.steering.interventions import add_direction
 from saelens_ext.steering.judges import Judge

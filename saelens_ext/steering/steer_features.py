@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from saelens_ext import _files
-from saelens_ext._modes import standard_modes
 from saelens_ext.host.chat_template import Prompt, in_words
 from saelens_ext.host.models import HostModel
+from saelens_ext.ops.modes import standard_modes
 from saelens_ext.steering.divergence_search import MatchedStrength
 from saelens_ext.steering.interventions import unit_rows
 from saelens_ext.steering.sampling import SamplingOptions, sample_steered

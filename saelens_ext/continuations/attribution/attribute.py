@@ -18,7 +18,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from saelens_ext import _checks
-from saelens_ext._modes import out_of_inference, standard_modes
 from saelens_ext.continuations.attribution.columns import by_kind, fixed_columns, known_sources
 from saelens_ext.continuations.attribution.completeness import (
     Completeness,
@@ -47,6 +46,7 @@ from saelens_ext.host.prompt_passes import device_of, length_batches, position_c
 from saelens_ext.host.tokens import special_token_ids, token_strings
 from saelens_ext.ops.largest_entries import largest_entries
 from saelens_ext.ops.memory import memory_for
+from saelens_ext.ops.modes import out_of_inference, standard_modes
 
 logger = logging.getLogger(__name__)
 

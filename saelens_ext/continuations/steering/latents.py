@@ -20,12 +20,12 @@ from sae_lens import SAE
 from torch import Tensor
 
 from saelens_ext import _checks
-from saelens_ext._modes import standard_modes
 from saelens_ext.continuations.attribution.sites import dictionary_sites
 from saelens_ext.continuations.source_table import SourceTable
 from saelens_ext.host.flat_sae import encode_flat, flat_activations
 from saelens_ext.host.hook_edits import HookFunction, edit_point, flat_rows
 from saelens_ext.host.models import HostModel
+from saelens_ext.ops.modes import standard_modes
 
 SIGNS = ("all", "positive", "negative")
 

@@ -16,7 +16,6 @@ from sae_lens import SAE
 from torch import Tensor
 
 from saelens_ext import _checks
-from saelens_ext._modes import standard_modes
 from saelens_ext.continuations.continuation_set import ContinuationSet
 from saelens_ext.continuations.source_table import SourceTable
 from saelens_ext.continuations.steering.generate import (
@@ -29,6 +28,7 @@ from saelens_ext.continuations.steering.generate import (
 from saelens_ext.continuations.steering.latents import LatentScaler, Setting, SteeringDirection, choose_latents
 from saelens_ext.continuations.steering.passes import MEASURES, SteeredPasses
 from saelens_ext.host.models import HostModel
+from saelens_ext.ops.modes import standard_modes
 from saelens_ext.steering.sampling import SamplingOptions
 
 PAPER_STRENGTHS = (-1.0, -0.5, -0.1, 0.0, 0.1, 0.5, 1.0)

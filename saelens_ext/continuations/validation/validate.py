@@ -15,7 +15,6 @@ from sae_lens import SAE
 from torch import Tensor
 
 from saelens_ext import _checks
-from saelens_ext._modes import standard_modes
 from saelens_ext.continuations.clustering.joint_clusterer import JointClusterer
 from saelens_ext.continuations.continuation_set import ContinuationSet
 from saelens_ext.continuations.embed import embed_visible
@@ -29,6 +28,7 @@ from saelens_ext.continuations.validation.methods import EXTRA, METHODS
 from saelens_ext.continuations.validation.options import ValidationOptions
 from saelens_ext.continuations.validation.results import Validation
 from saelens_ext.host.models import HostModel
+from saelens_ext.ops.modes import standard_modes
 
 
 @standard_modes()

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from saelens_ext import _checks, _files
-from saelens_ext._modes import standard_modes
 from saelens_ext.concepts.token_activations import read_texts
 from saelens_ext.evals.behaviour.behaviour import Behaviour, OpeningOdds, PromptSplit
 from saelens_ext.evals.behaviour.conditions import BASES, NOTHING, control_conditions, random_name, region_conditions
@@ -22,6 +21,7 @@ from saelens_ext.evals.verdicts import LEVEL
 from saelens_ext.host.chat_template import Prompt, in_words
 from saelens_ext.host.models import HostModel, resolve_hook
 from saelens_ext.host.prompt_passes import evaluating, logits_of, prompt_ids
+from saelens_ext.ops.modes import standard_modes
 from saelens_ext.ops.precision import wide
 from saelens_ext.ops.resampling import monte_carlo_p
 from saelens_ext.ops.statistics import one_size_sign_flip_p_value

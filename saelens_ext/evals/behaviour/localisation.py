@@ -18,7 +18,6 @@ from scipy import stats
 from torch import Tensor
 
 from saelens_ext import _checks
-from saelens_ext._modes import standard_modes
 from saelens_ext.concepts.token_activations import read_texts
 from saelens_ext.dictionaries.exemplar_partition import ExemplarPartition
 from saelens_ext.evals.behaviour.behaviour import Behaviour, OpeningOdds, PromptSplit
@@ -26,6 +25,7 @@ from saelens_ext.evals.behaviour.passes import Asking, Verdict, given_verdicts
 from saelens_ext.host.chat_template import in_words
 from saelens_ext.host.flat_sae import encode_flat, hooks_of
 from saelens_ext.host.models import HostModel, describe_model
+from saelens_ext.ops.modes import standard_modes
 from saelens_ext.ops.precision import wide
 from saelens_ext.ops.spherical import unit_directions
 from saelens_ext.ops.statistics import holm

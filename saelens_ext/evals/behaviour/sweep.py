@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from saelens_ext import _checks, _files
-from saelens_ext._modes import standard_modes
 from saelens_ext.activations.matrix_stream import MatrixStream
 from saelens_ext.concepts.token_activations import read_texts
 from saelens_ext.dictionaries.exemplar_partition import ExemplarPartition
@@ -33,6 +32,7 @@ from saelens_ext.evals.verdicts import LEVEL
 from saelens_ext.host.models import HostModel, describe_model, resolve_hook
 from saelens_ext.host.weights_fingerprint import weights_fingerprint
 from saelens_ext.ops.leader_clustering import LeaderClustering
+from saelens_ext.ops.modes import standard_modes
 from saelens_ext.ops.resampling import Interval, wilson_interval
 from saelens_ext.report.evidence_section import EvidenceSection, HeatMap
 from saelens_ext.workers.spread import IN_FOLDER, WORKERS, Job, spread

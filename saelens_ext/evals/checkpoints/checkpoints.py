@@ -18,7 +18,6 @@ from sae_lens import SAE
 from sklearn.metrics import adjusted_mutual_info_score
 from torch import Tensor
 
-from saelens_ext._modes import standard_modes
 from saelens_ext.analysis.match import Center, SideMatch
 from saelens_ext.analysis.match_null import Null
 from saelens_ext.concepts.token_activations import read_texts
@@ -28,6 +27,7 @@ from saelens_ext.evals.checkpoints.checkpoint_evidence import ACROSS, CHANGED, S
 from saelens_ext.evals.replicas import all_matches
 from saelens_ext.host.flat_sae import encode_flat, hooks_of
 from saelens_ext.host.models import HostModel
+from saelens_ext.ops.modes import standard_modes
 from saelens_ext.ops.precision import wide
 
 REFERENCE_QUANTILE = 0.05

@@ -17,7 +17,6 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from saelens_ext import _checks
-from saelens_ext._modes import standard_modes
 from saelens_ext.activations.kept_stream import KeptStream
 from saelens_ext.activations.stream import ActivationBatch, ActivationStream
 from saelens_ext.analysis.labels import label_latents
@@ -31,6 +30,7 @@ from saelens_ext.evals.evidence import evidence_table
 from saelens_ext.evals.replicas import replicas
 from saelens_ext.host.chat_template import Prompt
 from saelens_ext.host.models import HostModel, tokenizer_of
+from saelens_ext.ops.modes import standard_modes
 from saelens_ext.ops.precision import wide
 from saelens_ext.report.evidence_report import write_evidence_report
 

@@ -20,12 +20,12 @@ from scipy.sparse import csr_array
 from torch import Tensor
 
 from saelens_ext import _checks
-from saelens_ext._modes import standard_modes
 from saelens_ext.activations.stream import ActivationStream
 from saelens_ext.evals.evidence import Evidence, corrected
 from saelens_ext.evals.verdicts import LEVEL
 from saelens_ext.host.flat_sae import encode_flat, hooks_of
 from saelens_ext.host.hook_names import resolve_hook
+from saelens_ext.ops.modes import standard_modes
 from saelens_ext.ops.resampling import Interval, monte_carlo_p
 
 STRONG = 0.5

@@ -16,13 +16,13 @@ import pandas as pd
 from scipy.spatial.distance import cdist
 
 from saelens_ext import _checks
-from saelens_ext._modes import standard_modes
 from saelens_ext.continuations.clustering.baselines import SingleView
 from saelens_ext.continuations.clustering.joint_clusterer import JointClusterer
 from saelens_ext.continuations.clustering.path import BETAS, GAMMAS
 from saelens_ext.continuations.clustering.problem import Problem
 from saelens_ext.continuations.continuation_set import ContinuationSet
 from saelens_ext.evals.evidence import MIN_CLAIM_UNITS, Evidence, evidence_table
+from saelens_ext.ops.modes import standard_modes
 from saelens_ext.ops.rate_distortion.objective import CDIST_METRICS
 from saelens_ext.ops.resampling import wilson_interval
 from saelens_ext.report.evidence_section import EvidenceSection, HeatMap

@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 
 from saelens_ext import _checks, _files
-from saelens_ext._modes import standard_modes
 from saelens_ext.audit.config import AuditConfig
 from saelens_ext.audit.questions import Question, questions
 from saelens_ext.audit.stages import Stages, describe_embedder, own_folder
@@ -39,6 +38,7 @@ from saelens_ext.evals.over_units import OverUnits, Unmeasured
 from saelens_ext.evals.sweep_store import SweepStore
 from saelens_ext.host.chat_template import Prompt
 from saelens_ext.host.sentence_model import load_sentence_model
+from saelens_ext.ops.modes import standard_modes
 from saelens_ext.ops.resampling import smallest_p
 from saelens_ext.report.evidence_section import EvidenceTable
 

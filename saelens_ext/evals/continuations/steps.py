@@ -16,7 +16,6 @@ import pandas as pd
 from sae_lens import SAE
 
 from saelens_ext import _checks, _files
-from saelens_ext._modes import standard_modes
 from saelens_ext.audit.config import AuditConfig
 from saelens_ext.audit.subject import Dictionaries, Inputs, Model, Subject
 from saelens_ext.continuations.step_tree import StepTree as StepTree
@@ -27,6 +26,7 @@ from saelens_ext.evals.over_units import OverUnits, Unmeasured
 from saelens_ext.evals.sweep_store import SweepStore
 from saelens_ext.evals.verdicts import LEVEL
 from saelens_ext.host.models import HostModel
+from saelens_ext.ops.modes import standard_modes
 from saelens_ext.ops.resampling import smallest_p
 from saelens_ext.report.evidence_section import EvidenceSection, EvidenceTable, HeatMap
 

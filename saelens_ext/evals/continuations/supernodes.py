@@ -26,7 +26,6 @@ import numpy as np
 import pandas as pd
 
 from saelens_ext import _checks, _files
-from saelens_ext._modes import standard_modes
 from saelens_ext.audit.audit import sampled
 from saelens_ext.audit.config import AuditConfig
 from saelens_ext.audit.questions import Question
@@ -40,6 +39,7 @@ from saelens_ext.evals.evidence import Evidence, evidence_table
 from saelens_ext.evals.over_units import OverUnits, Unmeasured
 from saelens_ext.evals.sweep_store import SweepStore
 from saelens_ext.host.chat_template import Prompt, checked_messages, in_words
+from saelens_ext.ops.modes import standard_modes
 from saelens_ext.report.evidence_section import EvidenceTable
 
 SUPERNODES, SHUFFLED, SINGLE, HALFWAY = "supernodes", "shuffled", "single latents", "half way"

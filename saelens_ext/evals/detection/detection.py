@@ -9,7 +9,6 @@ from typing import Any, ClassVar, cast, get_args
 import torch
 
 from saelens_ext import _checks
-from saelens_ext._modes import standard_modes
 from saelens_ext.audit.subject import Model, Subject
 from saelens_ext.concepts.comparison import DIFF_MEANS
 from saelens_ext.concepts.sentence_scores import Pooling, warn_of_bos
@@ -32,6 +31,7 @@ from saelens_ext.evals.over_units import Measured, Unmeasured
 from saelens_ext.evals.sweep_store import SweepStore
 from saelens_ext.host.hook_names import one_spelling
 from saelens_ext.host.models import HostModel, describe_model
+from saelens_ext.ops.modes import standard_modes
 
 RULES = ("auroc", "contrast")
 PROBE = "logistic probe"

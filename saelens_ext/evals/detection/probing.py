@@ -10,7 +10,6 @@ from sae_lens import SAE
 from torch import Tensor
 
 from saelens_ext import _checks
-from saelens_ext._modes import standard_modes
 from saelens_ext.audit.subject import Model, Subject
 from saelens_ext.concepts.detector import Detector
 from saelens_ext.concepts.sentence_scores import warn_of_bos
@@ -27,6 +26,7 @@ from saelens_ext.evals.sweep_store import SweepStore
 from saelens_ext.host.flat_sae import hooks_of
 from saelens_ext.host.hook_names import one_spelling
 from saelens_ext.host.models import HostModel, describe_model, resolve_hook
+from saelens_ext.ops.modes import standard_modes
 
 RAW, CORESET = "raw activations", "coreset"
 

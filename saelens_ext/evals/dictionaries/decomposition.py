@@ -20,10 +20,10 @@ from scipy.stats import ortho_group
 from torch import Tensor
 
 from saelens_ext import _checks
-from saelens_ext._modes import standard_modes
 from saelens_ext.analysis.match import direction_rows
 from saelens_ext.evals.evidence import Evidence, evidence_table
 from saelens_ext.evals.verdicts import LEVEL
+from saelens_ext.ops.modes import standard_modes
 from saelens_ext.ops.nnls.solve import nnls
 from saelens_ext.ops.resampling import monte_carlo_p
 from saelens_ext.report.evidence_section import EvidenceTable

@@ -18,13 +18,13 @@ from scipy.sparse import coo_array
 from torch import Tensor
 
 from saelens_ext import _checks
-from saelens_ext._modes import standard_modes
 from saelens_ext.activations.stream import ActivationStream
 from saelens_ext.dictionaries.fit_result import ExemplarFitResult
 from saelens_ext.evals.baselines import random_activations
 from saelens_ext.evals.checkpoints.checkpoints import strongest_latents
 from saelens_ext.evals.evidence import Evidence, evidence_table
 from saelens_ext.evals.replicas import read_all
+from saelens_ext.ops.modes import standard_modes
 from saelens_ext.ops.spherical import assign_nearest
 from saelens_ext.report.evidence_section import EvidenceTable
 

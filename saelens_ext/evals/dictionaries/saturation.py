@@ -13,12 +13,12 @@ import pandas as pd
 from torch import Tensor
 
 from saelens_ext import _checks, _files
-from saelens_ext._modes import standard_modes
 from saelens_ext.activations.stream import ActivationStream
 from saelens_ext.dictionaries.fit_exemplars import fit_exemplar_partition
 from saelens_ext.dictionaries.fit_result import ExemplarFitResult
 from saelens_ext.evals.evidence import evidence_table
 from saelens_ext.evals.replicas import read_all, replicas
+from saelens_ext.ops.modes import standard_modes
 from saelens_ext.report.dictionary.growth import growth_points
 from saelens_ext.report.evidence_section import EvidenceSection, ForestPlot, ForestRow, Line, LineFigure
 

@@ -17,13 +17,13 @@ from sklearn.metrics import adjusted_mutual_info_score
 from torch import Tensor
 
 from saelens_ext import _checks, _files
-from saelens_ext._modes import standard_modes
 from saelens_ext.activations.matrix_stream import MatrixStream
 from saelens_ext.activations.stream import ActivationStream
 from saelens_ext.dictionaries.fit_exemplars import fit_exemplar_partitions
 from saelens_ext.dictionaries.fit_result import ExemplarFitResult
 from saelens_ext.evals.evidence import evidence_table
 from saelens_ext.evals.replicas import read_all, replicas
+from saelens_ext.ops.modes import standard_modes
 from saelens_ext.ops.precision import wide
 from saelens_ext.report.evidence_section import EvidenceSection, ForestPlot, Line, LineFigure
 

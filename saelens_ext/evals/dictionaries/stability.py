@@ -20,12 +20,12 @@ from scipy.stats import ortho_group
 from torch import Tensor
 
 from saelens_ext import _checks
-from saelens_ext._modes import standard_modes
 from saelens_ext.analysis.match import Center, SideMatch, direction_rows, match_dictionaries
 from saelens_ext.analysis.match_null import Null
 from saelens_ext.dictionaries.fit_result import ExemplarFitResult
 from saelens_ext.evals.evidence import Evidence
 from saelens_ext.evals.replicas import all_matches
+from saelens_ext.ops.modes import standard_modes
 from saelens_ext.ops.precision import wide
 from saelens_ext.ops.statistics import rank_correlation
 

@@ -28,7 +28,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from saelens_ext import _checks
-from saelens_ext._modes import standard_modes
 from saelens_ext.dictionaries.exemplar_partition import ExemplarPartition
 from saelens_ext.dictionaries.fit_exemplars import fit_exemplar_partition
 from saelens_ext.dictionaries.fit_sae import fit_sae
@@ -36,6 +35,7 @@ from saelens_ext.dictionaries.fit_snmf import fit_snmf
 from saelens_ext.evals.baselines import gaussian_directions, random_activations
 from saelens_ext.evals.evidence import Evidence, Failure
 from saelens_ext.host.flat_sae import encode_flat
+from saelens_ext.ops.modes import standard_modes
 from saelens_ext.ops.spherical import spherical_center
 from saelens_ext.report.evidence_section import EvidenceSection, Line, LineFigure
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from saelens_ext import _checks
-from saelens_ext._modes import standard_modes
 from saelens_ext.activations.stream import NO_TOKEN, ActivationStream
 from saelens_ext.dictionaries.exemplar_partition import ExemplarPartition
 from saelens_ext.evals.evidence import Failure
@@ -24,6 +23,7 @@ from saelens_ext.evals.novelty import data
 from saelens_ext.evals.novelty import scores as scoring
 from saelens_ext.evals.novelty.evidence import INSIDE, NoveltyEvidence, Series
 from saelens_ext.host.models import HostModel, resolve_hook
+from saelens_ext.ops.modes import standard_modes
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,6 @@ import numpy as np
 import pandas as pd
 
 from saelens_ext import _checks
-from saelens_ext._modes import standard_modes
 from saelens_ext.audit.subject import Model
 from saelens_ext.evals.attempts import Attempts
 from saelens_ext.evals.concepts_data import Concept, check_concepts
@@ -35,6 +34,7 @@ from saelens_ext.evals.steering.ratings import rated_texts
 from saelens_ext.evals.steering.texts import TEXT_KEY, UNSTEERED, Asked, as_table, judged, scores_of
 from saelens_ext.evals.steering.units import SteeringHow, measure, own_columns, prepared
 from saelens_ext.host.chat_template import Prompt, in_words, listed_prompts
+from saelens_ext.ops.modes import standard_modes
 from saelens_ext.ops.resampling import unit_bootstrap
 from saelens_ext.ops.statistics import rank_correlation
 from saelens_ext.report.evidence_section import EvidenceSection, Line, LineFigure

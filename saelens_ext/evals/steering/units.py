@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from saelens_ext._modes import standard_modes
 from saelens_ext.audit.subject import Subject
 from saelens_ext.evals.attempts import Attempts
 from saelens_ext.evals.concepts_data import Concept
@@ -18,6 +17,7 @@ from saelens_ext.evals.steering.texts import Asked, said_texts
 from saelens_ext.evals.sweep_store import SweepStore
 from saelens_ext.host.chat_template import Prompt
 from saelens_ext.host.models import describe_model
+from saelens_ext.ops.modes import standard_modes
 from saelens_ext.steering.sampling import SamplingOptions, sample_texts
 
 

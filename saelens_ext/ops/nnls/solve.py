@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from saelens_ext._checks import finite, positive, width
-from saelens_ext._modes import standard_modes
+from saelens_ext.ops.modes import standard_modes
 from saelens_ext.ops.nnls.active_set import SupportSolver, pivot
 from saelens_ext.ops.nnls.kernels import (
     DualIteration,

@@ -8,11 +8,11 @@ from sae_lens import SAE
 from transformers import PreTrainedTokenizerBase
 
 from saelens_ext import _checks
-from saelens_ext._modes import standard_modes
 from saelens_ext.analysis.labels import Labels
 from saelens_ext.analysis.logit_lens import LensResult
 from saelens_ext.analysis.profile import DictionaryProfile
 from saelens_ext.dictionaries.fit_result import ExemplarFitResult
+from saelens_ext.ops.modes import standard_modes
 from saelens_ext.report.dictionary import evaluation, snmf_summary, summary
 from saelens_ext.report.dictionary.compared import ComparedWith, compared_part
 from saelens_ext.report.dictionary.features import feature_data
