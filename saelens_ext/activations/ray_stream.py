@@ -26,8 +26,8 @@ from saelens_ext.activations.stream import (
     warn_of_dropout,
 )
 from saelens_ext.activations.windows import Window
-from saelens_ext.host.models import HostModel, describe_model
-from saelens_ext.host.weights_fingerprint import weights_fingerprint
+from saelens_ext.host.models import HostModel
+from saelens_ext.host.weights_fingerprint import identify_model
 from saelens_ext.ops.groups import groups
 from saelens_ext.ops.modes import standard_modes
 from saelens_ext.workers.ray_actors import RayActors
@@ -203,13 +203,8 @@ class RayActivationStream(RayActors, ActivationStream):
             yield owed.first()
 
     def _actor(self) -> tuple[type, tuple[Any, ...]]:
-        about = _about(self.model)
+        about = identify_model(self.model)
         return _Worker, (self._load_model, self.requested_hook_names, self._options, threads_here(), about)
-
-
-def _about(model: HostModel) -> dict[str, Any]:
-    """What decides the activations that a model gives."""
-    return describe_model(model) | {"weights": weights_fingerprint(model)}
 
 
 class _Owed:
@@ -298,7 +293,7 @@ class _Worker:
         # The windows come with each task; a stream wants a dataset all the same.
         options: StreamOptions = {**self._options, "progress": False}
         stream = ActivationStream(self._load_model(), [{"input_ids": [0]}], list(self._hook_names), **options)
-        own = _about(stream.model)
+        own = identify_model(stream.model)
         other = [f"{name} {own[name]!r} for {one!r}" for name, one in self._about.items() if own[name] != one]
         if other:
             raise ValueError(

@@ -14,8 +14,8 @@ from saelens_ext.audit.questions import Question
 from saelens_ext.continuations.continuation_set import ContinuationSet
 from saelens_ext.continuations.prefix_audit import PrefixAudit
 from saelens_ext.continuations.validation.results import Validation
-from saelens_ext.host.models import HostModel, describe_model
-from saelens_ext.host.weights_fingerprint import weights_fingerprint
+from saelens_ext.host.models import HostModel
+from saelens_ext.host.weights_fingerprint import identify_model, weights_fingerprint
 
 FORMAT_VERSION = 1
 # What is saved of a clustering: ``PrefixAudit.clustering_state``.
@@ -27,7 +27,7 @@ NOT_ASKED = "Steering was not asked for."
 def describe(model: HostModel, dictionaries: list[SAE[Any]], embedder: Any) -> dict[str, Any]:
     """What an audit is of, enough to know it again; JSON-safe."""
     return {
-        "model": describe_model(model) | {"weights": weights_fingerprint(model)},
+        "model": identify_model(model),
         "dictionaries": [_describe_dictionary(sae) for sae in dictionaries],
         "embedder": describe_embedder(embedder),
     }

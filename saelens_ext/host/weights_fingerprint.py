@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from saelens_ext.host.models import HostModel, describe_model
+
 # Entries of each tensor that are looked at.
 _SAMPLED = 4096
 
@@ -24,3 +26,8 @@ def tensors_fingerprint(tensors: Mapping[str, Any]) -> str:
             sample = flat[:: max(1, len(flat) // _SAMPLED)].cpu().double()
             digest.update(f"{name} {tuple(value.shape)}".encode() + sample.numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def identify_model(model: HostModel) -> dict[str, Any]:
+    """What decides the activations that a model gives: its description with a fingerprint of its weights; JSON-safe."""
+    return describe_model(model) | {"weights": weights_fingerprint(model)}

@@ -29,8 +29,8 @@ from saelens_ext.evals.behaviour.passes import Asking, Condition, Verdict, given
 from saelens_ext.evals.evidence import Evidence, corrected, evidence_table
 from saelens_ext.evals.sweep_store import SweepStore
 from saelens_ext.evals.verdicts import LEVEL
-from saelens_ext.host.models import HostModel, describe_model, resolve_hook
-from saelens_ext.host.weights_fingerprint import weights_fingerprint
+from saelens_ext.host.models import HostModel, resolve_hook
+from saelens_ext.host.weights_fingerprint import identify_model
 from saelens_ext.ops.leader_clustering import LeaderClustering
 from saelens_ext.ops.modes import standard_modes
 from saelens_ext.ops.resampling import Interval, wilson_interval
@@ -239,8 +239,7 @@ def localisation_sweep(
     given = None if asked is None else given_verdicts(asked, split.choose, "split.choose")
     limits = {"min_members": min_members, "min_rate": float(min_rate), "n_candidates": 1}
     settings = limits | template | {"basis": basis, "matched": matched}
-    model_about = describe_model(model) | {"weights": weights_fingerprint(model)}
-    settings |= {"max_new_tokens": max_new_tokens, "behaviour": repr(behaviour), "model": model_about}
+    settings |= {"max_new_tokens": max_new_tokens, "behaviour": repr(behaviour), "model": identify_model(model)}
     settings |= {"hook_name": hook_name, "n_prompts": split.sizes()}
     prompts = {part: list(getattr(split, part)) for part in PARTS}
     store = SweepStore.at(folder, settings | prompts | {"asked": given and [list(verdict) for verdict in given]})

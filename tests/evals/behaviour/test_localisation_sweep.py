@@ -109,7 +109,8 @@ def test_it_goes_on_from_the_cells_that_are_there(model, split, swept, tmp_path,
     more = sx.localisation_sweep(model, HOOK, split, SAYS_IT, **wider, **OPTIONS, folder=tmp_path)
     assert len(asked) == 1 and len(more.table()) == 6  # the two cells of the new percentile
     with monkeypatch.context() as changed:
-        changed.setattr(sweeping, "weights_fingerprint", lambda model: "others")
+        fingerprint = "saelens_ext.host.weights_fingerprint.weights_fingerprint"
+        changed.setattr(fingerprint, lambda module: "others")
         with pytest.raises(ValueError, match="sweep that differs in model"):
             sx.localisation_sweep(model, HOOK, split, SAYS_IT, **GRID, **OPTIONS, folder=tmp_path)
 
