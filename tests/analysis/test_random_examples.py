@@ -1,5 +1,7 @@
 """Random examples of latents: what is drawn, how evenly, and that it does not depend on the batches."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from sae_lens import StandardSAE, StandardSAEConfig
@@ -79,6 +81,23 @@ def test_they_do_not_depend_on_the_batches_but_on_the_seed():
     assert profile_dictionary(sae, CutStream(x)).random is None
     with pytest.raises(ValueError, match="n_random"):
         profile_dictionary(sae, CutStream(x), n_random=-1)
+
+
+def test_random_draws_come_from_the_whole_stream():
+    """From each of four blocks as it is read about a quarter, and not from the same places of each."""
+    block, window = 4096, 9
+    stream = CutStream(normal(4 * block, D), rows=block, window=window)
+    profile = profile_dictionary(standard(), stream, n_examples=1, n_random=100, n_background=400)
+    draws = [profile.background, *(replace(profile.random, **_of(profile.random, j)) for j in range(profile.d_sae))]
+    for drawn in draws:
+        rows = drawn.sequence_ids * window + drawn.positions - 1
+        share = (rows // block).bincount(minlength=4) / len(rows)
+        assert share.min() > 0.1
+        assert len(set((rows % block).tolist())) > 0.9 * len(rows)
+
+
+def _of(examples, latent):
+    return {name: getattr(examples, name)[latent] for name in ("sequence_ids", "positions")}
 
 
 @pytest.mark.slow

@@ -141,6 +141,24 @@ def test_concepts_can_be_added_to_a_folder(tmp_path):
                 probes(load(), folder=folder)
 
 
+def test_a_concept_with_other_sentences_is_measured_anew(tmp_path):
+    one, others = CONCEPTS[0], [f"some number, {n} or so" for n in range(4)]
+    detection(load(), [one], folder=tmp_path)
+    for changed in ({"positives": others}, {"negatives": others}, {"hard_negatives": others}):
+        other = replace(one, **changed)
+        assert same(detection(load(), [other], folder=tmp_path), detection(load(), [other]))
+
+
+@pytest.mark.slow
+def test_directions_of_all_concepts_are_made_anew_for_others(tmp_path):
+    """Principal components and k-means of the sentences, which a folder of other concepts does not fit."""
+    for baseline in ("pca", "kmeans"):
+        given = {"folder": tmp_path / baseline, "baselines": (baseline,)}
+        steering(load(), CONCEPTS[:1], **given)
+        with pytest.raises(ValueError, match="holds a sweep that differs in concepts"):
+            steering(load(), CONCEPTS[:2], **given)
+
+
 def test_other_methods_are_told_from_those_of_a_folder(tmp_path, monkeypatch):
     detection(load(), CONCEPTS[:1], folder=tmp_path)
     first, codes, picky = methods()
