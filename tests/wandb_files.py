@@ -2,6 +2,7 @@
 
 A ``.wandb`` file is a log in the format of LevelDB: a header of 7 bytes, then blocks of 32 KiB with records in pieces,
 each behind a checksum (4 bytes), its length (2) and its kind (1: whole, 2: first, 3: middle, 4: last piece).
+wandb's own process writes it, a buffer at a time: while it runs, the file may end within a record.
 """
 
 import json
@@ -39,7 +40,7 @@ class WandbRun:
 
 
 def read_run(path: Path) -> WandbRun:
-    """The run in a file."""
+    """The run in a file, or as much of it as is written so far."""
     run = WandbRun()
     for raw in _records(path.read_bytes()):
         record = Record()
@@ -65,6 +66,7 @@ def read_run(path: Path) -> WandbRun:
 
 
 def _records(data: bytes) -> Iterator[bytes]:
+    """The records that are there in full."""
     position, parts = 7, b""
     while position + 7 <= len(data):
         left = _BLOCK - position % _BLOCK
@@ -75,8 +77,10 @@ def _records(data: bytes) -> Iterator[bytes]:
         if kind == 0:
             position += left
             continue
-        parts += data[position + 7 : position + 7 + length]
-        position += 7 + length
+        start, position = position + 7, position + 7 + length
+        if position > len(data):
+            return
+        parts += data[start:position]
         if kind in (1, 4):
             yield parts
             parts = b""

@@ -215,6 +215,21 @@ def test_the_tracker_serves_the_fits_themselves(written, tiny_bridge):
     assert runs["factors"].logged("metrics/objective") == pytest.approx(factors.history)
 
 
+def test_a_file_that_wandb_is_still_writing_can_be_read(written, wandb_folder, tmp_path):
+    """These tests wait for the end of a file by reading it again and again, wherever its writer stands."""
+    before = set(wandb_folder.rglob("*.wandb"))
+    with WandbTracker(logging_config()) as tracker:
+        for step in range(1, 30):
+            tracker.on_metrics("a", step, {f"metrics/{name}": step for name in range(400)})
+    (run,), (file,) = written(), set(wandb_folder.rglob("*.wandb")) - before
+    data, part = file.read_bytes(), tmp_path / "part.wandb"
+    assert len(data) > 3 * 2**15, "records that run over the ends of blocks"
+    for end in [*range(0, len(data), 9973), *range(2**15 - 8, 2**15 + 8)]:
+        part.write_bytes(data[:end])
+        rows = read_run(part).history
+        assert rows == run.history[: len(rows)]
+
+
 def test_the_result_of_a_continued_run_is_not_dropped(written, monkeypatch):
     """wandb gives no history back offline: this run is as one that had logged up to step 600 when it was stopped."""
     monkeypatch.setattr(wandb.Run, "starting_step", property(lambda self: 601))
