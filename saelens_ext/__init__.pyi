@@ -16,9 +16,7 @@ from .analysis.openai_labeller import OpenAILabeller as OpenAILabeller
 from .analysis.profile import DictionaryProfile as DictionaryProfile
 from .analysis.profile import profile_dictionaries as profile_dictionaries
 from .analysis.profile import profile_dictionary as profile_dictionary
-from .audit.audit import AuditConfig as AuditConfig
 from .audit.audit import audit_continuations as audit_continuations
-from .audit.questions import read_continuations as read_continuations
 from .audit.result import Audit as Audit
 from .concepts.comparison import compare_detection as compare_detection
 from .concepts.detection import concept_scores as concept_scores
@@ -27,6 +25,8 @@ from .concepts.diff_means import diff_means as diff_means
 from .concepts.token_activations import read_texts as read_texts
 from .continuations.answers import mark_answers as mark_answers
 from .continuations.attribution.attribute import attribute_continuations as attribute_continuations
+from .continuations.audit_stages.config import AuditConfig as AuditConfig
+from .continuations.audit_stages.questions import read_continuations as read_continuations
 from .continuations.clustering.joint_clusterer import JointClusterer as JointClusterer
 from .continuations.clustering.joint_clusterer import rate_distortion_path as rate_distortion_path
 from .continuations.continuation_set import ContinuationSet as ContinuationSet

@@ -20,7 +20,7 @@ LAYERS = [
     ["cli", "demo", "serve"],
 ]
 # The command starts the demo and the live page; evaluations of audits take an audit's settings.
-BESIDE = {("cli", "demo"), ("cli", "serve"), ("evals", "audit")}
+BESIDE = {("cli", "demo"), ("cli", "serve")}
 # Thin other names of modules, for imports that are older than the folders.
 ALIASES = {"models": "host.models"}
 

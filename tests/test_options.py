@@ -9,7 +9,7 @@ from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
 import saelens_ext as sx
 from saelens_ext.activations.settings import StreamOptions
-from saelens_ext.audit.config import AuditConfig, AuditOptions
+from saelens_ext.continuations.audit_stages.config import AuditConfig, AuditOptions
 from saelens_ext.dictionaries.fit_sae import SAETrainingOptions
 from saelens_ext.dictionaries.fit_snmf import SNMFFitConfig, SNMFFitOptions
 from saelens_ext.dictionaries.grow_exemplars import ExemplarFitConfig, ExemplarFitOptions, ExemplarGrowthOptions

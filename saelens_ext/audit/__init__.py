@@ -5,6 +5,6 @@ Belongs here: the order of the stages and their settings. Does not: what a stage
 """
 
 from saelens_ext.audit.audit import Audit, audit_continuations
-from saelens_ext.audit.config import AuditConfig
+from saelens_ext.continuations.audit_stages.config import AuditConfig
 
 __all__ = ["Audit", "AuditConfig", "audit_continuations"]

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from saelens_ext.analysis.labels import Labels
 from saelens_ext.analysis.profile import DictionaryProfile
-from saelens_ext.audit.config import AuditConfig
+from saelens_ext.continuations.audit_stages.config import AuditConfig
 from saelens_ext.continuations.prefix_audit import PrefixAudit, PrefixOutline, verdict_of
 from saelens_ext.continuations.validation.findings import Verdict
 from saelens_ext.continuations.validation.results import Validation, combine_validations

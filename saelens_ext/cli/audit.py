@@ -15,11 +15,11 @@ from saelens_ext import _files
 from saelens_ext.analysis.labels import Labels
 from saelens_ext.analysis.profile import DictionaryProfile
 from saelens_ext.audit.audit import Audit, AuditConfig, audit_continuations
-from saelens_ext.audit.questions import read_continuations
 from saelens_ext.cli import opening
 from saelens_ext.cli.audit_options import AuditInputs, SubjectInputs
 from saelens_ext.cli.errors import UsageError
 from saelens_ext.cli.output import Context, Result, shown, table, write_csv
+from saelens_ext.continuations.audit_stages.questions import read_continuations
 from saelens_ext.host.models import HostModel
 from saelens_ext.runner.config import DictionaryRunnerConfig
 from saelens_ext.runner.tracking import WandbTracker, check_login

@@ -11,8 +11,8 @@ import simple_parsing
 from sae_lens import LoggingConfig
 from simple_parsing.docstring import get_attribute_docstring
 
-from saelens_ext.audit.audit import AuditConfig
 from saelens_ext.cli.errors import UsageError
+from saelens_ext.continuations.audit_stages.config import AuditConfig
 from saelens_ext.continuations.samplers.endpoint_sampler import EndpointSampler
 from saelens_ext.evals.continuations.supernodes import READ
 from saelens_ext.runner.config import quiet_logger

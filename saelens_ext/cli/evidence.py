@@ -10,7 +10,6 @@ from sae_lens import SAE
 
 from saelens_ext._files import json_safe
 from saelens_ext.activations.stream import ActivationStream
-from saelens_ext.audit.subject import let_go
 from saelens_ext.cli import opening
 from saelens_ext.cli.errors import UsageError
 from saelens_ext.cli.evidence_options import (
@@ -24,6 +23,7 @@ from saelens_ext.cli.evidence_options import (
     TargetInputs,
 )
 from saelens_ext.cli.output import Context, Result, table
+from saelens_ext.continuations.subject import let_go
 from saelens_ext.dictionaries.fit_result import ExemplarFitResult
 from saelens_ext.evals.behaviour.ablation import ablate_behaviour
 from saelens_ext.evals.behaviour.behaviour import REFUSALS, PromptSplit, begins_with

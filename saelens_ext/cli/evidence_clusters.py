@@ -5,15 +5,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from saelens_ext.audit.config import AuditConfig
-from saelens_ext.audit.questions import questions
-from saelens_ext.audit.stages import Stages, own_folder
 from saelens_ext.cli import opening
 from saelens_ext.cli.audit import check_named, subject_of
 from saelens_ext.cli.errors import UsageError
 from saelens_ext.cli.evidence import finish, prepare
 from saelens_ext.cli.evidence_options import ClusterInputs, ResultOptions, SupernodeInputs
 from saelens_ext.cli.output import Context, Result
+from saelens_ext.continuations.audit_stages.config import AuditConfig
+from saelens_ext.continuations.audit_stages.kept import Stages, own_folder
+from saelens_ext.continuations.audit_stages.questions import questions
 from saelens_ext.evals.continuations.clusterings import compare_clusterings
 from saelens_ext.evals.continuations.clusters import evaluate_clusters
 from saelens_ext.evals.continuations.supernodes import evaluate_supernodes, read_swaps

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from saelens_ext.audit.subject import Inputs, Model
+from saelens_ext.continuations.subject import Inputs, Model
 from saelens_ext.evals.concepts_data import Concept
 from saelens_ext.evals.over_units import Measured, OverUnits
 

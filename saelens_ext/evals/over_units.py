@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 from tqdm.auto import tqdm
 
 from saelens_ext import _checks, _files
-from saelens_ext.audit.subject import Inputs, Subject, let_go
+from saelens_ext.continuations.subject import Inputs, Subject, let_go
 from saelens_ext.evals.sweep_store import SweepStore
 from saelens_ext.workers.spread import IN_FOLDER, WORKERS, Job, spread
 

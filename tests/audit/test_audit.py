@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 import torch
 
-from saelens_ext.audit import audit as audit_module
-from saelens_ext.audit.audit import AuditConfig, audit_continuations
+from saelens_ext.audit import AuditConfig, audit_continuations
+from saelens_ext.continuations.audit_stages import stages as stages_module
 from saelens_ext.continuations.prefix_audit import PrefixAudit
 from saelens_ext.host.sentence_model import load_sentence_model
 from tests.continuations._dictionaries import make
@@ -104,9 +104,9 @@ def test_the_most_stable_clustering_is_chosen(kept):
 def test_a_second_call_repeats_no_stage(kept, setting, monkeypatch):
     folder, audit = kept
     for stage in ("sample_continuations", "embed_continuations", "attribute_continuations", "rate_distortion_path"):
-        monkeypatch.setattr(audit_module, stage, None)
+        monkeypatch.setattr(stages_module, stage, None)
     if audit.prefixes[0].validation is not None:
-        monkeypatch.setattr(audit_module, "validate_clusters", None)
+        monkeypatch.setattr(stages_module, "validate_clusters", None)
     same(audit, audit_continuations(setting[0], PREFIX, setting[1], folder=folder, **OPTIONS))
 
 
@@ -119,10 +119,10 @@ def test_an_interrupted_audit_goes_on(kept, setting, stage, monkeypatch, tmp_pat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(audit_module, stage, interrupted)
+        patched.setattr(stages_module, stage, interrupted)
         with pytest.raises(KeyboardInterrupt):
             audit_continuations(setting[0], PREFIX, setting[1], folder=tmp_path, **OPTIONS)
-    monkeypatch.setattr(audit_module, "sample_continuations", None)
+    monkeypatch.setattr(stages_module, "sample_continuations", None)
     same(kept[1], audit_continuations(setting[0], PREFIX, setting[1], folder=tmp_path, **OPTIONS))
 
 
@@ -208,13 +208,13 @@ def test_too_many_modes_are_shown_and_said(setting):
 
 @pytest.mark.slow
 def test_one_bad_prefix_does_not_cost_the_others(setting, monkeypatch, tmp_path):
-    sample = audit_module.sample_continuations
+    sample = stages_module.sample_continuations
 
     def one_row(model, prefix, *args, **kwargs):
         found = sample(model, prefix, *args, **kwargs)
         return found.select([0]) if prefix == "Bad" else found
 
-    monkeypatch.setattr(audit_module, "sample_continuations", one_row)
+    monkeypatch.setattr(stages_module, "sample_continuations", one_row)
     with pytest.raises(
         ValueError, match=r"1 of 2 prefixes could not be audited; 'Bad': 'Bad' gave 1 continuation\(s\)"
     ):
@@ -224,13 +224,13 @@ def test_one_bad_prefix_does_not_cost_the_others(setting, monkeypatch, tmp_path)
 
 @pytest.mark.slow
 def test_continuations_without_text_are_left_out(setting, monkeypatch, caplog):
-    sample = audit_module.sample_continuations
+    sample = stages_module.sample_continuations
 
     def with_blanks(*args, **kwargs):
         found = sample(*args, **kwargs)
         return replace(found, texts=("  ", *found.texts[1:]))
 
-    monkeypatch.setattr(audit_module, "sample_continuations", with_blanks)
+    monkeypatch.setattr(stages_module, "sample_continuations", with_blanks)
     audit = audit_continuations(setting[0], PREFIX, setting[1], **OPTIONS | {"validate": False})
     assert len(audit.to_dataframe()) == 15 and "1 of 16 continuations are left out" in caplog.text
 

@@ -11,8 +11,9 @@ import torch
 
 from saelens_ext.audit import audit as audit_module
 from saelens_ext.audit.audit import audit_continuations
-from saelens_ext.audit.questions import Question
-from saelens_ext.audit.stages import own_folder
+from saelens_ext.continuations.audit_stages import stages as stages_module
+from saelens_ext.continuations.audit_stages.kept import own_folder
+from saelens_ext.continuations.audit_stages.questions import Question
 from saelens_ext.continuations.prefix_audit import PrefixAudit
 from saelens_ext.report.audit.wording import quoted
 from tests.audit.test_audit import OPTIONS, same
@@ -41,7 +42,7 @@ def alone():
 @pytest.mark.slow
 def test_with_a_folder_one_prompt_is_held_and_the_results_are_the_same(alone, tmp_path, monkeypatch):
     held, most = weakref.WeakSet(), []
-    kept = audit_module._audit
+    kept = audit_module.audit_prefix
 
     def watched(*args, **kwargs):
         gc.collect()
@@ -50,7 +51,7 @@ def test_with_a_folder_one_prompt_is_held_and_the_results_are_the_same(alone, tm
         held.add(found)
         return found
 
-    monkeypatch.setattr(audit_module, "_audit", watched)
+    monkeypatch.setattr(audit_module, "audit_prefix", watched)
     audit = audit_continuations(load, PROMPTS, dictionaries, folder=tmp_path, **OPTIONS)
     gc.collect()
     assert most == [0, 0, 0] and len(held) == 0
@@ -64,7 +65,7 @@ def test_with_a_folder_one_prompt_is_held_and_the_results_are_the_same(alone, tm
         audit.prefixes[3]
     # What is kept of a prompt does not depend on which others there are, nor on their order.
     asked = []
-    monkeypatch.setattr(audit_module, "_audit", lambda subject, question, *more: asked.append(question.words))
+    monkeypatch.setattr(audit_module, "audit_prefix", lambda subject, question, *more: asked.append(question.words))
     other = audit_continuations(load, [PROMPTS[2], PROMPTS[0]], dictionaries, folder=tmp_path, **OPTIONS)
     assert not asked and [one.prompt for one in other.outlines] == [PROMPTS[2], PROMPTS[0]]
     assert other.outlines[0].modes.equals(audit.outlines[2].modes)
@@ -73,7 +74,7 @@ def test_with_a_folder_one_prompt_is_held_and_the_results_are_the_same(alone, tm
         asked.append(question.words)
         raise ValueError("not audited")
 
-    monkeypatch.setattr(audit_module, "_audit", failing)
+    monkeypatch.setattr(audit_module, "audit_prefix", failing)
     more = {"folder": tmp_path, "on_failure": "record", **OPTIONS}
     wider = audit_continuations(load, ["One more", *PROMPTS], dictionaries, **more)
     assert asked == list(wider.failures) == ["One more"] and [one.prompt for one in wider.outlines] == PROMPTS
@@ -114,13 +115,13 @@ def test_what_workers_need(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("n_workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_failures_are_recorded_and_shown(n_workers, tmp_path, monkeypatch):
-    sample = audit_module.sample_continuations
+    sample = stages_module.sample_continuations
 
     def one_row(model, prefix, *args, **kwargs):
         found = sample(model, prefix, *args, **kwargs)
         return found.select([0]) if prefix == PROMPTS[2] else found
 
-    monkeypatch.setattr(audit_module, "sample_continuations", one_row)
+    monkeypatch.setattr(stages_module, "sample_continuations", one_row)
     options = OPTIONS | {"validate": False, "folder": tmp_path, "n_workers": n_workers}
     with joblib.parallel_config(backend="sequential"):
         audit = audit_continuations(load, PROMPTS, dictionaries, on_failure="record", **options)
@@ -139,11 +140,11 @@ def test_failures_are_recorded_and_shown(n_workers, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_test_that_cannot_be_made_is_kept(tmp_path, monkeypatch):
     def nothing(*args, **kwargs):
-        raise audit_module.NothingToTest("No mode has a latent.")
+        raise stages_module.NothingToTest("No mode has a latent.")
 
-    monkeypatch.setattr(audit_module, "validate_clusters", nothing)
+    monkeypatch.setattr(stages_module, "validate_clusters", nothing)
     first = audit_continuations(load, PROMPTS[:1], dictionaries, folder=tmp_path, **OPTIONS)
-    monkeypatch.setattr(audit_module, "validate_clusters", None)
+    monkeypatch.setattr(stages_module, "validate_clusters", None)
     again = audit_continuations(load, PROMPTS[:1], dictionaries, folder=tmp_path, **OPTIONS)
     assert first.prefixes[0].not_validated == again.prefixes[0].not_validated == "No mode has a latent."
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-import saelens_ext.audit.audit as audit_module
 from saelens_ext.audit.audit import audit_continuations
+from saelens_ext.continuations.sample import sample_continuations
 from saelens_ext.continuations.samplers.sampler import Draw
 from saelens_ext.host.endpoint import EndpointUnavailableError
 from tests.audit.test_audit import OPTIONS, PREFIX
@@ -72,7 +72,7 @@ def test_the_model_draws_nothing(setting, monkeypatch):
     with pytest.raises(ValueError, match="continuations and sampler are both given"):
         audit_continuations(setting[0], PREFIX, setting[1], continuations=[" a", " b"], sampler=Lists())
     monkeypatch.setattr("saelens_ext.continuations.collected.draw_continuations", None)
-    found = audit_module.sample_continuations(setting[0], PREFIX, 70, sampler=Lists())
+    found = sample_continuations(setting[0], PREFIX, 70, sampler=Lists())
     assert len(found) == 64 and found.columns["count"].sum() == found.metadata["sampling"]["n_draws"] == 700
 
 
@@ -83,4 +83,4 @@ class Nothing(Lists):
 
 def test_a_sampler_without_continuations(setting):
     with pytest.raises(ValueError, match="The sampler Nothing gave no continuation"):
-        audit_module.sample_continuations(setting[0], PREFIX, 2, sampler=Nothing())
+        sample_continuations(setting[0], PREFIX, 2, sampler=Nothing())

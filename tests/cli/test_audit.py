@@ -64,7 +64,7 @@ def test_ctrl_c_says_where_the_stages_are(asked, command, tmp_path, monkeypatch)
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("saelens_ext.audit.audit.attribute_continuations", interrupted)
+    monkeypatch.setattr("saelens_ext.continuations.audit_stages.stages.attribute_continuations", interrupted)
     found = command(*asked, f"--prefix={PREFIX}", f"--output_path={tmp_path}")
     assert (
         found.status == 130

@@ -9,10 +9,10 @@ import pytest
 import yaml
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
-from saelens_ext.audit.audit import AuditConfig
 from saelens_ext.cli.commands import COMMANDS
 from saelens_ext.cli.errors import UsageError
 from saelens_ext.cli.parser import parse
+from saelens_ext.continuations.audit_stages.config import AuditConfig
 from saelens_ext.runner import ExemplarRunnerConfig, SNMFRunnerConfig
 from tests.cli.conftest import logged_run
 from tests.runner.runs import HOOK, NEURONS

@@ -7,7 +7,7 @@ from functools import partial
 import joblib
 import pytest
 
-from saelens_ext.audit.subject import Inputs
+from saelens_ext.continuations.subject import Inputs
 from saelens_ext.evals.over_units import OverUnits, Unmeasured
 from saelens_ext.evals.sweep_store import SweepStore
 from tests.models_zoo import make_model

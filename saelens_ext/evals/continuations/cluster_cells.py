@@ -17,15 +17,15 @@ import torch
 from sklearn.base import clone
 from sklearn.metrics import adjusted_rand_score
 
-from saelens_ext.audit.audit import attributed, sampled
-from saelens_ext.audit.config import AuditConfig
-from saelens_ext.audit.questions import Question
-from saelens_ext.audit.stages import Stages
-from saelens_ext.audit.subject import Subject
 from saelens_ext.continuations.attribution.attribute import attribute_continuations
+from saelens_ext.continuations.audit_stages.config import AuditConfig
+from saelens_ext.continuations.audit_stages.kept import Stages
+from saelens_ext.continuations.audit_stages.questions import Question
+from saelens_ext.continuations.audit_stages.stages import attributed, sampled
 from saelens_ext.continuations.clustering.joint_clusterer import JointClusterer
 from saelens_ext.continuations.continuation_set import ContinuationSet
 from saelens_ext.continuations.embed import embed_continuations, embed_visible, visible_rows
+from saelens_ext.continuations.subject import Subject
 from saelens_ext.continuations.validation.findings import MEASURE, STATISTIC
 from saelens_ext.continuations.validation.further import LEFT_OUT
 from saelens_ext.continuations.validation.methods import EXTRA, NOTHING, PARTITIONS

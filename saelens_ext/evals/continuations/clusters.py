@@ -13,12 +13,12 @@ import numpy as np
 import pandas as pd
 
 from saelens_ext import _checks, _files
-from saelens_ext.audit.config import AuditConfig
-from saelens_ext.audit.questions import Question, questions
-from saelens_ext.audit.stages import Stages, describe_embedder, own_folder
-from saelens_ext.audit.subject import Dictionaries, Inputs, Model, Sampling, Subject
+from saelens_ext.continuations.audit_stages.config import AuditConfig
+from saelens_ext.continuations.audit_stages.kept import Stages, own_folder
+from saelens_ext.continuations.audit_stages.questions import Question, questions
 from saelens_ext.continuations.clustering.problem import check_beta_and_gamma
 from saelens_ext.continuations.steering.latents import SIGNS
+from saelens_ext.continuations.subject import Dictionaries, Inputs, Model, Sampling, Subject, describe_embedder
 from saelens_ext.continuations.validation.findings import OBJECTIVE_CONTROLS, joint_words, outcome
 from saelens_ext.continuations.validation.methods import EXTRA, METHODS, NOTHING, method_meaning
 from saelens_ext.continuations.validation.options import REPRESENTATIVES, checked_controls

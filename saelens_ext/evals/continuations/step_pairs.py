@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from sae_lens import SAE
 
-from saelens_ext.audit.audit import choose_clustering
-from saelens_ext.audit.config import AuditConfig
 from saelens_ext.continuations.attribution.attribute import attribute_continuations
+from saelens_ext.continuations.audit_stages.config import AuditConfig
+from saelens_ext.continuations.audit_stages.stages import choose_clustering
 from saelens_ext.continuations.continuation_set import ContinuationSet
 from saelens_ext.continuations.embed import embed_continuations, visible_rows
 from saelens_ext.continuations.step_tree import StepTree

@@ -16,10 +16,10 @@ import pandas as pd
 from sae_lens import SAE
 
 from saelens_ext import _checks, _files
-from saelens_ext.audit.config import AuditConfig
-from saelens_ext.audit.subject import Dictionaries, Inputs, Model, Subject
+from saelens_ext.continuations.audit_stages.config import AuditConfig
 from saelens_ext.continuations.step_tree import StepTree as StepTree
 from saelens_ext.continuations.steps import sample_steps as sample_steps
+from saelens_ext.continuations.subject import Dictionaries, Inputs, Model, Subject
 from saelens_ext.evals.continuations import step_pairs as pairs
 from saelens_ext.evals.evidence import Evidence, Failure, Pair, corrected, evidence_table
 from saelens_ext.evals.over_units import OverUnits, Unmeasured

@@ -26,13 +26,13 @@ import numpy as np
 import pandas as pd
 
 from saelens_ext import _checks, _files
-from saelens_ext.audit.audit import sampled
-from saelens_ext.audit.config import AuditConfig
-from saelens_ext.audit.questions import Question
-from saelens_ext.audit.subject import Dictionaries, Inputs, Model, Sampling, Subject
 from saelens_ext.continuations.attribution.attribute import attribute_continuations
+from saelens_ext.continuations.audit_stages.config import AuditConfig
+from saelens_ext.continuations.audit_stages.questions import Question
+from saelens_ext.continuations.audit_stages.stages import sampled
 from saelens_ext.continuations.clustering.baselines import SingleView
 from saelens_ext.continuations.continuation_set import ContinuationSet
+from saelens_ext.continuations.subject import Dictionaries, Inputs, Model, Sampling, Subject
 from saelens_ext.evals.attempts import Attempts
 from saelens_ext.evals.continuations.clusterings import check_prefixes
 from saelens_ext.evals.evidence import Evidence, evidence_table

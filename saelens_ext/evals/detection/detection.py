@@ -9,9 +9,9 @@ from typing import Any, ClassVar, cast, get_args
 import torch
 
 from saelens_ext import _checks
-from saelens_ext.audit.subject import Model, Subject
 from saelens_ext.concepts.comparison import DIFF_MEANS
 from saelens_ext.concepts.sentence_scores import Pooling, warn_of_bos
+from saelens_ext.continuations.subject import Model, Subject
 from saelens_ext.evals.attempts import Attempts
 from saelens_ext.evals.concepts_data import Concept, check_concepts
 from saelens_ext.evals.detection.detection_cells import (

@@ -10,9 +10,9 @@ from sae_lens import SAE
 from torch import Tensor
 
 from saelens_ext import _checks
-from saelens_ext.audit.subject import Model, Subject
 from saelens_ext.concepts.detector import Detector
 from saelens_ext.concepts.sentence_scores import warn_of_bos
+from saelens_ext.continuations.subject import Model, Subject
 from saelens_ext.evals.attempts import Attempts
 from saelens_ext.evals.baselines import random_activations
 from saelens_ext.evals.concepts_data import Concept, check_concepts

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from saelens_ext import _checks
-from saelens_ext.audit.subject import Model
+from saelens_ext.continuations.subject import Model
 from saelens_ext.evals.attempts import Attempts
 from saelens_ext.evals.concepts_data import Concept, check_concepts
 from saelens_ext.evals.evidence import Evidence, evidence_table

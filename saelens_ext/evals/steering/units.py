@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from saelens_ext.audit.subject import Subject
+from saelens_ext.continuations.subject import Subject
 from saelens_ext.evals.attempts import Attempts
 from saelens_ext.evals.concepts_data import Concept
 from saelens_ext.evals.fingerprint import fingerprint

@@ -9,10 +9,10 @@ import pytest
 import torch
 from sklearn.metrics import adjusted_rand_score
 
-from saelens_ext.audit.config import AuditConfig
-from saelens_ext.audit.questions import Question
-from saelens_ext.audit.subject import Subject
+from saelens_ext.continuations.audit_stages.config import AuditConfig
+from saelens_ext.continuations.audit_stages.questions import Question
 from saelens_ext.continuations.clustering.joint_clusterer import JointClusterer
+from saelens_ext.continuations.subject import Subject
 from saelens_ext.continuations.validation.methods import EXTRA, METHODS
 from saelens_ext.continuations.validation.results import Validation
 from saelens_ext.evals.continuations import cluster_cells

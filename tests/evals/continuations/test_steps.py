@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from saelens_ext.audit.config import AuditConfig
+from saelens_ext.continuations.audit_stages.config import AuditConfig
 from saelens_ext.continuations.sample import score_continuations
 from saelens_ext.continuations.step_tree import StepTree
 from saelens_ext.evals.continuations import step_pairs as pairs

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from saelens_ext.audit.config import AuditConfig
 from saelens_ext.continuations.answers import mark_answers
+from saelens_ext.continuations.audit_stages.config import AuditConfig
 from saelens_ext.continuations.sample import sample_continuations
 from saelens_ext.continuations.samplers.sampler import Draw
 from saelens_ext.continuations.source_table import SourceTable

@@ -7,11 +7,11 @@ import pandas as pd
 import pytest
 import torch
 
-from saelens_ext.audit import audit as audit_module
 from saelens_ext.audit.audit import audit_continuations
-from saelens_ext.audit.questions import questions
 from saelens_ext.continuations.answers import mark_answers
 from saelens_ext.continuations.attribution.attribute import attribute_continuations
+from saelens_ext.continuations.audit_stages import stages as stages_module
+from saelens_ext.continuations.audit_stages.questions import questions
 from tests.audit.test_audit import OPTIONS, PREFIX
 from tests.continuations._dictionaries import make
 from tests.models_zoo import make_model
@@ -32,7 +32,7 @@ def sampled(setting):
 
 @pytest.mark.slow
 def test_the_sampled_ids_give_the_audit_of_the_samples(setting, sampled, tmp_path, monkeypatch):
-    monkeypatch.setattr(audit_module, "sample_continuations", None)
+    monkeypatch.setattr(stages_module, "sample_continuations", None)
     rows = sampled.continuations
     ids = [rows.ids_of(row) for row in range(len(rows))]
     options = {"folder": tmp_path / "audit", **FEW}

@@ -4,16 +4,17 @@ import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
 from sae_lens import SAE
 
 from saelens_ext import _files
-from saelens_ext.audit.stages import describe
 from saelens_ext.continuations.samplers.sampler import Sampler
 from saelens_ext.host.models import HostModel, check_model
 from saelens_ext.host.sentence_model import load_sentence_model
+from saelens_ext.host.weights_fingerprint import identify_model, weights_fingerprint
 
 Model = HostModel | Callable[[], HostModel]
 """A model, or a function without arguments that loads it."""
@@ -36,7 +37,7 @@ class Subject:
     def about(self) -> Mapping[str, Any]:
         """What it is, enough to know it again; JSON-safe."""
         sampler = {} if self.sampler is None else {"sampler": dict(self.sampler.describe())}
-        return describe(self.model, self.saes, self.embedder) | sampler
+        return _describe(self.model, self.saes, self.embedder) | sampler
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -99,3 +100,39 @@ def let_go() -> None:
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+
+
+def _describe(model: HostModel, dictionaries: list[SAE[Any]], embedder: Any) -> dict[str, Any]:
+    """What an audit is of, enough to know it again; JSON-safe."""
+    return {
+        "model": identify_model(model),
+        "dictionaries": [_describe_dictionary(sae) for sae in dictionaries],
+        "embedder": describe_embedder(embedder),
+    }
+
+
+def describe_embedder(embedder: Any) -> dict[str, Any]:
+    """What a sentence model is; empty for None."""
+    weights = {"weights": weights_fingerprint(embedder)} if isinstance(embedder, torch.nn.Module) else {}
+    return {} if embedder is None else {"name": _name_of(embedder)} | weights
+
+
+def _describe_dictionary(sae: SAE[Any]) -> dict[str, Any]:
+    metadata = sae.cfg.metadata
+    written = {"hook_name_out": metadata.hook_name_out} if metadata.hook_name_out is not None else {}
+    return {
+        "architecture": sae.cfg.architecture(),
+        "hook_name": metadata.hook_name,
+        **written,
+        "d_in": sae.cfg.d_in,
+        "d_sae": sae.cfg.d_sae,
+        "weights": weights_fingerprint(sae),
+    }
+
+
+def _name_of(embedder: Any) -> str:
+    card = getattr(embedder, "model_card_data", None)
+    first = next(iter(embedder), None) if isinstance(embedder, torch.nn.Sequential) else None
+    config = getattr(getattr(first, "auto_model", None), "config", None)
+    found = getattr(card, "base_model", None) or getattr(config, "_name_or_path", None) or type(embedder).__name__
+    return "/".join(Path(str(found)).parts[-2:])

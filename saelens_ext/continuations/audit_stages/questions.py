@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from saelens_ext import _checks, _files
-from saelens_ext.audit.config import AuditConfig
-from saelens_ext.audit.inspect_log import LOG_SUFFIXES, read_inspect_log
+from saelens_ext.continuations.audit_stages.config import AuditConfig
+from saelens_ext.continuations.audit_stages.inspect_log import LOG_SUFFIXES, read_inspect_log
 from saelens_ext.continuations.continuation_set import ContinuationSet
 from saelens_ext.continuations.sample import score_continuations, texts_or_ids
 from saelens_ext.host.chat_template import Prompt, checked_messages, different_prompts, in_words

@@ -5,7 +5,7 @@ import zipfile
 
 import pytest
 
-from saelens_ext.audit.questions import questions, read_continuations
+from saelens_ext.continuations.audit_stages.questions import questions, read_continuations
 
 SYSTEM, USER = {"role": "system", "content": "Be short."}, {"role": "user", "content": "6*7?"}
 SKY = {"role": "user", "content": "Why is the sky blue?"}

@@ -5,59 +5,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
-import torch
-from sae_lens import SAE
-
 from saelens_ext import _files
-from saelens_ext.audit.config import AuditConfig
-from saelens_ext.audit.questions import Question
+from saelens_ext.continuations.audit_stages.config import AuditConfig
+from saelens_ext.continuations.audit_stages.questions import Question
 from saelens_ext.continuations.continuation_set import ContinuationSet
 from saelens_ext.continuations.prefix_audit import PrefixAudit
 from saelens_ext.continuations.validation.results import Validation
-from saelens_ext.host.models import HostModel
-from saelens_ext.host.weights_fingerprint import identify_model, weights_fingerprint
 
 FORMAT_VERSION = 1
 # What is saved of a clustering: ``PrefixAudit.clustering_state``.
 STATE_KEYS = ("params", "labels", "path", "not_validated")
 JSON_FILENAME = "audit.json"
 NOT_ASKED = "Steering was not asked for."
-
-
-def describe(model: HostModel, dictionaries: list[SAE[Any]], embedder: Any) -> dict[str, Any]:
-    """What an audit is of, enough to know it again; JSON-safe."""
-    return {
-        "model": identify_model(model),
-        "dictionaries": [_describe_dictionary(sae) for sae in dictionaries],
-        "embedder": describe_embedder(embedder),
-    }
-
-
-def describe_embedder(embedder: Any) -> dict[str, Any]:
-    """What a sentence model is; empty for None."""
-    weights = {"weights": weights_fingerprint(embedder)} if isinstance(embedder, torch.nn.Module) else {}
-    return {} if embedder is None else {"name": _name_of(embedder)} | weights
-
-
-def _describe_dictionary(sae: SAE[Any]) -> dict[str, Any]:
-    metadata = sae.cfg.metadata
-    written = {"hook_name_out": metadata.hook_name_out} if metadata.hook_name_out is not None else {}
-    return {
-        "architecture": sae.cfg.architecture(),
-        "hook_name": metadata.hook_name,
-        **written,
-        "d_in": sae.cfg.d_in,
-        "d_sae": sae.cfg.d_sae,
-        "weights": weights_fingerprint(sae),
-    }
-
-
-def _name_of(embedder: Any) -> str:
-    card = getattr(embedder, "model_card_data", None)
-    first = next(iter(embedder), None) if isinstance(embedder, torch.nn.Sequential) else None
-    config = getattr(getattr(first, "auto_model", None), "config", None)
-    found = getattr(card, "base_model", None) or getattr(config, "_name_or_path", None) or type(embedder).__name__
-    return "/".join(Path(str(found)).parts[-2:])
 
 
 def own_folder(folder: str | Path | None, question: Question) -> Path | None:

@@ -3,7 +3,7 @@
 import pytest
 
 from saelens_ext.audit.audit import audit_continuations
-from saelens_ext.audit.progress import STAGES, AuditBar
+from saelens_ext.continuations.audit_stages.progress import STAGES, AuditBar
 from tests.continuations._dictionaries import make
 
 SECONDS = {"sampling": 2, "embedding": 1, "attributing": 3, "clustering": 2, "testing by steering": 12}
