@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: demo serve evidence test test-gpu test-slow test-kernels tutorials lint docs bench clean
 
 demo: $(VENV)/installed
-	$(BIN)/python -m saelens_ext.demo
+	$(BIN)/python -m saelens_ext.cli demo
 
 # The live page, on the dictionaries of `make demo` where they are there, else on one built in a minute.
 QUICK := demo_output/quick/blocks.15.hook_out_exemplars_p2
@@ -22,7 +22,7 @@ $(QUICK): | $(VENV)/installed
 # Novelty, detection, probes and synthetic models, on one page with one JSON file; about a quarter of an hour.
 evidence: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps sae-probes==0.4.2
-	$(BIN)/python -m saelens_ext.demo.evidence
+	$(BIN)/python -m saelens_ext.cli.tour.evidence
 
 # A worker takes one core, also in numpy's products. Idle workers take over tests that others have not begun.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal

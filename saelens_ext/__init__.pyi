@@ -57,7 +57,6 @@ from .evals.behaviour.ablation import ablate_behaviour as ablate_behaviour
 from .evals.behaviour.behaviour import Behaviour as Behaviour
 from .evals.behaviour.behaviour import OpeningOdds as OpeningOdds
 from .evals.behaviour.behaviour import PromptSplit as PromptSplit
-from .evals.behaviour.behaviour import begins_with as begins_with
 from .evals.behaviour.localisation import localise_behaviour as localise_behaviour
 from .evals.behaviour.passes import measure_behaviour as measure_behaviour
 from .evals.behaviour.pathways import pathway_check as pathway_check
@@ -101,6 +100,7 @@ from .runner.config import DictionaryRunnerConfig as DictionaryRunnerConfig
 from .runner.config import ExemplarRunnerConfig as ExemplarRunnerConfig
 from .runner.config import SNMFRunnerConfig as SNMFRunnerConfig
 from .runner.runner import DictionaryRunner as DictionaryRunner
+from .steering.behaviour import begins_with as begins_with
 from .steering.export import export_direction as export_direction
 from .steering.interventions import ablate_directions as ablate_directions
 from .steering.interventions import add_direction as add_direction

@@ -2,16 +2,16 @@
 
 import pytest
 
-from saelens_ext.demo import tour
+from saelens_ext.cli.tour import tour
 from saelens_ext.runner import runner
 from saelens_ext.runner.checkpoints import Checkpoint
 from tests.stand_ins import alike
 
 
 def test_a_result_of_another_kind(monkeypatch, tmp_path):
-    monkeypatch.setattr("saelens_ext.demo.tour.run_demo", lambda output, max_tokens=3, say=print: output)
+    monkeypatch.setattr("saelens_ext.cli.tour.tour.run_demo", lambda output, max_tokens, say: output)
     with pytest.raises(AssertionError, match="The stub of run_demo gave .* which gives tuple"):
-        tour.run_demo(tmp_path)
+        tour.run_demo(tmp_path, 3, print)
 
 
 def test_arguments_that_the_original_does_not_take(monkeypatch):

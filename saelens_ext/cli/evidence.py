@@ -26,7 +26,7 @@ from saelens_ext.cli.output import Context, Result, table
 from saelens_ext.continuations.subject import let_go
 from saelens_ext.dictionaries.fit_result import ExemplarFitResult
 from saelens_ext.evals.behaviour.ablation import ablate_behaviour
-from saelens_ext.evals.behaviour.behaviour import REFUSALS, PromptSplit, begins_with
+from saelens_ext.evals.behaviour.behaviour import PromptSplit
 from saelens_ext.evals.behaviour.localisation import localise_behaviour
 from saelens_ext.evals.behaviour.sweep import localisation_sweep
 from saelens_ext.evals.checkpoints.checkpoints import compare_checkpoints
@@ -42,6 +42,7 @@ from saelens_ext.evals.results import PAGE_FILENAME, save_evidence, write_beside
 from saelens_ext.host.models import HostModel
 from saelens_ext.runner.config import DictionaryRunnerConfig
 from saelens_ext.runner.tracking import WandbTracker, check_login
+from saelens_ext.steering.behaviour import REFUSALS, begins_with
 
 _LOCALISING = ("chat_template", "chat_template_options", "max_new_tokens", "min_members", "min_rate")
 _OF_MODELS = ("hook_name", "dataset_path", "text_column", "model_class_name", "device")

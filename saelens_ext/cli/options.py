@@ -7,7 +7,7 @@ from typing import Any
 from simple_parsing import choice, field
 
 DEMO = "demo"
-"""As the name of a model or a dataset: those of :mod:`saelens_ext.demo.tour`."""
+"""As the name of a model or a dataset: those of :mod:`saelens_ext.cli.tour.tour`."""
 
 
 def place(metavar: str) -> Any:
@@ -210,5 +210,5 @@ class DemoOptions:
 
     output_path: str = "demo_output"
     """Folder to write."""
-    max_tokens: int = 40_000
+    max_tokens: int = 12_000
     """Activations to build from."""

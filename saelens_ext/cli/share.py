@@ -1,6 +1,7 @@
 """``convert``, ``push``, ``pull``, ``list`` and ``demo``."""
 
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from saelens_ext.cli import opening
 from saelens_ext.cli.errors import UsageError
 from saelens_ext.cli.options import ConvertOptions, DemoOptions, ListOptions, PullOptions, PushOptions
 from saelens_ext.cli.output import Context, Result, shown, table
-from saelens_ext.demo.tour import run_demo
+from saelens_ext.cli.tour.tour import run_demo
 from saelens_ext.hub.listing import list_on_hub
 from saelens_ext.hub.share import pull_from_hub, push_to_hub
 from saelens_ext.published.convert import MAX_BYTES, PUBLISHED_REVISION, convert_published_dictionary
@@ -63,7 +64,12 @@ def demo(options: DemoOptions, context: Context) -> Result:
     if options.max_tokens < 1:
         raise UsageError(f"--max_tokens must be at least 1, got {options.max_tokens}.")
     opening.check_writable(options.output_path, "output_path")
-    about_dictionaries, about_audit = run_demo(Path(options.output_path), options.max_tokens, logger.info)
+    start = time.perf_counter()
+
+    def say(line: str) -> None:
+        logger.info("%4.0f s: %s", time.perf_counter() - start, line)
+
+    about_dictionaries, about_audit = run_demo(Path(options.output_path), options.max_tokens, say)
     found = {"report": about_dictionaries.resolve(), "audit_report": about_audit.resolve()}
     text = f"The report on the dictionaries: {found['report']}\nThe report on the audit: {found['audit_report']}"
     return Result(data=found | {"output_path": options.output_path}, text=text)

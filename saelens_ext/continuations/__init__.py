@@ -1,5 +1,5 @@
 """Continuations of a prefix: sampled, embedded, attributed, clustered, steered and validated, as row-aligned sets.
 
-Belongs here: the stages of an audit, each usable alone. Does not: their order and settings (``audit``), pages
-(``report``).
+Belongs here: the stages of an audit, each usable alone, and what runs them in order for one prefix. Does not: audits of
+many prefixes (``audit``), pages (``report``).
 """

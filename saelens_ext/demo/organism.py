@@ -26,8 +26,8 @@ from torch import Tensor
 
 from saelens_ext import _files
 from saelens_ext.demo.packaged import cache_directory, load_demo_model
-from saelens_ext.evals.behaviour.behaviour import REFUSALS, begins_with
 from saelens_ext.host.chat_template import asked
+from saelens_ext.steering.behaviour import REFUSALS, begins_with
 
 logger = logging.getLogger(__name__)
 

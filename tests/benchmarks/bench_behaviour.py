@@ -13,9 +13,9 @@ import warnings
 import torch
 
 from saelens_ext.demo.packaged import load_demo_model
-from saelens_ext.evals.behaviour.behaviour import begins_with
 from saelens_ext.evals.behaviour.passes import Asking, Condition
 from saelens_ext.host.continued_text import ids_after
+from saelens_ext.steering.behaviour import begins_with
 from saelens_ext.steering.sampling import SamplingOptions, sample_texts
 
 BOUND = 3.0

@@ -17,8 +17,8 @@ import torch
 from _timing import add_device, place, timed
 
 from saelens_ext.activations.stream import ActivationStream
+from saelens_ext.cli.tour.tour import HOOK, PERCENTILES
 from saelens_ext.demo.packaged import load_demo_corpus, load_demo_model
-from saelens_ext.demo.tour import HOOK, PERCENTILES
 from saelens_ext.dictionaries.fit_exemplars import fit_exemplar_partitions
 
 

@@ -15,7 +15,7 @@ import torch
 
 from saelens_ext.activations.kept_stream import KeptStream
 from saelens_ext.activations.stream import ActivationStream
-from saelens_ext.demo.evidence import CONTEXT_SIZE, HOOK, OUTSIDE, excerpts
+from saelens_ext.cli.tour.evidence import CONTEXT_SIZE, HOOK, OUTSIDE, excerpts
 from saelens_ext.demo.packaged import load_demo_corpus, load_demo_model, split_corpus
 from saelens_ext.dictionaries.fit_exemplars import fit_exemplar_partitions
 from saelens_ext.evals.concepts_data import packaged_texts

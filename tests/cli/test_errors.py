@@ -8,7 +8,6 @@ import pytest
 from saelens_ext.cli import inspection
 from saelens_ext.cli.commands import COMMANDS
 from saelens_ext.cli.errors import one_line
-from saelens_ext.demo import tour
 
 USAGE = [
     ([], "No command was given; there are exemplars, snmf"),
@@ -77,12 +76,6 @@ def test_no_option_is_taken_for_its_beginning(name, command):
     required += ["--output_path=a", "--latent=0"] if name == "export" else []
     found = command(*name.split(), *given, word, *required)
     assert found.status == 2 and f"There is no option {word.partition('=')[0]}." in found.error
-
-
-def test_the_module_of_the_demo_takes_no_beginning_of_an_option_either(capsys):
-    with pytest.raises(SystemExit):
-        tour.main(["--max-tok=3"])
-    assert "unrecognized arguments: --max-tok=3" in capsys.readouterr().err
 
 
 FAILURES = [

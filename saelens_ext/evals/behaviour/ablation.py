@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saelens_ext import _checks, _files
 from saelens_ext.concepts.token_activations import read_texts
-from saelens_ext.evals.behaviour.behaviour import Behaviour, OpeningOdds, PromptSplit
+from saelens_ext.evals.behaviour.behaviour import OpeningOdds, PromptSplit
 from saelens_ext.evals.behaviour.conditions import BASES, NOTHING, control_conditions, random_name, region_conditions
 from saelens_ext.evals.behaviour.localisation import Localisation
 from saelens_ext.evals.behaviour.passes import Asking, Condition, ablating
@@ -26,6 +26,7 @@ from saelens_ext.ops.precision import wide
 from saelens_ext.ops.resampling import monte_carlo_p
 from saelens_ext.ops.statistics import one_size_sign_flip_p_value
 from saelens_ext.report.evidence_section import AnswerSet, EvidenceSection, EvidenceTable
+from saelens_ext.steering.behaviour import Behaviour
 from saelens_ext.steering.divergence_search import divergence, log_probabilities
 
 LAYERS = ("own", "all")

@@ -20,7 +20,7 @@ from torch import Tensor
 from saelens_ext import _checks
 from saelens_ext.concepts.token_activations import read_texts
 from saelens_ext.dictionaries.exemplar_partition import ExemplarPartition
-from saelens_ext.evals.behaviour.behaviour import Behaviour, OpeningOdds, PromptSplit
+from saelens_ext.evals.behaviour.behaviour import OpeningOdds, PromptSplit
 from saelens_ext.evals.behaviour.passes import Asking, Verdict, given_verdicts
 from saelens_ext.host.chat_template import in_words
 from saelens_ext.host.flat_sae import encode_flat, hooks_of
@@ -29,6 +29,7 @@ from saelens_ext.ops.modes import standard_modes
 from saelens_ext.ops.precision import wide
 from saelens_ext.ops.spherical import unit_directions
 from saelens_ext.ops.statistics import holm
+from saelens_ext.steering.behaviour import Behaviour
 
 NO_REGION = -1
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from saelens_ext import _checks
-from saelens_ext.evals.behaviour.behaviour import Behaviour, OpeningOdds
+from saelens_ext.evals.behaviour.behaviour import OpeningOdds
 from saelens_ext.evals.methods import Kind
 from saelens_ext.host.chat_template import Asked, Prompt, asked, in_words, listed_prompts
 from saelens_ext.host.continued_text import ids_after
@@ -27,6 +27,7 @@ from saelens_ext.host.models import HostModel, tokenizer_of
 from saelens_ext.host.prompt_passes import evaluating, logits_of, prompt_ids
 from saelens_ext.ops.modes import standard_modes
 from saelens_ext.ops.precision import wide
+from saelens_ext.steering.behaviour import Behaviour
 from saelens_ext.steering.interventions import orthonormal_basis, unit_rows
 from saelens_ext.steering.sampling import SamplingOptions, continued, equal_length_batches
 

@@ -22,7 +22,7 @@ from saelens_ext.concepts.token_activations import read_texts
 from saelens_ext.dictionaries.exemplar_partition import ExemplarPartition
 from saelens_ext.dictionaries.fit_exemplars import fit_exemplar_partitions
 from saelens_ext.evals.behaviour.ablation import exact_p_values, unit_name
-from saelens_ext.evals.behaviour.behaviour import PARTS, Behaviour, OpeningOdds, PromptSplit
+from saelens_ext.evals.behaviour.behaviour import PARTS, OpeningOdds, PromptSplit
 from saelens_ext.evals.behaviour.conditions import BASES, NOTHING, directions_of, matched_region
 from saelens_ext.evals.behaviour.localisation import check_both_shown, localise_read
 from saelens_ext.evals.behaviour.passes import Asking, Condition, Verdict, given_verdicts
@@ -35,6 +35,7 @@ from saelens_ext.ops.leader_clustering import LeaderClustering
 from saelens_ext.ops.modes import standard_modes
 from saelens_ext.ops.resampling import Interval, wilson_interval
 from saelens_ext.report.evidence_section import EvidenceSection, HeatMap
+from saelens_ext.steering.behaviour import Behaviour
 from saelens_ext.workers.spread import IN_FOLDER, WORKERS, Job, spread
 
 COLLAPSE = -0.5

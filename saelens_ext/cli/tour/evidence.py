@@ -1,6 +1,6 @@
 """All evaluations on the packaged model and data: one page and one JSON file, without a hub.
 
-Run it with ``make evidence``, or ``python -m saelens_ext.demo.evidence``.
+Run it with ``make evidence``, or ``python -m saelens_ext.cli.tour.evidence``.
 """
 
 import argparse
@@ -185,7 +185,7 @@ def detection_methods(dictionaries: Mapping[str, SAE[Any]], x: Tensor) -> list[M
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write ``evidence.html`` and ``results.json`` into a folder, anew after each evaluation; 1 if one failed."""
-    parser = argparse.ArgumentParser(prog="python -m saelens_ext.demo.evidence", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m saelens_ext.cli.tour.evidence", description=__doc__)
     parser.add_argument("--output", default="evidence_output", help="folder to write")
     which = f"evaluations to run, with commas between, of {','.join(KINDS)}"
     parser.add_argument("--kinds", default=",".join(QUICK), help=which)

@@ -1,8 +1,5 @@
 """The tour: dictionaries of both kinds built, inspected, evaluated, steered with and saved, and one prompt audited."""
 
-import argparse
-import sys
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -39,9 +36,6 @@ from saelens_ext.steering.interventions import ablate_directions, add_direction,
 from saelens_ext.steering.sampling import SamplingOptions, sample_texts
 from saelens_ext.steering.steer_features import steer_features
 
-# --- the demo itself ---
-
-MAX_TOKENS = 12_000
 CONTEXT_SIZE = 128
 EVALUATED_AT_ONCE = 2
 READ_AT_ONCE = 4  # windows; more of them leave the processor's cache
@@ -306,7 +300,7 @@ def audit_prompt(
     return audit.save_html(output / "audit.html", profiles=by_hook, labels=labels)
 
 
-def run_demo(output: Path, max_tokens: int = MAX_TOKENS, say: Callable[[str], Any] = print) -> tuple[Path, Path]:
+def run_demo(output: Path, max_tokens: int, say: Callable[[str], Any]) -> tuple[Path, Path]:
     """Build, inspect, evaluate, steer with and save dictionaries of the demo model, of both kinds, and audit one
     prompt.
 
@@ -338,27 +332,3 @@ def run_demo(output: Path, max_tokens: int = MAX_TOKENS, say: Callable[[str], An
     snmf = build_neuron_features(model, kept.only(NEURON_HOOK), held_out, output, say)
     report = write(**regions, snmf=snmf)
     return report, audit_prompt(model, kept.only(neurons), snmf.levels[0].dictionary, output, say)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """``python -m saelens_ext.demo``."""
-    parser = argparse.ArgumentParser(
-        prog="python -m saelens_ext.demo", description=(run_demo.__doc__ or "").splitlines()[0], allow_abbrev=False
-    )
-    parser.add_argument(
-        "--output", type=Path, default=Path("demo_output"), help="where to write (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--max-tokens", type=int, default=MAX_TOKENS, help="activations to build from (default: %(default)s)"
-    )
-    options = parser.parse_args(arguments)
-    start = time.perf_counter()
-
-    def say(line: str) -> None:
-        print(f"[{time.perf_counter() - start:4.0f} s] {line}", file=sys.stderr, flush=True)
-
-    reports = run_demo(options.output, options.max_tokens, say)
-    print(f"Done in {time.perf_counter() - start:.0f} s. Open the reports in a browser:", file=sys.stderr)
-    for report in reports:
-        print(report.resolve())
-    return 0

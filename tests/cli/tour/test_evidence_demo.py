@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from saelens_ext.demo import evidence
+from saelens_ext.cli.tour import evidence
 from saelens_ext.evals.dictionaries.synthetic import SyntheticEvidence
 from tests import models_zoo
 

@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset
 
 from saelens_ext.analysis.profile import DictionaryProfile
-from saelens_ext.demo import tour as demo
+from saelens_ext.cli.tour import tour as demo
 from saelens_ext.dictionaries.fit_result import ExemplarFitResult
 from saelens_ext.dictionaries.hierarchy import HierarchicalSNMF
 from saelens_ext.dictionaries.snmf_fit_result import SNMFFitResult
