@@ -54,7 +54,6 @@ from .dictionaries.snmf import SNMFDictionary as SNMFDictionary
 from .dictionaries.snmf import SNMFDictionaryConfig as SNMFDictionaryConfig
 from .dictionaries.snmf_fit_result import SNMFFitResult as SNMFFitResult
 from .evals.behaviour.ablation import ablate_behaviour as ablate_behaviour
-from .evals.behaviour.behaviour import Behaviour as Behaviour
 from .evals.behaviour.behaviour import OpeningOdds as OpeningOdds
 from .evals.behaviour.behaviour import PromptSplit as PromptSplit
 from .evals.behaviour.localisation import localise_behaviour as localise_behaviour
@@ -100,6 +99,7 @@ from .runner.config import DictionaryRunnerConfig as DictionaryRunnerConfig
 from .runner.config import ExemplarRunnerConfig as ExemplarRunnerConfig
 from .runner.config import SNMFRunnerConfig as SNMFRunnerConfig
 from .runner.runner import DictionaryRunner as DictionaryRunner
+from .steering.behaviour import Behaviour as Behaviour
 from .steering.behaviour import begins_with as begins_with
 from .steering.export import export_direction as export_direction
 from .steering.interventions import ablate_directions as ablate_directions

@@ -67,7 +67,7 @@ def demo(options: DemoOptions, context: Context) -> Result:
     start = time.perf_counter()
 
     def say(line: str) -> None:
-        logger.info("%4.0f s: %s", time.perf_counter() - start, line)
+        logger.info("%.0f s: %s", time.perf_counter() - start, line)
 
     about_dictionaries, about_audit = run_demo(Path(options.output_path), options.max_tokens, say)
     found = {"report": about_dictionaries.resolve(), "audit_report": about_audit.resolve()}

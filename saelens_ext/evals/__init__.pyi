@@ -10,7 +10,6 @@ from .baselines import trained_sae as trained_sae
 from .baselines import untrained_twin as untrained_twin
 from .behaviour.ablation import AblationEvidence as AblationEvidence
 from .behaviour.ablation import ablate_behaviour as ablate_behaviour
-from .behaviour.behaviour import Behaviour as Behaviour
 from .behaviour.behaviour import OpeningOdds as OpeningOdds
 from .behaviour.behaviour import PromptSplit as PromptSplit
 from .behaviour.localisation import Localisation as Localisation

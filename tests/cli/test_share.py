@@ -114,7 +114,7 @@ def test_the_demo(command, tmp_path, monkeypatch):
     found = command("demo", f"--output_path={tmp_path}", "--max-tokens=7", "--json")
     assert found.data["report"] == str(tmp_path / "7.html")
     assert found.data["audit_report"] == str(tmp_path / "audit.html")
-    assert "saelens-ext:    0 s: Building" in found.err and "a banner" in found.err
+    assert "saelens-ext: 0 s: Building" in found.err and "a banner" in found.err
     people = command("demo", f"--output_path={tmp_path}", "--max-tokens=7", "--quiet")
     assert people.status == 0 and [line.rpartition(": ")[2] for line in people.out.splitlines()] == [
         str(tmp_path / "7.html"),
