@@ -5,7 +5,7 @@ from typing import Any
 
 from saelens_ext.continuations.subject import Inputs, Model
 from saelens_ext.evals.concepts_data import Concept
-from saelens_ext.evals.over_units import Measured, OverUnits
+from saelens_ext.evals.over_units import OverUnits, whole
 
 
 def over_concepts(
@@ -27,7 +27,7 @@ def over_concepts(
         n_workers=n_workers,
         workers=workers,
         actor_options=actor_options,
-        lasting=_whole,
+        lasting=whole,
     )
 
 
@@ -37,5 +37,3 @@ def concept_key(concept: Concept) -> list[Any]:
     return [concept.name, concept.description, *map(list, sides)]
 
 
-def _whole(found: Measured) -> bool:
-    return not found["failures"]

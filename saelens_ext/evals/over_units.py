@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from tqdm.auto import tqdm
 
@@ -22,12 +22,6 @@ Measure = Callable[[Subject], Callable[[int], Measured]]
 workers by cloudpickle."""
 
 
-class Unmeasured(NamedTuple):
-    """In the place of what could not be measured."""
-
-    error: str
-
-
 @dataclass(kw_only=True)
 class OverUnits:
     """What is measured of each of several units, and by whom."""
@@ -40,8 +34,6 @@ class OverUnits:
     n_workers: int = 1
     workers: str = "joblib"
     actor_options: dict[str, Any] | None = None
-    catch: type[Exception] | tuple[()] = ()
-    """Errors that leave the other units to be measured."""
     lasting: Callable[[Measured], bool] = lambda found: True
     """Whether a result is kept, or measured again by the next call."""
     about: Mapping[str, Any] = field(init=False, default_factory=dict)
@@ -64,7 +56,7 @@ class OverUnits:
         let_go()
         return found
 
-    def measured(self, measure: Measure, store: SweepStore, progress: bool) -> list[Measured | Unmeasured]:
+    def measured(self, measure: Measure, store: SweepStore, progress: bool) -> list[Measured]:
         """For each unit what is kept already, or what is found and kept now; call :meth:`opened` before.
 
         Args:
@@ -93,16 +85,18 @@ class OverUnits:
         """What a worker does; it loads what is measured."""
         return self._job(measure, self.inputs.load_as(self.about), SweepStore(folder))
 
-    def _job(self, measure: Measure, subject: Subject, store: SweepStore) -> Callable[[int], Measured | Unmeasured]:
+    def _job(self, measure: Measure, subject: Subject, store: SweepStore) -> Callable[[int], Measured]:
         own = measure(subject)
 
-        def do(number: int) -> Measured | Unmeasured:
-            try:
-                found = _files.json_safe(own(number))
-            except self.catch as error:
-                return Unmeasured(f"{type(error).__name__}: {error}")
+        def do(number: int) -> Measured:
+            found = _files.json_safe(own(number))
             if self.lasting(found):
                 store.keep(self.kind, self.keys[number], found)
             return found
 
         return do
+
+
+def whole(found: Measured) -> bool:
+    """Whether a result has no ``failures``: errors of this time, after which the next call tries again."""
+    return not found["failures"]

@@ -36,7 +36,7 @@ from saelens_ext.continuations.subject import Dictionaries, Inputs, Model, Sampl
 from saelens_ext.evals.attempts import Attempts
 from saelens_ext.evals.continuations.clusterings import check_prefixes
 from saelens_ext.evals.evidence import Evidence, evidence_table
-from saelens_ext.evals.over_units import OverUnits, Unmeasured
+from saelens_ext.evals.over_units import Measured, OverUnits, whole
 from saelens_ext.evals.sweep_store import SweepStore
 from saelens_ext.host.chat_template import Prompt, checked_messages, in_words
 from saelens_ext.ops.modes import standard_modes
@@ -204,7 +204,7 @@ def evaluate_supernodes(
         n_workers=n_workers,
         workers=workers,
         actor_options=actor_options,
-        catch=Exception,  # whatever a sampler or a host library raises
+        lasting=whole,
     )
     described = each.opened(lambda subject: subject.about)
     asked = {name: value for name, value in audit.identity.items() if name in READ}
@@ -212,11 +212,9 @@ def evaluate_supernodes(
     attempts, found = Attempts(), dict[str, tuple[Effects, Effects]]()
     every = each.measured(partial(partial, _prompt, given, audit), store, progress)
     for swap, one in zip(given, every, strict=True):
-        words = in_words(swap.prompt)
-        if isinstance(one, Unmeasured):
-            attempts.failed("", words, one.error)
-        else:
-            found[words] = _unpacked(one["own"]), _unpacked(one["twin"])
+        attempts.add(one)
+        if not one["failures"]:
+            found[in_words(swap.prompt)] = _unpacked(one["own"]), _unpacked(one["twin"])
     features, own, twin = tables(list(found.values()))
     if not len(features):
         raise ValueError(f"No latent has an effect in any prompt. {'; '.join(map(str, attempts.failures[:3]))}")
@@ -259,8 +257,11 @@ def _score(
         attempts.rows.append({"prompt": prompt, "method": HALFWAY, "value": 0.0})
 
 
-def _prompt(given: Sequence[EntitySwap], config: AuditConfig, subject: Subject, number: int) -> dict[str, Any]:
-    return _both(subject, given[number], config)
+def _prompt(given: Sequence[EntitySwap], config: AuditConfig, subject: Subject, number: int) -> Measured:
+    attempts, found = Attempts(), {}
+    with attempts.of("", in_words(given[number].prompt)):
+        found = _both(subject, given[number], config)
+    return {**attempts.packed(), **found}
 
 
 def _both(subject: Subject, swap: EntitySwap, config: AuditConfig) -> dict[str, Any]:

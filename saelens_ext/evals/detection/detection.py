@@ -27,7 +27,7 @@ from saelens_ext.evals.evidence import Evidence, OverConcepts
 from saelens_ext.evals.fingerprint import fingerprint
 from saelens_ext.evals.methods import Method, check_methods
 from saelens_ext.evals.over_concepts import over_concepts
-from saelens_ext.evals.over_units import Measured, Unmeasured
+from saelens_ext.evals.over_units import Measured
 from saelens_ext.evals.sweep_store import SweepStore
 from saelens_ext.host.hook_names import one_spelling
 from saelens_ext.host.models import HostModel, describe_model
@@ -194,7 +194,6 @@ def evaluate_detection(
     )
     measure = partial(_measure, tries, given, splits, untrained_twin, rules, pooling, batch_size)
     for found in each.measured(measure, store, progress):
-        assert not isinstance(found, Unmeasured)
         attempts.add(found)
     kinds = {method.name: str(method.kind) for method in chosen} | dict.fromkeys(tries.references, "supervised")
     settings |= {"confidence": confidence, "n_permutations": n_permutations}

@@ -21,7 +21,7 @@ from saelens_ext.evals.detection.detection_cells import Reading, Split, concept_
 from saelens_ext.evals.evidence import Evidence, OverConcepts
 from saelens_ext.evals.fingerprint import fingerprint
 from saelens_ext.evals.over_concepts import over_concepts
-from saelens_ext.evals.over_units import Measured, Unmeasured
+from saelens_ext.evals.over_units import Measured
 from saelens_ext.evals.sweep_store import SweepStore
 from saelens_ext.host.flat_sae import hooks_of
 from saelens_ext.host.hook_names import one_spelling
@@ -166,7 +166,6 @@ def evaluate_probes(
     store = SweepStore.at(folder, asked)
     measure = partial(_measure, tried, hooks, listed, splits, ks, seed, batch_size)
     for found in each.measured(measure, store, progress) if hooks else ():
-        assert not isinstance(found, Unmeasured)
         attempts.add(found)
     raw_names = [_raw_name(hook, hooks) for hook in hooks]
     settings |= {"n_permutations": n_permutations, "confidence": confidence, "seed": seed}

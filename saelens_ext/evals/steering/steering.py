@@ -21,7 +21,6 @@ from saelens_ext.evals.concepts_data import Concept, check_concepts
 from saelens_ext.evals.evidence import Evidence, evidence_table
 from saelens_ext.evals.methods import Method, check_methods
 from saelens_ext.evals.over_concepts import over_concepts
-from saelens_ext.evals.over_units import Unmeasured
 from saelens_ext.evals.steering.arms import (
     BASELINES,
     EXPLAINED,
@@ -294,7 +293,6 @@ def compare_steering(
     shared, store = each.opened(partial(prepared, how, given, planned, folder, attempts))
     said, cells = list[dict[str, Any]](), list[Asked]()
     for one in each.measured(partial(measure, how, shared, planned, chosen), store, progress):
-        assert not isinstance(one, Unmeasured)
         attempts.add(one)
         said += one["texts"]
         cells += [Asked(*cell) for cell in one["asked"]]
