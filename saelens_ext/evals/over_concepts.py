@@ -35,5 +35,3 @@ def concept_key(concept: Concept) -> list[Any]:
     """What tells a concept from others, JSON-safe."""
     sides = concept.positives, concept.negatives, concept.hard_negatives
     return [concept.name, concept.description, *map(list, sides)]
-
-
