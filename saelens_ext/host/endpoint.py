@@ -84,9 +84,20 @@ class Endpoint:
         )
 
     def map(self, ask: Callable[[Question], Answer], questions: Iterable[Question]) -> list[Answer]:
-        """``ask`` of every question, ``max_concurrency`` at a time, in order."""
+        """``ask`` of every question, ``max_concurrency`` at a time, in order; after an error nothing more is asked."""
+        errors: list[Exception] = []
+
+        def ask_unless_failed(question: Question) -> Answer:
+            if errors:
+                raise errors[0]
+            try:
+                return ask(question)
+            except Exception as error:
+                errors.append(error)
+                raise
+
         with ThreadPoolExecutor(self.max_concurrency) as pool:
-            return list(pool.map(ask, questions))
+            return list(pool.map(ask_unless_failed, questions))
 
     def close(self) -> None:
         """Close the connections that are kept open."""

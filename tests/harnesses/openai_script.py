@@ -16,8 +16,13 @@ class Script(ThreadingHTTPServer):
 
     def __init__(self, play):
         super().__init__(("127.0.0.1", 0), _Scripted)
-        self.play, self.bodies, self.over, self.lock = play, [], threading.Event(), threading.Lock()
+        self.play, self.bodies, self.over, self.lock = play, [], threading.Event(), threading.Condition()
         self.keys = set()
+
+    def was_asked(self, n):
+        """Whether ``n`` requests came; one whose client has given up may still lie unread."""
+        with self.lock:
+            return self.lock.wait_for(lambda: len(self.bodies) >= n, timeout=60)
 
     @property
     def url(self):
@@ -31,6 +36,7 @@ class _Scripted(BaseHTTPRequestHandler):
             self.server.bodies.append(body)
             self.server.keys.add(self.headers["Authorization"])
             number = len(self.server.bodies)
+            self.server.lock.notify_all()
         reply = self.server.play(number, body)
         if reply is None:
             self.server.over.wait(10)
