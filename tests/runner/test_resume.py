@@ -192,38 +192,39 @@ def test_from_a_checkpoint_by_name(number, straight, tiny_bridge, tmp_path):
 
 
 _SCRIPT = """
-import sys, time
+import sys
 from pathlib import Path
 from saelens_ext.runner import DictionaryRunner, build_pass
 from tests.models_zoo import make_model
 from tests.runner.runs import TEXTS, config
 original = build_pass.BuildPass.batches
-def slow(self):
+def held(self):
     for batch in original(self):
         yield batch
-        print(self.n_activations, flush=True)
-        time.sleep(0.1)
-build_pass.BuildPass.batches = slow
+        if self.n_activations >= int(sys.argv[2]):
+            print(self.n_activations, flush=True)
+            sys.stdin.read()
+build_pass.BuildPass.batches = held
 model = make_model("llama", "SAETransformerBridge")
 DictionaryRunner(config(Path(sys.argv[1]), n_checkpoints=6), model=model, dataset=TEXTS).run()
 """
 
 
 def _start(folder: Path, after: int) -> subprocess.Popen:
-    """A run in a process of its own, once it has read so many activations."""
+    """A run in a process of its own that has read so many activations, and waits."""
     root = Path(__file__).parents[2]
     environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = subprocess.Popen(
-        [sys.executable, "-c", _SCRIPT, str(folder)],
+        [sys.executable, "-c", _SCRIPT, str(folder), str(after)],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
         cwd=root,
     )
-    for line in process.stdout:
-        if int(line) >= after:
-            return process
+    if process.stdout.readline():
+        return process
     raise AssertionError(process.stderr.read())
 
 
@@ -231,9 +232,7 @@ def _start(folder: Path, after: int) -> subprocess.Popen:
 def test_killed_and_resumed(straight, tiny_bridge, tmp_path):
     process = _start(tmp_path, after=350)
     process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
-    process.stderr.close()
+    process.communicate()
     assert process.returncode == -signal.SIGKILL and not any((tmp_path / "output").iterdir())
     result = DictionaryRunner(
         config(tmp_path, resume_from_checkpoint=str(only_run(tmp_path))), model=tiny_bridge, dataset=TEXTS
