@@ -20,9 +20,9 @@ from saelens_ext.host.chat_template import Asked, Prompt, asked, listed_prompts
 from saelens_ext.host.continued_text import ids_after
 from saelens_ext.host.hook_edits import edit_point, flat_rows, hooked
 from saelens_ext.host.models import HostModel, tokenizer_of
-from saelens_ext.host.prompt_passes import evaluating, logits_of, prompt_ids
+from saelens_ext.host.prompt_passes import logits_of, prompt_ids
 from saelens_ext.host.tokens import special_token_ids, token_strings
-from saelens_ext.ops.modes import standard_modes
+from saelens_ext.ops.modes import evaluating, standard_modes
 
 # Logits held at once: 128 MB in float32.
 _LOGITS_PER_PASS = 2**25

@@ -9,8 +9,8 @@ from tqdm.auto import tqdm
 
 from saelens_ext.host.continued_text import text_after
 from saelens_ext.host.models import HostModel
-from saelens_ext.host.prompt_passes import evaluating
 from saelens_ext.ops.memory import memory_for
+from saelens_ext.ops.modes import evaluating
 from saelens_ext.steering.sampling import Drawn, SamplingOptions, draw_continuations
 
 logger = logging.getLogger(__name__)

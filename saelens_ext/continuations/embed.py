@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerBase
 
 from saelens_ext import _checks
 from saelens_ext.continuations.continuation_set import ContinuationSet
-from saelens_ext.host.prompt_passes import evaluating, length_batches
+from saelens_ext.host.prompt_passes import length_batches
 from saelens_ext.host.sentence_model import load_sentence_model
-from saelens_ext.ops.modes import standard_modes
+from saelens_ext.ops.modes import evaluating, standard_modes
 
 MODES = ("contextual", "sentence")
 

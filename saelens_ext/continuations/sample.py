@@ -22,8 +22,8 @@ from saelens_ext.host.bos import begins_with_bos
 from saelens_ext.host.chat_template import Asked, Prompt, asked
 from saelens_ext.host.continued_text import ids_after, text_after
 from saelens_ext.host.models import HostModel, describe_model, tokenizer_of
-from saelens_ext.host.prompt_passes import evaluating, prompt_ids
-from saelens_ext.ops.modes import standard_modes
+from saelens_ext.host.prompt_passes import prompt_ids
+from saelens_ext.ops.modes import evaluating, standard_modes
 from saelens_ext.steering.sampling import Drawn, SamplingOptions, continuation_log_probs
 
 logger = logging.getLogger(__name__)

@@ -21,8 +21,8 @@ from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 
 from saelens_ext.host.hook_names import ATTACHED, locate, output_behind
 from saelens_ext.host.models import HostModel
-from saelens_ext.host.prompt_passes import device_of, evaluating
-from saelens_ext.ops.modes import standard_modes
+from saelens_ext.host.prompt_passes import device_of
+from saelens_ext.ops.modes import evaluating, standard_modes
 
 # Hook points at which a change was seen to take effect; an attached SAE brings points of its own.
 _effective: WeakSet[nn.Module] = WeakSet()

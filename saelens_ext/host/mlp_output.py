@@ -23,8 +23,8 @@ from saelens_ext.host.edit_effects import without_hooks
 from saelens_ext.host.hook_edits import hooked
 from saelens_ext.host.hook_names import hook_layer, locate
 from saelens_ext.host.models import HostModel, resolve_hook
-from saelens_ext.host.prompt_passes import device_of, evaluating, logits_of
-from saelens_ext.ops.modes import out_of_inference, standard_modes
+from saelens_ext.host.prompt_passes import device_of, logits_of
+from saelens_ext.ops.modes import evaluating, out_of_inference, standard_modes
 from saelens_ext.ops.precision import wide
 
 _SCALES: WeakKeyDictionary[nn.Module, dict[tuple[int, bool], float]] = WeakKeyDictionary()

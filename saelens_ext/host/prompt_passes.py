@@ -2,8 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -57,19 +56,6 @@ def prompt_ids(
 def device_of(model: HostModel) -> torch.device:
     """Where the model's first parameter lies."""
     return next(iter(model.parameters())).device
-
-
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients inside the context; afterwards every module is in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def logits_of(model: HostModel, ids: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -55,6 +55,19 @@ def callers_autocast() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients inside the context; afterwards every module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def out_of_inference(module: nn.Module) -> nn.Module:
     """Replace weights that were made in inference mode, which no gradient can pass, by equal ones; in place."""
     copies: dict[int, Tensor] = {}

@@ -17,8 +17,9 @@ from saelens_ext.host.continued_text import text_after
 from saelens_ext.host.flat_sae import encode_flat
 from saelens_ext.host.hook_pass import limits_of
 from saelens_ext.host.models import HostModel, tokenizer_of
-from saelens_ext.host.prompt_passes import evaluating, prompt_ids
+from saelens_ext.host.prompt_passes import prompt_ids
 from saelens_ext.host.tokens import special_token_ids, token_strings
+from saelens_ext.ops.modes import evaluating
 from saelens_ext.serve.served import Served
 from saelens_ext.steering.divergence_search import divergence, log_probabilities
 from saelens_ext.steering.interventions import add_direction, latent_directions, scale_latent

@@ -16,8 +16,8 @@ from saelens_ext._files import tensors_writer, write_together
 from saelens_ext.host.hook_edits import hooked
 from saelens_ext.host.hook_names import hook_layer, hook_points, locate, resolve_hook
 from saelens_ext.host.models import HostModel
-from saelens_ext.host.prompt_passes import device_of, evaluating, logits_of
-from saelens_ext.ops.modes import standard_modes
+from saelens_ext.host.prompt_passes import device_of, logits_of
+from saelens_ext.ops.modes import evaluating, standard_modes
 from saelens_ext.steering.interventions import add_direction
 
 _N_TOKENS = 6

@@ -35,8 +35,7 @@ from tqdm.auto import tqdm
 from saelens_ext import _checks
 from saelens_ext.host.chat_template import Prompt, listed_prompts
 from saelens_ext.host.models import HostModel
-from saelens_ext.host.prompt_passes import evaluating
-from saelens_ext.ops.modes import standard_modes
+from saelens_ext.ops.modes import evaluating, standard_modes
 from saelens_ext.steering.divergence_search import (
     DivergenceMeter,
     DivergenceSearch,

@@ -4,7 +4,8 @@ import torch
 
 from saelens_ext import ActivationStream
 from saelens_ext.continuations.sample import sample_continuations, score_continuations
-from saelens_ext.host.prompt_passes import CachedPasses, evaluating, prompt_ids
+from saelens_ext.host.prompt_passes import CachedPasses, prompt_ids
+from saelens_ext.ops.modes import evaluating
 from saelens_ext.steering.interventions import add_direction
 from tests.architectures._hosts import TOKENS, normal
 from tests.models_zoo import D_MODEL

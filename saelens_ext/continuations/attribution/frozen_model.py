@@ -28,7 +28,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from saelens_ext.continuations.attribution.sites import Refusal, Site, points_ending
 from saelens_ext.host.hook_edits import HookFunction, hooked
 from saelens_ext.host.models import HostModel, resolve_hook
-from saelens_ext.host.prompt_passes import device_of, evaluating
+from saelens_ext.host.prompt_passes import device_of
+from saelens_ext.ops.modes import evaluating
 
 _ON_THE_BLOCK = re.compile(r"blocks\.\d+\.hook_(attn|mlp)_out$")
 

@@ -23,8 +23,9 @@ from saelens_ext.continuations.source_table import NO_LATENT, SourceTable
 from saelens_ext.host.flat_sae import encode_flat, flat_activations
 from saelens_ext.host.hook_edits import HookFunction, hooked
 from saelens_ext.host.models import HostModel
-from saelens_ext.host.prompt_passes import evaluating, logits_of
+from saelens_ext.host.prompt_passes import logits_of
 from saelens_ext.ops.largest_entries import largest_entries
+from saelens_ext.ops.modes import evaluating
 
 logger = logging.getLogger(__name__)
 

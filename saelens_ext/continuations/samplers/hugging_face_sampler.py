@@ -10,9 +10,8 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokeniz
 from saelens_ext import _checks
 from saelens_ext.continuations.samplers.sampler import Draw
 from saelens_ext.host.continued_text import text_behind, text_read_as
-from saelens_ext.host.prompt_passes import evaluating
 from saelens_ext.host.weights_fingerprint import weights_fingerprint
-from saelens_ext.ops.modes import callers_autocast, standard_modes
+from saelens_ext.ops.modes import callers_autocast, evaluating, standard_modes
 from saelens_ext.steering.sampling import SamplingOptions, seed_of
 
 

@@ -14,9 +14,9 @@ from saelens_ext.continuations.collected import Collected
 from saelens_ext.continuations.samplers.sampler import Draw, Sampler
 from saelens_ext.host.continued_text import ids_after, text_after, text_read_as
 from saelens_ext.host.models import HostModel, tokenizer_of
-from saelens_ext.host.prompt_passes import evaluating
 from saelens_ext.host.tokens import token_strings
 from saelens_ext.host.turn_ends import end_ids
+from saelens_ext.ops.modes import evaluating
 from saelens_ext.steering.sampling import Drawn, SamplingOptions, continuation_log_probs
 
 logger = logging.getLogger(__name__)

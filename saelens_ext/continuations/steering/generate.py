@@ -20,7 +20,8 @@ from saelens_ext.continuations.steering.latents import LatentScaler, Setting
 from saelens_ext.host.continued_text import text_after
 from saelens_ext.host.hook_edits import hooked
 from saelens_ext.host.models import HostModel
-from saelens_ext.host.prompt_passes import device_of, evaluating
+from saelens_ext.host.prompt_passes import device_of
+from saelens_ext.ops.modes import evaluating
 from saelens_ext.steering.sampling import Drawn, SamplingOptions, draw_continuations
 
 Classifier = Callable[[ContinuationSet], Any]

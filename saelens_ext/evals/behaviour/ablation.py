@@ -20,8 +20,8 @@ from saelens_ext.evals.evidence import Evidence, corrected, evidence_table
 from saelens_ext.evals.verdicts import LEVEL
 from saelens_ext.host.chat_template import Prompt, in_words
 from saelens_ext.host.models import HostModel, resolve_hook
-from saelens_ext.host.prompt_passes import evaluating, logits_of, prompt_ids
-from saelens_ext.ops.modes import standard_modes
+from saelens_ext.host.prompt_passes import logits_of, prompt_ids
+from saelens_ext.ops.modes import evaluating, standard_modes
 from saelens_ext.ops.precision import wide
 from saelens_ext.ops.resampling import monte_carlo_p
 from saelens_ext.ops.statistics import one_size_sign_flip_p_value

@@ -24,8 +24,8 @@ from saelens_ext.host.chat_template import Asked, Prompt, asked, in_words, liste
 from saelens_ext.host.continued_text import ids_after
 from saelens_ext.host.hook_edits import edit_hook, edit_point, hooked
 from saelens_ext.host.models import HostModel, tokenizer_of
-from saelens_ext.host.prompt_passes import evaluating, logits_of, prompt_ids
-from saelens_ext.ops.modes import standard_modes
+from saelens_ext.host.prompt_passes import logits_of, prompt_ids
+from saelens_ext.ops.modes import evaluating, standard_modes
 from saelens_ext.ops.precision import wide
 from saelens_ext.steering.behaviour import Behaviour
 from saelens_ext.steering.interventions import orthonormal_basis, unit_rows

@@ -27,8 +27,8 @@ from saelens_ext.concepts.token_activations import read_texts
 from saelens_ext.host.chat_template import Prompt, in_words, listed_prompts
 from saelens_ext.host.mlp_output import output_weights
 from saelens_ext.host.models import HostModel, resolve_hook
-from saelens_ext.host.prompt_passes import evaluating, logits_of, prompt_ids
-from saelens_ext.ops.modes import standard_modes
+from saelens_ext.host.prompt_passes import logits_of, prompt_ids
+from saelens_ext.ops.modes import evaluating, standard_modes
 from saelens_ext.ops.resampling import Interval, unit_bootstrap
 from saelens_ext.steering.divergence_search import divergence, log_probabilities
 from saelens_ext.steering.interventions import add_direction, unit_rows

@@ -23,8 +23,8 @@ from saelens_ext import _checks
 from saelens_ext.dictionaries.exemplar_partition import ExemplarPartition
 from saelens_ext.host.flat_sae import encode_flat, flat_activations, refuse_sequence_codes
 from saelens_ext.host.models import HostModel
-from saelens_ext.host.prompt_passes import evaluating, logits_of
-from saelens_ext.ops.modes import standard_modes, without_autocast
+from saelens_ext.host.prompt_passes import logits_of
+from saelens_ext.ops.modes import evaluating, standard_modes, without_autocast
 from saelens_ext.ops.precision import wide
 from saelens_ext.ops.spherical import assign_nearest, directions, has_direction, spherical_center
 

@@ -5,8 +5,8 @@ import threading
 import torch
 
 from saelens_ext.host.continued_text import text_after
-from saelens_ext.host.prompt_passes import evaluating
 from saelens_ext.host.tokens import token_strings
+from saelens_ext.ops.modes import evaluating
 from saelens_ext.steering.sampling import SamplingOptions, draw_continuations
 
 LOCK = threading.Lock()
