@@ -6,7 +6,6 @@ Which place of a model a hook name means is settled in `hook_names`; its functio
 import tempfile
 import warnings
 from collections.abc import Mapping
-from copy import deepcopy
 from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
@@ -15,21 +14,19 @@ import torch
 from sae_lens import SAE, HookedSAETransformer, SAETransformerBridge
 from sae_lens.load_model import HookedProxyLM
 from transformer_lens import HookedTransformer
-from transformer_lens.loading_from_pretrained import (
-    get_pretrained_model_config,
-    get_pretrained_state_dict,
-    make_model_alias_map,
-)
+from transformer_lens.loading_from_pretrained import make_model_alias_map
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources.transformers import boot
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from saelens_ext import _checks
+from saelens_ext.host.agreement import Before, Watched
 from saelens_ext.host.bos import text_start, warn_of_other_bos
-from saelens_ext.host.by_name import hooked_by_name
+from saelens_ext.host.converted import hooked_from_hf
 from saelens_ext.host.devices import check_spread, chosen_device, chosen_dtype
 from saelens_ext.host.hook_names import AnyHost, hook_layer, locate, output_behind, resolve_hook, stop_layer
 from saelens_ext.host.hook_pass import describe_proxy
+from saelens_ext.host.mended_attention import mend_attention
 from saelens_ext.host.scaled_contributions import run_replaced_points
 from saelens_ext.host.weight_processing import (
     WITHIN_A_LAYER,
@@ -156,6 +153,11 @@ def load_model(
             an option that does not apply to ``hf_model``, a folder or a `HookedSAETransformer`; a model that
             TransformerLens knows by its published name only, whose name or sizes are not among those.
         MemoryError: the weights do not fit.
+
+    Warns:
+        UserWarning: the host computes something else than the Hugging Face model that it takes over: log-probabilities
+            after twelve tokens differ by more than rounding. Each of the two runs once on these; a
+            `HookedSAETransformer` loaded by its name is not compared.
     """
     _checks.choice(model_class, ("SAETransformerBridge", "HookedSAETransformer"), "model_class")
     spread = {"device_map": device_map, "n_devices": n_devices, "max_memory": max_memory}
@@ -193,7 +195,7 @@ def _hosted(
     if model_class == "SAETransformerBridge":
         return bridge_of(name_or_path, device=device, dtype=dtype, hf_model=hf_model, tokenizer=tokenizer, **options)
     if hf_model is not None or Path(name_or_path).is_dir():
-        return _hooked_from_hf(name_or_path, hf_model, tokenizer, device, dtype, bool(options.get("trust_remote_code")))
+        return hooked_from_hf(name_or_path, hf_model, tokenizer, device, dtype, bool(options.get("trust_remote_code")))
     return hooked_of(name_or_path, device=device, dtype=dtype, tokenizer=tokenizer, **options)
 
 
@@ -206,11 +208,16 @@ def bridge_of(name_or_path: str | Path, **options: Any) -> SAETransformerBridge:
     """
     _checks.known_keys(options, list(signature(boot).parameters)[1:], "An SAETransformerBridge")
     check_spread(*(options.get(name) for name in ("device_map", "n_devices", "max_memory")))
-    if options.get("hf_model") is None:
+    hf_model, watched = options.get("hf_model"), Watched(options.pop("model_class", None), options.get("device"))
+    if hf_model is None:
         _check_path(name_or_path)
-    model = SAETransformerBridge.boot_transformers(str(name_or_path), **options)
+    given = None if hf_model is None else Before.of(hf_model)
+    model = SAETransformerBridge.boot_transformers(str(name_or_path), model_class=watched, **options)
     run_replaced_points(model)
+    mend_attention(model)
     out_of_inference(model.eval())
+    if before := given or watched.before:
+        before.warn_of_differences(model)
     return model
 
 
@@ -317,61 +324,6 @@ def _set_head_reshaping(sae: SAE, model: AnyHost) -> None:
     elif not has_heads and sae.cfg.reshape_activations == "hook_z":
         sae.cfg.reshape_activations = "none"
         sae.turn_off_forward_pass_hook_z_reshaping()
-
-
-# --- loading ---------------------------------------------------------------------------------------------------------
-
-
-def _hooked_from_hf(
-    name_or_path: str | Path,
-    hf_model: PreTrainedModel | None,
-    tokenizer: PreTrainedTokenizerBase | None,
-    device: str | torch.device | None,
-    dtype: torch.dtype,
-    trust_remote_code: bool,
-) -> HookedSAETransformer:
-    """A `HookedSAETransformer` with the weights of a Hugging Face model, whose name the host need not know.
-
-    The host's own loader takes only names on its list, though its converters know every model of the same architecture.
-    """
-    trusted = {"trust_remote_code": trust_remote_code}
-    if hf_model is None:
-        hf_model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, **trusted)
-    if tokenizer is None and Path(name_or_path).is_dir():
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **trusted)
-    device = device or next(hf_model.parameters()).device
-    hf_config = deepcopy(hf_model.config)
-    if not hasattr(hf_config, "n_ctx"):
-        # The host reads it for GPT-2, whose published configurations have it and whose saved ones have not.
-        hf_config.n_ctx = getattr(hf_config, "max_position_embeddings", None)
-    with tempfile.TemporaryDirectory() as directory:
-        hf_config.save_pretrained(directory)
-        try:
-            config = get_pretrained_model_config(directory, hf_cfg=hf_config.to_dict(), device=str(device), dtype=dtype)
-        except NotImplementedError:  # some architectures (Gemma, OLMo) the host knows by the names of models only
-            return hooked_by_name(name_or_path, hf_model, tokenizer, device, dtype)
-        except (AttributeError, KeyError, TypeError) as error:
-            raise _not_converted(hf_model, error) from error
-        try:
-            weights = get_pretrained_state_dict(directory, config, hf_model, dtype=dtype)
-        except (AttributeError, KeyError, TypeError) as error:  # of a part that the converter thought was there
-            raise _not_converted(hf_model, error) from error
-    config.model_name = Path(name_or_path).name
-    model = HookedSAETransformer(config, tokenizer, move_to_device=False)
-    model.load_and_process_state_dict(
-        weights, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False
-    )
-    model.move_model_modules_to_device()
-    # The host keeps no trace of it, and it names the tokens that end a turn.
-    model.generation_config = getattr(hf_model, "generation_config", None)  # pyright: ignore[reportArgumentType]
-    return model
-
-
-def _not_converted(hf_model: PreTrainedModel, error: Exception) -> ValueError:
-    return ValueError(
-        f"TransformerLens' converter does not take this {type(hf_model).__name__} ({type(error).__name__}: {error}). "
-        "Load it as an SAETransformerBridge."
-    )
 
 
 def _with_bos(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

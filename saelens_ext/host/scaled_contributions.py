@@ -19,7 +19,7 @@ def run_replaced_points(model: Any) -> None:
     """Let what replaces such a hook point be run in its stead; does nothing on other models, or a second time."""
     if not isinstance(model, TransformerBridge):
         return
-    for block in model.blocks:
+    for block in getattr(model, "blocks", ()):  # a few bridges have stacks of other names
         if isinstance(block, ScaledResidualBlockBridge) and _PREPARED not in vars(block):
             vars(block)[_PREPARED] = True
             names = {"hook_attn_out": block.scaled_attn_submodule, "hook_mlp_out": block.scaled_mlp_submodule}

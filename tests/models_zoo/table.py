@@ -143,6 +143,8 @@ ZOO: dict[str, Architecture] = {
         residual_scale=0.5,
         prepends_bos=False,
     ),
+    "cohere": Architecture("Cohere", _GROUPED | {"logit_scale": 0.5}, refused=_NO_CONVERTER, parallel=True),
+    "hunyuan": Architecture("HunYuanDenseV1", _GROUPED | {"head_dim": D_HEAD}, refused=_NO_CONVERTER),
     "gpt_oss": Architecture(
         "GptOss",
         _GROUPED
@@ -164,4 +166,17 @@ ARCHITECTURES = ("llama", "gpt2")
 # Norms before and behind each sublayer, and known to TransformerLens by name only.
 GEMMAS = {name: ZOO[name].host_name for name in ("gemma2", "gemma3")}
 # Those that differ from another row in details only: `make test` leaves their laws to `make test-slow`.
-VARIATIONS = {"gemma3", "qwen3", "mistral", "phi3", "olmo2", "gptj", "gpt_neo", "bloom", "qwen3_moe", "gpt_oss"}
+VARIATIONS = {
+    "gemma3",
+    "qwen3",
+    "mistral",
+    "phi3",
+    "olmo2",
+    "gptj",
+    "gpt_neo",
+    "bloom",
+    "qwen3_moe",
+    "cohere",
+    "hunyuan",
+    "gpt_oss",
+}

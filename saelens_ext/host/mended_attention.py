@@ -1,0 +1,55 @@
+"""Bridges whose attention differs from that of their model, put right.
+
+Cohere's rotary embedding turns adjacent pairs of a head's entries. The host turns entry i with entry i + d/2 unless its
+configuration says otherwise, as it does for other such models; it then wants the cosine of each frequency once, and the
+same again behind. HunYuan norms queries and keys after turning them, the host before.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformer_lens.model_bridge import TransformerBridge
+
+
+def mend_attention(model: Any) -> None:
+    """Let such a bridge compute what its model computes; does nothing on other models, or a second time."""
+    if isinstance(model, TransformerBridge) and (mend := _MENDED.get(model.cfg.architecture or "")):
+        mend(model)
+
+
+def _turn_adjacent_pairs(model: TransformerBridge) -> None:
+    configs = [model.cfg, *(block.attn.config for block in model.blocks)]
+    if not all(config.rotary_adjacent_pairs for config in configs):
+        for config in configs:
+            config.rotary_adjacent_pairs = True
+        model.rotary_emb.register_forward_hook(_each_frequency_once)
+
+
+def _each_frequency_once(module: nn.Module, inputs: Any, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    cos, sin = (torch.cat([entries[..., ::2], entries[..., ::2]], dim=-1) for entries in output)
+    return cos, sin
+
+
+def _norm_after_turning(model: TransformerBridge) -> None:
+    for block in model.blocks:
+        attention = block.attn
+        for turned, norm, normed in (
+            ("hook_rot_q", "q_norm", "hook_q_normed"),
+            ("hook_rot_k", "k_norm", "hook_k_normed"),
+        ):
+            if attention.submodules.pop(norm, None) is not None:  # in its own place no more
+                getattr(attention, turned).register_forward_hook(
+                    _then(getattr(attention, norm), getattr(attention, normed))
+                )
+
+
+def _then(norm: nn.Module, hook_point: nn.Module) -> Any:
+    return lambda module, inputs, output: hook_point(norm(output))
+
+
+_MENDED = {
+    "CohereForCausalLM": _turn_adjacent_pairs,
+    "Cohere2ForCausalLM": _turn_adjacent_pairs,
+    "HunYuanDenseV1ForCausalLM": _norm_after_turning,
+}

@@ -1,0 +1,83 @@
+"""A host that computes something else than the model it takes over is found out when the model is loaded."""
+
+import pytest
+import torch
+
+from saelens_ext import load_model
+from saelens_ext.host import mended_attention, models
+from saelens_ext.host.agreement import Before
+from tests.models_zoo import HOSTED, ZOO, make_hf_model, make_tokenizer
+
+WRONG = ("cohere", "hunyuan")  # as TransformerLens has them
+
+
+def load(name, hf_model, **options):
+    return load_model(
+        f"tiny-{name}", hf_model=hf_model, tokenizer=make_tokenizer(family=ZOO[name].tokenizer), **options
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_host_is_warned_of_in_every_precision(name, dtype, monkeypatch):
+    monkeypatch.setattr(models, "mend_attention", lambda model: None)
+    with pytest.warns(UserWarning, match=r"log-probabilities differ by up to [\d.]+ nats \(\d+% of their spread\)"):
+        load(name, make_hf_model(name), dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(("name", "model_class"), HOSTED)
+def test_rounding_is_not_warned_of(name, model_class, dtype):
+    """In float32, every other test that makes a model of the zoo says so; warnings are errors."""
+    if model_class == "HookedSAETransformer" and ZOO[name].host_name:
+        pytest.skip("hosted under its published name and sizes only")
+    load(name, make_hf_model(name), model_class=model_class, dtype=dtype)
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_mended_it_computes_what_its_model_computes(name):
+    hf_model, ids = make_hf_model(name), torch.arange(3, 40)[None]
+    with torch.no_grad():
+        expected = hf_model(ids).logits
+        model = load(name, hf_model)
+        mended_attention.mend_attention(model)  # a second time
+        torch.testing.assert_close(model(ids), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:HookedTransformer is deprecated")
+@pytest.mark.parametrize("where", ["folder", "memory"])
+@pytest.mark.parametrize("model_class", ["SAETransformerBridge", "HookedSAETransformer"])
+def test_from_wherever_it_is_loaded(model_class, where, tmp_path, monkeypatch):
+    """Whatever the host computes, here with one weight moved, is compared with the model as it was."""
+    compare = Before.warn_of_differences
+
+    def moved(self, model):
+        with torch.no_grad():
+            gains = model.blocks[1].ln1
+            (gains.w if model_class == "HookedSAETransformer" else gains.weight)[3] += 2.0
+        compare(self, model)
+
+    hf_model, tokenizer = make_hf_model("llama"), make_tokenizer()
+    hf_model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    given = {"hf_model": hf_model, "tokenizer": tokenizer} if where == "memory" else {}
+    load_model(tmp_path, model_class=model_class)
+    monkeypatch.setattr(Before, "warn_of_differences", moved)
+    with pytest.warns(UserWarning, match=f"This {model_class} computes something else than the LlamaForCausalLM"):
+        load_model(tmp_path, model_class=model_class, **given)
+
+
+def test_a_class_that_is_asked_for_is_the_one_that_is_loaded(tmp_path):
+    hf_model = make_hf_model("llama")
+    hf_model.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    asked = type("Asked", (type(hf_model),), {})
+    model = models.bridge_of(tmp_path, model_class=asked)
+    assert type(model.original_model) is asked
+
+
+def test_a_model_that_asks_for_more_than_tokens_is_loaded_without_a_comparison(monkeypatch):
+    hf_model = make_hf_model("llama")
+    monkeypatch.setattr(hf_model, "forward", lambda *inputs, pixels, **options: None)
+    assert Before.of(hf_model) is None
+    assert Before.of(make_hf_model("llama").to("meta")) is None
