@@ -26,6 +26,10 @@ N_TOKENS = 12
 ROUNDING = {torch.float32: 1e-2, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 """By the dtype of the weights: up to which relative difference of log-probabilities is put down to rounding. Another
 implementation of attention makes 1e-6, 4e-3 and 4e-2 on small random models; a wrong one 0.2 or more."""
+_REMEDY = (
+    "The host's code does not fit this architecture; try the other model_class, or other versions of transformer-lens "
+    "and transformers."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,25 +51,32 @@ class Before:
         table: Any = hf_model.get_input_embeddings().weight
         # All over the vocabulary; to tell two models apart no token need be a special one.
         ids = torch.linspace(0, len(table) - 1, N_TOKENS + 2, device="cpu")[1:-1].long()[None].to(table.device)
-        found = _log_probs(hf_model.eval(), ids)
-        kind = type(hf_model).__name__
-        return None if found is None else cls(kind=kind, dtype=hf_model.dtype, ids=ids, log_probs=found)
+        try:
+            found = _log_probs(hf_model.eval(), ids)
+        except Exception as error:  # whatever an architecture asks for beside tokens
+            logger.debug("%s does not run on tokens alone: %s", type(hf_model).__name__, error)
+            return None
+        return cls(kind=type(hf_model).__name__, dtype=hf_model.dtype, ids=ids, log_probs=found)
 
     def warn_of_differences(self, model: Any) -> None:
-        """Warn where the hosted model gives other log-probabilities than rounding explains."""
-        found = _log_probs(model, self.ids)
-        if found is None or found.shape != self.log_probs.shape:
+        """Warn where the hosted model does not run, or gives other log-probabilities than rounding explains."""
+        who = f"{type(model).__name__}, made from a {self.kind},"
+        try:
+            found = _log_probs(model, self.ids)
+        except Exception as error:  # whatever a host's code stumbles over
+            said = f"This {who} does not run, though its model does: {type(error).__name__}: {error}. {_REMEDY}"
+            warnings.warn(said, UserWarning, stacklevel=2)
+            return
+        if found.shape != self.log_probs.shape:
             return
         difference = found - self.log_probs
         spread = float((self.log_probs - self.log_probs.mean(dim=-1, keepdim=True)).norm())
         relative = float(difference.norm()) / spread if spread else 0.0
         if relative > ROUNDING.get(self.dtype, ROUNDING[torch.bfloat16]):
             warnings.warn(
-                f"This {type(model).__name__} computes something else than the {self.kind} that it was made from: on "
-                f"{len(found)} tokens, log-probabilities differ by up to {float(difference.abs().max()):.2g} nats "
-                f"({relative:.0%} of their spread). The host's code does not fit this architecture, and all that is "
-                "read from this model is of what it computes. Try the other model_class, or other versions of "
-                "transformer-lens and transformers.",
+                f"This {who} computes something else: on {len(found)} tokens, log-probabilities differ by up to "
+                f"{float(difference.abs().max()):.2g} nats ({relative:.0%} of their spread). All that is read from it "
+                f"is of what it computes. {_REMEDY}",
                 UserWarning,
                 stacklevel=2,
             )
@@ -90,11 +101,7 @@ class Watched:
 
 
 @torch.no_grad()
-def _log_probs(model: Any, ids: Int64[Tensor, "1 n"]) -> Float[Tensor, "n vocabulary"] | None:
-    try:
-        output = model(ids)
-        logits = output if isinstance(output, Tensor) else output.logits
-        return wide(logits[0]).log_softmax(dim=-1).cpu()
-    except Exception as error:  # whatever an architecture asks for beside tokens
-        logger.debug("%s does not run on tokens alone: %s", type(model).__name__, error)
-        return None
+def _log_probs(model: Any, ids: Int64[Tensor, "1 n"]) -> Float[Tensor, "n vocabulary"]:
+    output = model(ids)
+    logits = output if isinstance(output, Tensor) else output.logits
+    return wide(logits[0]).log_softmax(dim=-1).cpu()

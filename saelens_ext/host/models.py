@@ -212,6 +212,9 @@ def bridge_of(name_or_path: str | Path, **options: Any) -> SAETransformerBridge:
     if hf_model is None:
         _check_path(name_or_path)
     given = None if hf_model is None else Before.of(hf_model)
+    if hf_model is not None:
+        # As the host loads a model itself. With another, some of its attention (DeepSeek's) sees later tokens.
+        hf_model.set_attn_implementation("eager")
     model = SAETransformerBridge.boot_transformers(str(name_or_path), model_class=watched, **options)
     run_replaced_points(model)
     mend_attention(model)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from saelens_ext import load_model
 from saelens_ext.host import mended_attention, models
@@ -31,6 +32,8 @@ def test_rounding_is_not_warned_of(name, model_class, dtype):
     """In float32, every other test that makes a model of the zoo says so; warnings are errors."""
     if model_class == "HookedSAETransformer" and ZOO[name].host_name:
         pytest.skip("hosted under its published name and sizes only")
+    if (name, model_class) == ("mixtral", "HookedSAETransformer"):
+        pytest.skip("does not run in half precision, which is warned of")
     load(name, make_hf_model(name), model_class=model_class, dtype=dtype)
 
 
@@ -63,7 +66,7 @@ def test_from_wherever_it_is_loaded(model_class, where, tmp_path, monkeypatch):
     given = {"hf_model": hf_model, "tokenizer": tokenizer} if where == "memory" else {}
     load_model(tmp_path, model_class=model_class)
     monkeypatch.setattr(Before, "warn_of_differences", moved)
-    with pytest.warns(UserWarning, match=f"This {model_class} computes something else than the LlamaForCausalLM"):
+    with pytest.warns(UserWarning, match=f"This {model_class}, made from a LlamaForCausalLM, computes something else"):
         load_model(tmp_path, model_class=model_class, **given)
 
 
@@ -74,6 +77,36 @@ def test_a_class_that_is_asked_for_is_the_one_that_is_loaded(tmp_path):
     asked = type("Asked", (type(hf_model),), {})
     model = models.bridge_of(tmp_path, model_class=asked)
     assert type(model.original_model) is asked
+
+
+@pytest.mark.filterwarnings("ignore:HookedTransformer is deprecated")
+def test_a_host_that_does_not_run_is_warned_of():
+    """TransformerLens' experts multiply weights of half precision by float32."""
+    with pytest.warns(
+        UserWarning, match="made from a MixtralForCausalLM, does not run, though its model does: Runtime"
+    ):
+        load("mixtral", make_hf_model("mixtral"), model_class="HookedSAETransformer", dtype="bfloat16")
+
+
+def test_attention_that_relies_on_the_hosts_mask_is_causal():
+    """Of the host's reconstructed attention, DeepSeek's does without the mask that other implementations leave out."""
+    heads = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+    experts = {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "n_group": 1,
+        "topk_group": 1,
+    }
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = DeepseekV3Config(vocab_size=320, num_key_value_heads=4, initializer_range=0.3, **heads, **experts, **size)
+    hf_model = DeepseekV3ForCausalLM(config).eval()
+    assert hf_model.config._attn_implementation == "sdpa", "what users have"
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        expected = hf_model(ids).logits
+        model = load_model("tiny-deepseek", hf_model=hf_model, tokenizer=make_tokenizer())
+        torch.testing.assert_close(model(ids), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_model_that_asks_for_more_than_tokens_is_loaded_without_a_comparison(monkeypatch):
