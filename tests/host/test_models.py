@@ -539,7 +539,7 @@ def test_code_that_comes_with_a_folder_is_run_where_it_is_trusted(tmp_path, monk
     (tmp_path / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     made = []
-    monkeypatch.setattr("saelens_ext.host.models.get_pretrained_state_dict", _seen(made))
+    monkeypatch.setattr("saelens_ext.host.converted.get_pretrained_state_dict", _seen(made))
     for trust in (True, False):
         load_model(tmp_path, model_class="HookedSAETransformer", trust_remote_code=trust)
     assert made == ["Own", "LlamaForCausalLM"]
