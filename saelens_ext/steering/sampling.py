@@ -23,7 +23,6 @@ from saelens_ext.host.models import HostModel, tokenizer_of
 from saelens_ext.host.prompt_passes import (
     CachedPasses,
     KVCache,
-    evaluating,
     is_resumable,
     length_batches,
     logits_of,
@@ -31,7 +30,7 @@ from saelens_ext.host.prompt_passes import (
     prompt_ids,
 )
 from saelens_ext.host.turn_ends import end_ids
-from saelens_ext.ops.modes import standard_modes
+from saelens_ext.ops.modes import evaluating, standard_modes
 from saelens_ext.ops.precision import wide
 from saelens_ext.steering.divergence_search import adding_rows
 

@@ -23,15 +23,8 @@ from saelens_ext.continuations.continuation_set import ContinuationSet
 from saelens_ext.continuations.steering.latents import LatentScaler, Setting
 from saelens_ext.host.hook_edits import hooked
 from saelens_ext.host.models import HostModel
-from saelens_ext.host.prompt_passes import (
-    KVCache,
-    device_of,
-    evaluating,
-    is_resumable,
-    length_batches,
-    logits_of,
-    position_chunks,
-)
+from saelens_ext.host.prompt_passes import KVCache, device_of, is_resumable, length_batches, logits_of, position_chunks
+from saelens_ext.ops.modes import evaluating
 from saelens_ext.ops.precision import wide
 
 MEASURES = ("demeaned_logit", "mean_log_prob", "log_prob")
