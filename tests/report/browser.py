@@ -105,6 +105,11 @@ class Visit:
         start = f"{noun.capitalize()} {latent} "
         self.until("([title, start]) => document.getElementById(title).textContent.startsWith(start)", [title, start])
 
+    def resize(self, width: int) -> None:
+        """Give the window another width and wait until the page fits: plots are drawn anew a moment later."""
+        self.page.set_viewport_size({"width": width, "height": 600})
+        self.until("(width) => innerWidth === width && document.documentElement.scrollWidth <= width", width)
+
     def overflow(self) -> int:
         """Pixels by which the page is wider than its window."""
         return self.page.evaluate("document.documentElement.scrollWidth - innerWidth")

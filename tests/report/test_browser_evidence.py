@@ -72,8 +72,7 @@ def test_curves_stay_within_their_frames_at_any_width(visit):
 @pytest.mark.parametrize("width", [390, 320])
 def test_a_phone_has_no_sideways_scroll(visit, width):
     page = visit(size=PHONE, has_touch=True)
-    page.page.set_viewport_size({"width": width, "height": 700})
-    assert page.overflow() <= 0
+    page.resize(width)
     page.page.evaluate(OPEN_ALL)
     assert page.overflow() <= 0
 

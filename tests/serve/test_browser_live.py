@@ -98,6 +98,42 @@ def test_a_continuation_is_stopped(visit, live, monkeypatch):
     page.until("document.getElementById('status').textContent.startsWith('Done')")
 
 
+def test_an_answer_that_comes_late_is_not_shown(visit, live):
+    page, held = visit(), []
+    read(page)
+
+    def overtaken(path, first, then):
+        """Ask twice; the first answer comes when the second has."""
+        page.page.route(f"**/{path}", lambda route: held.append((route, route.fetch())), times=1)
+        first()
+        while not held:
+            page.page.wait_for_timeout(20)
+        then()
+        route, answer = held.pop()
+        with page.page.expect_response(f"**/{path}"):
+            route.fulfill(response=answer)
+        page.page.evaluate("new Promise((resolve) => setTimeout(resolve))")  # until the page has dealt with it
+
+    def read_another():
+        page.page.fill("#text", "in tests")
+        page.page.press("#text", "Control+Enter")
+        page.until("document.querySelectorAll('#tokens button').length < 8")
+
+    overtaken("read", lambda: page.page.click("#read"), read_another)
+    assert page.texts("#tokens button") == [token.text for token in live.read("in tests")["regions"]]
+
+    def choose(number):
+        page.page.locator("#tokens button").nth(number).click()
+
+    def choose_another():
+        page.page.select_option("#dictionary", "neurons")
+        choose(2)
+        page.until("document.getElementById('latent-body').textContent.startsWith('No profile lies beside')")
+
+    overtaken("latent", lambda: choose(1), choose_another)
+    assert page.text("#latent-body").startswith("No profile lies beside")
+
+
 def test_dictionaries_colours_sliders_and_the_search(visit):
     page = visit()
     read(page)

@@ -26,6 +26,13 @@ async function ask(path, body, onLine = null) {
   }
 }
 
+// Answers may come in another order than they were asked for: of each kind of request only the latest one's counts.
+const numbers = { read: 0, latent: 0, find: 0 };
+function latest(kind) {
+  const number = ++numbers[kind];
+  return () => number === numbers[kind];
+}
+
 function say(id, text) {
   byId(id).textContent = text;
   byId(id).hidden = !text;
@@ -153,15 +160,19 @@ function latentButton(one, latent, label) {
 }
 
 async function read() {
+  const isLatest = latest("read");
   say("read-message", "");
   setUsable(byId("read"), false);
+  let found = null, message = "";
   try {
-    state.reading = await ask("read", given());
-    state.chosen = null;
+    found = await ask("read", given());
   } catch (error) {
-    state.reading = null;
-    say("read-message", error.message);
+    message = error.message;
   }
+  if (!isLatest()) return;
+  state.reading = found;
+  state.chosen = null;
+  say("read-message", message);
   setUsable(byId("read"), true);
   showTokens();
   showToken();
@@ -179,6 +190,7 @@ function choose(number) {
 // --- one latent ---
 
 async function showLatent(name, latent) {
+  const isLatest = latest("latent");
   const one = byName[name];
   state.latent = latent;
   byId("latent-panel").hidden = false;
@@ -187,24 +199,24 @@ async function showLatent(name, latent) {
   say("latent-message", "");
   try {
     const found = await ask("latent", { dictionary: name, latent });
-    if (state.latent !== latent) return;
+    if (!isLatest()) return;
     byId("add").onclick = () => addChange(name, latent, found.label.text);
     // Made by the server from escaped text.
     if (found.html) byId("latent-body").innerHTML = found.html;
     else byId("latent-body").textContent = "No profile lies beside this dictionary, so nothing more is known. Make one with saelens-ext profile FOLDER.";
   } catch (error) {
+    if (!isLatest()) return;
     byId("latent-body").replaceChildren();
     say("latent-message", error.message);
   }
   if (byId("colour").value === "latent") showTokens();
 }
 
-let lastQuery = 0;
 async function find() {
-  const number = ++lastQuery;
+  const isLatest = latest("find");
   const one = dictionary();
   const answer = await ask("find", { dictionary: one.name, query: byId("query").value }).catch((error) => ({ error: error.message, latents: [] }));
-  if (number !== lastQuery) return;
+  if (!isLatest()) return;
   const rows = answer.latents.map((found) => make("li", {}, latentButton(one, found.latent, found)));
   byId("found").replaceChildren(...(rows.length ? rows : [make("li", {}, answer.error ?? `No ${one.noun} is labelled so.`)]));
 }
@@ -325,6 +337,7 @@ function offerColours() {
 function changeDictionary() {
   offerColours();
   byId("latent-panel").hidden = true;
+  latest("latent"); // no answer about the other dictionary counts
   state.latent = null;
   showTokens();
   showToken();
