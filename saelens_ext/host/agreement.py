@@ -18,6 +18,7 @@ from transformer_lens.model_bridge.sources.transformers import (
 )
 from transformers import PreTrainedModel
 
+from saelens_ext.ops.modes import evaluating
 from saelens_ext.ops.precision import wide
 
 logger = logging.getLogger(__name__)
@@ -48,11 +49,11 @@ class Before:
         """None for a model that does not run on tokens alone, or has no weights yet."""
         if any(parameter.is_meta for parameter in hf_model.parameters()):
             return None
-        table: Any = hf_model.get_input_embeddings().weight
-        # All over the vocabulary; to tell two models apart no token need be a special one.
-        ids = torch.linspace(0, len(table) - 1, N_TOKENS + 2, device="cpu")[1:-1].long()[None].to(table.device)
         try:
-            found = _log_probs(hf_model.eval(), ids)
+            table: Any = hf_model.get_input_embeddings().weight
+            # All over the vocabulary; to tell two models apart no token need be a special one.
+            ids = torch.linspace(0, len(table) - 1, N_TOKENS + 2, device="cpu")[1:-1].long()[None].to(table.device)
+            found = _log_probs(hf_model, ids)
         except Exception as error:  # whatever an architecture asks for beside tokens
             logger.debug("%s does not run on tokens alone: %s", type(hf_model).__name__, error)
             return None
@@ -62,7 +63,8 @@ class Before:
         """Warn where the hosted model does not run, or gives other log-probabilities than rounding explains."""
         who = f"{type(model).__name__}, made from a {self.kind},"
         try:
-            found = _log_probs(model, self.ids)
+            # With a mask, as the passes of this package run it; some of the hosts' attention then sees later tokens.
+            found = _log_probs(model, self.ids, attention_mask=torch.ones_like(self.ids))
         except Exception as error:  # whatever a host's code stumbles over
             said = f"This {who} does not run, though its model does: {type(error).__name__}: {error}. {_REMEDY}"
             warnings.warn(said, UserWarning, stacklevel=2)
@@ -100,8 +102,8 @@ class Watched:
         return hf_model
 
 
-@torch.no_grad()
-def _log_probs(model: Any, ids: Int64[Tensor, "1 n"]) -> Float[Tensor, "n vocabulary"]:
-    output = model(ids)
+def _log_probs(model: Any, ids: Int64[Tensor, "1 n"], **options: Tensor) -> Float[Tensor, "n vocabulary"]:
+    with evaluating(model):
+        output = model(ids, **options)
     logits = output if isinstance(output, Tensor) else output.logits
     return wide(logits[0]).log_softmax(dim=-1).cpu()

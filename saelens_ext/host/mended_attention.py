@@ -2,9 +2,11 @@
 
 Cohere's rotary embedding turns adjacent pairs of a head's entries. The host turns entry i with entry i + d/2 unless its
 configuration says otherwise, as it does for other such models; it then wants the cosine of each frequency once, and the
-same again behind. HunYuan norms queries and keys after turning them, the host before.
+same again behind. HunYuan norms queries and keys after turning them, the host before. The first GPT's blocks are given
+a mask of padding only, which the host takes to hide later tokens too, as those of other models do.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,17 +41,33 @@ def _norm_after_turning(model: TransformerBridge) -> None:
             ("hook_rot_k", "k_norm", "hook_k_normed"),
         ):
             if attention.submodules.pop(norm, None) is not None:  # in its own place no more
-                getattr(attention, turned).register_forward_hook(
-                    _then(getattr(attention, norm), getattr(attention, normed))
-                )
+                # No closure, whose modules a copy of the model would share.
+                then = partial(_then, getattr(attention, norm), getattr(attention, normed))
+                getattr(attention, turned).register_forward_hook(then)
 
 
-def _then(norm: nn.Module, hook_point: nn.Module) -> Any:
-    return lambda module, inputs, output: hook_point(norm(output))
+def _then(norm: nn.Module, hook_point: nn.Module, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    return hook_point(norm(output))
+
+
+def _hide_later_tokens(model: TransformerBridge) -> None:
+    for block in model.blocks:
+        if _mask_later_tokens not in block.attn._forward_pre_hooks.values():
+            block.attn.register_forward_pre_hook(_mask_later_tokens, with_kwargs=True)
+
+
+def _mask_later_tokens(module: nn.Module, inputs: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    mask = options.get("attention_mask")  # what is added to scores, (b, 1, 1, n)
+    if mask is not None:
+        n = mask.shape[-1]
+        later = torch.full((n, n), torch.finfo(mask.dtype).min, dtype=mask.dtype, device=mask.device).triu(1)
+        options = options | {"attention_mask": torch.minimum(mask, later)}
+    return inputs, options
 
 
 _MENDED = {
     "CohereForCausalLM": _turn_adjacent_pairs,
     "Cohere2ForCausalLM": _turn_adjacent_pairs,
     "HunYuanDenseV1ForCausalLM": _norm_after_turning,
+    "OpenAIGPTLMHeadModel": _hide_later_tokens,
 }

@@ -1,12 +1,15 @@
 """A host that computes something else than the model it takes over is found out when the model is loaded."""
 
+from copy import deepcopy
+
 import pytest
 import torch
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
 from saelens_ext import load_model
 from saelens_ext.host import mended_attention, models
 from saelens_ext.host.agreement import Before
+from saelens_ext.host.prompt_passes import logits_of
 from tests.models_zoo import HOSTED, ZOO, make_hf_model, make_tokenizer
 
 WRONG = ("cohere", "hunyuan")  # as TransformerLens has them
@@ -109,8 +112,54 @@ def test_attention_that_relies_on_the_hosts_mask_is_causal():
         torch.testing.assert_close(model(ids), expected, rtol=1e-4, atol=1e-4)
 
 
+def first_gpt():
+    torch.manual_seed(0)
+    hf_model = OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=320, n_embd=32, n_layer=3, n_head=4, n_positions=64))
+    with torch.no_grad():
+        for block in hf_model.transformer.h:
+            block.attn.c_attn.weight.mul_(15)
+            block.attn.c_proj.weight.mul_(15)
+    return hf_model.eval()
+
+
+def test_the_first_gpt_sees_no_later_tokens_where_a_mask_is_given(monkeypatch):
+    ids = torch.randint(3, 320, (2, 20), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(20) < torch.tensor([[20], [13]])).long()
+    hf_model = first_gpt()
+    with torch.no_grad():
+        expected = hf_model(ids, attention_mask=mask).logits
+        model = load("gpt2", hf_model)
+        mended_attention.mend_attention(model)  # a second time
+        for given in (mask, torch.ones_like(mask)):
+            found = logits_of(model, ids, given)
+            torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model(ids)[mask.bool()], expected[mask.bool()], rtol=1e-4, atol=1e-4)
+    monkeypatch.setattr(models, "mend_attention", lambda model: None)
+    with pytest.warns(UserWarning, match="made from a OpenAIGPTLMHeadModel, computes something else"):
+        load("gpt2", first_gpt())
+
+
+def test_a_copy_of_a_mended_model_runs_its_own_norms():
+    model = load("hunyuan", make_hf_model("hunyuan"))
+    ids, copy = torch.arange(3, 20)[None], deepcopy(model)
+    with torch.no_grad():
+        before = model(ids)
+        copy.blocks[0].attn.q_norm.weight.mul_(3)
+        assert (copy(ids) - before).abs().max() > 1e-3
+        torch.testing.assert_close(model(ids), before)
+
+
+@pytest.mark.filterwarnings("ignore:HookedTransformer is deprecated")
+def test_a_model_is_compared_without_dropout_and_left_in_its_mode():
+    hf_model = make_hf_model("gpt2").train()
+    load("gpt2", hf_model, model_class="HookedSAETransformer")
+    assert hf_model.training and hf_model.transformer.h[0].mlp.dropout.training
+
+
 def test_a_model_that_asks_for_more_than_tokens_is_loaded_without_a_comparison(monkeypatch):
     hf_model = make_hf_model("llama")
     monkeypatch.setattr(hf_model, "forward", lambda *inputs, pixels, **options: None)
     assert Before.of(hf_model) is None
     assert Before.of(make_hf_model("llama").to("meta")) is None
+    monkeypatch.setattr(hf_model, "get_input_embeddings", lambda: None)
+    assert Before.of(hf_model) is None
