@@ -173,7 +173,9 @@ def output_behind(model: AnyHost, name: str) -> str | None:
     if block is None or not isinstance(model, TransformerBridge):
         return None
     aliases = getattr(model.blocks[int(block[2])], "hook_aliases", {})
-    return f"{block[1]}.hook_out" if aliases.get("hook_resid_mid") == block[3] else None
+    # What a norm in the stream itself gives (OPT-350M) has no skip connection beside it.
+    is_middle = aliases.get("hook_resid_mid") == block[3] != "ln1.hook_out"
+    return f"{block[1]}.hook_out" if is_middle else None
 
 
 def locate(model: AnyHost, hook_name: str) -> tuple[str, bool]:

@@ -26,7 +26,7 @@ from saelens_ext.host.converted import hooked_from_hf
 from saelens_ext.host.devices import check_spread, chosen_device, chosen_dtype
 from saelens_ext.host.hook_names import AnyHost, hook_layer, locate, output_behind, resolve_hook, stop_layer
 from saelens_ext.host.hook_pass import describe_proxy
-from saelens_ext.host.mended_attention import mend_attention
+from saelens_ext.host.mended_bridges import mend_bridge
 from saelens_ext.host.scaled_contributions import run_replaced_points
 from saelens_ext.host.weight_processing import (
     WITHIN_A_LAYER,
@@ -217,7 +217,7 @@ def bridge_of(name_or_path: str | Path, **options: Any) -> SAETransformerBridge:
         hf_model.set_attn_implementation("eager")
     model = SAETransformerBridge.boot_transformers(str(name_or_path), model_class=watched, **options)
     run_replaced_points(model)
-    mend_attention(model)
+    mend_bridge(model)
     out_of_inference(model.eval())
     if before := given or watched.before:
         before.warn_of_differences(model)

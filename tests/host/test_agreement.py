@@ -7,7 +7,7 @@ import torch
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
 from saelens_ext import load_model
-from saelens_ext.host import mended_attention, models
+from saelens_ext.host import mended_bridges, models
 from saelens_ext.host.agreement import Before
 from saelens_ext.host.prompt_passes import logits_of
 from tests.models_zoo import HOSTED, ZOO, make_hf_model, make_tokenizer
@@ -24,7 +24,7 @@ def load(name, hf_model, **options):
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_host_is_warned_of_in_every_precision(name, dtype, monkeypatch):
-    monkeypatch.setattr(models, "mend_attention", lambda model: None)
+    monkeypatch.setattr(models, "mend_bridge", lambda model: None)
     with pytest.warns(UserWarning, match=r"log-probabilities differ by up to [\d.]+ nats \(\d+% of their spread\)"):
         load(name, make_hf_model(name), dtype=dtype)
 
@@ -46,7 +46,7 @@ def test_mended_it_computes_what_its_model_computes(name):
     with torch.no_grad():
         expected = hf_model(ids).logits
         model = load(name, hf_model)
-        mended_attention.mend_attention(model)  # a second time
+        mended_bridges.mend_bridge(model)  # a second time
         torch.testing.assert_close(model(ids), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -129,12 +129,12 @@ def test_the_first_gpt_sees_no_later_tokens_where_a_mask_is_given(monkeypatch):
     with torch.no_grad():
         expected = hf_model(ids, attention_mask=mask).logits
         model = load("gpt2", hf_model)
-        mended_attention.mend_attention(model)  # a second time
+        mended_bridges.mend_bridge(model)  # a second time
         for given in (mask, torch.ones_like(mask)):
             found = logits_of(model, ids, given)
             torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(model(ids)[mask.bool()], expected[mask.bool()], rtol=1e-4, atol=1e-4)
-    monkeypatch.setattr(models, "mend_attention", lambda model: None)
+    monkeypatch.setattr(models, "mend_bridge", lambda model: None)
     with pytest.warns(UserWarning, match="made from a OpenAIGPTLMHeadModel, computes something else"):
         load("gpt2", first_gpt())
 

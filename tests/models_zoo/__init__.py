@@ -1,6 +1,6 @@
 """Tiny random models and tokenizers trained on the spot: the laws hold for these as for any model, at no cost.
 
-`ZOO` is the table of architectures that tests parametrise over, `HOSTED` its pairs of architecture and host class. Both
+`ZOO` is the table of architectures that tests parametrise over (`NORMED_STREAM` has those with fewer laws), `HOSTED` its pairs of architecture and host class. Both
 host classes have the same weights. Norm gains and biases are random, so that a mix-up of before and after a norm shows,
 and the weights are large enough for attention to matter.
 """
@@ -16,6 +16,7 @@ from tests.models_zoo.table import (
     N_CTX,
     N_HEADS,
     N_LAYERS,
+    NORMED_STREAM,
     SPECIAL_IDS,
     VARIATIONS,
     VOCABULARY,
@@ -36,6 +37,7 @@ __all__ = [
     "N_CTX",
     "N_HEADS",
     "N_LAYERS",
+    "NORMED_STREAM",
     "SPECIAL_IDS",
     "TOKENIZERS",
     "VARIATIONS",

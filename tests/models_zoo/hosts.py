@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from saelens_ext.host.models import _with_bos, load_model
 from tests.models_zoo.hugging_face import make_hf_model
-from tests.models_zoo.table import D_HEAD, D_MODEL, N_CTX, N_HEADS, N_LAYERS, VOCABULARY, ZOO
+from tests.models_zoo.table import D_HEAD, D_MODEL, N_CTX, N_HEADS, N_LAYERS, NORMED_STREAM, VOCABULARY, ZOO
 from tests.models_zoo.tokenizer_families import make_tokenizer
 
 HOSTED = [(name, model_class) for name, row in ZOO.items() for model_class in row.model_classes]
@@ -18,7 +18,7 @@ HOSTED = [(name, model_class) for name, row in ZOO.items() for model_class in ro
 
 def make_model(architecture: str, model_class: str, tokenizer=None, seed: int = 0):
     """The tiny model of an architecture, hosted by a class; equal seeds have equal weights."""
-    row, hf_model = ZOO[architecture], make_hf_model(architecture, seed)
+    row, hf_model = {**ZOO, **NORMED_STREAM}[architecture], make_hf_model(architecture, seed)
     if tokenizer is None:
         tokenizer = make_tokenizer(family=row.tokenizer)
     if row.host_name and model_class == "HookedSAETransformer":

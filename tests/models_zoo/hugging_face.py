@@ -7,7 +7,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from tests.models_zoo.table import ZOO
+from tests.models_zoo.table import NORMED_STREAM, ZOO
 
 
 def make_hf_model(architecture: str, seed: int = 0) -> PreTrainedModel:
@@ -17,7 +17,7 @@ def make_hf_model(architecture: str, seed: int = 0) -> PreTrainedModel:
 
 @cache
 def _made(architecture: str, seed: int) -> PreTrainedModel:
-    config = ZOO[architecture].make_config()
+    config = {**ZOO, **NORMED_STREAM}[architecture].make_config()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = getattr(transformers, config.architectures[0])(config)

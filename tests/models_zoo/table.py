@@ -160,6 +160,25 @@ ZOO: dict[str, Architecture] = {
     ),
 }
 
+# What norms the stream itself behind each sum, so that laws of what is added to it do not hold.
+NORMED_STREAM: dict[str, Architecture] = {
+    "opt_350m": Architecture(
+        "OPT",
+        {
+            "hidden_size": D_MODEL,
+            "ffn_dim": 64,
+            "num_hidden_layers": N_LAYERS,
+            "num_attention_heads": N_HEADS,
+            "max_position_embeddings": N_CTX,
+            "word_embed_proj_dim": D_MODEL // 2,
+            "do_layer_norm_before": False,
+            "init_std": 0.3,
+        },
+        refused=_NO_CONVERTER,
+        post_norm=True,
+    ),
+}
+
 D_MLP = {name: row.d_mlp for name, row in ZOO.items()}
 # What most tests run on: a pre-norm model with rotary positions, gated MLP and no biases, and one with none of these.
 ARCHITECTURES = ("llama", "gpt2")

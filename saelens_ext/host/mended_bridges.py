@@ -1,9 +1,10 @@
-"""Bridges whose attention differs from that of their model, put right.
+"""Bridges that compute something else than their model, or name a place wrongly, put right.
 
 Cohere's rotary embedding turns adjacent pairs of a head's entries. The host turns entry i with entry i + d/2 unless its
 configuration says otherwise, as it does for other such models; it then wants the cosine of each frequency once, and the
 same again behind. HunYuan norms queries and keys after turning them, the host before. The first GPT's blocks are given
-a mask of padding only, which the host takes to hide later tokens too, as those of other models do.
+a mask of padding only, which the host takes to hide later tokens too, as those of other models do. Where OPT norms the stream behind each
+sublayer (350M), the middle of a block is what the first norm gives; the host names the input of the second.
 """
 
 from functools import partial
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
 
-def mend_attention(model: Any) -> None:
+def mend_bridge(model: Any) -> None:
     """Let such a bridge compute what its model computes; does nothing on other models, or a second time."""
     if isinstance(model, TransformerBridge) and (mend := _MENDED.get(model.cfg.architecture or "")):
         mend(model)
@@ -65,9 +66,16 @@ def _mask_later_tokens(module: nn.Module, inputs: Any, options: dict[str, Any]) 
     return inputs, options
 
 
+def _middle_behind_the_norm(model: TransformerBridge) -> None:
+    if model.cfg.do_layer_norm_before is False:
+        for block in model.blocks:
+            block.hook_aliases = block.hook_aliases | {"hook_resid_mid": "ln1.hook_out"}
+
+
 _MENDED = {
     "CohereForCausalLM": _turn_adjacent_pairs,
     "Cohere2ForCausalLM": _turn_adjacent_pairs,
     "HunYuanDenseV1ForCausalLM": _norm_after_turning,
+    "OPTForCausalLM": _middle_behind_the_norm,
     "OpenAIGPTLMHeadModel": _hide_later_tokens,
 }
