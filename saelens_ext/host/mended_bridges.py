@@ -3,8 +3,9 @@
 Cohere's rotary embedding turns adjacent pairs of a head's entries. The host turns entry i with entry i + d/2 unless its
 configuration says otherwise, as it does for other such models; it then wants the cosine of each frequency once, and the
 same again behind. HunYuan norms queries and keys after turning them, the host before. The first GPT's blocks are given
-a mask of padding only, which the host takes to hide later tokens too, as those of other models do. Where OPT norms the stream behind each
-sublayer (350M), the middle of a block is what the first norm gives; the host names the input of the second.
+a mask of padding only, which the host takes to hide later tokens too, as those of other models do. Where OPT norms the
+stream behind each sublayer (350M), the middle of a block is what the first norm gives; the host names the input of the
+second.
 """
 
 from functools import partial

@@ -1,8 +1,8 @@
 """Tiny random models and tokenizers trained on the spot: the laws hold for these as for any model, at no cost.
 
-`ZOO` is the table of architectures that tests parametrise over (`NORMED_STREAM` has those with fewer laws), `HOSTED` its pairs of architecture and host class. Both
-host classes have the same weights. Norm gains and biases are random, so that a mix-up of before and after a norm shows,
-and the weights are large enough for attention to matter.
+`ZOO` is the table of architectures that tests parametrise over, `HOSTED` its pairs of architecture and host class;
+`NORMED_STREAM` has one with laws of its own. Both host classes have the same weights. Norm gains and biases are random,
+so that a mix-up of before and after a norm shows, and the weights are large enough for attention to matter.
 """
 
 from tests.models_zoo.hosts import HOSTED, make_model
