@@ -9,7 +9,7 @@ from typing import Any
 from typing_extensions import TypedDict
 
 from saelens_ext import _checks
-from saelens_ext.host.endpoint import Answer, Endpoint, EndpointUnavailableError
+from saelens_ext.host.endpoint import Answer, Endpoint, EndpointUnavailableError, gives_back
 
 __all__ = ["ChatEndpoint", "EndpointOptions", "EndpointUnavailableError"]
 
@@ -51,12 +51,15 @@ class ChatEndpoint(Endpoint):
         gives None for.
 
         Raises:
-            EndpointUnavailableError: the endpoint refused, failed or did not answer.
+            EndpointUnavailableError: the endpoint refused, failed or did not answer, or put the question before its
+                answer, where the form asked for would be found too.
         """
         messages = [{"role": "system", "content": task}, {"role": "user", "content": material}]
         for _ in range(self.max_attempts):
             request = {"model": self.model, "messages": messages, **(self.request_options or {})}
             text = self.answered(request, _said, lambda answer: read(answer) is not None)
+            if gives_back(text, task, material):
+                raise self.error(self.without_answer("it puts the question before its answer; turn that off there"))
             answer = read(text)
             if answer is not None:
                 return answer

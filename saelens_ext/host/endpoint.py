@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass
@@ -20,6 +21,9 @@ Question = TypeVar("Question")
 
 _CACHE_FORMAT = 1
 KEY_VARIABLE = "OPENAI_API_KEY"
+_INVISIBLE = re.compile(r"<[^<>]*>|\s")
+_ROLES = 20
+"""Characters that names of roles may take before what was asked."""
 
 
 class EndpointUnavailableError(RuntimeError):
@@ -145,6 +149,21 @@ class Endpoint:
         text = json.dumps([self.base_url, request], sort_keys=True)
         key = hashlib.sha256(text.encode()).hexdigest()
         return Path(self.cache_directory) / key[:2] / f"{key}.json"
+
+
+def gives_back(text: str, *asked: str) -> bool:
+    """Whether a text begins with all that was asked, in order, as servers write it that put it before an answer.
+
+    Tags, white space and a role's name or two before each part do not count.
+    """
+    rest = _INVISIBLE.sub("", text)
+    for part in asked:
+        part = _INVISIBLE.sub("", part)
+        place = rest.find(part, 0, len(part) + _ROLES)
+        if not part or place < 0:
+            return False
+        rest = rest[place + len(part) :]
+    return True
 
 
 def check_calls(timeout: float | int, max_retries: int, max_concurrency: int) -> None:

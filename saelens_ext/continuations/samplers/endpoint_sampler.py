@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from saelens_ext import _checks
 from saelens_ext.continuations.samplers.sampler import Draw
-from saelens_ext.host.endpoint import KEY_VARIABLE, Endpoint, check_calls
+from saelens_ext.host.endpoint import KEY_VARIABLE, Endpoint, check_calls, gives_back
 from saelens_ext.steering.sampling import SamplingOptions
 
 PROMPTS = ("tokens", "text")
@@ -18,6 +18,8 @@ PROMPTS = ("tokens", "text")
 _SEED_STEP = 1_000_003
 _SEEDS = 2**31
 _TOKEN_ID = "token_id:"
+# No token holds a prompt of so many.
+_LONG = 4
 _ADVICE = (
     " It must serve /completions: where there are chats alone, no prefix is gone on from (texts that you have are "
     "audited with continuations=). prompt_as='text' is for one that takes no token ids."
@@ -106,7 +108,8 @@ class EndpointSampler:
 
         Raises:
             ImportError: the openai client is not installed.
-            EndpointUnavailableError: the endpoint refused, failed, did not answer or answered something else.
+            EndpointUnavailableError: the endpoint refused, failed, did not answer or answered something else; or it
+                puts the prefix before each continuation.
         """
         request = {
             "model": self.model,
@@ -134,7 +137,10 @@ class EndpointSampler:
         parts = [numbers[i : i + self.choices_per_request] for i in range(0, len(numbers), self.choices_per_request)]
         with closing(endpoint):
             found = endpoint.map(lambda part: list(_drawn(endpoint, request, part, options.seed)), parts)
-        return [one for part in found for one in part]
+            drawn = [one for part in found for one in part]
+            if drawn and len(prefix_ids) >= _LONG and all(gives_back(one.text, prefix) for one in drawn):
+                _check_echo(endpoint, request, prefix, options.seed)
+        return drawn
 
 
 def _drawn(endpoint: Endpoint, request: Mapping[str, Any], numbers: Sequence[int], seed: int) -> Iterator[Draw]:
@@ -151,6 +157,17 @@ def _drawn(endpoint: Endpoint, request: Mapping[str, Any], numbers: Sequence[int
         prompt_tokens = usage.get("prompt_tokens") if isinstance(usage, dict) else None
         yield from (_read(choice, prompt_tokens) for choice in choices[: len(left)])
         left = left[len(choices) :]
+
+
+def _check_echo(endpoint: Endpoint, request: Mapping[str, Any], prefix: str, seed: int) -> None:
+    """Raise if the endpoint puts the prompt before a continuation of one token, which no model fits it into."""
+    (one,) = _drawn(endpoint, {**request, "max_tokens": 1}, [0], seed)
+    if gives_back(one.text, prefix):
+        raise endpoint.error(
+            f"The endpoint {endpoint.model} at {endpoint.base_url} puts the prompt before each continuation (echo): "
+            f"{prefix!r:.100} and one token gave {one.text!r:.200}. Turn that off there; a continuation is only what "
+            "follows the prompt."
+        )
 
 
 def _call(client: Any, request: Mapping[str, Any]) -> Any:

@@ -209,6 +209,41 @@ def test_truncated_log_probabilities(bridge, endpoint, logprobs, n_tokens):
     assert ("mean" in about) == (about["n_tokens"] > 0)
 
 
+def echoed(model, before="", every=1):
+    """A server that puts the prompt before a continuation, ``before`` in front; or before one in some alone."""
+
+    def play(n, body):
+        reply, prompt = completion(model, body), body["prompt"]
+        prompt = prompt if isinstance(prompt, str) else model.tokenizer.decode(prompt)
+        for choice in reply["choices"]:
+            choice["text"] = before + prompt + choice["text"] if n % every == 0 else choice["text"]
+        return 200, reply
+
+    return play
+
+
+@pytest.mark.parametrize("prefix", [PREFIX, TALK], ids=["text", "chat"])
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize(("prompt_as", "before"), [("tokens", ""), ("text", "<s> "), ("text", "\n")])
+def test_a_prompt_that_is_put_before_the_continuation_is_an_error(bridge, endpoint, prefix, n, prompt_as, before):
+    server, sampler = endpoint(echoed(bridge, before), prompt_as=prompt_as)
+    with pytest.raises(EndpointUnavailableError, match=r"puts the prompt before each continuation \(echo\).*Turn that"):
+        sample_continuations(bridge, prefix, n, sampler=sampler, **DRAWS)
+    assert [body["max_tokens"] for body in server.bodies].count(1) == 1
+
+
+def test_continuations_that_repeat_the_prompt_by_themselves_are_kept(bridge, endpoint):
+    """All of them, or all but one; and none is repeated in one token."""
+    repeated = " " + PREFIX + " again"
+    server, sampler = endpoint(lambda n, body: (200, said([repeated if body["max_tokens"] > 1 else " The"])))
+    assert sample_continuations(bridge, PREFIX, 2, sampler=sampler, **DRAWS).texts == (repeated,) * 2
+    assert [body["max_tokens"] for body in server.bodies].count(1) == 1
+    server, sampler = endpoint(echoed(bridge, every=2), prompt_as="text")
+    found = sample_continuations(bridge, PREFIX, 4, sampler=sampler, **DRAWS)
+    assert 0 < sum(text.startswith(PREFIX) for text in found.texts) < 4
+    assert 1 not in [body["max_tokens"] for body in server.bodies]
+
+
 def test_half_a_character_at_the_end_is_left_out(bridge, endpoint):
     _, sampler = endpoint(lambda n, body: (200, said([" is\ufffd"])))
     assert sample_continuations(bridge, PREFIX, 1, sampler=sampler, **DRAWS).texts == (" is",)
