@@ -3,6 +3,7 @@
 import logging
 from bisect import bisect_right
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -48,8 +49,8 @@ def mark_answers(
         ``answer_text_end`` (characters of the text).
 
     Raises:
-        ValueError: both or neither of after and span, an empty marker; continuations without an answer, or none with
-            one.
+        ValueError: both or neither of after and span, an empty marker, or one of another type; continuations without
+            an answer, or none with one.
 
     Examples:
         >>> given = sx.score_continuations(model, "The assert", [" is so = one", " was so = two"])
@@ -59,6 +60,12 @@ def mark_answers(
     _checks.choice(missing, MISSING, "missing")
     if bool(after) == (span is not None):
         raise ValueError(f"Give either after, a text, or span, a pair of tokens; got {after!r} and {span!r}.")
+    if after:
+        _checks.text(after, "after")
+    elif not _is_span(span):
+        raise ValueError(
+            f"span must be a pair of whole numbers or None, as (-3, None) for the last three tokens; got {span!r}."
+        )
     tokenizer, n = tokenizer_of(model), len(continuations)
     places = [_place(tokenizer, continuations, row, after, span) for row in range(n)]
     has = [place is not None for place in places]
@@ -76,6 +83,11 @@ def mark_answers(
     found = torch.tensor([place for place in places if place is not None])
     names = ("answer_start", "answer_end", "answer_text_start", "answer_text_end")
     return continuations.with_columns(dict(zip(names, found.T.contiguous(), strict=True)))
+
+
+def _is_span(span: object) -> bool:
+    ends = span if isinstance(span, tuple | list) else ()
+    return len(ends) == 2 and all(one is None or isinstance(one, Integral) for one in ends)
 
 
 def _place(

@@ -12,6 +12,7 @@ from sae_lens import SAE
 
 from saelens_ext import _files
 from saelens_ext.continuations.samplers.sampler import Sampler
+from saelens_ext.host.flat_sae import dictionaries_of
 from saelens_ext.host.models import HostModel, check_model
 from saelens_ext.host.sentence_model import load_sentence_model
 from saelens_ext.host.weights_fingerprint import identify_model, weights_fingerprint
@@ -71,13 +72,7 @@ class Inputs:
         model: Any = self.model() if _is_function(self.model) else self.model
         check_model(model, proxy=False)
         found: Any = self.dictionaries(model) if _is_function(self.dictionaries) else self.dictionaries
-        saes: list[Any] = [found] if isinstance(found, SAE | str) else list(found or ())
-        for one in saes:
-            if not isinstance(one, SAE):
-                raise ValueError(
-                    f"dictionaries must be SAEs or transcoders of SAELens, got {one!r:.100}; "
-                    "SAE.load_from_disk(folder) loads a saved one."
-                )
+        saes = dictionaries_of([] if found is None else found)
         sampler = self.sampler() if _is_function(self.sampler) else self.sampler
         if sampler is not None and not isinstance(sampler, Sampler):
             raise ValueError(

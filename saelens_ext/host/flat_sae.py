@@ -1,7 +1,7 @@
 """Any SAELens SAE, ours or not, on activations that are already flat: one row of ``d_in`` numbers per token."""
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, SupportsIndex, cast
 
@@ -12,6 +12,39 @@ from saelens_ext import _checks
 from saelens_ext.ops.modes import without_autocast
 
 _RESHAPING = ("reshape_fn_in", "reshape_fn_out", "d_head", "hook_z_reshaping_mode")
+
+
+def check_dictionary(sae: Any, name: str = "sae") -> None:
+    """Raise ValueError for anything but a SAE or transcoder of SAELens."""
+    if not isinstance(sae, SAE):
+        swapped = "; are the model and the dictionary swapped?" if hasattr(sae, "hook_dict") else "."
+        raise ValueError(
+            f"{name} must be a SAE or transcoder of SAELens, or a subclass of theirs, got {_named(sae)}{swapped} "
+            "SAE.load_from_disk(folder) loads a saved one."
+        )
+
+
+def dictionaries_of(given: Any, name: str = "dictionaries") -> list[SAE[Any]]:
+    """One dictionary or several as a list; ValueError for anything else among them."""
+    is_one = isinstance(given, SAE | str) or not isinstance(given, Iterable)
+    saes = [given] if is_one else list(given)
+    for sae in saes:
+        check_dictionary(sae, name)
+    return saes
+
+
+def dictionaries_by_name(given: Any, name: str = "dictionaries") -> dict[str, SAE[Any]]:
+    """Dictionaries by name; ValueError for anything else, or none."""
+    if not isinstance(given, Mapping) or not given:
+        got = "none" if isinstance(given, Mapping) else _named(given)
+        raise ValueError(f"{name} must be at least one dictionary by its name, {{'name': sae}}, got {got}.")
+    for key, sae in given.items():
+        check_dictionary(sae, f"{name}[{key!r}]")
+    return dict(given)
+
+
+def _named(given: Any) -> str:
+    return f"{given!r:.100}" if isinstance(given, str) else f"a {type(given).__name__}"
 
 
 def refuse_sequence_codes(sae: SAE[Any]) -> None:
@@ -31,6 +64,7 @@ def hooks_of(sae: SAE[Any], what: str = "This dictionary") -> tuple[str, str]:
     Raises:
         ValueError: the dictionary does not record them.
     """
+    check_dictionary(sae, what)
     read, write = sae.cfg.metadata.hook_name, sae.cfg.metadata.hook_name_out
     if not read:
         raise ValueError(f"{what} names no hook. Set sae.cfg.metadata.hook_name to where it was built.")
@@ -76,6 +110,7 @@ def is_one_latent(latents: SupportsIndex | Sequence[SupportsIndex] | None) -> bo
 
 def latent_indices(sae: SAE[Any], latents: SupportsIndex | Sequence[SupportsIndex] | None) -> list[int]:
     """The latents chosen, one or several (None: all), as a list; ValueError unless each is in [0, d_sae)."""
+    check_dictionary(sae)
     if latents is None:
         return list(range(sae.cfg.d_sae))
     indices = [operator.index(index) for index in cast(Any, [latents] if is_one_latent(latents) else latents)]

@@ -20,9 +20,10 @@ from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 
 from saelens_ext import _checks
 from saelens_ext.host.edit_effects import without_hooks
+from saelens_ext.host.flat_sae import check_dictionary
 from saelens_ext.host.hook_edits import hooked
 from saelens_ext.host.hook_names import hook_layer, locate
-from saelens_ext.host.models import HostModel, resolve_hook
+from saelens_ext.host.models import HostModel, check_model, resolve_hook
 from saelens_ext.host.prompt_passes import device_of, logits_of
 from saelens_ext.ops.modes import evaluating, out_of_inference, standard_modes
 from saelens_ext.ops.precision import wide
@@ -64,6 +65,9 @@ def residual_directions(
 
     Source: arXiv 2506.10920, f = W_out z; its code adds b_out before the norm of Gemma, where it is zero.
     """
+    check_model(model, proxy=False)
+    if not isinstance(features, Tensor):
+        check_dictionary(features, "features")
     rows = features.W_dec if isinstance(features, SAE) else features
     layer = _layer_of(model, features, hook_name, layer)
     weights = _output_weights(model, layer)

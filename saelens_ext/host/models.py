@@ -24,6 +24,7 @@ from saelens_ext.host.agreement import Before, Watched
 from saelens_ext.host.bos import text_start, warn_of_other_bos
 from saelens_ext.host.converted import hooked_from_hf
 from saelens_ext.host.devices import check_spread, chosen_device, chosen_dtype
+from saelens_ext.host.flat_sae import check_dictionary
 from saelens_ext.host.hook_names import AnyHost, hook_layer, locate, output_behind, resolve_hook, stop_layer
 from saelens_ext.host.hook_pass import describe_proxy
 from saelens_ext.host.mended_bridges import mend_bridge
@@ -284,6 +285,7 @@ def retarget(sae: AnySAE, model: AnyHost) -> AnySAE:
             that start with BOS where this model's do not (or the other way round); or when it writes in the middle of a
             block of a bridge, where attaching it replaces only what the MLP reads.
     """
+    check_dictionary(sae)
     metadata = sae.cfg.metadata
     if not metadata.hook_name:
         raise ValueError("This SAE records no hook name: set sae.cfg.metadata.hook_name to the hook it was built at.")

@@ -341,8 +341,9 @@ def orthonormal_basis(rows: Tensor) -> Tensor:
 
 def _latent_mask(sae: SAE[Any], latents: SupportsIndex | Sequence[SupportsIndex]) -> Tensor:
     """True at the chosen latents, ``(d_sae,)``."""
+    chosen = latent_indices(sae, latents)
     mask = torch.zeros(sae.cfg.d_sae, dtype=torch.bool)
-    mask[latent_indices(sae, latents)] = True
+    mask[chosen] = True
     return mask
 
 

@@ -155,8 +155,9 @@ def steer_features(
 
 def _checked_features(features: Sequence[int] | None, directions: Tensor) -> list[int]:
     """Those of the features that are not 0."""
-    if directions.ndim != 2:
-        raise ValueError(f"directions must have shape (m, d), got {tuple(directions.shape)}.")
+    if not isinstance(directions, Tensor) or directions.ndim != 2:
+        got = tuple(directions.shape) if isinstance(directions, Tensor) else f"a {type(directions).__name__}"
+        raise ValueError(f"directions must be a tensor of shape (m, d), got {got}.")
     chosen = list(range(len(directions))) if features is None else [int(index) for index in features]
     wrong = [index for index in chosen if not 0 <= index < len(directions)]
     if wrong or not chosen:

@@ -41,6 +41,7 @@ from saelens_ext.continuations.attribution.target import OBSERVABLE, Target, che
 from saelens_ext.continuations.continuation_set import PADDING, ContinuationSet
 from saelens_ext.continuations.source_table import KINDS, SourceTable
 from saelens_ext.host.bos import warn_of_other_bos
+from saelens_ext.host.flat_sae import dictionaries_of
 from saelens_ext.host.models import HostModel, tokenizer_of
 from saelens_ext.host.prompt_passes import device_of, length_batches, position_chunks
 from saelens_ext.host.tokens import special_token_ids, token_strings
@@ -134,7 +135,7 @@ def attribute_continuations(
         _checks.choice(kind, KINDS, "kinds")
     for value, name in ((max_sources, "max_sources"), (batch_size, "batch_size"), (max_bytes, "max_bytes")):
         _checks.positive(value, name)
-    saes = [dictionaries] if isinstance(dictionaries, SAE) else list(dictionaries)
+    saes = dictionaries_of(dictionaries)
     for sae in saes:
         starts = continuations.metadata.get("prepend_bos")
         warn_of_other_bos(sae.cfg.metadata.get("prepend_bos"), starts, "these continuations' prefixes")
@@ -181,7 +182,7 @@ def attribution_completeness(
     """
     check_target(target, model)
     _checks.positive(batch_size, "batch_size")
-    saes = [dictionaries] if isinstance(dictionaries, SAE) else list(dictionaries)
+    saes = dictionaries_of(dictionaries)
     run = _Run.of(model, saes, continuations, "linear", target)
     return run.completeness(range(len(continuations)), batch_size)
 

@@ -27,6 +27,7 @@ from saelens_ext.continuations.steering.generate import (
 )
 from saelens_ext.continuations.steering.latents import LatentScaler, Setting, SteeringDirection, choose_latents
 from saelens_ext.continuations.steering.passes import MEASURES, SteeredPasses
+from saelens_ext.host.flat_sae import dictionaries_of
 from saelens_ext.host.models import HostModel
 from saelens_ext.ops.modes import standard_modes
 from saelens_ext.steering.sampling import SamplingOptions
@@ -127,6 +128,7 @@ def steer_continuations(
 
     Source: arXiv 2606.08236, steering, measured where tokens are predicted.
     """
+    saes = dictionaries_of(dictionaries)
     sources = sources_of_set(continuations)
     given = checked_strengths(strengths)
     _checks.positive(batch_size, "batch_size")
@@ -134,7 +136,7 @@ def steer_continuations(
     plan = GenerationPlan.like(continuations, generate, sampling) if generate else None
     if not isinstance(direction, SteeringDirection):
         direction = choose_latents(sources, direction, top=top, sign=sign)
-    scaler = LatentScaler(model, [dictionaries] if isinstance(dictionaries, SAE) else dictionaries, sources)
+    scaler = LatentScaler(model, saes, sources)
     passes = SteeredPasses(model, scaler, continuations, batch_size)
     levels = [0.0, *dict.fromkeys(s for s in given if s != 0)]
     jobs = [(level, row) for level in range(len(levels)) for row in chosen]

@@ -27,6 +27,7 @@ from saelens_ext.continuations.validation.generations import COLUMNS, Embed, gen
 from saelens_ext.continuations.validation.methods import EXTRA, METHODS
 from saelens_ext.continuations.validation.options import ValidationOptions
 from saelens_ext.continuations.validation.results import Validation
+from saelens_ext.host.flat_sae import dictionaries_of
 from saelens_ext.host.models import HostModel
 from saelens_ext.ops.modes import standard_modes
 
@@ -76,12 +77,13 @@ def validate_clusters(
     Source: arXiv 2606.08236, steering, with members held out, one source representation, and the controls its
     reviewers asked for.
     """
+    saes = dictionaries_of(dictionaries)
     sources = sources_of_set(continuations)
     continuations.both_views()
     _checks.positive(batch_size, "batch_size")
     clusterer, labels = _clusterer_and_labels(clusters, len(continuations))
     others = _checked_partitions(partitions or {}, len(continuations))
-    scaler = LatentScaler(model, [dictionaries] if isinstance(dictionaries, SAE) else dictionaries, sources)
+    scaler = LatentScaler(model, saes, sources)
     generator = np.random.default_rng(options.seed)
     split = split_members(labels, options.held_out, options.max_rows, generator)
     plan = make_plan(continuations, clusterer, labels, split, others, options, generator)

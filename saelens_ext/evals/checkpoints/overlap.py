@@ -23,7 +23,7 @@ from saelens_ext import _checks
 from saelens_ext.activations.stream import ActivationStream
 from saelens_ext.evals.evidence import Evidence, corrected
 from saelens_ext.evals.verdicts import LEVEL
-from saelens_ext.host.flat_sae import encode_flat, hooks_of
+from saelens_ext.host.flat_sae import dictionaries_by_name, encode_flat, hooks_of
 from saelens_ext.host.hook_names import resolve_hook
 from saelens_ext.ops.modes import standard_modes
 from saelens_ext.ops.resampling import Interval, monte_carlo_p
@@ -154,6 +154,7 @@ def overlap_by_tokens(
 
     Source: arXiv 2605.14347, which leaves latents without a shared token out of the denominator and has no null.
     """
+    saes = dictionaries_by_name(saes, "saes")
     if len(saes) < 2:
         raise ValueError(f"saes must be at least 2 dictionaries by name, got {len(saes)}.")
     _checks.positive(min_active, "min_active")

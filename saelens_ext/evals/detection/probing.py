@@ -23,7 +23,7 @@ from saelens_ext.evals.fingerprint import fingerprint
 from saelens_ext.evals.over_concepts import over_concepts
 from saelens_ext.evals.over_units import Measured
 from saelens_ext.evals.sweep_store import SweepStore
-from saelens_ext.host.flat_sae import hooks_of
+from saelens_ext.host.flat_sae import dictionaries_by_name, hooks_of
 from saelens_ext.host.hook_names import one_spelling
 from saelens_ext.host.models import HostModel, describe_model, resolve_hook
 from saelens_ext.ops.modes import standard_modes
@@ -223,9 +223,7 @@ class _Tried:
 
 
 def _named(dictionaries: Mapping[str, SAE[Any]], ks: Sequence[int]) -> dict[str, SAE[Any]]:
-    named = dict(dictionaries)
-    if not named:
-        raise ValueError("dictionaries is empty; give at least one by name.")
+    named = dictionaries_by_name(dictionaries)
     for name, sae in named.items():
         if name.startswith(RAW) or _control_name("") in name:
             raise ValueError(f"A dictionary is called {name!r}, as what the evaluation adds; give it another name.")

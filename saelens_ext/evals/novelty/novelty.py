@@ -22,6 +22,7 @@ from saelens_ext.evals.evidence import Failure
 from saelens_ext.evals.novelty import data
 from saelens_ext.evals.novelty import scores as scoring
 from saelens_ext.evals.novelty.evidence import INSIDE, NoveltyEvidence, Series
+from saelens_ext.host.flat_sae import dictionaries_of
 from saelens_ext.host.models import HostModel, resolve_hook
 from saelens_ext.ops.modes import standard_modes
 
@@ -162,7 +163,7 @@ def named_partitions(partitions: SAE[Any] | Sequence[SAE[Any]] | Mapping[str, SA
     if isinstance(partitions, Mapping):
         named = dict(partitions)
     else:
-        given = [partitions] if isinstance(partitions, SAE) else list(partitions)
+        given = dictionaries_of(partitions, "partitions")
         names = [_name(sae) for sae in given]
         repeated = next((name for name in names if names.count(name) > 1), None)
         if repeated is not None:
