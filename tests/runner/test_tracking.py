@@ -68,16 +68,21 @@ def wandb_folder(tmp_path_factory):
         wandb.teardown()
 
 
+def files_of(folder):
+    """The runs' files; elsewhere in the folder wandb's own process makes and removes others."""
+    return set(folder.glob("wandb/offline-run-*/*.wandb"))
+
+
 @pytest.fixture
 def written(wandb_folder):
     """The runs that the test has written so far; wandb's own process may still be writing the end of the last."""
-    before = set(wandb_folder.rglob("*.wandb"))
+    before = files_of(wandb_folder)
 
     def read():
         deadline = time.monotonic() + 60
         while True:
-            runs = [read_run(path) for path in sorted(set(wandb_folder.rglob("*.wandb")) - before)]
-            if all(run.exit_code is not None for run in runs):
+            runs = [read_run(path) for path in sorted(files_of(wandb_folder) - before)]
+            if runs and all(run.exit_code is not None for run in runs):
                 return runs
             assert time.monotonic() < deadline, "wandb has not finished its files"
             time.sleep(0.05)
@@ -169,6 +174,7 @@ def test_progress_is_what_the_dictionary_was_and_goes_on_after_a_resume(written,
     assert regions[:-1] == [int((built.fit.exemplar_indices < n).sum()) for n in seen[:-1]]
     assert run.logged("_step")[:-1] == seen[:-1]
     check_artifacts(run, built, {"cfg.json"})
+    time.sleep(1)  # wandb names a run's folder by its id and the second
     given.resume_from_checkpoint = str(next(result.checkpoint_path.glob("3*")))
     DictionaryRunner(given, model=tiny_bridge, dataset=TEXTS).run()
     (again,) = [other for other in written() if len(other.history) < len(run.history)]
@@ -217,11 +223,11 @@ def test_the_tracker_serves_the_fits_themselves(written, tiny_bridge):
 
 def test_a_file_that_wandb_is_still_writing_can_be_read(written, wandb_folder, tmp_path):
     """These tests wait for the end of a file by reading it again and again, wherever its writer stands."""
-    before = set(wandb_folder.rglob("*.wandb"))
+    before = files_of(wandb_folder)
     with WandbTracker(logging_config()) as tracker:
         for step in range(1, 30):
             tracker.on_metrics("a", step, {f"metrics/{name}": step for name in range(400)})
-    (run,), (file,) = written(), set(wandb_folder.rglob("*.wandb")) - before
+    (run,), (file,) = written(), files_of(wandb_folder) - before
     data, part = file.read_bytes(), tmp_path / "part.wandb"
     assert len(data) > 3 * 2**15, "records that run over the ends of blocks"
     for end in [*range(0, len(data), 9973), *range(2**15 - 8, 2**15 + 8)]:
