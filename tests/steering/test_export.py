@@ -9,7 +9,7 @@ from torch import nn
 from saelens_ext import add_direction, export_direction
 from saelens_ext.steering import export
 from tests.architectures._hosts import LAYER, TOKENS, shared_model
-from tests.models_zoo import HOSTED, ZOO, make_hf_model
+from tests.models_zoo import HOSTED, ZOO, make_hf_model, make_model
 
 COEFFICIENT = 1.7
 
@@ -88,12 +88,9 @@ def test_half_precision_and_hooks_of_the_user(tiny_bridge, tmp_path):
     seen = []
     with tiny_bridge.hooks(fwd_hooks=[("blocks.1.hook_out", lambda x, hook: seen.append(0) or x * 2)]):
         assert torch.allclose(read_gguf(export_direction(tiny_bridge, *arguments))[0][1], exact, atol=1e-5)
-    half = shared_model("llama", "SAETransformerBridge").to(torch.bfloat16)
-    try:
-        rounded = read_gguf(export_direction(half, *arguments))[0][1]
-        assert torch.allclose(rounded, exact, atol=0.05)
-    finally:
-        half.to(torch.float32)
+    half = make_model("llama", "SAETransformerBridge").to(torch.bfloat16)
+    rounded = read_gguf(export_direction(half, *arguments))[0][1]
+    assert torch.allclose(rounded, exact, atol=0.05)
 
 
 def test_what_cannot_be_exported(tiny_bridge, tmp_path):
