@@ -72,8 +72,8 @@ def test_two_continuations_are_enough_and_one_is_not(setting):
     [
         ({"model": lambda: "gpt2"}, "model must be a HookedSAETransformer .* got 'gpt2': saelens_ext.load_model"),
         ({"model": lambda: None}, "model must be .* got a NoneType"),
-        ({"dictionaries": lambda model: "folder"}, "dictionaries must be SAEs or trans.* got 'folder'; SAE.load_from"),
-        ({"dictionaries": lambda model: ["folder"]}, "dictionaries must be SAEs .* got 'folder'"),
+        ({"dictionaries": lambda model: "folder"}, "dictionaries must be a SAE or trans.* got 'folder'. SAE.load_from"),
+        ({"dictionaries": lambda model: ["folder"]}, "dictionaries must be a SAE .* got 'folder'"),
         ({"sampler": lambda: "http://localhost"}, "sampler must be an EndpointSampler.* got 'http://localhost"),
         ({"sampler": lambda: 5}, "sampler must be an EndpointSampler.* got 5"),
     ],

@@ -219,7 +219,7 @@ def test_what_is_refused(model):
     few = concepts(1)
     short = replace(few[0], positives=few[0].positives[:3])
     for named, given, options, message in [
-        ({}, few, {}, "dictionaries is empty"),
+        ({}, few, {}, "at least one dictionary by its name"),
         ({"planted": planted()}, [], {}, "no concept"),
         ({"planted": planted()}, [short], {}, "3 different positives; at least 4"),
         ({"planted": planted()}, few, {"ks": (0,)}, r"ks\[0\] must be a whole number of at least 1, got 0"),
