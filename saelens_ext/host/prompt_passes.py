@@ -3,12 +3,14 @@
 import copy
 import math
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+from transformer_lens.model_bridge import TransformerBridge
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from saelens_ext import _checks
@@ -58,12 +60,26 @@ def device_of(model: HostModel) -> torch.device:
     return next(iter(model.parameters())).device
 
 
-def logits_of(model: HostModel, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Logits ``(b, length, d_vocab)`` of token ids ``(b, length)``; ``mask`` is False at right padding."""
+def logits_of(model: HostModel, ids: Tensor, mask: Tensor | None = None, *, last: int | None = None) -> Tensor:
+    """Logits ``(b, length, d_vocab)`` of token ids ``(b, length)``; ``mask`` is False at right padding.
+
+    Of the ``last`` columns alone, ``(b, last, d_vocab)``, where the model can leave out the others: a bridge whose
+    unembedding has no hooks, and whose Hugging Face model knows how.
+    """
     # Without an explicit mask a HookedTransformer guesses padding from the token ids, and pad may equal BOS.
     mask = torch.ones_like(ids) if mask is None else mask.long()
+    kept = {} if last is None or not _leaves_out_logits(model) else {"logits_to_keep": last}
     with callers_autocast():
-        return model(ids, return_type="logits", attention_mask=mask)
+        return model(ids, return_type="logits", attention_mask=mask, **kept)
+
+
+def _leaves_out_logits(model: HostModel) -> bool:
+    if not isinstance(model, TransformerBridge):
+        return False
+    hooked = any(
+        getattr(point, "fwd_hooks", None) for name, point in model.hook_dict.items() if name.startswith("unembed.")
+    )
+    return not hooked and "logits_to_keep" in signature(model.original_model.forward).parameters
 
 
 def length_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:

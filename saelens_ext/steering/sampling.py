@@ -234,6 +234,11 @@ def continuation_log_probs(
     """The log-probability in nats of every token of continuations of one prompt (ids ``(length,)``, at least one).
 
     The model is as it is, in evaluation mode and without gradients (``evaluating``); float32 on the CPU.
+
+    Memory: beside a pass's activations, the logits of a batch in the model's dtype, of at most 4096 tokens or of one
+    row, and their float32 a row at a time. A bridge has none for the prompt but its last token; a `HookedTransformer`,
+    or a bridge with hooks at its unembedding, has those of the prompt too, once for each row. A row of more than 1024
+    tokens alone goes through in chunks, where there is a cache, and takes its keys and values and a chunk's logits.
     """
     found: list[Tensor] = [torch.zeros(0)] * len(continuations)
     filled = [i for i, ids in enumerate(continuations) if len(ids)]
@@ -256,7 +261,8 @@ def _batch_log_probs(model: HostModel, start: Tensor, continuations: list[Sequen
         cache = KVCache(model, 1).started()
         runs = ((columns, cache.run(ids[:, columns])) for columns in chunks)
     else:
-        runs = iter([(slice(0, ids.shape[1]), logits_of(model, ids, mask))])
+        logits = logits_of(model, ids, mask, last=ids.shape[1] - first)
+        runs = iter([(slice(ids.shape[1] - logits.shape[1], ids.shape[1]), logits)])
     found: list[list[Tensor]] = [[] for _ in continuations]
     for columns, logits in runs:
         skipped = max(0, first - columns.start)

@@ -15,6 +15,7 @@ from saelens_ext.host import prompt_passes
 from saelens_ext.host.models import resolve_hook
 from saelens_ext.host.prompt_passes import CachedPasses
 from saelens_ext.host.sentence_model import load_sentence_model
+from saelens_ext.steering.sampling import continuation_log_probs
 from tests.continuations._dictionaries import make
 from tests.live_bytes import LiveBytes
 from tests.models_zoo import HOSTED, make_model
@@ -120,6 +121,26 @@ def test_memory_to_sample_from_a_long_prompt_grows_with_its_keys_and_values_alon
     # Three blocks' keys and values of 2 heads of 8 numbers, once, and once more while they grow.
     of_the_rest = 30 * 8 * 3 * 2 * 16 * 4
     assert long - short <= 2 * of_the_rest < 30 * 8 * 320 * 4, "the logits of all tokens would be more"
+
+
+@hosts
+def test_a_prompt_has_no_logits_where_the_host_can_leave_them_out(architecture, model_class):
+    """With hooks at the unembedding it has, since they may go by the places of tokens."""
+    model, seen = make_model(architecture, model_class), []
+    model.unembed.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))
+    prompt, rows = torch.tensor([0, *ROWS[2]]), [[7, 8, 9, 10], [11], [12, 13]]
+    with torch.no_grad():
+        found = continuation_log_probs(model, prompt, rows)
+        ids = [torch.cat([prompt, torch.tensor(row)])[None] for row in rows]
+        expected = [model(one).float().log_softmax(-1)[0, len(prompt) - 1 : -1] for one in ids]
+        for scores, each, row in zip(found, expected, rows, strict=True):
+            torch.testing.assert_close(scores, each[range(len(row)), row], rtol=1e-4, atol=1e-4)
+        assert seen[0] == (5 if model_class == "SAETransformerBridge" else len(prompt) + 4)
+        place = resolve_hook(model, "unembed.hook_out")
+        del seen[:]
+        with model.hooks(fwd_hooks=[(place, lambda x, hook: x)]):
+            continuation_log_probs(model, prompt, rows)
+    assert seen == [len(prompt) + 4]
 
 
 def test_the_parts_of_a_long_continuation_make_up_its_target(chunked):
