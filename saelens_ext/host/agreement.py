@@ -16,17 +16,21 @@ from transformer_lens.model_bridge.sources.transformers import (
     determine_architecture_from_hf_config,
     get_hf_model_class_for_architecture,
 )
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from saelens_ext.ops.memory import lacks_memory
 from saelens_ext.ops.modes import evaluating
 from saelens_ext.ops.precision import wide
 
 logger = logging.getLogger(__name__)
 
 N_TOKENS = 12
-ROUNDING = {torch.float32: 1e-2, torch.float16: 5e-2, torch.bfloat16: 1e-1}
+ROUNDING = {torch.float64: 1e-2, torch.float32: 1e-2, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 """By the dtype of the weights: up to which relative difference of log-probabilities is put down to rounding. Another
-implementation of attention makes 1e-6, 4e-3 and 4e-2 on small random models; a wrong one 0.2 or more."""
+implementation of attention makes 1e-6 in float32, 4e-3 in float16 and 4e-2 in bfloat16 on small random models; a wrong
+one 0.2 or more."""
+CLOSED = -1e9
+"""Log-probabilities below it, in nats, are of tokens that a model never gives, such as the padding of a vocabulary."""
 _REMEDY = (
     "The host's code does not fit this architecture; try the other model_class, or other versions of transformer-lens "
     "and transformers."
@@ -62,19 +66,23 @@ class Before:
     def warn_of_differences(self, model: Any) -> None:
         """Warn where the hosted model does not run, or gives other log-probabilities than rounding explains."""
         who = f"{type(model).__name__}, made from a {self.kind},"
+        ids = self.ids.to(next(iter(model.parameters())).device)  # which the host may have chosen itself
         try:
             # With a mask, as the passes of this package run it; some of the hosts' attention then sees later tokens.
-            found = _log_probs(model, self.ids, attention_mask=torch.ones_like(self.ids))
+            found = _log_probs(model, ids, attention_mask=torch.ones_like(ids))
         except Exception as error:  # whatever a host's code stumbles over
-            said = f"This {who} does not run, though its model does: {type(error).__name__}: {error}. {_REMEDY}"
-            warnings.warn(said, UserWarning, stacklevel=2)
+            if not lacks_memory(error):
+                reason = str(error).rstrip(".")
+                said = f"This {who} does not run, though its model does: {type(error).__name__}: {reason}. {_REMEDY}"
+                warnings.warn(said, UserWarning, stacklevel=2)
             return
         if found.shape != self.log_probs.shape:
             return
-        difference = found - self.log_probs
-        spread = float((self.log_probs - self.log_probs.mean(dim=-1, keepdim=True)).norm())
+        usable = self.log_probs > CLOSED  # no NaN, where the model itself overflows
+        means = self.log_probs.masked_fill(~usable, torch.nan).nanmean(dim=-1, keepdim=True)
+        difference, spread = (found - self.log_probs)[usable], float((self.log_probs - means)[usable].norm())
         relative = float(difference.norm()) / spread if spread else 0.0
-        if relative > ROUNDING.get(self.dtype, ROUNDING[torch.bfloat16]):
+        if not relative <= ROUNDING.get(self.dtype, ROUNDING[torch.bfloat16]):  # NaN is a difference, too
             warnings.warn(
                 f"This {who} computes something else: on {len(found)} tokens, log-probabilities differ by up to "
                 f"{float(difference.abs().max()):.2g} nats ({relative:.0%} of their spread). All that is read from it "
@@ -85,7 +93,7 @@ class Before:
 
 
 class Watched:
-    """A class of Hugging Face models, in whose place it loads one and notes what that computes."""
+    """Stands for a class of Hugging Face models: loads one as the class does, and notes what it computes."""
 
     def __init__(self, model_class: Any, device: str | torch.device | None) -> None:
         self._class, self._device = model_class, device
@@ -93,17 +101,23 @@ class Watched:
 
     def from_pretrained(self, name: str, **options: Any) -> PreTrainedModel:
         """As the class itself does, which the host picks by the configuration if none was given."""
-        architecture = determine_architecture_from_hf_config(options["config"])
-        model_class = self._class or get_hf_model_class_for_architecture(architecture)
-        hf_model: Any = model_class.from_pretrained(name, **options)
+        hf_model: Any = self._of(options["config"]).from_pretrained(name, **options)
         if self._device is not None and "device_map" not in options:
             hf_model = hf_model.to(self._device)  # where the host puts it next
         self.before = Before.of(hf_model)
         return hf_model
 
+    def from_config(self, config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
+        """As the class itself does, which the host asks for where it is to load no weights; nothing is compared."""
+        return self._of(config).from_config(config, **options)
+
+    def _of(self, config: PreTrainedConfig) -> Any:
+        return self._class or get_hf_model_class_for_architecture(determine_architecture_from_hf_config(config))
+
 
 def _log_probs(model: Any, ids: Int64[Tensor, "1 n"], **options: Tensor) -> Float[Tensor, "n vocabulary"]:
-    with evaluating(model):
+    with evaluating(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what a first pass warns of, the first that is asked for will
         output = model(ids, **options)
     logits = output if isinstance(output, Tensor) else output.logits
     return wide(logits[0]).log_softmax(dim=-1).cpu()

@@ -28,6 +28,7 @@ from saelens_ext.host.flat_sae import check_dictionary
 from saelens_ext.host.hook_names import AnyHost, hook_layer, locate, output_behind, resolve_hook, stop_layer
 from saelens_ext.host.hook_pass import describe_proxy
 from saelens_ext.host.mended_bridges import mend_bridge
+from saelens_ext.host.no_installs import nothing_installed
 from saelens_ext.host.scaled_contributions import run_replaced_points
 from saelens_ext.host.weight_processing import (
     WITHIN_A_LAYER,
@@ -191,7 +192,10 @@ def _hosted(
         # The hosts take a given model as it lies, whatever device and dtype they are told.
         to: Any = hf_model.to  # transformers' wrapper of it hides `self` from type checkers
         placed = {"dtype": dtype} | ({} if device is None else {"device": device})
-        hf_model = to(**placed)
+        unchanged = dtype == hf_model.dtype and model_class == "SAETransformerBridge"
+        if unchanged and getattr(hf_model, "is_quantized", False):
+            del placed["dtype"]  # transformers refuses it for a quantised model, even where it is the model's own
+        hf_model = to(**placed) if placed else hf_model
     tokenizer = None if tokenizer is None else _with_bos(tokenizer)
     if model_class == "SAETransformerBridge":
         return bridge_of(name_or_path, device=device, dtype=dtype, hf_model=hf_model, tokenizer=tokenizer, **options)
@@ -212,16 +216,18 @@ def bridge_of(name_or_path: str | Path, **options: Any) -> SAETransformerBridge:
     hf_model, watched = options.get("hf_model"), Watched(options.pop("model_class", None), options.get("device"))
     if hf_model is None:
         _check_path(name_or_path)
-    given = None if hf_model is None else Before.of(hf_model)
-    if hf_model is not None:
-        # As the host loads a model itself. With another, some of its attention (DeepSeek's) sees later tokens.
+    else:
+        # As the host loads a model itself. With another, some of its attention (DeepSeek's) sees later tokens, and in
+        # half precision a mixture may choose other experts by rounding alone.
         hf_model.set_attn_implementation("eager")
-    model = SAETransformerBridge.boot_transformers(str(name_or_path), model_class=watched, **options)
+        watched.before = Before.of(hf_model)
+    with nothing_installed():
+        model = SAETransformerBridge.boot_transformers(str(name_or_path), model_class=watched, **options)
     run_replaced_points(model)
     mend_bridge(model)
     out_of_inference(model.eval())
-    if before := given or watched.before:
-        before.warn_of_differences(model)
+    if watched.before is not None:
+        watched.before.warn_of_differences(model)
     return model
 
 

@@ -5,6 +5,7 @@ import warnings
 import accelerate
 import pytest
 import torch
+from transformer_lens.model_bridge.sources import transformers
 
 import saelens_ext as ext
 from saelens_ext.host.models import load_model
@@ -39,6 +40,14 @@ def split():
 @pytest.fixture(scope="module")
 def whole():
     return made()
+
+
+def test_a_device_that_the_host_chooses_is_where_it_is_compared(split, tmp_path, monkeypatch):
+    """Where there is CUDA, it is the host's choice; warnings are errors."""
+    monkeypatch.setattr(transformers, "get_device", lambda: split[1])
+    models_zoo.make_hf_model("llama").save_pretrained(tmp_path)
+    models_zoo.make_tokenizer().save_pretrained(tmp_path)
+    assert next(load_model(tmp_path).parameters()).device.type == split[1]
 
 
 def close(found, expected):

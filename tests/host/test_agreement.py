@@ -1,10 +1,23 @@
 """A host that computes something else than the model it takes over is found out when the model is loaded."""
 
+import subprocess
+import sys
+import warnings
 from copy import deepcopy
 
 import pytest
 import torch
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, OpenAIGPTConfig, OpenAIGPTLMHeadModel
+from transformers import (
+    AutoProcessor,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    MixtralForCausalLM,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
+)
+from transformers.utils.quantization_config import QuantizationMethod
 
 from saelens_ext import load_model
 from saelens_ext.host import mended_bridges, models
@@ -163,3 +176,103 @@ def test_a_model_that_asks_for_more_than_tokens_is_loaded_without_a_comparison(m
     assert Before.of(make_hf_model("llama").to("meta")) is None
     monkeypatch.setattr(hf_model, "get_input_embeddings", lambda: None)
     assert Before.of(hf_model) is None
+
+
+def test_numbers_that_are_none_are_a_difference_where_the_model_has_numbers(monkeypatch):
+    compare = Before.warn_of_differences
+
+    def spoilt(self, model):
+        with torch.no_grad():
+            model.blocks[1].ln1.weight[3] = torch.nan
+        compare(self, model)
+
+    hf_model = make_hf_model("llama")
+    with torch.no_grad():
+        hf_model.model.norm.weight[3] = torch.nan
+    load("llama", hf_model)  # as its model is
+    monkeypatch.setattr(Before, "warn_of_differences", spoilt)
+    with pytest.warns(UserWarning, match="computes something else"):
+        load("llama", make_hf_model("llama"))
+
+
+def test_tokens_that_a_model_never_gives_do_not_hide_a_difference(monkeypatch):
+    monkeypatch.setattr(models, "mend_bridge", lambda model: None)
+    hf_model = make_hf_model("hunyuan")
+
+    def closed(module, inputs, output):
+        output[..., 300:] = torch.finfo(output.dtype).min
+        return output
+
+    hf_model.lm_head.register_forward_hook(closed)
+    with pytest.warns(UserWarning, match="computes something else"):
+        load("hunyuan", hf_model)
+
+
+def test_rounding_that_changes_experts_is_not_warned_of():
+    """Where attention is computed otherwise, a deep mixture of half precision chooses other experts for some tokens."""
+    config = ZOO["mixtral"].make_config()
+    config.update({"num_hidden_layers": 16, "hidden_size": 256, "intermediate_size": 128, "num_local_experts": 8})
+    config.initializer_range = 0.1
+    torch.manual_seed(1)
+    hf_model = MixtralForCausalLM(config).eval()
+    assert hf_model.config._attn_implementation == "sdpa", "what users have"
+    load("mixtral", hf_model, dtype="bfloat16")
+
+
+def test_warnings_of_the_passes_that_are_compared_are_not_taken_for_errors():
+    hf_model = make_hf_model("llama")
+    hf_model.model.norm.register_forward_hook(lambda module, inputs, output: warnings.warn("slow", stacklevel=1))
+    assert Before.of(hf_model) is not None
+    load("llama", hf_model)
+
+
+def test_a_pass_for_which_memory_does_not_suffice_is_no_fault_of_the_hosts(monkeypatch):
+    def full(self, *inputs, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(models.SAETransformerBridge, "forward", full)
+    load("llama", make_hf_model("llama"))
+
+
+def test_a_bridge_without_the_weights_of_its_folder(tmp_path):
+    make_hf_model("llama").save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    model = models.bridge_of(tmp_path, load_weights=False)
+    assert not torch.equal(model.original_model.lm_head.weight, make_hf_model("llama").lm_head.weight)
+    assert model(torch.arange(3, 20)[None]).shape == (1, 17, 320)
+
+
+def test_a_quantised_model_is_taken_as_it_is():
+    """Transformers changes the dtype of none, not even to the one that it has."""
+
+    def quantised():
+        hf_model = make_hf_model("llama").bfloat16()
+        hf_model.is_quantized, hf_model.quantization_method = True, QuantizationMethod.BITS_AND_BYTES
+        return hf_model
+
+    assert load("llama", quantised())(torch.arange(3, 20)[None]).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="cannot cast a bitsandbytes model"):
+        load("llama", quantised(), dtype="float32")
+
+
+def test_no_package_is_installed_to_load_a_model(monkeypatch):
+    def unknown(*names, **options):
+        raise OSError("There is no such processor.")
+
+    asked = []
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", unknown)
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    monkeypatch.setattr(subprocess, "check_call", asked.append)
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = Gemma3Config(
+        text_config={"vocab_size": 320, "num_key_value_heads": 2, "head_dim": 8, **size},
+        vision_config={"image_size": 28, "patch_size": 14, **size},
+        mm_tokens_per_image=4,
+        image_token_index=319,
+        boi_token_index=318,
+        eoi_token_index=317,
+    )
+    load("gemma3", Gemma3ForConditionalGeneration(config))
+    assert not asked
+    subprocess.check_call(["true"])
+    assert asked == [["true"]]
