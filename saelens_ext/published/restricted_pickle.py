@@ -68,9 +68,12 @@ def load(data: Any, limits: Limits, on_progress: Callable[[int], Any] | None = N
         return _Unpickler(file).load(), check.items
     except UnsafePickleError:
         raise
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, LookupError) as error:
+    except _DAMAGED as error:
         reason = f"it is damaged, or calls a name as neither Python nor numpy does ({type(error).__name__})"
         raise UnsafePickleError(reason) from None
+
+
+_DAMAGED = (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, LookupError, OverflowError)
 
 
 class _Unpickler(pickle.Unpickler):

@@ -234,6 +234,7 @@ def amounts() -> dict[str, bytes]:
         "INT spaces": b"I 1_0 \n.",
         "FLOAT word": b"Fhello\n.",
         "FLOAT digits": b"F" + b"1" * 10**6 + b"\n.",
+        "FLOAT exponent": b"(lF1e999\na.",
         "unended line": b"I1",
         "memo far": PROTO + b"N" + sized(b"r", 2**32 - 1, "<I") + b".",
         "memo gap": PROTO + b"Nq\x05.",
