@@ -27,7 +27,7 @@ def check_dictionary(sae: Any, name: str = "sae") -> None:
 def dictionaries_of(given: Any, name: str = "dictionaries") -> list[SAE[Any]]:
     """One dictionary or several as a list; ValueError for anything else among them."""
     is_one = isinstance(given, SAE | str) or not isinstance(given, Iterable)
-    saes = [given] if is_one else list(given)
+    saes: list[Any] = [given] if is_one else list(given)
     for sae in saes:
         check_dictionary(sae, name)
     return saes

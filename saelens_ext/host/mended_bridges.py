@@ -68,7 +68,7 @@ def _mask_later_tokens(module: nn.Module, inputs: Any, options: dict[str, Any]) 
 
 
 def _middle_behind_the_norm(model: TransformerBridge) -> None:
-    if model.cfg.do_layer_norm_before is False:
+    if getattr(model.cfg, "do_layer_norm_before", True) is False:
         for block in model.blocks:
             block.hook_aliases = block.hook_aliases | {"hook_resid_mid": "ln1.hook_out"}
 
