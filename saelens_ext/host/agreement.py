@@ -78,15 +78,12 @@ class Before:
             return
         if found.shape != self.log_probs.shape:
             return
-        usable = self.log_probs > CLOSED  # no NaN, where the model itself overflows
-        means = self.log_probs.masked_fill(~usable, torch.nan).nanmean(dim=-1, keepdim=True)
-        difference, spread = (found - self.log_probs)[usable], float((self.log_probs - means)[usable].norm())
-        relative = float(difference.norm()) / spread if spread else 0.0
-        if not relative <= ROUNDING.get(self.dtype, ROUNDING[torch.bfloat16]):  # NaN is a difference, too
+        relative, largest = differences(found, self.log_probs)
+        if not relative <= rounding(self.dtype):  # NaN is a difference, too
             warnings.warn(
                 f"This {who} computes something else: on {len(found)} tokens, log-probabilities differ by up to "
-                f"{float(difference.abs().max()):.2g} nats ({relative:.0%} of their spread). All that is read from it "
-                f"is of what it computes. {_REMEDY}",
+                f"{largest:.2g} nats ({relative:.0%} of their spread). All that is read from it is of what it "
+                f"computes. {_REMEDY}",
                 UserWarning,
                 stacklevel=2,
             )
@@ -113,6 +110,21 @@ class Watched:
 
     def _of(self, config: PreTrainedConfig) -> Any:
         return self._class or get_hf_model_class_for_architecture(determine_architecture_from_hf_config(config))
+
+
+def differences(found: Float[Tensor, "n vocabulary"], expected: Float[Tensor, "n vocabulary"]) -> tuple[float, float]:
+    """How far log-probabilities are from what they should be: as a fraction of the spread of these over the
+    vocabulary, and the largest difference, in nats.
+    """
+    usable = expected > CLOSED  # no NaN, where the model itself overflows
+    means = expected.masked_fill(~usable, torch.nan).nanmean(dim=-1, keepdim=True)
+    difference, spread = (found - expected)[usable], float((expected - means)[usable].norm())
+    return float(difference.norm()) / spread if spread else 0.0, float(difference.abs().max())
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """Up to which fraction rounding explains it, of a model whose weights are of a dtype."""
+    return ROUNDING.get(dtype, ROUNDING[torch.bfloat16])
 
 
 def _log_probs(model: Any, ids: Int64[Tensor, "1 n"], **options: Tensor) -> Float[Tensor, "n vocabulary"]:

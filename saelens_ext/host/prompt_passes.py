@@ -1,10 +1,14 @@
 """Forward passes over prompts on any TransformerLens model: tokens in, logits out, with or without a KV cache."""
 
 import copy
+import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from inspect import signature
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -14,15 +18,22 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from saelens_ext import _checks
+from saelens_ext.host.agreement import differences, rounding
 from saelens_ext.host.bos import TextStart, text_start
 from saelens_ext.host.chat_template import Prompt, asked
 from saelens_ext.host.models import HostModel, tokenizer_of
-from saelens_ext.ops.modes import callers_autocast
+from saelens_ext.ops.modes import callers_autocast, evaluating
+from saelens_ext.ops.precision import wide
 
 _MAX_BATCH_TOKENS = 4096
 _MAX_PATTERN = 2**20
 """Entries of one head's attention pattern in a pass: queries times keys, over all rows."""
 _FEWEST_COLUMNS = 32
+_N_TRIED, _N_STEPS = 12, 4
+"""Tokens on which a cache is tried, and the last of them that are compared."""
+_TRIED: WeakKeyDictionary[HostModel, dict[Any, bool]] = WeakKeyDictionary()
+
+logger = logging.getLogger(__name__)
 
 
 def prompt_ids(
@@ -110,13 +121,68 @@ def position_chunks(length: int, rows: int = 1) -> list[slice]:
 
 
 def has_kv_cache(model: HostModel) -> bool:
-    """Whether passes over this model can go on from the keys and values of earlier tokens."""
-    return bool(getattr(getattr(model, "adapter", None), "supports_kv_cache", True))
+    """Whether passes over this model can go on from the keys and values of earlier tokens: the host says so, and what
+    they give is what passes in one piece give, as is tried once for each model.
+    """
+    return bool(getattr(getattr(model, "adapter", None), "supports_kv_cache", True)) and _tried(model, _in_steps)
 
 
 def is_resumable(model: HostModel) -> bool:
-    """Whether passes in chunks are those in one piece: there is a cache, and no hooks that may count positions."""
-    return has_kv_cache(model) and not any(getattr(point, "fwd_hooks", None) for point in model.hook_dict.values())
+    """Whether passes in chunks are those in one piece: there is a cache for them, as is tried once for each model, and
+    no hooks that may count positions.
+    """
+    return not _hooked(model) and has_kv_cache(model) and _tried(model, _in_chunks)
+
+
+def _hooked(model: HostModel) -> bool:
+    return any(getattr(point, "fwd_hooks", None) for point in model.hook_dict.values())
+
+
+@contextmanager
+def _no_hooks(model: HostModel) -> Iterator[None]:
+    """Set the hooks of all hook points aside, which may count passes, rows or positions."""
+    aside = [(point, point._forward_hooks) for point in model.hook_dict.values() if getattr(point, "fwd_hooks", None)]
+    for point, _ in aside:
+        point._forward_hooks = OrderedDict()
+    try:
+        yield
+    finally:
+        for point, hooks in aside:
+            point._forward_hooks = hooks
+
+
+def _tried(model: HostModel, way: Callable[[HostModel, Tensor], Tensor]) -> bool:
+    """Whether a way to run through tokens gives the logits of one pass, within what rounding explains."""
+    known = _TRIED.setdefault(model, {})
+    if way not in known:
+        with torch.no_grad(), evaluating(model), _no_hooks(model):
+            known[way] = _fits(model, way)
+    return known[way]
+
+
+def _fits(model: HostModel, way: Callable[[HostModel, Tensor], Tensor]) -> bool:
+    ids = torch.linspace(0, model.cfg.d_vocab - 1, _N_TRIED + 2)[1:-1].long()[None].to(device_of(model))
+    expected = wide(logits_of(model, ids)[0, -_N_STEPS:]).log_softmax(dim=-1)
+    try:
+        found = wide(way(model, ids)).log_softmax(dim=-1)
+    except Exception as error:  # whatever a host's cache stumbles over
+        logger.debug("%s does not go on from a cache: %s", type(model).__name__, error)
+        return False
+    return differences(found, expected)[0] <= rounding(next(iter(model.parameters())).dtype)
+
+
+def _in_steps(model: HostModel, ids: Tensor) -> Tensor:
+    """Logits of the last tokens, each run by itself behind those before."""
+    cache, steps = KVCache(model, 1), ids[:, 1 - _N_STEPS :].split(1, dim=1)
+    return torch.cat([cache.run(part)[0, -1:] for part in (ids[:, : 1 - _N_STEPS], *steps)])
+
+
+def _in_chunks(model: HostModel, ids: Tensor) -> Tensor:
+    """Logits of the last tokens, run together behind two chunks that were, for one of two copies of these."""
+    cache, half = KVCache(model, 1).started(), _N_TRIED // 2
+    for columns in (slice(0, half), slice(half, -_N_STEPS)):
+        cache.run(ids[:, columns])
+    return cache.select([0, 0]).run(ids[:, -_N_STEPS:].expand(2, -1))[1]
 
 
 class KVCache:

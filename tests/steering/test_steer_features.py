@@ -116,7 +116,7 @@ def test_features_that_point_nowhere_are_left_out_or_refused(model):
     assert [text.feature for text in steered.texts] == [3]
     with pytest.raises(ValueError, match="Every direction of the features"):
         steer_features(model, HOOK, directions, features=[2], options=OPTIONS)
-    with pytest.raises(ValueError, match=r"must have shape \(m, d\)"):
+    with pytest.raises(ValueError, match=r"must be a tensor of shape \(m, d\)"):
         steer_features(model, HOOK, directions[0], options=OPTIONS)
 
 
