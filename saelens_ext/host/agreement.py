@@ -119,7 +119,7 @@ def differences(found: Float[Tensor, "n vocabulary"], expected: Float[Tensor, "n
     usable = expected > CLOSED  # no NaN, where the model itself overflows
     means = expected.masked_fill(~usable, torch.nan).nanmean(dim=-1, keepdim=True)
     difference, spread = (found - expected)[usable], float((expected - means)[usable].norm())
-    return float(difference.norm()) / spread if spread else 0.0, float(difference.abs().max())
+    return (float(difference.norm()) / spread, float(difference.abs().max())) if spread else (0.0, 0.0)
 
 
 def rounding(dtype: torch.dtype) -> float:
