@@ -7,7 +7,7 @@ from typing import Any
 from simple_parsing import choice, field
 
 DEMO = "demo"
-"""As the name of a model or a dataset: those of :mod:`saelens_ext.cli.tour.tour`."""
+"""As the name of a model or a dataset: those of :mod:`saelens_ext.demo`."""
 
 
 def place(metavar: str) -> Any:

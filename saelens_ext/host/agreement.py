@@ -55,8 +55,7 @@ class Before:
             return None
         try:
             table: Any = hf_model.get_input_embeddings().weight
-            # All over the vocabulary; to tell two models apart no token need be a special one.
-            ids = torch.linspace(0, len(table) - 1, N_TOKENS + 2, device="cpu")[1:-1].long()[None].to(table.device)
+            ids = spread_ids(len(table), table.device)
             found = _log_probs(hf_model, ids)
         except Exception as error:  # whatever an architecture asks for beside tokens
             logger.debug("%s does not run on tokens alone: %s", type(hf_model).__name__, error)
@@ -110,6 +109,11 @@ class Watched:
 
     def _of(self, config: PreTrainedConfig) -> Any:
         return self._class or get_hf_model_class_for_architecture(determine_architecture_from_hf_config(config))
+
+
+def spread_ids(n_vocabulary: int, device: torch.device) -> Int64[Tensor, "1 n"]:
+    """Tokens from all over a vocabulary, to tell two ways to compute apart; no special one is needed for that."""
+    return torch.linspace(0, n_vocabulary - 1, N_TOKENS + 2, device="cpu")[1:-1].long()[None].to(device)
 
 
 def differences(found: Float[Tensor, "n vocabulary"], expected: Float[Tensor, "n vocabulary"]) -> tuple[float, float]:

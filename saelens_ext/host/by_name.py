@@ -35,13 +35,9 @@ def hooked_by_name(
     ValueError: neither its name nor its sizes are those of a model on the host's list.
     """
     official = official_name(name_or_path, hf_model)
-    model = HookedSAETransformer.from_pretrained_no_processing(
+    return HookedSAETransformer.from_pretrained_no_processing(
         official, hf_model=hf_model, tokenizer=tokenizer, device=str(device), dtype=dtype
     )
-    model.cfg.model_name = Path(name_or_path).name
-    # As an attribute of a module, to a type checker only a tensor or a module may be set.
-    model.generation_config = hf_model.generation_config  # pyright: ignore[reportArgumentType]
-    return model
 
 
 def official_name(name_or_path: str | Path, hf_model: PreTrainedModel) -> str:

@@ -33,6 +33,10 @@ def hooked_from_hf(
     device = device or next(hf_model.parameters()).device
     before = Before.of(hf_model)
     model = _converted(name_or_path, hf_model, tokenizer, device, dtype).eval()
+    model.cfg.model_name = Path(name_or_path).name
+    # The host keeps no trace of it, and it names the tokens that end a turn. As an attribute of a module, to a type
+    # checker only a tensor or a module may be set.
+    model.generation_config = getattr(hf_model, "generation_config", None)  # pyright: ignore[reportArgumentType]
     if before is not None:
         before.warn_of_differences(model)
     return model
@@ -61,14 +65,11 @@ def _converted(
             weights = get_pretrained_state_dict(directory, config, hf_model, dtype=dtype)
         except (AttributeError, KeyError, TypeError) as error:  # of a part that the converter thought was there
             raise _not_converted(hf_model, error) from error
-    config.model_name = Path(name_or_path).name
     model = HookedSAETransformer(config, tokenizer, move_to_device=False)
     model.load_and_process_state_dict(
         weights, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False
     )
     model.move_model_modules_to_device()
-    # The host keeps no trace of it, and it names the tokens that end a turn.
-    model.generation_config = getattr(hf_model, "generation_config", None)  # pyright: ignore[reportArgumentType]
     return model
 
 

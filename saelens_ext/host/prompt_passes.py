@@ -18,19 +18,19 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from saelens_ext import _checks
-from saelens_ext.host.agreement import differences, rounding
+from saelens_ext.host.agreement import N_TOKENS, differences, rounding, spread_ids
 from saelens_ext.host.bos import TextStart, text_start
 from saelens_ext.host.chat_template import Prompt, asked
 from saelens_ext.host.models import HostModel, tokenizer_of
-from saelens_ext.ops.modes import callers_autocast, evaluating
+from saelens_ext.ops.modes import callers_autocast, evaluating, standard_modes
 from saelens_ext.ops.precision import wide
 
 _MAX_BATCH_TOKENS = 4096
 _MAX_PATTERN = 2**20
 """Entries of one head's attention pattern in a pass: queries times keys, over all rows."""
 _FEWEST_COLUMNS = 32
-_N_TRIED, _N_STEPS = 12, 4
-"""Tokens on which a cache is tried, and the last of them that are compared."""
+_N_STEPS = 4
+"""The last of the tokens on which a cache is tried, which are compared."""
 _TRIED: WeakKeyDictionary[HostModel, dict[Any, bool]] = WeakKeyDictionary()
 
 logger = logging.getLogger(__name__)
@@ -87,10 +87,7 @@ def logits_of(model: HostModel, ids: Tensor, mask: Tensor | None = None, *, last
 def _leaves_out_logits(model: HostModel) -> bool:
     if not isinstance(model, TransformerBridge):
         return False
-    hooked = any(
-        getattr(point, "fwd_hooks", None) for name, point in model.hook_dict.items() if name.startswith("unembed.")
-    )
-    return not hooked and "logits_to_keep" in signature(model.original_model.forward).parameters
+    return not _hooked(model, "unembed.") and "logits_to_keep" in signature(model.original_model.forward).parameters
 
 
 def length_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
@@ -134,8 +131,9 @@ def is_resumable(model: HostModel) -> bool:
     return not _hooked(model) and has_kv_cache(model) and _tried(model, _in_chunks)
 
 
-def _hooked(model: HostModel) -> bool:
-    return any(getattr(point, "fwd_hooks", None) for point in model.hook_dict.values())
+def _hooked(model: HostModel, within: str = "") -> bool:
+    """Whether some hook point whose name begins so has hooks."""
+    return any(getattr(point, "fwd_hooks", None) for name, point in model.hook_dict.items() if name.startswith(within))
 
 
 @contextmanager
@@ -155,13 +153,14 @@ def _tried(model: HostModel, way: Callable[[HostModel, Tensor], Tensor]) -> bool
     """Whether a way to run through tokens gives the logits of one pass, within what rounding explains."""
     known = _TRIED.setdefault(model, {})
     if way not in known:
-        with torch.no_grad(), evaluating(model), _no_hooks(model):
+        # What is remembered is of the model, not of the autocast of who asks first.
+        with standard_modes(model_too=True), evaluating(model), _no_hooks(model):
             known[way] = _fits(model, way)
     return known[way]
 
 
 def _fits(model: HostModel, way: Callable[[HostModel, Tensor], Tensor]) -> bool:
-    ids = torch.linspace(0, model.cfg.d_vocab - 1, _N_TRIED + 2)[1:-1].long()[None].to(device_of(model))
+    ids = spread_ids(model.cfg.d_vocab, device_of(model))
     expected = wide(logits_of(model, ids)[0, -_N_STEPS:]).log_softmax(dim=-1)
     try:
         found = wide(way(model, ids)).log_softmax(dim=-1)
@@ -179,7 +178,7 @@ def _in_steps(model: HostModel, ids: Tensor) -> Tensor:
 
 def _in_chunks(model: HostModel, ids: Tensor) -> Tensor:
     """Logits of the last tokens, run together behind two chunks that were, for one of two copies of these."""
-    cache, half = KVCache(model, 1).started(), _N_TRIED // 2
+    cache, half = KVCache(model, 1).started(), N_TOKENS // 2
     for columns in (slice(0, half), slice(half, -_N_STEPS)):
         cache.run(ids[:, columns])
     return cache.select([0, 0]).run(ids[:, -_N_STEPS:].expand(2, -1))[1]

@@ -7,6 +7,7 @@ from transformers import JambaConfig, JambaForCausalLM, MptConfig, MptForCausalL
 from saelens_ext import load_model
 from saelens_ext.host import prompt_passes
 from saelens_ext.host.prompt_passes import CachedPasses, has_kv_cache, is_resumable, logits_of
+from saelens_ext.ops.modes import standard_modes
 from tests.models_zoo import HOSTED, VARIATIONS, make_model, make_tokenizer
 
 SIZE = {"vocab_size": 320, "initializer_range": 0.3, "pad_token_id": 2}
@@ -71,3 +72,12 @@ def test_it_is_tried_once_for_each_model_without_the_hooks_that_are_there(monkey
     with model.hooks(fwd_hooks=[("blocks.0.hook_in", by_position)]), torch.no_grad():
         logits_of(model, torch.arange(3, 7)[None])
     assert hooks == [(1, 4, model.cfg.d_model)], "they are there as before"
+
+
+def test_the_autocast_of_who_asks_first_is_not_remembered():
+    """It rounds more than the model does."""
+    model, seen = make_model("llama", "SAETransformerBridge"), []
+    model.blocks[0].register_forward_hook(lambda module, inputs, output: seen.append(torch.is_autocast_enabled("cpu")))
+    with torch.autocast("cpu", dtype=torch.bfloat16), standard_modes():
+        assert has_kv_cache(model) and is_resumable(model)
+    assert seen and not any(seen)
