@@ -22,6 +22,7 @@ from saelens_ext.host.agreement import N_TOKENS, differences, rounding, spread_i
 from saelens_ext.host.bos import TextStart, text_start
 from saelens_ext.host.chat_template import Prompt, asked
 from saelens_ext.host.models import HostModel, tokenizer_of
+from saelens_ext.ops.memory import lacks_memory
 from saelens_ext.ops.modes import callers_autocast, evaluating, standard_modes
 from saelens_ext.ops.precision import wide
 
@@ -165,6 +166,8 @@ def _fits(model: HostModel, way: Callable[[HostModel, Tensor], Tensor]) -> bool:
     try:
         found = wide(way(model, ids)).log_softmax(dim=-1)
     except Exception as error:  # whatever a host's cache stumbles over
+        if lacks_memory(error):  # which says nothing of the model
+            raise
         logger.debug("%s does not go on from a cache: %s", type(model).__name__, error)
         return False
     return differences(found, expected)[0] <= rounding(next(iter(model.parameters())).dtype)

@@ -6,7 +6,7 @@ from transformers import JambaConfig, JambaForCausalLM, MptConfig, MptForCausalL
 
 from saelens_ext import load_model
 from saelens_ext.host import prompt_passes
-from saelens_ext.host.prompt_passes import CachedPasses, has_kv_cache, is_resumable, logits_of
+from saelens_ext.host.prompt_passes import CachedPasses, KVCache, has_kv_cache, is_resumable, logits_of
 from saelens_ext.ops.modes import standard_modes
 from tests.models_zoo import HOSTED, VARIATIONS, make_model, make_tokenizer
 
@@ -81,3 +81,17 @@ def test_the_autocast_of_who_asks_first_is_not_remembered():
     with torch.autocast("cpu", dtype=torch.bfloat16), standard_modes():
         assert has_kv_cache(model) and is_resumable(model)
     assert seen and not any(seen)
+
+
+def test_too_little_memory_for_a_trial_is_not_taken_for_an_answer(monkeypatch):
+    model, run = make_model("llama", "SAETransformerBridge"), KVCache.run
+
+    def out_of_memory(cache, ids):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(KVCache, "run", out_of_memory)
+    for ask in (has_kv_cache, is_resumable):
+        with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
+            ask(model)
+    monkeypatch.setattr(KVCache, "run", run)
+    assert has_kv_cache(model) and is_resumable(model)
