@@ -9,7 +9,7 @@ from saelens_ext.activations.stream import ActivationBatch, ActivationStream
 from saelens_ext.host.chat_template import Prompt, asked, in_words, listed_prompts
 from saelens_ext.host.hook_pass import limits_of
 from saelens_ext.host.models import HostModel, tokenizer_of
-from saelens_ext.host.prompt_passes import prompt_ids
+from saelens_ext.host.prompt_passes import text_ids
 from saelens_ext.ops.modes import standard_modes
 
 _CONTEXT_SIZE = 128
@@ -67,7 +67,7 @@ def read_texts(
     # A stream puts one and the same start before all documents; a chat template says itself whether BOS comes first.
     templated = any(one.templated for one in given)
     rows = [
-        {"input_ids": prompt_ids(model, one.text, templated=one.templated).tolist()} if templated else one.text
+        {"input_ids": text_ids(model, one.text, templated=one.templated).tolist()} if templated else one.text
         for one in given
     ]
     limit = limits_of(model)[0] or _NO_LIMIT

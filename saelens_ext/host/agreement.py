@@ -4,7 +4,6 @@ The hosts rebuild attention, norms and positions, and where a rebuilt part diffe
 behind it is of another model, without a word. So a few tokens are run through both.
 """
 
-import logging
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +20,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from saelens_ext.ops.memory import lacks_memory
 from saelens_ext.ops.modes import evaluating
 from saelens_ext.ops.precision import wide
-
-logger = logging.getLogger(__name__)
 
 N_TOKENS = 12
 ROUNDING = {torch.float64: 1e-2, torch.float32: 1e-2, torch.float16: 5e-2, torch.bfloat16: 1e-1}
@@ -50,7 +47,7 @@ class Before:
 
     @classmethod
     def of(cls, hf_model: PreTrainedModel) -> "Before | None":
-        """None for a model that does not run on tokens alone, or has no weights yet."""
+        """None for a model that does not run on tokens alone, of which it warns, or has no weights yet."""
         if any(parameter.is_meta for parameter in hf_model.parameters()):
             return None
         try:
@@ -58,7 +55,14 @@ class Before:
             ids = spread_ids(len(table), table.device)
             found = _log_probs(hf_model, ids)
         except Exception as error:  # whatever an architecture asks for beside tokens
-            logger.debug("%s does not run on tokens alone: %s", type(hf_model).__name__, error)
+            if not lacks_memory(error):
+                reason = f"{type(error).__name__}: {str(error).rstrip('.')}"
+                warnings.warn(
+                    f"This {type(hf_model).__name__} does not run on token ids alone, which is all that this package "
+                    f"gives a model ({reason}).",
+                    UserWarning,
+                    stacklevel=2,
+                )
             return None
         return cls(kind=type(hf_model).__name__, dtype=hf_model.dtype, ids=ids, log_probs=found)
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from saelens_ext.host.bos import begins_with_bos
 from saelens_ext.host.models import HostModel, tokenizer_of
-from saelens_ext.host.prompt_passes import prompt_ids
+from saelens_ext.host.prompt_passes import text_ids
 
 # What a text is put behind, to be tokenised as the middle of one, when it would merge with the end of its prompt.
 _ANCHORS = ("\n", ".", "z", "q", "0")
@@ -60,7 +60,7 @@ def ids_after(model: HostModel, prompt: str, texts: Sequence[str], *, templated:
     Raises:
         ValueError: a prompt without a token, or a model without a tokenizer.
     """
-    start = prompt_ids(model, prompt, templated=templated).tolist()
+    start = text_ids(model, prompt, templated=templated).tolist()
     found = []
     for text in texts:
         ways = _ways(model, start, prompt, text, templated)
@@ -71,7 +71,7 @@ def ids_after(model: HostModel, prompt: str, texts: Sequence[str], *, templated:
 
 def _ways(model: HostModel, start: list[int], prompt: str, text: str, templated: bool) -> Iterator[list[int]]:
     """Ways to cut a text into tokens behind a prompt, the best first; at least one."""
-    whole = prompt_ids(model, prompt + text, templated=templated).tolist()
+    whole = text_ids(model, prompt + text, templated=templated).tolist()
     if whole[: len(start)] == start:
         yield whole[len(start) :]
     tokenizer = tokenizer_of(model)

@@ -28,8 +28,8 @@ from saelens_ext.host.flat_sae import check_dictionary
 from saelens_ext.host.hook_names import AnyHost, hook_layer, locate, output_behind, resolve_hook, stop_layer
 from saelens_ext.host.hook_pass import describe_proxy
 from saelens_ext.host.mended_bridges import mend_bridge
-from saelens_ext.host.no_installs import nothing_installed
 from saelens_ext.host.scaled_contributions import run_replaced_points
+from saelens_ext.host.text_only import text_only
 from saelens_ext.host.weight_processing import (
     WITHIN_A_LAYER,
     activation_differences,
@@ -221,7 +221,7 @@ def bridge_of(name_or_path: str | Path, **options: Any) -> SAETransformerBridge:
         # half precision a mixture may choose other experts by rounding alone.
         hf_model.set_attn_implementation("eager")
         watched.before = Before.of(hf_model)
-    with nothing_installed():
+    with text_only():
         model = SAETransformerBridge.boot_transformers(str(name_or_path), model_class=watched, **options)
     run_replaced_points(model)
     mend_bridge(model)

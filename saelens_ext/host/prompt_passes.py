@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import signature
+from statistics import median
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -32,7 +33,7 @@ _MAX_PATTERN = 2**20
 _FEWEST_COLUMNS = 32
 _N_STEPS = 4
 """The last of the tokens on which a cache is tried, which are compared."""
-_TRIED: WeakKeyDictionary[HostModel, dict[Any, bool]] = WeakKeyDictionary()
+_TRIED: WeakKeyDictionary[HostModel, dict[Callable[[HostModel], bool], bool]] = WeakKeyDictionary()
 
 logger = logging.getLogger(__name__)
 
@@ -40,21 +41,33 @@ logger = logging.getLogger(__name__)
 def prompt_ids(
     model: HostModel, prompt: Prompt, *, templated: bool = False, chat_template_options: Mapping[str, Any] | None = None
 ) -> Tensor:
-    """Token ids ``(length,)`` int64 of a prompt on the model's device, as ``model.to_tokens`` gives them.
-
-    BOS comes first where it does for this model, and only once; a ``templated`` prompt was written by a chat template,
-    which decides about it itself, and which writes a conversation here, with its options. An EOS that a tokenizer puts
-    behind every text does not come, since the prompt is to be continued.
+    """Token ids ``(length,)`` int64 of what a model is to go on from: :func:`text_ids`, of a causal language model.
 
     Raises:
-        ValueError: no tokenizer, or a prompt that is no text, has no token, or one that the model does not have.
+        ValueError: as there, or a model whose predictions depend on later tokens.
+    """
+    check_causal(model)
+    return text_ids(model, prompt, templated=templated, chat_template_options=chat_template_options)
+
+
+def text_ids(
+    model: HostModel, text: Prompt, *, templated: bool = False, chat_template_options: Mapping[str, Any] | None = None
+) -> Tensor:
+    """Token ids ``(length,)`` int64 of a text on the model's device, as ``model.to_tokens`` gives them.
+
+    BOS comes first where it does for this model, and only once; a ``templated`` text was written by a chat template,
+    which decides about it itself, and which writes a conversation here, with its options. An EOS that a tokenizer puts
+    behind every text does not come, since a prompt is to be continued.
+
+    Raises:
+        ValueError: no tokenizer, or a text that is none, has no token, or one that the model does not have.
     """
     tokenizer = tokenizer_of(model)
-    if not isinstance(prompt, str):
-        given = asked(tokenizer, prompt, options=chat_template_options, name="The prompt")
-        prompt, templated = given.text, True
+    if not isinstance(text, str):
+        given = asked(tokenizer, text, options=chat_template_options, name="The prompt")
+        text, templated = given.text, True
     start = TextStart() if templated else text_start(model)
-    ids = [*start.ids, *start.after(tokenizer, _checks.text(prompt, "The prompt"))]
+    ids = [*start.ids, *start.after(tokenizer, _checks.text(text, "The prompt"))]
     beyond = [i for i in ids if i >= int(model.cfg.d_vocab)]
     if beyond:
         raise ValueError(
@@ -63,7 +76,7 @@ def prompt_ids(
             "were added later. Enlarge the embeddings (hf_model.resize_token_embeddings) before hosting the model."
         )
     if not ids:
-        raise ValueError(f"The prompt {prompt!r} has no token, and this model has no BOS; give it a word.")
+        raise ValueError(f"The prompt {text!r} has no token, and this model has no BOS; give it a word.")
     return torch.tensor(ids, device=device_of(model))
 
 
@@ -118,18 +131,34 @@ def position_chunks(length: int, rows: int = 1) -> list[slice]:
     return [slice(first, min(first + size, length)) for first in range(0, length, size)]
 
 
+def check_causal(model: HostModel) -> None:
+    """Raise ValueError for a model whose predictions depend on later tokens."""
+    if not is_causal(model):
+        raise ValueError(
+            f"What this {type(model).__name__} ({model.cfg.model_name!r}) predicts after a token depends on the tokens "
+            "behind it, so it cannot go on from a prompt, nor can texts be scored. Its activations can be read. If it "
+            "should be a causal language model, its host gives it a wrong attention mask: load it with "
+            "saelens_ext.load_model."
+        )
+
+
+def is_causal(model: HostModel) -> bool:
+    """Whether what a model predicts depends on no later token, as is tried once for each model."""
+    return _tried(model, _looks_back)
+
+
 def has_kv_cache(model: HostModel) -> bool:
     """Whether passes over this model can go on from the keys and values of earlier tokens: the host says so, and what
     they give is what passes in one piece give, as is tried once for each model.
     """
-    return bool(getattr(getattr(model, "adapter", None), "supports_kv_cache", True)) and _tried(model, _in_steps)
+    return bool(getattr(getattr(model, "adapter", None), "supports_kv_cache", True)) and _tried(model, _steps_fit)
 
 
 def is_resumable(model: HostModel) -> bool:
     """Whether passes in chunks are those in one piece: there is a cache for them, as is tried once for each model, and
     no hooks that may count positions.
     """
-    return not _hooked(model) and has_kv_cache(model) and _tried(model, _in_chunks)
+    return not _hooked(model) and has_kv_cache(model) and _tried(model, _chunks_fit)
 
 
 def _hooked(model: HostModel, within: str = "") -> bool:
@@ -150,17 +179,45 @@ def _no_hooks(model: HostModel) -> Iterator[None]:
             point._forward_hooks = hooks
 
 
-def _tried(model: HostModel, way: Callable[[HostModel, Tensor], Tensor]) -> bool:
-    """Whether a way to run through tokens gives the logits of one pass, within what rounding explains."""
+def _tried(model: HostModel, trial: Callable[[HostModel], bool]) -> bool:
+    """What a trial of a model finds; each is made once for each model."""
     known = _TRIED.setdefault(model, {})
-    if way not in known:
+    if trial not in known:
         # What is remembered is of the model, not of the autocast of who asks first.
         with standard_modes(model_too=True), evaluating(model), _no_hooks(model):
-            known[way] = _fits(model, way)
-    return known[way]
+            known[trial] = trial(model)
+    return known[trial]
+
+
+def _looks_back(model: HostModel) -> bool:
+    """Whether what is predicted behind the first tokens stays when those after them change."""
+    hf_model = model.original_model if isinstance(model, TransformerBridge) else None
+    if hf_model is not None and getattr(hf_model.config, "is_encoder_decoder", False):
+        return False  # its encoder sees all tokens
+    ids, half = spread_ids(model.cfg.d_vocab, device_of(model)), N_TOKENS // 2
+    try:
+        logits = logits_of(model, torch.cat([ids, torch.cat([ids[:, :half], ids[:, half:].flip(1)], dim=1)]))
+        one, other = wide(logits[:, :half]).log_softmax(dim=-1)
+        # Of all places but a few, since by rounding alone a mixture may choose other experts at one.
+        change = median(differences(one[at : at + 1], other[at : at + 1])[0] for at in range(half))
+    except Exception as error:  # its message will be that of the first pass that somebody asks for
+        if lacks_memory(error):  # which says nothing of the model
+            raise
+        logger.debug("%s was not tried: %s", type(model).__name__, error)
+        return True
+    return not change > _bound(model)  # no numbers are no sign of looking ahead
+
+
+def _steps_fit(model: HostModel) -> bool:
+    return _fits(model, _in_steps)
+
+
+def _chunks_fit(model: HostModel) -> bool:
+    return _fits(model, _in_chunks)
 
 
 def _fits(model: HostModel, way: Callable[[HostModel, Tensor], Tensor]) -> bool:
+    """Whether a way to run through tokens gives the logits of one pass, within what rounding explains."""
     ids = spread_ids(model.cfg.d_vocab, device_of(model))
     expected = wide(logits_of(model, ids)[0, -_N_STEPS:]).log_softmax(dim=-1)
     try:
@@ -170,7 +227,11 @@ def _fits(model: HostModel, way: Callable[[HostModel, Tensor], Tensor]) -> bool:
             raise
         logger.debug("%s does not go on from a cache: %s", type(model).__name__, error)
         return False
-    return differences(found, expected)[0] <= rounding(next(iter(model.parameters())).dtype)
+    return differences(found, expected)[0] <= _bound(model)
+
+
+def _bound(model: HostModel) -> float:
+    return rounding(next(iter(model.parameters())).dtype)
 
 
 def _in_steps(model: HostModel, ids: Tensor) -> Tensor:

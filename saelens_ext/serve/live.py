@@ -17,7 +17,7 @@ from saelens_ext.host.continued_text import text_after
 from saelens_ext.host.flat_sae import encode_flat
 from saelens_ext.host.hook_pass import limits_of
 from saelens_ext.host.models import HostModel, tokenizer_of
-from saelens_ext.host.prompt_passes import prompt_ids
+from saelens_ext.host.prompt_passes import prompt_ids, text_ids
 from saelens_ext.host.tokens import special_token_ids, token_strings
 from saelens_ext.ops.modes import evaluating
 from saelens_ext.serve.served import Served
@@ -200,7 +200,7 @@ class LiveModel:
             raise ValueError(
                 f"{name} has {length:,} characters, and at most {self.limits.characters:,} are taken; shorten it."
             )
-        n = len(prompt_ids(self.model, found.text, templated=found.templated))
+        n = len(text_ids(self.model, found.text, templated=found.templated))
         if n > self.max_tokens:
             raise ValueError(f"{name} has {n:,} tokens, and at most {self.max_tokens:,} are taken; shorten it.")
         return found

@@ -7,6 +7,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from transformer_lens.model_bridge.supported_architectures.qwen2_5_vl import Qwen2_5_VLArchitectureAdapter
 from transformers import (
     AutoProcessor,
     DeepseekV3Config,
@@ -16,6 +17,8 @@ from transformers import (
     MixtralForCausalLM,
     OpenAIGPTConfig,
     OpenAIGPTLMHeadModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
 )
 from transformers.utils.quantization_config import QuantizationMethod
 
@@ -169,13 +172,15 @@ def test_a_model_is_compared_without_dropout_and_left_in_its_mode():
     assert hf_model.training and hf_model.transformer.h[0].mlp.dropout.training
 
 
-def test_a_model_that_asks_for_more_than_tokens_is_loaded_without_a_comparison(monkeypatch):
+def test_a_model_that_asks_for_more_than_tokens_is_warned_of_and_not_compared(monkeypatch):
     hf_model = make_hf_model("llama")
     monkeypatch.setattr(hf_model, "forward", lambda *inputs, pixels, **options: None)
-    assert Before.of(hf_model) is None
+    with pytest.warns(UserWarning, match="^This LlamaForCausalLM does not run on token ids alone, .*pixels"):
+        assert Before.of(hf_model) is None
     assert Before.of(make_hf_model("llama").to("meta")) is None
     monkeypatch.setattr(hf_model, "get_input_embeddings", lambda: None)
-    assert Before.of(hf_model) is None
+    with pytest.warns(UserWarning, match="does not run on token ids alone"):
+        assert Before.of(hf_model) is None
 
 
 def test_numbers_that_are_none_are_a_difference_where_the_model_has_numbers(monkeypatch):
@@ -255,7 +260,33 @@ def test_a_quantised_model_is_taken_as_it_is():
         load("llama", quantised(), dtype="float32")
 
 
-def test_no_package_is_installed_to_load_a_model(monkeypatch):
+SIZE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+TEXT = {"vocab_size": 320, "num_key_value_heads": 2, "head_dim": 8, **SIZE}
+
+
+def gemma():
+    config = Gemma3Config(
+        text_config=TEXT,
+        vision_config={"image_size": 28, "patch_size": 14, **SIZE},
+        mm_tokens_per_image=4,
+        image_token_index=319,
+        boi_token_index=318,
+        eoi_token_index=317,
+    )
+    return Gemma3ForConditionalGeneration(config)
+
+
+def qwen():
+    """Its bridge is refused where there is no torchvision."""
+    rotary = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
+    ids = {"image_token_id": 319, "video_token_id": 318, "vision_start_token_id": 317, "vision_end_token_id": 316}
+    text = {**TEXT, "rope_parameters": rotary}
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids))
+
+
+@pytest.mark.parametrize(("name", "make"), [("gemma3", gemma), ("qwen2", qwen)])
+def test_a_model_of_images_and_text_is_loaded_for_its_text_without_torchvision(name, make, monkeypatch):
     def unknown(*names, **options):
         raise OSError("There is no such processor.")
 
@@ -263,16 +294,13 @@ def test_no_package_is_installed_to_load_a_model(monkeypatch):
     monkeypatch.setattr(AutoProcessor, "from_pretrained", unknown)
     monkeypatch.setitem(sys.modules, "torchvision", None)
     monkeypatch.setattr(subprocess, "check_call", asked.append)
-    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = Gemma3Config(
-        text_config={"vocab_size": 320, "num_key_value_heads": 2, "head_dim": 8, **size},
-        vision_config={"image_size": 28, "patch_size": 14, **size},
-        mm_tokens_per_image=4,
-        image_token_index=319,
-        boi_token_index=318,
-        eoi_token_index=317,
-    )
-    load("gemma3", Gemma3ForConditionalGeneration(config))
+    torch.manual_seed(0)
+    model, ids = load(name, make()), torch.arange(3, 20)[None]
+    torch.manual_seed(0)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids), make().eval()(ids).logits, rtol=1e-4, atol=1e-4)
     assert not asked
     subprocess.check_call(["true"])
     assert asked == [["true"]]
+    with pytest.raises(ImportError, match="torchvision"):
+        Qwen2_5_VLArchitectureAdapter(model.cfg)

@@ -17,7 +17,7 @@ from saelens_ext.dictionaries.fit_exemplars import fit_exemplar_partition
 from saelens_ext.dictionaries.fit_snmf import fit_snmf
 from saelens_ext.host.bos import text_start
 from saelens_ext.host.models import load_model, retarget
-from saelens_ext.host.prompt_passes import is_resumable, prompt_ids
+from saelens_ext.host.prompt_passes import is_causal, is_resumable, prompt_ids
 from saelens_ext.steering.interventions import latent_directions
 from saelens_ext.steering.sampling import mean_log_likelihoods
 from saelens_ext.steering.strength import match_strength
@@ -112,7 +112,7 @@ def test_no_bos_and_no_word_is_no_prompt():
 
 def test_everyone_gives_the_model_the_same_prompt(model):
     expected = host_ids(model, PROMPT)
-    is_resumable(model)  # tries the cache on tokens of its own
+    assert is_causal(model) and is_resumable(model)  # both are tried on tokens of their own
     seen = []
     handle = model.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     try:

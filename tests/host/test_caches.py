@@ -5,8 +5,10 @@ import torch
 from transformers import JambaConfig, JambaForCausalLM, MptConfig, MptForCausalLM
 
 from saelens_ext import load_model
+from saelens_ext.continuations.attribution import shown
+from saelens_ext.continuations.attribution.shown import check_backend, runs_in_chunks
 from saelens_ext.host import prompt_passes
-from saelens_ext.host.prompt_passes import CachedPasses, KVCache, has_kv_cache, is_resumable, logits_of
+from saelens_ext.host.prompt_passes import CachedPasses, KVCache, has_kv_cache, is_causal, is_resumable, logits_of
 from saelens_ext.ops.modes import standard_modes
 from tests.models_zoo import HOSTED, VARIATIONS, make_model, make_tokenizer
 
@@ -95,3 +97,22 @@ def test_too_little_memory_for_a_trial_is_not_taken_for_an_answer(monkeypatch):
             ask(model)
     monkeypatch.setattr(KVCache, "run", run)
     assert has_kv_cache(model) and is_resumable(model)
+
+
+def test_too_little_memory_for_other_trials_is_no_answer_either(monkeypatch):
+    model, one_pass = make_model("llama", "SAETransformerBridge"), prompt_passes.logits_of
+
+    def out_of_memory(*given, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(prompt_passes, "logits_of", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
+        is_causal(model)
+    monkeypatch.setattr(prompt_passes, "logits_of", one_pass)
+    monkeypatch.setattr(shown.Passes, "gradients", out_of_memory)
+    for ask in (runs_in_chunks, check_backend):
+        with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
+            ask(model, "gradient")
+    monkeypatch.undo()
+    assert is_causal(model) and runs_in_chunks(model, "gradient")
+    check_backend(model, "gradient")

@@ -183,8 +183,9 @@ def attribution_completeness(
     check_target(target, model)
     _checks.positive(batch_size, "batch_size")
     saes = dictionaries_of(dictionaries)
-    run = _Run.of(model, saes, continuations, "linear", target)
-    return run.completeness(range(len(continuations)), batch_size)
+    with _naming_what_remains(model, saes, continuations, "linear", target):
+        run = _Run.of(model, saes, continuations, "linear", target)
+        return run.completeness(range(len(continuations)), batch_size)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from saelens_ext.continuations.attribution.target import Target
 from saelens_ext.host.hook_edits import HookFunction, hooked
 from saelens_ext.host.models import HostModel
 from saelens_ext.host.prompt_passes import is_resumable
+from saelens_ext.ops.memory import lacks_memory
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,8 @@ def _chunk_fault(model: HostModel, backend: str) -> str | None:
         with traced(model, sites, [], backend) as trace:
             whole, cut = (Passes(model, trace, target, prefix, ids, None, c).gradients(sites) for c in ([], chunks))
     except (AttributeError, TypeError, RuntimeError, NotImplementedError, ValueError, IndexError) as error:
+        if lacks_memory(error):  # which says nothing of the model
+            raise
         return f"its keys and values cannot be kept from chunk to chunk ({type(error).__name__}: {error})."
     tolerance = rounding(next(iter(model.parameters())).dtype, "relp")
     pairs = [(whole.targets, cut.targets), *((whole.gradients[hook], cut.gradients[hook]) for hook in whole.gradients)]
@@ -156,6 +159,8 @@ def _host_errors(when: str) -> Iterator[None]:
     try:
         yield
     except (AttributeError, TypeError, RuntimeError, NotImplementedError) as error:
+        if lacks_memory(error):
+            raise
         raise Refusal(f"The host fails when {when}: {type(error).__name__}: {error}.") from error
 
 

@@ -23,7 +23,7 @@ from saelens_ext import _checks
 from saelens_ext.dictionaries.exemplar_partition import ExemplarPartition
 from saelens_ext.host.flat_sae import encode_flat, flat_activations, refuse_sequence_codes
 from saelens_ext.host.models import HostModel
-from saelens_ext.host.prompt_passes import logits_of
+from saelens_ext.host.prompt_passes import check_causal, logits_of
 from saelens_ext.ops.modes import evaluating, standard_modes, without_autocast
 from saelens_ext.ops.precision import wide
 from saelens_ext.ops.spherical import assign_nearest, directions, has_direction, spherical_center
@@ -195,7 +195,11 @@ def next_token_entropy(model: HostModel, token_ids: Tensor, mask: Tensor) -> Flo
 
     Returns:
         One per token, float64 on the CPU; without a meaning at padding.
+
+    Raises:
+        ValueError: a model whose predictions depend on later tokens.
     """
+    check_causal(model)
     device = next(iter(model.parameters())).device
     windows = max(1, _LOGITS_PER_BLOCK // (token_ids.shape[1] * int(model.cfg.d_vocab)))
     parts = []
