@@ -2,9 +2,14 @@
 none.
 """
 
+import time
+import warnings
 from typing import Any, ClassVar
 
 from saelens_ext import _checks
+
+_PATIENCE = 5.0
+"""Seconds until it is said that actors wait; Ray takes a moment to count as free what was let go of."""
 
 
 class RayActors:
@@ -48,6 +53,7 @@ class RayActors:
         if not self._actors:
             RayActors._open.add(id(self))
             self._check_resources()
+            self._warn_of_waiting()
             kind, arguments = self._actor()
             actor = self._ray.remote(**self._actor_options)(kind)
             self._actors = [actor.remote(*arguments) for _ in range(self.n_workers)]
@@ -55,18 +61,42 @@ class RayActors:
 
     def _check_resources(self) -> None:
         """Raise where Ray would wait for ever for resources that it has not."""
+        found = self._ray.cluster_resources()
+        if lacking := self._lacking(found):
+            self.close()
+            raise ValueError(
+                f"{self._needs(lacking)}, and Ray has {found.get(lacking, 0):g}: lower n_workers or what actor_options "
+                "ask for, or call ray.init(...) with more before."
+            )
+
+    def _warn_of_waiting(self) -> None:
+        """Warn where others have what these actors need, which Ray would wait for without a word."""
+        until = time.monotonic() + _PATIENCE
+        while lacking := self._lacking(free := self._ray.available_resources()):
+            if time.monotonic() > until:
+                warnings.warn(
+                    f"{self._needs(lacking)}, and Ray has {free.get(lacking, 0):g} free. They wait until others are "
+                    "done: close() other streams that are spread over Ray, or use them in a with statement.",
+                    UserWarning,
+                    stacklevel=3,
+                )
+                return
+            time.sleep(0.1)
+
+    def _lacking(self, there: dict[str, Any]) -> str | None:
+        """A resource of which there is less than all actors need."""
+        return next((name for name, each in self._each().items() if each * self.n_workers > there.get(name, 0)), None)
+
+    def _each(self) -> dict[str, int | float]:
+        """What an actor needs of each resource."""
         options = self._actor_options
         asked_for = {"CPU": options.get("num_cpus"), "GPU": options.get("num_gpus"), **(options.get("resources") or {})}
-        available = self._ray.cluster_resources()
-        for name, each in asked_for.items():
-            needed, found = (each or 0) * self.n_workers, available.get(name, 0)
-            if needed > found:
-                self.close()
-                raise ValueError(
-                    f"n_workers={self.n_workers} actors need {needed:g} {name} ({each:g} each, by actor_options), and "
-                    f"Ray has {found:g}: lower n_workers or what actor_options ask for, or call ray.init(...) with "
-                    "more before."
-                )
+        return {name: each for name, each in asked_for.items() if each}
+
+    def _needs(self, name: str) -> str:
+        each = self._each()[name]
+        needed = each * self.n_workers
+        return f"n_workers={self.n_workers} actors need {needed:g} {name} ({each:g} each, by actor_options)"
 
     def _node(self) -> str:
         return self._ray.get_runtime_context().get_node_id()

@@ -19,6 +19,7 @@ from saelens_ext.dictionaries.fit_exemplars import fit_exemplar_partitions
 from saelens_ext.dictionaries.fit_snmf import fit_snmf
 from saelens_ext.ops import uniform_sample
 from saelens_ext.ops.semi_nmf import streaming as semi_nmf_streaming
+from saelens_ext.workers import ray_actors
 from tests import models_zoo
 from tests.test_modes import leaves
 
@@ -121,6 +122,17 @@ def test_more_actors_than_there_is_room_for(cluster, tiny_texts):
     with RayActivationStream(load, tiny_texts, HOOKS, n_workers=1, actor_options={"num_gpus": 9}, **OPTIONS) as stream:
         with pytest.raises(ValueError, match="need 9 GPU"):
             next(iter(stream))
+
+
+def test_actors_that_wait_for_those_of_another_stream_say_so(cluster, tiny_texts, monkeypatch):
+    monkeypatch.setattr(ray_actors, "_PATIENCE", 0.5)
+    options: Any = {"n_workers": 1, "actor_options": {"num_cpus": 2}, **OPTIONS}
+    with RayActivationStream(load, tiny_texts, HOOKS, **options) as second:
+        with RayActivationStream(load, tiny_texts, HOOKS, **options) as first:
+            n = sum(map(len, first))
+            with pytest.warns(UserWarning, match=r"actors need 2 CPU .*Ray has 0 free. They wait .* close\(\) other"):
+                second._started()
+        assert sum(map(len, second)) == n, "they have begun since"
 
 
 def test_an_actor_that_died_ends_the_pass_and_not_the_stream(cluster, tiny_texts):
@@ -252,6 +264,8 @@ def test_ray_is_shut_down_by_the_last_stream_that_started_it(tiny_texts):
 
         def cluster_resources(self):
             return {"CPU": 2.0}
+
+        available_resources = cluster_resources
 
         def kill(self, actor):
             self.calls.append(actor)
