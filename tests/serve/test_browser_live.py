@@ -7,6 +7,7 @@ import pytest
 
 from saelens_ext.host.tokens import visible
 from saelens_ext.serve.live import SteeredSoFar
+from saelens_ext.serve.worker import Worker
 from saelens_ext.steering.sampling import SamplingOptions
 from tests.report.browser import PHONE, WIDE, Visit, chromium
 
@@ -79,13 +80,18 @@ def test_what_is_wrong_is_said_and_nothing_is_lost(visit):
     page.complaints.clear()
 
 
-def test_a_continuation_is_stopped(visit, live, monkeypatch):
+@pytest.mark.parametrize("early", [False, True])
+def test_a_continuation_is_stopped(visit, live, monkeypatch, early):
+    """Also where the server gets to know of it only after it is asked to stop it."""
+    stop, unknown = Worker.stop, [False] * 2 * early
+
     def endless(self, prompt, changes=(), options=None, *, chat_template_options=None):
         for n in count(1):
             sleep(0.02)
             yield SteeredSoFar(stage="continuing", unsteered="a" * n, steered="b" * n, n_tokens=n, divergence=0.1)
 
     monkeypatch.setattr(type(live), "steer", endless)
+    monkeypatch.setattr(Worker, "stop", lambda self, job: unknown.pop() if unknown else stop(self, job))
     page = visit()
     page.page.fill("#text", TEXT)
     page.page.click("#continue")

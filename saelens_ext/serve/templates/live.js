@@ -322,7 +322,13 @@ async function steer() {
 }
 
 async function stop() {
-  if (state.job !== null) await ask("stop", { job: state.job }).catch((error) => say("steer-message", error.message));
+  const job = state.job;
+  try {
+    // The server may not have had the request yet that is to be stopped.
+    while (job !== null && state.job === job && !(await ask("stop", { job })).stopped) await new Promise((resolve) => setTimeout(resolve, 100));
+  } catch (error) {
+    say("steer-message", error.message);
+  }
 }
 
 // --- begin ---
