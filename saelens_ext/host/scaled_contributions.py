@@ -5,6 +5,7 @@ back what they make of it. It keeps that hook point for good: an SAE attached in
 was detached, neither are hooks at the point that took its place; both without a word.
 """
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,19 +26,23 @@ def run_replaced_points(model: Any) -> None:
             names = {"hook_attn_out": block.scaled_attn_submodule, "hook_mlp_out": block.scaled_mlp_submodule}
             for name, writes in names.items():
                 if writes in block.submodules and hasattr(block, name):
-                    block.submodules[writes].register_forward_hook(_through(block, name))
+                    # No closure, whose modules a copy of the model would share.
+                    through = partial(_through, block, name, getattr(block, name))
+                    block.submodules[writes].register_forward_hook(through)
 
 
-def _through(block: ScaledResidualBlockBridge, name: str) -> Any:
-    scale, original = block.residual_contribution_scale, getattr(block, name)
-
-    def run(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
-        place = getattr(block, name)
-        # The host runs the original itself; without hooks the output stays as it is, to the last bit.
-        if place is original or (isinstance(place, HookPoint) and not place.has_hooks(dir="both")):
-            return None
-        written = output if isinstance(output, Tensor) else output[0]
-        changed = place(written * scale) / scale
-        return changed if isinstance(output, Tensor) else (changed, *output[1:])
-
-    return run
+def _through(
+    block: ScaledResidualBlockBridge,
+    name: str,
+    original: nn.Module,
+    module: nn.Module,
+    arguments: tuple[Any, ...],
+    output: Any,
+) -> Any:
+    place, scale = getattr(block, name), block.residual_contribution_scale
+    # The host runs the original itself; without hooks the output stays as it is, to the last bit.
+    if place is original or (isinstance(place, HookPoint) and not place.has_hooks(dir="both")):
+        return None
+    written = output if isinstance(output, Tensor) else output[0]
+    changed = place(written * scale) / scale
+    return changed if isinstance(output, Tensor) else (changed, *output[1:])

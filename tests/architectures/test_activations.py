@@ -1,5 +1,7 @@
 """What a stream or a dictionary reads is what the model computes at that place, in either host class."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from sae_lens import SAE
@@ -7,7 +9,7 @@ from sae_lens import SAE
 from saelens_ext import ActivationStream, ExemplarPartition, SNMFDictionary
 from saelens_ext.host.models import resolve_hook, retarget
 from tests.architectures._hosts import LAYER, TOKENS, normal, places, run, shared_model
-from tests.models_zoo import D_MODEL, ZOO
+from tests.models_zoo import D_MODEL, ZOO, make_model
 
 TEXTS = ["The assert statement, é ☃ (x)", "One", "Assertions are\n\nthe most convenient way of it all, and more"]
 BOTH = [name for name, row in ZOO.items() if len(row.model_classes) == 2]
@@ -88,3 +90,17 @@ def test_a_dictionary_means_the_same_in_both_host_classes(architecture):
             _, cache = model.run_with_cache_with_saes(TOKENS, saes=[sae])
         codes.append(next(cache[key] for key in cache if key.endswith("hook_sae_acts_post")))
     torch.testing.assert_close(codes[0], codes[1], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("place", ["hook_attn_out", "hook_mlp_out"])
+def test_a_dictionary_on_a_copy_of_granite_changes_the_copy_alone(place):
+    model = make_model("granite", "SAETransformerBridge")
+    copy, sae = deepcopy(model), dictionary(f"blocks.{LAYER}.{place}", D_MODEL)
+    with torch.no_grad():
+        plain = model(TOKENS)
+        for one, other in ((copy, model), (model, copy)):
+            retarget(sae, one)
+            with one.saes([sae], use_error_term=False):
+                assert (one(TOKENS) - plain).abs().max() > 1e-2
+                assert torch.equal(other(TOKENS), plain)
+            assert torch.equal(one(TOKENS), plain)
