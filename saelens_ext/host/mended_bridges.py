@@ -5,7 +5,8 @@ configuration says otherwise, as it does for other such models; it then wants th
 same again behind. HunYuan norms queries and keys after turning them, the host before. The first GPT's blocks are given
 a mask of padding only, which the host takes to hide later tokens too, as those of other models do. Where OPT norms the
 stream behind each sublayer (350M), the middle of a block is what the first norm gives; the host names the input of the
-second.
+second. OPT's MLPs see the tokens of all texts in one row, which hook points there take apart again; where a dictionary
+was attached, SAELens leaves a hook point that does not.
 """
 
 from functools import partial
@@ -13,7 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.supported_architectures.opt import _UnflattenTokens
 
 
 def mend_bridge(model: Any) -> None:
@@ -73,10 +76,25 @@ def _middle_behind_the_norm(model: TransformerBridge) -> None:
             block.hook_aliases = block.hook_aliases | {"hook_resid_mid": "ln1.hook_out"}
 
 
+def _mend_opt(model: TransformerBridge) -> None:
+    _middle_behind_the_norm(model)
+    for block in model.blocks:
+        if _tokens_taken_apart not in block._forward_pre_hooks.values():
+            block.register_forward_pre_hook(_tokens_taken_apart)
+
+
+def _tokens_taken_apart(block: Any, inputs: Any) -> None:
+    for part in (block.mlp, block.ln2):
+        for member in (part, *part.submodules.values()):
+            for point in (member.hook_in, member.hook_out):
+                if isinstance(point, HookPoint) and point.hook_conversion is None:
+                    point.hook_conversion = _UnflattenTokens()
+
+
 _MENDED = {
     "CohereForCausalLM": _turn_adjacent_pairs,
     "Cohere2ForCausalLM": _turn_adjacent_pairs,
     "HunYuanDenseV1ForCausalLM": _norm_after_turning,
-    "OPTForCausalLM": _middle_behind_the_norm,
+    "OPTForCausalLM": _mend_opt,
     "OpenAIGPTLMHeadModel": _hide_later_tokens,
 }

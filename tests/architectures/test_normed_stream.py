@@ -6,10 +6,10 @@ What the laws of the other architectures take from sums is taken here from hooks
 import pytest
 import torch
 
-from saelens_ext import ActivationStream
+from saelens_ext import ActivationStream, ExemplarPartition
 from saelens_ext.continuations.attribution.attribute import attribute_continuations
 from saelens_ext.continuations.sample import score_continuations
-from saelens_ext.host.models import load_model
+from saelens_ext.host.models import load_model, retarget
 from saelens_ext.host.prompt_passes import CachedPasses, logits_of
 from saelens_ext.steering.interventions import add_direction
 from tests.architectures._hosts import LAYER, TOKENS, normal, run
@@ -127,3 +127,19 @@ def test_it_is_the_same_from_a_folder(tmp_path, model):
     make_tokenizer().save_pretrained(tmp_path)
     with torch.no_grad():
         assert torch.equal(load_model(tmp_path, device="cpu")(TOKENS), model(TOKENS))
+
+
+@pytest.mark.parametrize("place", ["hook_resid_mid", "mlp.hook_post", "hook_mlp_out", "hook_resid_post"])
+def test_where_a_dictionary_was_tokens_are_read_one_by_one_again(place):
+    """The MLP of this architecture sees the tokens of all texts in one row."""
+    model, name = make_model("opt_350m", "SAETransformerBridge"), f"{BLOCK}.{place}"
+    logits, before = run(model, [name])
+    rows = torch.nn.functional.normalize(normal(16, before[name].shape[-1]), dim=1)
+    sae = ExemplarPartition.from_regions(rows, rows, 0 * rows[0], 0.9, k=3, metadata={"hook_name": name})
+    for _ in range(2):
+        retarget(sae, model)
+        with torch.no_grad(), model.saes([sae], use_error_term=False):
+            assert (model(TOKENS) - logits).abs().max() > 1e-2
+        again, after = run(model, [name])
+        torch.testing.assert_close(again, logits, rtol=0, atol=1e-5)
+        torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-5)
