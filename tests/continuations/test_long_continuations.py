@@ -50,7 +50,8 @@ def chunked(monkeypatch):
 def passes(model, work):
     """How many tokens a row had in each pass of some work, and its result."""
     seen = []
-    prompt_passes.is_resumable(model)  # tries its cache on tokens of its own
+    assert prompt_passes.is_causal(model)
+    prompt_passes.is_resumable(model)  # both are tried on tokens of their own
     layer = model.original_model.get_input_embeddings() if hasattr(model, "original_model") else model.embed
     handle = layer.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))
     try:
