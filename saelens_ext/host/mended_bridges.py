@@ -9,6 +9,7 @@ second. OPT's MLPs see the tokens of all texts in one row, which hook points the
 was attached, SAELens leaves a hook point that does not.
 """
 
+import warnings
 from functools import partial
 from typing import Any
 
@@ -18,11 +19,27 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.supported_architectures.opt import _UnflattenTokens
 
+_KNOWN = "_put_right_or_warned_of"
+
 
 def mend_bridge(model: Any) -> None:
     """Let such a bridge compute what its model computes; does nothing on other models, or a second time."""
     if isinstance(model, TransformerBridge) and (mend := _MENDED.get(model.cfg.architecture or "")):
         mend(model)
+        vars(model)[_KNOWN] = True
+
+
+def warn_of_other_model(model: Any) -> None:
+    """Warn, once, of a bridge that computes something else than its model and was not put right."""
+    if isinstance(model, TransformerBridge) and _KNOWN not in vars(model):
+        vars(model)[_KNOWN] = True
+        if (architecture := model.cfg.architecture) in _OF_ANOTHER_MODEL:
+            warnings.warn(
+                f"A bridge of a {architecture}, as TransformerLens makes it, computes something else than that model. "
+                "Load it with saelens_ext.load_model, which puts it right.",
+                UserWarning,
+                stacklevel=3,
+            )
 
 
 def _turn_adjacent_pairs(model: TransformerBridge) -> None:
@@ -98,3 +115,4 @@ _MENDED = {
     "OPTForCausalLM": _mend_opt,
     "OpenAIGPTLMHeadModel": _hide_later_tokens,
 }
+_OF_ANOTHER_MODEL = _MENDED.keys() - {"OPTForCausalLM"}

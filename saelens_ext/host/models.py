@@ -27,7 +27,7 @@ from saelens_ext.host.devices import check_spread, chosen_device, chosen_dtype
 from saelens_ext.host.flat_sae import check_dictionary
 from saelens_ext.host.hook_names import AnyHost, hook_layer, locate, output_behind, resolve_hook, stop_layer
 from saelens_ext.host.hook_pass import describe_proxy
-from saelens_ext.host.mended_bridges import mend_bridge
+from saelens_ext.host.mended_bridges import mend_bridge, warn_of_other_model
 from saelens_ext.host.scaled_contributions import run_replaced_points
 from saelens_ext.host.text_only import text_only
 from saelens_ext.host.weight_processing import (
@@ -67,6 +67,7 @@ def check_model(model: Any, *, proxy: bool = True) -> None:
             f"model must be a HookedSAETransformer or an SAETransformerBridge, got {given}: saelens_ext.{load} makes "
             "one."
         )
+    warn_of_other_model(model)
 
 
 def describe_model(model: HostModel | HookedProxyLM) -> dict[str, Any]:

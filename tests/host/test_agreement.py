@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.utils.quantization_config import QuantizationMethod
 
-from saelens_ext import load_model
+from saelens_ext import ActivationStream, load_model
 from saelens_ext.host import mended_bridges, models
 from saelens_ext.host.agreement import Before
 from saelens_ext.host.prompt_passes import logits_of
@@ -126,6 +126,15 @@ def test_attention_that_relies_on_the_hosts_mask_is_causal():
         expected = hf_model(ids).logits
         model = load_model("tiny-deepseek", hf_model=hf_model, tokenizer=make_tokenizer())
         torch.testing.assert_close(model(ids), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_bridge_that_the_user_booted_is_warned_of_once():
+    hf_model, tokenizer = make_hf_model("cohere"), models._with_bos(make_tokenizer(family=ZOO["cohere"].tokenizer))
+    model = models.SAETransformerBridge.boot_transformers("tiny-cohere", hf_model=hf_model, tokenizer=tokenizer)
+    with pytest.warns(UserWarning, match="bridge of a CohereForCausalLM, .*Load it with saelens_ext.load_model"):
+        ActivationStream(model, ["The assert statement"], "blocks.1.hook_out", context_size=16)
+    for known in (model, deepcopy(model), load("cohere", make_hf_model("cohere"))):
+        ActivationStream(known, ["The assert statement"], "blocks.1.hook_out", context_size=16)
 
 
 def first_gpt():
