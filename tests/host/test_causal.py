@@ -14,7 +14,7 @@ from transformers import (
 import saelens_ext as sx
 from saelens_ext.evals.novelty.scores import next_token_entropy
 from saelens_ext.host.prompt_passes import is_causal
-from tests.models_zoo import HOSTED, make_model, make_tokenizer
+from tests.models_zoo import HOSTED, VARIATIONS, make_model, make_tokenizer
 
 WIDTHS = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
 HEADS = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
@@ -40,7 +40,10 @@ def hosted(make):
     return sx.load_model("tiny", hf_model=make().eval(), tokenizer=make_tokenizer())
 
 
-@pytest.mark.parametrize(("name", "model_class"), HOSTED)
+@pytest.mark.parametrize(
+    ("name", "model_class"),
+    [pytest.param(*row, marks=[pytest.mark.slow] if row[0] in VARIATIONS else []) for row in HOSTED],
+)
 def test_causal_models_are_known_as_such_in_each_precision(name, model_class):
     assert is_causal(make_model(name, model_class)) and is_causal(make_model(name, model_class).to(torch.bfloat16))
 
