@@ -1,5 +1,7 @@
 """A pass spread over a cluster of two nodes, of which one is lost on the way."""
 
+from tempfile import TemporaryDirectory
+
 import pytest
 import ray
 import torch
@@ -21,15 +23,17 @@ def load():
 
 
 @pytest.fixture
-def nodes():
-    cluster = Cluster(initialize_head=True, head_node_args={"include_dashboard": False, **NODE})
-    try:
-        cluster.add_node(**NODE)
-        ray.init(address=cluster.address, log_to_driver=False)
-        yield cluster
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
+def nodes(monkeypatch):
+    with TemporaryDirectory(prefix="ray_") as folder:
+        monkeypatch.setenv("RAY_TMPDIR", folder)  # where another Ray does not find this one and join it
+        cluster = Cluster(initialize_head=True, head_node_args={"include_dashboard": False, **NODE})
+        try:
+            cluster.add_node(**NODE)
+            ray.init(address=cluster.address, log_to_driver=False)
+            yield cluster
+        finally:
+            ray.shutdown()
+            cluster.shutdown()
 
 
 def where_and_what(batches):
