@@ -72,9 +72,12 @@ class RayActivationStream(RayActors, ActivationStream):
             pass then goes on where it was, with the same batches.
         **options: of :class:`ActivationStream`.
 
-    Ray is started on this machine unless ``ray.init`` was called before, on a cluster for example. Actors are started
-    at the first batch and kept until :meth:`close`, or the end of a ``with`` block; the last stream that is closed
-    shuts down a Ray that one of them started.
+    Unless ``ray.init`` was called before, the cluster is joined that Ray finds by itself (``RAY_ADDRESS``, or the latest
+    that was started on this machine), or a Ray is started on this machine. Actors are started at the first batch and
+    kept until :meth:`close`, or the end of a ``with`` block; the last stream that is closed leaves it or shuts it down.
+
+    Warns:
+        UserWarning: actors wait for what others of the cluster hold, such as another stream that is not closed.
 
     Raises:
         ImportError: Ray is not installed.

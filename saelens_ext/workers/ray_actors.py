@@ -15,8 +15,9 @@ _PATIENCE = 5.0
 class RayActors:
     """Actors of one class, and the Ray that they run on.
 
-    Ray is started on this machine unless ``ray.init`` was called before, on a cluster for example; the last of these
-    objects that is closed shuts down a Ray that one of them started.
+    Unless ``ray.init`` was called before, the cluster is joined that Ray finds by itself (``RAY_ADDRESS``, or the latest
+    that was started on this machine), or a Ray is started on this machine; the last of these objects that is closed
+    leaves it or shuts it down.
     """
 
     # The node of the Ray that one of them started, and those whose actors run on it.
