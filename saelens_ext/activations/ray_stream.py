@@ -72,18 +72,18 @@ class RayActivationStream(RayActors, ActivationStream):
             pass then goes on where it was, with the same batches.
         **options: of :class:`ActivationStream`.
 
-    Unless ``ray.init`` was called before, the cluster is joined that Ray finds by itself (``RAY_ADDRESS``, or the latest
+    Unless ``ray.init`` was called before, the cluster is joined that Ray finds by itself (``RAY_ADDRESS``, or the last
     that was started on this machine), or a Ray is started on this machine. Actors are started at the first batch and
     kept until :meth:`close`, or the end of a ``with`` block; the last stream that is closed leaves it or shuts it down.
-
-    Warns:
-        UserWarning: actors wait for what others of the cluster hold, such as another stream that is not closed.
 
     Raises:
         ImportError: Ray is not installed.
         ValueError: as :class:`ActivationStream`; a model in place of a function that loads it; at the first batch, more
             actors than Ray has resources for, or another model in an actor than here.
         RuntimeError: while reading, an actor died, and ``restarts`` had been used up.
+
+    Warns:
+        UserWarning: actors wait for what others of the cluster hold, such as another stream that is not closed.
     """
 
     @_checks.names_options(ActivationStream)

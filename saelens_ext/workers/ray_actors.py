@@ -15,7 +15,7 @@ _PATIENCE = 5.0
 class RayActors:
     """Actors of one class, and the Ray that they run on.
 
-    Unless ``ray.init`` was called before, the cluster is joined that Ray finds by itself (``RAY_ADDRESS``, or the latest
+    Unless ``ray.init`` was called before, the cluster is joined that Ray finds by itself (``RAY_ADDRESS``, or the last
     that was started on this machine), or a Ray is started on this machine; the last of these objects that is closed
     leaves it or shuts it down.
     """
