@@ -5,8 +5,9 @@ configuration says otherwise, as it does for other such models; it then wants th
 same again behind. HunYuan norms queries and keys after turning them, the host before. The first GPT's blocks are given
 a mask of padding only, which the host takes to hide later tokens too, as those of other models do. Where OPT norms the
 stream behind each sublayer (350M), the middle of a block is what the first norm gives; the host names the input of the
-second. OPT's MLPs see the tokens of all texts in one row, which hook points there take apart again; where a dictionary
-was attached, SAELens leaves a hook point that does not.
+second. OPT's MLPs see the tokens of all texts in one row, which hook points there take apart and put together again. A
+dictionary that is attached there does not, nor does the hook point that SAELens leaves in its place; and where norms
+come last, hook points of the second norm do it with what was no row.
 """
 
 import warnings
@@ -20,6 +21,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.supported_architectures.opt import _UnflattenTokens
 
 _KNOWN = "_put_right_or_warned_of"
+_ROWS = "_texts_and_tokens"
 
 
 def mend_bridge(model: Any) -> None:
@@ -87,25 +89,43 @@ def _mask_later_tokens(module: nn.Module, inputs: Any, options: dict[str, Any]) 
     return inputs, options
 
 
-def _middle_behind_the_norm(model: TransformerBridge) -> None:
-    if getattr(model.cfg, "do_layer_norm_before", True) is False:
-        for block in model.blocks:
-            block.hook_aliases = block.hook_aliases | {"hook_resid_mid": "ln1.hook_out"}
-
-
 def _mend_opt(model: TransformerBridge) -> None:
-    _middle_behind_the_norm(model)
+    norms_first = bool(getattr(model.cfg, "do_layer_norm_before", True))
     for block in model.blocks:
-        if _tokens_taken_apart not in block._forward_pre_hooks.values():
-            block.register_forward_pre_hook(_tokens_taken_apart)
+        if not norms_first:
+            block.hook_aliases = block.hook_aliases | {"hook_resid_mid": "ln1.hook_out"}
+            for place in (block.ln2.hook_in, block.ln2.hook_out, block.hook_mlp_in):
+                place.hook_conversion = None
+        if _take_tokens_apart not in block._forward_pre_hooks.values():
+            block.register_forward_pre_hook(_take_tokens_apart, with_kwargs=True)
 
 
-def _tokens_taken_apart(block: Any, inputs: Any) -> None:
-    for part in (block.mlp, block.ln2):
+def _take_tokens_apart(block: Any, inputs: Any, options: dict[str, Any]) -> None:
+    rows = (inputs[0] if inputs else options["hidden_states"]).shape[:2]
+    in_one_row = (block.mlp, block.ln2) if block.original_component.do_layer_norm_before else (block.mlp,)
+    for part in in_one_row:
         for member in (part, *part.submodules.values()):
-            for point in (member.hook_in, member.hook_out):
-                if isinstance(point, HookPoint) and point.hook_conversion is None:
-                    point.hook_conversion = _UnflattenTokens()
+            for place in (member.hook_in, member.hook_out):
+                if not isinstance(place, HookPoint):
+                    _give_tokens_apart(place, tuple(rows))
+                elif place.hook_conversion is None:
+                    place.hook_conversion = _UnflattenTokens()
+
+
+def _give_tokens_apart(attached: Any, rows: tuple[int, int]) -> None:
+    """Let a dictionary that is attached see the tokens as hooks do."""
+    if _ROWS not in vars(attached):
+        attached.register_forward_pre_hook(_apart)
+        attached.register_forward_hook(_together)
+    vars(attached)[_ROWS] = rows
+
+
+def _apart(attached: Any, inputs: tuple[Tensor]) -> Tensor:
+    return inputs[0].unflatten(0, vars(attached)[_ROWS])
+
+
+def _together(attached: Any, inputs: Any, output: Tensor) -> Tensor:
+    return output.flatten(0, 1)
 
 
 _MENDED = {

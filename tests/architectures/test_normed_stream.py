@@ -5,6 +5,7 @@ What the laws of the other architectures take from sums is taken here from hooks
 
 import pytest
 import torch
+from transformers import OPTForCausalLM
 
 from saelens_ext import ActivationStream, ExemplarPartition
 from saelens_ext.continuations.attribution.attribute import attribute_continuations
@@ -14,7 +15,7 @@ from saelens_ext.host.prompt_passes import CachedPasses, logits_of
 from saelens_ext.steering.interventions import add_direction
 from tests.architectures._hosts import LAYER, TOKENS, normal, run
 from tests.continuations._dictionaries import make
-from tests.models_zoo import D_MODEL, make_hf_model, make_model, make_tokenizer
+from tests.models_zoo import D_MODEL, NORMED_STREAM, make_hf_model, make_model, make_tokenizer
 
 BLOCK = f"blocks.{LAYER}"
 # Each place, the module that it lies at, and whether it is what goes in or what comes out.
@@ -129,17 +130,43 @@ def test_it_is_the_same_from_a_folder(tmp_path, model):
         assert torch.equal(load_model(tmp_path, device="cpu")(TOKENS), model(TOKENS))
 
 
+@pytest.fixture(params=[False, True], ids=["norms_last", "norms_first"])
+def opt(request):
+    """This shape, and that of the other sizes."""
+    config = NORMED_STREAM["opt_350m"].make_config()
+    config.do_layer_norm_before = request.param
+    torch.manual_seed(0)
+    return load_model("tiny-opt", hf_model=OPTForCausalLM(config).eval(), tokenizer=make_tokenizer())
+
+
 @pytest.mark.parametrize("place", ["hook_resid_mid", "mlp.hook_post", "hook_mlp_out", "hook_resid_post"])
-def test_where_a_dictionary_was_tokens_are_read_one_by_one_again(place):
+@pytest.mark.filterwarnings("ignore:.* is the middle of a block:UserWarning")
+def test_where_a_dictionary_is_or_was_tokens_are_read_one_by_one(opt, place):
     """The MLP of this architecture sees the tokens of all texts in one row."""
-    model, name = make_model("opt_350m", "SAETransformerBridge"), f"{BLOCK}.{place}"
+    model, name = opt, f"{BLOCK}.{place}"
     logits, before = run(model, [name])
     rows = torch.nn.functional.normalize(normal(16, before[name].shape[-1]), dim=1)
     sae = ExemplarPartition.from_regions(rows, rows, 0 * rows[0], 0.9, k=3, metadata={"hook_name": name})
-    for _ in range(2):
-        retarget(sae, model)
-        with torch.no_grad(), model.saes([sae], use_error_term=False):
-            assert (model(TOKENS) - logits).abs().max() > 1e-2
+    retarget(sae, model)
+    for tokens in (TOKENS, TOKENS[:1, :5]):
+        there, wanted = before[name][: len(tokens), : tokens.shape[1]], logits[: len(tokens), : tokens.shape[1]]
+        with torch.no_grad():
+            restored, cache = model.run_with_cache_with_saes(tokens, saes=[sae], use_error_term=True)
+            replaced = model.run_with_saes(tokens, saes=[sae], use_error_term=False)
+        (codes,) = [cache[key] for key in cache if key.endswith("hook_sae_acts_post")]
+        torch.testing.assert_close(codes, sae.encode(there).detach(), rtol=0, atol=1e-5)
+        torch.testing.assert_close(restored, wanted, rtol=0, atol=1e-5)
+        assert (replaced - wanted).abs().max() > 1e-2
         again, after = run(model, [name])
         torch.testing.assert_close(again, logits, rtol=0, atol=1e-5)
         torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-5)
+
+
+def test_a_transcoder_of_its_mlp_restores_the_model_with_its_error(opt):
+    model = opt
+    transcoder = retarget(make("skip_transcoder", f"{BLOCK}.hook_resid_mid", write=f"{BLOCK}.hook_mlp_out"), model)
+    with torch.no_grad():
+        restored = model.run_with_saes(TOKENS, saes=[transcoder], use_error_term=True)
+        replaced = model.run_with_saes(TOKENS, saes=[transcoder], use_error_term=False)
+    torch.testing.assert_close(restored, model(TOKENS), rtol=0, atol=1e-5)
+    assert replaced.shape == restored.shape and (replaced - restored).abs().max() > 1e-2
